@@ -1,0 +1,145 @@
+"""Audit of memorisation: does a group of models copy the snapshots that it was made from?
+
+A copy lies nearer to one snapshot than snapshots lie to each other, *and* nearer to it than to the mean of them all: a
+model that has contracted to the mean can be near to every snapshot without copying one. Nor is a large distance to the
+nearest snapshot novelty: it may only say that the model lies near the mean. So the two distances stand side by side.
+
+The yardstick is the snapshots themselves. Where they are one optimisation step apart it is short, and a snapshot plus
+noise that is larger than a step is no copy by this rule: `fraction_nearer_than_mean` and the IoU then say more.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from scipy.stats import binom
+from torch import Tensor
+
+from pdiff_hf.evaluation.metrics import nearest_in_predictions
+
+TOO_NEAR_PERCENTILE = 0.05  # of the snapshots' own distances: what as many independent draws would be nearer than
+CHANCE = 0.99  # of a binomial with that probability: more models than this are too many
+NEAR_IDENTICAL = 0.5  # times the smallest of the snapshots' own distances: one model is enough
+CONTRACTED = 0.9  # times the snapshots' distance to their mean: nearer than that, a group has contracted towards it
+
+
+@dataclass(frozen=True)
+class AuditRow:
+    """The audit of one group of N models; lists have one entry a model.
+
+    Args:
+        name (`str`): of the group.
+        nearest_in_weights (`list[int]`): which snapshot is nearest in L2.
+        distance (`list[float]`): and how far it is.
+        nearest_in_predictions (`list[int]`): which original shares most wrong predictions.
+        iou (`list[float]`): and the IoU with it.
+        distance_relative (`float`): median of `distance` over the median distance of a snapshot to its nearest other.
+        to_mean_relative (`float`): distance to the snapshots' mean over that of the snapshots, both root mean squares.
+        fraction_below_minimum, fraction_below_percentile, fraction_below_median (`float`): share of the models whose
+            `distance` is below the minimum, 5th percentile and median of the snapshots' own.
+        fraction_nearer_than_mean (`float`): share of the models that are nearer to a snapshot than to the mean.
+        fraction_alike (`float`): share of the models whose `iou` is above the 95th percentile of the originals' own.
+        num_too_near (`int`): models below the 5th percentile that are also nearer to the snapshot than to the mean.
+        num_allowed (`int`): how many of those chance allows, the 99% quantile of Binomial(N, 0.05).
+        num_near_identical (`int`): models nearer than half of the minimum that are also nearer to it than to the mean.
+    """
+
+    name: str
+    nearest_in_weights: list[int]
+    distance: list[float]
+    nearest_in_predictions: list[int]
+    iou: list[float]
+    distance_relative: float
+    to_mean_relative: float
+    fraction_below_minimum: float
+    fraction_below_percentile: float
+    fraction_below_median: float
+    fraction_nearer_than_mean: float
+    fraction_alike: float
+    num_too_near: int
+    num_allowed: int
+    num_near_identical: int
+
+    @property
+    def num_models(self) -> int:
+        return len(self.distance)
+
+    @property
+    def copies(self) -> bool:
+        """Whether a model is nearly identical to a snapshot, or more models are too near to one than chance allows."""
+        return self.num_near_identical > 0 or self.num_too_near > self.num_allowed
+
+
+def audit_group(
+    name: str, distances: dict[str, Tensor], wrong: Tensor, wrong_originals: Tensor, exclude_self: bool = False
+) -> AuditRow:
+    """Nearest snapshot of each model in weights and in predictions, against how near snapshots are to each other.
+
+    Args:
+        name (`str`): of the group.
+        distances (`dict[str, torch.Tensor]`): what `metrics.distances` returns for the group.
+        wrong (`torch.Tensor`): (N, M) bool.
+        wrong_originals (`torch.Tensor`): (K, M) bool, K >= 2.
+        exclude_self (`bool`, defaults to `False`): the group *is* the originals (give it to `metrics.distances` too).
+
+    Returns:
+        `AuditRow`
+
+    Raises:
+        ValueError: for fewer than two snapshots (they have no distance to each other), or if numbers of models differ.
+    """
+    nearest, own = distances["nearest"], distances["snapshots_nearest"]
+    if len(own) < 2 or len(own) != len(wrong_originals) or len(nearest) != len(wrong):
+        raise ValueError(
+            f"needs at least 2 snapshots and one row of predictions a model, got distances of {len(nearest)} models to "
+            f"{len(own)} snapshots, predictions of {len(wrong)} models and of {len(wrong_originals)} originals"
+        )
+    iou, most_alike = nearest_in_predictions(wrong, wrong_originals, exclude_self)
+    own_iou = nearest_in_predictions(wrong_originals, wrong_originals, exclude_self=True)[0]
+    percentile = own.quantile(TOO_NEAR_PERCENTILE)
+    nearer_than_mean = nearest < distances["to_mean"]
+    return AuditRow(
+        name=name,
+        nearest_in_weights=distances["nearest_index"].tolist(),
+        distance=nearest.tolist(),
+        nearest_in_predictions=most_alike.tolist(),
+        iou=iou.tolist(),
+        distance_relative=distances["nearest_relative"].quantile(0.5).item(),
+        to_mean_relative=distances["to_mean_relative"].square().mean().sqrt().item(),
+        fraction_below_minimum=_share(nearest < own.min()),
+        fraction_below_percentile=_share(nearest < percentile),
+        fraction_below_median=_share(nearest < own.quantile(0.5)),
+        fraction_nearer_than_mean=_share(nearer_than_mean),
+        fraction_alike=_share(iou > own_iou.quantile(1 - TOO_NEAR_PERCENTILE)),
+        num_too_near=int((nearer_than_mean & (nearest < percentile)).sum()),
+        num_allowed=int(binom.ppf(CHANCE, len(nearest), TOO_NEAR_PERCENTILE)),
+        num_near_identical=int((nearer_than_mean & (nearest <= NEAR_IDENTICAL * own.min())).sum()),
+    )
+
+
+def audit_verdict(generated: AuditRow, baselines: Sequence[AuditRow] = ()) -> str:
+    """One sentence from the numbers: whether the generated group copies, by which thresholds; its distance to the mean,
+    without which that to the snapshots says nothing about novelty; and which baselines copy by the same rule."""
+    row = generated
+    sentence = (
+        f"{'Copies' if row.copies else 'No copying'}: of {row.num_models} models of {row.name}, {row.num_too_near} lie "
+        f"nearer to a snapshot than to the snapshots' mean and than {1 - TOO_NEAR_PERCENTILE:.0%} of the snapshots lie "
+        f"to their nearest neighbour (chance allows {row.num_allowed}), {row.num_near_identical} within "
+        f"{NEAR_IDENTICAL:g} times the smallest such distance (none may); the median distance to the nearest snapshot "
+        f"is {row.distance_relative:.2f} times the snapshots' own, that to their mean {row.to_mean_relative:.2f} times"
+    )
+    if not row.copies and row.to_mean_relative < CONTRACTED:
+        sentence += ", a contraction towards the mean, so the distance to the snapshots is not novelty"
+    sentence += (
+        f"; {row.fraction_nearer_than_mean:.0%} are nearer to a snapshot than to the mean; in predictions, "
+        f"{row.fraction_alike:.0%} are more like an original than {1 - TOO_NEAR_PERCENTILE:.0%} of the originals are"
+    )
+    if baselines:
+        copying = [baseline.name for baseline in baselines if baseline.copies]
+        sentence += f"; by the same rule {len(copying)} of {len(baselines)} baselines copy"
+        sentence += f" ({', '.join(copying)})" if copying else ""
+    return sentence + "."
+
+
+def _share(condition: Tensor) -> float:
+    return condition.to(torch.float64).mean().item()

@@ -1,0 +1,5 @@
+from . import mini  # registers the mini networks with timm
+from .autoencoder import AUTOENCODER_PRESETS, ParameterAutoencoder
+from .denoiser import DENOISER_PRESETS, LatentDenoiser
+
+__all__ = ["AUTOENCODER_PRESETS", "DENOISER_PRESETS", "LatentDenoiser", "ParameterAutoencoder", "mini"]

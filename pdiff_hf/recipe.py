@@ -1,0 +1,266 @@
+"""Recipes: what a run is made of, from a YAML file and flags."""
+
+import dataclasses
+import difflib
+import json
+import os
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NoReturn
+
+import yaml
+from transformers import HfArgumentParser
+
+from .loop import OPTIMIZERS
+from .models import AUTOENCODER_PRESETS, DENOISER_PRESETS
+
+STAGES = ("base", "collect", "autoencoder", "denoiser", "evaluate")
+
+
+def _option(default, help: str):
+    if isinstance(default, list | dict):
+        return field(default_factory=lambda: type(default)(default), metadata={"help": help})
+    return field(default=default, metadata={"help": help})
+
+
+def _require(name: str, value, condition: bool, what: str) -> None:
+    if not condition:
+        raise ValueError(f"{name} must be {what}, got {value!r}")
+
+
+@dataclass
+class RunSection:
+    """Where the run lives, and how it is carried out."""
+
+    output_dir: str = _option("outputs/digits", "Folder that receives everything.")
+    stages: list[str] = _option(list(STAGES), f"Which stages to carry out, of {', '.join(STAGES)}.")
+    seed: int = _option(0, "Seed of the whole run.")
+    resume_from_checkpoint: str | None = _option(None, "`latest`: an unfinished stage goes on where it was.")
+    overwrite_output_dir: bool = _option(False, "Carry out stages again whose settings have changed.")
+    checkpointing_steps: int = _option(500, "Training stages save a checkpoint every so many steps.")
+    checkpoints_total_limit: int = _option(2, "Keep no more than this many checkpoints of a stage.")
+    mixed_precision: str = _option("no", "`no`, `fp16` or `bf16`.")
+    gradient_accumulation_steps: int = _option(1, "A training batch is computed in so many parts.")
+    report_to: str | None = _option(None, "Tracker of Accelerate: tensorboard, wandb, trackio, ...")
+
+    def __post_init__(self):
+        unknown = [stage for stage in self.stages if stage not in STAGES]
+        _require("stages", unknown, not unknown, f"of {', '.join(STAGES)}")
+        _require(
+            "resume_from_checkpoint",
+            self.resume_from_checkpoint,
+            self.resume_from_checkpoint in (None, "latest"),
+            "'latest'",
+        )
+        _require(
+            "mixed_precision", self.mixed_precision, self.mixed_precision in ("no", "fp16", "bf16"), "no, fp16 or bf16"
+        )
+        for name in ("checkpointing_steps", "checkpoints_total_limit", "gradient_accumulation_steps"):
+            _require(name, getattr(self, name), getattr(self, name) >= 1, "at least 1")
+        _require("seed", self.seed, self.seed >= 0, "at least 0")
+
+
+@dataclass
+class TaskSection:
+    """The base model and its data: see `ImageClassificationTask`."""
+
+    model: str = _option("resnet18", "timm architecture, or local folder or Hub id of a timm or transformers model.")
+    dataset: str = _option("digits", "`digits`, or local folder or Hub id of an image-classification data set.")
+    image_size: int = _option(16, "Side of the square that images are scaled to; 0 for the model's own.")
+    model_args: str = _option("{}", "More arguments of a timm architecture, as JSON.")
+    holdout_fraction: float = _option(0.2, "Share of the training data for a validation (and test) split it lacks.")
+    max_train_samples: int | None = _option(None, "Use no more training examples than this.")
+    max_eval_samples: int | None = _option(None, "Use no more validation and test examples than this.")
+
+    def __post_init__(self):
+        try:
+            parsed = json.loads(self.model_args)
+        except ValueError as error:
+            raise ValueError(f"model_args must be JSON, got {self.model_args!r}: {error}") from error
+        _require("model_args", self.model_args, isinstance(parsed, dict), "a mapping")
+
+
+@dataclass
+class BaseSection:
+    """Training of the base model (paper, Table 5a)."""
+
+    base_epochs: int = _option(15, "Epochs; 0 takes the model as it is.")
+    base_batch_size: int = _option(64, "Images in a step.")
+    base_learning_rate: float = _option(1e-3, "Peak learning rate, with cosine decay.")
+    base_weight_decay: float = _option(5e-4, "Weight decay.")
+
+    def __post_init__(self):
+        _require("base_epochs", self.base_epochs, self.base_epochs >= 0, "at least 0")
+        _require("base_batch_size", self.base_batch_size, self.base_batch_size >= 2, "at least 2")
+        _require("base_learning_rate", self.base_learning_rate, self.base_learning_rate > 0, "above 0")
+
+
+@dataclass
+class CollectSection:
+    """Snapshots by fine-tuning (paper, Table 5b)."""
+
+    select: list[str] = _option(["norm[-2:]"], "Tensors to generate: kinds, globs, or `re:` expressions.")
+    exclude: list[str] = _option([], "Tensors to leave out of those.")
+    num_snapshots: int = _option(300, "K, one a step.")
+    collect_optimizer: str = _option("adamw", f"One of {', '.join(OPTIMIZERS)}.")
+    collect_learning_rate: float = _option(0.03, "Constant learning rate.")
+    collect_weight_decay: float = _option(5e-4, "Weight decay.")
+    collect_batch_size: int = _option(128, "Images in a step.")
+
+    def __post_init__(self):
+        _require("num_snapshots", self.num_snapshots, self.num_snapshots >= 2, "at least 2")
+        _require(
+            "collect_optimizer", self.collect_optimizer, self.collect_optimizer in OPTIMIZERS, f"of {list(OPTIMIZERS)}"
+        )
+        _require("collect_learning_rate", self.collect_learning_rate, self.collect_learning_rate > 0, "above 0")
+        _require("collect_batch_size", self.collect_batch_size, self.collect_batch_size >= 1, "at least 1")
+
+
+@dataclass
+class AutoencoderSection:
+    """Training of the autoencoder (paper, Table 5c)."""
+
+    autoencoder_preset: str = _option("small", f"Widths: {', '.join(AUTOENCODER_PRESETS)}.")
+    latent_dim: int = _option(128, "L, the length of a latent.")
+    heldout_fraction: float = _option(0.1, "Share of the snapshots that generators never see, to measure R² on.")
+    autoencoder_steps: int = _option(500, "Optimizer steps.")
+    autoencoder_batch_size: int = _option(50, "Snapshots in a step.")
+    autoencoder_learning_rate: float = _option(
+        1e-3, "Peak learning rate, with cosine decay (the paper's widths: 2e-5)."
+    )
+    autoencoder_warmup_steps: int = _option(0, "Steps over which the learning rate rises to its peak.")
+    parameter_noise: float = _option(1e-3, "σ_v, noise on the normalised parameters.")
+    latent_noise: float = _option(0.1, "σ_z, noise on the latent.")
+
+    def __post_init__(self):
+        presets = list(AUTOENCODER_PRESETS)
+        _require("autoencoder_preset", self.autoencoder_preset, self.autoencoder_preset in presets, f"of {presets}")
+        _require("latent_dim", self.latent_dim, self.latent_dim >= 1, "at least 1")
+        _require("heldout_fraction", self.heldout_fraction, 0 <= self.heldout_fraction < 0.5, "between 0 and 0.5")
+        _require("autoencoder_steps", self.autoencoder_steps, self.autoencoder_steps >= 1, "at least 1")
+        _require("autoencoder_batch_size", self.autoencoder_batch_size, self.autoencoder_batch_size >= 1, "at least 1")
+        _require(
+            "autoencoder_learning_rate", self.autoencoder_learning_rate, self.autoencoder_learning_rate > 0, "above 0"
+        )
+        for name in ("parameter_noise", "latent_noise", "autoencoder_warmup_steps"):
+            _require(name, getattr(self, name), getattr(self, name) >= 0, "at least 0")
+
+
+@dataclass
+class DenoiserSection:
+    """Training of the denoiser (paper, Table 5d)."""
+
+    denoiser_preset: str = _option("small", f"Widths: {', '.join(DENOISER_PRESETS)}.")
+    denoiser_steps: int = _option(1000, "Optimizer steps.")
+    denoiser_batch_size: int = _option(50, "Latents in a step.")
+    denoiser_learning_rate: float = _option(1e-3, "Peak learning rate, with cosine decay (the paper's widths: 1e-4).")
+    denoiser_warmup_steps: int = _option(0, "Steps over which the learning rate rises to its peak.")
+    max_grad_norm: float = _option(1.0, "The denoiser's gradients are clipped to this norm.")
+    ema_decay: float = _option(0.999, "Decay of the moving average of the denoiser's weights, which is what is kept.")
+    num_train_timesteps: int = _option(1000, "T, the length of the diffusion.")
+
+    def __post_init__(self):
+        presets = list(DENOISER_PRESETS)
+        _require("denoiser_preset", self.denoiser_preset, self.denoiser_preset in presets, f"of {presets}")
+        for name in ("denoiser_steps", "denoiser_batch_size", "num_train_timesteps"):
+            _require(name, getattr(self, name), getattr(self, name) >= 1, "at least 1")
+        for name in ("denoiser_learning_rate", "max_grad_norm"):
+            _require(name, getattr(self, name), getattr(self, name) > 0, "above 0")
+        _require("denoiser_warmup_steps", self.denoiser_warmup_steps, self.denoiser_warmup_steps >= 0, "at least 0")
+        _require("ema_decay", self.ema_decay, 0 <= self.ema_decay < 1, "between 0 and 1")
+
+
+@dataclass
+class EvaluateSection:
+    """Generation and scoring."""
+
+    num_models: int = _option(200, "How many networks to generate and score.")
+    num_inference_steps: int = _option(20, "Denoising steps.")
+
+    def __post_init__(self):
+        _require("num_models", self.num_models, self.num_models >= 1, "at least 1")
+        _require("num_inference_steps", self.num_inference_steps, self.num_inference_steps >= 1, "at least 1")
+
+
+@dataclass
+class Recipe(
+    RunSection, TaskSection, BaseSection, CollectSection, AutoencoderSection, DenoiserSection, EvaluateSection
+):
+    """Everything that a run is made of; flags of `scripts/train.py` and keys of a recipe file have these names."""
+
+    def __post_init__(self):
+        for section in SECTIONS:
+            section.__post_init__(self)
+
+    def section(self, *sections: type) -> dict:
+        """The settings of some sections, by name."""
+        return {f.name: getattr(self, f.name) for section in sections for f in dataclasses.fields(section)}
+
+    def save(self, path: str | os.PathLike) -> None:
+        """Writes a recipe file that gives this recipe again."""
+        lines = []
+        for section in SECTIONS:
+            lines.append(f"# {section.__doc__}")
+            lines.append(yaml.safe_dump(self.section(section), sort_keys=False, allow_unicode=True))
+        Path(path).write_text("\n".join(lines))
+
+
+SECTIONS = (RunSection, TaskSection, BaseSection, CollectSection, AutoencoderSection, DenoiserSection, EvaluateSection)
+for _section, _title in zip(
+    SECTIONS, ("run", "task", "base model", "snapshots", "autoencoder", "denoiser", "evaluation"), strict=True
+):
+    _section._argument_group_name = _title
+
+
+class RecipeParser(HfArgumentParser):
+    """Flags for every key of some sections, after an optional recipe file. Errors are one line that names the key."""
+
+    def __init__(self, sections: tuple[type, ...] = SECTIONS, **kwargs):
+        super().__init__(sections, allow_abbrev=False, **kwargs)
+        self.add_argument("recipe", nargs="?", metavar="RECIPE.yaml", help="A recipe file; flags take precedence.")
+        self.keys = {f.name for section in sections for f in dataclasses.fields(section)}
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: error: {message} (--help lists every key)\n")
+
+    def parse_recipe(self, argv: list[str] | None = None) -> Recipe:
+        """The recipe that the file and the flags give; ends the program with one line for a wrong one."""
+        argv = sys.argv[1:] if argv is None else argv
+        path = super().parse_known_args(argv)[0].recipe
+        if path is not None:
+            argv = self._read(path) + argv
+        namespace, rest = super().parse_known_args(argv)
+        for flag in rest:
+            self.error(f"unknown argument '{flag}'{self._suggest(flag.lstrip('-').partition('=')[0])}")
+        values = {key: value for key, value in vars(namespace).items() if key in self.keys}
+        try:
+            return Recipe(**values)
+        except ValueError as error:
+            self.error(str(error))
+
+    def _read(self, path: str) -> list[str]:
+        """The flags that say the same as the file."""
+        try:
+            values = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
+        except (OSError, UnicodeDecodeError) as error:
+            self.error(f"recipe '{path}' cannot be read: {error}")
+        except yaml.YAMLError as error:
+            self.error(f"recipe '{path}' is not YAML: {' '.join(str(error).split())}")
+        if not isinstance(values, dict):
+            self.error(f"recipe '{path}' must be a mapping of keys to values, got a {type(values).__name__}")
+        argv: list[str] = []
+        for key, value in values.items():
+            if key not in self.keys:
+                self.error(f"recipe '{path}' has the unknown key '{key}'{self._suggest(str(key))}")
+            if value is None or value == []:
+                self.set_defaults(**{key: value})
+            elif isinstance(value, list):
+                argv += [f"--{key}", *map(str, value)]
+            else:
+                argv.append(f"--{key}={json.dumps(value) if isinstance(value, dict) else value}")
+        return argv
+
+    def _suggest(self, key: str) -> str:
+        close = difflib.get_close_matches(key, self.keys, n=3)
+        return f"; did you mean {' or '.join(close)}?" if close else ""

@@ -1,0 +1,10 @@
+from .autoencoder import NoiseArguments, reconstruct, train_autoencoder
+from .denoiser import make_training_scheduler, train_denoiser
+
+__all__ = [
+    "NoiseArguments",
+    "make_training_scheduler",
+    "reconstruct",
+    "train_autoencoder",
+    "train_denoiser",
+]

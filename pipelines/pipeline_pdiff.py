@@ -1,0 +1,238 @@
+"""Samples new sets of parameters of a network. Self-contained: this file is also a Hub repository's `pipeline.py`."""
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from diffusers import DiffusionPipeline, SchedulerMixin
+from diffusers.utils import BaseOutput
+from diffusers.utils.torch_utils import randn_tensor
+from torch import nn
+
+from pdiff_hf.models import LatentDenoiser, ParameterAutoencoder
+
+OUTPUT_TYPES = ("state_dict", "pt", "latent", "model")
+
+
+@dataclass
+class PDiffPipelineOutput(BaseOutput):
+    """
+    Args:
+        parameters (`list[dict[str, torch.Tensor]]`, `torch.Tensor` or `list[nn.Module]`): What `output_type` asks for:
+            a state dict of the generated tensors for each network; all of them as one tensor of shape `(N, D)`, or
+            their latents of shape `(N, L)`; or whole networks.
+    """
+
+    parameters: list[dict[str, torch.Tensor]] | torch.Tensor | list[nn.Module]
+
+
+class PDiffPipeline(DiffusionPipeline):
+    r"""
+    Pipeline for generating network parameters by latent diffusion (Neural Network Diffusion, arXiv 2402.13144).
+
+    This model inherits from [`DiffusionPipeline`]. Check the superclass documentation for the generic methods
+    implemented for all pipelines (downloading, saving, running on a particular device, etc.).
+
+    Parameters:
+        autoencoder ([`ParameterAutoencoder`]):
+            Decodes latents to parameters; knows which tensors they belong to.
+        denoiser ([`LatentDenoiser`]):
+            Denoises latents.
+        scheduler ([`SchedulerMixin`]):
+            Any scheduler of diffusers.
+        base_model (`PreTrainedModel`, *optional*):
+            The network whose other tensors complete the generated ones.
+    """
+
+    model_cpu_offload_seq = "denoiser->autoencoder"
+    _optional_components = ["base_model"]
+    _exclude_from_cpu_offload = ["base_model"]
+    _callback_tensor_inputs = ["latents"]
+
+    def __init__(
+        self,
+        autoencoder: ParameterAutoencoder,
+        denoiser: LatentDenoiser,
+        scheduler: SchedulerMixin,
+        base_model: nn.Module | None = None,
+    ):
+        super().__init__()
+        # Components may be None while a pipeline is put together from parts.
+        lengths = [part.config.latent_dim for part in (autoencoder, denoiser) if part is not None]
+        if len(set(lengths)) > 1:
+            raise ValueError(
+                f"the autoencoder has latents of length {lengths[0]} and the denoiser of length {lengths[1]}; they were "
+                "not trained together"
+            )
+        if autoencoder is not None and base_model is not None:
+            autoencoder.layout.check_fits(base_model.state_dict())
+        self.register_modules(autoencoder=autoencoder, denoiser=denoiser, scheduler=scheduler, base_model=base_model)
+
+    def check_inputs(
+        self,
+        num_models: int,
+        num_inference_steps: int,
+        generator: torch.Generator | list[torch.Generator] | None,
+        latents: torch.Tensor | None,
+        batch_size: int,
+        output_type: str,
+        callback_on_step_end_tensor_inputs: list[str],
+    ) -> None:
+        for name, value in (
+            ("num_models", num_models),
+            ("num_inference_steps", num_inference_steps),
+            ("batch_size", batch_size),
+        ):
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}")
+        most = self.scheduler.config.num_train_timesteps
+        if num_inference_steps > most:
+            raise ValueError(f"num_inference_steps must be at most the {most} of training, got {num_inference_steps}")
+        if output_type not in OUTPUT_TYPES:
+            raise ValueError(f"output_type must be one of {', '.join(OUTPUT_TYPES)}, got {output_type!r}")
+        if output_type == "model" and self.base_model is None:
+            raise ValueError("output_type='model' needs a base model, and this pipeline has none; pass base_model=...")
+        if isinstance(generator, list) and len(generator) != num_models:
+            raise ValueError(
+                f"a list of generators needs one for each of the {num_models} models, got {len(generator)}"
+            )
+        shape = (num_models, self.denoiser.config.latent_dim)
+        if latents is not None and tuple(latents.shape) != shape:
+            raise ValueError(f"latents must have shape {shape}, got {tuple(latents.shape)}")
+        unknown = [name for name in callback_on_step_end_tensor_inputs if name not in self._callback_tensor_inputs]
+        if unknown:
+            raise ValueError(f"callbacks can have {self._callback_tensor_inputs}, not {unknown}")
+
+    def prepare_generators(
+        self, num_models: int, generator: torch.Generator | list[torch.Generator] | None
+    ) -> list[torch.Generator]:
+        """
+        One generator a model, all from `generator`. So the noise of a model depends on its index alone, and the first
+        models of a larger sample are those of a smaller one, whatever the batch size.
+        """
+        if isinstance(generator, list):
+            return generator
+        device = generator.device if generator is not None else "cpu"
+        seeds = torch.randint(2**62, (num_models,), generator=generator, device=device).tolist()
+        return [torch.Generator(device).manual_seed(seed) for seed in seeds]
+
+    def prepare_latents(
+        self, num_models: int, generators: list[torch.Generator], latents: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Starting noise of shape `(num_models, L)`, scaled as the scheduler wants it."""
+        shape = (num_models, self.denoiser.config.latent_dim)
+        device = self._execution_device
+        if latents is None:
+            latents = randn_tensor(shape, generator=generators, device=device, dtype=torch.float32)
+        return latents.to(device, torch.float32) * self.scheduler.init_noise_sigma
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        num_models: int = 1,
+        num_inference_steps: int = 20,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        latents: torch.Tensor | None = None,
+        batch_size: int = 256,
+        output_type: str = "state_dict",
+        return_dict: bool = True,
+        callback_on_step_end: Callable[["PDiffPipeline", int, int, dict], dict] | None = None,
+        callback_on_step_end_tensor_inputs: list[str] | tuple[str, ...] = ("latents",),
+    ) -> PDiffPipelineOutput | tuple:
+        r"""
+        The call function to the pipeline for generation.
+
+        Args:
+            num_models (`int`, *optional*, defaults to 1):
+                N, the number of networks to generate.
+            num_inference_steps (`int`, *optional*, defaults to 20):
+                The number of denoising steps.
+            generator (`torch.Generator` or `list[torch.Generator]`, *optional*):
+                One, or one for each network, to make generation deterministic.
+            latents (`torch.Tensor`, *optional*):
+                Starting noise of shape `(N, L)`, instead of noise from `generator`.
+            batch_size (`int`, *optional*, defaults to 256):
+                How many networks are denoised and decoded at once. It bounds the memory beyond the N generated vectors.
+            output_type (`str`, *optional*, defaults to `"state_dict"`):
+                `"state_dict"` for a list of state dicts that hold the generated tensors; `"pt"` for all parameters as a
+                tensor of shape `(N, D)`; `"latent"` for their latents of shape `(N, L)`; `"model"` for a list of
+                networks, which share the tensors that were not generated.
+            return_dict (`bool`, *optional*, defaults to `True`):
+                Whether or not to return a [`PDiffPipelineOutput`] instead of a plain tuple.
+            callback_on_step_end (`Callable`, *optional*):
+                Called after each step as `callback_on_step_end(pipe, step, timestep, callback_kwargs)`, where
+                `callback_kwargs` has the tensors of `callback_on_step_end_tensor_inputs`; may return them changed.
+            callback_on_step_end_tensor_inputs (`list[str]`, *optional*):
+                Of `latents`, the latents of all networks, shape `(N, L)`.
+
+        Returns:
+            [`PDiffPipelineOutput`] or `tuple`:
+                The generated parameters, on the CPU.
+
+        Raises:
+            ValueError: for any argument that is out of range; nothing is computed before.
+        """
+        self.check_inputs(
+            num_models,
+            num_inference_steps,
+            generator,
+            latents,
+            batch_size,
+            output_type,
+            callback_on_step_end_tensor_inputs,
+        )
+        generators = self.prepare_generators(num_models, generator)
+        latents = self.prepare_latents(num_models, generators, latents)
+        self.scheduler.set_timesteps(num_inference_steps, device=latents.device)
+        # Multistep schedulers take no noise, and some none at all.
+        extra = {"generator": generators} if _takes_generator(self.scheduler) else {}
+
+        for step, timestep in enumerate(self.progress_bar(self.scheduler.timesteps)):
+            scaled = self.scheduler.scale_model_input(latents, timestep)
+            prediction = torch.cat(
+                [self.denoiser(batch.to(self.denoiser.dtype), timestep).sample for batch in scaled.split(batch_size)]
+            )
+            # The step itself is taken for all networks at once, because schedulers keep state from step to step.
+            latents = self.scheduler.step(prediction.float(), timestep, latents, **extra).prev_sample
+            if callback_on_step_end is not None:
+                values = {"latents": latents}
+                values = {name: values[name] for name in callback_on_step_end_tensor_inputs}
+                latents = (callback_on_step_end(self, step, timestep, values) or {}).get("latents", latents)
+
+        if output_type == "latent":
+            output = latents.cpu()
+        else:
+            output = self.decode_latents(latents, batch_size)
+            if output_type != "pt":
+                layout = self.autoencoder.layout
+                output = [layout.unflatten(parameters) for parameters in output]
+                if output_type == "model":
+                    output = [self.make_model(state_dict) for state_dict in output]
+        self.maybe_free_model_hooks()
+        return PDiffPipelineOutput(parameters=output) if return_dict else (output,)
+
+    @torch.no_grad()
+    def decode_latents(self, latents: torch.Tensor, batch_size: int = 256) -> torch.Tensor:
+        """Latents of shape `(N, L)` to parameters of shape `(N, D)`, on the CPU."""
+        parameters = torch.empty(len(latents), self.autoencoder.layout.num_parameters)
+        for start in range(0, len(latents), batch_size):
+            batch = latents[start : start + batch_size].to(self._execution_device)
+            parameters[start : start + len(batch)] = self.autoencoder.decode(batch).sample.cpu()
+        return parameters
+
+    def make_model(self, state_dict: dict[str, torch.Tensor]) -> nn.Module:
+        """The base model with the tensors of `state_dict`; all others are shared with it, not copied."""
+        if self.base_model is None:
+            raise ValueError("this pipeline has no base model that the generated tensors could be put into")
+        tensors = [*self.base_model.parameters(), *self.base_model.buffers()]
+        model = copy.deepcopy(self.base_model, memo={id(tensor): tensor for tensor in tensors})
+        for name, tensor in state_dict.items():
+            owner, _, attribute = name.rpartition(".")
+            device = getattr(model.get_submodule(owner), attribute).device
+            setattr(model.get_submodule(owner), attribute, nn.Parameter(tensor.to(device), requires_grad=False))
+        return model.eval()
+
+
+def _takes_generator(scheduler: SchedulerMixin) -> bool:
+    return "generator" in scheduler.step.__code__.co_varnames[: scheduler.step.__code__.co_argcount]
