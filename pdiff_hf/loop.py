@@ -136,8 +136,8 @@ def train(
     parts = accelerator.num_processes * accelerator.gradient_accumulation_steps
     if args.batch_size % parts:
         raise ValueError(
-            f"a batch of {args.batch_size} cannot be cut into {parts} equal parts ({accelerator.num_processes} processes "
-            f"× {accelerator.gradient_accumulation_steps} accumulation steps)"
+            f"a batch of {args.batch_size} cannot be cut into {parts} equal parts ({accelerator.num_processes} "
+            f"processes × {accelerator.gradient_accumulation_steps} accumulation steps)"
         )
     checkpoint_dir = Path(checkpoint_dir)
     optimizer = make_optimizer(args.optimizer, model.parameters(), args.learning_rate, args.weight_decay)
@@ -178,7 +178,8 @@ def train(
                 if accelerator.sync_gradients and args.max_grad_norm is not None:
                     accelerator.clip_grad_norm_(wrapped.parameters(), args.max_grad_norm)
                 optimizer.step()
-                lr_scheduler.step()
+                if accelerator.sync_gradients:
+                    lr_scheduler.step()
                 optimizer.zero_grad()
             step_loss = step_loss + loss.detach() / accelerator.gradient_accumulation_steps
         if ema is not None:
@@ -217,7 +218,8 @@ def _check_finite(losses: torch.Tensor, description: str, learning_rate: float, 
         raise TrainingError(
             f"{description}: the loss is {losses[step].item()} at step {step} (it was "
             f"{losses[step - 1].item() if step else math.nan:.4g} before). Try a learning rate below "
-            f"{learning_rate:g}, warm-up steps, or gradient clipping. The last checkpoint is {latest or 'not written yet'}."
+            f"{learning_rate:g}, warm-up steps, or gradient clipping. "
+            f"The last checkpoint is {latest or 'not written yet'}."
         )
 
 

@@ -218,12 +218,23 @@ def is_normalization(module: nn.Module) -> bool:
     return "norm" in type(module).__name__.lower() and any(True for _ in module.parameters(recurse=False))
 
 
+def is_attention(module: nn.Module) -> bool:
+    """Whether `module` is an attention layer, of any library."""
+    return any(word in type(module).__name__.lower() for word in ("attention", "attn"))
+
+
 MODULE_KINDS = {
     "norm": is_normalization,
     "conv": lambda module: isinstance(module, nn.modules.conv._ConvNd),
     "linear": lambda module: isinstance(module, nn.Linear),
 }
-_KIND = re.compile(rf"(all|bias|{'|'.join(MODULE_KINDS)})(?:\[(-?\d*)(:?)(-?\d*)\])?")
+KINDS = ("all", "bias", *MODULE_KINDS, "attention", "blocks", "head")
+_KIND = re.compile(rf"({'|'.join(KINDS)})(?:\[(-?\d*)(:?)(-?\d*)\])?")
+
+
+def select_layout(model: nn.Module, select: str | Sequence[str], exclude: str | Sequence[str] = ()) -> ParameterLayout:
+    """The layout of what [`select_parameters`] selects."""
+    return ParameterLayout.from_state_dict(model.state_dict(), select_parameters(model, select, exclude))
 
 
 def select_parameters(
@@ -238,12 +249,18 @@ def select_parameters(
             has), patterns may leave that prefix out.
         select (`str` or `Sequence[str]`): One or several of
 
-            - a kind: `all`, `bias`, `norm`, `conv`, `linear`;
+            - a kind: `all`, `bias`, `norm`, `conv`, `linear`, `attention`, `blocks`, `head`;
             - the modules of a kind, sliced as a Python list: `norm[-2:]` is the last two normalization layers that have
-              parameters, `conv[0]` the first convolution;
-            - a glob over parameter names: `layer4.1.bn*`;
+              parameters, `conv[0]` the first convolution, `blocks[:3]` the first three blocks;
+            - a glob over parameter names: `layer4.1.bn*`, or `*.lora_*` for the adapters of a PEFT model;
             - a regular expression that matches a whole name, after `re:`.
         exclude (`str` or `Sequence[str]`, *optional*): What to leave out of that, in the same terms.
+
+    `attention` takes in all that is inside an attention layer, which is known by the name of its class. `head` is the
+    last layer with a weight matrix. `blocks` are the members of the `ModuleList`s, `Sequential`s and `ModuleDict`s that
+    hold modules of one composite type, such as `BasicBlock` or `ViTLayer`. Where a network has several such types (the
+    stages around the blocks, the layers inside them), the blocks are those of the most numerous type that has at least
+    two weight matrices.
 
     Raises:
         LayoutError: names the entry that selects nothing, and parameters with similar names.
@@ -282,14 +299,21 @@ def _match(model: nn.Module, parameters: list[str], patterns: str | Sequence[str
 
 
 def _match_kind(model: nn.Module, parameters: list[str], kind: str, start: str, colon: str, stop: str) -> set[str]:
+    named = dict(model.named_modules())
     if kind in MODULE_KINDS:
-        groups = [
-            [f"{name}.{p}" if name else p for p, _ in module.named_parameters(recurse=False)]
-            for name, module in model.named_modules()
-            if MODULE_KINDS[kind](module)
-        ]
-    else:
+        names = [name for name, module in named.items() if MODULE_KINDS[kind](module)]
+        groups = [[_join(name, p) for p, _ in named[name].named_parameters(recurse=False)] for name in names]
+    elif kind in ("all", "bias"):
         groups = [[name] for name in parameters if kind == "all" or name.rpartition(".")[2] == "bias"]
+    else:
+        if kind == "blocks":
+            names = _find_blocks(model)
+        elif kind == "attention":
+            names = [name for name, module in named.items() if name and is_attention(module)]
+            names = [name for name in names if not any(name.startswith(f"{other}.") for other in names)]
+        else:
+            names = [n for n, m in named.items() if MODULE_KINDS["conv"](m) or MODULE_KINDS["linear"](m)][-1:]
+        groups = [[_join(name, p) for p, _ in named[name].named_parameters()] for name in names]
     if colon:
         groups = groups[int(start) if start else None : int(stop) if stop else None]
     elif start:
@@ -297,3 +321,26 @@ def _match_kind(model: nn.Module, parameters: list[str], kind: str, start: str, 
         groups = groups[index : index + 1 or None]
     # Tied parameters are listed once by `named_parameters`, under the first of their names.
     return set(itertools.chain.from_iterable(groups)) & set(parameters)
+
+
+def _join(module: str, parameter: str) -> str:
+    return f"{module}.{parameter}" if module else parameter
+
+
+def _find_blocks(model: nn.Module) -> list[str]:
+    """Names of the blocks of `model`, in its own order; the rule is that of [`select_parameters`]."""
+    found: dict[type, list[str]] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, nn.ModuleList | nn.Sequential | nn.ModuleDict):
+            children = [(n, c) for n, c in module.named_children() if any(True for _ in c.parameters())]
+            types = {type(child) for _, child in children}
+            if len(types) == 1 and any(True for _ in children[0][1].children()):
+                found.setdefault(types.pop(), []).extend(_join(name, child) for child, _ in children)
+    if not found:
+        return []
+
+    def rank(names: list[str]) -> tuple[bool, int]:
+        matrices = sum(parameter.ndim > 1 for parameter in model.get_submodule(names[0]).parameters())
+        return matrices > 1, len(names)
+
+    return max(found.values(), key=rank)

@@ -15,6 +15,8 @@ from transformers import HfArgumentParser
 from .loop import OPTIMIZERS
 from .models import AUTOENCODER_PRESETS, DENOISER_PRESETS
 
+SECRETS = ("hub_token",)
+TASKS = ("image_classification", "text_classification")
 STAGES = ("base", "collect", "autoencoder", "denoiser", "evaluate")
 
 
@@ -43,6 +45,11 @@ class RunSection:
     mixed_precision: str = _option("no", "`no`, `fp16` or `bf16`.")
     gradient_accumulation_steps: int = _option(1, "A training batch is computed in so many parts.")
     report_to: str | None = _option(None, "Tracker of Accelerate: tensorboard, wandb, trackio, ...")
+    push_to_hub: bool = _option(False, "Push the finished generator to the Hub, with its report as the model card.")
+    hub_model_id: str | None = _option(None, "Repository, `user/name` or `organization/name`; else output_dir's name.")
+    hub_private_repo: bool = _option(False, "Create the repository as a private one.")
+    hub_token: str | None = _option(None, "Token that can write; by default that of `hf auth login`. It is not stored.")
+    hub_license: str = _option("apache-2.0", "Licence for the model card; mind those of the base model and the data.")
 
     def __post_init__(self):
         unknown = [stage for stage in self.stages if stage not in STAGES]
@@ -63,12 +70,14 @@ class RunSection:
 
 @dataclass
 class TaskSection:
-    """The base model and its data: see `ImageClassificationTask`."""
+    """The base model and its data: see `ImageClassificationTask` and `TextClassificationTask`."""
 
+    task: str = _option(TASKS[0], f"One of {', '.join(TASKS)}.")
     model: str = _option("resnet18", "timm architecture, or local folder or Hub id of a timm or transformers model.")
-    dataset: str = _option("digits", "`digits`, or local folder or Hub id of an image-classification data set.")
-    image_size: int = _option(16, "Side of the square that images are scaled to; 0 for the model's own.")
+    dataset: str = _option("digits", "`digits`, or local folder, file or Hub id of a data set.")
+    image_size: int = _option(8, "Side of the square that images are scaled to; 0 for the model's own.")
     model_args: str = _option("{}", "More arguments of a timm architecture, as JSON.")
+    max_length: int = _option(128, "Texts are cut to so many tokens.")
     holdout_fraction: float = _option(0.2, "Share of the training data for a validation (and test) split it lacks.")
     max_train_samples: int | None = _option(None, "Use no more training examples than this.")
     max_eval_samples: int | None = _option(None, "Use no more validation and test examples than this.")
@@ -79,13 +88,14 @@ class TaskSection:
         except ValueError as error:
             raise ValueError(f"model_args must be JSON, got {self.model_args!r}: {error}") from error
         _require("model_args", self.model_args, isinstance(parsed, dict), "a mapping")
+        _require("task", self.task, self.task in TASKS, f"of {', '.join(TASKS)}")
 
 
 @dataclass
 class BaseSection:
     """Training of the base model (paper, Table 5a)."""
 
-    base_epochs: int = _option(15, "Epochs; 0 takes the model as it is.")
+    base_epochs: int = _option(20, "Epochs; 0 takes the model as it is.")
     base_batch_size: int = _option(64, "Images in a step.")
     base_learning_rate: float = _option(1e-3, "Peak learning rate, with cosine decay.")
     base_weight_decay: float = _option(5e-4, "Weight decay.")
@@ -98,11 +108,16 @@ class BaseSection:
 
 @dataclass
 class CollectSection:
-    """Snapshots by fine-tuning (paper, Table 5b)."""
+    """Snapshots: an existing data set of them, or fine-tuning (paper, Table 5b)."""
 
+    snapshots: str | None = _option(
+        None, "Folder or Hub id of a parameter data set to use as it is; all below is moot."
+    )
     select: list[str] = _option(["norm[-2:]"], "Tensors to generate: kinds, globs, or `re:` expressions.")
     exclude: list[str] = _option([], "Tensors to leave out of those.")
-    num_snapshots: int = _option(300, "K, one a step.")
+    num_snapshots: int = _option(300, "K, over all runs together.")
+    num_runs: int = _option(1, "Fine-tune so many times from the base model, each in another order of the data.")
+    collect_every: int = _option(1, "Take a snapshot every so many steps.")
     collect_optimizer: str = _option("adamw", f"One of {', '.join(OPTIMIZERS)}.")
     collect_learning_rate: float = _option(0.03, "Constant learning rate.")
     collect_weight_decay: float = _option(5e-4, "Weight decay.")
@@ -110,6 +125,9 @@ class CollectSection:
 
     def __post_init__(self):
         _require("num_snapshots", self.num_snapshots, self.num_snapshots >= 2, "at least 2")
+        _require("collect_every", self.collect_every, self.collect_every >= 1, "at least 1")
+        divides = self.num_runs >= 1 and self.num_snapshots % self.num_runs == 0
+        _require("num_runs", self.num_runs, divides, f"a divisor of num_snapshots={self.num_snapshots}")
         _require(
             "collect_optimizer", self.collect_optimizer, self.collect_optimizer in OPTIMIZERS, f"of {list(OPTIMIZERS)}"
         )
@@ -177,8 +195,10 @@ class EvaluateSection:
 
     num_models: int = _option(200, "How many networks to generate and score.")
     num_inference_steps: int = _option(20, "Denoising steps.")
+    baseline_models: int = _option(20, "Networks of each setting of the baselines, and of the VAE; 0 for none.")
 
     def __post_init__(self):
+        _require("baseline_models", self.baseline_models, self.baseline_models >= 0, "at least 0")
         _require("num_models", self.num_models, self.num_models >= 1, "at least 1")
         _require("num_inference_steps", self.num_inference_steps, self.num_inference_steps >= 1, "at least 1")
 
@@ -197,12 +217,16 @@ class Recipe(
         """The settings of some sections, by name."""
         return {f.name: getattr(self, f.name) for section in sections for f in dataclasses.fields(section)}
 
+    def without_secrets(self, *sections: type) -> dict:
+        """What may be written to files and sent to trackers."""
+        return {key: value for key, value in self.section(*sections).items() if key not in SECRETS}
+
     def save(self, path: str | os.PathLike) -> None:
         """Writes a recipe file that gives this recipe again."""
         lines = []
         for section in SECTIONS:
             lines.append(f"# {section.__doc__}")
-            lines.append(yaml.safe_dump(self.section(section), sort_keys=False, allow_unicode=True))
+            lines.append(yaml.safe_dump(self.without_secrets(section), sort_keys=False, allow_unicode=True))
         Path(path).write_text("\n".join(lines))
 
 
@@ -227,12 +251,11 @@ class RecipeParser(HfArgumentParser):
     def parse_recipe(self, argv: list[str] | None = None) -> Recipe:
         """The recipe that the file and the flags give; ends the program with one line for a wrong one."""
         argv = sys.argv[1:] if argv is None else argv
-        path = super().parse_known_args(argv)[0].recipe
-        if path is not None:
-            argv = self._read(path) + argv
-        namespace, rest = super().parse_known_args(argv)
-        for flag in rest:
-            self.error(f"unknown argument '{flag}'{self._suggest(flag.lstrip('-').partition('=')[0])}")
+        namespace, unknown = super().parse_known_args(argv)
+        if unknown:  # before the value that follows an unknown flag is taken for the recipe file
+            self.error(f"unknown argument '{unknown[0]}'{self._suggest(unknown[0].lstrip('-').partition('=')[0])}")
+        if namespace.recipe is not None:
+            namespace = super().parse_known_args(self._read(namespace.recipe) + argv)[0]
         values = {key: value for key, value in vars(namespace).items() if key in self.keys}
         try:
             return Recipe(**values)

@@ -1,31 +1,40 @@
 """The stages of a run, each of which can be carried out alone, resumed, and reused."""
 
 import contextlib
-import dataclasses
 import json
 import logging
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 
 import datasets
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from diffusers import DDPMScheduler, DPMSolverMultistepScheduler
 from filelock import FileLock, Timeout
-from transformers import AutoImageProcessor, AutoModelForImageClassification, PreTrainedModel
-from transformers.models.timm_wrapper import TimmWrapperConfig
+from torch import nn
+from transformers import PreTrainedModel
 
-from .checkpoints import CollectArguments, collect_snapshots, load_snapshots, parameter_matrix, train_base_model
-from .evaluation.report import evaluate, write_report
+from .checkpoints import (
+    CollectArguments,
+    collect_snapshots,
+    import_snapshots,
+    load_snapshots,
+    parameter_matrix,
+    train_base_model,
+)
+from .evaluation.baselines import standard_baselines
+from .evaluation.generator import evaluate_generator
 from .evaluation.scoring import Scorer
 from .loop import LoopArguments, derive_seed
 from .models import AUTOENCODER_PRESETS, DENOISER_PRESETS, ParameterAutoencoder
-from .parameters import ParameterLayout, select_parameters
+from .parameters import ParameterLayout, select_layout
 from .pipelines import PDiffPipeline
 from .recipe import (
+    SECTIONS,
+    STAGES,
     AutoencoderSection,
     BaseSection,
     CollectSection,
@@ -34,8 +43,8 @@ from .recipe import (
     Recipe,
     TaskSection,
 )
-from .tasks import ImageClassificationTask
-from .training import NoiseArguments, make_training_scheduler, reconstruct, train_autoencoder, train_denoiser
+from .tasks import ImageClassificationTask, Task, TextClassificationTask
+from .training import NoiseArguments, make_training_scheduler, train_autoencoder, train_denoiser
 
 logger = logging.getLogger(__name__)
 
@@ -44,6 +53,7 @@ SETTINGS = {
     "base": (TaskSection, BaseSection),
     "collect": (CollectSection,),
     "autoencoder": (AutoencoderSection,),
+    "vae": (),
     "denoiser": (DenoiserSection,),
     "evaluate": (EvaluateSection,),
 }
@@ -51,6 +61,7 @@ FOLDERS = {
     "base": "base_model",
     "collect": "snapshots",
     "autoencoder": "autoencoder",
+    "vae": "vae",
     "denoiser": "pipeline",
     "evaluate": "evaluation",
 }
@@ -66,38 +77,29 @@ class Run:
 
     Args:
         recipe (`Recipe`): What to do.
+        task (`Task`, *optional*): A task of your own, in place of the one that the recipe describes.
 
     Raises:
         RunError: if a finished stage has other settings, and `overwrite_output_dir` is not set.
         ValueError: for everything in the recipe that can be seen to be wrong before any work is done.
     """
 
-    def __init__(self, recipe: Recipe):
+    def __init__(self, recipe: Recipe, task: Task | None = None):
         self.recipe = recipe
+        self.task = make_task(recipe) if task is None else task
         self.folder = Path(recipe.output_dir)
         if self.folder.exists() and not self.folder.is_dir():
             raise RunError(f"output_dir '{self.folder}' is a file")
         self._check()
 
     @cached_property
-    def task(self) -> ImageClassificationTask:
-        r = self.recipe
-        return ImageClassificationTask(
-            model=r.model,
-            dataset=r.dataset,
-            image_size=r.image_size or None,
-            model_args=json.loads(r.model_args),
-            holdout_fraction=r.holdout_fraction,
-            max_train_samples=r.max_train_samples,
-            max_eval_samples=r.max_eval_samples,
-        )
-
-    @cached_property
     def layout(self) -> ParameterLayout:
         model = self.base_model if self.is_finished("base") else self.task.load_base_model()
-        return ParameterLayout.from_state_dict(
-            model.state_dict(), select_parameters(model, self.recipe.select, self.recipe.exclude)
-        )
+        if self.recipe.snapshots is None:
+            return select_layout(model, self.recipe.select, self.recipe.exclude)
+        layout = self.snapshots[1]
+        layout.check_fits(model.state_dict())
+        return layout
 
     def _check(self) -> None:
         """Everything that can be known to fail is found out here."""
@@ -107,11 +109,12 @@ class Run:
                 f"latent_dim is {r.latent_dim}, but only {self.layout.num_parameters} parameters are selected; a "
                 "latent cannot be longer than the vector"
             )
-        if round(r.num_snapshots * (1 - r.heldout_fraction)) < 2:
-            raise RunError(f"num_snapshots={r.num_snapshots} leaves fewer than 2 snapshots to train on")
+        num_snapshots = r.num_snapshots if r.snapshots is None else len(self.snapshots[0])
+        if round(num_snapshots * (1 - r.heldout_fraction)) < 2:
+            raise RunError(f"{num_snapshots} snapshots leave fewer than 2 to train on")
         if r.num_inference_steps > r.num_train_timesteps:
             raise RunError(
-                f"num_inference_steps is {r.num_inference_steps}, more than the {r.num_train_timesteps} steps of training"
+                f"num_inference_steps is {r.num_inference_steps}, more than num_train_timesteps={r.num_train_timesteps}"
             )
         for stage in ("autoencoder", "denoiser"):
             parts = r.gradient_accumulation_steps * int(os.environ.get("WORLD_SIZE", 1))
@@ -120,6 +123,8 @@ class Run:
                     f"{stage}_batch_size={getattr(r, f'{stage}_batch_size')} cannot be cut into {parts} equal parts "
                     "(processes × gradient_accumulation_steps)"
                 )
+        if r.push_to_hub and "denoiser" not in r.stages and not self.is_finished("denoiser"):
+            raise RunError("push_to_hub needs a finished generator, which the chosen stages do not make")
         for stage in SETTINGS:
             record = self._record(stage)
             if record is not None and record["settings"] != self._settings(stage) and not r.overwrite_output_dir:
@@ -128,6 +133,11 @@ class Run:
                     f"'{self.folder}' holds a run with other settings ({difference}"
                     "); choose another --output_dir, or carry the changed stages out again with --overwrite_output_dir"
                 )
+        if "evaluate" in r.stages and not self.is_finished("evaluate"):
+            model = self.base_model if self.is_finished("base") else self.task.load_base_model()
+            count = 2 * num_snapshots + 1 + r.num_models + (len(standard_baselines()) + 1) * r.baseline_models
+            for split in ("validation", "test"):
+                Scorer(self.task, model, self.layout).check_memory(split, count)
 
     # ------------------------------------------------------------------------------------------- bookkeeping of stages
 
@@ -156,7 +166,7 @@ class Run:
         return (
             record is not None
             and record["settings"] == self._settings(stage)
-            and (self.folder / FOLDERS[stage]).is_dir()
+            and ((self.folder / FOLDERS[stage]).is_dir() or (stage == "collect" and self.recipe.snapshots is not None))
         )
 
     def _finish(self, stage: str, results: dict) -> None:
@@ -169,13 +179,13 @@ class Run:
     def _loop(self, stage: str, **kwargs) -> dict:
         """What the training stages have in common, as arguments."""
         r = self.recipe
-        if r.resume_from_checkpoint is None:
+        if r.resume_from_checkpoint is None and PartialState().is_main_process:
             shutil.rmtree(self._checkpoint_dir(stage), ignore_errors=True)
         return {
             "args": LoopArguments(
                 checkpointing_steps=r.checkpointing_steps, checkpoints_total_limit=r.checkpoints_total_limit, **kwargs
             ),
-            "seed": derive_seed(r.seed, list(SETTINGS).index(stage)),
+            "seed": derive_seed(r.seed, (*STAGES, "vae").index(stage)),
             "checkpoint_dir": self._checkpoint_dir(stage),
             "resume": r.resume_from_checkpoint is not None,
         }
@@ -192,7 +202,8 @@ class Run:
             project_dir=str(self.folder / "logs"),
         )
         if r.report_to is not None:
-            accelerator.init_trackers("pdiff_hf", config={k: _loggable(v) for k, v in dataclasses.asdict(r).items()})
+            settings = r.without_secrets(*SECTIONS)
+            accelerator.init_trackers("pdiff_hf", config={k: _loggable(v) for k, v in settings.items()})
         try:
             yield accelerator
         finally:
@@ -202,7 +213,10 @@ class Run:
 
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:
-        """Keeps a second run out of the folder."""
+        """Keeps a second run out of the folder; for the main process alone."""
+        if not PartialState().is_main_process:
+            yield
+            return
         self.folder.mkdir(parents=True, exist_ok=True)
         try:
             with FileLock(self.folder / ".lock", timeout=0):
@@ -213,8 +227,13 @@ class Run:
             ) from error
 
     def carry_out(self) -> None:
-        """All stages that the recipe asks for and that are not finished yet, in order."""
-        self.recipe.save(self.folder / "recipe.yaml")
+        """
+        All stages that the recipe asks for and that are not finished yet, in order. Networks are trained on all
+        processes; the main one does the rest, and alone writes to the folder.
+        """
+        state = PartialState()
+        if state.is_main_process:
+            self.recipe.save(self.folder / "recipe.yaml")
         stages = {
             "base": self.train_base,
             "collect": self.collect,
@@ -225,12 +244,16 @@ class Run:
         earlier: list[str] = []
         for stage, function in stages.items():
             if stage in self.recipe.stages:
+                # A process that is ahead must not look for what another one is still writing.
+                state.wait_for_everyone()
                 missing = [name for name in earlier if not self.is_finished(name)]
+                finished = self.is_finished(stage)
+                state.wait_for_everyone()
                 if missing:
                     raise RunError(
                         f"stage {stage} needs {', '.join(missing)} first, which '{self.folder}' does not have"
                     )
-                if self.is_finished(stage):
+                if finished:
                     logger.info("%s: finished before, reused", stage)
                 else:
                     function()
@@ -259,19 +282,24 @@ class Run:
                     ),
                 )
             results["losses"] = losses.tolist()
+        if not PartialState().is_main_process:
+            return
         model = model.to("cpu").eval()
         with _replacing(self.folder / FOLDERS["base"]) as folder:
-            model.save_pretrained(folder)
-            if not isinstance(model.config, TimmWrapperConfig):
-                AutoImageProcessor.from_pretrained(r.model).save_pretrained(folder)
+            self.task.save_base_model(model, folder)
         self._finish("base", results)
 
     @cached_property
-    def base_model(self) -> PreTrainedModel:
-        return AutoModelForImageClassification.from_pretrained(self.folder / FOLDERS["base"]).eval()
+    def base_model(self) -> nn.Module:
+        return self.task.load_saved(self.folder / FOLDERS["base"]).eval()
 
     def collect(self) -> None:
         r = self.recipe
+        if not PartialState().is_main_process:
+            return
+        if r.snapshots is not None:  # they stay where they are
+            self._finish("collect", {"num_snapshots": len(self.snapshots[0])})
+            return
         target = self.folder / FOLDERS["collect"]
         shutil.rmtree(target, ignore_errors=True)
         with self._accelerator() as accelerator:
@@ -283,6 +311,8 @@ class Run:
                 target,
                 CollectArguments(
                     num_snapshots=r.num_snapshots,
+                    num_runs=r.num_runs,
+                    every_n_steps=r.collect_every,
                     optimizer=r.collect_optimizer,
                     learning_rate=r.collect_learning_rate,
                     weight_decay=r.collect_weight_decay,
@@ -293,9 +323,21 @@ class Run:
         self.base_model.to("cpu")
         self._finish("collect", {})
 
+    def import_snapshots(self, paths: Sequence[str]) -> None:
+        """Takes the place of the stage collect: snapshots from files, as `import_snapshots` reads them."""
+        if self._record("collect") is not None and not self.recipe.overwrite_output_dir:
+            raise RunError(
+                f"'{self.folder}' has snapshots already; choose another --output_dir, or replace them with "
+                "--overwrite_output_dir"
+            )
+        with _replacing(self.folder / FOLDERS["collect"]) as folder:
+            folder.rmdir()
+            import_snapshots(paths, self.layout, folder)
+        self._finish("collect", {"imported_from": [str(path) for path in paths]})
+
     @cached_property
     def snapshots(self) -> tuple[datasets.Dataset, ParameterLayout]:
-        return load_snapshots(self.folder / FOLDERS["collect"])
+        return load_snapshots(self.recipe.snapshots or self.folder / FOLDERS["collect"])
 
     @cached_property
     def parameters(self) -> torch.Tensor:
@@ -312,29 +354,38 @@ class Run:
 
     def train_autoencoder(self) -> None:
         r = self.recipe
+        noise = NoiseArguments(parameter_noise=r.parameter_noise, latent_noise=r.latent_noise)
+        self._train_autoencoder("autoencoder", noise=noise)
+
+    def _train_autoencoder(self, stage: str, **kwargs) -> None:
+        r = self.recipe
         with self._accelerator() as accelerator:
             autoencoder, losses = train_autoencoder(
                 accelerator,
                 self.parameters[~self.heldout],
                 self.layout,
-                noise=NoiseArguments(parameter_noise=r.parameter_noise, latent_noise=r.latent_noise),
                 latent_dim=r.latent_dim,
                 **AUTOENCODER_PRESETS[r.autoencoder_preset],
                 **self._loop(
-                    "autoencoder",
+                    stage,
                     num_steps=r.autoencoder_steps,
                     batch_size=r.autoencoder_batch_size,
                     learning_rate=r.autoencoder_learning_rate,
                     lr_warmup_steps=r.autoencoder_warmup_steps,
                 ),
+                **kwargs,
             )
-        with _replacing(self.folder / FOLDERS["autoencoder"]) as folder:
+        if not PartialState().is_main_process:
+            return
+        with _replacing(self.folder / FOLDERS[stage]) as folder:
             autoencoder.save_pretrained(folder)
-        self._finish("autoencoder", {"losses": losses.tolist()})
+        self._finish(stage, {"losses": losses.tolist()})
 
     @cached_property
     def autoencoder(self) -> ParameterAutoencoder:
-        return ParameterAutoencoder.from_pretrained(self.folder / FOLDERS["autoencoder"]).eval()
+        autoencoder = ParameterAutoencoder.from_pretrained(self.folder / FOLDERS["autoencoder"]).eval()
+        autoencoder.register_to_config(_name_or_path="")  # this folder's name would be saved with the pipeline
+        return autoencoder
 
     def train_denoiser(self) -> None:
         r = self.recipe
@@ -356,9 +407,11 @@ class Run:
                     ema_decay=r.ema_decay,
                 ),
             )
-        pipeline = PDiffPipeline(
-            self.autoencoder, denoiser, make_sampling_scheduler(scheduler), base_model=self.base_model
-        )
+        if not PartialState().is_main_process:
+            return
+        # A network of no library that can save it does not go with its generator.
+        base_model = self.base_model if isinstance(self.base_model, PreTrainedModel) else None
+        pipeline = PDiffPipeline(self.autoencoder, denoiser, make_sampling_scheduler(scheduler), base_model=base_model)
         with _replacing(self.folder / FOLDERS["denoiser"]) as folder:
             pipeline.save_pretrained(folder)
         self._finish("denoiser", {"losses": losses.tolist()})
@@ -369,29 +422,69 @@ class Run:
         pipeline.set_progress_bar_config(desc="sampling")
         return pipeline
 
+    def train_vae(self) -> None:
+        """The VAE of the paper's Table 8, a baseline: trained as the autoencoder is, but with the KL term."""
+        noise = NoiseArguments(parameter_noise=self.recipe.parameter_noise, latent_noise=0.0)
+        self._train_autoencoder("vae", noise=noise, kl_weight=1.0)
+
     def evaluate(self) -> None:
         r = self.recipe
-        pipeline = self.pipeline
-        generated = pipeline(
-            r.num_models,
-            num_inference_steps=r.num_inference_steps,
-            generator=torch.Generator().manual_seed(derive_seed(r.seed, 4)),
-            output_type="pt",
-        ).parameters
-        reconstructed = reconstruct(self.autoencoder, self.parameters)
-        report = evaluate(
-            Scorer(self.task, self.base_model, self.layout, cache_dir=self.folder / "scores"),
-            {
-                "original": self.parameters,
-                "ensemble": self.parameters.mean(0, keepdim=True),
-                "reconstructed": reconstructed,
-                "generated": generated,
-            },
-            heldout=self.heldout,
-        )
+        device = PartialState().device
+        vae = None
+        if r.baseline_models and not self.is_finished("vae"):
+            self.train_vae()
+        if not PartialState().is_main_process:
+            return
+        if r.baseline_models:
+            generator = torch.Generator().manual_seed(derive_seed(r.seed, *b"vae"))
+            autoencoder = ParameterAutoencoder.from_pretrained(self.folder / FOLDERS["vae"]).eval()
+            vae = autoencoder.sample_prior(r.baseline_models, generator)
         with _replacing(self.folder / FOLDERS["evaluate"]) as folder:
-            write_report(report, folder)
+            evaluate_generator(
+                Scorer(self.task, self.base_model.to(device), self.layout, cache_dir=self.folder / "scores"),
+                self.parameters,
+                self.pipeline.to(device),
+                folder,
+                heldout=self.heldout,
+                num_models=r.num_models,
+                num_inference_steps=r.num_inference_steps,
+                baseline_models=r.baseline_models,
+                vae=vae,
+                losses=self._losses(),
+                seed=r.seed,
+            )
+        self.base_model.to("cpu")
         self._finish("evaluate", {})
+
+    def _losses(self) -> dict[str, dict[str, list[float]]]:
+        """The losses of the networks that were trained, for a figure."""
+        panels = {
+            "base model": {"base": "base model"},
+            "autoencoder": {"autoencoder": "autoencoder", "vae": "VAE, with its KL term"},
+            "denoiser": {"denoiser": "denoiser"},
+        }
+        results = {stage: self._record(stage)["results"] for stage in SETTINGS if self.is_finished(stage)}
+        losses = {
+            title: {name: results[stage]["losses"] for stage, name in stages.items() if results.get(stage)}
+            for title, stages in panels.items()
+        }
+        return {title: curves for title, curves in losses.items() if curves}
+
+
+def make_task(recipe: Recipe) -> Task:
+    """The task that a recipe describes."""
+    shared = {
+        "model": recipe.model,
+        "dataset": recipe.dataset,
+        "holdout_fraction": recipe.holdout_fraction,
+        "max_train_samples": recipe.max_train_samples,
+        "max_eval_samples": recipe.max_eval_samples,
+    }
+    if recipe.task == "text_classification":
+        return TextClassificationTask(**shared, max_length=recipe.max_length)
+    return ImageClassificationTask(
+        **shared, image_size=recipe.image_size or None, model_args=json.loads(recipe.model_args)
+    )
 
 
 def make_sampling_scheduler(scheduler: DDPMScheduler) -> DPMSolverMultistepScheduler:

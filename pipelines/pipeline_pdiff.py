@@ -1,8 +1,13 @@
 """Samples new sets of parameters of a network. Self-contained: this file is also a Hub repository's `pipeline.py`."""
 
 import copy
+import inspect
+import os
+import shutil
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from diffusers import DiffusionPipeline, SchedulerMixin
@@ -10,6 +15,8 @@ from diffusers.utils import BaseOutput
 from diffusers.utils.torch_utils import randn_tensor
 from torch import nn
 
+from pdiff_hf.ensemble import EnsembleModel
+from pdiff_hf.hub import PIPELINE_FILE, push_pipeline_to_hub
 from pdiff_hf.models import LatentDenoiser, ParameterAutoencoder
 
 OUTPUT_TYPES = ("state_dict", "pt", "latent", "model")
@@ -62,12 +69,60 @@ class PDiffPipeline(DiffusionPipeline):
         lengths = [part.config.latent_dim for part in (autoencoder, denoiser) if part is not None]
         if len(set(lengths)) > 1:
             raise ValueError(
-                f"the autoencoder has latents of length {lengths[0]} and the denoiser of length {lengths[1]}; they were "
-                "not trained together"
+                f"the autoencoder has latents of length {lengths[0]} and the denoiser of length {lengths[1]}; they "
+                "were not trained together"
             )
         if autoencoder is not None and base_model is not None:
             autoencoder.layout.check_fits(base_model.state_dict())
         self.register_modules(autoencoder=autoencoder, denoiser=denoiser, scheduler=scheduler, base_model=base_model)
+
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike,
+        safe_serialization: bool = True,
+        variant: str | None = None,
+        max_shard_size: int | str | None = None,
+        push_to_hub: bool = False,
+        **kwargs,
+    ) -> None:
+        """
+        Like diffusers' own, but this file goes with the components, as `pipeline.py`. With `push_to_hub=True`, `kwargs`
+        are those of [`push_to_hub`], and `repo_id` is the folder's name by default.
+        """
+        super().save_pretrained(save_directory, safe_serialization, variant, max_shard_size)
+        shutil.copyfile(__file__, Path(save_directory, PIPELINE_FILE))
+        if push_to_hub:
+            push_pipeline_to_hub(save_directory, **{"repo_id": Path(save_directory).name} | kwargs)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        commit_message: str = "Upload PDiffPipeline",
+        private: bool | None = None,
+        token: str | None = None,
+        create_pr: bool = False,
+        safe_serialization: bool = True,
+        variant: str | None = None,
+        revision: str | None = None,
+    ) -> str:
+        """
+        Like diffusers' own, but in one commit with this file, as `pipeline.py`, and with a model card that says what
+        the pipeline generates. A card that the repository has already is kept. Returns the commit's address.
+
+        Raises:
+            HubError: if it cannot be pushed; nothing is published by halves, and the push can be repeated.
+        """
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(folder, safe_serialization, variant)
+            return push_pipeline_to_hub(
+                folder,
+                repo_id,
+                private=private,
+                revision=revision,
+                token=token,
+                create_pr=create_pr,
+                commit_message=commit_message,
+            )
 
     def check_inputs(
         self,
@@ -185,8 +240,9 @@ class PDiffPipeline(DiffusionPipeline):
         generators = self.prepare_generators(num_models, generator)
         latents = self.prepare_latents(num_models, generators, latents)
         self.scheduler.set_timesteps(num_inference_steps, device=latents.device)
-        # Multistep schedulers take no noise, and some none at all.
-        extra = {"generator": generators} if _takes_generator(self.scheduler) else {}
+        # Schedulers of ordinary differential equations add no noise, and some of them take no generator.
+        takes_generator = "generator" in inspect.signature(self.scheduler.step).parameters
+        extra = {"generator": generators} if takes_generator else {}
 
         for step, timestep in enumerate(self.progress_bar(self.scheduler.timesteps)):
             scaled = self.scheduler.scale_model_input(latents, timestep)
@@ -233,6 +289,23 @@ class PDiffPipeline(DiffusionPipeline):
             setattr(model.get_submodule(owner), attribute, nn.Parameter(tensor.to(device), requires_grad=False))
         return model.eval()
 
+    def ensemble(
+        self,
+        num_models: int = 10,
+        num_inference_steps: int = 20,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        batch_size: int = 256,
+    ) -> EnsembleModel:
+        """
+        New networks as one `nn.Module` that returns the mean of their probabilities, on the base model's device.
+        Arguments and errors are those of the call; the networks are those that it gives for the same arguments.
 
-def _takes_generator(scheduler: SchedulerMixin) -> bool:
-    return "generator" in scheduler.step.__code__.co_varnames[: scheduler.step.__code__.co_argcount]
+        Raises:
+            ValueError: if the pipeline has no base model.
+        """
+        if self.base_model is None:
+            raise ValueError("an ensemble needs a base model, and this pipeline has none; pass base_model=...")
+        parameters = self(
+            num_models, num_inference_steps, generator, batch_size=batch_size, output_type="pt"
+        ).parameters
+        return EnsembleModel(self.base_model, self.autoencoder.layout, parameters)

@@ -8,8 +8,16 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
+from transformers import (
+    AutoModelForImageClassification,
+    AutoModelForSequenceClassification,
+    BertConfig,
+    ConvNextConfig,
+    ResNetConfig,
+    ViTConfig,
+)
 
-from pdiff_hf.parameters import EXACT_DTYPES, LayoutError, ParameterLayout, select_parameters
+from pdiff_hf.parameters import EXACT_DTYPES, LayoutError, ParameterLayout, select_layout, select_parameters
 
 NAMES = st.text(alphabet="abz.0_/ü ", min_size=1, max_size=12)
 SHAPES = st.lists(st.integers(0, 4), max_size=3).map(tuple)
@@ -184,3 +192,135 @@ def test_tied_parameters_are_selected_once():
     model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
     model[1].weight = model[0].weight
     assert select_parameters(model, "linear") == ("0.weight", "0.bias", "1.bias")
+
+
+def timm_model(name: str, **kwargs) -> nn.Module:
+    with torch.device("meta"):
+        return timm.create_model(name, num_classes=10, **kwargs)
+
+
+def transformers_model(config) -> nn.Module:
+    auto = AutoModelForSequenceClassification if isinstance(config, BertConfig) else AutoModelForImageClassification
+    with torch.device("meta"):
+        return auto.from_config(config)
+
+
+RESNET18 = ResNetConfig(depths=[2, 2, 2, 2], hidden_sizes=[64, 128, 256, 512], layer_type="basic")
+BERT = BertConfig(num_hidden_layers=3, hidden_size=32, num_attention_heads=2, intermediate_size=64, vocab_size=50)
+MODELS = {
+    "timm resnet18": lambda: timm_model("resnet18"),
+    "timm resnet50": lambda: timm_model("resnet50"),
+    "timm vit": lambda: timm_model("vit_tiny_patch16_224"),
+    "timm convnext": lambda: timm_model("convnext_tiny"),
+    "timm swin": lambda: timm_model("swin_tiny_patch4_window7_224"),
+    "timm efficientnet": lambda: timm_model("efficientnet_b0"),
+    "timm densenet": lambda: timm_model("densenet121"),
+    "timm resnetv2": lambda: timm_model("resnetv2_50"),
+    "transformers resnet18": lambda: transformers_model(RESNET18),
+    "transformers convnext": lambda: transformers_model(ConvNextConfig()),
+    "transformers vit": lambda: transformers_model(ViTConfig()),
+    "transformers bert": lambda: transformers_model(BERT),
+}
+
+
+@pytest.mark.parametrize(
+    ("model", "first", "last"),
+    [
+        ("timm resnet18", "layer1.0", "layer4.1"),  # the blocks of all four stages, though no stage has many
+        ("timm resnet50", "layer1.0", "layer4.2"),
+        ("timm vit", "blocks.0", "blocks.11"),
+        ("timm convnext", "stages.0.blocks.0", "stages.3.blocks.2"),  # and not the stages around them
+        ("timm swin", "layers.0.blocks.0", "layers.3.blocks.1"),
+        ("timm efficientnet", "blocks.1.0", "blocks.6.0"),
+        ("timm densenet", "features.denseblock1.denselayer1", "features.denseblock4.denselayer16"),
+        # not its four stages, and not the convolution layers inside its blocks, which are twice as many
+        ("transformers resnet18", "resnet.encoder.stages.0.layers.0", "resnet.encoder.stages.3.layers.1"),
+        ("transformers convnext", "convnext.encoder.stages.0.layers.0", "convnext.encoder.stages.3.layers.2"),
+        ("transformers vit", "vit.layers.0", "vit.layers.11"),
+        ("transformers bert", "bert.encoder.layer.0", "bert.encoder.layer.2"),
+    ],
+)
+def test_blocks_of_any_architecture(model, first, last):
+    model = MODELS[model]()
+    parameters = [name for name, _ in model.named_parameters()]
+    expected = [name for name in parameters if name.startswith(f"{first}.")]
+    assert list(select_parameters(model, "blocks[:1]")) == expected
+    assert list(select_parameters(model, "blocks[-1:]")) == [n for n in parameters if n.startswith(f"{last}.")]
+    both = select_parameters(model, ["blocks[:1]", "blocks[-1:]"])
+    assert set(both) == set(select_parameters(model, ["blocks[0]", "blocks[-1]"]))
+
+
+@pytest.mark.parametrize(
+    ("model", "expected"),
+    [
+        ("timm resnet18", "fc"),
+        ("timm convnext", "head.fc"),
+        ("timm vit", "head"),
+        ("timm resnetv2", "head.fc"),  # a convolution
+        ("transformers resnet18", "classifier.1"),
+        ("transformers bert", "classifier"),
+    ],
+)
+def test_head_of_any_architecture(model, expected):
+    assert select_parameters(MODELS[model](), "head") == (f"{expected}.weight", f"{expected}.bias")
+
+
+def test_attention_of_any_architecture():
+    names = select_parameters(MODELS["timm vit"](), "attention[-1]")
+    assert names == tuple(f"blocks.11.attn.{n}.{p}" for n in ("qkv", "proj") for p in ("weight", "bias"))
+    names = select_parameters(MODELS["transformers bert"](), "attention[0]", exclude="norm")
+    assert len(names) == 8 and all(name.startswith("bert.encoder.layer.0.attention.") for name in names)
+    layer = nn.TransformerEncoderLayer(8, 2, 16)
+    assert set(select_parameters(layer, "attention")) == {n for n, _ in layer.named_parameters() if "self_attn" in n}
+
+
+def test_kinds_at_any_depth():
+    # the paper's Table 3f takes single layers
+    assert select_parameters(MODELS["timm resnet18"](), ["conv[0]", "conv[10]"]) == (
+        "conv1.weight",
+        "layer3.0.conv1.weight",
+    )
+    assert select_parameters(MODELS["timm vit"](), "linear[1]") == (
+        "blocks.0.attn.proj.weight",
+        "blocks.0.attn.proj.bias",
+    )
+
+
+def test_plain_networks_have_blocks_too():
+    def block(width):
+        return nn.Sequential(nn.Linear(4, width), nn.LayerNorm(width), nn.Linear(width, 4))
+
+    assert select_parameters(nn.Sequential(block(2), nn.ReLU(), block(3)), "blocks[-1]", "norm") == (
+        "2.0.weight",
+        "2.0.bias",
+        "2.2.weight",
+        "2.2.bias",
+    )
+    with pytest.raises(LayoutError, match="'blocks.-1:.' selects no parameter"):
+        select_parameters(nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)), "blocks[-1:]")
+
+
+def test_adapters_of_a_peft_model():
+    peft = pytest.importorskip("peft")
+    config = ViTConfig(
+        hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32, image_size=8, patch_size=4
+    )
+    lora = peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj"], modules_to_save=["classifier"])
+    model = peft.get_peft_model(AutoModelForImageClassification.from_config(config), lora)
+    layout = select_layout(model, "*.lora_*")
+    trainable = {name: p for name, p in model.named_parameters() if p.requires_grad and "lora_" in name}
+    assert layout.names == tuple(trainable) and layout.num_parameters == 2 * 2 * 2 * (16 * 2)
+    assert len(select_parameters(model, "*.lora_A.*")) == len(select_parameters(model, "*.lora_*", "*.lora_B.*")) == 4
+    assert len(select_parameters(model, ["*.lora_*", "head"])) == 10  # with the classifier that is trained beside them
+    vector = torch.randn(layout.num_parameters)
+    model.load_state_dict(layout.unflatten(vector), strict=False)
+    assert torch.equal(layout.flatten(model.state_dict()), vector)
+
+
+def test_ten_thousand_tensors():
+    model = nn.Module()
+    model.layers = nn.ParameterList([nn.Parameter(torch.full((2,), float(i))) for i in range(10_000)])
+    layout = select_layout(model, "layers.*", exclude="layers.9999")
+    vector = layout.flatten(model.state_dict())
+    assert vector.shape == (2 * 9_999,) and layout.locate(19_997) == "layers.9998"
+    assert torch.equal(layout.flatten(layout.unflatten(vector)), vector)

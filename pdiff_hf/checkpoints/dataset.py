@@ -1,7 +1,6 @@
 """The parameter data set: one row a snapshot, kept as a folder that is also a data set repository of the Hub."""
 
 import hashlib
-import json
 import os
 import shutil
 from collections.abc import Sequence
@@ -18,7 +17,11 @@ from ..parameters import LayoutError, ParameterLayout
 # Rows are written out when this much has come together.
 WRITE_BUFFER = 64 * 2**20
 DATA_FILE = "data/snapshots.arrow"
-LAYOUT_FILE = "layout/layout.jsonl"
+LAYOUT_FILE = "layout/layout.arrow"
+# Both configs are Arrow files: a data set repository has one format for all of its configs.
+LAYOUT_FEATURES = datasets.Features(
+    name=datasets.Value("string"), shape=datasets.List(datasets.Value("int64")), dtype=datasets.Value("string")
+)
 CARD = """---
 configs:
 - config_name: default
@@ -103,9 +106,12 @@ class SnapshotWriter:
                 raise SnapshotError("no snapshot was written")
             if exception_type is None:
                 self._writer.finalize()
-                rows = zip(self.layout.names, self.layout.shapes, self.layout.dtypes, strict=True)
-                lines = [json.dumps({"name": n, "shape": s, "dtype": d}) for n, s, d in rows]
-                (self._part / LAYOUT_FILE).write_text("\n".join(lines) + "\n")
+                with ArrowWriter(path=str(self._part / LAYOUT_FILE), features=LAYOUT_FEATURES) as writer:
+                    for name, shape, dtype in zip(
+                        self.layout.names, self.layout.shapes, self.layout.dtypes, strict=True
+                    ):
+                        writer.write({"name": name, "shape": shape, "dtype": dtype})
+                    writer.finalize()
                 (self._part / "README.md").write_text(CARD.format(num_parameters=self.layout.num_parameters))
                 self._part.rename(self.folder)
         finally:
@@ -140,7 +146,7 @@ def load_snapshots(path: str | os.PathLike, **kwargs: Any) -> tuple[datasets.Dat
         if not (folder / DATA_FILE).is_file() or not (folder / LAYOUT_FILE).is_file():
             raise SnapshotError(f"'{path}' is not a parameter data set: it has no {DATA_FILE} or no {LAYOUT_FILE}")
         dataset = datasets.Dataset.from_file(str(folder / DATA_FILE))
-        rows = [json.loads(line) for line in (folder / LAYOUT_FILE).read_text().splitlines()]
+        rows = list(datasets.Dataset.from_file(str(folder / LAYOUT_FILE)))
     else:
         try:
             dataset = datasets.load_dataset(str(path), "default", split="train", **kwargs)

@@ -1,6 +1,8 @@
 """Snapshots by fine-tuning (paper, sections 2.3 and 3.1): train the network, then save one at each further step."""
 
 import os
+from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -9,8 +11,8 @@ from accelerate.utils import send_to_device
 from torch import nn
 from tqdm.auto import tqdm
 
-from ..batched import BatchedModels
-from ..loop import LoopArguments, TrainingError, epoch_indices, make_optimizer, train
+from ..batched import BatchedModels, Forward, PrefixCache
+from ..loop import LoopArguments, TrainingError, derive_seed, epoch_indices, make_optimizer, train
 from ..parameters import ParameterLayout
 from ..tasks import Task, accuracy, take
 from .dataset import SnapshotWriter
@@ -23,7 +25,10 @@ SCORE_BUFFER = 256 * 2**20
 class CollectArguments:
     """
     Args:
-        num_snapshots (`int`, *optional*, defaults to 300): K.
+        num_snapshots (`int`, *optional*, defaults to 300): K, over all runs together.
+        num_runs (`int`, *optional*, defaults to 1): How many times to start again from the base model, each time with
+            another order of the data. A divisor of `num_snapshots`.
+        every_n_steps (`int`, *optional*, defaults to 1): Steps between two snapshots.
         optimizer (`str`, *optional*, defaults to `"adamw"`): `adamw`, `adam` or `sgd`.
         learning_rate (`float`, *optional*, defaults to 0.03): Constant (paper, Table 5b).
         weight_decay (`float`, *optional*, defaults to 5e-4).
@@ -31,6 +36,8 @@ class CollectArguments:
     """
 
     num_snapshots: int = 300
+    num_runs: int = 1
+    every_n_steps: int = 1
     optimizer: str = "adamw"
     learning_rate: float = 0.03
     weight_decay: float = 5e-4
@@ -78,9 +85,11 @@ def collect_snapshots(
     seed: int,
 ) -> None:
     """
-    Fine-tunes the tensors of `layout` and writes a snapshot after each step to the parameter data set `folder`, with
-    the column `validation_accuracy` in percent. Everything else stays as it is: the other parameters, and the
-    statistics of batch norm, because the network is in eval mode throughout. `model` is left as it was.
+    Fine-tunes the tensors of `layout` and writes snapshots to the parameter data set `folder`, with the column
+    `validation_accuracy` in percent; the column `seed` differs between runs. Everything else stays as it is: the other
+    parameters, and the statistics of batch norm, because the network is in eval mode throughout. `model` is left as it
+    was. Where examples come up several times, what is computed from them before the trained tensors are used is
+    computed once and kept, if it fits into memory and the data are the same each time.
 
     Raises:
         TrainingError: if the loss or a parameter is no longer finite.
@@ -93,18 +102,33 @@ def collect_snapshots(
         parameter.requires_grad_(name in trained)
     model.to(accelerator.device).eval()
     models = BatchedModels(model, layout)
-    optimizer = make_optimizer(args.optimizer, trained.values(), args.learning_rate, args.weight_decay)
+
+    def loss_of(indices: torch.Tensor) -> Forward:
+        batch = send_to_device(task.collate(take(split, indices.tolist())), accelerator.device)
+        return lambda call: task.loss(call, batch)
+
+    cache = None
+    if args.num_snapshots * args.every_n_steps * args.batch_size >= 2 * len(split):
+        cache = PrefixCache.build(models, loss_of, len(split), args.batch_size)
     num_buffered = max(1, min(args.num_snapshots, SCORE_BUFFER // (4 * layout.num_parameters)))
-    steps = zip(range(args.num_snapshots), epoch_indices(len(split), args.batch_size, seed), strict=False)
     progress = tqdm(
-        steps, "snapshots", args.num_snapshots, disable=not accelerator.is_local_main_process, mininterval=1.0
+        _schedule(len(split), args, seed),
+        "snapshots",
+        args.num_snapshots * args.every_n_steps,
+        disable=not accelerator.is_local_main_process,
+        mininterval=1.0,
     )
     try:
         with SnapshotWriter(folder, layout, metrics=("validation_accuracy",)) as writer:
-            buffer: list[torch.Tensor] = []
-            for step, indices in progress:
-                batch = send_to_device(task.collate(take(split, indices.tolist())), accelerator.device)
-                loss = task.loss(model, batch)
+            buffer: list[tuple[torch.Tensor, int, int]] = []
+            num_taken = 0
+            for run_seed, step, indices in progress:
+                if step == 1:
+                    model.load_state_dict(layout.unflatten(original), strict=False)
+                    optimizer = make_optimizer(args.optimizer, trained.values(), args.learning_rate, args.weight_decay)
+                loss_function = loss_of(indices)
+                with cache.replay(indices) if cache else nullcontext():
+                    loss = loss_function(model)
                 if not torch.isfinite(loss):
                     raise TrainingError(
                         f"snapshots: the loss is {loss.item()} at step {step}; the learning rate of "
@@ -113,14 +137,26 @@ def collect_snapshots(
                 optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()
-                buffer.append(layout.flatten(model.state_dict()))
-                if len(buffer) == num_buffered or step + 1 == args.num_snapshots:
-                    scores = accuracy(task, models, "validation", torch.stack(buffer))
-                    for i, (parameters, score) in enumerate(zip(buffer, scores.tolist(), strict=True)):
-                        row = step + 1 - len(buffer) + i
-                        writer.write(parameters, step=row + 1, seed=seed, validation_accuracy=score)
+                if step % args.every_n_steps:
+                    continue
+                buffer.append((layout.flatten(model.state_dict()), step, run_seed))
+                num_taken += 1
+                if len(buffer) == num_buffered or num_taken == args.num_snapshots:
+                    scores = accuracy(task, models, "validation", torch.stack([row[0] for row in buffer]))
+                    for (parameters, row_step, row_seed), score in zip(buffer, scores.tolist(), strict=True):
+                        writer.write(parameters, step=row_step, seed=row_seed, validation_accuracy=score)
                     buffer.clear()
     finally:
         model.load_state_dict(layout.unflatten(original), strict=False)
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(required_grad[name])
+
+
+def _schedule(num_examples: int, args: CollectArguments, seed: int) -> Iterator[tuple[int, int, torch.Tensor]]:
+    """Every training step of every run: the run's seed, the number of the step from 1, and indices of examples."""
+    steps_per_run = args.num_snapshots // args.num_runs * args.every_n_steps
+    for run in range(args.num_runs):
+        run_seed = derive_seed(seed, run) if args.num_runs > 1 else seed
+        indices = epoch_indices(num_examples, args.batch_size, run_seed)
+        for step in range(1, steps_per_run + 1):
+            yield run_seed, step, next(indices)

@@ -72,6 +72,7 @@ def plot_accuracy_vs_similarity(
                 label=family,
             )
     for axes in (everything, detail):
+        axes.xaxis.set_major_locator(MaxNLocator(6))
         axes.set_xlabel("maximum IoU of wrong predictions to the originals\n(lower: less similar)")
         axes.set_ylabel("test accuracy (%)")
         axes.grid(alpha=0.3)

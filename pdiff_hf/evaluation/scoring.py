@@ -2,18 +2,27 @@
 
 import hashlib
 import os
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
 import torch
+from accelerate.utils import send_to_device
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
+from tqdm.auto import tqdm
 
 from ..batched import BatchedModels
 from ..parameters import ParameterLayout
-from ..tasks import Task, predict_logits
+from ..tasks import Task, predict_logits, take
 from ..tasks.task import Split
+
+# So many networks are scored in one pass over the data and then written to the cache: what a kill can lose. Every pass
+# computes the frozen part of the network anew, which costs as much as some 15 to 35 networks do.
+CHUNK_SIZE = 1024
+NAMES = ("predictions", "log_probs", "labels")
 
 
 @dataclass
@@ -60,58 +69,112 @@ class Scorer:
         self.task, self.layout = task, layout
         self.models = BatchedModels(model, layout)
         self.cache_dir = None if cache_dir is None else Path(cache_dir)
+        self._classes: int | None = None
         self._context = hashlib.blake2b(digest_size=16)
         for name, tensor in model.state_dict().items():
             if name not in layout.names:
                 self._context.update(name.encode() + _bytes(tensor))
         self._context.update(repr(layout.to_dict()).encode())
 
-    def score(self, split: Split, parameters: torch.Tensor) -> Scores:
-        """Scores of the networks `parameters`, shape `(N, D)`, on a split of the task."""
-        keys = [hashlib.blake2b(_bytes(row), digest_size=16).hexdigest() for row in parameters]
-        found = self._read(split)
-        missing = {key: row for row, key in enumerate(keys) if key not in found}
-        if missing:
-            found |= self._compute(split, parameters[list(missing.values())], list(missing))
-        labels = next(iter(found.values()))[2]
-        return Scores(torch.stack([found[k][0] for k in keys]), torch.stack([found[k][1] for k in keys]), labels)
+    def score(self, split: Split, parameters: torch.Tensor | Sequence[torch.Tensor]) -> Scores:
+        """
+        Scores of networks on a split of the task.
 
-    def _compute(self, split: Split, parameters: torch.Tensor, keys: list[str]) -> dict[str, tuple]:
-        """Runs the networks and writes what they say to the cache, under a temporary name first."""
+        Args:
+            split (`str`): `train`, `validation` or `test`.
+            parameters (`torch.Tensor` or `Sequence[torch.Tensor]`): Shape `(N, D)`, or N rows of shape `(D,)`, which
+                saves a copy of what lies in several tensors.
+
+        Raises:
+            ValueError: if what the networks say would not fit into memory; nothing is computed before.
+        """
+        rows: dict[str, list[int]] = {}  # the same network may be asked for several times
+        for row, vector in enumerate(parameters):
+            rows.setdefault(hashlib.blake2b(_bytes(vector), digest_size=16).hexdigest(), []).append(row)
+        self.check_memory(split, len(parameters))
+        scores = self._empty(split, len(parameters))
+        missing = dict(rows)
+        for keys, chunk in self._read(split):
+            for i, key in enumerate(keys):
+                if key in missing:
+                    _fill(scores, missing.pop(key), chunk, i)
+        keys = list(missing)
+        progress = tqdm(total=len(keys), desc=f"scoring on {split}", unit="network", disable=not keys, mininterval=1.0)
+        for start in range(0, len(keys), CHUNK_SIZE):
+            part = keys[start : start + CHUNK_SIZE]
+            chunk = self._compute(split, torch.stack([parameters[missing[key][0]] for key in part]), part)
+            for i, key in enumerate(part):
+                _fill(scores, missing[key], chunk, i)
+            progress.update(len(part))
+        progress.close()
+        return scores
+
+    def check_memory(self, split: Split, num_networks: int) -> None:
+        """Raises a `ValueError` if the scores of so many networks would take more than half of the free memory."""
+        check_memory(num_networks, len(self.task.load_split(split)), self._num_classes(split))
+
+    def _num_classes(self, split: Split) -> int:
+        """Found out with one example, so that memory can be checked before any real work."""
+        if self._classes is None:
+            device = next(self.models.model.parameters()).device
+            batch = send_to_device(self.task.collate(take(self.task.load_split(split), [0])), device)
+            with torch.no_grad():
+                self._classes = self.task.predict(self.models.model, batch).shape[-1]
+        return self._classes
+
+    def _empty(self, split: Split, num_networks: int) -> Scores:
         num_examples = len(self.task.load_split(split))
-        predictions = torch.empty(len(parameters), num_examples, dtype=torch.int16)
-        labels = torch.empty(num_examples, dtype=torch.long)
-        log_probs = None
-        for rows, examples, logits, batch_labels in predict_logits(self.task, self.models, split, parameters):
-            if log_probs is None:
-                log_probs = torch.empty(*predictions.shape, logits.shape[-1], dtype=torch.float16)
-            predictions[rows, examples] = logits.argmax(-1).to("cpu", torch.int16)
-            log_probs[rows, examples] = logits.float().log_softmax(-1).to("cpu", torch.float16)
-            labels[examples] = batch_labels.cpu()
+        return Scores(
+            torch.empty(num_networks, num_examples, dtype=torch.int16),
+            torch.empty(num_networks, num_examples, self._num_classes(split), dtype=torch.float16),
+            torch.empty(num_examples, dtype=torch.long),
+        )
+
+    def _compute(self, split: Split, parameters: torch.Tensor, keys: list[str]) -> Scores:
+        """Runs the networks and writes what they say to the cache, under a temporary name first."""
+        scores = self._empty(split, len(parameters))
+        for rows, examples, logits, labels in predict_logits(self.task, self.models, split, parameters):
+            scores.predictions[rows, examples] = logits.argmax(-1).to("cpu", torch.int16)
+            scores.log_probs[rows, examples] = logits.float().log_softmax(-1).to("cpu", torch.float16)
+            scores.labels[examples] = labels.cpu()
         if self.cache_dir is not None:
             folder = self._folder(split)
             folder.mkdir(parents=True, exist_ok=True)
             name = hashlib.blake2b("".join(keys).encode(), digest_size=16).hexdigest()
-            tensors = {"predictions": predictions, "log_probs": log_probs, "labels": labels}
-            save_file(tensors, folder / f".{name}.part", metadata={"keys": " ".join(keys)})
+            save_file(vars(scores), folder / f".{name}.part", metadata={"keys": " ".join(keys)})
             (folder / f".{name}.part").rename(folder / f"{name}.safetensors")
-        return {key: (predictions[i], log_probs[i], labels) for i, key in enumerate(keys)}
+        return scores
 
     def _folder(self, split: Split) -> Path:
         context = self._context.copy()
         context.update(split.encode() + self.task.fingerprint(split).encode())
         return self.cache_dir / context.hexdigest()
 
-    def _read(self, split: Split) -> dict[str, tuple]:
+    def _read(self, split: Split) -> Iterator[tuple[list[str], Scores]]:
+        """What the cache holds, file by file."""
         if self.cache_dir is None:
-            return {}
-        found: dict[str, tuple] = {}
+            return
         for path in sorted(self._folder(split).glob("*.safetensors")):
             with safe_open(path, framework="pt") as file:
-                keys = file.metadata()["keys"].split()
-                tensors = [file.get_tensor(name) for name in ("predictions", "log_probs", "labels")]
-            found |= {key: (tensors[0][i], tensors[1][i], tensors[2]) for i, key in enumerate(keys)}
-        return found
+                yield file.metadata()["keys"].split(), Scores(**{name: file.get_tensor(name) for name in NAMES})
+
+
+def check_memory(num_networks: int, num_examples: int, num_classes: int) -> None:
+    """Raises a `ValueError` if log-probabilities of this size would take more than half of the free memory."""
+    needed, free = 2 * num_networks * num_examples * num_classes, psutil.virtual_memory().available
+    if needed > free / 2:
+        raise ValueError(
+            f"the log-probabilities of {num_networks} networks on {num_examples} examples with {num_classes} classes "
+            f"need {needed:,} bytes, more than half of the {free:,} bytes of free memory; use fewer examples "
+            f"(--max_eval_samples {free // 2 // (2 * num_networks * num_classes)} at most) or fewer networks"
+        )
+
+
+def _fill(scores: Scores, rows: list[int], chunk: Scores, i: int) -> None:
+    """Copies network `i` of `chunk` to `rows` of `scores`."""
+    scores.predictions[rows] = chunk.predictions[i]
+    scores.log_probs[rows] = chunk.log_probs[i]
+    scores.labels.copy_(chunk.labels)
 
 
 def _bytes(tensor: torch.Tensor) -> bytes:

@@ -24,10 +24,13 @@ class ParameterAutoencoderOutput(BaseOutput):
     Args:
         sample (`torch.Tensor`): Shape `(N, D)`. The reconstruction, in normalised units.
         target (`torch.Tensor`): Shape `(N, D)`. What it should be: the normalised parameters without noise.
+        kl (`torch.Tensor`, *optional*): Shape `(N,)`, of a variational autoencoder: the divergence of each posterior
+            from the prior N(0, I), in nats.
     """
 
     sample: torch.Tensor
     target: torch.Tensor
+    kl: torch.Tensor | None = None
 
 
 @dataclass
@@ -68,6 +71,8 @@ class ParameterAutoencoder(ModelMixin, ConfigMixin):
         block_out_channels (`tuple[int, ...]`, *optional*, defaults to `(64, 128, 256, 256, 32)`): Channels of the
             encoder's convolutions, each of which halves the length.
         kernel_size (`int`, *optional*, defaults to 7): Of every convolution; odd.
+        variational (`bool`, *optional*, defaults to `False`): A VAE (paper, appendix B.2): the encoder gives the mean
+            and the log-variance of a latent, `forward` samples from them, and `encode` returns the mean.
 
     Raises:
         LayoutError: if the latent is longer than the vector, or the kernel size is even.
@@ -83,6 +88,7 @@ class ParameterAutoencoder(ModelMixin, ConfigMixin):
         latent_dim: int = 128,
         block_out_channels: tuple[int, ...] = (64, 128, 256, 256, 32),
         kernel_size: int = 7,
+        variational: bool = False,
     ):
         super().__init__()
         self.layout = ParameterLayout.from_dict(layout)
@@ -106,7 +112,8 @@ class ParameterAutoencoder(ModelMixin, ConfigMixin):
                 nn.LeakyReLU(),
             ]
             channels = out_channels
-        self.encoder = nn.Sequential(*encoder, nn.Flatten(), nn.Linear(channels * length, latent_dim))
+        num_outputs = 2 * latent_dim if variational else latent_dim
+        self.encoder = nn.Sequential(*encoder, nn.Flatten(), nn.Linear(channels * length, num_outputs))
 
         decoder = [nn.Linear(latent_dim, channels * length), nn.Unflatten(1, (channels, length))]
         for out_channels in (*block_out_channels[-2::-1], block_out_channels[0]):
@@ -139,7 +146,7 @@ class ParameterAutoencoder(ModelMixin, ConfigMixin):
     @torch.no_grad()
     def fit_latent_statistics(self, parameters: torch.Tensor, batch_size: int = 64) -> None:
         """Sets the latents' mean and standard deviation from snapshots, shape `(N, D)`. Call it after training."""
-        latents = torch.cat([self._encode(self.normalize(batch)) for batch in parameters.split(batch_size)]).double()
+        latents = torch.cat([self._encode(self.normalize(batch))[0] for batch in parameters.split(batch_size)]).double()
         std = latents.std(0, correction=0)
         self.latent_mean.copy_(latents.mean(0))
         self.latent_std.copy_(torch.where(std > 0, std, 1.0))
@@ -153,9 +160,11 @@ class ParameterAutoencoder(ModelMixin, ConfigMixin):
         """Natural to normalised units, shape `(N, D)`."""
         return (parameters - self.parameter_mean) / self._scale()
 
-    def _encode(self, normalized: torch.Tensor) -> torch.Tensor:
+    def _encode(self, normalized: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The network's own latents, `(N, L)`, and their log-variances where it is variational."""
         padded = F.pad(normalized, (0, self.padded_length - normalized.shape[1]))  # (N, D) -> (N, padded length)
-        return self.encoder(padded.unsqueeze(1).to(self.dtype))  # (N, 1, padded length) -> (N, L)
+        encoded = self.encoder(padded.unsqueeze(1).to(self.dtype))  # (N, 1, padded length) -> (N, L) or (N, 2 L)
+        return encoded.chunk(2, dim=1) if self.config.variational else (encoded, None)
 
     def _decode(self, latents: torch.Tensor) -> torch.Tensor:
         sample = self.decoder(latents.to(self.dtype)).squeeze(1)  # (N, L) -> (N, padded length)
@@ -163,13 +172,22 @@ class ParameterAutoencoder(ModelMixin, ConfigMixin):
 
     def encode(self, parameters: torch.Tensor) -> ParameterEncoderOutput:
         """Parameters in natural units, shape `(N, D)`, to standardised latents, shape `(N, L)`."""
-        latents = self._encode(self.normalize(parameters)).float()
+        latents = self._encode(self.normalize(parameters))[0].float()
         return ParameterEncoderOutput(latents=(latents - self.latent_mean) / self.latent_std)
 
     def decode(self, latents: torch.Tensor) -> ParameterDecoderOutput:
         """Standardised latents, shape `(N, L)`, to parameters in natural units, shape `(N, D)`, always float32."""
         normalized = self._decode(latents * self.latent_std + self.latent_mean)
         return ParameterDecoderOutput(sample=normalized * self._scale() + self.parameter_mean)
+
+    @torch.no_grad()
+    def sample_prior(self, num_models: int, generator: torch.Generator | None = None) -> torch.Tensor:
+        """Parameters, shape `(num_models, D)`, from the prior N(0, I) of a variational autoencoder's own latent."""
+        if not self.config.variational:
+            raise ValueError("only a variational autoencoder has a prior to sample from")
+        shape = (num_models, self.config.latent_dim)
+        latents = torch.randn(shape, generator=generator).to(self.device)
+        return self._decode(latents) * self._scale() + self.parameter_mean
 
     def forward(
         self,
@@ -184,7 +202,8 @@ class ParameterAutoencoder(ModelMixin, ConfigMixin):
         Args:
             parameters (`torch.Tensor`): Shape `(N, D)`, in natural units.
             parameter_noise (`float`, *optional*, defaults to 0): σ_v, in normalised units.
-            latent_noise (`float`, *optional*, defaults to 0): σ_z, in units of the network's own latent.
+            latent_noise (`float`, *optional*, defaults to 0): σ_z, in units of the network's own latent. A variational
+                autoencoder samples its latent instead.
             generator (`torch.Generator`, *optional*): Of the noise.
         """
         target = self.normalize(parameters)
@@ -192,7 +211,11 @@ class ParameterAutoencoder(ModelMixin, ConfigMixin):
         if parameter_noise > 0:
             noise = torch.randn(target.shape, generator=generator, device=target.device)
             noisy = target + parameter_noise * noise
-        latents = self._encode(noisy)
-        if latent_noise > 0:
+        latents, log_variance = self._encode(noisy)
+        kl = None
+        if log_variance is not None:
+            latent_noise = (0.5 * log_variance).exp()
+            kl = 0.5 * (latents.square() + log_variance.exp() - 1 - log_variance).float().sum(1)  # (N, L) -> (N,)
+        if log_variance is not None or latent_noise > 0:
             latents = latents + latent_noise * torch.randn(latents.shape, generator=generator, device=latents.device)
-        return ParameterAutoencoderOutput(sample=self._decode(latents), target=target)
+        return ParameterAutoencoderOutput(sample=self._decode(latents), target=target, kl=kl)

@@ -16,22 +16,25 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from sklearn.datasets import load_digits
-from sklearn.model_selection import train_test_split
 from torchvision.transforms.functional import pil_to_tensor
-from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassification, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
+    AutoModelForImageClassification,
+    BaseImageProcessor,
+    PreTrainedModel,
+)
 from transformers.models.timm_wrapper import TimmWrapperConfig
 
-from .task import Batch, Split
+from .splits import check_sizes, make_splits
+from .task import Batch, Split, Task
 
 # Preprocessed images are kept in memory (as uint8) up to this size, and made anew for each batch beyond it.
 MEMORY_BUDGET = 2 * 2**30
-VALIDATION_NAMES = ("validation", "valid", "val", "dev")
-# Fixed, and not the run's seed: models of different runs must be comparable.
-SPLIT_SEED = 0
 
 
 @dataclass
-class ImageClassificationTask:
+class ImageClassificationTask(Task):
     """
     Args:
         model (`str`, *optional*, defaults to `"resnet18"`): Name of a timm architecture (with fresh weights), or a
@@ -62,12 +65,7 @@ class ImageClassificationTask:
     max_eval_samples: int | None = None
 
     def __post_init__(self):
-        if not 0 < self.holdout_fraction < 0.5:
-            raise ValueError(f"holdout_fraction must lie between 0 and 0.5, got {self.holdout_fraction}")
-        for name in ("image_size", "max_train_samples", "max_eval_samples"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
+        check_sizes(self, "image_size", "max_train_samples", "max_eval_samples")
         # Looked up now: a mistyped name must not be found out after an hour of work.
         self._config, self._has_weights = self._find_model()
         self._raw = self._find_dataset()
@@ -121,27 +119,7 @@ class ImageClassificationTask:
     def _find_dataset(self) -> dict[str, datasets.Dataset]:
         """The raw train, validation and test splits, with the columns `image` and `label`."""
         raw = {name: self._name_columns(split) for name, split in self._load_raw().items()}
-        if "train" not in raw:
-            raise ValueError(f"dataset '{self.dataset}' needs a split named train, got {sorted(raw)}")
-        train, test = raw["train"], raw.get("test")
-        validation = next((raw[name] for name in VALIDATION_NAMES if name in raw), None)
-        if test is not None and min(test["label"][:], default=-1) < 0:
-            test = None  # its labels are withheld, as those of ImageNet are
-        if test is None:  # what is reported must not be what was selected on
-            test, validation = validation, None
-        if test is None:
-            train, test = self._hold_out(train)
-        if validation is None:
-            train, validation = self._hold_out(train)
-        splits = {"train": train, "validation": validation, "test": test}
-        for name, split in splits.items():
-            limit = self.max_train_samples if name == "train" else self.max_eval_samples
-            if limit is not None and limit < len(split):
-                chosen = np.random.default_rng(SPLIT_SEED).permutation(len(split))[:limit]
-                splits[name] = split.select(np.sort(chosen))
-            if len(split) == 0:
-                raise ValueError(f"the {name} split of dataset '{self.dataset}' is empty")
-        return splits
+        return make_splits(raw, self.dataset, self.holdout_fraction, self.max_train_samples, self.max_eval_samples)
 
     def _load_raw(self) -> dict[str, datasets.Dataset]:
         if self.dataset == "digits":
@@ -149,7 +127,10 @@ class ImageClassificationTask:
             images = [Image.fromarray(scan) for scan in (scans.images * (255 / 16)).round().astype(np.uint8)]
             classes = datasets.ClassLabel(names=[str(name) for name in scans.target_names])
             features = datasets.Features(image=datasets.Image(), label=classes)
-            return {"train": datasets.Dataset.from_dict({"image": images, "label": scans.target}, features=features)}
+            rows = datasets.Dataset.from_dict({"image": images, "label": scans.target}, features=features)
+            # In the order of the file, that is, by writer: the second half is by people whom training has not seen.
+            half = len(rows) // 2
+            return {"train": rows.select(range(half)), "test": rows.select(range(half, len(rows)))}
         path, config = self.dataset, None
         if not os.path.exists(path):
             path, _, config = path.partition(":")
@@ -177,19 +158,6 @@ class ImageClassificationTask:
             split = split.class_encode_column("label")
         return split
 
-    def _hold_out(self, split: datasets.Dataset) -> tuple[datasets.Dataset, datasets.Dataset]:
-        labels = np.asarray(split["label"][:])
-        try:
-            rest, held_out = train_test_split(
-                np.arange(len(labels)), test_size=self.holdout_fraction, stratify=labels, random_state=SPLIT_SEED
-            )
-        except ValueError as error:
-            raise ValueError(
-                f"dataset '{self.dataset}' is too small to hold out {self.holdout_fraction:.0%} of its {len(labels)} "
-                f"training examples from every class: {error}"
-            ) from error
-        return split.select(np.sort(rest)), split.select(np.sort(held_out))
-
     def load_base_model(self) -> PreTrainedModel:
         """The network with one output a class. Fresh weights depend on torch's global seed."""
         labels = {
@@ -212,6 +180,16 @@ class ImageClassificationTask:
             fresh = timm.create_model(self.model, num_classes=config.num_labels, **self.model_args)
             model.timm_model.load_state_dict(fresh.state_dict())
         return model
+
+    def save_base_model(self, model: PreTrainedModel, folder: str | os.PathLike) -> None:
+        """The network, and its image processor; timm's preprocessing is a part of the network's configuration."""
+        model.save_pretrained(folder)
+        if not isinstance(self._config, TimmWrapperConfig):
+            self._load_processor().save_pretrained(folder)
+
+    def load_saved(self, folder: str | os.PathLike) -> PreTrainedModel:
+        """What `save_base_model` wrote."""
+        return AutoModelForImageClassification.from_pretrained(folder)
 
     def load_split(self, split: Split) -> "ImageSplit":
         """Images as the network's own preprocessing makes them."""
@@ -239,7 +217,7 @@ class ImageClassificationTask:
                 cfg |= {"input_size": (cfg["input_size"][0], self.image_size, self.image_size), "crop_pct": 1.0}
             transform = timm.data.create_transform(**cfg, is_training=False, normalize=False)
             return transform, cfg["mean"], cfg["std"], "L" if cfg["input_size"][0] == 1 else "RGB"
-        processor = AutoImageProcessor.from_pretrained(self.model)
+        processor = self._load_processor()
         size = {} if self.image_size is None else {"size": {"height": self.image_size, "width": self.image_size}}
 
         def transform(image: Image.Image) -> torch.Tensor:
@@ -248,6 +226,15 @@ class ImageClassificationTask:
 
         mean, std = (processor.image_mean, processor.image_std) if processor.do_normalize else ([0.0] * 3, [1.0] * 3)
         return transform, mean, std, "RGB"
+
+    def _load_processor(self) -> BaseImageProcessor:
+        try:
+            return AutoImageProcessor.from_pretrained(self.model)
+        except (OSError, ValueError) as error:
+            raise ValueError(
+                f"model '{self.model}' has no image processor that says how its images are prepared; save the one that "
+                f"it was trained with into its folder, as ViTImageProcessor(...).save_pretrained(folder) does: {error}"
+            ) from error
 
     @staticmethod
     def collate(examples: Batch) -> Batch:

@@ -1,10 +1,9 @@
-from .autoencoder import NoiseArguments, reconstruct, train_autoencoder
+from .autoencoder import NoiseArguments, train_autoencoder
 from .denoiser import make_training_scheduler, train_denoiser
 
 __all__ = [
     "NoiseArguments",
     "make_training_scheduler",
-    "reconstruct",
     "train_autoencoder",
     "train_denoiser",
 ]

@@ -36,6 +36,7 @@ def train_autoencoder(
     *,
     latent_dim: int,
     block_out_channels: tuple[int, ...],
+    kl_weight: float = 0.0,
     seed: int,
     checkpoint_dir: str | os.PathLike,
     resume: bool = False,
@@ -44,17 +45,23 @@ def train_autoencoder(
     Trains an autoencoder on `snapshots`, shape `(N, D)`, to return the clean vector for a noisy one, and sets its
     statistics from them.
 
+    With `kl_weight` above 0 it is a variational one. At 1 its loss is the negative evidence lower bound of a decoder
+    with unit variance in normalised units (times 2 / D, plus a constant).
+
     Returns:
-        `tuple`: The autoencoder in eval mode on the CPU, and the loss (mean squared error in normalised units) at every
-        step, shape `(args.num_steps,)`.
+        `tuple`: The autoencoder in eval mode on the CPU, and the loss (mean squared error in normalised units, plus the
+        weighted divergence of a variational one) at every step, shape `(args.num_steps,)`.
     """
     torch.manual_seed(derive_seed(seed, 0))
-    autoencoder = ParameterAutoencoder(layout.to_dict(), latent_dim=latent_dim, block_out_channels=block_out_channels)
+    autoencoder = ParameterAutoencoder(
+        layout.to_dict(), latent_dim=latent_dim, block_out_channels=block_out_channels, variational=kl_weight > 0
+    )
     autoencoder.fit_parameter_statistics(snapshots)
 
     def loss_function(model, indices, generator):
         output = model(snapshots[indices].to(accelerator.device), **asdict(noise), generator=generator)
-        return F.mse_loss(output.sample, output.target)
+        loss = F.mse_loss(output.sample, output.target)
+        return loss if output.kl is None else loss + kl_weight * 2 / layout.num_parameters * output.kl.mean()
 
     losses = train(
         accelerator,
@@ -64,16 +71,9 @@ def train_autoencoder(
         args,
         seed=seed,
         checkpoint_dir=checkpoint_dir,
-        description="autoencoder",
+        description="VAE" if kl_weight > 0 else "autoencoder",
         resume=resume,
     )
     autoencoder.to("cpu").eval()
     autoencoder.fit_latent_statistics(snapshots)
     return autoencoder, losses
-
-
-@torch.no_grad()
-def reconstruct(autoencoder: ParameterAutoencoder, parameters: torch.Tensor, batch_size: int = 64) -> torch.Tensor:
-    """What the autoencoder makes of `parameters`, shape `(N, D)`, without noise."""
-    batches = [autoencoder.decode(autoencoder.encode(batch).latents).sample for batch in parameters.split(batch_size)]
-    return torch.cat(batches)

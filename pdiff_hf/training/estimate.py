@@ -1,0 +1,117 @@
+"""What training a generator will cost, before it begins: counted operations, and the speed of a short measurement."""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from ..models import AUTOENCODER_PRESETS, DENOISER_PRESETS, LatentDenoiser, ParameterAutoencoder
+from ..parameters import ParameterLayout
+
+# A measured step has about so many operations: enough to time, few enough to wait for.
+MEASURED_FLOPS = {"cpu": 40e9, "cuda": 4e12}
+# Shorter vectors are not measured: what a step costs beside its operations would count too much.
+SHORTEST_MEASURED = 2048
+
+
+@dataclass(frozen=True)
+class TrainingCost:
+    """
+    Args:
+        flops (`int`): Operations of the convolutions and fully-connected layers in all steps.
+        memory (`int`): Bytes that weights, gradients, optimizer state and activations take in a step.
+        seconds (`float`): The whole training, at the speed at which a smaller step was measured.
+    """
+
+    flops: int
+    memory: int
+    seconds: float
+
+
+def estimate_autoencoder(
+    num_parameters: int, *, latent_dim: int, preset: str, num_steps: int, batch_size: int, device: torch.device
+) -> TrainingCost:
+    """Cost of training an autoencoder for vectors of `num_parameters`."""
+
+    def build(length: int) -> nn.Module:
+        layout = ParameterLayout(("parameters",), ((length,),), ("float32",))
+        return ParameterAutoencoder(layout.to_dict(), min(latent_dim, length), **AUTOENCODER_PRESETS[preset])
+
+    def loss(model: nn.Module, batch_size: int) -> torch.Tensor:
+        output = model(torch.zeros(batch_size, model.layout.num_parameters, device=model.device))
+        return F.mse_loss(output.sample, output.target)
+
+    return _estimate(build, loss, num_parameters, num_steps, batch_size, device, copies=4)
+
+
+def estimate_denoiser(
+    latent_dim: int, *, preset: str, num_steps: int, batch_size: int, device: torch.device
+) -> TrainingCost:
+    """Cost of training a denoiser for latents of `latent_dim`."""
+
+    def build(length: int) -> nn.Module:
+        return LatentDenoiser(length, **DENOISER_PRESETS[preset])
+
+    def loss(model: nn.Module, batch_size: int) -> torch.Tensor:
+        sample = torch.zeros(batch_size, model.config.latent_dim, device=model.device)
+        return model(sample, torch.zeros(batch_size, device=model.device)).sample.square().mean()
+
+    return _estimate(build, loss, latent_dim, num_steps, batch_size, device, copies=5)  # one more is the average
+
+
+def _estimate(
+    build: Callable[[int], nn.Module],
+    loss: Callable[[nn.Module, int], torch.Tensor],
+    length: int,
+    num_steps: int,
+    batch_size: int,
+    device: torch.device,
+    copies: int,
+) -> TrainingCost:
+    """`copies` is how many tensors there are for each weight: itself, its gradient, and the optimizer's two."""
+    flops, activations, weights = _count(build, loss, length, batch_size)
+    budget = MEASURED_FLOPS[device.type if device.type in MEASURED_FLOPS else "cpu"]
+    # The length first, as operations and weights grow with it alike; the cost of using weights does not with the batch.
+    small_length = min(length, max(SHORTEST_MEASURED, int(length * budget / flops)))
+    small_flops, _, _ = _count(build, loss, small_length, batch_size)
+    small_batch = max(1, min(batch_size, int(batch_size * budget / small_flops)))
+    small_flops, _, _ = _count(build, loss, small_length, small_batch)
+    seconds = _time_step(build(small_length).to(device), loss, small_batch)
+    return TrainingCost(flops * num_steps, activations + copies * weights, seconds * flops / small_flops * num_steps)
+
+
+def _count(build: Callable, loss: Callable, length: int, batch_size: int) -> tuple[int, int, int]:
+    """Operations of one training step, bytes that it keeps for the backward pass, and bytes of all weights."""
+    with torch.device("meta"):
+        model = build(length)
+    weights = {id(parameter) for parameter in model.parameters()}
+    kept: dict[int, int] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        if id(tensor) not in weights:
+            storage = tensor.untyped_storage()
+            kept[storage._cdata] = storage.nbytes()
+        return tensor
+
+    with FlopCounterMode(display=False) as counter, torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        loss(model, batch_size).backward()
+    return counter.get_total_flops(), sum(kept.values()), sum(p.numel() * p.element_size() for p in model.parameters())
+
+
+def _time_step(model: nn.Module, loss: Callable, batch_size: int) -> float:
+    """Seconds of a training step: the shorter of two, after one to warm up."""
+    optimizer = torch.optim.AdamW(model.parameters())
+    times = []
+    for _ in range(3):
+        start = time.perf_counter()
+        loss(model, batch_size).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        if model.device.type == "cuda":
+            torch.cuda.synchronize(model.device)
+        times.append(time.perf_counter() - start)
+    return min(times[1:])

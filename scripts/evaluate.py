@@ -1,0 +1,42 @@
+"""
+Compares a generator of networks with trivial ones, and looks for copies of the networks that it was made from.
+
+    python scripts/evaluate.py outputs/digits/pipeline --snapshots outputs/digits/snapshots --dataset digits
+    python scripts/evaluate.py FOLDER_OF_STATE_DICTS --snapshots DIR --model BASE_MODEL --dataset DATASET
+
+A folder of state dicts (.safetensors, or .pt and .pth without code in them) may come from any generator; the snapshots
+say which of its tensors count. Keys and flags are those of scripts/train.py. Scores are kept: a second call with more
+networks computes only the new ones.
+"""
+
+import logging
+import sys
+
+from accelerate import PartialState
+
+from pdiff_hf.evaluate import evaluate_saved
+from pdiff_hf.evaluation.report import format_summary
+from pdiff_hf.recipe import RecipeParser
+
+
+def main() -> None:
+    PartialState()
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    parser = RecipeParser(description=__doc__.strip().split("\n\n")[0])
+    parser.add_argument(
+        "generator", metavar="GENERATOR", help="Saved pipeline (folder or Hub id), or folder of networks."
+    )
+    # A saved network says itself how large its images are.
+    parser.set_defaults(output_dir="outputs/evaluation", model=None, dataset=None, image_size=0)
+    recipe = parser.parse_recipe()
+    generator = parser.parse_known_args()[0].generator
+    try:
+        report = evaluate_saved(generator, recipe)
+    except ValueError as error:  # everything that a user can put right
+        sys.exit(f"error: {error}")
+    print(format_summary(report))
+    print(f"The report is in {recipe.output_dir}.")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,52 @@
+"""
+Publishes what is finished: the generator of a run with its report, a saved pipeline, or a parameter data set.
+
+    python scripts/push_to_hub.py outputs/digits --hub_model_id user/digits-generator
+    python scripts/push_to_hub.py outputs/digits/pipeline --hub_model_id user/digits-generator --revision draft
+    python scripts/push_to_hub.py outputs/digits/snapshots --hub_model_id lab/digits-snapshots --hub_private_repo
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+from pdiff_hf.hub import HubError, push_pipeline_to_hub, push_run_to_hub, push_snapshots_to_hub
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__.strip().split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    parser.add_argument("folder", type=Path, help="A run's output_dir, or its folder pipeline or snapshots.")
+    parser.add_argument("--hub_model_id", help="`user/name` or `organization/name`; the folder's name if not given.")
+    parser.add_argument("--hub_private_repo", action="store_true", help="Create the repository as a private one.")
+    parser.add_argument("--hub_token", help="Token that can write; that of `hf auth login` if not given.")
+    parser.add_argument("--hub_license", default="apache-2.0", help="Licence for the model card of a run.")
+    parser.add_argument("--revision", help="Branch to push to; created if it does not exist.")
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = parse_args()
+    folder = args.folder.resolve()
+    push, extra = push_run_to_hub, {"license": args.hub_license}
+    if (folder / "model_index.json").is_file():
+        push, extra = push_pipeline_to_hub, {}
+    elif (folder / "layout").is_dir():
+        push, extra = push_snapshots_to_hub, {}
+    url = push(
+        folder,
+        args.hub_model_id or folder.name,
+        private=args.hub_private_repo or None,
+        revision=args.revision,
+        token=args.hub_token,
+        **extra,
+    )
+    print(f"Published: {url}")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except HubError as error:
+        sys.exit(f"error: {error}")

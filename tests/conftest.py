@@ -1,0 +1,43 @@
+"""
+The Hub of all tests is a server on loopback: no test can reach the real one, and none uses its user's token or cache.
+
+The libraries read these variables when they are imported, so they are set before any test module is; processes that
+tests start inherit them.
+"""
+
+import os
+import sys
+import tempfile
+
+import pytest
+from hub_server import HubServer, User
+
+assert "huggingface_hub" not in sys.modules, "imported before its settings could be made"
+USERS = {
+    "alice-token": User("alice", organizations=("lab",)),
+    "reader-token": User("alice", can_write=False),
+    "bob-token": User("bob"),
+}
+SERVER = HubServer(USERS)
+CACHE = tempfile.TemporaryDirectory(prefix="pdiff-tests-")
+os.environ |= {
+    "HF_ENDPOINT": SERVER.url,
+    "HF_HOME": CACHE.name,
+    "HF_HUB_DISABLE_XET": "1",
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+    "HF_TOKEN": "alice-token",
+}
+
+
+@pytest.fixture(scope="session", autouse=True)
+def hub_server():
+    """For all tests: whoever asks for a repository that does not exist is told so, and at once."""
+    with SERVER:
+        yield
+
+
+@pytest.fixture
+def hub():
+    """The server, empty."""
+    SERVER.reset()
+    return SERVER

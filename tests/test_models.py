@@ -1,0 +1,177 @@
+"""Autoencoder and denoiser: shapes for any size, statistics, determinism, saving, and what they refuse."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler, HeunDiscreteScheduler
+
+from pdiff_hf import LatentDenoiser, LayoutError, ParameterAutoencoder, ParameterLayout
+from pdiff_hf.models import AUTOENCODER_PRESETS, DENOISER_PRESETS
+
+
+def make_layout(*sizes: int) -> ParameterLayout:
+    names = tuple(f"layer.{i}" for i in range(len(sizes)))
+    return ParameterLayout(names, tuple((size,) for size in sizes), ("float32",) * len(sizes))
+
+
+def make_autoencoder(*sizes: int, latent_dim: int = 4) -> ParameterAutoencoder:
+    torch.manual_seed(0)
+    layout = make_layout(*sizes).to_dict()
+    return ParameterAutoencoder(layout, latent_dim=latent_dim, block_out_channels=(4, 6, 6, 8, 4)).eval()
+
+
+@pytest.mark.parametrize(("sizes", "latent_dim"), [((1,), 1), ((7,), 3), ((30, 1, 33), 5), ((100, 28), 128)])
+@pytest.mark.parametrize("num_models", [1, 3])
+def test_shapes_for_any_length(sizes, latent_dim, num_models):
+    autoencoder = make_autoencoder(*sizes, latent_dim=latent_dim)
+    parameters = torch.randn(num_models, sum(sizes))
+    latents = autoencoder.encode(parameters).latents
+    assert latents.shape == (num_models, latent_dim)
+    assert autoencoder.decode(latents).sample.shape == parameters.shape
+    output = autoencoder(parameters, 0.1, 0.1, generator=torch.Generator().manual_seed(0))
+    assert output.sample.shape == output.target.shape == parameters.shape
+    denoiser = LatentDenoiser(latent_dim, block_out_channels=(4, 4, 4, 4, 4), bottleneck_dim=8, embedding_dim=16)
+    assert denoiser(latents, 3).sample.shape == latents.shape
+
+
+def test_statistics_make_latents_standard_and_normalised_parameters_unit():
+    scale = torch.tensor([100.0] * 20 + [1e-3] * 30)
+    parameters = 5 * scale + scale * torch.randn(64, 50, generator=torch.Generator().manual_seed(0))
+    parameters[:, 20] = 7.0  # one coordinate of a tensor that never changes
+    autoencoder = make_autoencoder(20, 30)
+    autoencoder.fit_parameter_statistics(parameters)
+    normalized = autoencoder.normalize(parameters)
+    torch.testing.assert_close(normalized.mean(0), torch.zeros(50), atol=1e-2, rtol=0)
+    for piece in normalized.split((20, 30), dim=1):
+        assert piece.square().mean().sqrt().item() == pytest.approx(1, abs=1e-2)
+    autoencoder.fit_latent_statistics(parameters, batch_size=10)
+    latents = autoencoder.encode(parameters).latents
+    torch.testing.assert_close(latents.mean(0), torch.zeros(4), atol=1e-4, rtol=0)
+    torch.testing.assert_close(latents.std(0, correction=0), torch.ones(4), atol=1e-4, rtol=0)
+
+
+def test_constant_tensors_stay_finite_and_come_back():
+    parameters = torch.cat([torch.full((8, 5), 3.0), torch.randn(8, 4)], dim=1)
+    autoencoder = make_autoencoder(5, 4)
+    autoencoder.fit_parameter_statistics(parameters)
+    autoencoder.fit_latent_statistics(parameters)
+    assert autoencoder.parameter_std[0] == 1
+    assert autoencoder.decode(autoencoder.encode(parameters).latents).sample.isfinite().all()
+
+
+def test_noise_reaches_the_input_and_the_latent_but_not_the_target():
+    autoencoder = make_autoencoder(40)
+    parameters = torch.randn(2, 40)
+    clean = autoencoder(parameters)
+    torch.testing.assert_close(clean.target, parameters)
+    for noise in ({"parameter_noise": 0.5}, {"latent_noise": 0.5}):
+        noisy = autoencoder(parameters, **noise, generator=torch.Generator().manual_seed(1))
+        again = autoencoder(parameters, **noise, generator=torch.Generator().manual_seed(1))
+        assert torch.equal(noisy.sample, again.sample) and torch.equal(noisy.target, clean.target)
+        assert not torch.allclose(noisy.sample, clean.sample)
+
+
+def test_one_network_is_decoded_as_in_a_batch():
+    autoencoder = make_autoencoder(70)
+    latents = torch.randn(5, 4)
+    batch = autoencoder.decode(latents).sample
+    one_by_one = torch.cat([autoencoder.decode(latents[i : i + 1]).sample for i in range(5)])
+    torch.testing.assert_close(batch, one_by_one, atol=1e-5, rtol=1e-5)
+
+
+def test_the_autoencoder_learns():
+    generator = torch.Generator().manual_seed(0)
+    directions = torch.randn(3, 60, generator=generator)
+    parameters = 2 + torch.randn(80, 3, generator=generator) @ directions
+    autoencoder = make_autoencoder(60, latent_dim=8).train()
+    autoencoder.fit_parameter_statistics(parameters)
+    optimizer = torch.optim.AdamW(autoencoder.parameters(), lr=3e-3)
+    for _ in range(150):
+        output = autoencoder(parameters)
+        loss = F.mse_loss(output.sample, output.target)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert loss.item() < 0.15  # 1 is the mean of the snapshots
+
+
+def test_save_and_load_keep_every_bit_and_statistics_stay_float32(tmp_path):
+    autoencoder = make_autoencoder(30, 3)
+    autoencoder.fit_parameter_statistics(torch.randn(10, 33))
+    autoencoder.fit_latent_statistics(torch.randn(10, 33))
+    autoencoder.save_pretrained(tmp_path)
+    loaded = ParameterAutoencoder.from_pretrained(tmp_path)
+    assert loaded.layout == autoencoder.layout
+    for name, tensor in autoencoder.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], tensor), name
+    half = ParameterAutoencoder.from_pretrained(tmp_path, torch_dtype=torch.bfloat16)
+    assert half.encoder[0].weight.dtype == torch.bfloat16
+    assert torch.equal(half.parameter_mean, autoencoder.parameter_mean)
+    latents = half.encode(torch.randn(2, 33)).latents
+    assert half.decode(latents).sample.dtype == torch.float32
+
+    denoiser = LatentDenoiser(8, block_out_channels=(4, 4), bottleneck_dim=8, embedding_dim=16, num_class_embeds=3)
+    denoiser.save_pretrained(tmp_path / "denoiser")
+    loaded = LatentDenoiser.from_pretrained(tmp_path / "denoiser").eval()
+    sample, labels = torch.randn(2, 8), torch.tensor([0, 2])
+    assert torch.equal(loaded(sample, 5, labels).sample, denoiser.eval()(sample, 5, labels).sample)
+
+
+@pytest.mark.parametrize(
+    "scheduler_class", [DDPMScheduler, DDIMScheduler, DPMSolverMultistepScheduler, HeunDiscreteScheduler]
+)
+def test_the_denoiser_works_with_the_schedulers_of_diffusers(scheduler_class):
+    denoiser = LatentDenoiser(8, block_out_channels=(4, 4), bottleneck_dim=8, embedding_dim=16).eval()
+    scheduler = scheduler_class(num_train_timesteps=100)
+    scheduler.set_timesteps(5)
+    sample = torch.randn(2, 8) * scheduler.init_noise_sigma
+    for timestep in scheduler.timesteps:
+        with torch.no_grad():
+            prediction = denoiser(scheduler.scale_model_input(sample, timestep), timestep).sample
+        sample = scheduler.step(prediction, timestep, sample).prev_sample
+    assert sample.isfinite().all()
+
+
+def test_denoiser_timesteps_one_for_all_or_one_each():
+    torch.manual_seed(0)
+    denoiser = LatentDenoiser(8, block_out_channels=(4, 4), bottleneck_dim=8, embedding_dim=16).eval()
+    torch.nn.init.normal_(denoiser.conv_out.weight)
+    sample = torch.randn(3, 8)
+    same = denoiser(sample, 7).sample
+    assert torch.equal(same, denoiser(sample, torch.tensor([7, 7, 7]), return_dict=False)[0])
+    assert not torch.allclose(same, denoiser(sample, torch.tensor([7, 500, 7])).sample)
+
+
+def test_every_latent_coordinate_reaches_every_prediction():
+    torch.manual_seed(0)
+    denoiser = LatentDenoiser(128, **DENOISER_PRESETS["small"]).eval()
+    torch.nn.init.normal_(denoiser.conv_out.weight)
+    sample = torch.randn(1, 128, requires_grad=True)
+    gradient = torch.stack(
+        [torch.autograd.grad(denoiser(sample, 10).sample[0, i], sample)[0][0].abs() for i in (0, 63, 127)]
+    )
+    assert (gradient > 0).all()
+
+
+def test_paper_presets_have_the_published_widths():
+    autoencoder = ParameterAutoencoder(make_layout(2048).to_dict(), **AUTOENCODER_PRESETS["paper"])
+    convolutions = [m for m in autoencoder.encoder if isinstance(m, torch.nn.Conv1d)]
+    assert [m.out_channels for m in convolutions] == [64, 128, 256, 256, 32]
+    assert all(m.kernel_size == (7,) and m.stride == (2,) for m in convolutions)
+    assert max(b.conv.out_channels for b in LatentDenoiser(128, **DENOISER_PRESETS["paper"]).down_blocks) == 512
+
+
+def test_errors():
+    with pytest.raises(LayoutError, match="latent_dim must lie between 1 and the 10 .* got 11"):
+        make_autoencoder(10, latent_dim=11)
+    with pytest.raises(LayoutError, match="latent_dim .* got 0"):
+        make_autoencoder(10, latent_dim=0)
+    with pytest.raises(LayoutError, match="kernel_size must be odd"):
+        ParameterAutoencoder(make_layout(10).to_dict(), latent_dim=2, kernel_size=4)
+    denoiser = LatentDenoiser(8, block_out_channels=(4, 4), bottleneck_dim=8, embedding_dim=16)
+    with pytest.raises(ValueError, match=r"\(N, 8\), got \(2, 7\)"):
+        denoiser(torch.zeros(2, 7), 0)
+    with pytest.raises(ValueError, match="no num_class_embeds"):
+        denoiser(torch.zeros(2, 8), 0, torch.tensor([0, 1]))
+    with pytest.raises(ValueError, match="class_labels are needed"):
+        LatentDenoiser(8, block_out_channels=(4, 4), bottleneck_dim=8, num_class_embeds=2)(torch.zeros(2, 8), 0)
