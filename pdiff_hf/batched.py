@@ -313,8 +313,10 @@ class _Replayer(TorchFunctionMode):
                 raise RuntimeError(f"expected a call of {recorded}, got {func}")
             return result
         self.next = next(self.calls, None)
-        if self.replaced:
-            result = tree_map_only(torch.Tensor, lambda tensor: self.replaced.get(id(tensor), tensor), result)
+        if isinstance(result, torch.Tensor):
+            return self.replaced.get(id(result), result)
+        if isinstance(result, (tuple, list, dict)):
+            return tree_map_only(torch.Tensor, lambda tensor: self.replaced.get(id(tensor), tensor), result)
         return result
 
 

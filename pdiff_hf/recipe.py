@@ -142,12 +142,13 @@ class AutoencoderSection:
     autoencoder_preset: str = _option("small", f"Widths: {', '.join(AUTOENCODER_PRESETS)}.")
     latent_dim: int = _option(128, "L, the length of a latent.")
     heldout_fraction: float = _option(0.1, "Share of the snapshots that generators never see, to measure R² on.")
-    autoencoder_steps: int = _option(500, "Optimizer steps.")
+    autoencoder_steps: int = _option(300, "Optimizer steps.")
     autoencoder_batch_size: int = _option(50, "Snapshots in a step.")
     autoencoder_learning_rate: float = _option(
-        1e-3, "Peak learning rate, with cosine decay (the paper's widths: 2e-5)."
+        4e-3, "Peak learning rate, with cosine decay (the paper's widths: 2e-5)."
     )
-    autoencoder_warmup_steps: int = _option(0, "Steps over which the learning rate rises to its peak.")
+    autoencoder_warmup_steps: int = _option(30, "Steps over which the learning rate rises to its peak.")
+    max_grad_norm: float = _option(1.0, "Gradients, the denoiser's too, are clipped to this norm.")
     parameter_noise: float = _option(1e-3, "σ_v, noise on the normalised parameters.")
     latent_noise: float = _option(0.1, "σ_z, noise on the latent.")
 
@@ -174,7 +175,6 @@ class DenoiserSection:
     denoiser_batch_size: int = _option(50, "Latents in a step.")
     denoiser_learning_rate: float = _option(1e-3, "Peak learning rate, with cosine decay (the paper's widths: 1e-4).")
     denoiser_warmup_steps: int = _option(0, "Steps over which the learning rate rises to its peak.")
-    max_grad_norm: float = _option(1.0, "The denoiser's gradients are clipped to this norm.")
     ema_decay: float = _option(0.999, "Decay of the moving average of the denoiser's weights, which is what is kept.")
     num_train_timesteps: int = _option(1000, "T, the length of the diffusion.")
 

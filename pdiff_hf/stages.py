@@ -372,6 +372,7 @@ class Run:
                     batch_size=r.autoencoder_batch_size,
                     learning_rate=r.autoencoder_learning_rate,
                     lr_warmup_steps=r.autoencoder_warmup_steps,
+                    max_grad_norm=r.max_grad_norm,
                 ),
                 **kwargs,
             )

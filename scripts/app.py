@@ -36,6 +36,7 @@ from transformers.utils import logging as transformers_logging
 from pdiff_hf import LayoutError, PDiffPipeline
 from pdiff_hf.checkpoints import load_snapshots, parameter_matrix
 from pdiff_hf.evaluation.metrics import accuracy, max_iou
+from pdiff_hf.evaluation.plots import GENERATED, ORIGINAL, OTHERS
 from pdiff_hf.evaluation.report import format_summary
 from pdiff_hf.evaluation.scoring import Scorer, Scores
 from pdiff_hf.recipe import Recipe
@@ -54,14 +55,20 @@ SCHEDULERS = {
     "DDIM": (DDIMScheduler, {"clip_sample": False}),  # latents are not images between -1 and 1
     "DDPM": (DDPMScheduler, {"clip_sample": False}),
 }
-# Those of pdiff_hf.evaluation.plots.
-COLOURS = {"originals": "#000000", "sampled here": "#D55E00", "in the report": "#E69F00", "baselines": "#0072B2"}
-NETWORK_COLOURS = ("#D55E00", "#0072B2", "#009E73", "#E69F00", "#CC79A7")
+# Colour, marker and size of a group of networks.
+STYLES = {
+    "originals": (ORIGINAL, "o", 18),
+    "baselines (mean of each)": (OTHERS[0], "s", 26),
+    "generated for the report": (OTHERS[1], "^", 26),
+    "sampled here": (GENERATED, "*", 60),
+}
 # Fonts of the reader's own machine: the page asks no other server for anything.
 LAUNCH = {
     "theme": gr.themes.Default(
         primary_hue="orange", font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]
     ),
+    "css": "table { display: block; overflow-x: auto; white-space: nowrap; }"
+    ".picture img { max-height: 65vh; object-fit: contain; }",
     "footer_links": [],
     "ssr_mode": False,
 }
@@ -115,6 +122,12 @@ def load_source(name: str) -> Source:
     source.report = _load_report(folder if is_local else name)
     if source.report is None:
         source.missing.append("its report: it has not been evaluated")
+    else:
+        try:
+            format_summary(source.report), compare(source)
+        except (KeyError, TypeError):
+            source.report = None
+            source.missing.append("its report: it was written by another version of this library")
     if not is_local:
         source.missing.append(
             "the accuracy of what is sampled here: a repository has no snapshots to compare with. Open the run's folder"
@@ -175,47 +188,57 @@ def describe(name: str, source: Source) -> str:
     return "\n\n".join(lines)
 
 
-def comparison(source: Source, scores: Scores | None = None) -> tuple[pd.DataFrame, str]:
+def compare(source: Source, scores: Scores | None = None) -> tuple[dict[str, tuple[list[float], list[float]]], str]:
     """
-    Accuracy against similarity, a row a network (of the baselines, a row a setting), and what the reader needs to know
-    about it.
+    Similarities and accuracies by group, a point a network (of the baselines, a point a setting), and what the reader
+    needs to know about them.
+
+    Args:
+        scores (`Scores`, *optional*): Of networks that were sampled here, on the test split.
     """
-    rows, report = [], source.report
-    if report is not None:
-        iou = {row["name"]: row["iou"] for row in report["audit"]["rows"]}
-        shown = {"original": "originals"} | ({} if source.scorer else {"generated": "in the report"})
-        for group in report["groups"]:
-            if group["name"] in shown:
-                points = zip(iou[group["name"]], group["accuracies"], strict=True)
-                rows += [(shown[group["name"]], group["name"], *point) for point in points]
-            elif group["family"] is not None:
-                rows.append(("baselines", group["name"], group["iou_max"], group["accuracy_mean"]))
-    text = ""
-    if scores is not None:
-        originals = source.scorer.score("test", source.snapshots)
-        if report is None:
-            points = zip(
-                max_iou(originals.wrong, originals.wrong, exclude_self=True).tolist(),
-                accuracy(originals.predictions, originals.labels).tolist(),
-                strict=True,
-            )
-            rows += [("originals", "original", *point) for point in points]
-        accuracies = accuracy(scores.predictions, scores.labels)
-        similarities = max_iou(scores.wrong, originals.wrong)
-        points = zip(similarities.tolist(), accuracies.tolist(), strict=True)
-        rows += [("sampled here", f"network {i}", *point) for i, point in enumerate(points)]
-        text = (
-            f"**{len(accuracies)} networks:** test accuracy {accuracies.mean():.2f} % on average, "
-            f"{accuracies.min():.2f} to {accuracies.max():.2f} %; the originals have "
-            f"{accuracy(originals.predictions, originals.labels).mean():.2f} %. Maximum similarity to an original "
-            f"{similarities.nanmean():.3f}."
-        )
-    elif source.scorer is None:
-        text = "The networks sampled here are not in this figure; see *Not available* above."
-    if not rows:
-        text = "There is nothing to compare: neither a report nor the run's task and snapshots are available."
-    table = pd.DataFrame(rows, columns=["group", "network", "similarity", "accuracy"]).dropna()
-    return table, text
+    points: dict[str, tuple[list[float], list[float]]] = {}
+    if source.report is not None:
+        groups = {group["name"]: group for group in source.report["groups"]}
+        iou = {row["name"]: row["iou"] for row in source.report["audit"]["rows"]}
+        baselines = [group for group in groups.values() if group["family"] is not None]
+        points["originals"] = iou["original"], groups["original"]["accuracies"]
+        if baselines:
+            means = [group["iou_max"] for group in baselines], [group["accuracy_mean"] for group in baselines]
+            points["baselines (mean of each)"] = means
+        points["generated for the report"] = iou["generated"], groups["generated"]["accuracies"]
+    if scores is None:
+        if not points:
+            rest = " yet; sample, to see how these networks do." if source.scorer else "."
+            return points, f"There is nothing to compare: there is no report{rest}"
+        return points, "" if source.scorer else "Networks that are sampled here are not in this figure: see above."
+    originals = source.scorer.score("test", source.snapshots)
+    of_originals = accuracy(originals.predictions, originals.labels)
+    points["originals"] = max_iou(originals.wrong, originals.wrong, exclude_self=True).tolist(), of_originals.tolist()
+    accuracies, similarities = accuracy(scores.predictions, scores.labels), max_iou(scores.wrong, originals.wrong)
+    points["sampled here"] = similarities.tolist(), accuracies.tolist()
+    text = (
+        f"**{len(accuracies)} networks sampled here:** test accuracy {accuracies.mean():.2f} % on average, from "
+        f"{accuracies.min():.2f} to {accuracies.max():.2f} %; the originals have {of_originals.mean():.2f} %. Maximum "
+        f"similarity to an original {similarities.nanmean():.3f} on average."
+    )
+    return points, text
+
+
+def draw_points(points: dict[str, tuple[list[float], list[float]]], path: Path) -> None:
+    """Draws what `compare` returns."""
+    figure = Figure(figsize=(5.4, 4.4), layout="constrained")  # small, so that a phone shows legible letters
+    axes = figure.subplots()
+    for name, (similarities, accuracies) in points.items():
+        colour, marker, size = STYLES[name]
+        # A report has None for what cannot be said of a network that never errs.
+        known = [(x, y) for x, y in zip(similarities, accuracies, strict=True) if x is not None]
+        axes.scatter(*zip(*known, strict=True), s=size, c=colour, marker=marker, alpha=0.6, linewidths=0, label=name)
+    axes.margins(0.06)
+    axes.set_xlabel("maximum IoU of wrong predictions to the originals\n(left: less similar)")
+    axes.set_ylabel("test accuracy (%)")
+    axes.grid(alpha=0.3)
+    figure.legend(loc="outside lower center", ncols=2, frameon=False)
+    figure.savefig(path, dpi=200)
 
 
 def draw_heat_map(source: Source, parameters: torch.Tensor, path: Path) -> None:
@@ -226,7 +249,7 @@ def draw_heat_map(source: Source, parameters: torch.Tensor, path: Path) -> None:
     autoencoder = source.pipe.autoencoder
     groups = {"sampled": parameters} | ({} if source.snapshots is None else {"originals": source.snapshots})
     columns = _evenly(parameters.shape[1], HEAT_MAP_COLUMNS)
-    figure = Figure(figsize=(7, 2.2 * len(groups) + 0.8), layout="constrained")
+    figure = Figure(figsize=(5.4, 1.8 * len(groups) + 0.8), layout="constrained")
     panels = figure.subplots(len(groups), 1, sharex=True, squeeze=False)[:, 0]
     for axes, (name, group) in zip(panels, groups.items(), strict=True):
         rows = group[_evenly(len(group), HEAT_MAP_ROWS)].to(autoencoder.device)
@@ -238,7 +261,7 @@ def draw_heat_map(source: Source, parameters: torch.Tensor, path: Path) -> None:
     axes.set_xticks(ticks.tolist(), [str(int(columns[tick])) for tick in ticks])
     axes.set_xlabel("index of the parameter")
     figure.colorbar(image, ax=panels, label="deviation (std)", extend="both", aspect=30)
-    figure.savefig(path, dpi=150)
+    figure.savefig(path, dpi=200)
 
 
 def _evenly(count: int, limit: int) -> torch.Tensor:
@@ -276,13 +299,13 @@ class Watcher:
         autoencoder = self.source.pipe.autoencoder
         parameters = autoencoder.decode(latents).sample
         distances = autoencoder.normalize(parameters).square().mean(1).sqrt().tolist()
-        self.distances += [(step, f"network {i}", value) for i, value in enumerate(distances)]
+        self.distances += [(step, str(i), value) for i, value in enumerate(distances)]
         if self.batch is not None:
             task, labels = self.source.scorer.task, self.batch["labels"]
             for rows, logits in self.source.scorer.models(lambda call: task.predict(call, self.batch), parameters):
-                correct = 100 * (logits.argmax(-1) == labels).float().mean(-1)
+                correct = (100 * (logits.argmax(-1) == labels).double().mean(-1)).round(decimals=2)
                 numbers = range(rows.start, rows.stop)
-                self.accuracies += [(step, f"network {i}", v) for i, v in zip(numbers, correct.tolist(), strict=True)]
+                self.accuracies += [(step, str(i), v) for i, v in zip(numbers, correct.tolist(), strict=True)]
 
     def tables(self) -> tuple[pd.DataFrame, pd.DataFrame]:
         return (
@@ -362,19 +385,23 @@ def build_app(pipeline_id: str = "") -> gr.Blocks:
             source = load_source(name.strip())
         except (ValueError, OSError, HTTPError) as error:
             raise _message(error) from error
-        table, text = comparison(source)
+        points, text = compare(source)
         report = "There is no report." if source.report is None else format_summary(source.report)
-        return {
-            about: describe(name.strip(), source),
-            points: gr.ScatterPlot(table, visible=len(table) > 0),
-            points_text: text,
-            report_text: report,
-            accuracies: gr.LinePlot(visible=False),
-            distances: gr.LinePlot(visible=False),
-            heat: None,
-            download: gr.DownloadButton("Download networks", None, interactive=False),
-            status: "",
-        }
+        with tempfile.TemporaryDirectory() as folder:
+            picture = Path(folder, "accuracy_vs_similarity.png")
+            if points:
+                draw_points(points, picture)
+            yield {
+                about: describe(name.strip(), source),
+                comparison: gr.Image(picture if points else None, visible=bool(points)),
+                comparison_text: text,
+                report_text: report,
+                accuracies: gr.LinePlot(visible=False),
+                distances: gr.LinePlot(visible=False),
+                heat: gr.Image(None, visible=False),
+                download: gr.DownloadButton("Download networks", None, interactive=False),
+                status: "",
+            }
 
     def sample(name, num_models, num_steps, scheduler, seed):
         # All that is to be seen goes out each time, because a browser that falls behind leaves updates out.
@@ -396,20 +423,20 @@ def build_app(pipeline_id: str = "") -> gr.Blocks:
                     yield shown
             parameters = source.pipe.decode_latents(latents)
             done = f"Done: {num_models} networks in {num_steps} steps of {scheduler}, seed {seed}."
-            with tempfile.TemporaryDirectory() as folder:  # Gradio has copies of its own when it asks for what follows
-                path, picture = Path(folder, "networks.zip"), Path(folder, "parameters.png")
-                write_zip(source, parameters, path)
-                draw_heat_map(source, parameters, picture)
-                shown[heat] = picture
-                label = f"Download {num_models} networks ({path.stat().st_size / 1e6:.1f} MB)"
-                shown[download] = gr.DownloadButton(label, path, interactive=True)
+            # Gradio has copies of its own of all files when it asks for what follows.
+            with tempfile.TemporaryDirectory() as folder:
+                archive = Path(folder, "networks.zip")
+                write_zip(source, parameters, archive)
+                label = f"Download networks ({archive.stat().st_size / 1e6:.1f} MB)"
+                shown[download] = gr.DownloadButton(label, archive, interactive=True)
+                draw_heat_map(source, parameters, picture := Path(folder, "parameters.png"))
+                shown[heat] = gr.Image(picture, visible=True)
                 if source.scorer is not None:
                     shown[status] = "Scoring …"
                     yield shown
-                    table, text = comparison(source, source.scorer.score("test", parameters))
-                    shown[points] = gr.ScatterPlot(table, visible=True)
-                    shown[points_text] = text
-                    done = f"{done} {text}"
+                    points, shown[comparison_text] = compare(source, source.scorer.score("test", parameters))
+                    draw_points(points, picture := Path(folder, "accuracy_vs_similarity.png"))
+                    shown[comparison] = gr.Image(picture, visible=True)
                 shown[status] = done
                 yield shown
         except (ValueError, OSError, HTTPError) as error:
@@ -440,58 +467,45 @@ def build_app(pipeline_id: str = "") -> gr.Blocks:
                 download = gr.DownloadButton("Download networks", interactive=False)
             with gr.Column(scale=3, min_width=300), gr.Tabs():
                 with gr.Tab("Process"):
+                    gr.Markdown(f"The first {WATCHED} networks that are sampled, decoded as they are denoised.")
                     line = {
                         "x": "step",
                         "color": "network",
                         "x_title": "denoising steps taken",
-                        "height": 260,
                         "visible": False,
+                        "min_width": 280,
                     }
-                    line |= {"color_map": {f"network {i}": c for i, c in enumerate(NETWORK_COLOURS)}}
-                    gr.Markdown(f"The first {WATCHED} networks that are sampled, decoded as they are denoised.")
-                    distances = gr.LinePlot(
-                        y="distance", y_title="std", label="Distance to the mean of the snapshots", **line
-                    )
-                    accuracies = gr.LinePlot(
-                        y="accuracy", y_title="%", label=f"Accuracy on up to {WATCHED_EXAMPLES} test examples", **line
-                    )
+                    line |= {"color_map": {str(i): colour for i, colour in enumerate((GENERATED, *OTHERS))}}
+                    with gr.Row():
+                        distances = gr.LinePlot(
+                            y="distance", y_title="std", label="Distance to the mean of the snapshots", **line
+                        )
+                        accuracies = gr.LinePlot(
+                            y="accuracy", y_title="%", label=f"Accuracy on at most {WATCHED_EXAMPLES} examples", **line
+                        )
+                picture = {"show_label": False, "interactive": False, "buttons": ["download", "fullscreen"]}
+                picture |= {"format": "png", "container": False, "visible": False, "elem_classes": "picture"}
                 with gr.Tab("Accuracy"):
-                    points_text = gr.Markdown()
-                    points = gr.ScatterPlot(
-                        x="similarity",
-                        y="accuracy",
-                        color="group",
-                        color_map=COLOURS,
-                        x_title="maximum IoU of wrong predictions to the originals",
-                        y_title="test accuracy (%)",
-                        tooltip="all",
-                        height=420,
-                        label="Accuracy against similarity: up and left is better",
-                        visible=False,
-                    )
+                    comparison_text = gr.Markdown()
+                    comparison = gr.Image(**picture)
                 with gr.Tab("Parameters"):
-                    heat = gr.Image(
-                        label="Deviation from the mean of the snapshots, a row a network",
-                        type="filepath",
-                        format="png",
-                        interactive=False,
-                        buttons=["download", "fullscreen"],
-                    )
+                    gr.Markdown("A row a network: how far its parameters lie from the mean of the snapshots.")
+                    heat = gr.Image(**picture)
                 with gr.Tab("Report"):
                     report_text = gr.Markdown()
 
-        opened = [about, points, points_text, report_text, accuracies, distances, heat, download, status]
+        opened = [about, comparison, comparison_text, report_text, accuracies, distances, heat, download, status]
         gr.on([open_button.click, name.submit], open_generator, name, opened)
         if pipeline_id:
             app.load(open_generator, name, opened)
         sampling = sample_button.click(
             sample,
             [name, num_models, num_steps, scheduler, seed],
-            [status, distances, accuracies, points, points_text, heat, download],
+            [status, distances, accuracies, comparison, comparison_text, heat, download],
             show_progress="hidden",
             concurrency_limit=1,
         )
-        stop_button.click(lambda: "Stopped.", None, status, cancels=[sampling])
+        stop_button.click(None, cancels=[sampling]).then(lambda: "Stopped.", None, status)
     return app
 
 
