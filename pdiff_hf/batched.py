@@ -79,13 +79,13 @@ class BatchedModels:
 
     def _probe(self, forward: Forward) -> None:
         """Finds out, on the first batch, what this model allows, and how many networks run side by side."""
-        base = self._base_tensors()
-        with _Recorder(base) as recorder:
-            expected = self._call(forward, base)
+        other = self._other_row()
+        tensors = self.layout.unflatten(other)
+        with _Recorder(tensors) as recorder:
+            expected = self._call(forward, tensors)
         self._written = recorder.finish().written()
-        rows = self.layout.flatten(base).expand(2, -1)
         try:
-            output = self._one(forward, rows[0], self.record(forward))
+            output = self._one(forward, other, self.record(forward))
             self._has_prefix = torch.allclose(output, expected, rtol=1e-3, atol=1e-5, equal_nan=True)
         except Exception as error:
             logger.debug("the replay failed", exc_info=error)
@@ -100,7 +100,7 @@ class BatchedModels:
             self._side_by_side = 1
         if self._side_by_side > 1:
             try:
-                self._run(forward, rows, self.record(forward))
+                self._run(forward, other.expand(2, -1), self.record(forward))
             except Exception as error:
                 logger.debug("vmap failed", exc_info=error)
                 logger.warning("%s does not run under vmap: one network at a time", type(self.model).__name__)
@@ -109,6 +109,10 @@ class BatchedModels:
     def _base_tensors(self) -> dict[str, torch.Tensor]:
         state_dict = self.model.state_dict()
         return {name: state_dict[name] for name in self.layout.names}
+
+    def _other_row(self) -> torch.Tensor:
+        """Parameters unlike those that prefixes are recorded with: a prefix must not depend on them."""
+        return 1.1 * self.layout.flatten(self._base_tensors()) + 0.1  # (D,)
 
     def _call(self, forward: Forward, tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
         return forward(lambda *args, **kwargs: functional_call(self.model, tensors, args, kwargs))
@@ -236,10 +240,11 @@ class PrefixCache:
         shuffled = torch.randperm(num_examples, generator=torch.Generator().manual_seed(0))
         indices = shuffled[torch.arange(batch_size) % num_examples]
         check, cache = forward(indices), cls(first, rows)
-        expected, replay = check(models.model), cache.replay(indices)
+        tensors = models.layout.unflatten(models._other_row())
+        expected, replay = models._call(check, tensors), cache.replay(indices)
         try:
             with replay:
-                output = check(models.model)
+                output = models._call(check, tensors)
         except Exception as error:
             logger.debug("the replay failed", exc_info=error)
             return None
