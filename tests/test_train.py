@@ -232,6 +232,21 @@ def wait_for(pattern: str, folder: Path, process: subprocess.Popen) -> None:
         time.sleep(0.02)
 
 
+def test_mixed_precision_accumulation_and_a_tracker(tmp_path):
+    run = carry_out(
+        tmp_path,
+        mixed_precision="bf16",
+        gradient_accumulation_steps=2,
+        base_batch_size=32,
+        report_to="tensorboard",
+        baseline_models=2,
+    )
+    report = json.loads((run.folder / "evaluation" / "report.json").read_text())
+    assert report["reconstruction"]["r2_train"] > 0.5
+    assert run.autoencoder.dtype == torch.float32
+    assert list((tmp_path / "logs").rglob("events.out.tfevents.*"))
+
+
 @pytest.mark.slow
 def test_killed_in_every_training_stage_and_resumed_it_ends_with_the_same_bits(finished, tmp_path):
     for pattern in (

@@ -30,7 +30,7 @@ class ParameterAutoencoderOutput(BaseOutput):
     """
 
     sample: torch.Tensor
-    target: torch.Tensor
+    target: torch.Tensor | None = None  # always given; Accelerate's mixed precision makes outputs from one dict
     kl: torch.Tensor | None = None
 
 
