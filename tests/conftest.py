@@ -26,6 +26,8 @@ os.environ |= {
     "HF_HUB_DISABLE_XET": "1",
     "HF_HUB_DISABLE_TELEMETRY": "1",
     "HF_TOKEN": "alice-token",
+    # The networks of the tests are small, and bits are only the same between processes with as many threads.
+    "OMP_NUM_THREADS": "1",
 }
 
 
