@@ -68,8 +68,7 @@ def main() -> None:
     size = 4 * pipe.autoencoder.layout.num_parameters
     if not args.only_generated:
         size = sum(t.numel() * t.element_size() for t in pipe.base_model.state_dict().values())
-    folder.mkdir(parents=True, exist_ok=True)
-    free = shutil.disk_usage(folder).free
+    free = shutil.disk_usage(next(path for path in (folder, *folder.absolute().parents) if path.exists())).free
     if size * args.num_models > free:
         raise ValueError(
             f"{args.num_models} networks of {size / 1e6:.1f} MB need {size * args.num_models / 1e9:.1f} GB, and "
@@ -82,6 +81,7 @@ def main() -> None:
         batch_size=args.batch_size,
         output_type="pt",
     ).parameters
+    folder.mkdir(parents=True, exist_ok=True)
     for i, row in enumerate(tqdm(parameters, "writing")):
         # Copies, because safetensors does not write views of a larger tensor.
         state_dict = {name: tensor.clone() for name, tensor in pipe.autoencoder.layout.unflatten(row).items()}
