@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 from transformers import AutoModelForImageClassification
 
@@ -228,6 +229,8 @@ def launch(folder, *arguments, **kwargs) -> subprocess.Popen:
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
+        # A shell that runs the tests in the background has them ignore Ctrl-C, and new processes would too.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         **kwargs,
     )
 
@@ -238,7 +241,15 @@ def wait_for(pattern: str, folder: Path, process: subprocess.Popen) -> None:
         time.sleep(0.02)
 
 
-def test_mixed_precision_accumulation_and_a_tracker(tmp_path):
+@pytest.fixture
+def another_precision():
+    """Accelerate settles the precision once a process."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def test_mixed_precision_accumulation_and_a_tracker(another_precision, tmp_path):
     run = carry_out(
         tmp_path,
         mixed_precision="bf16",
