@@ -26,7 +26,7 @@ from transformers import (
 )
 from transformers.models.timm_wrapper import TimmWrapperConfig
 
-from .splits import check_sizes, make_splits
+from .splits import check_sizes, label_settings, make_splits
 from .task import Batch, Split, Task
 
 # Preprocessed images are kept in memory (as uint8) up to this size, and made anew for each batch beyond it.
@@ -160,11 +160,7 @@ class ImageClassificationTask(Task):
 
     def load_base_model(self) -> PreTrainedModel:
         """The network with one output a class. Fresh weights depend on torch's global seed."""
-        labels = {
-            "num_labels": len(self.class_names),
-            "id2label": dict(enumerate(self.class_names)),
-            "label2id": {name: i for i, name in enumerate(self.class_names)},
-        }
+        labels = label_settings(self.class_names)
         if self._has_weights:
             return AutoModelForImageClassification.from_pretrained(
                 self.model, **labels, dtype=torch.float32, ignore_mismatched_sizes=True

@@ -78,3 +78,12 @@ def _hold_out(split: datasets.Dataset, dataset: str, fraction: float) -> tuple[d
             f"every class: {error}"
         ) from error
     return split.select(np.sort(rest)), split.select(np.sort(held_out))
+
+
+def label_settings(class_names: list[str]) -> dict[str, Any]:
+    """What the configuration of a transformers model says about its classes."""
+    return {
+        "num_labels": len(class_names),
+        "id2label": dict(enumerate(class_names)),
+        "label2id": {name: i for i, name in enumerate(class_names)},
+    }

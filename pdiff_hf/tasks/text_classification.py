@@ -26,7 +26,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from .splits import check_sizes, make_splits
+from .splits import check_sizes, label_settings, make_splits
 from .task import Batch, Split, Task
 
 FILE_TYPES = {".csv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
@@ -103,11 +103,7 @@ class TextClassificationTask(Task):
 
     def load_base_model(self) -> PreTrainedModel:
         """The network with one output a class. Fresh weights depend on torch's global seed."""
-        labels = {
-            "num_labels": len(self.class_names),
-            "id2label": dict(enumerate(self.class_names)),
-            "label2id": {name: i for i, name in enumerate(self.class_names)},
-        }
+        labels = label_settings(self.class_names)
         files = os.listdir(self.model) if os.path.isdir(self.model) else ["model.safetensors"]
         if any(name.startswith("model") and ".safetensors" in name for name in files):
             return AutoModelForSequenceClassification.from_pretrained(
