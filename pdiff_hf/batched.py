@@ -247,6 +247,7 @@ class PrefixCache:
                 output = models._call(check, tensors)
         except Exception as error:
             logger.debug("the replay failed", exc_info=error)
+            logger.warning("%s cannot be replayed: its frozen part is computed anew", type(models.model).__name__)
             return None
         return cache if torch.allclose(output, expected, rtol=1e-5, atol=1e-6) and not first.written() else None
 
