@@ -14,6 +14,7 @@ from transformers import HfArgumentParser
 
 from .loop import OPTIMIZERS
 from .models import AUTOENCODER_PRESETS, DENOISER_PRESETS
+from .models.autoencoder import NORMALIZATIONS
 
 SECRETS = ("hub_token",)
 TASKS = ("image_classification", "text_classification")
@@ -139,7 +140,11 @@ class CollectSection:
 class AutoencoderSection:
     """Training of the autoencoder (paper, Table 5c)."""
 
-    autoencoder_preset: str = _option("small", f"Widths: {', '.join(AUTOENCODER_PRESETS)}.")
+    autoencoder_preset: str = _option("tokens", f"One of {', '.join(AUTOENCODER_PRESETS)}; see ParameterAutoencoder.")
+    token_size: int | None = _option(None, "Numbers in a token, for the preset `tokens`; else about 2 √D.")
+    normalization: str = _option(
+        "coordinate", "Mean of every parameter (`coordinate`), or of every `tensor` as the paper has it."
+    )
     latent_dim: int = _option(128, "L, the length of a latent.")
     heldout_fraction: float = _option(0.1, "Share of the snapshots that generators never see, to measure R² on.")
     autoencoder_steps: int = _option(300, "Optimizer steps.")
@@ -154,6 +159,8 @@ class AutoencoderSection:
 
     def __post_init__(self):
         presets = list(AUTOENCODER_PRESETS)
+        _require("normalization", self.normalization, self.normalization in NORMALIZATIONS, f"of {NORMALIZATIONS}")
+        _require("token_size", self.token_size, self.token_size is None or self.token_size >= 1, "at least 1")
         _require("autoencoder_preset", self.autoencoder_preset, self.autoencoder_preset in presets, f"of {presets}")
         _require("latent_dim", self.latent_dim, self.latent_dim >= 1, "at least 1")
         _require("heldout_fraction", self.heldout_fraction, 0 <= self.heldout_fraction < 0.5, "between 0 and 0.5")

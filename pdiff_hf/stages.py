@@ -29,7 +29,7 @@ from .evaluation.baselines import standard_baselines
 from .evaluation.generator import evaluate_generator
 from .evaluation.scoring import Scorer
 from .loop import LoopArguments, derive_seed
-from .models import AUTOENCODER_PRESETS, DENOISER_PRESETS, ParameterAutoencoder
+from .models import DENOISER_PRESETS, ParameterAutoencoder, autoencoder_architecture
 from .parameters import ParameterLayout, select_layout
 from .pipelines import PDiffPipeline
 from .recipe import (
@@ -365,7 +365,8 @@ class Run:
                 self.parameters[~self.heldout],
                 self.layout,
                 latent_dim=r.latent_dim,
-                **AUTOENCODER_PRESETS[r.autoencoder_preset],
+                architecture=autoencoder_architecture(r.autoencoder_preset, self.layout.num_parameters, r.token_size),
+                normalization=r.normalization,
                 **self._loop(
                     stage,
                     num_steps=r.autoencoder_steps,
@@ -432,11 +433,13 @@ class Run:
         r = self.recipe
         device = PartialState().device
         vae = None
-        if r.baseline_models and not self.is_finished("vae"):
+        # A linear autoencoder with noise has no VAE beside it but the low-rank Gaussian, which is a baseline already.
+        with_vae = r.baseline_models > 0 and r.autoencoder_preset != "pca"
+        if with_vae and not self.is_finished("vae"):
             self.train_vae()
         if not PartialState().is_main_process:
             return
-        if r.baseline_models:
+        if with_vae:
             generator = torch.Generator().manual_seed(derive_seed(r.seed, *b"vae"))
             autoencoder = ParameterAutoencoder.from_pretrained(self.folder / FOLDERS["vae"]).eval()
             vae = autoencoder.sample_prior(r.baseline_models, generator)

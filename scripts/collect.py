@@ -70,6 +70,7 @@ def print_list(recipe: Recipe, device: torch.device) -> None:
             layout.num_parameters,
             latent_dim=recipe.latent_dim,
             preset=recipe.autoencoder_preset,
+            token_size=recipe.token_size,
             num_steps=recipe.autoencoder_steps,
             batch_size=recipe.autoencoder_batch_size,
             device=device,

@@ -38,7 +38,7 @@ def saved(tmp_path_factory) -> Path:
             writer.write(row, step=step, seed=0)
     autoencoder = ParameterAutoencoder(layout.to_dict(), latent_dim=8, block_out_channels=(4, 4))
     autoencoder.fit_parameter_statistics(snapshots)
-    autoencoder.fit_latent_statistics(snapshots)
+    autoencoder.fit_latent_statistics(autoencoder.tokenize(snapshots))
     denoiser = LatentDenoiser(8, block_out_channels=(4, 4), bottleneck_dim=16)
     scheduler = make_sampling_scheduler(make_training_scheduler())
     PDiffPipeline(autoencoder, denoiser, scheduler, base_model=model).save_pretrained(folder / "pipeline")
@@ -219,12 +219,12 @@ def test_the_divergence_of_a_variational_autoencoder():
     torch.manual_seed(0)
     vae = ParameterAutoencoder(layout.to_dict(), latent_dim=4, block_out_channels=(4, 4), variational=True)
     parameters = torch.randn(9, 16)
-    mean, log_variance = vae._encode(vae.normalize(parameters))
-    output = vae(parameters, generator=torch.Generator().manual_seed(0))
+    mean, log_variance = vae._encode(vae.tokenize(parameters))
+    output = vae(vae.tokenize(parameters), generator=torch.Generator().manual_seed(0))
     posterior = torch.distributions.Normal(mean, (0.5 * log_variance).exp())
     expected = torch.distributions.kl_divergence(posterior, torch.distributions.Normal(0.0, 1.0)).sum(1)
     torch.testing.assert_close(output.kl, expected)
-    again = vae(parameters, generator=torch.Generator().manual_seed(1))
+    again = vae(vae.tokenize(parameters), generator=torch.Generator().manual_seed(1))
     assert not torch.equal(again.sample, output.sample)  # it samples
     torch.testing.assert_close(vae.encode(parameters).latents, mean)  # the statistics are 0 and 1 so far
 
@@ -242,4 +242,4 @@ def test_the_prior_is_sampled_in_the_networks_own_latent():
     plain = ParameterAutoencoder(layout.to_dict(), latent_dim=4, block_out_channels=(4, 4))
     with pytest.raises(ValueError, match="only a variational autoencoder"):
         plain.sample_prior(1)
-    assert plain(torch.randn(2, 16)).kl is None
+    assert plain(torch.randn(2, 1, 16)).kl is None

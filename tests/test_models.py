@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-import torch.nn.functional as F
 from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler, HeunDiscreteScheduler
 
 from pdiff_hf import LatentDenoiser, LayoutError, ParameterAutoencoder, ParameterLayout
@@ -14,10 +13,10 @@ def make_layout(*sizes: int) -> ParameterLayout:
     return ParameterLayout(names, tuple((size,) for size in sizes), ("float32",) * len(sizes))
 
 
-def make_autoencoder(*sizes: int, latent_dim: int = 4) -> ParameterAutoencoder:
+def make_autoencoder(*sizes: int, latent_dim: int = 4, **arguments) -> ParameterAutoencoder:
     torch.manual_seed(0)
     layout = make_layout(*sizes).to_dict()
-    return ParameterAutoencoder(layout, latent_dim=latent_dim, block_out_channels=(4, 6, 6, 8, 4)).eval()
+    return ParameterAutoencoder(layout, latent_dim=latent_dim, block_out_channels=(4, 6, 6, 8, 4), **arguments).eval()
 
 
 @pytest.mark.parametrize(("sizes", "latent_dim"), [((1,), 1), ((7,), 3), ((30, 1, 33), 5), ((100, 28), 128)])
@@ -28,8 +27,9 @@ def test_shapes_for_any_length(sizes, latent_dim, num_models):
     latents = autoencoder.encode(parameters).latents
     assert latents.shape == (num_models, latent_dim)
     assert autoencoder.decode(latents).sample.shape == parameters.shape
-    output = autoencoder(parameters, 0.1, 0.1, generator=torch.Generator().manual_seed(0))
-    assert output.sample.shape == output.target.shape == parameters.shape
+    tokens = autoencoder.tokenize(parameters)
+    output = autoencoder(tokens, 0.1, 0.1, generator=torch.Generator().manual_seed(0))
+    assert output.sample.shape == output.target.shape == tokens.shape == (num_models, *autoencoder.token_shape)
     denoiser = LatentDenoiser(latent_dim, block_out_channels=(4, 4, 4, 4, 4), bottleneck_dim=8, embedding_dim=16)
     assert denoiser(latents, 3).sample.shape == latents.shape
 
@@ -44,7 +44,7 @@ def test_statistics_make_latents_standard_and_normalised_parameters_unit():
     torch.testing.assert_close(normalized.mean(0), torch.zeros(50), atol=1e-2, rtol=0)
     for piece in normalized.split((20, 30), dim=1):
         assert piece.square().mean().sqrt().item() == pytest.approx(1, abs=1e-2)
-    autoencoder.fit_latent_statistics(parameters, batch_size=10)
+    autoencoder.fit_latent_statistics(autoencoder.tokenize(parameters), batch_size=10)
     latents = autoencoder.encode(parameters).latents
     torch.testing.assert_close(latents.mean(0), torch.zeros(4), atol=1e-4, rtol=0)
     torch.testing.assert_close(latents.std(0, correction=0), torch.ones(4), atol=1e-4, rtol=0)
@@ -54,19 +54,19 @@ def test_constant_tensors_stay_finite_and_come_back():
     parameters = torch.cat([torch.full((8, 5), 3.0), torch.randn(8, 4)], dim=1)
     autoencoder = make_autoencoder(5, 4)
     autoencoder.fit_parameter_statistics(parameters)
-    autoencoder.fit_latent_statistics(parameters)
+    autoencoder.fit_latent_statistics(autoencoder.tokenize(parameters))
     assert autoencoder.parameter_std[0] == 1
     assert autoencoder.decode(autoencoder.encode(parameters).latents).sample.isfinite().all()
 
 
 def test_noise_reaches_the_input_and_the_latent_but_not_the_target():
     autoencoder = make_autoencoder(40)
-    parameters = torch.randn(2, 40)
-    clean = autoencoder(parameters)
-    torch.testing.assert_close(clean.target, parameters)
+    tokens = torch.randn(2, 1, 40)
+    clean = autoencoder(tokens)
+    torch.testing.assert_close(clean.target, tokens)
     for noise in ({"parameter_noise": 0.5}, {"latent_noise": 0.5}):
-        noisy = autoencoder(parameters, **noise, generator=torch.Generator().manual_seed(1))
-        again = autoencoder(parameters, **noise, generator=torch.Generator().manual_seed(1))
+        noisy = autoencoder(tokens, **noise, generator=torch.Generator().manual_seed(1))
+        again = autoencoder(tokens, **noise, generator=torch.Generator().manual_seed(1))
         assert torch.equal(noisy.sample, again.sample) and torch.equal(noisy.target, clean.target)
         assert not torch.allclose(noisy.sample, clean.sample)
 
@@ -87,18 +87,103 @@ def test_the_autoencoder_learns():
     autoencoder.fit_parameter_statistics(parameters)
     optimizer = torch.optim.AdamW(autoencoder.parameters(), lr=3e-3)
     for _ in range(150):
-        output = autoencoder(parameters)
-        loss = F.mse_loss(output.sample, output.target)
+        loss = autoencoder.reconstruction_loss(autoencoder(autoencoder.tokenize(parameters)))
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
     assert loss.item() < 0.15  # 1 is the mean of the snapshots
 
 
-def test_save_and_load_keep_every_bit_and_statistics_stay_float32(tmp_path):
-    autoencoder = make_autoencoder(30, 3)
+def correlated(num_models: int, *sizes: int) -> torch.Tensor:
+    """Vectors of several tensors of different scales, all moved by a few factors."""
+    generator = torch.Generator().manual_seed(0)
+    scale = torch.cat([torch.full((size,), 10.0**-i) for i, size in enumerate(sizes)])
+    factors = torch.randn(num_models, 5, generator=generator) @ torch.randn(5, sum(sizes), generator=generator)
+    return scale * (3 + factors)
+
+
+@pytest.mark.parametrize("token_size", [1, 4, 16, 1000])
+def test_tokens_keep_what_their_components_span(token_size):
+    parameters = correlated(20, 33, 1, 0, 50)
+    autoencoder = ParameterAutoencoder(
+        make_layout(33, 1, 0, 50).to_dict(),
+        latent_dim=4,
+        block_out_channels=(8,),
+        norm_num_groups=None,
+        token_size=token_size,
+        token_dim=5,
+    )
+    autoencoder.fit_parameter_statistics(parameters)
+    tokens = autoencoder.tokenize(parameters)
+    # Tokens end where tensors end.
+    num_tokens = sum(-(-size // token_size) for size in (33, 1, 50))
+    assert tokens.shape == (20, 5, num_tokens)
+    torch.testing.assert_close(autoencoder.detokenize(tokens), parameters, rtol=1e-4, atol=1e-5)  # rank 5
+    # The squared error of tokens is that of the parameters in normalised units.
+    other = tokens + 0.1 * torch.randn(tokens.shape, generator=torch.Generator().manual_seed(1))
+    other = autoencoder.tokenize(autoencoder.detokenize(other))  # within the span, where the rank is below 5
+    output = autoencoder(tokens)
+    output.sample, output.target = other, tokens
+    error = autoencoder.normalize(autoencoder.detokenize(other)) - autoencoder.normalize(parameters)
+    torch.testing.assert_close(autoencoder.reconstruction_loss(output), error.square().mean(), rtol=1e-3, atol=1e-6)
+
+
+def test_bases_are_the_same_however_the_vector_is_read(monkeypatch):
+    parameters = correlated(9, 100, 40)
+
+    def fit(latent_dim=5, **arguments):
+        autoencoder = ParameterAutoencoder(make_layout(100, 40).to_dict(), latent_dim=latent_dim, **arguments)
+        autoencoder.fit_parameter_statistics(parameters)
+        return autoencoder
+
+    tokens = {"block_out_channels": (4,), "token_size": 16, "token_dim": 3}
+    whole = fit(**tokens), fit(block_out_channels=())
+    monkeypatch.setattr("pdiff_hf.models.autoencoder.BLOCK_SIZE", 4 * 20)
+    for autoencoder, expected in zip((fit(**tokens), fit(block_out_channels=())), whole, strict=True):
+        got = autoencoder.tokenize(parameters)
+        # The sign of a principal direction is free.
+        torch.testing.assert_close(got.abs(), expected.tokenize(parameters).abs(), rtol=1e-4, atol=1e-4)
+        reconstructed = autoencoder.detokenize(got)
+        torch.testing.assert_close(
+            reconstructed, expected.detokenize(expected.tokenize(parameters)), rtol=1e-4, atol=1e-4
+        )
+
+
+def test_without_convolutions_it_is_principal_component_analysis():
+    parameters = correlated(12, 60, 30) + 0.1 * torch.randn(12, 90, generator=torch.Generator().manual_seed(2))
+    autoencoder = ParameterAutoencoder(make_layout(60, 30).to_dict(), latent_dim=7, block_out_channels=())
+    autoencoder.fit_parameter_statistics(parameters)
+    assert not list(autoencoder.parameters())
+    autoencoder.fit_latent_statistics(autoencoder.tokenize(parameters))
+    normalized = autoencoder.normalize(parameters).double()
+    u, s, vh = torch.linalg.svd(normalized, full_matrices=False)
+    expected = u[:, :7] * s[:7] @ vh[:7]
+    latents = autoencoder.encode(parameters).latents
+    decoded = autoencoder.decode(latents).sample
+    torch.testing.assert_close(autoencoder.normalize(decoded), expected.float(), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(latents.std(0, correction=0), torch.ones(7), rtol=1e-4, atol=1e-4)
+    # 11 directions are all that 12 snapshots differ in.
+    exact = ParameterAutoencoder(make_layout(60, 30).to_dict(), latent_dim=20, block_out_channels=())
+    exact.fit_parameter_statistics(parameters)
+    torch.testing.assert_close(exact.detokenize(exact.tokenize(parameters)), parameters, rtol=1e-5, atol=1e-5)
+
+
+def test_one_mean_a_tensor_or_one_a_parameter():
+    parameters = correlated(20, 33, 50)
+    autoencoder = make_autoencoder(33, 50)
+    autoencoder.fit_parameter_statistics(parameters, "tensor")
+    for piece, part in zip(parameters.split((33, 50), 1), autoencoder.parameter_mean.split((33, 50)), strict=True):
+        torch.testing.assert_close(part, piece.mean().expand_as(part))
+    normalized = autoencoder.normalize(parameters)
+    for piece in normalized.split((33, 50), dim=1):
+        assert piece.square().mean().sqrt().item() == pytest.approx(1, abs=1e-4)
+
+
+@pytest.mark.parametrize("token_size", [None, 8])
+def test_save_and_load_keep_every_bit_and_statistics_stay_float32(token_size, tmp_path):
+    autoencoder = make_autoencoder(30, 3, token_size=token_size)
     autoencoder.fit_parameter_statistics(torch.randn(10, 33))
-    autoencoder.fit_latent_statistics(torch.randn(10, 33))
+    autoencoder.fit_latent_statistics(autoencoder.tokenize(torch.randn(10, 33)))
     autoencoder.save_pretrained(tmp_path)
     loaded = ParameterAutoencoder.from_pretrained(tmp_path)
     assert loaded.layout == autoencoder.layout
@@ -166,6 +251,10 @@ def test_errors():
         make_autoencoder(10, latent_dim=11)
     with pytest.raises(LayoutError, match="latent_dim .* got 0"):
         make_autoencoder(10, latent_dim=0)
+    with pytest.raises(LayoutError, match="token_size and token_dim must be at least 1, got 0 and 32"):
+        make_autoencoder(10, token_size=0)
+    with pytest.raises(LayoutError, match="needs convolutions"):
+        ParameterAutoencoder(make_layout(10).to_dict(), latent_dim=2, block_out_channels=(), variational=True)
     with pytest.raises(LayoutError, match="kernel_size must be odd"):
         ParameterAutoencoder(make_layout(10).to_dict(), latent_dim=2, kernel_size=4)
     denoiser = LatentDenoiser(8, block_out_channels=(4, 4), bottleneck_dim=8, embedding_dim=16)

@@ -13,6 +13,7 @@ import torch
 from torch import Generator, Tensor
 
 from pdiff_hf.evaluation.metrics import chunks
+from pdiff_hf.models.pca import gram_matrix
 
 
 def gaussian_noise(
@@ -190,10 +191,7 @@ def pca_gaussian(
         )
     mean = snapshots.mean(0)
     centred = snapshots - mean
-    gram = torch.zeros(count, count, dtype=torch.float64)
-    for columns in chunks(snapshots.shape[1], 8 * count):
-        part = centred[:, columns].double()
-        gram += part @ part.T
+    gram = gram_matrix(centred[:, columns] for columns in chunks(snapshots.shape[1], 8 * count))
     vectors = torch.linalg.eigh(gram).eigenvectors[:, -num_components:].float()  # (K, r), eigenvalues ascend
     # A component is centred.T @ u / sqrt(λ) and its standard deviation sqrt(λ / (K-1)): λ cancels.
     weights = _normal(num_models, num_components, generator) @ vectors.T / math.sqrt(count - 1)  # (n, K)

@@ -1,5 +1,12 @@
 from . import mini  # registers the mini networks with timm
-from .autoencoder import AUTOENCODER_PRESETS, ParameterAutoencoder
+from .autoencoder import AUTOENCODER_PRESETS, ParameterAutoencoder, autoencoder_architecture
 from .denoiser import DENOISER_PRESETS, LatentDenoiser
 
-__all__ = ["AUTOENCODER_PRESETS", "DENOISER_PRESETS", "LatentDenoiser", "ParameterAutoencoder", "mini"]
+__all__ = [
+    "AUTOENCODER_PRESETS",
+    "DENOISER_PRESETS",
+    "LatentDenoiser",
+    "ParameterAutoencoder",
+    "autoencoder_architecture",
+    "mini",
+]

@@ -1,5 +1,8 @@
 """The parameter autoencoder (paper, section 2.3): a 1-D convolutional network from parameters to latents and back."""
 
+import itertools
+import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -10,21 +13,26 @@ from diffusers.utils import BaseOutput
 from torch import nn
 
 from ..parameters import LayoutError, ParameterLayout
+from .pca import direction_weights, gram_matrix, principal_directions
 
-# `paper` has the published widths. Those of `small` need 1/35 of its operations and, at a higher
-# learning rate, explain more of the variance of the snapshots in fewer steps.
+# `tokens` explains more of the variance of the snapshots than the published widths of `paper`, at a small part of their
+# operations and memory. `pca` is the linear control.
 AUTOENCODER_PRESETS = {
+    "tokens": {"block_out_channels": (256,), "norm_num_groups": None, "token_dim": 32},
     "paper": {"block_out_channels": (64, 128, 256, 256, 32)},
-    "small": {"block_out_channels": (8, 16, 32, 64, 32)},
+    "pca": {"block_out_channels": ()},
 }
+NORMALIZATIONS = ["coordinate", "tensor"]
+# So many numbers of each vector are worked on at once where not all of them need to be.
+BLOCK_SIZE = 2**18
 
 
 @dataclass
 class ParameterAutoencoderOutput(BaseOutput):
     """
     Args:
-        sample (`torch.Tensor`): Shape `(N, D)`. The reconstruction, in normalised units.
-        target (`torch.Tensor`): Shape `(N, D)`. What it should be: the normalised parameters without noise.
+        sample (`torch.Tensor`): Shape `(N, C, S)`. The reconstruction of the tokens.
+        target (`torch.Tensor`): Shape `(N, C, S)`. What it should be: the tokens without noise.
         kl (`torch.Tensor`, *optional*): Shape `(N,)`, of a variational autoencoder: the divergence of each posterior
             from the prior N(0, I), in nats.
     """
@@ -54,17 +62,45 @@ class ParameterDecoderOutput(BaseOutput):
     sample: torch.Tensor
 
 
+def autoencoder_architecture(preset: str, num_parameters: int, token_size: int | None = None) -> dict:
+    """
+    Arguments of [`ParameterAutoencoder`] for a preset.
+
+    Args:
+        preset (`str`): One of `AUTOENCODER_PRESETS`.
+        num_parameters (`int`): D.
+        token_size (`int`, *optional*): Of the preset `tokens`; by default the power of two from 2 √D upwards, with
+            which the number of tokens and their size grow alike with D.
+    """
+    if preset != "tokens":
+        return AUTOENCODER_PRESETS[preset]
+    default = 2 ** math.ceil(math.log2(2 * math.sqrt(num_parameters)))
+    return AUTOENCODER_PRESETS[preset] | {"token_size": token_size or default}
+
+
 class ParameterAutoencoder(ModelMixin, ConfigMixin):
     r"""
     Encodes parameter vectors as latents and decodes latents to parameters.
 
-    The encoder is a stack of strided 1-D convolutions and one fully-connected layer; the decoder mirrors it. Group
-    normalization with one group takes the place of the batch normalization of the published implementation: it does the
-    same in training and in use, for one network and for many, on one process and on several.
+    The encoder is a stack of strided 1-D convolutions and one fully-connected layer; the decoder mirrors it. What they
+    see of a network is a signal of C channels and length S, its *tokens*:
+
+    - By default the normalised vector itself (C = 1, S = D), as in the paper. Memory and time of training grow with D.
+    - With `token_size`, the vector is cut into pieces along the boundaries of tensors, and of each piece the
+      `token_dim` first principal components over the training snapshots are kept (C = `token_dim`, S = number of
+      pieces, of which the last one of a tensor may be shorter). The bases are fixed and fitted exactly before training,
+      so that training sees tokens only: its memory and time grow with D · C / `token_size`. One latent for all tokens
+      keeps those of a network coherent.
+    - Without convolutions (`block_out_channels=()`) the vector is one token, and the latents are its first `latent_dim`
+      principal components: the exact linear autoencoder, a control for the learned ones. Nothing is trained.
+
+    Group normalization with one group takes the place of the batch normalization of the published implementation: it
+    does the same in training and in use, for one network and for many, on one process and on several. Tokens do
+    without, because it would remove how far a network is from the mean, which their components say directly.
 
     This model inherits from [`ModelMixin`]. Its buffers hold what the trained weights need to be of use: the mean of
-    every parameter and the standard deviation of every tensor, and the mean and standard deviation of every latent
-    coordinate.
+    every parameter and the standard deviation of every tensor, the bases of tokens, and the mean and standard deviation
+    of every latent coordinate.
 
     Args:
         layout (`dict`): The tensors that make up a vector of D parameters, as [`ParameterLayout.to_dict`] gives them.
@@ -72,15 +108,19 @@ class ParameterAutoencoder(ModelMixin, ConfigMixin):
         block_out_channels (`tuple[int, ...]`, *optional*, defaults to `(64, 128, 256, 256, 32)`): Channels of the
             encoder's convolutions, each of which halves the length.
         kernel_size (`int`, *optional*, defaults to 7): Of every convolution; odd.
+        norm_num_groups (`int`, *optional*, defaults to 1): Groups of the group normalization; `None` for none.
+        token_size (`int`, *optional*): Most numbers in a token; `None` for the whole vector as the signal.
+        token_dim (`int`, *optional*, defaults to 32): Principal components that are kept of a token.
         variational (`bool`, *optional*, defaults to `False`): A VAE (paper, appendix B.2): the encoder gives the mean
             and the log-variance of a latent, `forward` samples from them, and `encode` returns the mean.
 
     Raises:
-        LayoutError: if the latent is longer than the vector, or the kernel size is even.
+        LayoutError: if the latent is longer than the vector, the kernel size is even, or there are no convolutions to
+            be variational.
     """
 
     # What is stored in them is lost in half precision: the spread of a tensor is a small part of its mean.
-    _keep_in_fp32_modules = ["parameter_mean", "parameter_std", "latent_mean", "latent_std"]
+    _keep_in_fp32_modules = ["parameter_mean", "parameter_std", "token_basis", "latent_mean", "latent_std"]
 
     @register_to_config
     def __init__(
@@ -89,6 +129,9 @@ class ParameterAutoencoder(ModelMixin, ConfigMixin):
         latent_dim: int = 128,
         block_out_channels: tuple[int, ...] = (64, 128, 256, 256, 32),
         kernel_size: int = 7,
+        norm_num_groups: int | None = 1,
+        token_size: int | None = None,
+        token_dim: int = 32,
         variational: bool = False,
     ):
         super().__init__()
@@ -101,53 +144,140 @@ class ParameterAutoencoder(ModelMixin, ConfigMixin):
             )
         if kernel_size % 2 == 0 or kernel_size < 1:
             raise LayoutError(f"kernel_size must be odd, so that a convolution keeps the length, got {kernel_size}")
+        if token_size is not None and (token_size < 1 or token_dim < 1):
+            raise LayoutError(f"token_size and token_dim must be at least 1, got {token_size} and {token_dim}")
+        if variational and not block_out_channels:
+            raise LayoutError("a variational autoencoder needs convolutions, got block_out_channels=()")
+        self._init_tokens(block_out_channels, latent_dim, token_size, token_dim)
+        num_channels, num_tokens = self.token_shape
         stride = 2 ** len(block_out_channels)
-        self.padded_length = -(-num_parameters // stride) * stride
+        self.padded_length = -(-num_tokens // stride) * stride
         length, padding = self.padded_length // stride, kernel_size // 2
 
-        encoder, channels = [], 1
+        def norm(channels: int) -> list[nn.Module]:
+            return [] if norm_num_groups is None else [nn.GroupNorm(norm_num_groups, channels)]
+
+        encoder, channels = [], num_channels
         for out_channels in block_out_channels:
             encoder += [
                 nn.Conv1d(channels, out_channels, kernel_size, stride=2, padding=padding),
-                nn.GroupNorm(1, out_channels),
+                *norm(out_channels),
                 nn.LeakyReLU(),
             ]
             channels = out_channels
         num_outputs = 2 * latent_dim if variational else latent_dim
-        self.encoder = nn.Sequential(*encoder, nn.Flatten(), nn.Linear(channels * length, num_outputs))
-
-        decoder = [nn.Linear(latent_dim, channels * length), nn.Unflatten(1, (channels, length))]
-        for out_channels in (*block_out_channels[-2::-1], block_out_channels[0]):
+        decoder = [nn.Unflatten(1, (channels, length))]
+        for out_channels in (*block_out_channels[-2::-1], *block_out_channels[:1]):
             decoder += [
                 nn.ConvTranspose1d(channels, out_channels, kernel_size, stride=2, padding=padding, output_padding=1),
-                nn.GroupNorm(1, out_channels),
+                *norm(out_channels),
                 nn.ELU(),
             ]
             channels = out_channels
-        self.decoder = nn.Sequential(*decoder, nn.Conv1d(channels, 1, kernel_size, padding=padding))
+        if block_out_channels:
+            flat = block_out_channels[-1] * length
+            encoder = [*encoder, nn.Flatten(), nn.Linear(flat, num_outputs)]
+            decoder = [
+                nn.Linear(latent_dim, flat),
+                *decoder,
+                nn.Conv1d(channels, num_channels, kernel_size, padding=padding),
+            ]
+        else:
+            encoder = [nn.Flatten()]
+        self.encoder, self.decoder = nn.Sequential(*encoder), nn.Sequential(*decoder)
 
         self.register_buffer("parameter_mean", torch.zeros(num_parameters))
         self.register_buffer("parameter_std", torch.ones(len(self.layout.names)))
         self.register_buffer("latent_mean", torch.zeros(latent_dim))
         self.register_buffer("latent_std", torch.ones(latent_dim))
 
-    @torch.no_grad()
-    def fit_parameter_statistics(self, parameters: torch.Tensor) -> None:
+    def _init_tokens(self, block_out_channels, latent_dim: int, token_size: int | None, token_dim: int) -> None:
+        """Sets `token_lengths`, how many numbers each token holds, `token_shape`, and room for their bases."""
+        num_parameters = self.layout.num_parameters
+        if not block_out_channels:
+            token_size, token_dim, pieces = num_parameters, latent_dim, (num_parameters,)
+        else:
+            pieces = self.layout.sizes
+        if token_size is None:
+            self.token_lengths, self.token_shape = None, (1, num_parameters)
+            return
+        self.token_lengths = [min(token_size, size - start) for size in pieces for start in range(0, size, token_size)]
+        self.token_shape = (token_dim, len(self.token_lengths))
+        # Row i are the entries of the principal directions of its token that belong to parameter i.
+        self.register_buffer("token_basis", torch.zeros(num_parameters, token_dim))
+        # Divides the components, so that each of them has about unit variance: together they have that of the token.
+        scale = (torch.tensor(self.token_lengths, dtype=torch.float32) / token_dim).sqrt()
+        self.register_buffer("token_scale", scale, persistent=False)
+
+    def _blocks(self, size: int = BLOCK_SIZE) -> Iterator[tuple[int, int, int, int]]:
         """
-        Sets the normalisation from snapshots, shape `(N, D)`: the mean of every parameter, and for every tensor the
-        standard deviation around it. (The published implementation takes one mean a tensor; with a mean a parameter,
-        the network need not learn the mean network, and explains more of what differs between snapshots.)
+        The vector in blocks of about `size` numbers: where each starts and stops, and the index and number of its
+        tokens, which are equally long. A token of more than `size` numbers comes in several blocks.
         """
-        mean = parameters.double().mean(0)
-        self.parameter_mean.copy_(mean)
-        for i, piece in enumerate((parameters - mean).split(self.layout.sizes, dim=1)):
-            std = piece.square().mean().sqrt()
-            self.parameter_std[i] = std if std > 0 else 1.0  # a tensor that never changes, or an empty one (NaN)
+        start = token = 0
+        for length, group in itertools.groupby(self.token_lengths):
+            count = len(list(group))
+            if length > size:
+                for _ in range(count):
+                    for offset in range(0, length, size):
+                        yield start + offset, start + min(offset + size, length), token, 1
+                    start, token = start + length, token + 1
+                continue
+            per_block = size // length
+            for first in range(0, count, per_block):
+                n = min(per_block, count - first)
+                yield start, start + n * length, token, n
+                start, token = start + n * length, token + n
 
     @torch.no_grad()
-    def fit_latent_statistics(self, parameters: torch.Tensor, batch_size: int = 64) -> None:
-        """Sets the latents' mean and standard deviation from snapshots, shape `(N, D)`. Call it after training."""
-        latents = torch.cat([self._encode(self.normalize(batch))[0] for batch in parameters.split(batch_size)]).double()
+    def fit_parameter_statistics(self, parameters: torch.Tensor, normalization: str = "coordinate") -> None:
+        """
+        Sets everything that training leaves as it is, from snapshots: mean, standard deviation, and bases of tokens.
+
+        Args:
+            parameters (`torch.Tensor`): Shape `(N, D)`. It is read in blocks, and may be larger than memory.
+            normalization (`str`, *optional*, defaults to `"coordinate"`): `"coordinate"` takes the mean of every
+                parameter over the snapshots, and for every tensor the standard deviation around it: the network need
+                not learn the mean network, and explains more of what differs between snapshots. `"tensor"` takes one
+                mean and standard deviation a tensor, as the published implementation does.
+        """
+        for i, (start, size) in enumerate(zip(self.layout.offsets, self.layout.sizes, strict=True)):
+            step = BLOCK_SIZE // 4
+            pieces = [slice(j, min(j + step, start + size)) for j in range(start, start + size, step)]
+            for piece in pieces:
+                self.parameter_mean[piece] = parameters[:, piece].double().mean(0)
+            if normalization == "tensor":
+                self.parameter_mean[start : start + size] = self.parameter_mean[start : start + size].double().mean()
+            squares = sum((parameters[:, p].double() - self.parameter_mean[p]).square().sum() for p in pieces)
+            # A tensor that never changes, or an empty one, is left in its natural units.
+            self.parameter_std[i] = (squares / (len(parameters) * size)).sqrt() if size and squares > 0 else 1.0
+        if self.token_lengths is not None:
+            self._fit_bases(parameters)
+
+    def _fit_bases(self, parameters: torch.Tensor) -> None:
+        num_components = self.token_shape[0]
+        scale = self._scale()
+
+        def vectors(start: int, stop: int, num_tokens: int) -> torch.Tensor:
+            """Normalised parameters, shape `(n, N, t)`."""
+            block = (parameters[:, start:stop] - self.parameter_mean[start:stop]) / scale[start:stop]
+            return block.view(len(block), num_tokens, -1).transpose(0, 1)
+
+        # A token that is longer than a block comes in several.
+        for _, group in itertools.groupby(self._blocks(BLOCK_SIZE // 4), key=lambda block: block[2]):
+            blocks = [(start, stop, n) for start, stop, _, n in group]
+            if len(blocks) == 1:
+                directions = [principal_directions(vectors(*blocks[0]), num_components)]
+            else:
+                weights = direction_weights(gram_matrix(vectors(*block) for block in blocks), num_components)
+                directions = (vectors(*block).double().mT @ weights for block in blocks)
+            for (start, stop, _), columns in zip(blocks, directions, strict=True):  # (n, t, C)
+                self.token_basis[start:stop] = columns.reshape(-1, num_components)
+
+    @torch.no_grad()
+    def fit_latent_statistics(self, tokens: torch.Tensor, batch_size: int = 64) -> None:
+        """Sets the latents' mean and standard deviation from snapshots' tokens, `(N, C, S)`. Call it after training."""
+        latents = torch.cat([self._encode(batch)[0] for batch in tokens.split(batch_size)]).double()
         std = latents.std(0, correction=0)
         self.latent_mean.copy_(latents.mean(0))
         self.latent_std.copy_(torch.where(std > 0, std, 1.0))
@@ -161,25 +291,59 @@ class ParameterAutoencoder(ModelMixin, ConfigMixin):
         """Natural to normalised units, shape `(N, D)`."""
         return (parameters - self.parameter_mean) / self._scale()
 
-    def _encode(self, normalized: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def tokenize(self, parameters: torch.Tensor) -> torch.Tensor:
+        """Parameters in natural units, shape `(N, D)`, to what the network sees of them, shape `(N, C, S)`."""
+        if self.token_lengths is None:
+            return self.normalize(parameters).unsqueeze(1)
+        num_models, (num_components, num_tokens) = len(parameters), self.token_shape
+        scale = self._scale()
+        tokens = parameters.new_zeros(num_models, num_tokens, num_components, dtype=torch.float32)
+        for start, stop, token, n in self._blocks():
+            block = (parameters[:, start:stop] - self.parameter_mean[start:stop]) / scale[start:stop]
+            basis = self.token_basis[start:stop].view(n, -1, num_components)
+            block = block.view(num_models, n, -1).transpose(0, 1)  # (N, n t) -> (n, N, t)
+            tokens[:, token : token + n] += (block @ basis).transpose(0, 1)  # (n, N, C) -> (N, n, C)
+        return (tokens / self.token_scale.unsqueeze(1)).mT.contiguous()
+
+    def detokenize(self, tokens: torch.Tensor) -> torch.Tensor:
+        """The way back: tokens of shape `(N, C, S)` to parameters in natural units, shape `(N, D)`, float32."""
+        tokens = tokens.float()
+        if self.token_lengths is None:
+            return tokens.squeeze(1) * self._scale() + self.parameter_mean
+        num_models, num_components = len(tokens), self.token_shape[0]
+        scale = self._scale()
+        components = tokens.permute(2, 0, 1) * self.token_scale.view(-1, 1, 1)  # (S, N, C)
+        parameters = tokens.new_empty(num_models, self.layout.num_parameters)
+        for start, stop, token, n in self._blocks():
+            basis = self.token_basis[start:stop].view(n, -1, num_components)
+            block = components[token : token + n] @ basis.mT  # (n, N, t)
+            block = block.transpose(0, 1).reshape(num_models, -1)
+            parameters[:, start:stop] = block * scale[start:stop] + self.parameter_mean[start:stop]
+        return parameters
+
+    def _encode(self, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         """The network's own latents, `(N, L)`, and their log-variances where it is variational."""
-        padded = F.pad(normalized, (0, self.padded_length - normalized.shape[1]))  # (N, D) -> (N, padded length)
-        encoded = self.encoder(padded.unsqueeze(1).to(self.dtype))  # (N, 1, padded length) -> (N, L) or (N, 2 L)
+        padded = F.pad(tokens, (0, self.padded_length - tokens.shape[-1]))  # (N, C, S) -> (N, C, padded length)
+        encoded = self.encoder(padded.to(self.dtype))  # (N, L) or (N, 2 L)
         return encoded.chunk(2, dim=1) if self.config.variational else (encoded, None)
 
     def _decode(self, latents: torch.Tensor) -> torch.Tensor:
-        sample = self.decoder(latents.to(self.dtype)).squeeze(1)  # (N, L) -> (N, padded length)
-        return sample[:, : self.layout.num_parameters].float()
+        """The network's own latents, `(N, L)`, to tokens, `(N, C, S)`."""
+        return self.decoder(latents.to(self.dtype))[:, :, : self.token_shape[1]]
 
     def encode(self, parameters: torch.Tensor) -> ParameterEncoderOutput:
         """Parameters in natural units, shape `(N, D)`, to standardised latents, shape `(N, L)`."""
-        latents = self._encode(self.normalize(parameters))[0].float()
+        return self.encode_tokens(self.tokenize(parameters))
+
+    def encode_tokens(self, tokens: torch.Tensor) -> ParameterEncoderOutput:
+        """Tokens, shape `(N, C, S)`, to standardised latents, shape `(N, L)`."""
+        latents = self._encode(tokens)[0].float()
         return ParameterEncoderOutput(latents=(latents - self.latent_mean) / self.latent_std)
 
     def decode(self, latents: torch.Tensor) -> ParameterDecoderOutput:
         """Standardised latents, shape `(N, L)`, to parameters in natural units, shape `(N, D)`, always float32."""
-        normalized = self._decode(latents * self.latent_std + self.latent_mean)
-        return ParameterDecoderOutput(sample=normalized * self._scale() + self.parameter_mean)
+        tokens = self._decode(latents * self.latent_std + self.latent_mean)
+        return ParameterDecoderOutput(sample=self.detokenize(tokens))
 
     @torch.no_grad()
     def sample_prior(self, num_models: int, generator: torch.Generator | None = None) -> torch.Tensor:
@@ -188,11 +352,11 @@ class ParameterAutoencoder(ModelMixin, ConfigMixin):
             raise ValueError("only a variational autoencoder has a prior to sample from")
         shape = (num_models, self.config.latent_dim)
         latents = torch.randn(shape, generator=generator).to(self.device)
-        return self._decode(latents) * self._scale() + self.parameter_mean
+        return self.detokenize(self._decode(latents))
 
     def forward(
         self,
-        parameters: torch.Tensor,
+        tokens: torch.Tensor,
         parameter_noise: float = 0.0,
         latent_noise: float = 0.0,
         generator: torch.Generator | None = None,
@@ -201,17 +365,17 @@ class ParameterAutoencoder(ModelMixin, ConfigMixin):
         Encodes with noise and decodes with noise, as in training (paper, equation 5).
 
         Args:
-            parameters (`torch.Tensor`): Shape `(N, D)`, in natural units.
-            parameter_noise (`float`, *optional*, defaults to 0): σ_v, in normalised units.
+            tokens (`torch.Tensor`): Shape `(N, C, S)`, of [`tokenize`].
+            parameter_noise (`float`, *optional*, defaults to 0): σ_v, in normalised units of the parameters.
             latent_noise (`float`, *optional*, defaults to 0): σ_z, in units of the network's own latent. A variational
                 autoencoder samples its latent instead.
             generator (`torch.Generator`, *optional*): Of the noise.
         """
-        target = self.normalize(parameters)
-        noisy = target
+        noisy = tokens
         if parameter_noise > 0:
-            noise = torch.randn(target.shape, generator=generator, device=target.device)
-            noisy = target + parameter_noise * noise
+            # Components along orthonormal directions of white noise on the parameters are white noise as well.
+            noise = torch.randn(tokens.shape, generator=generator, device=tokens.device)
+            noisy = tokens + parameter_noise * (noise if self.token_lengths is None else noise / self.token_scale)
         latents, log_variance = self._encode(noisy)
         kl = None
         if log_variance is not None:
@@ -219,4 +383,11 @@ class ParameterAutoencoder(ModelMixin, ConfigMixin):
             kl = 0.5 * (latents.square() + log_variance.exp() - 1 - log_variance).float().sum(1)  # (N, L) -> (N,)
         if log_variance is not None or latent_noise > 0:
             latents = latents + latent_noise * torch.randn(latents.shape, generator=generator, device=latents.device)
-        return ParameterAutoencoderOutput(sample=self._decode(latents), target=target, kl=kl)
+        return ParameterAutoencoderOutput(sample=self._decode(latents).float(), target=tokens, kl=kl)
+
+    def reconstruction_loss(self, output: ParameterAutoencoderOutput) -> torch.Tensor:
+        """Mean squared error of the parameters in normalised units, apart from what tokens leave out; a scalar."""
+        error = (output.sample - output.target).square()
+        if self.token_lengths is None:
+            return error.mean()
+        return (error * self.token_scale.square()).sum() / (len(error) * self.layout.num_parameters)

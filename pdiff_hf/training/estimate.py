@@ -5,11 +5,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from ..models import AUTOENCODER_PRESETS, DENOISER_PRESETS, LatentDenoiser, ParameterAutoencoder
+from ..models import DENOISER_PRESETS, LatentDenoiser, ParameterAutoencoder, autoencoder_architecture
 from ..parameters import ParameterLayout
 
 # A measured step has about so many operations: enough to time, few enough to wait for.
@@ -23,7 +22,7 @@ class TrainingCost:
     """
     Args:
         flops (`int`): Operations of the convolutions and fully-connected layers in all steps.
-        memory (`int`): Bytes that weights, gradients, optimizer state and activations take in a step.
+        memory (`int`): Bytes that weights, gradients, optimizer state, activations and fixed tensors take in a step.
         seconds (`float`): The whole training, at the speed at which a smaller step was measured.
     """
 
@@ -33,17 +32,26 @@ class TrainingCost:
 
 
 def estimate_autoencoder(
-    num_parameters: int, *, latent_dim: int, preset: str, num_steps: int, batch_size: int, device: torch.device
+    num_parameters: int,
+    *,
+    latent_dim: int,
+    preset: str,
+    token_size: int | None = None,
+    num_steps: int,
+    batch_size: int,
+    device: torch.device,
 ) -> TrainingCost:
-    """Cost of training an autoencoder for vectors of `num_parameters`."""
+    """Cost of training an autoencoder for vectors of `num_parameters`, after its bases are fitted."""
+    if preset == "pca":  # nothing is trained
+        return TrainingCost(0, 4 * num_parameters * latent_dim, 0.0)
 
     def build(length: int) -> nn.Module:
         layout = ParameterLayout(("parameters",), ((length,),), ("float32",))
-        return ParameterAutoencoder(layout.to_dict(), min(latent_dim, length), **AUTOENCODER_PRESETS[preset])
+        architecture = autoencoder_architecture(preset, length, token_size)
+        return ParameterAutoencoder(layout.to_dict(), min(latent_dim, length), **architecture)
 
     def loss(model: nn.Module, batch_size: int) -> torch.Tensor:
-        output = model(torch.zeros(batch_size, model.layout.num_parameters, device=model.device))
-        return F.mse_loss(output.sample, output.target)
+        return model.reconstruction_loss(model(torch.zeros(batch_size, *model.token_shape, device=model.device)))
 
     return _estimate(build, loss, num_parameters, num_steps, batch_size, device, copies=4)
 
@@ -85,7 +93,7 @@ def _estimate(
 
 
 def _count(build: Callable, loss: Callable, length: int, batch_size: int) -> tuple[int, int, int]:
-    """Operations of one training step, bytes that it keeps for the backward pass, and bytes of all weights."""
+    """Operations of one training step, bytes that it keeps beside the weights, and bytes of these."""
     with torch.device("meta"):
         model = build(length)
     weights = {id(parameter) for parameter in model.parameters()}
@@ -99,7 +107,8 @@ def _count(build: Callable, loss: Callable, length: int, batch_size: int) -> tup
 
     with FlopCounterMode(display=False) as counter, torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
         loss(model, batch_size).backward()
-    return counter.get_total_flops(), sum(kept.values()), sum(p.numel() * p.element_size() for p in model.parameters())
+    weights, fixed = (sum(t.nbytes for t in tensors) for tensors in (model.parameters(), model.buffers()))
+    return counter.get_total_flops(), sum(kept.values()) + fixed, weights
 
 
 def _time_step(model: nn.Module, loss: Callable, batch_size: int) -> float:
