@@ -392,11 +392,13 @@ class Run:
     def train_denoiser(self) -> None:
         r = self.recipe
         scheduler = make_training_scheduler(r.num_train_timesteps)
+        with torch.no_grad():  # the autoencoder is frozen, so every latent is computed once
+            batches = self.parameters[~self.heldout].split(64)
+            latents = torch.cat([self.autoencoder.encode(batch).latents for batch in batches])
         with self._accelerator() as accelerator:
             denoiser, losses = train_denoiser(
                 accelerator,
-                self.autoencoder,
-                self.parameters[~self.heldout],
+                latents,
                 scheduler=scheduler,
                 **DENOISER_PRESETS[r.denoiser_preset],
                 **self._loop(

@@ -13,7 +13,7 @@ from torch import nn
 # `paper` has the widths of the published denoiser, which never shortens its signal.
 DENOISER_PRESETS = {
     "paper": {"block_out_channels": (64, 128, 256, 512, 512), "bottleneck_dim": 512},
-    "small": {"block_out_channels": (32, 64, 64, 64, 64), "bottleneck_dim": 512},
+    "small": {"block_out_channels": (16, 32, 64, 64), "bottleneck_dim": 512},
 }
 
 
@@ -52,7 +52,7 @@ class LatentDenoiser(ModelMixin, ConfigMixin):
 
     Args:
         latent_dim (`int`): L, the length of a latent.
-        block_out_channels (`tuple[int, ...]`, *optional*, defaults to `(32, 64, 64, 64, 64)`): Channels of the encoder.
+        block_out_channels (`tuple[int, ...]`, *optional*, defaults to `(16, 32, 64, 64)`): Channels of the encoder.
         kernel_size (`int`, *optional*, defaults to 7): Of every convolution; odd.
         bottleneck_dim (`int`, *optional*, defaults to 512): Width of the fully-connected bottleneck.
         embedding_dim (`int`, *optional*, defaults to 128): Width of the timestep embedding.
@@ -63,7 +63,7 @@ class LatentDenoiser(ModelMixin, ConfigMixin):
     def __init__(
         self,
         latent_dim: int,
-        block_out_channels: tuple[int, ...] = (32, 64, 64, 64, 64),
+        block_out_channels: tuple[int, ...] = (16, 32, 64, 64),
         kernel_size: int = 7,
         bottleneck_dim: int = 512,
         embedding_dim: int = 128,

@@ -8,7 +8,7 @@ from accelerate import Accelerator
 from diffusers import DDPMScheduler
 
 from ..loop import LoopArguments, derive_seed, train
-from ..models import LatentDenoiser, ParameterAutoencoder
+from ..models import LatentDenoiser
 
 
 def make_training_scheduler(num_train_timesteps: int = 1000) -> DDPMScheduler:
@@ -25,8 +25,7 @@ def make_training_scheduler(num_train_timesteps: int = 1000) -> DDPMScheduler:
 
 def train_denoiser(
     accelerator: Accelerator,
-    autoencoder: ParameterAutoencoder,
-    snapshots: torch.Tensor,
+    latents: torch.Tensor,
     args: LoopArguments,
     *,
     scheduler: DDPMScheduler,
@@ -37,14 +36,13 @@ def train_denoiser(
     resume: bool = False,
 ) -> tuple[LatentDenoiser, torch.Tensor]:
     """
-    Trains a denoiser on the latents of `snapshots`, shape `(N, D)`, to predict the noise in them (paper, equation 6).
+    Trains a denoiser on the standardised latents of snapshots, shape `(N, L)`, to predict the noise in them (paper,
+    equation 6).
 
     Returns:
         `tuple`: The denoiser in eval mode on the CPU, with averaged weights if `args.ema_decay` is set, and the loss at
         every step, shape `(args.num_steps,)`.
     """
-    with torch.no_grad():  # the autoencoder is frozen, so every latent is computed once
-        latents = torch.cat([autoencoder.encode(batch).latents for batch in snapshots.split(64)])
     latents = latents.to(accelerator.device)
     torch.manual_seed(derive_seed(seed, 0))
     denoiser = LatentDenoiser(
