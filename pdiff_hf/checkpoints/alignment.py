@@ -13,6 +13,7 @@ from typing import Any, NoReturn
 
 import numpy as np
 import torch
+from accelerate.utils import send_to_device
 from scipy.optimize import linear_sum_assignment
 from torch import nn
 from torch.fx import Node
@@ -101,9 +102,7 @@ class HiddenUnits:
 
 
 @torch.no_grad()
-def align_snapshots(
-    task: Task, model: nn.Module, layout: ParameterLayout, parameters: torch.Tensor, seed: int = 0
-) -> torch.Tensor:
+def align_snapshots(task: Task, model: nn.Module, layout: ParameterLayout, parameters: torch.Tensor) -> torch.Tensor:
     """
     Reorders the hidden units of networks so that their parameters become as alike as weight matching can make them:
     first all like the first network, then all like their mean, again and again until nothing changes. Each network
@@ -115,7 +114,6 @@ def align_snapshots(
             activations, pooling, `Flatten`, and layer and batch normalization.
         layout (`ParameterLayout`): Of the parameters. It must hold every tensor that is reordered.
         parameters (`torch.Tensor`): Shape `(K, D)`; left as it is.
-        seed (`int`, *optional*, defaults to 0): Of the order in which layers are matched.
 
     Returns:
         `torch.Tensor`: Shape `(K, D)`, the same numbers in another order.
@@ -126,11 +124,10 @@ def align_snapshots(
     """
     units = find_hidden_units(task, model, layout)
     aligned = parameters.clone()
-    rng = np.random.default_rng(seed)
     reference = aligned[0].clone()
     for _ in range(MAX_ROUNDS):
         chunks = aligned.split(max(1, CHUNK_SIZE // layout.num_parameters))
-        changed = [match_weights(chunk, reference, layout, units, rng) for chunk in chunks]
+        changed = [match_weights(chunk, reference, layout, units) for chunk in chunks]
         if not any(changed):
             break
         reference = aligned.mean(0)
@@ -142,7 +139,7 @@ def match_weights(
     reference: torch.Tensor,
     layout: ParameterLayout,
     units: Sequence[HiddenUnits],
-    rng: np.random.Generator,
+    seed: int = 0,
 ) -> bool:
     """
     Reorders the units of networks in place, to be as near as possible to those of a reference: one layer after the
@@ -151,13 +148,14 @@ def match_weights(
     Args:
         parameters (`torch.Tensor`): Shape `(K, D)`.
         reference (`torch.Tensor`): Shape `(D,)`.
-        rng (`np.random.Generator`): Of the order in which layers are matched.
+        seed (`int`, *optional*, defaults to 0): Of the order in which layers are matched.
 
     Returns:
         `bool`: Whether anything has changed.
     """
     tensors = _views(parameters, layout)
     targets = _views(reference[None], layout)
+    rng = np.random.default_rng(seed)
     any_change = False
     for _ in range(MAX_SWEEPS):
         changed = False
@@ -220,14 +218,15 @@ class _Captured(Exception):
     """Carries the arguments of the first call of a network."""
 
 
-def _arguments(task: Task) -> tuple[tuple, dict[str, Any]]:
+def _arguments(task: Task, device: torch.device) -> tuple[tuple, dict[str, Any]]:
     """What the task calls its network with, for a batch of two examples."""
+    batch = send_to_device(task.collate(take(task.load_split("validation"), [0, 1])), device)
 
     def capture(*args, **kwargs) -> NoReturn:
         raise _Captured(args, kwargs)
 
     try:
-        task.predict(capture, task.collate(take(task.load_split("validation"), [0, 1])))
+        task.predict(capture, batch)
     except _Captured as captured:
         return captured.args
     raise AlignmentError(f"{type(task).__name__}.predict does not call the network")
@@ -246,7 +245,7 @@ def find_hidden_units(task: Task, model: nn.Module, layout: ParameterLayout) -> 
         AlignmentError: names the module whose part in this is not known, or the tensor that is used twice or that the
             layout lacks.
     """
-    args, kwargs = _arguments(task)
+    args, kwargs = _arguments(task, next(model.parameters()).device)
     try:
         program = torch.export.export(model.eval(), args, kwargs)
     except Exception as error:  # whatever a network's code may raise while it is traced
@@ -272,8 +271,8 @@ def find_hidden_units(task: Task, model: nn.Module, layout: ParameterLayout) -> 
         )
     if missing:
         raise AlignmentError(
-            f"the snapshots do not hold '{missing[0]}', which has to be reordered with the units of its layer, but would "
-            "stay in the order of the base model; select all tensors (--select all)"
+            f"the snapshots do not hold '{missing[0]}', which has to be reordered with the units of its layer, but "
+            "would stay in the order of the base model; select all tensors (--select all)"
         )
     return units
 
