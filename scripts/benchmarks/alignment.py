@@ -92,7 +92,7 @@ def measure(
             train,
             models.layout,
             LoopArguments(
-                args.autoencoder_steps, batch_size=50, learning_rate=4e-3, lr_warmup_steps=30, max_grad_norm=1.0
+                args.autoencoder_steps, batch_size=50, learning_rate=1e-3, lr_warmup_steps=30, max_grad_norm=1.0
             ),
             NoiseArguments(),
             latent_dim=args.latent_dim,
@@ -136,7 +136,7 @@ def main() -> None:
     parser.add_argument("--batch_size", type=int, default=64)
     parser.add_argument("--learning_rate", type=float, default=3e-3)
     parser.add_argument("--latent_dim", type=int, default=64)
-    parser.add_argument("--autoencoder_steps", type=int, default=600)
+    parser.add_argument("--autoencoder_steps", type=int, default=1000)
     parser.add_argument("--num_pairs", type=int, default=20, help="Pairs of networks that barriers are measured for.")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
