@@ -124,13 +124,15 @@ def align_snapshots(task: Task, model: nn.Module, layout: ParameterLayout, param
     """
     units = find_hidden_units(task, model, layout)
     aligned = parameters.clone()
-    reference = aligned[0].clone()
+    chunks = aligned.split(max(1, CHUNK_SIZE // layout.num_parameters))  # views
+    first = aligned[0].clone()
+    for chunk in chunks:
+        match_weights(chunk, first, layout, units)
     for _ in range(MAX_ROUNDS):
-        chunks = aligned.split(max(1, CHUNK_SIZE // layout.num_parameters))
-        changed = [match_weights(chunk, reference, layout, units) for chunk in chunks]
+        mean = aligned.mean(0)
+        changed = [match_weights(chunk, mean, layout, units) for chunk in chunks]
         if not any(changed):
             break
-        reference = aligned.mean(0)
     return aligned
 
 
@@ -244,7 +246,9 @@ def find_hidden_units(task: Task, model: nn.Module, layout: ParameterLayout) -> 
     Raises:
         AlignmentError: names the module whose part in this is not known, or the tensor that is used twice or that the
             layout lacks.
+        LayoutError: if the layout does not fit the model.
     """
+    layout.check_fits(model.state_dict())
     args, kwargs = _arguments(task, next(model.parameters()).device)
     try:
         program = torch.export.export(model.eval(), args, kwargs)
@@ -356,7 +360,8 @@ class _Tracer:
 
     def _mean(self, node: Node, source: Node, units: HiddenUnits, dim: int) -> int:
         arguments = _bind(node)
-        reduced = {d % len(_shape(source)) for d in arguments["dim"]}
+        ndim = len(_shape(source))
+        reduced = set(range(ndim)) if arguments["dim"] is None else {d % ndim for d in arguments["dim"]}
         if dim in reduced:
             self._refuse(node, "it averages over the hidden units")
         return dim if arguments["keepdim"] else dim - sum(d < dim for d in reduced)
