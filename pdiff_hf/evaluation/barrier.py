@@ -117,8 +117,8 @@ def check_basins(
     message = (
         f"between snapshot {a} (seed {seeds[a]}, step {steps[a]}) and {b} (seed {seeds[b]}, step {steps[b]}), accuracy "
         f"falls up to {worst.barrier:.1f} points below the straight line between their {worst.accuracies[0]:.1f}% and "
-        f"{worst.accuracies[-1]:.1f}%, and the loss rises up to {worst.loss_barrier:.2f} above it (the worst of "
-        f"{len(pairs)} pairs, {worst.num_examples} validation examples)"
+        f"{worst.accuracies[-1]:.1f}%, and the loss rises up to {worst.loss_barrier:.2f} above it (pairs "
+        f"measured: {len(pairs)}, validation examples: {worst.num_examples})"
     )
     if worst.barrier > MAX_BARRIER:
         logger.warning(
