@@ -4,6 +4,7 @@ Collects snapshots of a network, without training a generator for them.
     python scripts/collect.py --list --select "blocks[-1:]" head       # what would be generated, and what that costs
     accelerate launch scripts/collect.py RECIPE.yaml                   # a base model and its snapshots
     python scripts/collect.py --model FOLDER --base_epochs 0 --import FOLDER   # snapshots from files that you have
+    python scripts/collect.py --model FOLDER --base_epochs 0 --select all --import FOLDER --align   # MLPs, plain CNNs
 
 Keys and flags are those of scripts/train.py, which goes on from here with the same ones.
 """
