@@ -24,7 +24,7 @@ from ..tasks import Task, take
 # So many numbers are matched at a time.
 CHUNK_SIZE = 2**24
 MAX_SWEEPS = 100
-MAX_ROUNDS = 20
+MAX_ROUNDS = 100
 # A new order must gain more than this share of what is there: less is rounding, and might go back and forth for ever.
 MIN_GAIN = 1e-6
 
