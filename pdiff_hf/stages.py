@@ -17,14 +17,19 @@ from filelock import FileLock, Timeout
 from torch import nn
 from transformers import PreTrainedModel
 
+from .batched import BatchedModels
 from .checkpoints import (
     CollectArguments,
+    SnapshotWriter,
+    align_snapshots,
     collect_snapshots,
+    find_hidden_units,
     import_snapshots,
     load_snapshots,
     parameter_matrix,
     train_base_model,
 )
+from .evaluation.barrier import check_basins
 from .evaluation.baselines import standard_baselines
 from .evaluation.generator import evaluate_generator
 from .evaluation.scoring import Scorer
@@ -298,7 +303,7 @@ class Run:
         if not PartialState().is_main_process:
             return
         if r.snapshots is not None:  # they stay where they are
-            self._finish("collect", {"num_snapshots": len(self.snapshots[0])})
+            self._finish("collect", {"num_snapshots": len(self.snapshots[0]), "barrier": self._check_basins()})
             return
         target = self.folder / FOLDERS["collect"]
         shutil.rmtree(target, ignore_errors=True)
@@ -321,19 +326,47 @@ class Run:
                 seed=derive_seed(r.seed, 1),
             )
         self.base_model.to("cpu")
-        self._finish("collect", {})
+        self._finish("collect", {"barrier": self._check_basins()})
 
-    def import_snapshots(self, paths: Sequence[str]) -> None:
-        """Takes the place of the stage collect: snapshots from files, as `import_snapshots` reads them."""
+    def import_snapshots(self, paths: Sequence[str], align: bool = False) -> None:
+        """
+        Takes the place of the stage collect: snapshots from files, as `import_snapshots` reads them, and with `align`,
+        reordered as `align_snapshots` does.
+        """
         if self._record("collect") is not None and not self.recipe.overwrite_output_dir:
             raise RunError(
                 f"'{self.folder}' has snapshots already; choose another --output_dir, or replace them with "
                 "--overwrite_output_dir"
             )
+        if align:  # an error, if they cannot be, comes before the files are read
+            find_hidden_units(self.task, self.base_model, self.layout)
         with _replacing(self.folder / FOLDERS["collect"]) as folder:
             folder.rmdir()
             import_snapshots(paths, self.layout, folder)
-        self._finish("collect", {"imported_from": [str(path) for path in paths]})
+            if align:
+                self._align(folder)
+        self._finish(
+            "collect",
+            {"imported_from": [str(path) for path in paths], "aligned": align, "barrier": self._check_basins()},
+        )
+
+    def _align(self, folder: Path) -> None:
+        """Replaces the parameter data set `folder` by an aligned one."""
+        dataset, layout = load_snapshots(folder)
+        seeds, steps = dataset["seed"][:], dataset["step"][:]
+        aligned = align_snapshots(self.task, self.base_model, layout, parameter_matrix(dataset, layout))
+        shutil.rmtree(folder)
+        with SnapshotWriter(folder, layout) as writer:
+            for row, seed, step in zip(aligned, seeds, steps, strict=True):
+                writer.write(row, seed=seed, step=step)
+
+    def _check_basins(self) -> dict:
+        """Warns of snapshots that one generator can hardly learn; see `check_basins`."""
+        dataset = self.snapshots[0]
+        models = BatchedModels(self.base_model.to(PartialState().device), self.layout)
+        barrier = check_basins(self.task, models, self.parameters, dataset["seed"][:], dataset["step"][:])
+        self.base_model.to("cpu")
+        return barrier
 
     @cached_property
     def snapshots(self) -> tuple[datasets.Dataset, ParameterLayout]:

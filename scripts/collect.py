@@ -4,6 +4,7 @@ Collects snapshots of a network, without training a generator for them.
     python scripts/collect.py --list --select "blocks[-1:]" head       # what would be generated, and what that costs
     accelerate launch scripts/collect.py RECIPE.yaml                   # a base model and its snapshots
     python scripts/collect.py --model FOLDER --base_epochs 0 --import FOLDER   # snapshots from files that you have
+    python scripts/collect.py --model FOLDER --base_epochs 0 --select all --import FOLDER --align   # MLPs, plain CNNs
 
 Keys and flags are those of scripts/train.py, which goes on from here with the same ones.
 """
@@ -28,8 +29,13 @@ def main() -> None:
     parser.add_argument(
         "--import", dest="paths", nargs="+", metavar="PATH", help="Files, folders or Hub ids to take snapshots from."
     )
+    parser.add_argument(
+        "--align", action="store_true", help="With --import: bring independently trained networks into one order."
+    )
     recipe = parser.parse_recipe()
     flags = parser.parse_known_args()[0]
+    if flags.align and not flags.paths:
+        parser.error("--align needs --import: it is for snapshots from files")
     state = PartialState()
     logging.basicConfig(level=logging.INFO if state.is_main_process else logging.ERROR, format="%(message)s")
     try:
@@ -40,7 +46,7 @@ def main() -> None:
         with run.lock():
             run.carry_out()
             if flags.paths:
-                run.import_snapshots(flags.paths)
+                run.import_snapshots(flags.paths, align=flags.align)
     except (ValueError, TrainingError) as error:  # everything that a user can put right
         sys.exit(f"error: {error}")
     print(

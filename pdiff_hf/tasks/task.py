@@ -10,7 +10,7 @@ import torch
 from accelerate.utils import send_to_device
 from safetensors.torch import load_model, save_model
 from torch import nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, Subset
 from transformers import PreTrainedModel
 
 from ..batched import BatchedModels
@@ -73,26 +73,30 @@ def take(split: Dataset, indices: Sequence[int]) -> Any:
 
 
 def predict_logits(
-    task: Task, models: BatchedModels, split: Split, parameters: torch.Tensor
+    task: Task, models: BatchedModels, split: Split, parameters: torch.Tensor, max_examples: int | None = None
 ) -> Iterator[tuple[slice, slice, torch.Tensor, torch.Tensor]]:
     """
     Runs N networks over a split in one pass over the data.
 
     Args:
         parameters (`torch.Tensor`): Shape `(N, D)`.
+        max_examples (`int`, *optional*): No more examples than this, evenly spaced over the split.
 
     Yields:
         `tuple`: Which networks, which examples, logits of shape `(n, B, C)`, and labels of shape `(B,)`.
     """
     device = next(models.model.parameters()).device
     parameters = parameters.to(device)
+    examples = task.load_split(split)
+    if max_examples is not None and max_examples < len(examples):
+        examples = Subset(examples, torch.linspace(0, len(examples) - 1, max_examples).round().long().tolist())
     start = 0
-    for batch in DataLoader(task.load_split(split), EVAL_BATCH_SIZE, collate_fn=task.collate):
+    for batch in DataLoader(examples, EVAL_BATCH_SIZE, collate_fn=task.collate):
         batch = send_to_device(batch, device)
-        examples = slice(start, start + len(batch["labels"]))
+        columns = slice(start, start + len(batch["labels"]))
         for rows, logits in models(lambda call, batch=batch: task.predict(call, batch), parameters):
-            yield rows, examples, logits, batch["labels"]
-        start = examples.stop
+            yield rows, columns, logits, batch["labels"]
+        start = columns.stop
 
 
 def accuracy(task: Task, models: BatchedModels, split: Split, parameters: torch.Tensor) -> torch.Tensor:
