@@ -22,6 +22,8 @@ from ..tasks.task import Split
 # So many networks are scored in one pass over the data and then written to the cache: what a kill can lose. Every pass
 # computes the frozen part of the network anew, which costs as much as some 15 to 35 networks do.
 CHUNK_SIZE = 1024
+# No more than this of parameters are put together for it.
+CHUNK_BYTES = 2**30
 NAMES = ("predictions", "log_probs", "labels")
 
 
@@ -100,8 +102,9 @@ class Scorer:
                     _fill(scores, missing.pop(key), chunk, i)
         keys = list(missing)
         progress = tqdm(total=len(keys), desc=f"scoring on {split}", unit="network", disable=not keys, mininterval=1.0)
-        for start in range(0, len(keys), CHUNK_SIZE):
-            part = keys[start : start + CHUNK_SIZE]
+        chunk_size = max(1, min(CHUNK_SIZE, CHUNK_BYTES // (4 * self.layout.num_parameters)))
+        for start in range(0, len(keys), chunk_size):
+            part = keys[start : start + chunk_size]
             chunk = self._compute(split, torch.stack([parameters[missing[key][0]] for key in part]), part)
             for i, key in enumerate(part):
                 _fill(scores, missing[key], chunk, i)

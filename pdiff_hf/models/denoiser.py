@@ -45,8 +45,8 @@ class LatentDenoiser(ModelMixin, ConfigMixin):
     r"""
     Predicts the noise in latents, with any scheduler of diffusers.
 
-    An encoder of five 1-D convolutions, the last four of which halve the length, one fully-connected bottleneck, and
-    the mirrored decoder with skip connections. The coordinates of a latent have no order, so that only a network that
+    An encoder of 1-D convolutions, all but the first of which halve the length, one fully-connected bottleneck, and the
+    mirrored decoder with skip connections. The coordinates of a latent have no order, so that only a network that
     sees all of them at once can learn how they vary together; the convolutions with stride 1 of the published
     implementation cannot, and the networks that it generates vary too little.
 
