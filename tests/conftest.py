@@ -31,6 +31,16 @@ os.environ |= {
 }
 
 
+def pytest_addoption(parser):
+    parser.addoption("--full", action="store_true", help="Random tests take as many examples as a release needs.")
+
+
+@pytest.fixture(scope="session")
+def full(request) -> bool:
+    """Whether the tests are run with `--full`."""
+    return request.config.getoption("--full")
+
+
 @pytest.fixture(scope="session", autouse=True)
 def hub_server():
     """For all tests: whoever asks for a repository that does not exist is told so, and at once."""

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from datasets.arrow_writer import ArrowWriter
 
+from ..files import sync
 from ..parameters import LayoutError, ParameterLayout
 
 # Rows are written out when this much has come together.
@@ -113,10 +114,13 @@ class SnapshotWriter:
                         writer.write({"name": name, "shape": shape, "dtype": dtype})
                     writer.finalize()
                 (self._part / "README.md").write_text(CARD.format(num_parameters=self.layout.num_parameters))
+                sync(self._part)
                 self._part.rename(self.folder)
         finally:
-            self._writer.close()
-            shutil.rmtree(self._part, ignore_errors=True)
+            try:
+                self._writer.close()  # which writes again, and fails again where the disk is full
+            finally:
+                shutil.rmtree(self._part, ignore_errors=True)
 
 
 def check_finite(parameters: np.ndarray, layout: ParameterLayout, first_row: int = 0) -> None:
