@@ -27,7 +27,7 @@ def replacing(path: str | os.PathLike) -> Iterator[Path]:
     try:
         yield part
         sync(part)
-        if path.is_dir():
+        if part.is_dir():
             remove(path)
         part.replace(path)
     except BaseException:
@@ -37,11 +37,14 @@ def replacing(path: str | os.PathLike) -> Iterator[Path]:
 
 
 def remove(path: Path) -> None:
-    """Removes a file, or a folder with all that it holds, that need not exist. A folder is renamed first, so that a
-    kill leaves no folder of that name that lacks some of its files."""
+    """
+    Removes a file, or a folder with all that it holds, that need not exist. A folder is renamed first, so that a kill
+    leaves none of that name that lacks some of its files; what it leaves under the other name goes in the next call.
+    """
+    doomed = path.with_name(f".{path.name}.removed")
+    if doomed.is_dir():
+        shutil.rmtree(doomed)
     if path.is_dir():
-        doomed = path.with_name(f".{path.name}.removed")
-        shutil.rmtree(doomed, ignore_errors=True)
         path.rename(doomed)
         shutil.rmtree(doomed)
     else:

@@ -241,9 +241,7 @@ def _save(accelerator, checkpoint_dir: Path, step: int, ema: EMAModel | None, lo
     accelerator.wait_for_everyone()
 
 
-def _write(
-    accelerator, checkpoint_dir: Path, part: Path, step: int, ema: EMAModel | None, losses: torch.Tensor
-) -> None:
+def _write(accelerator, checkpoint_dir: Path, part: Path, step: int, ema: EMAModel | None, losses) -> None:
     accelerator.save_state(str(part))
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:

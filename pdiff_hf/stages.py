@@ -274,6 +274,8 @@ class Run:
         if state.is_main_process:
             with self._explaining("recipe.yaml"), replacing(self.folder / "recipe.yaml") as path:
                 self.recipe.save(path)
+            for stage in filter(self.is_finished, SETTINGS):  # a kill may have come before that
+                remove(self._checkpoint_dir(stage))
         stages = {
             "base": self.train_base,
             "collect": self.collect,
@@ -313,7 +315,10 @@ class Run:
                     f"quota is reached. Make space: {go_on}"
                 ) from error
             if is_out_of_memory(error):
-                raise ResourceError(f"{what}: out of memory, even with the smallest batches that there are ({error})")
+                raise ResourceError(
+                    f"{what}: out of memory ({str(error).partition(chr(10))[0]}). Use a smaller batch size, more "
+                    f"--gradient_accumulation_steps, or fewer networks: {go_on}"
+                ) from error
             raise
 
     # ------------------------------------------------------------------------------------------------------ the stages

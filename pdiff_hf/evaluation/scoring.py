@@ -105,15 +105,16 @@ class Scorer:
                 if key in missing:
                     _fill(scores, missing.pop(key), chunk, i)
         keys = list(missing)
-        progress = tqdm(total=len(keys), desc=f"scoring on {split}", unit="network", disable=not keys, mininterval=1.0)
         size = max(1, min(CHUNK_SIZE, CHUNK_BYTES // (4 * self.layout.num_parameters)))
-        for start in range(0, len(keys), size):
-            part = keys[start : start + size]
-            chunk = self._compute(split, torch.stack([parameters[missing[key][0]] for key in part]), part)
-            for i, key in enumerate(part):
-                _fill(scores, missing[key], chunk, i)
-            progress.update(len(part))
-        progress.close()
+        with tqdm(
+            total=len(keys), desc=f"scoring on {split}", unit="network", disable=not keys, mininterval=1.0
+        ) as progress:
+            for start in range(0, len(keys), size):
+                part = keys[start : start + size]
+                chunk = self._compute(split, torch.stack([parameters[missing[key][0]] for key in part]), part)
+                for i, key in enumerate(part):
+                    _fill(scores, missing[key], chunk, i)
+                progress.update(len(part))
         return scores
 
     def check_memory(self, split: Split, num_networks: int) -> None:
