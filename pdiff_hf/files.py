@@ -21,7 +21,7 @@ def replacing(path: str | os.PathLike) -> Iterator[Path]:
     A file is replaced in one step. A folder is not: a kill may leave neither the old nor the new one, never parts.
     """
     path = Path(path)
-    part = path.with_name(f".{path.name}.part")
+    part = part_of(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     remove(part)
     try:
@@ -34,6 +34,11 @@ def replacing(path: str | os.PathLike) -> Iterator[Path]:
         remove(part)
         raise
     _sync_one(path.parent)
+
+
+def part_of(path: Path) -> Path:
+    """The name beside `path` that `replacing` gives."""
+    return path.with_name(f".{path.name}.part")
 
 
 def remove(path: Path) -> None:

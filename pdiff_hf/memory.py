@@ -6,12 +6,17 @@ from collections.abc import Callable
 import torch
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 
+# What oneDNN, which computes convolutions on a CPU, says where it gets no memory for its program or its scratchpad.
+ONEDNN_MESSAGE = "could not create a primitive"
+
 logger = logging.getLogger(__name__)
 
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether memory ran out, on a device or on the CPU, so that less of the same could fit."""
-    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or should_reduce_batch_size(error)
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or should_reduce_batch_size(error):
+        return True
+    return isinstance(error, RuntimeError) and str(error) == ONEDNN_MESSAGE
 
 
 def halve(size: int, what: str) -> int:

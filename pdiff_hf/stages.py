@@ -29,7 +29,7 @@ from .checkpoints import (
 from .evaluation.baselines import standard_baselines
 from .evaluation.generator import evaluate_generator
 from .evaluation.scoring import Scorer
-from .files import is_disk_full, remove, replacing
+from .files import is_disk_full, part_of, remove, replacing
 from .loop import LoopArguments, derive_seed
 from .memory import is_out_of_memory
 from .models import AUTOENCODER_PRESETS, DENOISER_PRESETS, ParameterAutoencoder
@@ -274,8 +274,9 @@ class Run:
         if state.is_main_process:
             with self._explaining("recipe.yaml"), replacing(self.folder / "recipe.yaml") as path:
                 self.recipe.save(path)
-            for stage in filter(self.is_finished, SETTINGS):  # a kill may have come before that
+            for stage in filter(self.is_finished, SETTINGS):  # what a kill left
                 remove(self._checkpoint_dir(stage))
+                remove(part_of(self.folder / FOLDERS[stage]))
         stages = {
             "base": self.train_base,
             "collect": self.collect,

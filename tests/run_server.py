@@ -5,9 +5,11 @@ Most of the time of a short run is spent on imports. So a server process imports
 and forks for every run; the fork becomes the script, with its own arguments, output and signals.
 
 A moment is a stage and a number n: when the stage is the first that is not finished, and the run is about to make its
-n-th operation on a file in its output folder. What is on the disk changes at such operations and at no other time.
+n-th operation on a file in its output folder. What is on the disk changes at such operations and at no other time. Or
+it is the end of a path that is about to be renamed or removed.
 """
 
+import hashlib
 import json
 import os
 import resource
@@ -23,6 +25,36 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 STAGES = ("base", "collect", "autoencoder", "denoiser", "vae", "evaluate")
+RECIPE = {
+    "model": "mlp_mini",
+    "image_size": 64,
+    "max_train_samples": 300,
+    "max_eval_samples": 60,
+    "base_epochs": 4,
+    "base_batch_size": 32,
+    "num_snapshots": 16,
+    "collect_batch_size": 32,
+    "latent_dim": 8,
+    "autoencoder_steps": 20,
+    "autoencoder_batch_size": 8,
+    "autoencoder_warmup_steps": 3,
+    "denoiser_steps": 30,
+    "denoiser_batch_size": 8,
+    "num_models": 6,
+    "num_inference_steps": 4,
+    "baseline_models": 2,
+    "checkpointing_steps": 7,
+}
+FLAGS = [f"--{key}={value}" for key, value in RECIPE.items()]
+RESUME = [*FLAGS, "--resume_from_checkpoint=latest"]
+
+
+def files(folder: Path) -> dict[str, str]:
+    """A digest of every file of a run but for `recipe.yaml`, which says whether it was resumed, and where it is."""
+    found = [path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != "recipe.yaml"]
+    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in found}
+
+
 EVENTS = ("open", "os.mkdir", "os.remove", "os.rename", "os.rmdir")
 
 
@@ -70,15 +102,15 @@ class RunServer:
         self,
         output_dir: Path,
         *arguments: str,
-        at: tuple[str, int] | None = None,
+        at: tuple[str, int] | str | None = None,
         action: str = "kill",
         delay: float = 0.0,
     ) -> Result:
         """
         Args:
-            at (`tuple[str, int]`, *optional*): The moment: a stage and a number from 1.
+            at (`tuple[str, int]` or `str`, *optional*): The moment: a stage and a number from 1, or the end of a path.
             action (`str`): `kill` and `interrupt` send SIGKILL and SIGINT; `fill` fills the file system that the output
-                folder is on, with a file `ballast` beside it; `limit` allows no file above 100 bytes any more.
+                folder is on, with a file `ballast` beside it; `limit` allows no file above 4 KiB any more.
             delay (`float`): Seconds from the moment to the signal.
         """
         job = {
@@ -122,7 +154,7 @@ def serve() -> None:
 def _become_the_script(job: dict, pipe: int) -> None:
     folder = Path(job["folder"])
     for descriptor, name in ((1, "output"), (2, "errors")):
-        file = os.open(folder / name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        file = os.open(folder / name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND)
         os.dup2(file, descriptor)
     sys.argv = [str(ROOT / "scripts" / "train.py"), *job["arguments"]]
     sys.addaudithook(_watch(job, pipe))
@@ -160,22 +192,27 @@ def _watch(job: dict, pipe: int):
         finished = [stage for stage in STAGES if os.path.exists(f"{output_dir}/stages/{stage}.json")]
         stage = next((stage for stage in STAGES if stage not in finished), "finished")
         _counts[stage] += 1
-        if not state["done"] and stage == job["at"][0] and _counts[stage] >= job["at"][1]:
+        if isinstance(job["at"], str):
+            now = event in ("os.rename", "os.remove") and str(arguments[0]).endswith(job["at"])
+        else:
+            now = not state["done"] and stage == job["at"][0] and _counts[stage] >= job["at"][1]
+        if now and not state["done"]:
             state["done"] = True
-            if job["action"] == "fill":
-                _fill(Path(output_dir).parent / "ballast")
-            elif job["action"] == "limit":
-                resource.setrlimit(resource.RLIMIT_FSIZE, (100, resource.RLIM_INFINITY))
+            if job["action"] == "limit":
+                os.ftruncate(2, 0)  # what it writes now must be seen, and the limit is for all files
+                resource.setrlimit(resource.RLIMIT_FSIZE, (4096, resource.RLIM_INFINITY))
             os.write(pipe, b"now\n")
             if job["action"] in ("kill", "interrupt") and not job["delay"]:
                 time.sleep(60)  # the signal comes before the operation
+        if state["done"] and job["action"] == "fill":
+            _fill(Path(output_dir).parent / "ballast")  # again and again, because what is removed makes space
         state["inside"] = False
 
     return hook
 
 
 def _fill(ballast: Path) -> None:
-    with open(ballast, "wb", buffering=0) as file:
+    with open(ballast, "ab", buffering=0) as file:
         for size in (2**20, 2**12):
             try:
                 while file.write(bytes(size)) == size:

@@ -1,65 +1,19 @@
 """The main job is killed at random moments of all its stages, or stopped, and ends as if nothing had happened."""
 
-import hashlib
 import random
+import shutil
 import signal
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
-from run_server import ROOT, STAGES, RunServer
-
-RECIPE = {
-    "model": "mlp_mini",
-    "image_size": 64,
-    "max_train_samples": 300,
-    "max_eval_samples": 60,
-    "base_epochs": 4,
-    "base_batch_size": 32,
-    "num_snapshots": 16,
-    "collect_batch_size": 32,
-    "latent_dim": 8,
-    "autoencoder_steps": 20,
-    "autoencoder_batch_size": 8,
-    "autoencoder_warmup_steps": 3,
-    "denoiser_steps": 30,
-    "denoiser_batch_size": 8,
-    "num_models": 6,
-    "num_inference_steps": 4,
-    "baseline_models": 2,
-    "checkpointing_steps": 7,
-}
-FLAGS = [f"--{key}={value}" for key, value in RECIPE.items()]
-RESUME = [*FLAGS, "--resume_from_checkpoint=latest"]
-
-
-def files(folder: Path) -> dict[str, str]:
-    """A digest of every file of a run but for `recipe.yaml`, which says whether it was resumed, and where it is."""
-    found = [path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != "recipe.yaml"]
-    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in found}
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory):
-    with RunServer(tmp_path_factory.mktemp("server")) as server:
-        yield server
-
-
-@pytest.fixture(scope="module")
-def whole(server, tmp_path_factory):
-    """A run that nothing happened to, and how many operations on files each of its stages made."""
-    folder = tmp_path_factory.mktemp("whole") / "out"
-    result = server.run(folder, *FLAGS)
-    assert result.status == 0, result.errors
-    assert set(result.operations) >= set(STAGES)
-    return folder, result.operations
+from run_server import FLAGS, RESUME, ROOT, STAGES, files
 
 
 @pytest.mark.slow
-def test_killed_at_random_moments_of_all_stages_it_ends_with_the_same_bits(server, whole, full, tmp_path):
+def test_killed_at_random_moments_of_all_stages_it_ends_with_the_same_bits(run_server, whole_run, full, tmp_path):
     """With `--full` 24 times, otherwise 12 times. The last run is that of the command itself."""
-    expected, operations = whole
+    expected, operations = whole_run
     chance = random.Random(0)
     times = 4 if full else 2
     folder = tmp_path / "out"
@@ -70,7 +24,7 @@ def test_killed_at_random_moments_of_all_stages_it_ends_with_the_same_bits(serve
             at = chance.randint(1, operations[stage] // times)
             # At once, which is just before the operation, or a little after, which may be in the middle of it.
             delay = chance.choice([0.0, chance.uniform(0.0, 0.02)])
-            result = server.run(folder, *RESUME, at=(stage, at), delay=delay)
+            result = run_server.run(folder, *RESUME, at=(stage, at), delay=delay)
             assert result.reached and result.status == -signal.SIGKILL, (stage, at, result)
             killed.append((stage, at, delay))
     print("killed at", killed)
@@ -81,20 +35,56 @@ def test_killed_at_random_moments_of_all_stages_it_ends_with_the_same_bits(serve
 
 
 @pytest.mark.slow
-def test_stopped_in_every_stage_it_says_how_to_go_on_and_does(server, whole, tmp_path):
-    expected, operations = whole
+def test_stopped_in_every_stage_it_says_how_to_go_on_and_does(run_server, whole_run, tmp_path):
+    expected, operations = whole_run
     chance = random.Random(1)
     folder = tmp_path / "out"
     for stage in STAGES:
         # Not among the last operations, so that the stop comes within the stage.
         at = chance.randint(1, operations[stage] * 3 // 4)
-        result = server.run(folder, *RESUME, at=(stage, at), action="interrupt")
+        result = run_server.run(folder, *RESUME, at=(stage, at), action="interrupt")
         assert result.reached and result.status == 1, (stage, at, result)
         last_line = result.errors.strip().splitlines()[-1]
         assert last_line.startswith("stopped; go on with: accelerate launch ")
         assert last_line.endswith(" --resume_from_checkpoint latest") and f"--output_dir={folder}" in last_line
         assert "Traceback" not in result.errors
         assert not [path for path in folder.rglob("*.part") if path.name != ".snapshots.part"]
-    result = server.run(folder, *RESUME)
+    result = run_server.run(folder, *RESUME)
     assert result.status == 0, result.errors
     assert files(folder) == files(expected)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["stages/denoiser.json", "out/pipeline", ".pipeline.part", ".denoiser.json.part"])
+def test_killed_while_an_older_result_is_replaced_it_takes_neither_for_the_other(run_server, whole_run, tmp_path, name):
+    """The generator of other settings takes the place of the first one, and is killed before the named operation."""
+    expected, _ = whole_run
+    folder = tmp_path / "out"
+    shutil.copytree(expected, folder)
+    others = [*FLAGS, "--stages=denoiser", "--denoiser_steps=9", "--overwrite_output_dir=true"]
+    result = run_server.run(folder, *others, at=name)
+    assert result.reached and result.status == -signal.SIGKILL, result
+    result = run_server.run(folder, *FLAGS, "--stages=denoiser")
+    assert result.status == 0, result.errors
+    assert files(folder) == files(expected)
+
+
+@pytest.mark.slow
+def test_checkpoints_of_other_settings_are_not_gone_on_with(run_server, whole_run, tmp_path):
+    _, operations = whole_run
+    folder = tmp_path / "out"
+    run_server.run(folder, *RESUME, at=("base", operations["base"] // 2))
+    kept = files(folder)
+    assert any(name.startswith("checkpoints/base/checkpoint-") for name in kept)
+    result = run_server.run(folder, *RESUME, "--base_learning_rate=0.01")
+    assert result.status == 1
+    assert (
+        "error: the checkpoints of stage base" in result.errors and "base_learning_rate: 0.001 there" in result.errors
+    )
+    assert files(folder) == kept
+    both = [
+        run_server.run(other, *FLAGS, "--base_learning_rate=0.01", "--stages=base", *extra)
+        for other, extra in ((folder, ()), (tmp_path / "new", ()))
+    ]
+    assert [result.status for result in both] == [0, 0]
+    assert files(folder / "base_model") == files(tmp_path / "new" / "base_model")
