@@ -85,7 +85,10 @@ def with_little_memory(program: str, tmp_path, *arguments) -> str:
 
 
 def test_sampling_goes_on_with_fewer_networks_at_once(tmp_path):
-    """A block of 10 networks of 400,000 numbers takes some 400 MB."""
+    """
+    A block of 8 networks of 200,000 numbers takes some 150 MB. The code that oneDNN compiles for a shape is there before
+    memory is short: when there is none left for that, oneDNN may crash.
+    """
     program = """
 from safetensors.torch import save_file
 from pdiff_hf import LatentDenoiser, ParameterAutoencoder, ParameterLayout, PDiffPipeline
@@ -94,7 +97,7 @@ from pdiff_hf.stages import make_sampling_scheduler
 from pdiff_hf.training import make_training_scheduler
 
 torch.manual_seed(0)
-layout = ParameterLayout(["weight"], [(400_000,)], ["float32"])
+layout = ParameterLayout(["weight"], [(200_000,)], ["float32"])
 autoencoder = ParameterAutoencoder(layout.to_dict(), latent_dim=4, **AUTOENCODER_PRESETS["small"]).eval()
 denoiser = LatentDenoiser(4, block_out_channels=(2, 2)).eval()
 pipe = PDiffPipeline(autoencoder, denoiser, make_sampling_scheduler(make_training_scheduler()))
@@ -106,14 +109,15 @@ def sample():
 
 
 with torch.no_grad():
-    autoencoder.decode(torch.zeros(1, 4))
-limit(200)
+    for size in (8, 4, 2, 1):
+        autoencoder.decode(torch.zeros(size, 4))
+limit(60)
 few = sample()
 no_limit()
 save_file({"few": few, "many": sample()}, sys.argv[1])
 """
     warnings = with_little_memory(program, tmp_path, tmp_path / "result.safetensors")
-    assert "out of memory with 10 networks at once: going on with 5" in warnings
+    assert "out of memory with 8 networks at once: going on with 4" in warnings
     result = load_file(tmp_path / "result.safetensors")
     assert result["few"].std() > 0
     torch.testing.assert_close(result["few"], result["many"], rtol=1e-5, atol=1e-6)
