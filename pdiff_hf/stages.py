@@ -414,6 +414,11 @@ class Run:
         heldout[torch.linspace(0, len(heldout) - 1, count + 2)[1:-1].round().long()] = True
         return heldout
 
+    @property
+    def seen(self) -> torch.Tensor:
+        """The snapshots that generators see; not a copy if they see all."""
+        return self.parameters[~self.heldout] if self.heldout.any() else self.parameters
+
     def train_autoencoder(self) -> None:
         r = self.recipe
         noise = NoiseArguments(parameter_noise=r.parameter_noise, latent_noise=r.latent_noise)
@@ -424,7 +429,7 @@ class Run:
         with self._accelerator() as accelerator:
             autoencoder, losses = train_autoencoder(
                 accelerator,
-                self.parameters[~self.heldout],
+                self.seen,
                 self.layout,
                 latent_dim=r.latent_dim,
                 **AUTOENCODER_PRESETS[r.autoencoder_preset],
@@ -457,7 +462,7 @@ class Run:
             denoiser, losses = train_denoiser(
                 accelerator,
                 self.autoencoder,
-                self.parameters[~self.heldout],
+                self.seen,
                 scheduler=scheduler,
                 **DENOISER_PRESETS[r.denoiser_preset],
                 **self._loop(

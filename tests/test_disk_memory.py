@@ -86,8 +86,8 @@ def with_little_memory(program: str, tmp_path, *arguments) -> str:
 
 def test_sampling_goes_on_with_fewer_networks_at_once(tmp_path):
     """
-    A block of 8 networks of 200,000 numbers takes some 150 MB. The code that oneDNN compiles for a shape is there before
-    memory is short: when there is none left for that, oneDNN may crash.
+    A block of 8 networks of 200,000 numbers takes some 150 MB. The code that oneDNN compiles for a shape is there
+    before memory is short: when there is none left for that, oneDNN may crash.
     """
     program = """
 from safetensors.torch import save_file
@@ -153,3 +153,48 @@ save_file({"few": few.log_probs, "many": many.log_probs, "same": few.predictions
     result = load_file(tmp_path / "result.safetensors")
     assert result["same"].float().mean() > 0.9999
     torch.testing.assert_close(result["few"], result["many"], rtol=2e-3, atol=2e-3)
+
+
+@pytest.mark.parametrize(("num_rows", "num_parameters"), [(60, 300_003), (300, 100_001)])
+def test_snapshots_stay_in_their_file(tmp_path, num_rows, num_parameters):
+    """Long rows lie in the file each for itself; of short ones, more than 64 MB lie in several pieces."""
+    program = """
+from pathlib import Path
+from pdiff_hf.checkpoints import SnapshotWriter, load_snapshots, parameter_matrix
+from pdiff_hf.parameters import ParameterLayout
+
+folder, num_rows, num_parameters = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
+layout = ParameterLayout(["weight"], [(num_parameters,)], ["float32"])
+
+
+def row(i):
+    return torch.randn(num_parameters, generator=torch.Generator().manual_seed(i))
+
+
+with SnapshotWriter(folder, layout) as writer:
+    for i in range(num_rows):
+        writer.write(row(i), step=i, seed=0)
+file = folder / "data" / "snapshots.arrow"
+before = file.stat().st_mtime_ns
+
+
+def anonymous():
+    lines = Path("/proc/self/smaps_rollup").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("Anonymous:"))
+
+
+warm = parameter_matrix(load_snapshots(folder)[0].select(range(2)), layout)
+first = anonymous()
+matrix = parameter_matrix(*load_snapshots(folder))
+taken = anonymous() - first
+assert matrix.shape == (num_rows, num_parameters)
+assert all(torch.equal(matrix[i], row(i)) for i in range(num_rows))
+matrix[1] += 1  # a copy of its pages
+assert torch.equal(parameter_matrix(*load_snapshots(folder))[1], row(1)) and file.stat().st_mtime_ns == before
+some = parameter_matrix(load_snapshots(folder)[0].select([3, 1]), layout)
+assert torch.equal(some, torch.stack([row(3), row(1)]))
+logging.warning(taken)
+"""
+    taken = int(with_little_memory(program, tmp_path, tmp_path / "snapshots", num_rows, num_parameters).split()[-1])
+    total = 4 * num_rows * num_parameters
+    assert taken < (0.1 if num_parameters > 300_000 else 1.2) * total
