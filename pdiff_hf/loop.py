@@ -233,7 +233,8 @@ def _save(accelerator, checkpoint_dir: Path, step: int, ema: EMAModel | None, lo
     try:
         _write(accelerator, checkpoint_dir, part, step, ema, losses)
     except BaseException:
-        remove(part)
+        if accelerator.is_main_process:
+            remove(part)
         raise
     if accelerator.is_main_process:
         for old in _checkpoints(checkpoint_dir)[:-limit]:

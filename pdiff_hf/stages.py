@@ -317,8 +317,9 @@ class Run:
                 ) from error
             if is_out_of_memory(error):
                 raise ResourceError(
-                    f"{what}: out of memory ({str(error).partition(chr(10))[0]}). Use a smaller batch size, more "
-                    f"--gradient_accumulation_steps, or fewer networks: {go_on}"
+                    f"{what}: out of memory ({str(error).splitlines()[0]}). Use a smaller batch size or more "
+                    "--gradient_accumulation_steps, with --overwrite_output_dir, which begins anew what depends on "
+                    f"them. Or make memory free: {go_on}"
                 ) from error
             raise
 

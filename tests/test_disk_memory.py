@@ -6,8 +6,11 @@ import sys
 
 import pytest
 import torch
-from run_server import RESUME, STAGES, files
+from run_server import RECIPE, RESUME, STAGES, files
 from safetensors.torch import load_file
+
+from pdiff_hf.recipe import Recipe
+from pdiff_hf.stages import ResourceError, Run
 
 
 @pytest.fixture
@@ -60,6 +63,15 @@ def finished(folder) -> dict[str, str]:
         for name, digest in files(folder).items()
         if not name.startswith(("checkpoints", ".", "scores")) and "/." not in name
     }
+
+
+def test_memory_that_runs_out_in_training_is_told_in_one_line(tmp_path):
+    run = Run(Recipe(**RECIPE | {"output_dir": str(tmp_path / "out")}))
+    with pytest.raises(ResourceError) as caught, run._explaining("stage base"):
+        torch.empty(2**50)
+    message = str(caught.value)
+    assert message.startswith("stage base: out of memory (") and "can't allocate memory" in message
+    assert "--gradient_accumulation_steps" in message and "\n" not in message
 
 
 def with_little_memory(program: str, tmp_path, *arguments) -> str:
