@@ -96,6 +96,7 @@ def with_little_memory(program: str, tmp_path, *arguments) -> str:
     return result.stderr
 
 
+@pytest.mark.slow
 def test_sampling_goes_on_with_fewer_networks_at_once(tmp_path):
     """
     A block of 8 networks of 200,000 numbers takes some 150 MB. The code that oneDNN compiles for a shape is there
@@ -135,6 +136,7 @@ save_file({"few": few, "many": sample()}, sys.argv[1])
     torch.testing.assert_close(result["few"], result["many"], rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_scoring_goes_on_with_fewer_networks_and_examples_at_once(tmp_path):
     program = """
 from safetensors.torch import save_file
