@@ -13,6 +13,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.weak import TensorWeakRef
 
+from .memory import halve, is_out_of_memory
 from .parameters import ParameterLayout
 
 logger = logging.getLogger(__name__)
@@ -69,9 +70,20 @@ class BatchedModels:
         if self._side_by_side is None:
             self._probe(forward)
         prefix = self.record(forward)
-        for start in range(0, len(parameters), self._side_by_side):
+        start = 0
+        while start < len(parameters):
             rows = parameters[start : start + self._side_by_side]
-            yield slice(start, start + len(rows)), self._run(forward, rows, prefix)
+            try:
+                output = self._run(forward, rows, prefix)
+            except Exception as error:
+                if len(rows) == 1 or not is_out_of_memory(error):
+                    raise
+                output = None
+            if output is None:
+                self._side_by_side = halve(len(rows), "networks")
+                continue
+            yield slice(start, start + len(rows)), output
+            start += len(rows)
         if prefix.written():
             raise RuntimeError(
                 f"{type(self.model).__name__} writes in place, for some batches only, to what its networks share"
@@ -88,6 +100,8 @@ class BatchedModels:
             output = self._one(forward, other, self.record(forward))
             self._has_prefix = torch.allclose(output, expected, rtol=1e-3, atol=1e-5, equal_nan=True)
         except Exception as error:
+            if is_out_of_memory(error):
+                raise
             logger.debug("the replay failed", exc_info=error)
             self._has_prefix = False
         if not self._has_prefix:
@@ -102,6 +116,8 @@ class BatchedModels:
             try:
                 self._run(forward, other.expand(2, -1), self.record(forward))
             except Exception as error:
+                if is_out_of_memory(error):
+                    raise
                 logger.debug("vmap failed", exc_info=error)
                 logger.warning("%s does not run under vmap: one network at a time", type(self.model).__name__)
                 self._side_by_side = 1

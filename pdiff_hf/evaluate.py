@@ -11,6 +11,7 @@ from torch import nn
 from .checkpoints import load_snapshots, parameter_matrix, read_networks
 from .evaluation.generator import evaluate_generator
 from .evaluation.scoring import Scorer
+from .files import remove
 from .parameters import LayoutError, ParameterLayout
 from .pipelines import PDiffPipeline
 from .recipe import Recipe
@@ -54,16 +55,23 @@ def evaluate_saved(source: str, recipe: Recipe) -> dict:
             f"'{recipe.dataset}' has {len(task.class_names)} classes, and the network has {model.config.num_labels}"
         )
     device = PartialState().device
-    return evaluate_generator(
-        Scorer(task, model.to(device), layout, cache_dir=Path(recipe.output_dir, "scores")),
+    output = Path(recipe.output_dir)
+    part = output / ".report.part"
+    remove(part)
+    report = evaluate_generator(
+        Scorer(task, model.to(device), layout, cache_dir=output / "scores"),
         parameter_matrix(snapshots, layout),
         read_networks(folder, layout) if pipeline is None else pipeline.to(device),
-        recipe.output_dir,
+        part,
         num_models=recipe.num_models,
         num_inference_steps=recipe.num_inference_steps,
         baseline_models=recipe.baseline_models,
         seed=recipe.seed,
     )
+    for path in part.iterdir():
+        path.replace(output / path.name)
+    part.rmdir()
+    return report
 
 
 def _download(source: str) -> str:

@@ -4,7 +4,6 @@ import logging
 import math
 import os
 import re
-import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +15,8 @@ from diffusers.training_utils import EMAModel
 from safetensors.torch import load_file, save_file
 from torch import nn
 from tqdm.auto import tqdm
+
+from .files import remove, sync
 
 logger = logging.getLogger(__name__)
 
@@ -227,8 +228,21 @@ def _save(accelerator, checkpoint_dir: Path, step: int, ema: EMAModel | None, lo
     """Under a temporary name first, so that a `checkpoint-N` folder is always whole."""
     part = checkpoint_dir / f"part-{step}"
     if accelerator.is_main_process:
-        shutil.rmtree(part, ignore_errors=True)
+        remove(part)
     accelerator.wait_for_everyone()
+    try:
+        _write(accelerator, checkpoint_dir, part, step, ema, losses)
+    except BaseException:
+        if accelerator.is_main_process:
+            remove(part)
+        raise
+    if accelerator.is_main_process:
+        for old in _checkpoints(checkpoint_dir)[:-limit]:
+            remove(old)
+    accelerator.wait_for_everyone()
+
+
+def _write(accelerator, checkpoint_dir: Path, part: Path, step: int, ema: EMAModel | None, losses) -> None:
     accelerator.save_state(str(part))
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
@@ -237,11 +251,9 @@ def _save(accelerator, checkpoint_dir: Path, step: int, ema: EMAModel | None, lo
         for i, tensor in enumerate(ema.shadow_params if ema is not None else ()):
             state[f"ema.{i}"] = tensor.contiguous()
         save_file(state, part / "loop.safetensors")
-        shutil.rmtree(checkpoint_dir / f"checkpoint-{step}", ignore_errors=True)
+        sync(part)
+        remove(checkpoint_dir / f"checkpoint-{step}")
         part.rename(checkpoint_dir / f"checkpoint-{step}")
-        for old in _checkpoints(checkpoint_dir)[:-limit]:
-            shutil.rmtree(old)
-    accelerator.wait_for_everyone()
 
 
 def _load(accelerator: Accelerator, checkpoint: Path, ema: EMAModel | None, losses: torch.Tensor) -> int:

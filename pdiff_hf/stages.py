@@ -4,14 +4,15 @@ import contextlib
 import json
 import logging
 import os
-import shutil
 from collections.abc import Iterator, Sequence
+from datetime import timedelta
 from functools import cached_property
 from pathlib import Path
 
 import datasets
 import torch
 from accelerate import Accelerator, PartialState
+from accelerate.utils import parse_flag_from_env
 from diffusers import DDPMScheduler, DPMSolverMultistepScheduler
 from filelock import FileLock, Timeout
 from torch import nn
@@ -33,7 +34,9 @@ from .evaluation.barrier import check_basins
 from .evaluation.baselines import standard_baselines
 from .evaluation.generator import evaluate_generator
 from .evaluation.scoring import Scorer
+from .files import is_disk_full, part_of, remove, replacing
 from .loop import LoopArguments, derive_seed
+from .memory import is_out_of_memory
 from .models import DENOISER_PRESETS, ParameterAutoencoder, autoencoder_architecture
 from .parameters import ParameterLayout, select_layout
 from .pipelines import PDiffPipeline
@@ -76,6 +79,18 @@ class RunError(ValueError):
     """A run cannot be carried out as asked; nothing was changed."""
 
 
+class ResourceError(RuntimeError):
+    """There is not enough disk or memory; the message says for what, and how to go on."""
+
+
+def start_processes() -> PartialState:
+    """
+    What the processes of a run have in common; the first call in a program makes it. The main process collects
+    snapshots alone, for which the others wait longer than they do by default.
+    """
+    return PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"), timeout=timedelta(weeks=4))
+
+
 class Run:
     """
     A run in its output folder. Finished stages are reused as long as their settings are the same.
@@ -90,6 +105,7 @@ class Run:
     """
 
     def __init__(self, recipe: Recipe, task: Task | None = None):
+        start_processes()
         self.recipe = recipe
         self.task = make_task(recipe) if task is None else task
         self.folder = Path(recipe.output_dir)
@@ -138,6 +154,15 @@ class Run:
                     f"'{self.folder}' holds a run with other settings ({difference}"
                     "); choose another --output_dir, or carry the changed stages out again with --overwrite_output_dir"
                 )
+            path = self._checkpoint_dir(stage) / "settings.json"
+            if r.resume_from_checkpoint is not None and not r.overwrite_output_dir and path.is_file():
+                settings = _read(path)
+                if settings != self._settings(stage):
+                    raise RunError(
+                        f"the checkpoints of stage {stage} in '{self.folder}' are those of a run with other settings "
+                        f"({_difference(settings, self._settings(stage))}); go on with those, or begin the stage anew "
+                        "without --resume_from_checkpoint"
+                    )
         if "evaluate" in r.stages and not self.is_finished("evaluate"):
             model = self.base_model if self.is_finished("base") else self.task.load_base_model()
             count = 2 * num_snapshots + 1 + r.num_models + (len(standard_baselines()) + 1) * r.baseline_models
@@ -164,7 +189,7 @@ class Run:
 
     def _record(self, stage: str) -> dict | None:
         path = self._record_path(stage)
-        return json.loads(path.read_text()) if path.is_file() else None
+        return _read(path) if path.is_file() else None
 
     def is_finished(self, stage: str) -> bool:
         record = self._record(stage)
@@ -176,7 +201,18 @@ class Run:
 
     def _finish(self, stage: str, results: dict) -> None:
         write_json(self._record_path(stage), {"settings": self._settings(stage), "results": results})
-        shutil.rmtree(self._checkpoint_dir(stage), ignore_errors=True)
+        remove(self._checkpoint_dir(stage))
+
+    @contextlib.contextmanager
+    def _replacing(self, stage: str) -> Iterator[Path]:
+        """
+        A new folder for the result of a stage. The record of an older result goes before that does, so that there is
+        never a record beside what it does not describe.
+        """
+        with replacing(self.folder / FOLDERS[stage]) as folder:
+            folder.mkdir()
+            yield folder
+            remove(self._record_path(stage))
 
     def _checkpoint_dir(self, stage: str) -> Path:
         return self.folder / "checkpoints" / stage
@@ -184,8 +220,11 @@ class Run:
     def _loop(self, stage: str, **kwargs) -> dict:
         """What the training stages have in common, as arguments."""
         r = self.recipe
-        if r.resume_from_checkpoint is None and PartialState().is_main_process:
-            shutil.rmtree(self._checkpoint_dir(stage), ignore_errors=True)
+        if PartialState().is_main_process:
+            path = self._checkpoint_dir(stage) / "settings.json"
+            if r.resume_from_checkpoint is None or not path.is_file() or _read(path) != self._settings(stage):
+                remove(self._checkpoint_dir(stage))
+                write_json(path, self._settings(stage))
         return {
             "args": LoopArguments(
                 checkpointing_steps=r.checkpointing_steps, checkpoints_total_limit=r.checkpoints_total_limit, **kwargs
@@ -238,7 +277,11 @@ class Run:
         """
         state = PartialState()
         if state.is_main_process:
-            self.recipe.save(self.folder / "recipe.yaml")
+            with self._explaining("recipe.yaml"), replacing(self.folder / "recipe.yaml") as path:
+                self.recipe.save(path)
+            for stage in filter(self.is_finished, SETTINGS):  # what a kill left
+                remove(self._checkpoint_dir(stage))
+                remove(part_of(self.folder / FOLDERS[stage]))
         stages = {
             "base": self.train_base,
             "collect": self.collect,
@@ -261,8 +304,29 @@ class Run:
                 if finished:
                     logger.info("%s: finished before, reused", stage)
                 else:
-                    function()
+                    with self._explaining(f"stage {stage}"):
+                        function()
             earlier.append(stage)
+
+    @contextlib.contextmanager
+    def _explaining(self, what: str) -> Iterator[None]:
+        """Says in words what libraries say in many ways when the machine has too little of something."""
+        go_on = "what is finished and the last checkpoint are kept; go on with --resume_from_checkpoint latest"
+        try:
+            yield
+        except Exception as error:
+            if is_disk_full(error):
+                raise ResourceError(
+                    f"{what}: a file in '{self.folder}' could not be written whole, because the disk is full or a "
+                    f"quota is reached. Make space: {go_on}"
+                ) from error
+            if is_out_of_memory(error):
+                raise ResourceError(
+                    f"{what}: out of memory ({str(error).splitlines()[0]}). Use a smaller batch size or more "
+                    "--gradient_accumulation_steps, with --overwrite_output_dir, which begins anew what depends on "
+                    f"them. Or make memory free: {go_on}"
+                ) from error
+            raise
 
     # ------------------------------------------------------------------------------------------------------ the stages
 
@@ -290,7 +354,7 @@ class Run:
         if not PartialState().is_main_process:
             return
         model = model.to("cpu").eval()
-        with _replacing(self.folder / FOLDERS["base"]) as folder:
+        with self._replacing("base") as folder:
             self.task.save_base_model(model, folder)
         self._finish("base", results)
 
@@ -305,9 +369,8 @@ class Run:
         if r.snapshots is not None:  # they stay where they are
             self._finish("collect", {"num_snapshots": len(self.snapshots[0]), "barrier": self._check_basins()})
             return
-        target = self.folder / FOLDERS["collect"]
-        shutil.rmtree(target, ignore_errors=True)
-        with self._accelerator() as accelerator:
+        with self._accelerator() as accelerator, self._replacing("collect") as target:
+            target.rmdir()
             collect_snapshots(
                 accelerator,
                 self.task,
@@ -340,7 +403,7 @@ class Run:
             )
         if align:  # an error, if they cannot be, comes before the files are read
             find_hidden_units(self.task, self.base_model, self.layout)
-        with _replacing(self.folder / FOLDERS["collect"]) as folder:
+        with self._replacing("collect") as folder:
             folder.rmdir()
             import_snapshots(paths, self.layout, folder)
             if align:
@@ -355,7 +418,7 @@ class Run:
         dataset, layout = load_snapshots(folder)
         seeds, steps = dataset["seed"][:], dataset["step"][:]
         aligned = align_snapshots(self.task, self.base_model, layout, parameter_matrix(dataset, layout))
-        shutil.rmtree(folder)
+        remove(folder)
         with SnapshotWriter(folder, layout) as writer:
             for row, seed, step in zip(aligned, seeds, steps, strict=True):
                 writer.write(row, seed=seed, step=step)
@@ -385,6 +448,11 @@ class Run:
         heldout[torch.linspace(0, len(heldout) - 1, count + 2)[1:-1].round().long()] = True
         return heldout
 
+    @property
+    def seen(self) -> torch.Tensor:
+        """The snapshots that generators see; not a copy if they see all."""
+        return self.parameters[~self.heldout] if self.heldout.any() else self.parameters
+
     def train_autoencoder(self) -> None:
         r = self.recipe
         noise = NoiseArguments(parameter_noise=r.parameter_noise, latent_noise=r.latent_noise)
@@ -395,7 +463,7 @@ class Run:
         with self._accelerator() as accelerator:
             autoencoder, losses = train_autoencoder(
                 accelerator,
-                self.parameters[~self.heldout],
+                self.seen,
                 self.layout,
                 latent_dim=r.latent_dim,
                 architecture=autoencoder_architecture(r.autoencoder_preset, self.layout.num_parameters, r.token_size),
@@ -412,7 +480,7 @@ class Run:
             )
         if not PartialState().is_main_process:
             return
-        with _replacing(self.folder / FOLDERS[stage]) as folder:
+        with self._replacing(stage) as folder:
             autoencoder.save_pretrained(folder)
         self._finish(stage, {"losses": losses.tolist()})
 
@@ -449,7 +517,7 @@ class Run:
         # A network of no library that can save it does not go with its generator.
         base_model = self.base_model if isinstance(self.base_model, PreTrainedModel) else None
         pipeline = PDiffPipeline(self.autoencoder, denoiser, make_sampling_scheduler(scheduler), base_model=base_model)
-        with _replacing(self.folder / FOLDERS["denoiser"]) as folder:
+        with self._replacing("denoiser") as folder:
             pipeline.save_pretrained(folder)
         self._finish("denoiser", {"losses": losses.tolist()})
 
@@ -472,15 +540,17 @@ class Run:
         with_vae = r.baseline_models > 0 and r.autoencoder_preset != "pca"
         if with_vae and not self.is_finished("vae"):
             self.train_vae()
+        scorer = Scorer(self.task, self.base_model.to(device), self.layout, cache_dir=self.folder / "scores")
         if not PartialState().is_main_process:
+            scorer.help()
             return
         if with_vae:
             generator = torch.Generator().manual_seed(derive_seed(r.seed, *b"vae"))
             autoencoder = ParameterAutoencoder.from_pretrained(self.folder / FOLDERS["vae"]).eval()
             vae = autoencoder.sample_prior(r.baseline_models, generator)
-        with _replacing(self.folder / FOLDERS["evaluate"]) as folder:
+        with self._replacing("evaluate") as folder, scorer.with_help():
             evaluate_generator(
-                Scorer(self.task, self.base_model.to(device), self.layout, cache_dir=self.folder / "scores"),
+                scorer,
                 self.parameters,
                 self.pipeline.to(device),
                 folder,
@@ -534,23 +604,13 @@ def make_sampling_scheduler(scheduler: DDPMScheduler) -> DPMSolverMultistepSched
 
 
 def write_json(path: str | os.PathLike, values) -> None:
-    """Under a temporary name first, so that the file is always whole."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.part")
-    part.write_text(json.dumps(values, indent=1, allow_nan=False) + "\n")
-    part.rename(path)
+    """The file is always whole."""
+    with replacing(path) as part:
+        part.write_text(json.dumps(values, indent=1, allow_nan=False) + "\n")
 
 
-@contextlib.contextmanager
-def _replacing(folder: Path) -> Iterator[Path]:
-    """A new folder that takes the place of `folder` when the block ends without an exception."""
-    part = folder.with_name(f".{folder.name}.part")
-    shutil.rmtree(part, ignore_errors=True)
-    part.mkdir(parents=True)
-    yield part
-    shutil.rmtree(folder, ignore_errors=True)
-    part.rename(folder)
+def _read(path: Path) -> dict:
+    return json.loads(path.read_text())
 
 
 def _difference(old: dict, new: dict) -> str:

@@ -19,7 +19,7 @@ from accelerate import PartialState
 from pdiff_hf.loop import TrainingError
 from pdiff_hf.parameters import select_layout
 from pdiff_hf.recipe import Recipe, RecipeParser
-from pdiff_hf.stages import Run, make_task
+from pdiff_hf.stages import ResourceError, Run, make_task
 from pdiff_hf.training.estimate import estimate_autoencoder, estimate_denoiser
 
 
@@ -47,7 +47,7 @@ def main() -> None:
             run.carry_out()
             if flags.paths:
                 run.import_snapshots(flags.paths, align=flags.align)
-    except (ValueError, TrainingError) as error:  # everything that a user can put right
+    except (ValueError, TrainingError, ResourceError) as error:  # everything that a user can put right
         sys.exit(f"error: {error}")
     print(
         f"{len(run.snapshots[0])} snapshots of {run.layout.num_parameters:,} numbers are in {run.folder / 'snapshots'}"

@@ -26,6 +26,7 @@ from tqdm.auto import tqdm
 from transformers import TimmWrapperForImageClassification
 
 from pdiff_hf import PDiffPipeline
+from pdiff_hf.files import replacing
 
 logger = logging.getLogger(__name__)
 
@@ -38,7 +39,9 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--num_models", type=int, default=10, help="How many networks to generate.")
     parser.add_argument("--num_inference_steps", type=int, default=20, help="Denoising steps.")
     parser.add_argument("--seed", type=int, default=0, help="The same seed gives the same networks.")
-    parser.add_argument("--batch_size", type=int, default=256, help="Networks that are denoised at once.")
+    parser.add_argument(
+        "--batch_size", type=int, default=256, help="Networks that wait in the memory of a GPU at once."
+    )
     parser.add_argument("--output_dir", default="outputs/networks", help="Must not hold generated networks yet.")
     parser.add_argument("--only_generated", action="store_true", help="Write only the generated tensors.")
     return parser.parse_args()
@@ -85,11 +88,12 @@ def main() -> None:
     for i, row in enumerate(tqdm(parameters, "writing")):
         # Copies, because safetensors does not write views of a larger tensor.
         state_dict = {name: tensor.clone() for name, tensor in pipe.autoencoder.layout.unflatten(row).items()}
-        target = folder / f"network-{i:05d}"
-        if args.only_generated:
-            save_file(state_dict, f"{target}.safetensors")
-        else:
-            save_network(pipe.make_model(state_dict), target)
+        name = f"network-{i:05d}"
+        with replacing(folder / (f"{name}.safetensors" if args.only_generated else name)) as part:
+            if args.only_generated:
+                save_file(state_dict, part)
+            else:
+                save_network(pipe.make_model(state_dict), part)
     print(f"{args.num_models} networks are in {folder}.")
 
 

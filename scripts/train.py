@@ -12,23 +12,19 @@ Turns a network's training run into a generator of new, working networks, and sa
 import logging
 import shlex
 import sys
-from datetime import timedelta
 
-from accelerate import PartialState
-from accelerate.utils import parse_flag_from_env
 from diffusers.utils import logging as diffusers_logging
 from transformers.utils import logging as transformers_logging
 
 from pdiff_hf.hub import HubError, push_run_to_hub, resolve_repo_id
 from pdiff_hf.loop import TrainingError
 from pdiff_hf.recipe import RecipeParser
-from pdiff_hf.stages import Run
+from pdiff_hf.stages import ResourceError, Run, start_processes
 
 
 def main() -> None:
     recipe = RecipeParser(description=__doc__.split("\n\n")[0]).parse_recipe()
-    # The main process collects and evaluates alone, which takes longer than the others wait by default.
-    state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"), timeout=timedelta(days=1))
+    state = start_processes()
     logging.basicConfig(level=logging.INFO if state.is_main_process else logging.ERROR, format="%(message)s")
     for library in ("accelerate", "datasets", "httpx", "timm"):  # what they do is not what this program does
         logging.getLogger(library).setLevel(logging.WARNING)
@@ -50,7 +46,7 @@ def main() -> None:
                     license=recipe.hub_license,
                 )
                 print(f"The generator is on the Hub: {url}")
-    except (ValueError, TrainingError, HubError) as error:  # everything that a user can put right
+    except (ValueError, TrainingError, HubError, ResourceError) as error:  # everything that a user can put right
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
         again = [sys.argv[0], *(a for a in sys.argv[1:] if a not in ("--resume_from_checkpoint", "latest"))]

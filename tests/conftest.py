@@ -11,6 +11,7 @@ import tempfile
 
 import pytest
 from hub_server import HubServer, User
+from run_server import FLAGS, STAGES, RunServer
 
 assert "huggingface_hub" not in sys.modules, "imported before its settings could be made"
 USERS = {
@@ -31,6 +32,16 @@ os.environ |= {
 }
 
 
+def pytest_addoption(parser):
+    parser.addoption("--full", action="store_true", help="Random tests take as many examples as a release needs.")
+
+
+@pytest.fixture(scope="session")
+def full(request) -> bool:
+    """Whether the tests are run with `--full`."""
+    return request.config.getoption("--full")
+
+
 @pytest.fixture(scope="session", autouse=True)
 def hub_server():
     """For all tests: whoever asks for a repository that does not exist is told so, and at once."""
@@ -43,3 +54,20 @@ def hub():
     """The server, empty."""
     SERVER.reset()
     return SERVER
+
+
+@pytest.fixture(scope="session")
+def run_server(tmp_path_factory):
+    """Carries out `scripts/train.py` in forks of one process."""
+    with RunServer(tmp_path_factory.mktemp("server")) as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def whole_run(run_server, tmp_path_factory):
+    """The folder of a run that nothing happened to, and how many operations on files each of its stages made."""
+    folder = tmp_path_factory.mktemp("whole") / "out"
+    result = run_server.run(folder, *FLAGS)
+    assert result.status == 0, result.errors
+    assert set(result.operations) >= set(STAGES)
+    return folder, result.operations

@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import TrainerCallback
 
+from ..files import replacing
 from ..parameters import select_layout
 from .dataset import SnapshotError, SnapshotWriter, check_finite
 
@@ -82,7 +83,8 @@ class SnapshotRecorder:
             raise SnapshotError(
                 f"the interrupted run recorded other tensors; delete '{self._recording}' to record without it"
             )
-        layout_file.write_text(layout)
+        with replacing(layout_file) as part:
+            part.write_text(layout)
         for path in self._recording.glob("step-*"):
             if _step(path) > resume_step:
                 path.unlink()
@@ -120,7 +122,8 @@ class SnapshotRecorder:
         if self.is_active and metrics:
             path = self._recording / f"step-{step}.json"
             earlier = json.loads(path.read_text()) if path.is_file() else {}
-            path.write_text(json.dumps(earlier | {name: float(value) for name, value in metrics.items()}))
+            with replacing(path) as part:
+                part.write_text(json.dumps(earlier | {name: float(value) for name, value in metrics.items()}))
 
     def finish(self) -> None:
         """Writes the data set, with a column for every metric that any snapshot has."""

@@ -1,6 +1,7 @@
 """The parameter data set: one row a snapshot, kept as a folder that is also a data set repository of the Hub."""
 
 import hashlib
+import mmap
 import os
 import shutil
 from collections.abc import Sequence
@@ -9,13 +10,19 @@ from typing import Any
 
 import datasets
 import numpy as np
+import pyarrow as pa
 import torch
 from datasets.arrow_writer import ArrowWriter
 
+from ..files import sync
 from ..parameters import LayoutError, ParameterLayout
 
-# Rows are written out when this much has come together.
+# Rows are written out when this much has come together; long ones each for itself, so that they lie in the file at
+# equal distances and can be used where they are.
 WRITE_BUFFER = 64 * 2**20
+LONG_ROW = 2**20
+# Values are checked in parts of so many bytes.
+CHECK_BUFFER = 64 * 2**20
 DATA_FILE = "data/snapshots.arrow"
 LAYOUT_FILE = "layout/layout.arrow"
 # Both configs are Arrow files: a data set repository has one format for all of its configs.
@@ -78,7 +85,9 @@ class SnapshotWriter:
         self._writer = ArrowWriter(
             path=str(self._part / DATA_FILE),
             features=features,
-            writer_batch_size=max(1, WRITE_BUFFER // (4 * self.layout.num_parameters)),
+            writer_batch_size=1
+            if 4 * self.layout.num_parameters >= LONG_ROW
+            else WRITE_BUFFER // (4 * self.layout.num_parameters),
         )
         return self
 
@@ -113,10 +122,13 @@ class SnapshotWriter:
                         writer.write({"name": name, "shape": shape, "dtype": dtype})
                     writer.finalize()
                 (self._part / "README.md").write_text(CARD.format(num_parameters=self.layout.num_parameters))
+                sync(self._part)
                 self._part.rename(self.folder)
         finally:
-            self._writer.close()
-            shutil.rmtree(self._part, ignore_errors=True)
+            try:
+                self._writer.close()  # which writes again, and fails again where the disk is full
+            finally:
+                shutil.rmtree(self._part, ignore_errors=True)
 
 
 def check_finite(parameters: np.ndarray, layout: ParameterLayout, first_row: int = 0) -> None:
@@ -170,20 +182,49 @@ def load_snapshots(path: str | os.PathLike, **kwargs: Any) -> tuple[datasets.Dat
 
 def parameter_matrix(dataset: datasets.Dataset, layout: ParameterLayout, minimum: int = 2) -> torch.Tensor:
     """
-    All snapshots as one float32 tensor of shape `(N, D)`.
+    All snapshots as one float32 tensor of shape `(N, D)`. Those of a data set file of up to 64 MB, or with rows of at
+    least 1 MB each, stay in the file, mapped into memory; what is written to the tensor does not reach the file.
 
     Raises:
         SnapshotError: for fewer than `minimum` rows, values that are not finite, or equal rows.
     """
     if len(dataset) < minimum:
         raise SnapshotError(f"at least {minimum} snapshots are needed to learn a distribution, got {len(dataset)}")
-    chunks = dataset.with_format("arrow")[:].column("parameters").chunks
-    matrix = np.concatenate([chunk.flatten().to_numpy(zero_copy_only=False) for chunk in chunks])
-    matrix = matrix.reshape(len(dataset), layout.num_parameters)
-    check_finite(matrix, layout)
+    matrix = _mapped(dataset, layout.num_parameters)
+    if matrix is None:
+        chunks = dataset.with_format("arrow")[:].column("parameters").chunks
+        matrix = np.concatenate([chunk.flatten().to_numpy(zero_copy_only=False) for chunk in chunks])
+        matrix = matrix.reshape(len(dataset), layout.num_parameters)
+    rows = max(1, CHECK_BUFFER // (4 * layout.num_parameters))
+    for start in range(0, len(matrix), rows):
+        check_finite(matrix[start : start + rows], layout, first_row=start)
     rows_by_digest: dict[bytes, int] = {}
     for row, values in enumerate(matrix):
         earlier = rows_by_digest.setdefault(hashlib.blake2b(values, digest_size=16).digest(), row)
         if earlier != row:
             raise SnapshotError(f"snapshot {row} equals snapshot {earlier} in every number")
     return torch.from_numpy(matrix)
+
+
+def _mapped(dataset: datasets.Dataset, num_parameters: int) -> np.ndarray | None:
+    """The parameters where they lie in the file, `(N, D)`; None if they do not lie at equal distances in one file."""
+    if len(dataset.cache_files) != 1:
+        return None
+    path = dataset.cache_files[0]["filename"]
+    with pa.memory_map(path) as source:
+        file = source.read_buffer()
+        table = pa.ipc.open_stream(file).read_all()
+    if len(table) != len(dataset) or dataset._indices is not None:  # some rows of the file, or in another order
+        return None
+    starts = []
+    for chunk in table.column("parameters").chunks:
+        values = chunk.flatten()
+        start = values.buffers()[1].address + 4 * values.offset - file.address
+        starts += [start + 4 * num_parameters * row for row in range(len(chunk))]
+    distances = set(np.diff(starts))
+    if len(distances) > 1:
+        return None
+    with open(path, "rb") as opened:
+        memory = mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_COPY)
+    strides = (int(distances.pop()) if distances else 4 * num_parameters, 4)
+    return np.ndarray((len(dataset), num_parameters), np.float32, memory, starts[0], strides)

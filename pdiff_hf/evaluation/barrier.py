@@ -62,12 +62,13 @@ def measure_barrier(
     """
     weights = torch.linspace(0, 1, num_points)  # (P,)
     line = torch.lerp(first, second, weights[:, None])  # (P, D)
-    correct, loss, num_examples = torch.zeros(num_points), torch.zeros(num_points), 0
+    num_examples = min(max_examples, len(task.load_split("validation")))
+    correct, loss = torch.zeros(num_points, num_examples), torch.zeros(num_points, num_examples)
     for rows, examples, logits, labels in predict_logits(task, models, "validation", line, max_examples):
-        correct[rows] += (logits.argmax(-1) == labels).sum(-1).cpu()
-        loss[rows] += F.cross_entropy(logits.float().mT, labels.expand(len(logits), -1), reduction="none").sum(-1).cpu()
-        num_examples = examples.stop
-    accuracies, losses = 100 * correct / num_examples, loss / num_examples
+        correct[rows, examples] = (logits.argmax(-1) == labels).float().cpu()
+        targets = labels.expand(len(logits), -1)
+        loss[rows, examples] = F.cross_entropy(logits.float().mT, targets, reduction="none").cpu()
+    accuracies, losses = 100 * correct.mean(1), loss.mean(1)
     return Barrier(
         barrier=(torch.lerp(accuracies[0], accuracies[-1], weights) - accuracies).max().item(),
         loss_barrier=(losses - torch.lerp(losses[0], losses[-1], weights)).max().item(),

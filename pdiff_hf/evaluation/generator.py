@@ -8,6 +8,7 @@ import psutil
 import torch
 
 from ..loop import derive_seed
+from ..memory import InParts
 from ..pipelines import PDiffPipeline
 from .baselines import Baseline, BaselineContext, standard_baselines
 from .figures import draw_figures
@@ -108,9 +109,12 @@ def evaluate_generator(
 @torch.no_grad()
 def encode(pipeline: PDiffPipeline, parameters: torch.Tensor, batch_size: int = 256) -> torch.Tensor:
     """Parameters of shape `(N, D)` to latents of shape `(N, L)`, on the CPU."""
-    autoencoder = pipeline.autoencoder
-    batches = parameters.split(batch_size)
-    return torch.cat([autoencoder.encode(batch.to(autoencoder.device)).latents.cpu() for batch in batches])
+    autoencoder, in_parts = pipeline.autoencoder, InParts("networks")
+
+    def encode_rows(rows: torch.Tensor) -> torch.Tensor:
+        return autoencoder.encode(rows.to(autoencoder.device)).latents.cpu()
+
+    return torch.cat([in_parts(encode_rows, batch) for batch in parameters.split(batch_size)])
 
 
 def sample_baselines(context: BaselineContext, num_models: int, seed: int) -> list[Group]:

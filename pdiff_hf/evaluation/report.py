@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 
+from ..files import replacing
 from ..loop import derive_seed
 from .audit import AuditRow, audit_group, audit_verdict
 from .frontier import CONFIDENCE, FrontierGroup, FrontierRow, frontier, frontier_sentence
@@ -212,9 +213,11 @@ def without_nan(values):
 def write_report(report: dict, folder: str | os.PathLike) -> None:
     """Writes `report.json` and `report.md` into `folder`; the latter shows the figures that are there."""
     folder = Path(folder)
-    (folder / "report.json").write_text(json.dumps(report, indent=1, allow_nan=False) + "\n")
+    with replacing(folder / "report.json") as part:
+        part.write_text(json.dumps(report, indent=1, allow_nan=False) + "\n")
     figures = [name for name in FIGURES if (folder / name).is_file()]
-    (folder / "report.md").write_text(format_report(report, figures))
+    with replacing(folder / "report.md") as part:
+        part.write_text(format_report(report, figures))
 
 
 def format_summary(report: dict) -> str:

@@ -1,5 +1,6 @@
 """Scores many networks in one pass over the data, and keeps what was scored, by content."""
 
+import contextlib
 import hashlib
 import os
 from collections.abc import Iterator, Sequence
@@ -8,13 +9,15 @@ from pathlib import Path
 
 import psutil
 import torch
-from accelerate.utils import send_to_device
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list, send_to_device
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 from tqdm.auto import tqdm
 
 from ..batched import BatchedModels
+from ..files import replacing
 from ..parameters import ParameterLayout
 from ..tasks import Task, predict_logits, take
 from ..tasks.task import Split
@@ -22,7 +25,7 @@ from ..tasks.task import Split
 # So many networks are scored in one pass over the data and then written to the cache: what a kill can lose. Every pass
 # computes the frozen part of the network anew, which costs as much as some 15 to 35 networks do.
 CHUNK_SIZE = 1024
-# No more than this of parameters are put together for it.
+# Nor are their parameters more than this.
 CHUNK_BYTES = 2**30
 NAMES = ("predictions", "log_probs", "labels")
 
@@ -72,6 +75,7 @@ class Scorer:
         self.models = BatchedModels(model, layout)
         self.cache_dir = None if cache_dir is None else Path(cache_dir)
         self._classes: int | None = None
+        self._has_help = False
         self._context = hashlib.blake2b(digest_size=16)
         for name, tensor in model.state_dict().items():
             if name not in layout.names:
@@ -101,15 +105,16 @@ class Scorer:
                 if key in missing:
                     _fill(scores, missing.pop(key), chunk, i)
         keys = list(missing)
-        progress = tqdm(total=len(keys), desc=f"scoring on {split}", unit="network", disable=not keys, mininterval=1.0)
-        chunk_size = max(1, min(CHUNK_SIZE, CHUNK_BYTES // (4 * self.layout.num_parameters)))
-        for start in range(0, len(keys), chunk_size):
-            part = keys[start : start + chunk_size]
-            chunk = self._compute(split, torch.stack([parameters[missing[key][0]] for key in part]), part)
-            for i, key in enumerate(part):
-                _fill(scores, missing[key], chunk, i)
-            progress.update(len(part))
-        progress.close()
+        size = max(1, min(CHUNK_SIZE, CHUNK_BYTES // (4 * self.layout.num_parameters)))
+        with tqdm(
+            total=len(keys), desc=f"scoring on {split}", unit="network", disable=not keys, mininterval=1.0
+        ) as progress:
+            for start in range(0, len(keys), size):
+                part = keys[start : start + size]
+                chunk = self._compute(split, torch.stack([parameters[missing[key][0]] for key in part]), part)
+                for i, key in enumerate(part):
+                    _fill(scores, missing[key], chunk, i)
+                progress.update(len(part))
         return scores
 
     def check_memory(self, split: Split, num_networks: int) -> None:
@@ -134,19 +139,59 @@ class Scorer:
         )
 
     def _compute(self, split: Split, parameters: torch.Tensor, keys: list[str]) -> Scores:
-        """Runs the networks and writes what they say to the cache, under a temporary name first."""
+        """Runs the networks, on all processes that help, and writes what they say to the cache."""
+        if self._has_help:
+            broadcast_object_list([(split, parameters)])
+            scores = self._run_share(split, parameters)
+        else:
+            scores = self._run(split, parameters)
+        if self.cache_dir is not None:
+            folder = self._folder(split)
+            folder.mkdir(parents=True, exist_ok=True)
+            name = hashlib.blake2b("".join(keys).encode(), digest_size=16).hexdigest()
+            with replacing(folder / f"{name}.safetensors") as part:
+                save_file(vars(scores), part, metadata={"keys": " ".join(keys)})
+        return scores
+
+    def _run(self, split: Split, parameters: torch.Tensor) -> Scores:
         scores = self._empty(split, len(parameters))
         for rows, examples, logits, labels in predict_logits(self.task, self.models, split, parameters):
             scores.predictions[rows, examples] = logits.argmax(-1).to("cpu", torch.int16)
             scores.log_probs[rows, examples] = logits.float().log_softmax(-1).to("cpu", torch.float16)
             scores.labels[examples] = labels.cpu()
-        if self.cache_dir is not None:
-            folder = self._folder(split)
-            folder.mkdir(parents=True, exist_ok=True)
-            name = hashlib.blake2b("".join(keys).encode(), digest_size=16).hexdigest()
-            save_file(vars(scores), folder / f".{name}.part", metadata={"keys": " ".join(keys)})
-            (folder / f".{name}.part").rename(folder / f"{name}.safetensors")
         return scores
+
+    def _run_share(self, split: Split, parameters: torch.Tensor) -> Scores | None:
+        """Every process runs its share of the networks; the main one gets the scores of all."""
+        state = PartialState()
+        shares = parameters.tensor_split(state.num_processes)  # those of the first processes are not empty
+        own = self._run(split, shares[state.process_index])
+        gathered = [None] * state.num_processes if state.is_main_process else None
+        torch.distributed.gather_object(own, gathered, dst=0)
+        if gathered is None:
+            return None
+        columns = ([getattr(scores, name) for scores in gathered] for name in ("predictions", "log_probs"))
+        return Scores(*map(torch.cat, columns), labels=own.labels)
+
+    @contextlib.contextmanager
+    def with_help(self) -> Iterator[None]:
+        """For the main process: within the block, networks are scored on all processes, which must be in [`help`]."""
+        self._has_help = PartialState().num_processes > 1
+        try:
+            yield
+        finally:
+            if self._has_help:
+                broadcast_object_list([None])
+            self._has_help = False
+
+    def help(self) -> None:
+        """For the other processes: scores what the main process asks for until its block [`with_help`] ends."""
+        while True:
+            asked = [None]
+            broadcast_object_list(asked)
+            if asked[0] is None:
+                return
+            self._run_share(*asked[0])
 
     def _folder(self, split: Split) -> Path:
         context = self._context.copy()

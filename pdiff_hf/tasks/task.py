@@ -10,10 +10,11 @@ import torch
 from accelerate.utils import send_to_device
 from safetensors.torch import load_model, save_model
 from torch import nn
-from torch.utils.data import DataLoader, Dataset, Subset
+from torch.utils.data import Dataset
 from transformers import PreTrainedModel
 
 from ..batched import BatchedModels
+from ..memory import halve, is_out_of_memory
 
 Split = Literal["train", "validation", "test"]
 Batch = Mapping[str, Any]
@@ -83,25 +84,32 @@ def predict_logits(
         max_examples (`int`, *optional*): No more examples than this, evenly spaced over the split.
 
     Yields:
-        `tuple`: Which networks, which examples, logits of shape `(n, B, C)`, and labels of shape `(B,)`.
+        `tuple`: Which networks, which examples, logits of shape `(n, B, C)`, and labels of shape `(B,)`. Where memory
+        runs out, a batch of examples begins anew in smaller ones, and what it gave before comes again.
     """
     device = next(models.model.parameters()).device
     parameters = parameters.to(device)
-    examples = task.load_split(split)
-    if max_examples is not None and max_examples < len(examples):
-        examples = Subset(examples, torch.linspace(0, len(examples) - 1, max_examples).round().long().tolist())
-    start = 0
-    for batch in DataLoader(examples, EVAL_BATCH_SIZE, collate_fn=task.collate):
-        batch = send_to_device(batch, device)
-        columns = slice(start, start + len(batch["labels"]))
-        for rows, logits in models(lambda call, batch=batch: task.predict(call, batch), parameters):
-            yield rows, columns, logits, batch["labels"]
-        start = columns.stop
+    split_examples, size, start = task.load_split(split), EVAL_BATCH_SIZE, 0
+    indices = list(range(len(split_examples)))
+    if max_examples is not None and max_examples < len(indices):
+        indices = torch.linspace(0, len(indices) - 1, max_examples).round().long().tolist()
+    while start < len(indices):
+        examples = slice(start, min(start + size, len(indices)))
+        try:
+            batch = send_to_device(task.collate(take(split_examples, indices[examples])), device)
+            for rows, logits in models(lambda call, batch=batch: task.predict(call, batch), parameters):
+                yield rows, examples, logits, batch["labels"]
+            start = examples.stop
+            continue
+        except Exception as error:
+            if size == 1 or not is_out_of_memory(error):
+                raise
+        size = halve(examples.stop - start, "examples")
 
 
 def accuracy(task: Task, models: BatchedModels, split: Split, parameters: torch.Tensor) -> torch.Tensor:
     """Accuracy of N networks in percent, shape `(N,)`, in one pass over the data."""
-    correct = torch.zeros(len(parameters), dtype=torch.long)
-    for rows, _, logits, labels in predict_logits(task, models, split, parameters):
-        correct[rows] += (logits.argmax(-1) == labels).sum(-1).cpu()
-    return 100 * correct / len(task.load_split(split))
+    correct = torch.zeros(len(parameters), len(task.load_split(split)), dtype=torch.bool)
+    for rows, examples, logits, labels in predict_logits(task, models, split, parameters):
+        correct[rows, examples] = (logits.argmax(-1) == labels).cpu()
+    return 100 * correct.sum(-1) / correct.shape[1]
