@@ -31,6 +31,16 @@ os.environ |= {
 }
 
 
+def pytest_addoption(parser):
+    parser.addoption("--full", action="store_true", help="the long forms of the tests of reliability")
+
+
+@pytest.fixture(scope="session")
+def full(request) -> bool:
+    """Whether the long forms of the tests of reliability were asked for."""
+    return request.config.getoption("--full")
+
+
 @pytest.fixture(scope="session", autouse=True)
 def hub_server():
     """For all tests: whoever asks for a repository that does not exist is told so, and at once."""

@@ -4,12 +4,13 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from diffusers import ConfigMixin, ModelMixin
+from diffusers import ConfigMixin
 from diffusers.configuration_utils import register_to_config
 from diffusers.utils import BaseOutput
 from torch import nn
 
 from ..parameters import LayoutError, ParameterLayout
+from .saved import FORMAT_VERSION, SavedModel, check_format_version
 
 # `paper` has the published widths. Those of `small` need 1/35 of its operations and, at a higher
 # learning rate, explain more of the variance of the snapshots in fewer steps.
@@ -54,7 +55,7 @@ class ParameterDecoderOutput(BaseOutput):
     sample: torch.Tensor
 
 
-class ParameterAutoencoder(ModelMixin, ConfigMixin):
+class ParameterAutoencoder(SavedModel, ConfigMixin):
     r"""
     Encodes parameter vectors as latents and decodes latents to parameters.
 
@@ -74,6 +75,7 @@ class ParameterAutoencoder(ModelMixin, ConfigMixin):
         kernel_size (`int`, *optional*, defaults to 7): Of every convolution; odd.
         variational (`bool`, *optional*, defaults to `False`): A VAE (paper, appendix B.2): the encoder gives the mean
             and the log-variance of a latent, `forward` samples from them, and `encode` returns the mean.
+        format_version (`int`, *optional*): Of the saved files, which carry it so that an older release can refuse them.
 
     Raises:
         LayoutError: if the latent is longer than the vector, or the kernel size is even.
@@ -90,8 +92,10 @@ class ParameterAutoencoder(ModelMixin, ConfigMixin):
         block_out_channels: tuple[int, ...] = (64, 128, 256, 256, 32),
         kernel_size: int = 7,
         variational: bool = False,
+        format_version: int = FORMAT_VERSION,
     ):
         super().__init__()
+        check_format_version(format_version)
         self.layout = ParameterLayout.from_dict(layout)
         num_parameters = self.layout.num_parameters
         if not 1 <= latent_dim <= num_parameters:
