@@ -288,7 +288,7 @@ class RecipeParser(HfArgumentParser):
             values = yaml.load(Path(path).read_text(encoding="utf-8"), _RecipeLoader)
         except (OSError, UnicodeDecodeError) as error:
             self.error(f"recipe '{path}' cannot be read: {error}")
-        except (yaml.YAMLError, ValueError, RecursionError) as error:
+        except Exception as error:  # what values that are none make the parts of yaml raise has no common type
             self.error(f"recipe '{path}' is not YAML: {error}")
         values = {} if values is None else values
         if not isinstance(values, dict):
