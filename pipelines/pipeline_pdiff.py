@@ -18,6 +18,7 @@ from torch import nn
 
 from pdiff_hf.ensemble import EnsembleModel
 from pdiff_hf.hub import PIPELINE_FILE, push_pipeline_to_hub
+from pdiff_hf.limits import first_line, limited_modules
 from pdiff_hf.models import LatentDenoiser, ParameterAutoencoder
 
 OUTPUT_TYPES = ("state_dict", "pt", "latent", "model")
@@ -93,12 +94,13 @@ class PDiffPipeline(DiffusionPipeline):
             ValueError: if files are damaged, do not belong together, or are of a newer format than this release reads.
         """
         try:
-            return super().from_pretrained(pretrained_model_name_or_path, **{"use_safetensors": True} | kwargs)
+            with limited_modules():
+                return super().from_pretrained(pretrained_model_name_or_path, **{"use_safetensors": True} | kwargs)
         except (OSError, ValueError):
             raise
         except Exception as error:  # what damaged files make diffusers and transformers raise has no common type
-            reason = str(error).strip().partition("\n")[0] or type(error).__name__
-            raise ValueError(f"the pipeline in '{pretrained_model_name_or_path}' cannot be used: {reason}") from error
+            what = f"the pipeline in '{pretrained_model_name_or_path}' cannot be used"
+            raise ValueError(f"{what}: {first_line(error)}") from error
 
     @classmethod
     def load_config(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs):
@@ -106,7 +108,11 @@ class PDiffPipeline(DiffusionPipeline):
         config = super().load_config(pretrained_model_name_or_path, **kwargs)
         scheduler = Path(pretrained_model_name_or_path, "scheduler", SchedulerMixin.config_name)
         if scheduler.is_file():
-            for name, value in json.loads(scheduler.read_text(encoding="utf-8")).items():
+            try:
+                settings = json.loads(scheduler.read_text(encoding="utf-8"))
+            except ValueError as error:
+                raise ValueError(f"'{scheduler}' is not JSON: {error}") from error
+            for name, value in settings.items():
                 if isinstance(value, int | float) and value > MAX_SCHEDULER_NUMBER:
                     raise ValueError(f"'{scheduler}' has {name}={value}, which is above {MAX_SCHEDULER_NUMBER:,}")
         return config

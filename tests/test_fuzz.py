@@ -28,11 +28,12 @@ import transformers
 import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
+from test_generate import generate
 from test_pipeline import make_pipeline, sample
 from transformers import AutoConfig, AutoModelForImageClassification, ResNetConfig
 
-from pdiff_hf import LayoutError, ParameterLayout, PDiffPipeline, select_parameters
+from pdiff_hf import LayoutError, ParameterLayout, PDiffPipeline, limits, select_parameters
 from pdiff_hf.checkpoints import SnapshotError, SnapshotWriter, import_snapshots, load_snapshots, parameter_matrix
 from pdiff_hf.checkpoints.dataset import DATA_FILE, LAYOUT_FILE
 from pdiff_hf.checkpoints.importer import read_networks
@@ -99,47 +100,33 @@ def room(tmp_path) -> Iterator[Path]:
     assert not list(tmp_path.rglob("canary*"))
 
 
+@pytest.fixture
+def quiet() -> Iterator[None]:
+    """diffusers and transformers have a lot to say about odd files."""
+    levels = diffusers.utils.logging.get_verbosity(), transformers.utils.logging.get_verbosity()
+    for library in (diffusers, transformers):
+        library.utils.logging.set_verbosity(50)
+        library.utils.logging.disable_progress_bar()
+    yield
+    for library, level in zip((diffusers, transformers), levels, strict=True):
+        library.utils.logging.set_verbosity(level)
+        library.utils.logging.enable_progress_bar()
+
+
 # --------------------------------------------------------------------------------------------------------- the damage
 
 NUMBERS = st.sampled_from(
     [0, 1, -1, 2, 3, 7, 64, 255, 2**31 - 1, 2**31, 2**32 + 1, 10**9, 10**12, 2**53, 2**63 - 1, 2**63, -(2**63), 10**30]
     + [0.5, -1.5, 1e-300, 1e38, 1e300, math.nan, math.inf, -math.inf]
 )
-NAMES = st.sampled_from(
-    [
-        "",
-        ".",
-        "..",
-        "../../canary",
-        "/tmp/canary",
-        "a/b",
-        "a\\b",
-        "a\0b",
-        "weight",
-        "Gewicht ü/→.☃",
-        "e\u0301",
-        "\u202e",
-    ]
-    + [
-        "__class__",
-        "__init__",
-        "os",
-        "sys",
-        "os.system",
-        "builtins",
-        "eval",
-        "torch",
-        "diffusers",
-        "pdiff_hf",
-        "pickle",
-    ]
-    + ["float32", "float64", "int8", "bool", "F32", "F64", "BF16", "I64", "F8_E4M3", "C64", "x" * 3000]
-) | st.text(max_size=8)
+WORDS = "__class__ __init__ os sys os.system builtins eval torch diffusers pdiff_hf pickle weight null DDIMScheduler"
+WORDS += " float32 float64 int8 bool F32 F64 BF16 I64 F8_E4M3 C64 . .. ../../canary /tmp/canary a/b a\\b ü/→.☃ e\u0301"
+NAMES = st.sampled_from(["", "a\0b", "a b", "\u202e", "x" * 3000, *WORDS.split()]) | st.text(max_size=8)
 VALUES = st.recursive(
-    st.none() | st.booleans() | NUMBERS | NAMES,
+    st.none() | st.booleans() | NUMBERS | NAMES | st.builds(lambda: [1] * 62),
     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(NAMES, inner, max_size=3),
     max_leaves=6,
-) | st.lists(NUMBERS, min_size=60, max_size=70)
+)
 
 
 @st.composite
@@ -200,7 +187,7 @@ def damaged_safetensors(draw, content: bytes) -> bytes:
     """The same for a safetensors file: its bytes, the values of its header, or the length of its header."""
     (length,) = struct.unpack("<Q", content[:8])
     header, body = content[8 : 8 + length], content[8 + length :]
-    kind = draw(st.sampled_from(["bytes", "header", "header", "header", "length", "values"]))
+    kind = draw(st.sampled_from(["bytes", "header", "header", "valid", "valid", "valid", "length", "values"]))
     if kind == "bytes":
         return draw(damaged(content))
     if kind == "length":
@@ -212,7 +199,28 @@ def damaged_safetensors(draw, content: bytes) -> bytes:
         special = draw(st.sampled_from([math.nan, math.inf, -math.inf, 1e-45, -0.0, 3e38]))
         start = draw(st.integers(0, max(0, len(body) // 4 - 1))) * 4
         return content[: 8 + length] + body[:start] + struct.pack("<f", special) + body[start + 4 :]
-    header = json.dumps(draw(changed(json.loads(header)))).encode()
+    header = json.loads(header)
+    if kind == "header":
+        header = draw(changed(header))
+    else:  # still a safetensors file: tensors with other names, of other types, or in other shapes and places
+        tensors = [name for name in header if name != "__metadata__"]
+        one, other = draw(st.sampled_from(tensors)), draw(st.sampled_from(tensors))
+        change = draw(st.sampled_from(["rename", "type", "shape", "swap", "drop"]))
+        if change == "rename":
+            header[draw(NAMES)] = header.pop(one)
+        elif change == "type":
+            widths = [["F32", "I32", "U32"], ["F16", "BF16", "I16", "U16"], ["I8", "U8", "BOOL", "F8_E4M3", "F8_E5M2"]]
+            header[one]["dtype"] = draw(
+                st.sampled_from(next((w for w in widths if header[one]["dtype"] in w), ["F64", "I64", "U64", "C64"]))
+            )
+        elif change == "shape":
+            size = math.prod(header[one]["shape"])
+            header[one]["shape"] = draw(st.sampled_from([[size], [1, size], [size, 1], [1] * 70 + [size]]))
+        elif change == "swap":
+            header[one], header[other] = header[other], header[one]
+        else:
+            del header[one]
+    header = json.dumps(header).encode()
     return struct.pack("<Q", len(header)) + header + body
 
 
@@ -437,6 +445,40 @@ def test_damaged_folders(room, full):
     fuzz(test, 1500, full)
 
 
+def test_damaged_networks_of_transformers(room, full, quiet):
+    """A tensor that the file does not have is looked for in the network that transformers makes of the folder."""
+    config = ResNetConfig(embedding_size=4, hidden_sizes=[8], depths=[1], layer_type="basic", num_labels=2)
+    AutoModelForImageClassification.from_config(config).save_pretrained("whole")
+    layout = ParameterLayout(("classifier.1.bias", "elsewhere"), ((2,), (2,)), ("float32", "float32"))
+    contents = {name: Path("whole", name).read_bytes() for name in ("config.json", "model.safetensors")}
+    configs = st.tuples(
+        st.just("config.json"), changed(json.loads(contents["config.json"])).map(json.dumps).map(str.encode)
+    )
+    weights = st.tuples(st.just("model.safetensors"), damaged_safetensors(contents["model.safetensors"]))
+
+    @given(configs | configs | weights)
+    def test(case):
+        name, content = case
+        for whole, old in contents.items():
+            Path("whole", whole).write_bytes(content if whole == name else old)
+        with only(SnapshotError, LayoutError):
+            read_networks("whole", layout)
+            raise AssertionError("there is no tensor 'elsewhere'")
+
+    fuzz(test, 750, full)
+
+
+@pytest.mark.parametrize("depth", [10**6, 10**12])
+def test_a_network_of_endless_layers_is_not_built(room, monkeypatch, depth):
+    monkeypatch.setattr(limits, "MAX_MODULES", 5000)  # the first 100,000 take some seconds
+    config = ResNetConfig(embedding_size=4, hidden_sizes=[8], depths=[1], layer_type="basic")
+    AutoModelForImageClassification.from_config(config).save_pretrained("whole")
+    config = json.loads(Path("whole/config.json").read_text()) | {"depths": [depth]}
+    Path("whole/config.json").write_text(json.dumps(config))
+    with pytest.raises(SnapshotError, match="transformers cannot load it .*network of more than 5,000 modules"):
+        read_networks("whole", LAYOUT)
+
+
 def test_a_link_in_the_way_of_a_data_set_is_not_followed(room, tmp_path):
     save_file(TENSORS, "network.safetensors")
     Path("elsewhere").mkdir()
@@ -513,7 +555,8 @@ def test_tensors_of_every_kind_come_back_bit_for_bit(room, full):
             # NaNs are equal to nothing, and their bits are no part of the promise.
             torch.testing.assert_close(back[name], tensor, rtol=0, atol=0, equal_nan=True)
             if tensor.dtype.is_floating_point:
-                assert torch.equal(back[name].signbit(), tensor.signbit())
+                numbers = ~tensor.isnan()
+                assert torch.equal(back[name].signbit()[numbers], tensor.signbit()[numbers])
         if layout.num_parameters and layout.flatten(state_dict).isfinite().all():
             # what safetensors can write is read as it was
             save_file({name: tensor.contiguous() for name, tensor in state_dict.items()}, "t.safetensors")
@@ -526,27 +569,14 @@ def test_selections_of_any_text(full):
     network = AutoModelForImageClassification.from_config(
         ResNetConfig(embedding_size=4, hidden_sizes=[8], depths=[1], layer_type="basic")
     )
-    pieces = [
-        "norm",
-        "all",
-        "blocks",
-        "head",
-        "conv",
-        "bias",
-        "[",
-        "]",
-        "-",
-        ":",
-        "0",
-        "1",
-        "-2",
-        "9" * 25,
-        "²",
-        "*",
-        "?",
-    ]
-    pieces += ["re:", "(", ")", ".", "+", "\\", "[!", "resnet", "weight", "\0", "ü"]
-    entries = st.lists(st.sampled_from(pieces), max_size=6).map("".join) | st.text(max_size=10)
+    kinds = ["norm", "all", "blocks", "head", "conv", "bias", "linear", "attention", "resnet", "weight", "*", "?"]
+    kinds = st.sampled_from([*kinds, "re:", "[!", "(", ")", ".", "+", "\\", "\0", "ü"])
+    slices = st.sampled_from(
+        ["", "[0]", "[-1]", "[-2:]", "[:1]", "[:]", "[]", "[-]", "[-:-]", f"[{'9' * 25}]", "[²]", "]"]
+    )
+    entries = (
+        st.tuples(kinds, slices).map("".join) | st.lists(kinds | slices, max_size=6).map("".join) | st.text(max_size=10)
+    )
 
     @given(entries | st.lists(entries, max_size=3), st.lists(entries, max_size=1))
     def test(select, exclude):
@@ -724,19 +754,6 @@ def try_pipeline(folder: Path) -> None:
         assert parameters.isfinite().all() and parameters.shape == (2, pipe.autoencoder.layout.num_parameters)
 
 
-@pytest.fixture
-def quiet() -> Iterator[None]:
-    """diffusers and transformers have a lot to say about odd files."""
-    levels = diffusers.utils.logging.get_verbosity(), transformers.utils.logging.get_verbosity()
-    for library in (diffusers, transformers):
-        library.utils.logging.set_verbosity(50)
-        library.utils.logging.disable_progress_bar()
-    yield
-    for library, level in zip((diffusers, transformers), levels, strict=True):
-        library.utils.logging.set_verbosity(level)
-        library.utils.logging.enable_progress_bar()
-
-
 def test_damaged_pipelines(room, full, saved, quiet):
     shutil.copytree(saved, "case")
     contents = {name: Path(saved, name).read_bytes() for name in (*JSON_FILES, *WEIGHTS)}
@@ -760,3 +777,41 @@ def test_damaged_pipelines(room, full, saved, quiet):
             Path("case", name).write_bytes(contents[name])
 
     fuzz(test, 1500, full)
+
+
+@pytest.mark.parametrize("name", [*JSON_FILES, *WEIGHTS])
+def test_the_script_says_in_one_line_that_a_pipeline_is_damaged(room, saved, monkeypatch, name):
+    shutil.copytree(saved, "case")
+    Path("case", name).write_bytes(Path("case", name).read_bytes()[:-60])
+    with pytest.raises(SystemExit, match="^error: ") as end:
+        generate(monkeypatch, "case", "--output_dir", "networks")
+    assert "case" in str(end.value) and not Path("networks").exists()
+
+
+def test_names_of_tensors_are_no_paths(room, saved, monkeypatch):
+    shutil.copytree(saved, "case")
+    config = json.loads(Path("case/autoencoder/config.json").read_text())
+    names = config["layout"]["names"]
+    names[:2] = ["../../canary", str(room / "canary")]
+    Path("case/autoencoder/config.json").write_text(json.dumps(config))
+    shutil.rmtree("case/base_model")
+    index = json.loads(Path("case/model_index.json").read_text()) | {"base_model": [None, None]}
+    Path("case/model_index.json").write_text(json.dumps(index))
+    generate(monkeypatch, "case", "--output_dir", "networks", "--only_generated")
+    files = [f"network-0000{i}.safetensors" for i in range(3)]
+    assert sorted(path.name for path in Path("networks").iterdir()) == files
+    assert set(load_file(Path("networks", files[0]))) == set(names)
+
+
+def test_an_index_cannot_call_what_it_names(room, saved):
+    """Only libraries that diffusers knows are imported, and only what is a component is loaded."""
+    Path("evil.py").write_text(f"open({str(room / 'canary')!r}, 'w')\n")
+    shutil.copytree(saved, "case")
+    for part in ("autoencoder", "scheduler"):
+        shutil.copy("evil.py", f"case/{part}/evil.py")
+    whole = json.loads(Path("case/model_index.json").read_text())
+    for part in ("autoencoder", "scheduler", "base_model"):
+        for wrong in (["evil", "Evil"], ["os", "system"], ["pdiff_hf", "PDiffPipeline"], ["diffusers", "UNet2DModel"]):
+            Path("case/model_index.json").write_text(json.dumps(whole | {part: wrong}))
+            with pytest.raises((OSError, ValueError)):
+                PDiffPipeline.from_pretrained("case")

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from datasets.arrow_writer import ArrowWriter
 
+from ..limits import first_line
 from ..parameters import LayoutError, ParameterLayout
 
 # Rows are written out when this much has come together.
@@ -179,8 +180,7 @@ def _read_arrow(file: Path) -> datasets.Dataset:
         # Arrow trusts the offsets in a file, and ends the process where they lead out of it.
         dataset.data.table.validate(full=True)
     except Exception as error:  # what a damaged file makes the parts of datasets raise has no common type
-        reason = str(error).strip().partition("\n")[0]
-        raise SnapshotError(f"'{file}' is not a whole Arrow file of a data set ({reason})") from error
+        raise SnapshotError(f"'{file}' is not a whole Arrow file of a data set ({first_line(error)})") from error
     return dataset
 
 

@@ -16,6 +16,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig
 
+from ..limits import first_line, limited_modules
 from ..parameters import EXACT_DTYPES, LayoutError, ParameterLayout
 from .dataset import SnapshotError, SnapshotWriter, check_finite
 
@@ -217,16 +218,14 @@ def _load_pickle(file: Path) -> Mapping[str, torch.Tensor]:
         _check_not_compressed(file)
         content = torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        reason = str(error).strip().partition("\n")[0]
         raise SnapshotError(
             f"{file.name} holds more than tensors, and reading it could run code. If you trust it, load it yourself "
-            f"and save its state dict with safetensors ({reason})"
+            f"and save its state dict with safetensors ({first_line(error)})"
         ) from error
     except SnapshotError:
         raise
     except Exception as error:  # what a damaged file makes the parts of torch.load raise has no common type
-        reason = str(error).strip().partition("\n")[0]
-        raise SnapshotError(f"{file.name} is not a whole file of torch.save ({reason})") from error
+        raise SnapshotError(f"{file.name} is not a whole file of torch.save ({first_line(error)})") from error
     for key in NESTED:
         if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
             content = content[key]
@@ -257,10 +256,12 @@ def _load_pretrained(folder: Path) -> dict[str, torch.Tensor]:
         model_class = getattr(transformers, config.architectures[0])
         if not issubclass(model_class, transformers.PreTrainedModel):
             raise TypeError(f"{config.architectures[0]} is not a network")
-        model, info = model_class.from_pretrained(folder, dtype="auto", output_loading_info=True, use_safetensors=True)
+        with limited_modules():
+            model, info = model_class.from_pretrained(
+                folder, dtype="auto", output_loading_info=True, use_safetensors=True
+            )
     except Exception as error:  # what damaged files make transformers raise has no common type
-        reason = str(error).strip().partition("\n")[0]
-        raise SnapshotError(f"transformers cannot load it ({reason})") from error
+        raise SnapshotError(f"transformers cannot load it ({first_line(error)})") from error
     return {name: tensor for name, tensor in model.state_dict().items() if name not in info["missing_keys"]}
 
 

@@ -7,6 +7,9 @@ import psutil
 import torch
 from diffusers import ModelMixin
 
+from ..limits import first_line
+from ..parameters import LayoutError
+
 # Goes up when a release can no longer read what an older one has written, or the other way round. Files without a
 # version are of format 1.
 FORMAT_VERSION = 1
@@ -39,7 +42,7 @@ class SavedModel(ModelMixin):
         except ValueError:
             raise
         except Exception as error:  # what wrong settings make the layers of torch raise has no common type
-            raise ValueError(f"the config of {cls.__name__} is of no network: {_first_line(error)}") from error
+            raise ValueError(f"the config of {cls.__name__} is of no network ({first_line(error)})") from error
         model = built[0] if isinstance(built, tuple) else built
         needed = sum(t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers()))
         available = psutil.virtual_memory().available
@@ -65,7 +68,8 @@ class SavedModel(ModelMixin):
         except OSError:
             raise
         except Exception as error:  # what damaged files make diffusers raise has no common type
-            raise ValueError(_described(cls, pretrained_model_name_or_path, error)) from error
+            what = str(error) if type(error) in (ValueError, LayoutError) else first_line(error)
+            raise ValueError(_described(cls, pretrained_model_name_or_path, what)) from error
         wrong = {what: names for what, names in info.items() if names}
         if wrong:
             raise ValueError(_described(cls, pretrained_model_name_or_path, f"config and weights differ: {wrong}"))
@@ -77,9 +81,5 @@ class SavedModel(ModelMixin):
         return (model, info) if wants_info else model
 
 
-def _described(cls: type, path: str | os.PathLike, error: Exception | str) -> str:
-    return f"the {cls.__name__} in '{path}' cannot be used: {_first_line(error)}"
-
-
-def _first_line(error: Exception | str) -> str:
-    return str(error).strip().partition("\n")[0] or type(error).__name__
+def _described(cls: type, path: str | os.PathLike, what: str) -> str:
+    return f"the {cls.__name__} in '{path}' cannot be used: {what}"
