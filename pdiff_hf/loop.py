@@ -151,6 +151,8 @@ def train(
     ema = EMAModel(model.parameters(), decay=args.ema_decay, foreach=True) if args.ema_decay is not None else None
     losses = torch.full((args.num_steps,), math.nan)
     largest_gradients = [torch.tensor(0.0)] * args.num_steps
+    precision = accelerator.mixed_precision
+    hint = "" if precision == "no" else f", or another precision than {precision}"
     first_step = 0
     if resume and (latest := latest_checkpoint(checkpoint_dir)) is not None:
         first_step = _load(accelerator, latest, ema, losses)
@@ -181,6 +183,8 @@ def train(
                     if args.max_grad_norm is not None:
                         accelerator.clip_grad_norm_(wrapped.parameters(), args.max_grad_norm)
                 optimizer.step()
+                if accelerator.optimizer_step_was_skipped:  # by the loss scaling of fp16, which tries larger scales
+                    largest_gradients[step] = torch.tensor(0.0)
                 if accelerator.sync_gradients:
                     lr_scheduler.step()
                 optimizer.zero_grad()
@@ -193,7 +197,7 @@ def train(
         if (step + 1) % CHECK_EVERY == 0 or last or saves:
             weights = largest(model.parameters()) if last or saves else None  # nothing else looks at them again
             latest = latest_checkpoint(checkpoint_dir)
-            _check_finite(losses[: step + 1], largest_gradients, weights, description, args.learning_rate, latest)
+            _check_finite(losses[: step + 1], largest_gradients, weights, description, args.learning_rate, hint, latest)
             progress.set_postfix(loss=f"{losses[step]:.4g}", refresh=False)
             accelerator.log(
                 {f"{description}/loss": losses[step].item(), f"{description}/lr": lr_scheduler.get_last_lr()[0]}, step
@@ -227,6 +231,7 @@ def _check_finite(
     largest_weight: torch.Tensor | None,
     description: str,
     learning_rate: float,
+    hint: str,
     latest: Path | None,
 ) -> None:
     """Raises a `TrainingError` that names the step which went wrong."""
@@ -235,20 +240,21 @@ def _check_finite(
     if not len(bad) and not last_weights_are_bad:
         return
     step = int(bad[0]) if len(bad) else len(losses)
-    if step and not largest_gradients[step - 1].isfinite():
+    cause = next((i for i, gradient in enumerate(largest_gradients[:step]) if not gradient.isfinite()), None)
+    if cause is not None:
         what = (
-            f"the gradient of step {step - 1} is not finite, although its loss of {losses[step - 1]:.4g} is. Look for "
-            f"what has no finite derivative in the loss (a root, a logarithm or a quotient of 0), or try a learning "
-            f"rate below {learning_rate:g}"
+            f"the gradient of step {cause} is not finite, although its loss of {losses[cause]:.4g} is. Look for what "
+            "has no finite derivative in the loss (a root, a logarithm or a quotient of 0), or try a learning rate "
+            f"below {learning_rate:g}{hint}"
         )
     elif len(bad):
         before = f" (it was {losses[step - 1]:.4g} before)" if step else ""
         what = (
             f"the loss is {losses[step]} at step {step}{before}. Try a learning rate below {learning_rate:g}, warm-up "
-            "steps, or gradient clipping"
+            "steps, or gradient clipping" + hint
         )
     else:
-        what = f"the weights are not finite after step {step - 1}. Try a learning rate below {learning_rate:g}"
+        what = f"the weights are not finite after step {step - 1}. Try a learning rate below {learning_rate:g}{hint}"
     raise TrainingError(f"{description}: {what}. The last checkpoint is {latest or 'not written yet'}.")
 
 

@@ -14,6 +14,7 @@ import torch
 from diffusers import DiffusionPipeline, SchedulerMixin
 from diffusers.utils import BaseOutput
 from diffusers.utils.torch_utils import randn_tensor
+from huggingface_hub.errors import HTTPError
 from torch import nn
 
 from pdiff_hf.ensemble import EnsembleModel
@@ -90,13 +91,14 @@ class PDiffPipeline(DiffusionPipeline):
         Like diffusers' own, but weights are read from safetensors files unless `use_safetensors=False`.
 
         Raises:
-            OSError: if there is no such folder or repository, or a file is missing.
+            OSError: if there is no such folder or repository, or a file is missing or cannot be read.
+            HTTPError: of `huggingface_hub.errors`, if the connection to the Hub fails.
             ValueError: if files are damaged, do not belong together, or are of a newer format than this release reads.
         """
         try:
             with limited_modules():
                 return super().from_pretrained(pretrained_model_name_or_path, **{"use_safetensors": True} | kwargs)
-        except (OSError, ValueError):
+        except (OSError, ValueError, HTTPError):
             raise
         except Exception as error:  # what damaged files make diffusers and transformers raise has no common type
             what = f"the pipeline in '{pretrained_model_name_or_path}' cannot be used"

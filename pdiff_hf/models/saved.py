@@ -6,6 +6,7 @@ from typing import Any
 import psutil
 import torch
 from diffusers import ModelMixin
+from huggingface_hub.errors import HTTPError
 
 from ..limits import first_line
 from ..parameters import LayoutError
@@ -59,13 +60,14 @@ class SavedModel(ModelMixin):
         Like diffusers' own, but all tensors have to be there, and finite.
 
         Raises:
-            OSError: if there are no such files.
+            OSError: if there are no such files, or they cannot be read.
+            HTTPError: of `huggingface_hub.errors`, if the connection to the Hub fails.
             ValueError: if they are damaged, do not belong together, or are of a newer format than this release reads.
         """
         wants_info = kwargs.pop("output_loading_info", False)
         try:
             model, info = super().from_pretrained(pretrained_model_name_or_path, output_loading_info=True, **kwargs)
-        except OSError:
+        except (OSError, HTTPError):
             raise
         except Exception as error:  # what damaged files make diffusers raise has no common type
             what = str(error) if type(error) in (ValueError, LayoutError) else first_line(error)
