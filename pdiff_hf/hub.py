@@ -154,12 +154,18 @@ def pipeline_files(folder: Path) -> dict[str, Path | bytes]:
     if not index.is_file() or not (folder / PIPELINE_FILE).is_file():
         raise HubError(f"'{folder}' holds no finished pipeline: it has no {index.name} or no {PIPELINE_FILE}")
     files: dict[str, Path | bytes] = {name: folder / name for name in (index.name, PIPELINE_FILE)}
-    for component, value in json.loads(index.read_text()).items():
-        if isinstance(value, list) and value[0] is not None:
-            paths = [path for path in sorted((folder / component).rglob("*")) if path.is_file()]
-            if not paths:
-                raise HubError(f"'{folder}' has no files of its component {component}")
-            files |= {path.relative_to(folder).as_posix(): path for path in paths}
+    try:
+        values = json.loads(index.read_text()).items()
+        components = [name for name, value in values if isinstance(value, list) and any(value)]
+    except (ValueError, AttributeError) as error:
+        raise HubError(f"'{folder}' holds no finished pipeline: {index.name} is damaged ({error})") from error
+    for component in components:
+        if not component.isidentifier():  # a path would publish what lies elsewhere
+            raise HubError(f"'{component}' is not the name of a component, but '{index}' has it as one")
+        paths = [path for path in sorted((folder / component).rglob("*")) if path.is_file()]
+        if not paths:
+            raise HubError(f"'{folder}' has no files of its component {component}")
+        files |= {path.relative_to(folder).as_posix(): path for path in paths}
     return files
 
 

@@ -4,7 +4,7 @@ import logging
 import math
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -132,7 +132,7 @@ def train(
 
     Raises:
         ValueError: if the batch cannot be cut into equal parts.
-        TrainingError: if the loss is no longer finite. The last checkpoint is kept.
+        TrainingError: if the loss or a weight is no longer finite. The last checkpoint is kept, and has finite weights.
     """
     parts = accelerator.num_processes * accelerator.gradient_accumulation_steps
     if args.batch_size % parts:
@@ -151,6 +151,9 @@ def train(
     wrapped, optimizer, lr_scheduler = accelerator.prepare(model, optimizer, lr_scheduler)
     ema = EMAModel(model.parameters(), decay=args.ema_decay, foreach=True) if args.ema_decay is not None else None
     losses = torch.full((args.num_steps,), math.nan)
+    largest_gradients = [torch.tensor(0.0)] * args.num_steps
+    precision = accelerator.mixed_precision
+    hint = "" if precision == "no" else f", or another precision than {precision}"
     first_step = 0
     if resume and (latest := latest_checkpoint(checkpoint_dir)) is not None:
         first_step = _load(accelerator, latest, ema, losses)
@@ -176,9 +179,13 @@ def train(
             with accelerator.accumulate(wrapped):
                 loss = loss_function(wrapped, indices[part * part_size : (part + 1) * part_size], generator)
                 accelerator.backward(loss)
-                if accelerator.sync_gradients and args.max_grad_norm is not None:
-                    accelerator.clip_grad_norm_(wrapped.parameters(), args.max_grad_norm)
+                if accelerator.sync_gradients:
+                    largest_gradients[step] = largest(p.grad for p in wrapped.parameters() if p.grad is not None)
+                    if args.max_grad_norm is not None:
+                        accelerator.clip_grad_norm_(wrapped.parameters(), args.max_grad_norm)
                 optimizer.step()
+                if accelerator.optimizer_step_was_skipped:  # by the loss scaling of fp16, which tries larger scales
+                    largest_gradients[step] = torch.tensor(0.0)
                 if accelerator.sync_gradients:
                     lr_scheduler.step()
                 optimizer.zero_grad()
@@ -187,14 +194,16 @@ def train(
             ema.step(model.parameters())
         losses[step] = accelerator.reduce(step_loss, "mean")
         last = step == args.num_steps - 1
-        if (step + 1) % CHECK_EVERY == 0 or last:
-            _check_finite(losses[: step + 1], description, args.learning_rate, latest_checkpoint(checkpoint_dir))
+        saves = bool(args.checkpointing_steps) and (step + 1) % args.checkpointing_steps == 0 and not last
+        if (step + 1) % CHECK_EVERY == 0 or last or saves:
+            weights = largest(model.parameters()) if last or saves else None  # nothing else looks at them again
+            latest = latest_checkpoint(checkpoint_dir)
+            _check_finite(losses[: step + 1], largest_gradients, weights, description, args.learning_rate, hint, latest)
             progress.set_postfix(loss=f"{losses[step]:.4g}", refresh=False)
             accelerator.log(
                 {f"{description}/loss": losses[step].item(), f"{description}/lr": lr_scheduler.get_last_lr()[0]}, step
             )
-        if args.checkpointing_steps and (step + 1) % args.checkpointing_steps == 0 and not last:
-            _check_finite(losses[: step + 1], description, args.learning_rate, latest_checkpoint(checkpoint_dir))
+        if saves:
             _save(accelerator, checkpoint_dir, step + 1, ema, losses, args.checkpoints_total_limit)
     if ema is not None:
         ema.copy_to(model.parameters())
@@ -212,16 +221,42 @@ def _checkpoints(checkpoint_dir: Path) -> list[Path]:
     return sorted(found, key=lambda path: int(path.name.partition("-")[2]))
 
 
-def _check_finite(losses: torch.Tensor, description: str, learning_rate: float, latest: Path | None) -> None:
+def largest(tensors: Iterable[torch.Tensor]) -> torch.Tensor:
+    """The largest magnitude in some tensors, a scalar on their device; NaN if there is one in them."""
+    return torch.nn.utils.get_total_norm([tensor.detach() for tensor in tensors], norm_type=math.inf)
+
+
+def _check_finite(
+    losses: torch.Tensor,
+    largest_gradients: list[torch.Tensor],
+    largest_weight: torch.Tensor | None,
+    description: str,
+    learning_rate: float,
+    hint: str,
+    latest: Path | None,
+) -> None:
+    """Raises a `TrainingError` that names the step which went wrong."""
     bad = torch.nonzero(~losses.isfinite())
-    if len(bad):
-        step = int(bad[0])
-        raise TrainingError(
-            f"{description}: the loss is {losses[step].item()} at step {step} (it was "
-            f"{losses[step - 1].item() if step else math.nan:.4g} before). Try a learning rate below "
-            f"{learning_rate:g}, warm-up steps, or gradient clipping. "
-            f"The last checkpoint is {latest or 'not written yet'}."
+    last_weights_are_bad = largest_weight is not None and not largest_weight.isfinite()
+    if not len(bad) and not last_weights_are_bad:
+        return
+    step = int(bad[0]) if len(bad) else len(losses)
+    cause = next((i for i, gradient in enumerate(largest_gradients[:step]) if not gradient.isfinite()), None)
+    if cause is not None:
+        what = (
+            f"the gradient of step {cause} is not finite, although its loss of {losses[cause]:.4g} is. Look for what "
+            "has no finite derivative in the loss (a root, a logarithm or a quotient of 0), or try a learning rate "
+            f"below {learning_rate:g}{hint}"
         )
+    elif len(bad):
+        before = f" (it was {losses[step - 1]:.4g} before)" if step else ""
+        what = (
+            f"the loss is {losses[step]} at step {step}{before}. Try a learning rate below {learning_rate:g}, warm-up "
+            "steps, or gradient clipping" + hint
+        )
+    else:
+        what = f"the weights are not finite after step {step - 1}. Try a learning rate below {learning_rate:g}{hint}"
+    raise TrainingError(f"{description}: {what}. The last checkpoint is {latest or 'not written yet'}.")
 
 
 def _save(accelerator, checkpoint_dir: Path, step: int, ema: EMAModel | None, losses: torch.Tensor, limit: int) -> None:

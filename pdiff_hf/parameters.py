@@ -4,7 +4,9 @@ import difflib
 import fnmatch
 import itertools
 import math
+import operator
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -12,6 +14,10 @@ from functools import cached_property
 import torch
 from torch import nn
 
+# No vector is longer, as torch counts in signed integers of 64 bits.
+MAX_PARAMETERS = 2**63 - 1
+# Similar names are looked for among so many, up to this long: the time grows with the square of the length.
+MAX_COMPARED, MAX_COMPARED_LENGTH = 10_000, 300
 # Every value of these types is a float32 as well, so that a round trip through the vector changes no bit.
 EXACT_DTYPES = {
     str(dtype).removeprefix("torch."): dtype
@@ -42,7 +48,8 @@ class ParameterLayout:
         dtypes (`tuple[str, ...]`): Type of each tensor, one of `EXACT_DTYPES`, which `unflatten` restores.
 
     Raises:
-        LayoutError: for no tensors, repeated names, or a type that float32 cannot hold exactly.
+        LayoutError: for no tensors, repeated names, a type that float32 cannot hold exactly, and for names, shapes and
+            types that are none.
     """
 
     names: tuple[str, ...]
@@ -51,9 +58,17 @@ class ParameterLayout:
 
     def __post_init__(self):
         # Lists arrive here when a layout was read from JSON.
-        object.__setattr__(self, "names", tuple(self.names))
-        object.__setattr__(self, "shapes", tuple(tuple(int(n) for n in shape) for shape in self.shapes))
-        object.__setattr__(self, "dtypes", tuple(self.dtypes))
+        try:
+            object.__setattr__(self, "names", tuple(self.names))
+            object.__setattr__(self, "shapes", tuple(tuple(operator.index(n) for n in shape) for shape in self.shapes))
+            object.__setattr__(self, "dtypes", tuple(self.dtypes))
+        except TypeError as error:
+            raise LayoutError(
+                f"names, dtypes and shapes must be lists, and shapes hold whole numbers: {error}"
+            ) from error
+        for value in (*self.names, *self.dtypes):
+            if not isinstance(value, str):
+                raise LayoutError(f"names and dtypes of a layout must be strings, got {value!r:.200}")
         if not len(self.names) == len(self.shapes) == len(self.dtypes):
             raise LayoutError(
                 f"a layout needs one shape and one dtype a name, got {len(self.names)} names, "
@@ -62,8 +77,8 @@ class ParameterLayout:
         if not self.names:
             raise LayoutError("a layout needs at least one tensor, got none")
         if len(set(self.names)) < len(self.names):
-            repeated = sorted({name for name in self.names if self.names.count(name) > 1})
-            raise LayoutError(f"the names of a layout must differ, got {repeated} more than once")
+            repeated = [name for name, count in Counter(self.names).items() if count > 1]
+            raise LayoutError(f"the names of a layout must differ, got {_some(repeated)} more than once")
         for name, shape, dtype in zip(self.names, self.shapes, self.dtypes, strict=True):
             if dtype not in EXACT_DTYPES:
                 raise LayoutError(
@@ -72,6 +87,8 @@ class ParameterLayout:
                 )
             if any(n < 0 for n in shape):
                 raise LayoutError(f"tensor '{name}' has the impossible shape {shape}")
+        if self.num_parameters > MAX_PARAMETERS:
+            raise LayoutError(f"the shapes of a layout have more than {MAX_PARAMETERS} values together")
 
     @classmethod
     def from_state_dict(
@@ -208,9 +225,10 @@ def _some(names: Sequence[str], most: int = 3) -> str:
 
 
 def _closest(name: str, names: Iterable[str]) -> str:
-    names = list(names)
+    names = [name for name in names if len(name) <= MAX_COMPARED_LENGTH][:MAX_COMPARED]
+    name = name[:MAX_COMPARED_LENGTH]
     close = difflib.get_close_matches(name, names, n=3, cutoff=0.5) or names[:3]
-    return f"similar names there are {_some(close)}" if close else "it is empty"
+    return f"similar names there are {_some(close)}" if close else "it has none with a similar name"
 
 
 def is_normalization(module: nn.Module) -> bool:
@@ -229,7 +247,7 @@ MODULE_KINDS = {
     "linear": lambda module: isinstance(module, nn.Linear),
 }
 KINDS = ("all", "bias", *MODULE_KINDS, "attention", "blocks", "head")
-_KIND = re.compile(rf"({'|'.join(KINDS)})(?:\[(-?\d*)(:?)(-?\d*)\])?")
+_KIND = re.compile(rf"({'|'.join(KINDS)})(?:\[(-?\d{{0,18}})(:?)(-?\d{{0,18}})\])?")
 
 
 def select_layout(model: nn.Module, select: str | Sequence[str], exclude: str | Sequence[str] = ()) -> ParameterLayout:
@@ -314,6 +332,8 @@ def _match_kind(model: nn.Module, parameters: list[str], kind: str, start: str, 
         else:
             names = [n for n, m in named.items() if MODULE_KINDS["conv"](m) or MODULE_KINDS["linear"](m)][-1:]
         groups = [[_join(name, p) for p, _ in named[name].named_parameters()] for name in names]
+    if "-" in (start, stop):
+        raise LayoutError(f"'{kind}[{start}{colon}{stop}]' is not a slice: a number is missing after the minus sign")
     if colon:
         groups = groups[int(start) if start else None : int(stop) if stop else None]
     elif start:

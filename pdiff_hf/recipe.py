@@ -3,6 +3,7 @@
 import dataclasses
 import difflib
 import json
+import math
 import os
 import sys
 from dataclasses import dataclass, field
@@ -30,6 +31,15 @@ def _option(default, help: str):
 def _require(name: str, value, condition: bool, what: str) -> None:
     if not condition:
         raise ValueError(f"{name} must be {what}, got {value!r}")
+
+
+class _RecipeLoader(yaml.SafeLoader):
+    """YAML without references: a few lines of them can stand for more text than any memory holds."""
+
+    def compose_node(self, parent, index):
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.YAMLError(f"references such as *{self.peek_event().anchor} cannot be used")
+        return super().compose_node(parent, index)
 
 
 @dataclass
@@ -190,6 +200,8 @@ class DenoiserSection:
         _require("denoiser_preset", self.denoiser_preset, self.denoiser_preset in presets, f"of {presets}")
         for name in ("denoiser_steps", "denoiser_batch_size", "num_train_timesteps"):
             _require(name, getattr(self, name), getattr(self, name) >= 1, "at least 1")
+        # A pipeline with a longer schedule is not loaded.
+        _require("num_train_timesteps", self.num_train_timesteps, self.num_train_timesteps <= 10**6, "at most 10**6")
         for name in ("denoiser_learning_rate", "max_grad_norm"):
             _require(name, getattr(self, name), getattr(self, name) > 0, "above 0")
         _require("denoiser_warmup_steps", self.denoiser_warmup_steps, self.denoiser_warmup_steps >= 0, "at least 0")
@@ -217,6 +229,9 @@ class Recipe(
     """Everything that a run is made of; flags of `scripts/train.py` and keys of a recipe file have these names."""
 
     def __post_init__(self):
+        for key, value in vars(self).items():
+            if isinstance(value, float):
+                _require(key, value, math.isfinite(value), "finite")
         for section in SECTIONS:
             section.__post_init__(self)
 
@@ -244,6 +259,11 @@ for _section, _title in zip(
     _section._argument_group_name = _title
 
 
+_FIELDS = [f for section in SECTIONS for f in dataclasses.fields(section)]
+NULLABLE = {f.name for f in _FIELDS if f.default is None}
+LISTS = {f.name for f in _FIELDS if f.type == list[str]}
+
+
 class RecipeParser(HfArgumentParser):
     """Flags for every key of some sections, after an optional recipe file. Errors are one line that names the key."""
 
@@ -253,7 +273,7 @@ class RecipeParser(HfArgumentParser):
         self.keys = {f.name for section in sections for f in dataclasses.fields(section)}
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: error: {message} (--help lists every key)\n")
+        self.exit(2, f"{self.prog}: error: {' '.join(message.split())} (--help lists every key)\n")
 
     def parse_recipe(self, argv: list[str] | None = None) -> Recipe:
         """The recipe that the file and the flags give; ends the program with one line for a wrong one."""
@@ -272,20 +292,26 @@ class RecipeParser(HfArgumentParser):
     def _read(self, path: str) -> list[str]:
         """The flags that say the same as the file."""
         try:
-            values = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
+            values = yaml.load(Path(path).read_text(encoding="utf-8"), _RecipeLoader)
         except (OSError, UnicodeDecodeError) as error:
             self.error(f"recipe '{path}' cannot be read: {error}")
-        except yaml.YAMLError as error:
-            self.error(f"recipe '{path}' is not YAML: {' '.join(str(error).split())}")
+        except Exception as error:  # what values that are none make the parts of yaml raise has no common type
+            self.error(f"recipe '{path}' is not YAML: {error}")
+        values = {} if values is None else values
         if not isinstance(values, dict):
             self.error(f"recipe '{path}' must be a mapping of keys to values, got a {type(values).__name__}")
         argv: list[str] = []
         for key, value in values.items():
             if key not in self.keys:
                 self.error(f"recipe '{path}' has the unknown key '{key}'{self._suggest(str(key))}")
-            if value is None or value == []:
+            if (value is None and key in NULLABLE) or (value == [] and key in LISTS):
                 self.set_defaults(**{key: value})
+            elif value is None or value == []:
+                self.error(f"recipe '{path}' has no value for the key '{key}'")
             elif isinstance(value, list):
+                wrong = [item for item in map(str, value) if item.startswith("-")]
+                if wrong:  # it would be taken for a flag
+                    self.error(f"recipe '{path}' has '{wrong[0]}' in the list '{key}', which cannot begin with '-'")
                 argv += [f"--{key}", *map(str, value)]
             else:
                 argv.append(f"--{key}={json.dumps(value) if isinstance(value, dict) else value}")

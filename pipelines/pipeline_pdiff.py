@@ -2,6 +2,7 @@
 
 import copy
 import inspect
+import json
 import os
 import shutil
 import tempfile
@@ -14,14 +15,18 @@ import torch.nn.functional as F
 from diffusers import DiffusionPipeline, SchedulerMixin
 from diffusers.utils import BaseOutput
 from diffusers.utils.torch_utils import randn_tensor
+from huggingface_hub.errors import HTTPError
 from torch import nn
 
 from pdiff_hf.ensemble import EnsembleModel
 from pdiff_hf.hub import PIPELINE_FILE, push_pipeline_to_hub
+from pdiff_hf.limits import first_line, limited_modules
 from pdiff_hf.memory import InParts
 from pdiff_hf.models import LatentDenoiser, ParameterAutoencoder
 
 OUTPUT_TYPES = ("state_dict", "pt", "latent", "model")
+# Schedulers take memory for so many steps when they are made; the longest schedules in use have 1000.
+MAX_SCHEDULER_NUMBER = 1_000_000
 # The last bits of a matrix product depend on its shape. So networks are computed in blocks whose sizes depend on
 # nothing that a caller chooses, and the last block is filled up. On a CPU the first ones are small, which keeps one
 # network cheap, and the others large, which keeps 200 within a tenth of the time that they take all at once.
@@ -75,6 +80,10 @@ class PDiffPipeline(DiffusionPipeline):
     ):
         super().__init__()
         # Components may be None while a pipeline is put together from parts.
+        kinds = {"autoencoder": ParameterAutoencoder, "denoiser": LatentDenoiser, "scheduler": SchedulerMixin}
+        for (name, kind), part in zip(kinds.items(), (autoencoder, denoiser, scheduler), strict=True):
+            if part is not None and not isinstance(part, kind):
+                raise ValueError(f"the {name} must be a {kind.__name__}, got a {type(part).__name__}")
         lengths = [part.config.latent_dim for part in (autoencoder, denoiser) if part is not None]
         if len(set(lengths)) > 1:
             raise ValueError(
@@ -84,6 +93,40 @@ class PDiffPipeline(DiffusionPipeline):
         if autoencoder is not None and base_model is not None:
             autoencoder.layout.check_fits(base_model.state_dict())
         self.register_modules(autoencoder=autoencoder, denoiser=denoiser, scheduler=scheduler, base_model=base_model)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs) -> "PDiffPipeline":
+        """
+        Like diffusers' own, but weights are read from safetensors files unless `use_safetensors=False`.
+
+        Raises:
+            OSError: if there is no such folder or repository, or a file is missing or cannot be read.
+            HTTPError: of `huggingface_hub.errors`, if the connection to the Hub fails.
+            ValueError: if files are damaged, do not belong together, or are of a newer format than this release reads.
+        """
+        try:
+            with limited_modules():
+                return super().from_pretrained(pretrained_model_name_or_path, **{"use_safetensors": True} | kwargs)
+        except (OSError, ValueError, HTTPError):
+            raise
+        except Exception as error:  # what damaged files make diffusers and transformers raise has no common type
+            what = f"the pipeline in '{pretrained_model_name_or_path}' cannot be used"
+            raise ValueError(f"{what}: {first_line(error)}") from error
+
+    @classmethod
+    def load_config(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs):
+        """The index of a saved pipeline, as diffusers asks for it before it loads the components."""
+        config = super().load_config(pretrained_model_name_or_path, **kwargs)
+        scheduler = Path(pretrained_model_name_or_path, "scheduler", SchedulerMixin.config_name)
+        if scheduler.is_file():
+            try:
+                settings = json.loads(scheduler.read_text(encoding="utf-8"))
+            except ValueError as error:
+                raise ValueError(f"'{scheduler}' is not JSON: {error}") from error
+            for name, value in settings.items():
+                if isinstance(value, int | float) and value > MAX_SCHEDULER_NUMBER:
+                    raise ValueError(f"'{scheduler}' has {name}={value}, which is above {MAX_SCHEDULER_NUMBER:,}")
+        return config
 
     def save_pretrained(
         self,
@@ -238,7 +281,8 @@ class PDiffPipeline(DiffusionPipeline):
                 The generated parameters, on the CPU.
 
         Raises:
-            ValueError: for any argument that is out of range; nothing is computed before.
+            ValueError: for any argument that is out of range, before anything is computed; for scheduler settings
+                that cannot be used; for a result that is not finite.
         """
         self.check_inputs(
             num_models,
@@ -251,7 +295,7 @@ class PDiffPipeline(DiffusionPipeline):
         )
         generators = self.prepare_generators(num_models, generator)
         latents = self.prepare_latents(num_models, generators, latents)
-        self.scheduler.set_timesteps(num_inference_steps, device=latents.device)
+        self._schedule("set_timesteps", num_inference_steps, device=latents.device)
         # Schedulers of ordinary differential equations add no noise, and some of them take no generator.
         takes_generator = "generator" in inspect.signature(self.scheduler.step).parameters
         extra = {"generator": generators} if takes_generator else {}
@@ -259,30 +303,39 @@ class PDiffPipeline(DiffusionPipeline):
         blocks = _blocks(num_models, latents.shape[1], latents.device)
         in_parts = InParts("networks")
         for step, timestep in enumerate(self.progress_bar(self.scheduler.timesteps)):
-            scaled = self.scheduler.scale_model_input(latents, timestep).to(self.denoiser.dtype)
+            scaled = self._schedule("scale_model_input", latents, timestep).to(self.denoiser.dtype)
 
             def denoise(rows: torch.Tensor, timestep=timestep) -> torch.Tensor:
                 return self.denoiser(rows, timestep).sample
 
             prediction = torch.cat([_compute_block(denoise, scaled, block, in_parts) for block in blocks])
             # The step itself is taken for all networks at once, because schedulers keep state from step to step.
-            latents = self.scheduler.step(prediction.float(), timestep, latents, **extra).prev_sample
+            latents = self._schedule("step", prediction.float(), timestep, latents, **extra).prev_sample
             if callback_on_step_end is not None:
                 values = {"latents": latents}
                 values = {name: values[name] for name in callback_on_step_end_tensor_inputs}
                 latents = (callback_on_step_end(self, step, timestep, values) or {}).get("latents", latents)
 
-        if output_type == "latent":
-            output = latents.cpu()
-        else:
-            output = self.decode_latents(latents, batch_size)
-            if output_type != "pt":
-                layout = self.autoencoder.layout
-                output = [layout.unflatten(parameters) for parameters in output]
-                if output_type == "model":
-                    output = [self.make_model(state_dict) for state_dict in output]
+        output = latents.cpu() if output_type == "latent" else self.decode_latents(latents, batch_size)
+        if not output.isfinite().all():
+            raise ValueError(
+                "the generated numbers are not finite: do the settings of the scheduler belong to this denoiser, and "
+                "is the precision high enough?"
+            )
+        if output_type in ("state_dict", "model"):
+            output = [self.autoencoder.layout.unflatten(parameters) for parameters in output]
+        if output_type == "model":
+            output = [self.make_model(state_dict) for state_dict in output]
         self.maybe_free_model_hooks()
         return PDiffPipelineOutput(parameters=output) if return_dict else (output,)
+
+    def _schedule(self, method: str, *args, **kwargs):
+        """What a method of the scheduler returns. Its own errors do not say that its settings are at fault."""
+        try:
+            return getattr(self.scheduler, method)(*args, **kwargs)
+        except Exception as error:
+            name = type(self.scheduler).__name__
+            raise ValueError(f"{name} cannot sample latents with the settings that it has: {error!r}") from error
 
     @torch.no_grad()
     def decode_latents(self, latents: torch.Tensor, batch_size: int = 256) -> torch.Tensor:

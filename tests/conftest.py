@@ -33,12 +33,12 @@ os.environ |= {
 
 
 def pytest_addoption(parser):
-    parser.addoption("--full", action="store_true", help="Random tests take as many examples as a release needs.")
+    parser.addoption("--full", action="store_true", help="the long forms of the tests of reliability")
 
 
 @pytest.fixture(scope="session")
 def full(request) -> bool:
-    """Whether the tests are run with `--full`."""
+    """Whether the long forms of the tests of reliability were asked for."""
     return request.config.getoption("--full")
 
 

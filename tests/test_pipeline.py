@@ -28,9 +28,9 @@ def base_model():
     return AutoModelForImageClassification.from_config(config).eval()
 
 
-def make_pipeline(network, **components) -> PDiffPipeline:
+def make_pipeline(network, select="norm[-2:]", **components) -> PDiffPipeline:
     torch.manual_seed(0)
-    layout = ParameterLayout.from_state_dict(network.state_dict(), select_parameters(network, "norm[-2:]"))
+    layout = ParameterLayout.from_state_dict(network.state_dict(), select_parameters(network, select))
     autoencoder = ParameterAutoencoder(layout.to_dict(), latent_dim=LATENT_DIM, block_out_channels=(4, 4, 4))
     autoencoder.fit_parameter_statistics(1 + torch.randn(8, layout.num_parameters))
     denoiser = LatentDenoiser(LATENT_DIM, block_out_channels=(4, 4), bottleneck_dim=8, embedding_dim=16)

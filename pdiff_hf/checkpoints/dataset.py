@@ -15,6 +15,7 @@ import torch
 from datasets.arrow_writer import ArrowWriter
 
 from ..files import sync
+from ..limits import first_line
 from ..parameters import LayoutError, ParameterLayout
 
 # Rows are written out when this much has come together; long ones each for itself, so that they lie in the file at
@@ -73,8 +74,13 @@ class SnapshotWriter:
     def __enter__(self) -> "SnapshotWriter":
         if self.folder.exists():
             raise SnapshotError(f"'{self.folder}' exists already; snapshots are never added to a finished data set")
+        if self.layout.num_parameters == 0:
+            raise SnapshotError("all tensors of the layout are empty, so that there is nothing to write")
         shutil.rmtree(self._part, ignore_errors=True)
-        (self._part / DATA_FILE).parent.mkdir(parents=True)
+        self._part.mkdir(
+            parents=True
+        )  # before what is in it: where a link has this name, nothing is written through it
+        (self._part / DATA_FILE).parent.mkdir()
         (self._part / LAYOUT_FILE).parent.mkdir()
         features = datasets.Features(
             parameters=datasets.List(datasets.Value("float32"), length=self.layout.num_parameters),
@@ -157,8 +163,8 @@ def load_snapshots(path: str | os.PathLike, **kwargs: Any) -> tuple[datasets.Dat
     if folder.is_dir():
         if not (folder / DATA_FILE).is_file() or not (folder / LAYOUT_FILE).is_file():
             raise SnapshotError(f"'{path}' is not a parameter data set: it has no {DATA_FILE} or no {LAYOUT_FILE}")
-        dataset = datasets.Dataset.from_file(str(folder / DATA_FILE))
-        rows = list(datasets.Dataset.from_file(str(folder / LAYOUT_FILE)))
+        dataset, table = (_read_arrow(folder / file) for file in (DATA_FILE, LAYOUT_FILE))
+        rows = list(table)
     else:
         try:
             dataset = datasets.load_dataset(str(path), "default", split="train", **kwargs)
@@ -172,12 +178,22 @@ def load_snapshots(path: str | os.PathLike, **kwargs: Any) -> tuple[datasets.Dat
     except (KeyError, LayoutError) as error:
         raise SnapshotError(f"the layout of '{path}' cannot be used: {error}") from error
     feature = dataset.features.get("parameters")
-    if getattr(feature, "length", None) != layout.num_parameters:
+    if feature != datasets.List(datasets.Value("float32"), length=layout.num_parameters):
         raise SnapshotError(
             f"the rows of '{path}' do not fit their layout of {layout.num_parameters} numbers: the column `parameters` "
             f"is {feature}"
         )
     return dataset, layout
+
+
+def _read_arrow(file: Path) -> datasets.Dataset:
+    try:
+        dataset = datasets.Dataset.from_file(str(file))
+        # Arrow trusts the offsets in a file, and ends the process where they lead out of it.
+        dataset.data.table.validate(full=True)
+    except Exception as error:  # what a damaged file makes the parts of datasets raise has no common type
+        raise SnapshotError(f"'{file}' is not a whole Arrow file of a data set ({first_line(error)})") from error
+    return dataset
 
 
 def parameter_matrix(dataset: datasets.Dataset, layout: ParameterLayout, minimum: int = 2) -> torch.Tensor:
@@ -190,9 +206,11 @@ def parameter_matrix(dataset: datasets.Dataset, layout: ParameterLayout, minimum
     """
     if len(dataset) < minimum:
         raise SnapshotError(f"at least {minimum} snapshots are needed to learn a distribution, got {len(dataset)}")
+    chunks = dataset.with_format("arrow")[:].column("parameters").chunks
+    if any(chunk.null_count or chunk.values.null_count for chunk in chunks):
+        raise SnapshotError("some snapshots have no value for some of their parameters")
     matrix = _mapped(dataset, layout.num_parameters)
     if matrix is None:
-        chunks = dataset.with_format("arrow")[:].column("parameters").chunks
         matrix = np.concatenate([chunk.flatten().to_numpy(zero_copy_only=False) for chunk in chunks])
         matrix = matrix.reshape(len(dataset), layout.num_parameters)
     rows = max(1, CHECK_BUFFER // (4 * layout.num_parameters))

@@ -12,7 +12,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from ..batched import BatchedModels, Forward, PrefixCache
-from ..loop import LoopArguments, TrainingError, derive_seed, epoch_indices, make_optimizer, train
+from ..loop import LoopArguments, TrainingError, derive_seed, epoch_indices, largest, make_optimizer, train
 from ..parameters import ParameterLayout
 from ..tasks import Task, accuracy, take
 from .dataset import SnapshotWriter
@@ -137,6 +137,12 @@ def collect_snapshots(
                 optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()
+                if not torch.isfinite(largest(trained.values())):
+                    raise TrainingError(
+                        f"snapshots: the trained tensors are not finite after step {step}, whose loss of "
+                        f"{loss.item():.4g} is; the learning rate of {args.learning_rate:g} is too high for them, or "
+                        "the loss has no finite gradient"
+                    )
                 if step % args.every_n_steps:
                     continue
                 buffer.append((layout.flatten(model.state_dict()), step, run_seed))

@@ -4,6 +4,7 @@ import json
 import os
 import pickle
 import re
+import zipfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -15,6 +16,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig
 
+from ..limits import first_line, limited_modules
 from ..parameters import EXACT_DTYPES, LayoutError, ParameterLayout
 from .dataset import SnapshotError, SnapshotWriter, check_finite
 
@@ -139,7 +141,7 @@ def _expand_hub(path: str, hub_kwargs: Mapping) -> list[tuple[str, Path]]:
 
 def _natural_order(path: Path) -> list:
     """Key by which `step-9` comes before `step-10`."""
-    return [int(piece) if piece.isdigit() else piece for piece in re.split(r"(\d+)", path.name)]
+    return [int(piece) if i % 2 else piece for i, piece in enumerate(re.split(r"(\d{1,18})", path.name))]
 
 
 def _step(name: str, default: int) -> int:
@@ -154,6 +156,8 @@ def _read(path: Path, layout: ParameterLayout) -> dict[str, torch.Tensor]:
         file = next((path / name for name in WEIGHT_FILES if (path / name).is_file()), None)
         if file is None:
             raise SnapshotError(f"the folder has no {', '.join(WEIGHT_FILES)}")
+    if not file.is_file():  # a broken link, or what would wait for ever for someone to write into it
+        raise SnapshotError("it is not a file")
     with ExitStack() as stack:
         if file.suffix == ".json":
             tensors = _open_shards(file, stack)
@@ -177,7 +181,10 @@ class _LazyTensors(Mapping):
         self.files = files  # by tensor
 
     def __getitem__(self, name: str) -> torch.Tensor:
-        return self.files[name].get_tensor(name)
+        try:
+            return self.files[name].get_tensor(name)
+        except SafetensorError as error:
+            raise SnapshotError(f"tensor '{name}' cannot be read ({error})") from error
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.files)
@@ -196,45 +203,65 @@ def _open_safetensors(file: Path, stack: ExitStack) -> _LazyTensors:
 
 def _open_shards(index: Path, stack: ExitStack) -> _LazyTensors:
     try:
-        shards = set(json.loads(index.read_text())["weight_map"].values())
-    except (ValueError, KeyError, AttributeError) as error:
+        # Names alone: a path would lead out of the folder.
+        shards = {index.with_name(Path(shard).name) for shard in json.loads(index.read_text())["weight_map"].values()}
+    except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
         raise SnapshotError(f"{index.name} is not the index of a sharded network ({error!r})") from error
     files = {}
     for shard in sorted(shards):
-        files |= _open_safetensors(index.with_name(Path(shard).name), stack).files
+        files |= _open_safetensors(shard, stack).files
     return _LazyTensors(files)
 
 
 def _load_pickle(file: Path) -> Mapping[str, torch.Tensor]:
     try:
+        _check_not_compressed(file)
         content = torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        reason = str(error).strip().partition("\n")[0]
         raise SnapshotError(
             f"{file.name} holds more than tensors, and reading it could run code. If you trust it, load it yourself "
-            f"and save its state dict with safetensors ({reason})"
+            f"and save its state dict with safetensors ({first_line(error)})"
         ) from error
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
-        reason = str(error).strip().partition("\n")[0]
-        raise SnapshotError(f"{file.name} is not a whole file of torch.save ({reason})") from error
+    except SnapshotError:
+        raise
+    except Exception as error:  # what a damaged file makes the parts of torch.load raise has no common type
+        raise SnapshotError(f"{file.name} is not a whole file of torch.save ({first_line(error)})") from error
     for key in NESTED:
         if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
             content = content[key]
             break
-    if not isinstance(content, Mapping) or not any(isinstance(value, torch.Tensor) for value in content.values()):
+    items = content.items() if isinstance(content, Mapping) else ()
+    tensors = {name: value for name, value in items if isinstance(name, str) and isinstance(value, torch.Tensor)}
+    if not tensors:
         raise SnapshotError(f"{file.name} holds a {type(content).__name__}, not a state dict")
-    return content
+    return tensors
+
+
+def _check_not_compressed(file: Path) -> None:
+    """`torch.save` stores its records as they are. A zip archive that grows when it is read was not written by it."""
+    if zipfile.is_zipfile(file):
+        with zipfile.ZipFile(file) as archive:
+            size = sum(record.file_size for record in archive.infolist())
+        if size > file.stat().st_size:
+            raise SnapshotError(
+                f"{file.name} would take {size:,} bytes of memory, and is a file of {file.stat().st_size:,}; files of "
+                "torch.save are not compressed"
+            )
 
 
 def _load_pretrained(folder: Path) -> dict[str, torch.Tensor]:
     """The state dict of a network of transformers, which gives some tensors other names in its files."""
     try:
-        config = AutoConfig.from_pretrained(folder)
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
         model_class = getattr(transformers, config.architectures[0])
-        model, info = model_class.from_pretrained(folder, dtype="auto", output_loading_info=True)
-    except (OSError, ValueError, RuntimeError, TypeError, AttributeError) as error:
-        reason = str(error).strip().partition("\n")[0]
-        raise SnapshotError(f"transformers cannot load it ({reason})") from error
+        if not issubclass(model_class, transformers.PreTrainedModel):
+            raise TypeError(f"{config.architectures[0]} is not a network")
+        with limited_modules():
+            model, info = model_class.from_pretrained(
+                folder, dtype="auto", output_loading_info=True, use_safetensors=True
+            )
+    except Exception as error:  # what damaged files make transformers raise has no common type
+        raise SnapshotError(f"transformers cannot load it ({first_line(error)})") from error
     return {name: tensor for name, tensor in model.state_dict().items() if name not in info["missing_keys"]}
 
 
@@ -251,6 +278,10 @@ def _plain(name: str) -> str:
 
 def _convert(name: str, tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """`tensor` in the layout's type, if that changes no value."""
+    if tensor.layout != torch.strided or tensor.is_quantized or tensor.is_meta:
+        raise LayoutError(
+            f"tensor '{name}' is sparse, quantized or without values there; only dense tensors can be read"
+        )
     known = tensor.dtype in EXACT_DTYPES.values() and tensor.dtype.is_floating_point == dtype.is_floating_point
     if not known or torch.promote_types(tensor.dtype, dtype) != dtype:
         raise LayoutError(f"tensor '{name}' is {tensor.dtype} there, which {dtype}, the layout's type, cannot hold")

@@ -7,18 +7,19 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from diffusers import ConfigMixin, ModelMixin
+from diffusers import ConfigMixin
 from diffusers.configuration_utils import register_to_config
 from diffusers.utils import BaseOutput
 from torch import nn
 
 from ..parameters import LayoutError, ParameterLayout
 from .pca import direction_weights, gram_matrix, principal_directions
+from .saved import FORMAT_VERSION, SavedModel, check_format_version
 
 # `tokens` explains more of the variance of the snapshots than the published widths of `paper`, at a small part of their
 # operations and memory. `pca` is the linear control.
 AUTOENCODER_PRESETS = {
-    "tokens": {"block_out_channels": (256,), "norm_num_groups": None, "token_dim": 32},
+    "tokens": {"block_out_channels": (128,), "norm_num_groups": None, "token_dim": 32},
     "paper": {"block_out_channels": (64, 128, 256, 256, 32)},
     "pca": {"block_out_channels": ()},
 }
@@ -78,7 +79,7 @@ def autoencoder_architecture(preset: str, num_parameters: int, token_size: int |
     return AUTOENCODER_PRESETS[preset] | {"token_size": token_size or default}
 
 
-class ParameterAutoencoder(ModelMixin, ConfigMixin):
+class ParameterAutoencoder(SavedModel, ConfigMixin):
     r"""
     Encodes parameter vectors as latents and decodes latents to parameters.
 
@@ -113,6 +114,7 @@ class ParameterAutoencoder(ModelMixin, ConfigMixin):
         token_dim (`int`, *optional*, defaults to 32): Principal components that are kept of a token.
         variational (`bool`, *optional*, defaults to `False`): A VAE (paper, appendix B.2): the encoder gives the mean
             and the log-variance of a latent, `forward` samples from them, and `encode` returns the mean.
+        format_version (`int`, *optional*): Of the saved files, which carry it so that an older release can refuse them.
 
     Raises:
         LayoutError: if the latent is longer than the vector, the kernel size is even, or there are no convolutions to
@@ -133,8 +135,10 @@ class ParameterAutoencoder(ModelMixin, ConfigMixin):
         token_size: int | None = None,
         token_dim: int = 32,
         variational: bool = False,
+        format_version: int = FORMAT_VERSION,
     ):
         super().__init__()
+        check_format_version(format_version)
         self.layout = ParameterLayout.from_dict(layout)
         num_parameters = self.layout.num_parameters
         if not 1 <= latent_dim <= num_parameters:

@@ -4,11 +4,13 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from diffusers import ConfigMixin, ModelMixin
+from diffusers import ConfigMixin
 from diffusers.configuration_utils import register_to_config
 from diffusers.models.embeddings import TimestepEmbedding, Timesteps
 from diffusers.utils import BaseOutput
 from torch import nn
+
+from .saved import FORMAT_VERSION, SavedModel, check_format_version
 
 # `paper` has the widths of the published denoiser, which never shortens its signal.
 DENOISER_PRESETS = {
@@ -41,7 +43,7 @@ class ConvBlock(nn.Module):
         return self.conv(F.silu(self.norm(hidden) + self.embedding(embedding).unsqueeze(-1)))
 
 
-class LatentDenoiser(ModelMixin, ConfigMixin):
+class LatentDenoiser(SavedModel, ConfigMixin):
     r"""
     Predicts the noise in latents, with any scheduler of diffusers.
 
@@ -57,6 +59,7 @@ class LatentDenoiser(ModelMixin, ConfigMixin):
         bottleneck_dim (`int`, *optional*, defaults to 512): Width of the fully-connected bottleneck.
         embedding_dim (`int`, *optional*, defaults to 128): Width of the timestep embedding.
         num_class_embeds (`int`, *optional*): Number of classes, for a denoiser that is conditioned on them.
+        format_version (`int`, *optional*): Of the saved files, which carry it so that an older release can refuse them.
     """
 
     @register_to_config
@@ -68,8 +71,10 @@ class LatentDenoiser(ModelMixin, ConfigMixin):
         bottleneck_dim: int = 512,
         embedding_dim: int = 128,
         num_class_embeds: int | None = None,
+        format_version: int = FORMAT_VERSION,
     ):
         super().__init__()
+        check_format_version(format_version)
         if kernel_size % 2 == 0 or kernel_size < 1:
             raise ValueError(f"kernel_size must be odd, so that a convolution keeps the length, got {kernel_size}")
         stride = 2 ** (len(block_out_channels) - 1)

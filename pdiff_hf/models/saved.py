@@ -1,0 +1,87 @@
+"""What the autoencoder and the denoiser have in common when they are saved and loaded."""
+
+import os
+from typing import Any
+
+import psutil
+import torch
+from diffusers import ModelMixin
+from huggingface_hub.errors import HTTPError
+
+from ..limits import first_line
+from ..parameters import LayoutError
+
+# Goes up when a release can no longer read what an older one has written, or the other way round. Files without a
+# version are of format 1.
+FORMAT_VERSION = 1
+
+
+def check_format_version(version: int) -> None:
+    """Raises a `ValueError` for files of a format that this release cannot read."""
+    if type(version) is not int or not 1 <= version <= FORMAT_VERSION:
+        raise ValueError(
+            f"it was saved in format {version!r:.100}, and this release of pdiff_hf reads formats up to "
+            f"{FORMAT_VERSION}; upgrade pdiff_hf (pip install --upgrade pdiff_hf)"
+        )
+
+
+class SavedModel(ModelMixin):
+    """A `ModelMixin` that is loaded whole or not at all."""
+
+    @classmethod
+    def from_config(cls, config: dict, **kwargs: Any):
+        """
+        Like diffusers' own.
+
+        Raises:
+            ValueError: if the network that the config describes cannot be, or does not fit into this machine's memory;
+                no memory has been taken by then.
+        """
+        try:
+            with torch.device("meta"):
+                built = super().from_config(config, **kwargs)
+        except ValueError:
+            raise
+        except Exception as error:  # what wrong settings make the layers of torch raise has no common type
+            raise ValueError(f"the config of {cls.__name__} is of no network ({first_line(error)})") from error
+        model = built[0] if isinstance(built, tuple) else built
+        needed = sum(t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers()))
+        available = psutil.virtual_memory().available
+        if needed > available:
+            raise ValueError(
+                f"the config of {cls.__name__} is of a network of {needed / 1e9:,.1f} GB, and this machine has "
+                f"{available / 1e9:,.1f} GB of free memory"
+            )
+        return super().from_config(config, **kwargs)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any):
+        """
+        Like diffusers' own, but all tensors have to be there, and finite.
+
+        Raises:
+            OSError: if there are no such files, or they cannot be read.
+            HTTPError: of `huggingface_hub.errors`, if the connection to the Hub fails.
+            ValueError: if they are damaged, do not belong together, or are of a newer format than this release reads.
+        """
+        wants_info = kwargs.pop("output_loading_info", False)
+        try:
+            model, info = super().from_pretrained(pretrained_model_name_or_path, output_loading_info=True, **kwargs)
+        except (OSError, HTTPError):
+            raise
+        except Exception as error:  # what damaged files make diffusers raise has no common type
+            what = str(error) if type(error) in (ValueError, LayoutError) else first_line(error)
+            raise ValueError(_described(cls, pretrained_model_name_or_path, what)) from error
+        wrong = {what: names for what, names in info.items() if names}
+        if wrong:
+            raise ValueError(_described(cls, pretrained_model_name_or_path, f"config and weights differ: {wrong}"))
+        for name, tensor in model.state_dict().items():
+            if not tensor.isfinite().all():
+                raise ValueError(
+                    _described(cls, pretrained_model_name_or_path, f"'{name}' has values that are not finite")
+                )
+        return (model, info) if wants_info else model
+
+
+def _described(cls: type, path: str | os.PathLike, what: str) -> str:
+    return f"the {cls.__name__} in '{path}' cannot be used: {what}"
