@@ -105,13 +105,12 @@ def test_sampling_goes_on_with_fewer_networks_at_once(tmp_path):
     program = """
 from safetensors.torch import save_file
 from pdiff_hf import LatentDenoiser, ParameterAutoencoder, ParameterLayout, PDiffPipeline
-from pdiff_hf.models import AUTOENCODER_PRESETS
 from pdiff_hf.stages import make_sampling_scheduler
 from pdiff_hf.training import make_training_scheduler
 
 torch.manual_seed(0)
 layout = ParameterLayout(["weight"], [(200_000,)], ["float32"])
-autoencoder = ParameterAutoencoder(layout.to_dict(), latent_dim=4, **AUTOENCODER_PRESETS["small"]).eval()
+autoencoder = ParameterAutoencoder(layout.to_dict(), latent_dim=4, block_out_channels=(8, 16, 32, 64, 32)).eval()
 denoiser = LatentDenoiser(4, block_out_channels=(2, 2)).eval()
 pipe = PDiffPipeline(autoencoder, denoiser, make_sampling_scheduler(make_training_scheduler()))
 pipe.set_progress_bar_config(disable=True)

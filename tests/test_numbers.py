@@ -156,7 +156,21 @@ def layout_of(num_parameters: int) -> ParameterLayout:
     return ParameterLayout.from_state_dict(Points().load_base_model().state_dict(), names[num_parameters])
 
 
-def whole_chain(folder, parameters: torch.Tensor, layout: ParameterLayout, latent_dim: int, heldout=None) -> dict:
+ARCHITECTURES = {
+    "whole vector": {"block_out_channels": (4, 4)},
+    "tokens": {"block_out_channels": (4,), "norm_num_groups": None, "token_size": 4, "token_dim": 3},
+    "linear": {"block_out_channels": ()},
+}
+
+
+def whole_chain(
+    folder,
+    parameters: torch.Tensor,
+    layout: ParameterLayout,
+    latent_dim: int,
+    heldout=None,
+    architecture=ARCHITECTURES["tokens"],
+) -> dict:
     """Data set, autoencoder, denoiser, saved pipeline, sampling, evaluation; what the report holds."""
     with SnapshotWriter(folder / "snapshots", layout) as writer:
         for step, row in enumerate(parameters):
@@ -173,15 +187,14 @@ def whole_chain(folder, parameters: torch.Tensor, layout: ParameterLayout, laten
         LoopArguments(**loop),
         NoiseArguments(),
         latent_dim=latent_dim,
-        block_out_channels=(4, 4),
+        architecture=architecture,
         **common,
     )
     assert losses.isfinite().all()
     scheduler = make_training_scheduler(100)
     denoiser, losses = train_denoiser(
         Accelerator(cpu=True, step_scheduler_with_optimizer=False),
-        autoencoder,
-        snapshots,
+        autoencoder.encode(snapshots).latents.detach(),
         LoopArguments(**loop, ema_decay=0.9),
         scheduler=scheduler,
         block_out_channels=(4, 4),
@@ -211,11 +224,13 @@ def whole_chain(folder, parameters: torch.Tensor, layout: ParameterLayout, laten
 
 @pytest.mark.parametrize("num_snapshots", [2, 10])
 @pytest.mark.parametrize("num_parameters", [1, 3, 7])
-def test_few_snapshots_of_few_numbers_go_through_the_whole_chain(tmp_path, num_parameters, num_snapshots):
+@pytest.mark.parametrize("architecture", ARCHITECTURES.values(), ids=ARCHITECTURES)
+def test_few_snapshots_of_few_numbers_go_through_the_whole_chain(tmp_path, num_parameters, num_snapshots, architecture):
     layout = layout_of(num_parameters)
     torch.manual_seed(0)
     parameters = torch.randn(num_snapshots, layout.num_parameters)
-    report = whole_chain(tmp_path, parameters, layout, latent_dim=min(2, num_parameters))
+    latent_dim = min(2, num_parameters)
+    report = whole_chain(tmp_path, parameters, layout, latent_dim, architecture=architecture)
     groups = {group["name"]: group for group in report["groups"]}
     assert groups["generated"]["n"] == 5 and groups["original"]["n"] == num_snapshots
 

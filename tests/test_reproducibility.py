@@ -10,12 +10,12 @@ from diffusers import DDPMScheduler
 from safetensors.torch import load_file
 
 from pdiff_hf import LatentDenoiser, ParameterAutoencoder, ParameterLayout, PDiffPipeline
-from pdiff_hf.models import AUTOENCODER_PRESETS, DENOISER_PRESETS
+from pdiff_hf.models import DENOISER_PRESETS, autoencoder_architecture
 from pdiff_hf.stages import make_sampling_scheduler
 from pdiff_hf.training import make_training_scheduler
 
 SIZES = {
-    "small": (2048, 128, AUTOENCODER_PRESETS["small"], DENOISER_PRESETS["small"]),
+    "small": (2048, 128, autoencoder_architecture("tokens", 2048), DENOISER_PRESETS["small"]),
     "narrow": (70, 5, {"block_out_channels": (3, 2)}, {"block_out_channels": (2, 3), "bottleneck_dim": 7}),
     # Blocks of 3 networks of so many numbers are decoded at once.
     "long": (1_200_000, 4, {"block_out_channels": (2, 2, 2, 2, 1)}, {"block_out_channels": (2, 2)}),
@@ -27,6 +27,7 @@ def make_pipeline(size: str) -> PDiffPipeline:
     torch.manual_seed(0)
     layout = ParameterLayout(["weight"], [(num_parameters,)], ["float32"])
     autoencoder = ParameterAutoencoder(layout.to_dict(), latent_dim=latent_dim, **widths)
+    autoencoder.fit_parameter_statistics(torch.randn(9, num_parameters))
     denoiser = LatentDenoiser(latent_dim, **denoiser_widths)
     torch.nn.init.normal_(denoiser.conv_out.weight, std=0.1)
     pipe = PDiffPipeline(autoencoder.eval(), denoiser.eval(), make_sampling_scheduler(make_training_scheduler()))
