@@ -6,6 +6,10 @@ How many denoising steps a generator needs: accuracy and time against the number
 
 The argument is the output folder of a finished run of scripts/train.py. Every row starts from the same noise and
 is scored on the test split. `ancestral` is DDPM, the sampler that the paper uses, and the reference at 1000 steps.
+
+The naive form is that of the published implementation: 1000 steps of DDPM for one network after the other. Its time is
+that of a few networks, times their number; with this run's own denoiser, and with one of the paper's widths. Times are
+CPU seconds of this process, so that other programs on the machine do not count; on a GPU they are seconds.
 """
 
 import argparse
@@ -16,11 +20,38 @@ import torch
 from diffusers import DDPMScheduler
 from torch.utils.flop_counter import FlopCounterMode
 
+from pdiff_hf import PDiffPipeline
 from pdiff_hf.evaluation.metrics import accuracy, iou_within
 from pdiff_hf.evaluation.report import format_table
 from pdiff_hf.evaluation.scoring import Scorer
+from pdiff_hf.models import DENOISER_PRESETS, LatentDenoiser
 from pdiff_hf.recipe import RecipeParser
 from pdiff_hf.stages import Run
+
+NAIVE_STEPS = 1000
+NAIVE_MODELS = 2  # that are timed
+
+
+def clock() -> float:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+        return time.perf_counter()
+    return time.process_time()
+
+
+def time_naive(pipe: PDiffPipeline, num_models: int) -> float:
+    """Seconds that `num_models` networks take one after the other."""
+    start = clock()
+    for seed in range(NAIVE_MODELS):
+        latents = torch.randn(1, pipe.denoiser.config.latent_dim, generator=torch.Generator().manual_seed(seed))
+        latents = latents.to(pipe.device)
+        for timestep in pipe.scheduler.timesteps:
+            with torch.no_grad():
+                noise = pipe.denoiser(latents, timestep).sample
+            latents = pipe.scheduler.step(noise, timestep, latents).prev_sample
+        with torch.no_grad():
+            pipe.autoencoder.decode(latents)
+    return (clock() - start) / NAIVE_MODELS * num_models
 
 
 def main() -> None:
@@ -30,6 +61,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, nargs="+", default=[1, 2, 5, 10, 20, 50, 100, 1000])
     parser.add_argument("--seed", type=int, default=0, help="Of the starting noise.")
     args = parser.parse_args()
+    torch.manual_seed(args.seed)
     recipe = RecipeParser().parse_recipe([str(Path(args.run, "recipe.yaml")), "--output_dir", args.run])
     run = Run(recipe)
     pipe = run.pipeline
@@ -41,18 +73,18 @@ def main() -> None:
     flops = counter.get_total_flops()
 
     samplers = {"DPM-Solver++": pipe.scheduler, "ancestral": DDPMScheduler.from_config(pipe.scheduler.config)}
-    rows = []
+    rows, seconds_of = [], {}
     for name, scheduler in samplers.items():
         for steps in args.steps:
             pipe.scheduler = scheduler
-            start = time.perf_counter()
+            start = clock()
             generated = pipe(
                 args.num_models,
                 num_inference_steps=steps,
                 generator=torch.Generator().manual_seed(args.seed),
                 output_type="pt",
             ).parameters
-            seconds = time.perf_counter() - start
+            seconds = seconds_of[name, steps] = clock() - start
             scores = scorer.score("test", generated)
             accuracies = accuracy(scores.predictions, scores.labels)
             rows.append(
@@ -70,6 +102,17 @@ def main() -> None:
     )
     header = ["sampler", "steps", "accuracy", "IoU within", "seconds", "GFLOP of the denoiser"]
     print("\n".join(format_table(header, rows)))
+    here = seconds_of["DPM-Solver++", recipe.num_inference_steps]
+    pipe.scheduler = samplers["ancestral"]
+    pipe.scheduler.set_timesteps(NAIVE_STEPS)
+    naive = {"this denoiser": time_naive(pipe, args.num_models)}
+    wide = LatentDenoiser(pipe.denoiser.config.latent_dim, **DENOISER_PRESETS["paper"]).eval()
+    naive["the paper's widths"] = time_naive(PDiffPipeline(pipe.autoencoder, wide, pipe.scheduler), args.num_models)
+    for name, seconds in naive.items():
+        print(
+            f"\none at a time, {NAIVE_STEPS} steps, {name}: {seconds:.0f} s (of {NAIVE_MODELS} networks), "
+            f"{seconds / here:.0f} times the {here:.2f} s of {recipe.num_inference_steps} steps together"
+        )
 
 
 if __name__ == "__main__":
