@@ -74,7 +74,7 @@ def test_a_pipeline_and_a_second_call_that_scores_only_what_is_new(saved, tmp_pa
     groups = {row["name"]: row for row in report["groups"]}
     assert {"original", "ensemble", "reconstructed", "generated", "latent KDE Scott"} <= set(groups)
     assert groups["original"]["n"] == groups["reconstructed"]["n"] == 12 and groups["generated"]["n"] == 4
-    assert set(report["reconstruction"]) == {"r2_train", "r2_heldout"}
+    assert set(report["reconstruction"]) == {"r2_train", "r2_heldout", "linear_r2_train", "linear_r2_heldout"}
     assert report["reverse_process"]["steps"] == [0, 1, 2, 3]
     assert torch.tensor(report["reverse_process"]["accuracy"]).shape == (5, 4)
     assert {"latents.png", "reverse_process.png"} <= {path.name for path in tmp_path.glob("*.png")}

@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from sklearn.decomposition import PCA
 from sklearn.metrics import accuracy_score, jaccard_score, log_loss
 from sklearn.metrics import r2_score as sklearn_r2_score
 from sklearn.neighbors import NearestNeighbors
@@ -350,6 +351,19 @@ def test_r2_score(chunked, seed, count, size):
     assert metrics.r2_score(parameters, reconstructions, mean) == pytest.approx(expected, rel=1e-9)
     around_zero = 1 - (reconstructions.double() - parameters).square().sum() / parameters.double().square().sum()
     assert metrics.r2_score(parameters, reconstructions, torch.zeros(size)) == pytest.approx(around_zero.item())
+
+
+@pytest.mark.parametrize("num_components", [1, 3, 30])
+def test_variance_along_principal_components(num_components, monkeypatch):
+    monkeypatch.setattr(metrics, "CHUNK_BYTES", 16 * 25 * 7)
+    generator = torch.Generator().manual_seed(0)
+    train, other = (torch.randn(n, 60, generator=generator) * torch.logspace(0, -2, 60) + 4 for n in (20, 5))
+    pca = PCA(min(num_components, 19)).fit(train.double().numpy())
+    for parameters in (train, other):
+        reconstructions = torch.from_numpy(pca.inverse_transform(pca.transform(parameters.double().numpy())))
+        expected = metrics.r2_score(parameters.double(), reconstructions, train.double().mean(0))
+        assert metrics.pca_r2_score(train, parameters, num_components) == pytest.approx(expected, abs=1e-9)
+    assert math.isnan(metrics.pca_r2_score(train[:1].expand(3, -1), train[:1], 1))
 
 
 def test_r2_score_edges():

@@ -71,7 +71,7 @@ def test_the_report(finished):
         assert 0 <= group["accuracy_best"] <= group["accuracy_best_on_test"] <= 100
         assert 0 <= group["iou_max"] <= 1
     assert groups["ensemble"]["iou_self"] is None
-    assert set(report["reconstruction"]) == {"r2_train", "r2_heldout"}
+    assert set(report["reconstruction"]) == {"r2_train", "r2_heldout", "linear_r2_train", "linear_r2_heldout"}
     text = (finished.folder / "evaluation" / "report.md").read_text()
     assert f"{groups['generated']['accuracy_mean']:.2f}" in text
 

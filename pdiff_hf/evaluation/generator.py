@@ -12,7 +12,7 @@ from ..memory import InParts
 from ..pipelines import PDiffPipeline
 from .baselines import Baseline, BaselineContext, standard_baselines
 from .figures import draw_figures
-from .metrics import accuracy
+from .metrics import accuracy, pca_r2_score
 from .report import Group, evaluate, without_nan, write_report
 from .scoring import Scorer
 
@@ -91,6 +91,12 @@ def evaluate_generator(
     report = evaluate(scorer, groups, heldout, seed)
     if pipeline is not None:
         report |= {"reverse_process": reverse_process(scorer, pipeline, num_inference_steps, seed)}
+        latent_dim, seen = pipeline.autoencoder.config.latent_dim, snapshots[~heldout]
+        report["reconstruction"] |= {
+            "linear_r2_train": pca_r2_score(seen, seen, latent_dim),
+            "linear_r2_heldout": pca_r2_score(seen, snapshots[heldout], latent_dim) if heldout.any() else None,
+        }
+        report = without_nan(report)
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     draw_figures(

@@ -10,6 +10,8 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
+from pdiff_hf.models.pca import direction_weights
+
 CHUNK_BYTES = 64 * 2**20
 
 
@@ -281,6 +283,30 @@ def r2_score(parameters: Tensor, reconstructions: Tensor, mean: Tensor) -> float
         error += (rows - reconstructions[:, columns]).square().sum().item()
         total += (rows - mean[columns]).square().sum().item()
     return 1 - error / total if total > 0 else math.nan
+
+
+def pca_r2_score(train: Tensor, parameters: Tensor, num_components: int) -> float:
+    """Share of the variance of `parameters` around the mean of `train` along the first principal components of `train`.
+
+    That is what the best linear autoencoder with a latent of that length explains, the control for a learned one.
+
+    Args:
+        train (`torch.Tensor`): (K, D), K >= 2.
+        parameters (`torch.Tensor`): (N, D), `train` itself or other networks.
+        num_components (`int`): At least 1; K - 1 are all that there are.
+
+    Returns:
+        `float`: between 0 and 1; nan where every row equals the mean.
+    """
+    mean = train.double().mean(0)
+    gram = cross = total = 0.0
+    for columns in chunks(train.shape[1], 16 * (len(train) + len(parameters))):
+        centred, rows = train[:, columns] - mean[columns], parameters[:, columns] - mean[columns]
+        gram += centred @ centred.T
+        cross += rows @ centred.T
+        total += rows.square().sum().item()
+    explained = (cross @ direction_weights(gram, num_components)).square().sum().item()
+    return explained / total if total > 0 else math.nan
 
 
 def _pairwise_distances(a: Tensor, b: Tensor) -> Tensor:

@@ -255,6 +255,12 @@ def format_summary(report: dict) -> str:
             f"The autoencoder explains {reconstruction['r2_train']:.1%} of the variance of the training snapshots "
             "around their mean" + (f", and {heldout:.1%} of the held-out ones'." if heldout is not None else "."),
         ]
+        if "linear_r2_train" in reconstruction:
+            heldout = reconstruction["linear_r2_heldout"]
+            lines[-1] += (
+                " The control, as many principal components as the latent has coordinates, explains "
+                f"{reconstruction['linear_r2_train']:.1%}" + (f" and {heldout:.1%}." if heldout is not None else ".")
+            )
     for warning in report["warnings"]:
         lines += ["", f"WARNING: {warning}"]
     lines += ["", f"**Verdict:** {report['verdict']}"]

@@ -26,7 +26,7 @@ from pdiff_hf.evaluation.barrier import measure_barrier
 from pdiff_hf.evaluation.metrics import r2_score
 from pdiff_hf.evaluation.report import format_table
 from pdiff_hf.loop import LoopArguments, epoch_indices
-from pdiff_hf.models import AUTOENCODER_PRESETS
+from pdiff_hf.models import autoencoder_architecture
 from pdiff_hf.parameters import ParameterLayout, select_layout
 from pdiff_hf.tasks import ImageClassificationTask, accuracy, take
 from pdiff_hf.training import NoiseArguments, train_autoencoder
@@ -97,7 +97,7 @@ def measure(
             ),
             NoiseArguments(),
             latent_dim=args.latent_dim,
-            **AUTOENCODER_PRESETS["small"],
+            architecture=autoencoder_architecture("tokens", models.layout.num_parameters),
             seed=args.seed,
             checkpoint_dir=folder,
         )
