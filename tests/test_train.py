@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,14 +14,14 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
-from transformers import AutoModelForImageClassification
+from transformers import AutoModelForImageClassification, ViTConfig, ViTImageProcessor
 
 from pdiff_hf import PDiffPipeline
 from pdiff_hf.checkpoints import SnapshotError, load_snapshots, parameter_matrix
 from pdiff_hf.parameters import LayoutError
 from pdiff_hf.recipe import Recipe
 from pdiff_hf.stages import Run, RunError
-from pdiff_hf.tasks import ImageClassificationTask
+from pdiff_hf.tasks import ImageClassificationTask, Task
 
 ROOT = Path(__file__).parent.parent
 TINY = {
@@ -297,3 +298,62 @@ def test_interrupted_it_says_how_to_go_on_and_errors_are_one_line(tmp_path):
     output, errors = process.communicate()
     assert process.returncode != 0 and "error: model 'resnet81' is not a timm architecture" in errors
     assert not (tmp_path / "other").exists()
+
+
+class Adapted(ImageClassificationTask):
+    """The base model with LoRA adapters."""
+
+    def load_base_model(self):
+        import peft
+
+        return peft.get_peft_model(super().load_base_model(), peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj"]))
+
+    # All of its weights; PEFT itself would save the adapters alone.
+    save_base_model, load_saved = Task.save_base_model, Task.load_saved
+
+
+@pytest.mark.slow
+def test_adapters_of_a_peft_model_are_generated(tmp_path):
+    pytest.importorskip("peft")
+    config = ViTConfig(
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=32,
+        image_size=16,
+        patch_size=4,
+        num_labels=10,
+    )
+    AutoModelForImageClassification.from_config(config).save_pretrained(tmp_path / "vit")
+    ViTImageProcessor(size={"height": 16, "width": 16}).save_pretrained(tmp_path / "vit")
+    recipe = Recipe(
+        **TINY | {"model": str(tmp_path / "vit"), "select": ["*.lora_*"], "output_dir": str(tmp_path / "run")}
+    )
+    run = Run(recipe, task=Adapted(recipe.model, image_size=16, max_train_samples=600, max_eval_samples=100))
+    run.carry_out()
+    pipe = run.pipeline
+    assert pipe.autoencoder.layout.num_parameters == 2 * 2 * 2 * (2 * 16)  # layers, projections, A and B, r x 16
+    network = run.base_model
+    generated = pipe(2, generator=torch.Generator().manual_seed(0)).parameters
+    assert not network.load_state_dict(generated[0], strict=False).unexpected_keys
+    images = torch.randn(1, 3, 16, 16)
+    first = network(pixel_values=images).logits
+    network.load_state_dict(generated[1], strict=False)
+    assert not torch.equal(network(pixel_values=images).logits, first)
+
+
+@pytest.mark.slow
+def test_the_linear_autoencoder_takes_the_place_of_the_learned_one(finished, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(finished.folder, folder)
+    changes = {"autoencoder_preset": "pca", "normalization": "tensor", "overwrite_output_dir": True}
+    run = carry_out(folder, **changes, baseline_models=2)
+    assert not list(run.pipeline.autoencoder.parameters())
+    report = json.loads((folder / "evaluation" / "report.json").read_text())
+    assert report["reconstruction"]["r2_train"] == pytest.approx(report["reconstruction"]["linear_r2_train"], abs=0.05)
+    assert report["reconstruction"]["r2_train"] > finished_r2(finished)
+    assert "vae" not in {group["name"] for group in report["groups"]}
+
+
+def finished_r2(run: Run) -> float:
+    return json.loads((run.folder / "evaluation" / "report.json").read_text())["reconstruction"]["r2_train"]
