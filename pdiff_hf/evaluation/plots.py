@@ -59,8 +59,13 @@ def plot_accuracy_vs_similarity(
 def plot_accuracy_vs_similarity_panels(
     path: str | Path, panels: Mapping[str, tuple[ScatterGroup, ScatterGroup, Sequence[ScatterGroup]]]
 ) -> Path:
-    """Accuracy against maximum IoU to the originals, one panel a setting (paper, figures 3 and 5a): title of the panel to
-    originals, generated models and others, drawn as in `plot_accuracy_vs_similarity`."""
+    """Accuracy against maximum IoU to the originals, one panel a setting (paper, figures 3 and 5a), each drawn as in
+    `plot_accuracy_vs_similarity`.
+
+    Args:
+        path (`str` or `Path`): of the PNG.
+        panels (`Mapping`): title of the panel to originals, generated models and other groups.
+    """
     figure = Figure(figsize=(4.5 * len(panels) + 2.5, 4.5), layout="constrained")
     handles = {}
     for axes, (title, groups) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True):
