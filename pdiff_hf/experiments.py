@@ -20,7 +20,7 @@ import resource
 import shutil
 import statistics
 import tempfile
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
@@ -141,7 +141,7 @@ ARCHITECTURES = {
     "resnet_mini": _mini("ResNet-mini", "resnet_mini"),
     "vit_mini": _mini("ViT-mini", "vit_mini"),
     "convnext_mini": _mini("ConvNeXt-mini", "convnext_mini"),
-    "cnn3_mini": _mini("3-layer CNN", "cnn3_mini"),
+    "cnn3_mini": _mini("3-layer CNN", "cnn3_mini", latent_dim=128),
 }
 MINIS = ("convnet_mini", "mlp_mini", "resnet_mini", "vit_mini", "convnext_mini")
 
@@ -186,7 +186,7 @@ class Column:
 
     Args:
         title (`str`): The paper's.
-        statistic (`str`, *optional*): One of `STATISTICS`; None for what only the paper has.
+        statistic (`str`, *optional*): One of `STATISTICS`, or `memory`; None for what only the paper has.
         group (`str`, *optional*): Group of the report that it is of; by default the one that the row is about.
     """
 
@@ -501,7 +501,7 @@ EXPERIMENTS = {
     "table13": Experiment(
         "Memory of training against the number of generated parameters",
         "parameters",
-        (Column("autoencoder (MB)"), Column("latent dimension"), Column("diffusion (MB)")),
+        (Column("autoencoder (MB)", "memory"), Column("latent dimension"), Column("diffusion (MB)", "memory")),
         [
             Row(str(size), f"{size:,}", {"num_parameters": size, "latent_dim": latent}, (ae, str(latent), diffusion))
             for size, latent, ae, diffusion in (
@@ -525,12 +525,12 @@ EXPERIMENTS = {
     ),
     "figure4": Experiment(
         "Accuracy against similarity: diversity of the originals",
-        "learning rate of the snapshots, group",
+        "snapshots, group",
         _ACCURACY_AND_SIMILARITY,
         [
             row
             for rate in (0.03, 0.0003, 0.003, 0.3)
-            for row in _noise_rows(f"{rate:g}", f"{rate:g}", collect_learning_rate=rate)
+            for row in _noise_rows(f"learning rate {rate:g}", f"{rate:g}", collect_learning_rate=rate)
         ],
         _draw_against_noise,
         {"baseline_models": 20},
@@ -768,6 +768,9 @@ def reproduce(
     name: str,
     recipes: str | os.PathLike,
     output_dir: str | os.PathLike,
+    *,
+    scale: str = "small",
+    changes: Mapping[str, Any] | None = None,
     **arguments,
 ) -> Path:
     """
@@ -781,21 +784,21 @@ def reproduce(
         ExperimentError: if it cannot be carried out as asked, or another process is at work in `output_dir`.
         ValueError: for everything in a recipe that can be seen to be wrong before any work is done.
     """
-    plan = expand(name, recipes, output_dir, **arguments)
+    plan = expand(name, recipes, output_dir, scale=scale, changes=changes, **arguments)
     folder = Path(output_dir, name)
     folder.mkdir(parents=True, exist_ok=True)
     try:
         with FileLock(Path(output_dir, ".lock"), timeout=0):
             if find_experiment(name).measures_memory:
-                _measure_rows(name, plan, folder, arguments)
+                _measure_rows(name, [row for row, _ in plan], folder, scale, changes or {})
             else:
-                _run_rows(name, plan, folder, arguments)
+                _run_rows(name, plan, folder)
     except Timeout as error:
         raise ExperimentError(f"another experiment is at work in '{output_dir}'; wait, or choose another") from error
     return folder
 
 
-def _run_rows(name: str, plan: Sequence[tuple[Row, Sequence[Recipe]]], folder: Path, arguments: Mapping) -> None:
+def _run_rows(name: str, plan: Sequence[tuple[Row, Sequence[Recipe]]], folder: Path) -> None:
     runs = {recipe.output_dir: recipe for _, recipes in plan for recipe in recipes}
     tasks: dict[str, Any] = {}
     for number, (run_folder, recipe) in enumerate(runs.items(), start=1):
@@ -808,7 +811,7 @@ def _run_rows(name: str, plan: Sequence[tuple[Row, Sequence[Recipe]]], folder: P
             run = Run(recipe, task=tasks[key])
             with run.lock():
                 run.carry_out()
-        write_tables(name, plan, folder, arguments)
+        write_tables(name, plan, folder)
 
 
 def share_stages(recipe: Recipe) -> None:
@@ -914,72 +917,74 @@ def read_reports(recipes: Sequence[Recipe]) -> list[dict]:
     return [json.loads(path.read_text()) for path in paths if path.is_file()]
 
 
-def write_tables(
-    name: str, plan: Sequence[tuple[Row, Sequence[Recipe]]], folder: Path, arguments: Mapping[str, Any]
-) -> None:
+def write_tables(name: str, plan: Sequence[tuple[Row, Sequence[Recipe]]], folder: Path) -> None:
     """Writes the table of an experiment, with what is finished, and its figure when all is."""
     experiment = find_experiment(name)
-    cells, reports_of = [], []
-    for row, recipes in plan:
-        reports = read_reports(recipes)
-        reports_of.append(reports)
+    reports_of = [read_reports(recipes) for _, recipes in plan]
+    cells = []
+    for (row, _), reports in zip(plan, reports_of, strict=True):
         measured = [
             summarise(column.statistic, reports, column.group or row.group) if column.statistic and reports else None
             for column in experiment.columns
         ]
         cells.append((row, measured, {"seeds": len(reports)}))
-    splits = [report["splits"] for reports in reports_of for report in reports]
-    evaluated = sorted({(split["validation"], split["test"]) for split in splits})
-    about = [
-        "Accuracies in percent, mean ± standard deviation over n networks"
-        + (", and over the seeds of the whole run" if len(arguments.get("seeds", (0,))) > 1 else "")
-        + ". The best network is selected on validation and reported on test (the paper selects on the images that it "
-        "reports; table.csv has that too). Similarity is the maximum IoU of wrong predictions to the originals.",
-        f"Scale: {arguments.get('scale', 'small')}; images for validation and test: "
-        + ", ".join(f"{validation:,} and {test:,}" for validation, test in evaluated)
-        + ".",
-    ]
+
+    sources = {f"{ARCHITECTURES[row.architecture].label} on {DATASETS[row.dataset][1]}": None for row, _ in plan}
+    settings = {f"{recipe.model} on {recipe.dataset}": None for _, recipes in plan for recipe in recipes}
+    splits = {(r["splits"]["validation"], r["splits"]["test"]): None for reports in reports_of for r in reports}
     runs = {Path(recipe.output_dir).name: row.run for row, recipes in plan for recipe in recipes}
-    about += ["Runs, in `../runs`: " + "; ".join(f"{run}: `{path}`" for path, run in runs.items()) + "."]
-    _write(name, cells, folder, about, plan)
+    images = " or ".join(f"{test:,} test images (validation: {validation:,})" for validation, test in splits)
+    about = [
+        f"Paper: {', '.join(sources)}. Here: {', '.join(settings)}.",
+        f"Accuracies in percent on {images}; ± is the standard deviation over n networks, or over seeds of all stages.",
+    ]
+    used = {column.statistic for column in experiment.columns}
+    if "best" in used:
+        about.append(
+            "The best network is selected on validation and reported on test. The paper selects on the images that it "
+            "reports; that figure is in table.csv as well."
+        )
+    if used & {"similarity", "range"}:
+        about.append("Similarity is the maximum IoU of wrong predictions to the originals, other than itself.")
+    about.append("Runs, in `../runs`: " + "; ".join(f"{run}: `{path}`" for path, run in runs.items()) + ".")
     if experiment.draw is not None and all(reports_of):
         experiment.draw(folder / f"{name}.png", [row for row, _ in plan], [reports[0] for reports in reports_of])
+        about.insert(0, f"![{experiment.title}]({name}.png)")
+    _write(experiment, name, cells, folder, about)
 
 
-def _write(name: str, cells: Iterable[tuple[Row, Sequence, Mapping]], folder: Path, about: Sequence[str], plan) -> None:
-    """`table.md` and `table.csv`. A cell is text and numbers, or None where there is nothing."""
-    experiment, cells = find_experiment(name), list(cells)
-    # The paper has no number of some figures at all.
-    printed = [any(len(row.paper) > i for row, _, _ in cells) for i in range(len(experiment.columns))]
-    ours = [any(measured[i] is not None for _, measured, _ in cells) for i in range(len(experiment.columns))]
-    header, lines, records = [experiment.varied], [[row.label] for row, _, _ in cells], []
+def _write(
+    experiment: Experiment, name: str, cells: Sequence[tuple[Row, Sequence, Mapping]], folder: Path, about: list[str]
+) -> None:
+    """
+    Writes `table.md` and `table.csv`.
+
+    Args:
+        cells (`Sequence[tuple]`): A row, for each of its columns text and numbers, or None where there are none, and
+            more numbers.
+        about (`list[str]`): Paragraphs below the table.
+    """
+    header, lines = [experiment.varied], [[row.label] for row, _, _ in cells]
+    records = [{"run": row.run, experiment.varied: row.label, "group": row.group} for row, _, _ in cells]
     for i, column in enumerate(experiment.columns):
-        if printed[i]:
+        printed = [row.paper[i] if len(row.paper) > i else "" for row, _, _ in cells]
+        if any(printed):  # the paper has no numbers of some figures
             header.append(f"{column.title}, paper")
-            for line, (row, _, _) in zip(lines, cells, strict=True):
-                line.append(row.paper[i] if len(row.paper) > i else "–")
-        if ours[i] or column.statistic is not None:
+            for line, record, number in zip(lines, records, printed, strict=True):
+                line.append(number or "–")
+                record[f"{column.title} (paper)"] = number
+        if column.statistic is not None:
             header.append(f"{column.title}, here")
-            for line, (_, measured, _) in zip(lines, cells, strict=True):
-                line.append("–" if measured[i] is None else measured[i][0])
-    for row, measured, more in cells:
-        record = {"run": row.run, experiment.varied: row.label, "group": row.group}
-        for i, (column, cell) in enumerate(zip(experiment.columns, measured, strict=True)):
-            if printed[i]:
-                record[f"{column.title} (paper)"] = row.paper[i] if len(row.paper) > i else ""
-            for key, number in (cell[1] if cell else {}).items():
-                record[f"{column.title} {key}".strip()] = number
-        records.append(record | more)
-    settings = sorted({f"{recipe.model} on {recipe.dataset}" for _, recipes in plan for recipe in recipes})
-    sources = sorted({f"{ARCHITECTURES[r.architecture].label} on {DATASETS[r.dataset][1]}" for r, _, _ in cells})
-    text = [f"## {name}: {experiment.title}", *format_table(header, lines)]
-    if settings:
-        about = [f"Paper: {', '.join(sources)}. Here: {', '.join(settings)}.", *about]
-    about = [*about, experiment.note] if experiment.note else about
-    if experiment.draw is not None:
-        about = [f"![{experiment.title}]({name}.png)", *about]
-    body = "\n".join([text[0], "", *text[1:], "", "\n\n".join(about)]) + "\n"
-    (folder / "table.md").write_text(body, encoding="utf-8")
+            for line, record, (_, measured, _) in zip(lines, records, cells, strict=True):
+                text, numbers = measured[i] or ("–", {})
+                line.append(text)
+                record |= {f"{column.title} {key}".strip(): number for key, number in numbers.items()}
+    for record, (_, _, more) in zip(records, cells, strict=True):
+        record |= more
+    paragraphs = [f"## {name}: {experiment.title}", "\n".join(format_table(header, lines)), *about]
+    if experiment.note:
+        paragraphs.append(experiment.note)
+    (folder / "table.md").write_text("\n\n".join(paragraphs) + "\n", encoding="utf-8")
     with open(folder / "table.csv", "w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, list(dict.fromkeys(key for record in records for key in record)))
         writer.writeheader()
@@ -989,24 +994,27 @@ def _write(name: str, cells: Iterable[tuple[Row, Sequence, Mapping]], folder: Pa
 # --------------------------------------------------------------------------------------------------- memory of training
 
 
-def _measure_rows(name: str, plan: Sequence[tuple[Row, Sequence[Recipe]]], folder: Path, arguments: Mapping) -> None:
-    changes = dict(arguments.get("changes") or {})
-    paper = arguments.get("scale") == "paper"
-    presets = {
-        "autoencoder_preset": changes.pop("autoencoder_preset", "paper" if paper else "tokens"),
-        "denoiser_preset": changes.pop("denoiser_preset", "paper" if paper else "small"),
-    }
-    if changes:
-        raise ExperimentError(f"{name} takes autoencoder_preset and denoiser_preset, not {', '.join(sorted(changes))}")
+def _measure_rows(name: str, rows: Sequence[Row], folder: Path, scale: str, changes: Mapping[str, Any]) -> None:
+    autoencoder_preset, denoiser_preset = ("paper", "paper") if scale == "paper" else ("tokens", "small")
+    autoencoder_preset = changes.get("autoencoder_preset", autoencoder_preset)
+    denoiser_preset = changes.get("denoiser_preset", denoiser_preset)
+    unknown = sorted(set(changes) - {"autoencoder_preset", "denoiser_preset"})
+    if unknown:
+        raise ExperimentError(f"{name} takes autoencoder_preset and denoiser_preset, not {', '.join(unknown)}")
+    presets = {"autoencoder_preset": autoencoder_preset, "denoiser_preset": denoiser_preset}
+    Recipe(**presets)  # refuses unknown ones
     where = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
-    about = [f"Presets {presets['autoencoder_preset']} and {presets['denoiser_preset']}, on: {where}. Paper: an A100."]
-    cells = [(row, [None, None, None], {}) for row, _ in plan]
-    for i, (row, _) in enumerate(plan):
+    about = [
+        f"Presets {autoencoder_preset} (autoencoder) and {denoiser_preset} (denoiser), on {where}. Paper: an A100."
+    ]
+    cells = [(row, [None] * 3, presets) for row in rows]
+    for i, row in enumerate(rows):
         size, latent_dim = row.varies["num_parameters"], row.varies["latent_dim"]
-        autoencoder = training_memory("autoencoder", size, latent_dim, presets["autoencoder_preset"])
-        denoiser = training_memory("denoiser", size, latent_dim, presets["denoiser_preset"])
-        cells[i] = (row, [_megabytes(autoencoder), (str(latent_dim), {"": latent_dim}), _megabytes(denoiser)], presets)
-        _write(name, cells, folder, about, plan)
+        logger.info("%s: %s parameters", name, row.label)
+        autoencoder = training_memory("autoencoder", size, latent_dim, autoencoder_preset)
+        denoiser = training_memory("denoiser", size, latent_dim, denoiser_preset)
+        cells[i] = (row, [_megabytes(autoencoder), None, _megabytes(denoiser)], presets)
+        _write(find_experiment(name), name, cells, folder, about)
 
 
 def _megabytes(memory: tuple[int, bool]) -> tuple[str, dict[str, Any]]:
