@@ -736,6 +736,19 @@ def _operations(model: str, image_size: int, model_args: str, select: tuple, exc
     return counter.get_total_flops(), counter.get_total_flops() - min(before)
 
 
+def list_runs(name: str, recipes: str | os.PathLike, **arguments) -> str:
+    """The runs of an experiment by name, with what they vary and what each costs by itself."""
+    rows = {}
+    for row, row_recipes in expand(name, recipes, ".", **arguments):
+        price = "–"
+        if row_recipes and arguments.get("scale") != "paper":
+            price = f"{cost([(row, row_recipes)])[1]:.0f} min"
+        varies = ", ".join(f"{key}: {value}" for key, value in row.varies.items()) or "–"
+        rows[row.run] = [row.run, price, varies]
+    table = format_table(["run", "cost", "varies"], list(rows.values()))
+    return "\n".join([f"{name}: {find_experiment(name).title}", "", *table])
+
+
 def list_experiments(recipes: str | os.PathLike, **arguments) -> str:
     """Every table and figure, whether it can be carried out, and what it costs; `arguments` are those of `expand`."""
     rows, reasons = [], []
@@ -784,6 +797,8 @@ def reproduce(
         ExperimentError: if it cannot be carried out as asked, or another process is at work in `output_dir`.
         ValueError: for everything in a recipe that can be seen to be wrong before any work is done.
     """
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise ExperimentError("an experiment is carried out by one process; start it without a launcher")
     plan = expand(name, recipes, output_dir, scale=scale, changes=changes, **arguments)
     folder = Path(output_dir, name)
     folder.mkdir(parents=True, exist_ok=True)

@@ -291,7 +291,7 @@ class Run:
             self._finish("collect", {"num_snapshots": len(self.snapshots[0])})
             return
         target = self.folder / FOLDERS["collect"]
-        shutil.rmtree(target, ignore_errors=True)
+        _remove(target)
         with self._accelerator() as accelerator:
             collect_snapshots(
                 accelerator,
@@ -518,8 +518,15 @@ def _replacing(folder: Path) -> Iterator[Path]:
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir(parents=True)
     yield part
-    shutil.rmtree(folder, ignore_errors=True)
+    _remove(folder)
     part.rename(folder)
+
+
+def _remove(folder: Path) -> None:
+    """A folder, or a link to that of another run, which stays."""
+    if folder.is_symlink():
+        folder.unlink()
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 def _difference(old: dict, new: dict) -> str:

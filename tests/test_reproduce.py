@@ -30,6 +30,7 @@ from pdiff_hf.experiments import (
     _measure,
     expand,
     list_experiments,
+    list_runs,
     reproduce,
     share_stages,
     summarise,
@@ -37,7 +38,7 @@ from pdiff_hf.experiments import (
 )
 from pdiff_hf.parameters import ParameterLayout, select_parameters
 from pdiff_hf.recipe import Recipe, RecipeParser
-from pdiff_hf.stages import stage_settings, write_json
+from pdiff_hf.stages import _replacing, stage_settings, write_json
 
 ROOT = Path(__file__).parent.parent
 RECIPES = ROOT / "scripts" / "recipes"
@@ -128,6 +129,13 @@ def test_list():
     assert "in part" in lines["table7"] and " 4 " in lines["table3a"] and " h " in lines["table3a"]
 
 
+def test_list_of_the_runs_of_one():
+    lines = list_runs("figure4", RECIPES, changes=TINY | {"collect_every": 2}).splitlines()
+    runs = {line.split("|")[1].strip(): line for line in lines if "|" in line}
+    assert list(runs)[2:] == ["0.03", "0.0003", "0.003", "0.3"]
+    assert "collect_learning_rate: 0.0003" in runs["0.0003"] and " min " in runs["0.3"]
+
+
 # Table 6 of the paper, and the length of the vectors of the hyper-representation papers.
 COUNTS = {
     "resnet18": 2_048,
@@ -194,6 +202,14 @@ def test_stages_are_linked_and_links_to_what_is_gone_are_not_kept(tmp_path):
     (tmp_path / "here").rename(tmp_path / "there")  # links are relative
     moved = tmp_path / "there" / "runs"
     assert (moved / "b" / "base_model" / "weights").is_file()
+    with _replacing(moved / "b" / "base_model") as new:
+        (new / "weights").write_text("new")
+    assert not (moved / "b" / "base_model").is_symlink()
+    assert (moved / "a" / "base_model" / "weights").read_text() == "base_model"  # what another run has stays as it is
+
+    (moved / "b" / "stages" / "base.json").unlink()
+    share_stages(Recipe(output_dir=str(moved / "b"), latent_noise=1.0))
+    assert (moved / "b" / "base_model").is_symlink()
     shutil.rmtree(moved / "a")
     share_stages(Recipe(output_dir=str(moved / "b"), latent_noise=1.0))
     assert not (moved / "b" / "base_model").is_symlink()
@@ -249,6 +265,8 @@ def test_a_table_that_was_killed_goes_on_and_its_rows_share_their_stages(tmp_pat
         (["table3a", "--denoiser_step", "3"], "unknown argument '--denoiser_step'; did you mean denoiser_steps"),
         (["table3a", "table3b"], "unknown argument 'table3b'"),
         ([], "which table or figure"),
+        (["--list", "--rows", "none"], "name it first"),
+        (["--denoiser_steps", "3", "table3a"], "comes first"),
     ],
 )
 def test_the_script_says_what_is_wrong(argv, message, monkeypatch, capsys, tmp_path):
