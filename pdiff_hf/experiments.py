@@ -37,6 +37,7 @@ from accelerate import Accelerator
 from filelock import FileLock, Timeout
 from torch.utils.flop_counter import FlopCounterMode
 
+from .evaluation.baselines import standard_baselines
 from .evaluation.plots import (
     GENERATED,
     ORIGINAL,
@@ -204,7 +205,7 @@ class Row:
         run (`str`): Name of the run; rows with the same one are about the same run.
         label (`str`): First cell of the row.
         varies (`Mapping`): What the experiment is about: recipe keys in which its runs differ.
-        paper (`Sequence[str]`): What the paper prints, column by column as it prints it; empty where it prints nothing.
+        paper (`Sequence[str]`): What the paper prints, as it prints it, for the first columns or none.
         group (`str`, *optional*, defaults to `"generated"`): Of the report.
         architecture (`str`, *optional*, defaults to `"resnet18"`): One of `ARCHITECTURES`.
         dataset (`str`, *optional*, defaults to `"cifar100"`): One of `DATASETS`.
@@ -255,7 +256,13 @@ class ExperimentError(ValueError):
 
 _BEST_AND_AVERAGE = (Column("best", "best"), Column("average", "average"))
 _ORIGINAL_BEST_AND_AVERAGE = (Column("original", "best", "original"), *_BEST_AND_AVERAGE)
-_COMPARED = (Column("original", "best", "original"), Column("ensemble", "best", "ensemble"), Column("p-diff", "best"))
+_COMPARED = (
+    Column("original", "best", "original"),
+    Column("ensemble", "best", "ensemble"),
+    Column("p-diff", "best"),
+    Column("original average", "average", "original"),  # the paper has none
+    Column("p-diff average", "average"),
+)
 _ACCURACY_AND_SIMILARITY = (Column("accuracy", "average"), Column("maximum similarity", "similarity"))
 
 _TABLE_1 = {  # original, ensemble, p-diff
@@ -703,7 +710,7 @@ def _stage_seconds(r: Recipe) -> dict[str, float]:
     total, suffix = _operations(r.model, r.image_size, r.model_args, tuple(r.select), tuple(r.exclude))
     num_train = min(TRAIN_SIZES.get(r.dataset, 60_000), r.max_train_samples or math.inf)
     num_eval = r.max_eval_samples or 10_000
-    num_scored = 2 * r.num_snapshots + 1 + r.num_models + 46 * r.baseline_models
+    num_scored = 2 * r.num_snapshots + 1 + r.num_models + (len(standard_baselines()) + 1) * r.baseline_models
     num_seen = r.num_snapshots * r.collect_every * r.collect_batch_size
     collected = min(num_seen, num_train) * (total - suffix) + num_seen * 3 * suffix
     operations = {

@@ -90,7 +90,7 @@ def test_the_paper_has_one_number_for_its_default_setting():
         assert any(n["best"] == "77.9" and n["average"] == "77.7" for n in numbers), name
     for experiment in EXPERIMENTS.values():
         for row in experiment.rows:
-            assert len(row.paper) in (0, len(experiment.columns))
+            assert len(row.paper) <= len(experiment.columns)
             assert all(re.fullmatch(r"\d+(\.\d+)?(~\d\.\d+)?", number) for number in row.paper)
 
 
