@@ -45,11 +45,12 @@ def remove(path: Path) -> None:
     """
     Removes a file, or a folder with all that it holds, that need not exist. A folder is renamed first, so that a kill
     leaves none of that name that lacks some of its files; what it leaves under the other name goes in the next call.
+    Where `path` is a link, only the link is removed.
     """
     doomed = path.with_name(f".{path.name}.removed")
     if doomed.is_dir():
         shutil.rmtree(doomed)
-    if path.is_dir():
+    if path.is_dir() and not path.is_symlink():
         path.rename(doomed)
         shutil.rmtree(doomed)
     else:

@@ -1,5 +1,6 @@
 """Recipes: what a run is made of, from a YAML file and flags."""
 
+import argparse
 import dataclasses
 import difflib
 import json
@@ -288,6 +289,15 @@ class RecipeParser(HfArgumentParser):
             return Recipe(**values)
         except ValueError as error:
             self.error(str(error))
+
+    def parse_changes(self, argv: list[str]) -> dict:
+        """The values of the keys that `argv` has flags for, and of no others; ends the program for a wrong flag."""
+        unset = object()
+        namespace, unknown = super().parse_known_args(argv, argparse.Namespace(**dict.fromkeys(self.keys, unset)))
+        if unknown or namespace.recipe is not None:
+            wrong = unknown[0] if unknown else namespace.recipe
+            self.error(f"unknown argument '{wrong}'{self._suggest(wrong.lstrip('-').partition('=')[0])}")
+        return {key: value for key, value in vars(namespace).items() if key in self.keys and value is not unset}
 
     def _read(self, path: str) -> list[str]:
         """The flags that say the same as the file."""

@@ -172,17 +172,7 @@ class Run:
     # ------------------------------------------------------------------------------------------- bookkeeping of stages
 
     def _settings(self, stage: str) -> dict:
-        r = self.recipe
-        settings = {
-            "seed": r.seed,
-            "mixed_precision": r.mixed_precision,
-            "gradient_accumulation_steps": r.gradient_accumulation_steps,
-        }
-        for name, sections in SETTINGS.items():
-            settings |= r.section(*sections)
-            if name == stage:
-                return json.loads(json.dumps(settings))
-        raise KeyError(stage)
+        return stage_settings(self.recipe, stage)
 
     def _record_path(self, stage: str) -> Path:
         return self.folder / "stages" / f"{stage}.json"
@@ -578,6 +568,20 @@ class Run:
             for title, stages in panels.items()
         }
         return {title: curves for title, curves in losses.items() if curves}
+
+
+def stage_settings(recipe: Recipe, stage: str) -> dict:
+    """Everything that the outcome of a stage follows from: two runs that have it in common have the stage in common."""
+    settings = {
+        "seed": recipe.seed,
+        "mixed_precision": recipe.mixed_precision,
+        "gradient_accumulation_steps": recipe.gradient_accumulation_steps,
+    }
+    for name, sections in SETTINGS.items():
+        settings |= recipe.section(*sections)
+        if name == stage:
+            return json.loads(json.dumps(settings))
+    raise KeyError(stage)
 
 
 def make_task(recipe: Recipe) -> Task:

@@ -32,6 +32,17 @@ def test_a_saved_recipe_gives_the_same_recipe(tmp_path):
     assert parse(tmp_path / "recipe.yaml") == recipe
 
 
+def test_changes_are_the_keys_that_flags_name(capsys):
+    parser = RecipeParser()
+    argv = ["--select", "norm", "head", "--latent_noise=0", "--overwrite_output_dir", "--max_eval_samples", "5"]
+    changes = {"select": ["norm", "head"], "latent_noise": 0.0, "overwrite_output_dir": True, "max_eval_samples": 5}
+    assert parser.parse_changes(argv) == changes
+    assert parser.parse_changes([]) == {}
+    with pytest.raises(SystemExit):
+        parser.parse_changes(["--latent_nois", "1"])
+    assert "did you mean latent_noise" in capsys.readouterr().err
+
+
 def test_every_key_is_explained_with_its_default(capsys):
     with pytest.raises(SystemExit):
         parse("--help")

@@ -44,44 +44,68 @@ def plot_accuracy_vs_similarity(
     """Accuracy against maximum IoU to the originals (paper, figure 4): all models left, the region of the originals and
     the generated ones right. Small dots are models; the large marks of a family are the means of its settings, joined
     in the order given. Up and left is better."""
-    families: dict[str, list[ScatterGroup]] = {}
-    for group in (originals, generated, *baselines):
-        families.setdefault(group.family, []).append(group)
-    # Each colour returns with another marker and another line.
-    styles = cycle(zip(OTHERS * 2, MARKERS, ("-",) * len(OTHERS) + ("--",) * len(OTHERS), strict=True))
-    fixed = {originals.family: (ORIGINAL, "o", ""), generated.family: (GENERATED, "*", "")}
-
     figure = Figure(figsize=(13, 5.5), layout="constrained")
     everything, detail = figure.subplots(1, 2)
-    for family, groups in families.items():
-        colour, marker, line = fixed[family] if family in fixed else next(styles)
-        size, on_top = (18, 5) if family == generated.family else (10, 4) if family in fixed else (8, 3)
-        means = [(group.max_iou.nanmean().item(), group.accuracy.mean().item()) for group in groups]
-        for axes in (everything, detail):
-            for group in groups:
-                axes.scatter(group.max_iou.numpy(), group.accuracy.numpy(), s=9, color=colour, alpha=0.25, linewidths=0)
-            axes.plot(
-                *zip(*means, strict=True),
-                color=colour,
-                marker=marker,
-                markersize=size,
-                markeredgecolor="white",
-                linestyle=line,
-                linewidth=1.2,
-                zorder=on_top,
-                label=family,
-            )
     for axes in (everything, detail):
-        axes.xaxis.set_major_locator(MaxNLocator(6))
-        axes.set_xlabel("maximum IoU of wrong predictions to the originals\n(lower: less similar)")
-        axes.set_ylabel("test accuracy (%)")
-        axes.grid(alpha=0.3)
+        _draw_scatter(axes, originals, generated, baselines)
     everything.set_title("all models")
     detail.set_title("region of the originals and the generated models")
     _zoom(detail.set_xlim, torch.cat([originals.max_iou, generated.max_iou]))
     _zoom(detail.set_ylim, torch.cat([originals.accuracy, generated.accuracy]))
     figure.legend(*everything.get_legend_handles_labels(), loc="outside right center", title="large: mean of a group")
     return _save(figure, path)
+
+
+def plot_accuracy_vs_similarity_panels(
+    path: str | Path, panels: Mapping[str, tuple[ScatterGroup, ScatterGroup, Sequence[ScatterGroup]]]
+) -> Path:
+    """Accuracy against maximum IoU to the originals, one panel a setting (paper, figures 3 and 5a), each drawn as in
+    `plot_accuracy_vs_similarity`.
+
+    Args:
+        path (`str` or `Path`): of the PNG.
+        panels (`Mapping`): title of the panel to originals, generated models and other groups.
+    """
+    figure = Figure(figsize=(4.5 * len(panels) + 2.5, 4.5), layout="constrained")
+    handles = {}
+    for axes, (title, groups) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True):
+        _draw_scatter(axes, *groups)
+        axes.set_title(title)
+        handles |= {label: handle for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)}
+    figure.legend(handles.values(), handles.keys(), loc="outside right center", title="large: mean of a group")
+    return _save(figure, path)
+
+
+def _draw_scatter(
+    axes: Axes, originals: ScatterGroup, generated: ScatterGroup, others: Sequence[ScatterGroup] = ()
+) -> None:
+    families: dict[str, list[ScatterGroup]] = {}
+    for group in (originals, generated, *others):
+        families.setdefault(group.family, []).append(group)
+    # Each colour returns with another marker and another line.
+    styles = cycle(zip(OTHERS * 2, MARKERS, ("-",) * len(OTHERS) + ("--",) * len(OTHERS), strict=True))
+    fixed = {originals.family: (ORIGINAL, "o", ""), generated.family: (GENERATED, "*", "")}
+    for family, groups in families.items():
+        colour, marker, line = fixed[family] if family in fixed else next(styles)
+        size, on_top = (18, 5) if family == generated.family else (10, 4) if family in fixed else (8, 3)
+        means = [(group.max_iou.nanmean().item(), group.accuracy.mean().item()) for group in groups]
+        for group in groups:
+            axes.scatter(group.max_iou.numpy(), group.accuracy.numpy(), s=9, color=colour, alpha=0.25, linewidths=0)
+        axes.plot(
+            *zip(*means, strict=True),
+            color=colour,
+            marker=marker,
+            markersize=size,
+            markeredgecolor="white",
+            linestyle=line,
+            linewidth=1.2,
+            zorder=on_top,
+            label=family,
+        )
+    axes.xaxis.set_major_locator(MaxNLocator(6))
+    axes.set_xlabel("maximum IoU of wrong predictions to the originals\n(lower: less similar)")
+    axes.set_ylabel("test accuracy (%)")
+    axes.grid(alpha=0.3)
 
 
 def plot_reverse_process(path: str | Path, steps: Sequence[int], accuracies: Tensor, original_accuracy: float) -> Path:
@@ -115,17 +139,20 @@ def plot_reverse_process(path: str | Path, steps: Sequence[int], accuracies: Ten
     return _save(figure, path)
 
 
-def plot_max_similarity_distribution(path: str | Path, groups: Mapping[str, Tensor]) -> Path:
+def plot_max_similarity_distribution(
+    path: str | Path, groups: Mapping[str, Tensor], colours: Sequence[str] | None = None
+) -> Path:
     """Distribution of the maximum IoU to the originals in each group (paper, figure 5c), as violins with their medians.
 
     Args:
         path (`str` or `Path`): of the PNG.
-        groups (`Mapping[str, torch.Tensor]`): name to (N,) maximum IoU; top to bottom in this order. The first is drawn
-            as the originals and the second as the generated models.
+        groups (`Mapping[str, torch.Tensor]`): name to (N,) maximum IoU; top to bottom in this order.
+        colours (`Sequence[str]`, *optional*): one a group; by default the first is drawn as the originals and the
+            second as the generated models.
     """
     figure = Figure(figsize=(9, 1.6 + 0.5 * len(groups)), layout="constrained")
     axes = figure.subplots()
-    colours = [ORIGINAL, GENERATED] + [OTHERS[0]] * len(groups)
+    colours = colours or [ORIGINAL, GENERATED] + [OTHERS[0]] * len(groups)
     labels = []
     for row, ((name, values), colour) in enumerate(zip(groups.items(), colours, strict=False)):
         values = values[~values.isnan()].double().numpy()
