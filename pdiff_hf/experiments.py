@@ -651,9 +651,9 @@ def expand(
         dataset = dataset or SMALL_DATASET
     experiment, plan = find_experiment(name), []
     for row in select_rows(name, patterns, one_dataset=dataset is not None):
-        clash = sorted(set(row.varies) & set(changes))
+        clash = sorted((set(row.varies) | set(experiment.settings)) & set(changes))
         if clash:
-            raise ExperimentError(f"{name} varies {', '.join(clash)} itself")
+            raise ExperimentError(f"{name} sets {', '.join(clash)} itself")
         if experiment.measures_memory:
             plan.append((row, []))
             continue
@@ -1082,26 +1082,22 @@ def _measure(network: str, num_parameters: int, latent_dim: int, preset: str, fr
     with tempfile.TemporaryDirectory() as folder:
         loop["checkpoint_dir"] = folder
 
-        def train(name: str, architecture: Mapping[str, Any]):
-            return train_autoencoder(
-                accelerator,
-                snapshots,
-                layout,
-                noise=NoiseArguments(),
-                latent_dim=latent_dim,
-                architecture=architecture,
-                **loop,
-            )[0]
-
-        # The denoiser sees latents alone, of which a linear autoencoder of as many numbers has as many.
-        linear = train("linear", autoencoder_architecture("pca", length)) if network == "denoiser" else None
         before = _resident("VmRSS")
         try:
-            if linear is None:
-                train("autoencoder", autoencoder_architecture(preset, length))
+            if network == "autoencoder":
+                architecture = autoencoder_architecture(preset, length)
+                train_autoencoder(
+                    accelerator,
+                    snapshots,
+                    layout,
+                    noise=NoiseArguments(),
+                    latent_dim=latent_dim,
+                    architecture=architecture,
+                    **loop,
+                )
             else:
                 scheduler = make_training_scheduler()
-                train_denoiser(accelerator, linear, snapshots, scheduler=scheduler, **DENOISER_PRESETS[preset], **loop)
+                train_denoiser(accelerator, snapshots, scheduler=scheduler, **DENOISER_PRESETS[preset], **loop)
         except RuntimeError as error:
             if on_cpu and "can't allocate memory" in str(error):
                 raise MemoryError(str(error)) from error

@@ -152,7 +152,9 @@ class AutoencoderSection:
     """Training of the autoencoder (paper, Table 5c)."""
 
     autoencoder_preset: str = _option("tokens", f"One of {', '.join(AUTOENCODER_PRESETS)}; see ParameterAutoencoder.")
-    token_size: int | None = _option(None, "Numbers in a token, for the preset `tokens`; else about 2 √D.")
+    token_size: int | None = _option(
+        None, "Numbers in a token, for the preset `tokens`; by default the next power of two from 2 √D."
+    )
     normalization: str = _option(
         "coordinate", "Mean of every parameter (`coordinate`), or of every `tensor` as the paper has it."
     )

@@ -35,6 +35,7 @@ from .evaluation.baselines import standard_baselines
 from .evaluation.generator import evaluate_generator
 from .evaluation.scoring import Scorer
 from .files import is_disk_full, part_of, remove, replacing
+from .limits import first_line
 from .loop import LoopArguments, derive_seed
 from .memory import is_out_of_memory
 from .models import DENOISER_PRESETS, ParameterAutoencoder, autoencoder_architecture
@@ -312,7 +313,7 @@ class Run:
                 ) from error
             if is_out_of_memory(error):
                 raise ResourceError(
-                    f"{what}: out of memory ({str(error).splitlines()[0]}). Use a smaller batch size or more "
+                    f"{what}: out of memory ({first_line(error)}). Use a smaller batch size or more "
                     "--gradient_accumulation_steps, with --overwrite_output_dir, which begins anew what depends on "
                     f"them. Or make memory free: {go_on}"
                 ) from error
@@ -417,7 +418,11 @@ class Run:
         """Warns of snapshots that one generator can hardly learn; see `check_basins`."""
         dataset = self.snapshots[0]
         models = BatchedModels(self.base_model.to(PartialState().device), self.layout)
-        barrier = check_basins(self.task, models, self.parameters, dataset["seed"][:], dataset["step"][:])
+        # Data sets from elsewhere may have the parameters alone.
+        seeds, steps = (
+            dataset[name][:] if name in dataset.column_names else [0] * len(dataset) for name in ("seed", "step")
+        )
+        barrier = check_basins(self.task, models, self.parameters, seeds, steps)
         self.base_model.to("cpu")
         return barrier
 
@@ -484,7 +489,7 @@ class Run:
         r = self.recipe
         scheduler = make_training_scheduler(r.num_train_timesteps)
         with torch.no_grad():  # the autoencoder is frozen, so every latent is computed once
-            batches = self.parameters[~self.heldout].split(64)
+            batches = self.seen.split(64)
             latents = torch.cat([self.autoencoder.encode(batch).latents for batch in batches])
         with self._accelerator() as accelerator:
             denoiser, losses = train_denoiser(

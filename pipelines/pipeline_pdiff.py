@@ -344,6 +344,8 @@ class PDiffPipeline(DiffusionPipeline):
         parameters = torch.empty(len(latents), num_parameters)
         latents, in_parts = latents.to(device), InParts("networks")
         waiting, first = [], 0
+        # Moves from a GPU are worth putting together.
+        batch_size = 1 if device.type == "cpu" else batch_size
 
         def decode(rows: torch.Tensor) -> torch.Tensor:
             return self.autoencoder.decode(rows).sample

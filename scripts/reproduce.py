@@ -23,6 +23,7 @@ from transformers.utils import logging as transformers_logging
 from pdiff_hf.experiments import SCALES, list_experiments, list_runs, reproduce
 from pdiff_hf.loop import TrainingError
 from pdiff_hf.recipe import RecipeParser
+from pdiff_hf.stages import ResourceError
 
 RECIPES = Path(__file__).parent / "recipes"
 
@@ -65,7 +66,7 @@ def main() -> None:
             return
         output_dir = args.output_dir or f"outputs/reproduce-{args.scale}"
         folder = reproduce(args.name, RECIPES, output_dir, **shared)
-    except (ValueError, TrainingError) as error:  # everything that a user can put right
+    except (ValueError, TrainingError, ResourceError) as error:  # everything that a user can put right
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
         sys.exit("\nstopped; the same command goes on where it was")

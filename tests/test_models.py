@@ -192,8 +192,9 @@ def test_save_and_load_keep_every_bit_and_statistics_stay_float32(token_size, tm
     half = ParameterAutoencoder.from_pretrained(tmp_path, torch_dtype=torch.bfloat16)
     assert half.encoder[0].weight.dtype == torch.bfloat16
     assert torch.equal(half.parameter_mean, autoencoder.parameter_mean)
-    latents = half.encode(torch.randn(2, 33)).latents
-    assert half.decode(latents).sample.dtype == torch.float32
+    for network in (half, loaded.to(torch.bfloat16)):  # the latter has its statistics in bfloat16 as well
+        latents = network.encode(torch.randn(2, 33)).latents
+        assert network.decode(latents).sample.dtype == torch.float32
 
     denoiser = LatentDenoiser(8, block_out_channels=(4, 4), bottleneck_dim=8, embedding_dim=16, num_class_embeds=3)
     denoiser.save_pretrained(tmp_path / "denoiser")

@@ -298,10 +298,10 @@ def pca_r2_score(train: Tensor, parameters: Tensor, num_components: int) -> floa
     Returns:
         `float`: between 0 and 1; nan where every row equals the mean.
     """
-    mean = train.double().mean(0)
     gram = cross = total = 0.0
     for columns in chunks(train.shape[1], 16 * (len(train) + len(parameters))):
-        centred, rows = train[:, columns] - mean[columns], parameters[:, columns] - mean[columns]
+        mean = train[:, columns].double().mean(0)
+        centred, rows = train[:, columns] - mean, parameters[:, columns] - mean
         gram += centred @ centred.T
         cross += rows @ centred.T
         total += rows.square().sum().item()

@@ -179,9 +179,10 @@ class Scorer:
         self._has_help = PartialState().num_processes > 1
         try:
             yield
-        finally:
+            # Not after an exception: the other processes may be in the middle of a share, and a launcher ends them.
             if self._has_help:
                 broadcast_object_list([None])
+        finally:
             self._has_help = False
 
     def help(self) -> None:

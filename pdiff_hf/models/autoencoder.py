@@ -90,8 +90,8 @@ class ParameterAutoencoder(SavedModel, ConfigMixin):
     - With `token_size`, the vector is cut into pieces along the boundaries of tensors, and of each piece the
       `token_dim` first principal components over the training snapshots are kept (C = `token_dim`, S = number of
       pieces, of which the last one of a tensor may be shorter). The bases are fixed and fitted exactly before training,
-      so that training sees tokens only: its memory and time grow with D · C / `token_size`. One latent for all tokens
-      keeps those of a network coherent.
+      so that training sees tokens only: its time, weights and activations grow with the number of tokens, and only the
+      bases, D · C numbers without gradients, with D. One latent for all tokens keeps those of a network coherent.
     - Without convolutions (`block_out_channels=()`) the vector is one token, and the latents are its first `latent_dim`
       principal components: the exact linear autoencoder, a control for the learned ones. Nothing is trained.
 
@@ -122,6 +122,7 @@ class ParameterAutoencoder(SavedModel, ConfigMixin):
     """
 
     # What is stored in them is lost in half precision: the spread of a tensor is a small part of its mean.
+    _ddp_params_and_buffers_to_ignore = ["token_basis"]  # it never changes, and is long: not to be sent at every step
     _keep_in_fp32_modules = ["parameter_mean", "parameter_std", "token_basis", "latent_mean", "latent_std"]
 
     @register_to_config
@@ -212,6 +213,7 @@ class ParameterAutoencoder(SavedModel, ConfigMixin):
         # Divides the components, so that each of them has about unit variance: together they have that of the token.
         scale = (torch.tensor(self.token_lengths, dtype=torch.float32) / token_dim).sqrt()
         self.register_buffer("token_scale", scale, persistent=False)
+        self.register_buffer("token_numbers", torch.tensor(self.token_lengths), persistent=False)
 
     def _blocks(self, size: int = BLOCK_SIZE) -> Iterator[tuple[int, int, int, int]]:
         """
@@ -306,7 +308,7 @@ class ParameterAutoencoder(SavedModel, ConfigMixin):
             block = (parameters[:, start:stop] - self.parameter_mean[start:stop]) / scale[start:stop]
             basis = self.token_basis[start:stop].view(n, -1, num_components)
             block = block.view(num_models, n, -1).transpose(0, 1)  # (N, n t) -> (n, N, t)
-            tokens[:, token : token + n] += (block @ basis).transpose(0, 1)  # (n, N, C) -> (N, n, C)
+            tokens[:, token : token + n] += (block.float() @ basis.float()).transpose(0, 1)  # (n, N, C) -> (N, n, C)
         return (tokens / self.token_scale.unsqueeze(1)).mT.contiguous()
 
     def detokenize(self, tokens: torch.Tensor) -> torch.Tensor:
@@ -316,11 +318,11 @@ class ParameterAutoencoder(SavedModel, ConfigMixin):
             return tokens.squeeze(1) * self._scale() + self.parameter_mean
         num_models, num_components = len(tokens), self.token_shape[0]
         scale = self._scale()
-        components = tokens.permute(2, 0, 1) * self.token_scale.view(-1, 1, 1)  # (S, N, C)
+        components = tokens.permute(2, 0, 1) * self.token_scale.float().view(-1, 1, 1)  # (S, N, C)
         parameters = tokens.new_empty(num_models, self.layout.num_parameters)
         for start, stop, token, n in self._blocks():
             basis = self.token_basis[start:stop].view(n, -1, num_components)
-            block = components[token : token + n] @ basis.mT  # (n, N, t)
+            block = components[token : token + n] @ basis.float().mT  # (n, N, t)
             block = block.transpose(0, 1).reshape(num_models, -1)
             parameters[:, start:stop] = block * scale[start:stop] + self.parameter_mean[start:stop]
         return parameters
@@ -377,9 +379,12 @@ class ParameterAutoencoder(SavedModel, ConfigMixin):
         """
         noisy = tokens
         if parameter_noise > 0:
-            # Components along orthonormal directions of white noise on the parameters are white noise as well.
             noise = torch.randn(tokens.shape, generator=generator, device=tokens.device)
-            noisy = tokens + parameter_noise * (noise if self.token_lengths is None else noise / self.token_scale)
+            if self.token_lengths is not None:
+                # White noise on the parameters is white along orthonormal directions, of which a short token has few.
+                numbers = torch.arange(self.token_shape[0], device=noise.device).unsqueeze(1)
+                noise = noise / self.token_scale * (numbers < self.token_numbers)
+            noisy = tokens + parameter_noise * noise
         latents, log_variance = self._encode(noisy)
         kl = None
         if log_variance is not None:
