@@ -1082,7 +1082,7 @@ def _measure(network: str, num_parameters: int, latent_dim: int, preset: str, fr
     with tempfile.TemporaryDirectory() as folder:
         loop["checkpoint_dir"] = folder
 
-        before = _resident("VmRSS")
+        before = resident_memory("VmRSS")
         try:
             if network == "autoencoder":
                 architecture = autoencoder_architecture(preset, length)
@@ -1102,10 +1102,10 @@ def _measure(network: str, num_parameters: int, latent_dim: int, preset: str, fr
             if on_cpu and "can't allocate memory" in str(error):
                 raise MemoryError(str(error)) from error
             raise
-    return _resident("VmHWM") - before if on_cpu else torch.cuda.max_memory_allocated()
+    return resident_memory("VmHWM") - before if on_cpu else torch.cuda.max_memory_allocated()
 
 
-def _resident(name: str) -> int:
+def resident_memory(name: str) -> int:
     """Bytes of this process in memory, now (`VmRSS`) or at most so far (`VmHWM`)."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(f"{name}:"))

@@ -173,7 +173,10 @@ class AutoencoderSection:
     def __post_init__(self):
         presets = list(AUTOENCODER_PRESETS)
         _require("normalization", self.normalization, self.normalization in NORMALIZATIONS, f"of {NORMALIZATIONS}")
-        _require("token_size", self.token_size, self.token_size is None or self.token_size >= 1, "at least 1")
+        if self.token_size is not None:
+            _require("token_size", self.token_size, self.token_size >= 1, "at least 1")
+            preset = self.autoencoder_preset
+            _require("token_size", self.token_size, preset == "tokens", f"left out with autoencoder_preset={preset}")
         _require("autoencoder_preset", self.autoencoder_preset, self.autoencoder_preset in presets, f"of {presets}")
         _require("latent_dim", self.latent_dim, self.latent_dim >= 1, "at least 1")
         _require("heldout_fraction", self.heldout_fraction, 0 <= self.heldout_fraction < 0.5, "between 0 and 0.5")

@@ -65,6 +65,11 @@ def test_every_key_is_explained_with_its_default(capsys):
         (["--ema_decay", "1"], "ema_decay must be between 0 and 1, got 1.0"),
         (["--heldout_fraction", "0.9"], "heldout_fraction must be between 0 and 0.5"),
         (["--collect_optimizer", "lion"], "collect_optimizer must be of"),
+        (
+            ["--token_size", "64", "--autoencoder_preset", "pca"],
+            "token_size must be left out with autoencoder_preset=pca",
+        ),
+        (["--normalization", "batch"], "normalization must be of"),
         (["nowhere.yaml"], "recipe 'nowhere.yaml' cannot be read"),
     ],
 )

@@ -91,7 +91,8 @@ def evaluate_generator(
     report = evaluate(scorer, groups, heldout, seed)
     if pipeline is not None:
         report |= {"reverse_process": reverse_process(scorer, pipeline, num_inference_steps, seed)}
-        latent_dim, seen = pipeline.autoencoder.config.latent_dim, snapshots[~heldout]
+        latent_dim = pipeline.autoencoder.config.latent_dim
+        seen = snapshots[~heldout] if heldout.any() else snapshots
         report["reconstruction"] |= {
             "linear_r2_train": pca_r2_score(seen, seen, latent_dim),
             "linear_r2_heldout": pca_r2_score(seen, snapshots[heldout], latent_dim) if heldout.any() else None,

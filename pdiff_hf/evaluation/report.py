@@ -17,6 +17,7 @@ from .audit import AuditRow, audit_group, audit_verdict
 from .frontier import CONFIDENCE, FrontierGroup, FrontierRow, frontier, frontier_sentence
 from .metrics import (
     accuracy,
+    chunks,
     distances,
     ensemble_metrics,
     expected_calibration_error,
@@ -169,9 +170,12 @@ def _reconstruction(parameters: Mapping[str, torch.Tensor], heldout: torch.Tenso
     if "reconstructed" not in parameters:
         return None
     original, reconstructed = parameters["original"], parameters["reconstructed"]
-    mean = original[~heldout].double().mean(0).float()
+    mean = torch.empty(original.shape[1])
+    for columns in chunks(original.shape[1], 8 * len(original)):
+        mean[columns] = original[:, columns][~heldout].double().mean(0)
+    seen = slice(None) if not heldout.any() else ~heldout  # a mask would copy what may be long vectors
     return {
-        "r2_train": r2_score(original[~heldout], reconstructed[~heldout], mean),
+        "r2_train": r2_score(original[seen], reconstructed[seen], mean),
         "r2_heldout": r2_score(original[heldout], reconstructed[heldout], mean) if heldout.any() else None,
     }
 

@@ -2,7 +2,7 @@
 
     OMP_NUM_THREADS=1 python scripts/benchmarks/alignment.py
     OMP_NUM_THREADS=1 python scripts/benchmarks/alignment.py --model cnn3_mini --image_size 28 --train_steps 400 \\
-        --dataset ../shared/data/fashion_mnist
+        --dataset zalando-datasets/fashion_mnist
 
 Trains networks (all of their parameters) from initialisations of their own, each on batches of its own, and an
 autoencoder on nine tenths of them: as they are, with their hidden units in the order of the first network, and as

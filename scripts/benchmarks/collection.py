@@ -1,7 +1,7 @@
 """How fast scored snapshots are collected, against a full validation pass after every step.
 
     OMP_NUM_THREADS=1 python scripts/benchmarks/collection.py
-    OMP_NUM_THREADS=1 python scripts/benchmarks/collection.py --dataset ../shared/data/fashion_mnist
+    OMP_NUM_THREADS=1 python scripts/benchmarks/collection.py --dataset zalando-datasets/fashion_mnist
 
 Both take the same steps from the same weights. All times are CPU seconds of this process: other programs on the machine
 do not count.

@@ -1,7 +1,7 @@
 """How fast many networks are scored, against one at a time and against the bound.
 
     OMP_NUM_THREADS=1 python scripts/benchmarks/scoring.py
-    OMP_NUM_THREADS=1 python scripts/benchmarks/scoring.py --dataset ../shared/data/fashion_mnist --num_models 1100
+    OMP_NUM_THREADS=1 python scripts/benchmarks/scoring.py --dataset zalando-datasets/fashion_mnist --num_models 1100
     OMP_NUM_THREADS=1 python scripts/benchmarks/scoring.py --model mlp_mini --select all --image_size 64
 
 The bound is what any program has to compute: the frozen prefix once for each example, and the rest of the network once

@@ -4,13 +4,13 @@
     OMP_NUM_THREADS=1 python scripts/benchmarks/training.py --sizes 2048 300288 --num_snapshots 50
 
 Each row is measured in a process of its own, on random low-rank snapshots that lie in a file. Memory is the peak
-resident memory above that after the imports, with the snapshots, the fit of the bases and the optimizer. On a GPU it is
-the peak that PyTorch has allocated there. What would take too much memory or time is counted instead of run.
+resident memory above that after the imports, with the snapshots (which stay in their file, mapped into memory), the fit
+of the bases and the optimizer. On a GPU it is the peak that PyTorch has allocated there. What would take too much
+memory or time is counted instead of run.
 """
 
 import argparse
 import json
-import resource
 import subprocess
 import sys
 import tempfile
@@ -22,6 +22,7 @@ import torch
 from accelerate import Accelerator
 
 from pdiff_hf.evaluation.report import format_table
+from pdiff_hf.experiments import resident_memory
 from pdiff_hf.loop import LoopArguments
 from pdiff_hf.models import DENOISER_PRESETS, autoencoder_architecture
 from pdiff_hf.parameters import ParameterLayout
@@ -58,7 +59,7 @@ def measure(network: str, form: str, path: str, latent_dim: int, num_steps: int)
     snapshots = torch.from_numpy(np.load(path, mmap_mode="c"))
     layout = ParameterLayout(("parameters",), ((snapshots.shape[1],),), ("float32",))
     latents = torch.randn(len(snapshots), latent_dim)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = resident_memory("VmRSS")
     start = time.process_time()
     with tempfile.TemporaryDirectory() as folder:
         arguments = {"args": LoopArguments(num_steps, BATCH_SIZE, 1e-3), "seed": 0, "checkpoint_dir": folder}
@@ -72,7 +73,7 @@ def measure(network: str, form: str, path: str, latent_dim: int, num_steps: int)
     seconds = time.process_time() - start
     if accelerator.device.type == "cuda":
         return {"seconds": seconds, "memory": torch.cuda.max_memory_allocated(accelerator.device)}
-    return {"seconds": seconds, "memory": 1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)}
+    return {"seconds": seconds, "memory": resident_memory("VmHWM") - before}
 
 
 def measure_apart(*arguments) -> dict:
