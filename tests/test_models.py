@@ -254,6 +254,8 @@ def test_errors():
         make_autoencoder(10, latent_dim=0)
     with pytest.raises(LayoutError, match="token_size and token_dim must be at least 1, got 0 and 32"):
         make_autoencoder(10, token_size=0)
+    with pytest.raises(LayoutError, match="token_size=1 cuts 1,000,000,000,000 numbers into 1,000,000,000,000 tokens"):
+        ParameterAutoencoder(make_layout(10**12).to_dict(), latent_dim=2, token_size=1)
     with pytest.raises(LayoutError, match="needs convolutions"):
         ParameterAutoencoder(make_layout(10).to_dict(), latent_dim=2, block_out_channels=(), variational=True)
     with pytest.raises(LayoutError, match="kernel_size must be odd"):

@@ -26,6 +26,7 @@ AUTOENCODER_PRESETS = {
 NORMALIZATIONS = ["coordinate", "tensor"]
 # So many numbers of each vector are worked on at once where not all of them need to be.
 BLOCK_SIZE = 2**18
+MAX_TOKENS = 10**7
 
 
 @dataclass
@@ -117,13 +118,14 @@ class ParameterAutoencoder(SavedModel, ConfigMixin):
         format_version (`int`, *optional*): Of the saved files, which carry it so that an older release can refuse them.
 
     Raises:
-        LayoutError: if the latent is longer than the vector, the kernel size is even, or there are no convolutions to
-            be variational.
+        LayoutError: if the latent is longer than the vector, the kernel size is even, there are no convolutions to be
+            variational, or there would be more than `MAX_TOKENS` tokens.
     """
 
     # What is stored in them is lost in half precision: the spread of a tensor is a small part of its mean.
-    _ddp_params_and_buffers_to_ignore = ["token_basis"]  # it never changes, and is long: not to be sent at every step
     _keep_in_fp32_modules = ["parameter_mean", "parameter_std", "token_basis", "latent_mean", "latent_std"]
+    # It never changes, and is long: not to be sent to the other processes at every step.
+    _ddp_params_and_buffers_to_ignore = ["token_basis"]
 
     @register_to_config
     def __init__(
@@ -206,6 +208,12 @@ class ParameterAutoencoder(SavedModel, ConfigMixin):
         if token_size is None:
             self.token_lengths, self.token_shape = None, (1, num_parameters)
             return
+        num_tokens = sum(-(-size // token_size) for size in pieces)
+        if num_tokens > MAX_TOKENS:  # before a list of them is made: a config may ask for anything
+            raise LayoutError(
+                f"token_size={token_size} cuts {num_parameters:,} numbers into {num_tokens:,} tokens, more than "
+                f"{MAX_TOKENS:,}; use larger tokens"
+            )
         self.token_lengths = [min(token_size, size - start) for size in pieces for start in range(0, size, token_size)]
         self.token_shape = (token_dim, len(self.token_lengths))
         # Row i are the entries of the principal directions of its token that belong to parameter i.
@@ -339,11 +347,7 @@ class ParameterAutoencoder(SavedModel, ConfigMixin):
 
     def encode(self, parameters: torch.Tensor) -> ParameterEncoderOutput:
         """Parameters in natural units, shape `(N, D)`, to standardised latents, shape `(N, L)`."""
-        return self.encode_tokens(self.tokenize(parameters))
-
-    def encode_tokens(self, tokens: torch.Tensor) -> ParameterEncoderOutput:
-        """Tokens, shape `(N, C, S)`, to standardised latents, shape `(N, L)`."""
-        latents = self._encode(tokens)[0].float()
+        latents = self._encode(self.tokenize(parameters))[0].float()
         return ParameterEncoderOutput(latents=(latents - self.latent_mean) / self.latent_std)
 
     def decode(self, latents: torch.Tensor) -> ParameterDecoderOutput:
