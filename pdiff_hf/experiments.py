@@ -99,17 +99,22 @@ def _mini(label: str, name: str, **paper) -> Architecture:
 _AT_32 = {"image_size": 32}
 _VIT_AT_32 = _AT_32 | {"model_args": '{"img_size": 32}'}
 ARCHITECTURES = {
-    "resnet18": Architecture("ResNet-18", "partial", {"model": "resnet18"}, {"model": "timm/resnet18.a1_in1k"}),
+    "resnet18": Architecture(
+        "ResNet-18",
+        "partial",
+        {"model": "resnet18", "max_train_samples": 20_000, "base_epochs": 3},
+        {"model": "timm/resnet18.a1_in1k"},
+    ),
     "resnet50": Architecture(
         "ResNet-50",
         "partial",
-        _AT_32 | {"model": "resnet50", "max_train_samples": 10_000, "base_epochs": 3},
+        _AT_32 | {"model": "resnet50", "max_train_samples": 8_000, "base_epochs": 2},
         {"model": "timm/resnet50.a1_in1k"},
     ),
     "vit_tiny": Architecture(
         "ViT-Tiny",
         "partial",
-        _VIT_AT_32 | {"model": "vit_tiny_patch16_224", "max_train_samples": 20_000},
+        _VIT_AT_32 | {"model": "vit_tiny_patch16_224", "max_train_samples": 20_000, "base_epochs": 3},
         {"model": "timm/vit_tiny_patch16_224.augreg_in21k_ft_in1k"},
     ),
     "vit_base": Architecture(
@@ -121,20 +126,19 @@ ARCHITECTURES = {
             "max_train_samples": 1_500,
             "base_epochs": 2,
             "max_eval_samples": 300,
-            "num_snapshots": 200,
         },
         {"model": "timm/vit_base_patch16_224.augreg2_in21k_ft_in1k"},
     ),
     "convnext_tiny": Architecture(
         "ConvNeXt-Tiny",
         "partial",
-        _AT_32 | {"model": "convnext_tiny", "max_train_samples": 10_000, "base_epochs": 3, "max_eval_samples": 1_000},
+        _AT_32 | {"model": "convnext_tiny", "max_train_samples": 8_000, "base_epochs": 2},
         {"model": "timm/convnext_tiny.in12k_ft_in1k"},
     ),
     "convnext_base": Architecture(
         "ConvNeXt-Base",
         "partial",
-        _AT_32 | {"model": "convnext_base", "max_train_samples": 4_000, "base_epochs": 2, "max_eval_samples": 500},
+        _AT_32 | {"model": "convnext_base", "max_train_samples": 3_000, "base_epochs": 2, "max_eval_samples": 500},
         {"model": "timm/convnext_base.fb_in22k_ft_in1k"},
     ),
     "convnet_mini": _mini("ConvNet-mini", "convnet_mini"),
@@ -147,7 +151,7 @@ ARCHITECTURES = {
 MINIS = ("convnet_mini", "mlp_mini", "resnet_mini", "vit_mini", "convnext_mini")
 
 # What all rows have in common, beside their recipe file.
-SMALL_SETTINGS = {"max_eval_samples": 2_000, "num_snapshots": 300, "num_models": 200, "baseline_models": 0}
+SMALL_SETTINGS = {"max_eval_samples": 1_000, "num_snapshots": 200, "num_models": 100, "baseline_models": 0}
 PAPER_SETTINGS = {  # Table 5
     "base_epochs": 10,
     "base_batch_size": 128,
@@ -690,7 +694,7 @@ def run_name(recipe: Recipe) -> str:
 # -------------------------------------------------------------------------------------------------------- what it costs
 
 OPERATIONS_PER_SECOND = 30e9  # of one slow core: 45 to 100 in training were measured, 25 in scoring many networks
-GENERATOR_SECONDS = 180  # autoencoder and denoiser of the small scale, there
+GENERATOR_SECONDS = 60  # autoencoder and denoiser of the small scale, there
 
 
 def cost(plan: Sequence[tuple[Row, Sequence[Recipe]]]) -> tuple[int, float]:

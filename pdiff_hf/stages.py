@@ -52,7 +52,7 @@ from .recipe import (
     Recipe,
     TaskSection,
 )
-from .tasks import ImageClassificationTask, Task, TextClassificationTask
+from .tasks import ClassificationTask, ImageClassificationTask, Task, TextClassificationTask
 from .training import NoiseArguments, make_training_scheduler, train_autoencoder, train_denoiser
 
 logger = logging.getLogger(__name__)
@@ -414,8 +414,10 @@ class Run:
             for row, seed, step in zip(aligned, seeds, steps, strict=True):
                 writer.write(row, seed=seed, step=step)
 
-    def _check_basins(self) -> dict:
-        """Warns of snapshots that one generator can hardly learn; see `check_basins`."""
+    def _check_basins(self) -> dict | None:
+        """Warns of snapshots that one generator can hardly learn; see `check_basins`. For classifiers."""
+        if not isinstance(self.task, ClassificationTask):
+            return None
         dataset = self.snapshots[0]
         models = BatchedModels(self.base_model.to(PartialState().device), self.layout)
         # Data sets from elsewhere may have the parameters alone.

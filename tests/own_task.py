@@ -5,10 +5,10 @@ from torch import nn
 
 from pdiff_hf.recipe import RecipeParser
 from pdiff_hf.stages import Run
-from pdiff_hf.tasks import Task
+from pdiff_hf.tasks import ClassificationTask
 
 
-class Clouds(Task):
+class Clouds(ClassificationTask):
     def load_base_model(self):
         return nn.Sequential(nn.Linear(4, 16), nn.LayerNorm(16), nn.ReLU(), nn.Linear(16, 2))
 

@@ -29,13 +29,13 @@ from pdiff_hf.loop import epoch_indices
 from pdiff_hf.parameters import ParameterLayout, select_layout
 from pdiff_hf.recipe import Recipe
 from pdiff_hf.stages import Run
-from pdiff_hf.tasks import ImageClassificationTask, Task
+from pdiff_hf.tasks import ClassificationTask, ImageClassificationTask, Task
 
 ROOT = Path(__file__).parent.parent
 MINIS = {"mlp_mini": 8, "convnet_mini": 16, "cnn3_mini": 20}  # with a size of images
 
 
-class PlainTask(Task):
+class PlainTask(ClassificationTask):
     """For any network, on noise."""
 
     def __init__(self, network: nn.Module, shape: tuple[int, ...]):

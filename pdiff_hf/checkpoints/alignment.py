@@ -19,7 +19,7 @@ from torch import nn
 from torch.fx import Node
 
 from ..parameters import ParameterLayout
-from ..tasks import Task, take
+from ..tasks import ClassificationTask, take
 
 # So many numbers are matched at a time.
 CHUNK_SIZE = 2**24
@@ -102,14 +102,16 @@ class HiddenUnits:
 
 
 @torch.no_grad()
-def align_snapshots(task: Task, model: nn.Module, layout: ParameterLayout, parameters: torch.Tensor) -> torch.Tensor:
+def align_snapshots(
+    task: ClassificationTask, model: nn.Module, layout: ParameterLayout, parameters: torch.Tensor
+) -> torch.Tensor:
     """
     Reorders the hidden units of networks so that their parameters become as alike as weight matching can make them:
     first all like the first network, then all like their mean, again and again until nothing changes. Each network
     computes what it computed before.
 
     Args:
-        task (`Task`): What the networks are for; it says what goes into them.
+        task (`ClassificationTask`): What the networks are for; it says what goes into them.
         model (`nn.Module`): The base model: layers in a row of the kinds `Linear`, `Conv1d` and `Conv2d`, element-wise
             activations, pooling, `Flatten`, and layer and batch normalization.
         layout (`ParameterLayout`): Of the parameters. It must hold every tensor that is reordered.
@@ -220,7 +222,7 @@ class _Captured(Exception):
     """Carries the arguments of the first call of a network."""
 
 
-def _arguments(task: Task, device: torch.device) -> tuple[tuple, dict[str, Any]]:
+def _arguments(task: ClassificationTask, device: torch.device) -> tuple[tuple, dict[str, Any]]:
     """What the task calls its network with, for a batch of two examples."""
     batch = send_to_device(task.collate(take(task.load_split("validation"), [0, 1])), device)
 
@@ -234,12 +236,12 @@ def _arguments(task: Task, device: torch.device) -> tuple[tuple, dict[str, Any]]
     raise AlignmentError(f"{type(task).__name__}.predict does not call the network")
 
 
-def find_hidden_units(task: Task, model: nn.Module, layout: ParameterLayout) -> list[HiddenUnits]:
+def find_hidden_units(task: ClassificationTask, model: nn.Module, layout: ParameterLayout) -> list[HiddenUnits]:
     """
     The hidden units of a network that may be reordered, layer by layer, found by tracing it with `torch.export`.
 
     Args:
-        task (`Task`): Says what goes into the network. Examples are stacked in the first dimension.
+        task (`ClassificationTask`): Says what goes into the network. Examples are stacked in the first dimension.
         model (`nn.Module`): The network; it is put in eval mode.
         layout (`ParameterLayout`): The tensors that can be reordered.
 

@@ -14,7 +14,7 @@ from tqdm.auto import tqdm
 from ..batched import BatchedModels, Forward, PrefixCache
 from ..loop import LoopArguments, TrainingError, derive_seed, epoch_indices, largest, make_optimizer, train
 from ..parameters import ParameterLayout
-from ..tasks import Task, accuracy, take
+from ..tasks import ClassificationTask, Task, accuracy, take
 from .dataset import SnapshotWriter
 
 # Snapshots wait in memory, up to this size, to be scored together in one pass over the validation data.
@@ -85,11 +85,11 @@ def collect_snapshots(
     seed: int,
 ) -> None:
     """
-    Fine-tunes the tensors of `layout` and writes snapshots to the parameter data set `folder`, with the column
-    `validation_accuracy` in percent; the column `seed` differs between runs. Everything else stays as it is: the other
-    parameters, and the statistics of batch norm, because the network is in eval mode throughout. `model` is left as it
-    was. Where examples come up several times, what is computed from them before the trained tensors are used is
-    computed once and kept, if it fits into memory and the data are the same each time.
+    Fine-tunes the tensors of `layout` and writes snapshots to the parameter data set `folder`, for classification with
+    the column `validation_accuracy` in percent; the column `seed` differs between runs. Everything else stays as it
+    is: the other parameters, and the statistics of batch norm, because the network is in eval mode throughout. `model`
+    is left as it was. Where examples come up several times, what is computed from them before the trained tensors are
+    used is computed once and kept, if it fits into memory and the data are the same each time.
 
     Raises:
         TrainingError: if the loss or a parameter is no longer finite.
@@ -119,7 +119,8 @@ def collect_snapshots(
         mininterval=1.0,
     )
     try:
-        with SnapshotWriter(folder, layout, metrics=("validation_accuracy",)) as writer:
+        classifies = isinstance(task, ClassificationTask)
+        with SnapshotWriter(folder, layout, metrics=("validation_accuracy",) if classifies else ()) as writer:
             buffer: list[tuple[torch.Tensor, int, int]] = []
             num_taken = 0
             for run_seed, step, indices in progress:
@@ -148,9 +149,12 @@ def collect_snapshots(
                 buffer.append((layout.flatten(model.state_dict()), step, run_seed))
                 num_taken += 1
                 if len(buffer) == num_buffered or num_taken == args.num_snapshots:
-                    scores = accuracy(task, models, "validation", torch.stack([row[0] for row in buffer]))
-                    for (parameters, row_step, row_seed), score in zip(buffer, scores.tolist(), strict=True):
-                        writer.write(parameters, step=row_step, seed=row_seed, validation_accuracy=score)
+                    metrics = [{}] * len(buffer)
+                    if classifies:
+                        scores = accuracy(task, models, "validation", torch.stack([row[0] for row in buffer]))
+                        metrics = [{"validation_accuracy": score} for score in scores.tolist()]
+                    for (parameters, row_step, row_seed), columns in zip(buffer, metrics, strict=True):
+                        writer.write(parameters, step=row_step, seed=row_seed, **columns)
                     buffer.clear()
     finally:
         model.load_state_dict(layout.unflatten(original), strict=False)

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from ..batched import BatchedModels
-from ..tasks import Task, predict_logits
+from ..tasks import ClassificationTask, predict_logits
 from .report import without_nan
 
 logger = logging.getLogger(__name__)
@@ -42,7 +42,7 @@ class Barrier:
 
 
 def measure_barrier(
-    task: Task,
+    task: ClassificationTask,
     models: BatchedModels,
     first: torch.Tensor,
     second: torch.Tensor,
@@ -54,7 +54,7 @@ def measure_barrier(
     Scores the networks on the straight line between two networks on validation data, all in one pass.
 
     Args:
-        task (`Task`): Gives the data and the prediction.
+        task (`ClassificationTask`): Gives the data and the prediction.
         models (`BatchedModels`): Runs the networks.
         first, second (`torch.Tensor`): Parameters, shape `(D,)` each.
         num_points (`int`, *optional*, defaults to 5): On the line, with its ends; at least 3.
@@ -100,7 +100,11 @@ def _farthest(parameters: torch.Tensor, place: torch.Tensor) -> int:
 
 
 def check_basins(
-    task: Task, models: BatchedModels, parameters: torch.Tensor, seeds: Sequence[int], steps: Sequence[int]
+    task: ClassificationTask,
+    models: BatchedModels,
+    parameters: torch.Tensor,
+    seeds: Sequence[int],
+    steps: Sequence[int],
 ) -> dict:
     """
     Measures the barrier between a few pairs of snapshots, and logs one warning if it is above `MAX_BARRIER` anywhere.

@@ -19,7 +19,7 @@ from tqdm.auto import tqdm
 from ..batched import BatchedModels
 from ..files import replacing
 from ..parameters import ParameterLayout
-from ..tasks import Task, predict_logits, take
+from ..tasks import ClassificationTask, predict_logits, take
 from ..tasks.task import Split
 
 # So many networks are scored in one pass over the data and then written to the cache: what a kill can lose. Every pass
@@ -60,7 +60,7 @@ class Scorer:
     Scores networks that differ in the tensors of a layout, each of them once.
 
     Args:
-        task (`Task`): Gives the data and the prediction.
+        task (`ClassificationTask`): Gives the data and the prediction.
         model (`nn.Module`): The base model, on the device to compute on.
         layout (`ParameterLayout`): Which of its tensors differ.
         cache_dir (`str` or `os.PathLike`, *optional*): Scores are kept here, under a hash of everything that they
@@ -69,7 +69,11 @@ class Scorer:
     """
 
     def __init__(
-        self, task: Task, model: nn.Module, layout: ParameterLayout, cache_dir: str | os.PathLike | None = None
+        self,
+        task: ClassificationTask,
+        model: nn.Module,
+        layout: ParameterLayout,
+        cache_dir: str | os.PathLike | None = None,
     ):
         self.task, self.layout = task, layout
         self.models = BatchedModels(model, layout)

@@ -1,5 +1,14 @@
 from .image_classification import ImageClassificationTask
-from .task import Task, accuracy, predict_logits, take
+from .task import ClassificationTask, MeasuredTask, Task, accuracy, predict_logits, take
 from .text_classification import TextClassificationTask
 
-__all__ = ["ImageClassificationTask", "Task", "TextClassificationTask", "accuracy", "predict_logits", "take"]
+__all__ = [
+    "ClassificationTask",
+    "ImageClassificationTask",
+    "MeasuredTask",
+    "Task",
+    "TextClassificationTask",
+    "accuracy",
+    "predict_logits",
+    "take",
+]

@@ -27,14 +27,14 @@ from transformers import (
 from transformers.models.timm_wrapper import TimmWrapperConfig
 
 from .splits import check_sizes, label_settings, make_splits
-from .task import Batch, Split, Task
+from .task import Batch, ClassificationTask, Split
 
 # Preprocessed images are kept in memory (as uint8) up to this size, and made anew for each batch beyond it.
 MEMORY_BUDGET = 2 * 2**30
 
 
 @dataclass
-class ImageClassificationTask(Task):
+class ImageClassificationTask(ClassificationTask):
     """
     Args:
         model (`str`, *optional*, defaults to `"resnet18"`): Name of a timm architecture (with fresh weights), or a

@@ -26,6 +26,8 @@ class Task(ABC):
     What a subclass says about the base model and its data is all that the rest needs to know. `call` below is the base
     model, or a function that takes its place and runs the same network with other parameters; it must be the only way
     in which a task runs a network.
+
+    A task is a `ClassificationTask`, or a `MeasuredTask` for everything else that networks do.
     """
 
     @abstractmethod
@@ -42,15 +44,11 @@ class Task(ABC):
 
     @abstractmethod
     def collate(self, examples: Any) -> Batch:
-        """What a `DataLoader` does with the examples of a batch; the batch has the entry `labels`, shape `(B,)`."""
+        """What a `DataLoader` does with the examples of a batch."""
 
     @abstractmethod
     def loss(self, call: Callable, batch: Batch) -> torch.Tensor:
-        """The training loss of one batch, a scalar."""
-
-    @abstractmethod
-    def predict(self, call: Callable, batch: Batch) -> torch.Tensor:
-        """Logits of shape `(B, C)`."""
+        """The training loss of one batch, a scalar, whether the network is in training or in evaluation mode."""
 
     def save_base_model(self, model: nn.Module, folder: str | os.PathLike) -> None:
         """Writes the network into the existing folder; a task may add what it prepares its inputs with."""
@@ -68,13 +66,51 @@ class Task(ABC):
         return model
 
 
+class ClassificationTask(Task):
+    """A task with one of C classes for each example; the batches of `collate` have the entry `labels`, `(B,)`."""
+
+    @abstractmethod
+    def predict(self, call: Callable, batch: Batch) -> torch.Tensor:
+        """Logits of shape `(B, C)`."""
+
+
+class MeasuredTask(Task):
+    """
+    A task whose networks are judged by one number over a whole split, such as the AP of a detector. There is no
+    similarity of wrong predictions then: reports say how good networks are and how near to the snapshots they lie.
+
+    Attributes:
+        metric (`str`): Name of the number, with its unit if it has one.
+        higher_is_better (`bool`): Whether the best network is the one with the largest number.
+    """
+
+    metric: str
+    higher_is_better: bool = True
+
+    @abstractmethod
+    def measure(self, models: BatchedModels, split: Split, parameters: torch.Tensor) -> torch.Tensor:
+        """
+        The metric of N networks on a split, float64 of shape `(N,)`, in as few passes over the data as can be.
+
+        Args:
+            models (`BatchedModels`): Runs the networks, `models(lambda call: ..., parameters)`, and computes what they
+                have in common once; `models.model` is the base model, in evaluation mode.
+            split (`str`): Networks are selected on `validation` and reported on `test`.
+            parameters (`torch.Tensor`): Shape `(N, D)`.
+        """
+
+
 def take(split: Dataset, indices: Sequence[int]) -> Any:
     """The examples at `indices`, in one call where the data set can do that."""
     return split.__getitems__(indices) if hasattr(split, "__getitems__") else [split[i] for i in indices]
 
 
 def predict_logits(
-    task: Task, models: BatchedModels, split: Split, parameters: torch.Tensor, max_examples: int | None = None
+    task: ClassificationTask,
+    models: BatchedModels,
+    split: Split,
+    parameters: torch.Tensor,
+    max_examples: int | None = None,
 ) -> Iterator[tuple[slice, slice, torch.Tensor, torch.Tensor]]:
     """
     Runs N networks over a split in one pass over the data.
@@ -107,7 +143,7 @@ def predict_logits(
         size = halve(examples.stop - start, "examples")
 
 
-def accuracy(task: Task, models: BatchedModels, split: Split, parameters: torch.Tensor) -> torch.Tensor:
+def accuracy(task: ClassificationTask, models: BatchedModels, split: Split, parameters: torch.Tensor) -> torch.Tensor:
     """Accuracy of N networks in percent, shape `(N,)`, in one pass over the data."""
     correct = torch.zeros(len(parameters), len(task.load_split(split)), dtype=torch.bool)
     for rows, examples, logits, labels in predict_logits(task, models, split, parameters):

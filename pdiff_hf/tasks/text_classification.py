@@ -27,14 +27,14 @@ from transformers import (
 )
 
 from .splits import check_sizes, label_settings, make_splits
-from .task import Batch, Split, Task
+from .task import Batch, ClassificationTask, Split
 
 FILE_TYPES = {".csv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
 SPECIAL_TOKENS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]
 
 
 @dataclass
-class TextClassificationTask(Task):
+class TextClassificationTask(ClassificationTask):
     """
     Args:
         model (`str`): Local folder or Hub id of a transformers model. A local folder with a `config.json` and no
