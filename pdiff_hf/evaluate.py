@@ -10,13 +10,14 @@ from torch import nn
 
 from .checkpoints import load_snapshots, parameter_matrix, read_networks
 from .evaluation.generator import evaluate_generator
+from .evaluation.measured import Measurer
 from .evaluation.scoring import Scorer
 from .files import remove
 from .parameters import LayoutError, ParameterLayout
 from .pipelines import PDiffPipeline
 from .recipe import Recipe
 from .stages import make_task
-from .tasks import Task
+from .tasks import ClassificationTask, Task
 
 
 def evaluate_saved(source: str, recipe: Recipe) -> dict:
@@ -50,7 +51,8 @@ def evaluate_saved(source: str, recipe: Recipe) -> dict:
     task = make_task(recipe)
     model = _load_model(task, recipe.model, layout) if carried is None else carried
     layout.check_fits(model.state_dict())
-    if model.config.num_labels != len(task.class_names):
+    classifies = isinstance(task, ClassificationTask)
+    if classifies and model.config.num_labels != len(task.class_names):
         raise ValueError(
             f"'{recipe.dataset}' has {len(task.class_names)} classes, and the network has {model.config.num_labels}"
         )
@@ -59,7 +61,7 @@ def evaluate_saved(source: str, recipe: Recipe) -> dict:
     part = output / ".report.part"
     remove(part)
     report = evaluate_generator(
-        Scorer(task, model.to(device), layout, cache_dir=output / "scores"),
+        (Scorer if classifies else Measurer)(task, model.to(device), layout, cache_dir=output / "scores"),
         parameter_matrix(snapshots, layout),
         read_networks(folder, layout) if pipeline is None else pipeline.to(device),
         part,

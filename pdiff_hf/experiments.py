@@ -885,13 +885,18 @@ def _link(path: Path, target: Path) -> None:
 
 
 def _best(report: dict, group: str) -> dict[str, float]:
-    row = next(row for row in report["groups"] if row["name"] == group)
-    return {"": row["accuracy_best"], "selected on test": row["accuracy_best_on_test"]}
+    row, score = _group(report, group)
+    return {"": row[f"{score}_best"], "selected on test": row[f"{score}_best_on_test"]}
 
 
 def _average(report: dict, group: str) -> dict[str, float]:
-    row = next(row for row in report["groups"] if row["name"] == group)
-    return {"": row["accuracy_mean"], "std over networks": row["accuracy_std"], "networks": row["n"]}
+    row, score = _group(report, group)
+    return {"": row[f"{score}_mean"], "std over networks": row[f"{score}_std"], "networks": row["n"]}
+
+
+def _group(report: dict, name: str) -> tuple[dict, str]:
+    """A group of a report, and what its numbers are called: tasks other than classification have another metric."""
+    return next(row for row in report["groups"] if row["name"] == name), "score" if "metric" in report else "accuracy"
 
 
 def _similarity(report: dict, group: str) -> dict[str, float]:

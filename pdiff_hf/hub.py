@@ -222,7 +222,8 @@ def make_model_card(
     name = repo_id.rpartition("/")[2]
     measured = {}
     if report is not None:
-        measured = {"metrics": ["accuracy"], "model_name": name, "eval_results": _eval_results(report, recipe)}
+        metric = report["metric"]["name"] if "metric" in report else "accuracy"
+        measured = {"metrics": [metric], "model_name": name, "eval_results": _eval_results(report, recipe)}
     data = ModelCardData(
         license=license,
         library_name="pdiff_hf",
@@ -274,11 +275,22 @@ def _eval_results(report: dict, recipe: dict) -> list[EvalResult]:
         "dataset_config": recipe.get("dataset", "").partition(":")[2] or None,
         "dataset_split": "test",
     }
+    if "metric" in report:
+        metric = report["metric"]["name"]
+        values = {
+            f"Mean {metric} of {generated['n']} networks": (metric, generated["score_mean"]),
+            f"{metric} of the network chosen on validation data": (metric, generated["score_best"]),
+        }
+        return _as_results(values, source)
     values = {
         f"Mean accuracy of {generated['n']} networks (%)": ("accuracy", generated["accuracy_mean"]),
         "Accuracy of the network chosen on validation data (%)": ("accuracy", generated["accuracy_best"]),
         "Mean over the networks of the largest IoU of errors with an original": ("iou", generated["iou_max"]),
     }
+    return _as_results(values, source)
+
+
+def _as_results(values: dict[str, tuple[str, float | None]], source: dict) -> list[EvalResult]:
     return [
         EvalResult(metric_type=metric, metric_value=round(value, 4), metric_name=name, **source)
         for name, (metric, value) in values.items()

@@ -33,6 +33,7 @@ from .checkpoints import (
 from .evaluation.barrier import check_basins
 from .evaluation.baselines import standard_baselines
 from .evaluation.generator import evaluate_generator
+from .evaluation.measured import Measurer
 from .evaluation.scoring import Scorer
 from .files import is_disk_full, part_of, remove, replacing
 from .limits import first_line
@@ -164,7 +165,8 @@ class Run:
                         f"({_difference(settings, self._settings(stage))}); go on with those, or begin the stage anew "
                         "without --resume_from_checkpoint"
                     )
-        if "evaluate" in r.stages and not self.is_finished("evaluate"):
+        classifies = isinstance(self.task, ClassificationTask)
+        if classifies and "evaluate" in r.stages and not self.is_finished("evaluate"):
             model = self.base_model if self.is_finished("base") else self.task.load_base_model()
             count = 2 * num_snapshots + 1 + r.num_models + (len(standard_baselines()) + 1) * r.baseline_models
             for split in ("validation", "test"):
@@ -537,15 +539,20 @@ class Run:
         with_vae = r.baseline_models > 0 and r.autoencoder_preset != "pca"
         if with_vae and not self.is_finished("vae"):
             self.train_vae()
-        scorer = Scorer(self.task, self.base_model.to(device), self.layout, cache_dir=self.folder / "scores")
+        classifies = isinstance(self.task, ClassificationTask)
+        scorer = (Scorer if classifies else Measurer)(
+            self.task, self.base_model.to(device), self.layout, cache_dir=self.folder / "scores"
+        )
         if not PartialState().is_main_process:
-            scorer.help()
+            if classifies:  # what measures other networks is not shared between processes
+                scorer.help()
             return
         if with_vae:
             generator = torch.Generator().manual_seed(derive_seed(r.seed, *b"vae"))
             autoencoder = ParameterAutoencoder.from_pretrained(self.folder / FOLDERS["vae"]).eval()
             vae = autoencoder.sample_prior(r.baseline_models, generator)
-        with self._replacing("evaluate") as folder, scorer.with_help():
+        helped = scorer.with_help() if classifies else contextlib.nullcontext()
+        with self._replacing("evaluate") as folder, helped:
             evaluate_generator(
                 scorer,
                 self.parameters,

@@ -41,7 +41,7 @@ from pdiff_hf.evaluation.report import format_summary
 from pdiff_hf.evaluation.scoring import Scorer, Scores
 from pdiff_hf.recipe import Recipe
 from pdiff_hf.stages import FOLDERS, make_task
-from pdiff_hf.tasks import take
+from pdiff_hf.tasks import ClassificationTask, take
 
 MAX_MODELS = 500
 MAX_STEPS = 1000
@@ -122,6 +122,9 @@ def load_source(name: str) -> Source:
     source.report = _load_report(folder if is_local else name)
     if source.report is None:
         source.missing.append("its report: it has not been evaluated")
+    elif "metric" in source.report:
+        source.report = None
+        source.missing.append("its report, which is not one of classifiers: see report.md beside the pipeline")
     else:
         try:
             format_summary(source.report), compare(source)
@@ -158,6 +161,8 @@ def _load_task(source: Source, folder: Path) -> None:
     if layout != source.pipe.autoencoder.layout:
         raise LayoutError("the snapshots beside the pipeline are of other tensors")
     task = make_task(recipe)
+    if not isinstance(task, ClassificationTask):
+        raise ValueError(f"networks for {recipe.task} are not classifiers; scripts/evaluate.py measures them")
     model = source.pipe.base_model or task.load_saved(folder / FOLDERS["base"]).to(source.pipe.device)
     source.scorer = Scorer(task, model, layout, cache_dir=folder / "scores")
     source.snapshots = parameter_matrix(snapshots, layout)

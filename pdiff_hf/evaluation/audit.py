@@ -8,6 +8,7 @@ The yardstick is the snapshots themselves. Where they are one optimisation step 
 noise that is larger than a step is no copy by this rule: `fraction_nearer_than_mean` and the IoU then say more.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -25,7 +26,7 @@ CONTRACTED = 0.9  # times the snapshots' distance to their mean: nearer than tha
 
 @dataclass(frozen=True)
 class AuditRow:
-    """The audit of one group of N models; lists have one entry a model.
+    """The audit of one group of N models; lists have one entry a model, those about predictions none without classes.
 
     Args:
         name (`str`): of the group.
@@ -38,7 +39,8 @@ class AuditRow:
         fraction_below_minimum, fraction_below_percentile, fraction_below_median (`float`): share of the models whose
             `distance` is below the minimum, 5th percentile and median of the snapshots' own.
         fraction_nearer_than_mean (`float`): share of the models that are nearer to a snapshot than to the mean.
-        fraction_alike (`float`): share of the models whose `iou` is above the 95th percentile of the originals' own.
+        fraction_alike (`float`): share of the models whose `iou` is above the 95th percentile of the originals' own;
+            nan without predictions.
         num_too_near (`int`): models below the 5th percentile that are also nearer to the snapshot than to the mean.
         num_allowed (`int`): how many of those chance allows, the 99% quantile of Binomial(N, 0.05).
         num_near_identical (`int`): models nearer than half of the minimum that are also nearer to it than to the mean.
@@ -71,15 +73,19 @@ class AuditRow:
 
 
 def audit_group(
-    name: str, distances: dict[str, Tensor], wrong: Tensor, wrong_originals: Tensor, exclude_self: bool = False
+    name: str,
+    distances: dict[str, Tensor],
+    wrong: Tensor | None = None,
+    wrong_originals: Tensor | None = None,
+    exclude_self: bool = False,
 ) -> AuditRow:
     """Nearest snapshot of each model in weights and in predictions, against how near snapshots are to each other.
 
     Args:
         name (`str`): of the group.
         distances (`dict[str, torch.Tensor]`): what `metrics.distances` returns for the group.
-        wrong (`torch.Tensor`): (N, M) bool.
-        wrong_originals (`torch.Tensor`): (K, M) bool, K >= 2.
+        wrong (`torch.Tensor`, *optional*): (N, M) bool, for classifiers.
+        wrong_originals (`torch.Tensor`, *optional*): (K, M) bool, K >= 2.
         exclude_self (`bool`, defaults to `False`): the group *is* the originals (give it to `metrics.distances` too).
 
     Returns:
@@ -89,13 +95,18 @@ def audit_group(
         ValueError: for fewer than two snapshots (they have no distance to each other), or if numbers of models differ.
     """
     nearest, own = distances["nearest"], distances["snapshots_nearest"]
-    if len(own) < 2 or len(own) != len(wrong_originals) or len(nearest) != len(wrong):
+    classifies = wrong is not None and wrong_originals is not None
+    if len(own) < 2 or (classifies and (len(own) != len(wrong_originals) or len(nearest) != len(wrong))):
         raise ValueError(
             f"needs at least 2 snapshots and one row of predictions a model, got distances of {len(nearest)} models to "
-            f"{len(own)} snapshots, predictions of {len(wrong)} models and of {len(wrong_originals)} originals"
+            f"{len(own)} snapshots"
+            + (f", predictions of {len(wrong)} models and of {len(wrong_originals)} originals" if classifies else "")
         )
-    iou, most_alike = nearest_in_predictions(wrong, wrong_originals, exclude_self)
-    own_iou = nearest_in_predictions(wrong_originals, wrong_originals, exclude_self=True)[0]
+    iou, most_alike, alike = torch.empty(0), torch.empty(0, dtype=torch.long), math.nan
+    if classifies:
+        iou, most_alike = nearest_in_predictions(wrong, wrong_originals, exclude_self)
+        own_iou = nearest_in_predictions(wrong_originals, wrong_originals, exclude_self=True)[0]
+        alike = _share(iou > own_iou.quantile(1 - TOO_NEAR_PERCENTILE))
     percentile = own.quantile(TOO_NEAR_PERCENTILE)
     nearer_than_mean = nearest < distances["to_mean"]
     return AuditRow(
@@ -110,7 +121,7 @@ def audit_group(
         fraction_below_percentile=_share(nearest < percentile),
         fraction_below_median=_share(nearest < own.quantile(0.5)),
         fraction_nearer_than_mean=_share(nearer_than_mean),
-        fraction_alike=_share(iou > own_iou.quantile(1 - TOO_NEAR_PERCENTILE)),
+        fraction_alike=alike,
         num_too_near=int((nearer_than_mean & (nearest < percentile)).sum()),
         num_allowed=int(binom.ppf(CHANCE, len(nearest), TOO_NEAR_PERCENTILE)),
         num_near_identical=int((nearer_than_mean & (nearest <= NEAR_IDENTICAL * own.min())).sum()),
@@ -130,10 +141,12 @@ def audit_verdict(generated: AuditRow, baselines: Sequence[AuditRow] = ()) -> st
     )
     if not row.copies and row.to_mean_relative < CONTRACTED:
         sentence += ", a contraction towards the mean, so the distance to the snapshots is not novelty"
-    sentence += (
-        f"; {row.fraction_nearer_than_mean:.0%} are nearer to a snapshot than to the mean; in predictions, "
-        f"{row.fraction_alike:.0%} are more like an original than {1 - TOO_NEAR_PERCENTILE:.0%} of the originals are"
-    )
+    sentence += f"; {row.fraction_nearer_than_mean:.0%} are nearer to a snapshot than to the mean"
+    if row.iou:
+        sentence += (
+            f"; in predictions, {row.fraction_alike:.0%} are more like an original than {1 - TOO_NEAR_PERCENTILE:.0%} "
+            "of the originals are"
+        )
     if baselines:
         copying = [baseline.name for baseline in baselines if baseline.copies]
         sentence += f"; by the same rule {len(copying)} of {len(baselines)} baselines copy"

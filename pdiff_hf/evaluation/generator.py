@@ -12,6 +12,7 @@ from ..memory import InParts
 from ..pipelines import PDiffPipeline
 from .baselines import Baseline, BaselineContext, standard_baselines
 from .figures import draw_figures
+from .measured import Measurer, evaluate_measured
 from .metrics import accuracy, pca_r2_score
 from .report import Group, evaluate, without_nan, write_report
 from .scoring import Scorer
@@ -21,7 +22,7 @@ MAX_TRAJECTORY_STEPS = 20  # of a longer process so many are scored
 
 
 def evaluate_generator(
-    scorer: Scorer,
+    scorer: Scorer | Measurer,
     snapshots: torch.Tensor,
     generator: PDiffPipeline | torch.Tensor,
     folder: str | os.PathLike,
@@ -38,7 +39,7 @@ def evaluate_generator(
     Compares generated networks with the snapshots and with trivial generators, and writes the report and its figures.
 
     Args:
-        scorer (`Scorer`): For the base model and its task.
+        scorer (`Scorer` or `Measurer`): For the base model and its task.
         snapshots (`torch.Tensor`): Shape `(K, D)`, K at least 2.
         generator (`PDiffPipeline` or `torch.Tensor`): A pipeline to sample, or the parameters of generated networks,
             shape `(N, D)`. What needs latents (reconstructions, the kernel density, figures) needs a pipeline.
@@ -53,8 +54,9 @@ def evaluate_generator(
         seed (`int`, *optional*, defaults to 0): Of sampling, baselines and bootstrap.
 
     Returns:
-        `dict`: What `report.json` holds, see `report.evaluate`; for a pipeline also `reverse_process`: the accuracy of
-        `NUM_TRAJECTORIES` networks (rows) decoded after so many `steps` (columns).
+        `dict`: What `report.json` holds, see `report.evaluate` and `measured.evaluate_measured`; for a pipeline of
+        classifiers also `reverse_process`: the accuracy of `NUM_TRAJECTORIES` networks (rows) decoded after so many
+        `steps` (columns).
 
     Raises:
         ValueError: if the baselines or the scores would not fit into memory.
@@ -88,9 +90,13 @@ def evaluate_generator(
         )
         groups += sample_baselines(context, baseline_models, seed)
 
-    report = evaluate(scorer, groups, heldout, seed)
+    if isinstance(scorer, Measurer):
+        report = evaluate_measured(scorer, groups, heldout)
+    else:
+        report = evaluate(scorer, groups, heldout, seed)
+        if pipeline is not None:
+            report |= {"reverse_process": reverse_process(scorer, pipeline, num_inference_steps, seed)}
     if pipeline is not None:
-        report |= {"reverse_process": reverse_process(scorer, pipeline, num_inference_steps, seed)}
         latent_dim = pipeline.autoencoder.config.latent_dim
         seen = snapshots[~heldout] if heldout.any() else snapshots
         report["reconstruction"] |= {

@@ -142,11 +142,19 @@ def plot_reverse_process(path: str | Path, steps: Sequence[int], accuracies: Ten
 def plot_max_similarity_distribution(
     path: str | Path, groups: Mapping[str, Tensor], colours: Sequence[str] | None = None
 ) -> Path:
-    """Distribution of the maximum IoU to the originals in each group (paper, figure 5c), as violins with their medians.
+    """Distribution of the maximum IoU to the originals in each group (paper, figure 5c); see `plot_distribution`."""
+    return plot_distribution(path, groups, "maximum IoU of wrong predictions to the originals", colours)
+
+
+def plot_distribution(
+    path: str | Path, groups: Mapping[str, Tensor], quantity: str, colours: Sequence[str] | None = None
+) -> Path:
+    """Distribution of a number over the models of each group, as violins with their medians.
 
     Args:
         path (`str` or `Path`): of the PNG.
-        groups (`Mapping[str, torch.Tensor]`): name to (N,) maximum IoU; top to bottom in this order.
+        groups (`Mapping[str, torch.Tensor]`): name to (N,) numbers, nan where there is none; top to bottom.
+        quantity (`str`): what the number is, with its unit.
         colours (`Sequence[str]`, *optional*): one a group; by default the first is drawn as the originals and the
             second as the generated models.
     """
@@ -165,7 +173,7 @@ def plot_max_similarity_distribution(
         axes.scatter(np.median(values), row, s=60, marker="|", color=colour, linewidths=3)
     axes.set_yticks(range(len(groups)), labels)
     axes.set_ylim(len(groups) - 0.4, -0.6)
-    axes.set_xlabel("maximum IoU of wrong predictions to the originals (bar: median)")
+    axes.set_xlabel(f"{quantity} (bar: median)")
     axes.grid(axis="x", alpha=0.3)
     return _save(figure, path)
 

@@ -34,6 +34,7 @@ FEW_ERRORS = 20  # with fewer, one error more or less moves an IoU by 5 points
 
 FIGURES = {
     "accuracy_vs_similarity.png": "Accuracy against the similarity to the originals (paper, figure 4)",
+    "scores.png": "Distribution of the metric in each group",
     "max_similarity.png": "Maximum similarity to the originals (paper, figure 5c)",
     "reverse_process.png": "Accuracy along the reverse process (paper, figure 5b)",
     "parameters.png": "Parameters of originals and generated networks",
@@ -134,7 +135,7 @@ def evaluate(scorer: Scorer, groups: Sequence[Group], heldout: torch.Tensor, see
         wrong_originals,
         torch.Generator().manual_seed(derive_seed(seed, *b"bootstrap")),
     )
-    reconstruction = _reconstruction({group.name: group.parameters for group in groups}, heldout)
+    reconstruction = explained_variance({group.name: group.parameters for group in groups}, heldout)
     return without_nan(
         {
             "num_parameters": originals.shape[1],
@@ -165,7 +166,7 @@ def _verdict(rows: Sequence[FrontierRow], audit: AuditRow) -> str:
     )
 
 
-def _reconstruction(parameters: Mapping[str, torch.Tensor], heldout: torch.Tensor) -> dict | None:
+def explained_variance(parameters: Mapping[str, torch.Tensor], heldout: torch.Tensor) -> dict | None:
     """Share of the snapshots' variance around their mean that the autoencoder explains; None without one."""
     if "reconstructed" not in parameters:
         return None
@@ -196,13 +197,18 @@ def _warnings(rows: Mapping[str, dict], reconstruction: dict | None, num_test: i
             f"The autoencoder's reconstructions lose {lost:.2f} points of accuracy: what is generated can hardly do "
             "better. Train the autoencoder longer, with a higher learning rate, or with a longer latent."
         )
+    return warnings + reconstruction_warnings(reconstruction)
+
+
+def reconstruction_warnings(reconstruction: Mapping[str, float | None]) -> list[str]:
+    """Whether the autoencoder explains too little for a generator to learn from."""
     if reconstruction["r2_train"] < 0.5:
-        warnings.append(
+        return [
             f"The autoencoder explains only {max(0, reconstruction['r2_train']):.0%} of what differs between the "
             "snapshots: it returns little but their mean, so that every generated network is close to an average. "
             "Train it longer or with a higher learning rate."
-        )
-    return warnings
+        ]
+    return []
 
 
 def without_nan(values):
@@ -226,32 +232,8 @@ def write_report(report: dict, folder: str | os.PathLike) -> None:
 
 def format_summary(report: dict) -> str:
     """What a person wants to know first, as Markdown that can also be read in a terminal."""
-    splits, reconstruction = report["splits"], report["reconstruction"]
-    header = ["group", "n", "accuracy", "best", "best on test", "IoU within", "max IoU to originals", "NLL", "ECE"]
-    rows = [
-        [
-            row["name"],
-            str(row["n"]),
-            f"{row['accuracy_mean']:.2f} ± {row['accuracy_std']:.2f}",
-            _number(row["accuracy_best"], 2),
-            _number(row["accuracy_best_on_test"], 2),
-            _number(row["iou_self"]),
-            _number(row["iou_max"]),
-            _number(row["nll"]),
-            _number(row["ece"]),
-        ]
-        for row in report["groups"]
-        if row["family"] in (None, "VAE")
-    ]
-    lines = [
-        f"{report['num_parameters']:,} generated parameters. Accuracy in percent on {splits['test']:,} test examples, "
-        "mean ± standard deviation over the n networks of a group; best is selected on "
-        f"{splits['validation']:,} validation examples; best on test is selected on the test examples themselves, as "
-        "the paper does, and too high for it. IoU is the similarity of wrong predictions; NLL (nats) and ECE are means "
-        "over networks. `ensemble` is one network, the mean of all originals.",
-        "",
-        *format_table(header, rows),
-    ]
+    lines = _measured_groups(report) if "metric" in report else _classifier_groups(report)
+    reconstruction = report["reconstruction"]
     if reconstruction is not None:
         heldout = reconstruction["r2_heldout"]
         lines += [
@@ -268,27 +250,88 @@ def format_summary(report: dict) -> str:
     for warning in report["warnings"]:
         lines += ["", f"WARNING: {warning}"]
     lines += ["", f"**Verdict:** {report['verdict']}"]
-    if len(report["frontier"]["rows"]) > 1:
+    if len(report.get("frontier", {}).get("rows", ())) > 1:
         lines += ["", f"**Against the baselines:** {report['frontier']['sentence']}"]
     lines += ["", f"**Memorisation:** {report['audit']['verdict']}"]
     return "\n".join(lines) + "\n"
 
 
+def _measured_groups(report: dict) -> list[str]:
+    splits, metric = report["splits"], report["metric"]
+    header = ["group", "n", metric["name"], "best", "best on test", "to nearest", "to mean"]
+    rows = [
+        [
+            row["name"],
+            str(row["n"]) + (f" ({row['num_undefined']} undefined)" if row["num_undefined"] else ""),
+            "–" if row["score_mean"] is None else f"{row['score_mean']:.2f} ± {row['score_std']:.2f}",
+            _number(row["score_best"], 2),
+            _number(row["score_best_on_test"], 2),
+            _number(row["distance_nearest"], 2),
+            _number(row["distance_to_mean"], 2),
+        ]
+        for row in report["groups"]
+    ]
+    return [
+        f"{report['num_parameters']:,} generated parameters. {metric['name']} "
+        f"({'higher' if metric['higher_is_better'] else 'lower'} is better) on {splits['test']:,} test examples, mean "
+        f"± standard deviation over the n networks of a group; best is selected on {splits['validation']:,} validation "
+        "examples; best on test is selected on the test examples themselves, and too good for it. Distances to the "
+        "nearest snapshot (median) and to their mean (root mean square) are L2, in units of the snapshots' own. "
+        "`ensemble` is one network, the mean of all originals.",
+        "",
+        *format_table(header, rows),
+    ]
+
+
+def _classifier_groups(report: dict) -> list[str]:
+    splits = report["splits"]
+    header = ["group", "n", "accuracy", "best", "best on test", "IoU within", "max IoU to originals", "NLL", "ECE"]
+    rows = [
+        [
+            row["name"],
+            str(row["n"]),
+            f"{row['accuracy_mean']:.2f} ± {row['accuracy_std']:.2f}",
+            _number(row["accuracy_best"], 2),
+            _number(row["accuracy_best_on_test"], 2),
+            _number(row["iou_self"]),
+            _number(row["iou_max"]),
+            _number(row["nll"]),
+            _number(row["ece"]),
+        ]
+        for row in report["groups"]
+        if row["family"] in (None, "VAE")
+    ]
+    return [
+        f"{report['num_parameters']:,} generated parameters. Accuracy in percent on {splits['test']:,} test examples, "
+        "mean ± standard deviation over the n networks of a group; best is selected on "
+        f"{splits['validation']:,} validation examples; best on test is selected on the test examples themselves, as "
+        "the paper does, and too high for it. IoU is the similarity of wrong predictions; NLL (nats) and ECE are means "
+        "over networks. `ensemble` is one network, the mean of all originals.",
+        "",
+        *format_table(header, rows),
+    ]
+
+
 def format_report(report: dict, figures: Sequence[str] = ()) -> str:
     """The whole report as Markdown: the summary, then everything that it rests on."""
-    sections = [
-        format_summary(report).rstrip(),
-        "### Frontier: accuracy against similarity",
-        "Up and left is better: more accurate and less similar to the originals. In brackets are 95% intervals of a "
-        "bootstrap over networks and test examples. `dominated` is the share of resamples in which the setting is at "
-        "least as accurate and at most as similar as the generated networks and better in one of these, `dominates` "
-        "the reverse; a verdict needs 95%.",
-        _frontier_table(report["frontier"]["rows"]),
+    classifies = "metric" not in report
+    sections = [format_summary(report).rstrip()]
+    if classifies:
+        sections += [
+            "### Frontier: accuracy against similarity",
+            "Up and left is better: more accurate and less similar to the originals. In brackets are 95% intervals of "
+            "a bootstrap over networks and test examples. `dominated` is the share of resamples in which the setting "
+            "is at least as accurate and at most as similar as the generated networks and better in one of these, "
+            "`dominates` the reverse; a verdict needs 95%.",
+            _frontier_table(report["frontier"]["rows"]),
+        ]
+    sections += [
         "### Memorisation",
         "Distances are L2, in units of the snapshots' own: to the nearest snapshot (median; 1 is how near snapshots "
         "lie to each other) and to their mean (root mean square; below 0.9 a group has contracted towards it). A group "
         "copies if more of its networks than chance allows are too near to a snapshot, or one is nearly identical. "
-        "Alike is the share whose wrong predictions are more like an original's than 95% of the originals' are.",
+        "Alike is the share whose wrong predictions are more like an original's than 95% of the originals' are, for "
+        "classifiers.",
         _audit_table(report["audit"]["rows"]),
         "### Coverage of the originals",
         "By nearest neighbours in the space of parameters (k = 5): precision is the share of the group that lies among "
@@ -296,10 +339,13 @@ def format_report(report: dict, figures: Sequence[str] = ()) -> str:
         "with multiplicity and with the originals' balls only. Coverage grows with n; recall flatters a group of "
         "few or far-apart networks, whose balls are large.",
         _coverage_table(report["groups"]),
-        "### Prediction ensembles",
-        "Accuracy (NLL, ECE) of the averaged probabilities of n networks of a group, mean over up to 10 ensembles.",
-        _ensemble_table(report["groups"]),
     ]
+    if classifies:
+        sections += [
+            "### Prediction ensembles",
+            "Accuracy (NLL, ECE) of the averaged probabilities of n networks of a group, mean over up to 10 ensembles.",
+            _ensemble_table(report["groups"]),
+        ]
     if figures:
         sections.append("### Figures")
         sections += [f"![{FIGURES[name]}]({name})\n\n*{FIGURES[name]}.*" for name in figures]

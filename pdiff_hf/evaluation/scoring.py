@@ -80,11 +80,7 @@ class Scorer:
         self.cache_dir = None if cache_dir is None else Path(cache_dir)
         self._classes: int | None = None
         self._has_help = False
-        self._context = hashlib.blake2b(digest_size=16)
-        for name, tensor in model.state_dict().items():
-            if name not in layout.names:
-                self._context.update(name.encode() + _bytes(tensor))
-        self._context.update(repr(layout.to_dict()).encode())
+        self._context = context_hash(model, layout)
 
     def score(self, split: Split, parameters: torch.Tensor | Sequence[torch.Tensor]) -> Scores:
         """
@@ -100,7 +96,7 @@ class Scorer:
         """
         rows: dict[str, list[int]] = {}  # the same network may be asked for several times
         for row, vector in enumerate(parameters):
-            rows.setdefault(hashlib.blake2b(_bytes(vector), digest_size=16).hexdigest(), []).append(row)
+            rows.setdefault(content_hash(vector), []).append(row)
         self.check_memory(split, len(parameters))
         scores = self._empty(split, len(parameters))
         missing = dict(rows)
@@ -228,6 +224,21 @@ def _fill(scores: Scores, rows: list[int], chunk: Scores, i: int) -> None:
     scores.predictions[rows] = chunk.predictions[i]
     scores.log_probs[rows] = chunk.log_probs[i]
     scores.labels.copy_(chunk.labels)
+
+
+def context_hash(model: nn.Module, layout: ParameterLayout) -> "hashlib.blake2b":
+    """A hash to be continued, of everything that networks which differ in the tensors of `layout` have in common."""
+    context = hashlib.blake2b(digest_size=16)
+    for name, tensor in model.state_dict().items():
+        if name not in layout.names:
+            context.update(name.encode() + _bytes(tensor))
+    context.update(repr(layout.to_dict()).encode())
+    return context
+
+
+def content_hash(parameters: torch.Tensor) -> str:
+    """Of a network's own parameters, a name for what is kept about it."""
+    return hashlib.blake2b(_bytes(parameters), digest_size=16).hexdigest()
 
 
 def _bytes(tensor: torch.Tensor) -> bytes:
