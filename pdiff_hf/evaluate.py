@@ -16,7 +16,7 @@ from .files import remove
 from .parameters import LayoutError, ParameterLayout
 from .pipelines import PDiffPipeline
 from .recipe import Recipe
-from .stages import make_task
+from .stages import explaining, make_task
 from .tasks import ClassificationTask, Task
 
 
@@ -36,6 +36,7 @@ def evaluate_saved(source: str, recipe: Recipe) -> dict:
 
     Raises:
         ValueError: for everything that can be seen to be wrong before any work is done.
+        ResourceError: where disk or memory run out.
     """
     for key in ("snapshots", "dataset"):
         if getattr(recipe, key) is None:
@@ -60,16 +61,17 @@ def evaluate_saved(source: str, recipe: Recipe) -> dict:
     output = Path(recipe.output_dir)
     part = output / ".report.part"
     remove(part)
-    report = evaluate_generator(
-        (Scorer if classifies else Measurer)(task, model.to(device), layout, cache_dir=output / "scores"),
-        parameter_matrix(snapshots, layout),
-        read_networks(folder, layout) if pipeline is None else pipeline.to(device),
-        part,
-        num_models=recipe.num_models,
-        num_inference_steps=recipe.num_inference_steps,
-        baseline_models=recipe.baseline_models,
-        seed=recipe.seed,
-    )
+    with explaining("evaluation", output, "what is scored is kept; go on with the same command"):
+        report = evaluate_generator(
+            (Scorer if classifies else Measurer)(task, model.to(device), layout, cache_dir=output / "scores"),
+            parameter_matrix(snapshots, layout),
+            read_networks(folder, layout) if pipeline is None else pipeline.to(device),
+            part,
+            num_models=recipe.num_models,
+            num_inference_steps=recipe.num_inference_steps,
+            baseline_models=recipe.baseline_models,
+            seed=recipe.seed,
+        )
     for path in part.iterdir():
         path.replace(output / path.name)
     part.rmdir()

@@ -85,6 +85,30 @@ class ResourceError(RuntimeError):
     """There is not enough disk or memory; the message says for what, and how to go on."""
 
 
+@contextlib.contextmanager
+def explaining(what: str, folder: Path, go_on: str, save_memory: str = "Make memory free") -> Iterator[None]:
+    """
+    Says in words, as a `ResourceError`, what libraries say in many ways when the machine has too little of something.
+
+    Args:
+        what (`str`): That is at work in the block.
+        folder (`Path`): That it writes to.
+        go_on (`str`): What is kept, and how to go on.
+        save_memory (`str`, *optional*): How to need less memory.
+    """
+    try:
+        yield
+    except Exception as error:
+        if is_disk_full(error):
+            raise ResourceError(
+                f"{what}: a file in '{folder}' could not be written whole, because the disk is full or a quota is "
+                f"reached. Make space: {go_on}"
+            ) from error
+        if is_out_of_memory(error):
+            raise ResourceError(f"{what}: out of memory ({first_line(error)}). {save_memory}: {go_on}") from error
+        raise
+
+
 def start_processes() -> PartialState:
     """
     What the processes of a run have in common; the first call in a program makes it. The main process collects
@@ -301,25 +325,14 @@ class Run:
                         function()
             earlier.append(stage)
 
-    @contextlib.contextmanager
-    def _explaining(self, what: str) -> Iterator[None]:
-        """Says in words what libraries say in many ways when the machine has too little of something."""
-        go_on = "what is finished and the last checkpoint are kept; go on with --resume_from_checkpoint latest"
-        try:
-            yield
-        except Exception as error:
-            if is_disk_full(error):
-                raise ResourceError(
-                    f"{what}: a file in '{self.folder}' could not be written whole, because the disk is full or a "
-                    f"quota is reached. Make space: {go_on}"
-                ) from error
-            if is_out_of_memory(error):
-                raise ResourceError(
-                    f"{what}: out of memory ({first_line(error)}). Use a smaller batch size or more "
-                    "--gradient_accumulation_steps, with --overwrite_output_dir, which begins anew what depends on "
-                    f"them. Or make memory free: {go_on}"
-                ) from error
-            raise
+    def _explaining(self, what: str) -> contextlib.AbstractContextManager[None]:
+        return explaining(
+            what,
+            self.folder,
+            "what is finished and the last checkpoint are kept; go on with --resume_from_checkpoint latest",
+            "Use a smaller batch size or more --gradient_accumulation_steps, with --overwrite_output_dir, which begins "
+            "anew what depends on them. Or make memory free",
+        )
 
     # ------------------------------------------------------------------------------------------------------ the stages
 
@@ -396,7 +409,7 @@ class Run:
             )
         if align:  # an error, if they cannot be, comes before the files are read
             find_hidden_units(self.task, self.base_model, self.layout)
-        with self._replacing("collect") as folder:
+        with self._explaining("import"), self._replacing("collect") as folder:
             folder.rmdir()
             import_snapshots(paths, self.layout, folder)
             if align:

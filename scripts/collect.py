@@ -14,12 +14,11 @@ import logging
 import sys
 
 import torch
-from accelerate import PartialState
 
 from pdiff_hf.loop import TrainingError
 from pdiff_hf.parameters import select_layout
 from pdiff_hf.recipe import Recipe, RecipeParser
-from pdiff_hf.stages import ResourceError, Run, make_task
+from pdiff_hf.stages import ResourceError, Run, make_task, start_processes
 from pdiff_hf.training.estimate import estimate_autoencoder, estimate_denoiser
 
 
@@ -36,7 +35,7 @@ def main() -> None:
     flags = parser.parse_known_args()[0]
     if flags.align and not flags.paths:
         parser.error("--align needs --import: it is for snapshots from files")
-    state = PartialState()
+    state = start_processes()
     logging.basicConfig(level=logging.INFO if state.is_main_process else logging.ERROR, format="%(message)s")
     try:
         if flags.list:
@@ -45,13 +44,13 @@ def main() -> None:
         run = Run(dataclasses.replace(recipe, stages=["base"] if flags.paths else ["base", "collect"]))
         with run.lock():
             run.carry_out()
-            if flags.paths:
+            if flags.paths and state.is_main_process:
                 run.import_snapshots(flags.paths, align=flags.align)
     except (ValueError, TrainingError, ResourceError) as error:  # everything that a user can put right
         sys.exit(f"error: {error}")
-    print(
-        f"{len(run.snapshots[0])} snapshots of {run.layout.num_parameters:,} numbers are in {run.folder / 'snapshots'}"
-    )
+    if state.is_main_process:
+        count, size = len(run.snapshots[0]), run.layout.num_parameters
+        print(f"{count} snapshots of {size:,} numbers are in {run.folder / 'snapshots'}")
 
 
 def print_list(recipe: Recipe, device: torch.device) -> None:

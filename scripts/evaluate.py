@@ -17,6 +17,7 @@ from accelerate import PartialState
 from pdiff_hf.evaluate import evaluate_saved
 from pdiff_hf.evaluation.report import format_summary
 from pdiff_hf.recipe import RecipeParser
+from pdiff_hf.stages import ResourceError
 
 
 def main() -> None:
@@ -32,7 +33,7 @@ def main() -> None:
     generator = parser.parse_known_args()[0].generator
     try:
         report = evaluate_saved(generator, recipe)
-    except ValueError as error:  # everything that a user can put right
+    except (ValueError, ResourceError) as error:  # everything that a user can put right
         sys.exit(f"error: {error}")
     print(format_summary(report))
     print(f"The report is in {recipe.output_dir}.")

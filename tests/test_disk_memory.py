@@ -1,12 +1,13 @@
 """A full disk and too little memory, both real: what is said, what is kept, and how it goes on."""
 
 import random
+import shutil
 import subprocess
 import sys
 
 import pytest
 import torch
-from run_server import RECIPE, RESUME, STAGES, files
+from run_server import FLAGS, RECIPE, RESUME, ROOT, STAGES, files
 from safetensors.torch import load_file
 
 from pdiff_hf.recipe import Recipe
@@ -54,6 +55,33 @@ def test_a_full_disk_in_every_stage(run_server, whole_run, full, tmp_path, reque
     result = run_server.run(folder, *RESUME)
     assert result.status == 0, result.errors
     assert files(folder) == files(expected)
+
+
+LIMITED = """
+import resource, runpy, sys
+resource.setrlimit(resource.RLIMIT_FSIZE, (2**12, 2**12))
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("script", ["evaluate", "collect"])
+def test_a_full_disk_in_other_scripts(whole_run, tmp_path, script):
+    run, folder = whole_run[0], tmp_path / "out"
+    arguments = [run / "pipeline", f"--snapshots={run / 'snapshots'}", "--dataset=digits"]
+    if script == "collect":  # a run whose base model is finished, and networks to import
+        for name in ("base_model", "stages"):
+            shutil.copytree(run / name, folder / name)
+        for path in (folder / "stages").glob("[!b]*"):
+            path.unlink()
+        generate = [ROOT / "scripts/generate.py", run / "pipeline", "--num_models=20", "--only_generated"]
+        subprocess.run([sys.executable, *generate, f"--output_dir={tmp_path / 'networks'}"], check=True)
+        arguments = ["--import", tmp_path / "networks", *FLAGS]
+    command = [sys.executable, "-c", LIMITED, ROOT / "scripts" / f"{script}.py", *arguments, f"--output_dir={folder}"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr
+    assert "could not be written whole" in done.stderr.splitlines()[-1]
 
 
 def finished(folder) -> dict[str, str]:
