@@ -167,6 +167,7 @@ class Run:
         if "evaluate" in r.stages and not self.is_finished("evaluate"):
             model = self.base_model if self.is_finished("base") else self.task.load_base_model()
             count = 2 * num_snapshots + 1 + r.num_models + (len(standard_baselines()) + 1) * r.baseline_models
+            count += 3 * r.num_models * r.hyper_representations
             for split in ("validation", "test"):
                 Scorer(self.task, model, self.layout).check_memory(split, count)
 
@@ -555,6 +556,7 @@ class Run:
                 num_models=r.num_models,
                 num_inference_steps=r.num_inference_steps,
                 baseline_models=r.baseline_models,
+                hyper_representations=r.hyper_representations,
                 vae=vae,
                 losses=self._losses(),
                 seed=r.seed,
