@@ -70,6 +70,7 @@ def evaluate_saved(source: str, recipe: Recipe) -> dict:
             num_models=recipe.num_models,
             num_inference_steps=recipe.num_inference_steps,
             baseline_models=recipe.baseline_models,
+            hyper_representations=recipe.hyper_representations,
             seed=recipe.seed,
         )
     for path in part.iterdir():

@@ -221,6 +221,9 @@ class EvaluateSection:
     num_models: int = _option(200, "How many networks to generate and score.")
     num_inference_steps: int = _option(20, "Denoising steps.")
     baseline_models: int = _option(20, "Networks of each setting of the baselines, and of the VAE; 0 for none.")
+    hyper_representations: bool = _option(
+        False, "Also compare with S_KDE30, SANE_SUB and SANE_KDE30 (paper, Table 7), with num_models networks each."
+    )
 
     def __post_init__(self):
         _require("baseline_models", self.baseline_models, self.baseline_models >= 0, "at least 0")

@@ -190,9 +190,12 @@ class Run:
                         "without --resume_from_checkpoint"
                     )
         classifies = isinstance(self.task, ClassificationTask)
+        if r.hyper_representations and not classifies:
+            raise RunError("hyper_representations chooses networks by their accuracy, which only classifiers have")
         if classifies and "evaluate" in r.stages and not self.is_finished("evaluate"):
             model = self.base_model if self.is_finished("base") else self.task.load_base_model()
             count = 2 * num_snapshots + 1 + r.num_models + (len(standard_baselines()) + 1) * r.baseline_models
+            count += 3 * r.num_models * r.hyper_representations
             for split in ("validation", "test"):
                 Scorer(self.task, model, self.layout).check_memory(split, count)
 
@@ -575,6 +578,7 @@ class Run:
                 num_models=r.num_models,
                 num_inference_steps=r.num_inference_steps,
                 baseline_models=r.baseline_models,
+                hyper_representations=r.hyper_representations,
                 vae=vae,
                 losses=self._losses(),
                 seed=r.seed,

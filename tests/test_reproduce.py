@@ -31,10 +31,10 @@ from pdiff_hf.experiments import (
     expand,
     list_experiments,
     list_runs,
+    measure_training,
     reproduce,
     share_stages,
     summarise,
-    training_memory,
 )
 from pdiff_hf.files import replacing
 from pdiff_hf.parameters import ParameterLayout, select_parameters
@@ -283,10 +283,9 @@ def test_the_script_says_what_is_wrong(argv, message, monkeypatch, capsys, tmp_p
 
 @pytest.mark.slow
 def test_memory_of_training_grows_with_what_is_trained(tmp_path):
-    small, fits = training_memory("denoiser", 2_048, 128, "small")
-    large, fits_too = training_memory("denoiser", 2_048, 512, "small")
-    assert fits and fits_too and 10e6 < small < large < 2e9
+    small, large = (measure_training("denoiser", 2_048, latent_dim, "small") for latent_dim in (128, 512))
+    assert small.fits and large.fits and 10e6 < small.memory < large.memory < 2e9
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool, pytest.raises(MemoryError):
-        pool.submit(_measure, "autoencoder", 2_048, 128, "paper", 50_000_000).result()
+        pool.submit(_measure, "autoencoder", 2_048, 128, "paper", 2, 100, 50_000_000).result()
     with pytest.raises(ExperimentError, match="table13 takes autoencoder_preset and denoiser_preset, not latent_noise"):
         reproduce("table13", RECIPES, tmp_path, changes={"latent_noise": 1.0})

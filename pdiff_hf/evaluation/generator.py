@@ -13,6 +13,7 @@ from ..pipelines import PDiffPipeline
 from .baselines import Baseline, BaselineContext, standard_baselines
 from .figures import draw_figures
 from .measured import Measurer, evaluate_measured
+from .hyper_representations import sample_hyper_representations
 from .metrics import accuracy, pca_r2_score
 from .report import Group, evaluate, without_nan, write_report
 from .scoring import Scorer
@@ -31,6 +32,7 @@ def evaluate_generator(
     num_models: int = 200,
     num_inference_steps: int = 20,
     baseline_models: int = 20,
+    hyper_representations: bool = False,
     vae: torch.Tensor | None = None,
     losses: Mapping[str, Mapping[str, Sequence[float]]] | None = None,
     seed: int = 0,
@@ -49,6 +51,8 @@ def evaluate_generator(
         num_models (`int`, *optional*, defaults to 200): Networks to sample from a pipeline.
         num_inference_steps (`int`, *optional*, defaults to 20): Denoising steps of a pipeline.
         baseline_models (`int`, *optional*, defaults to 20): Networks of each baseline setting; 0 for no baselines.
+        hyper_representations (`bool`, *optional*, defaults to `False`): Whether to add groups of `num_models` networks
+            each for S_KDE30, SANE_SUB and SANE_KDE30 (paper, Table 7), with the autoencoder of a pipeline.
         vae (`torch.Tensor`, *optional*): Parameters from a variational autoencoder, shape `(n, D)`, for a group `vae`.
         losses (`Mapping`, *optional*): For the figure of losses, see `draw_figures`.
         seed (`int`, *optional*, defaults to 0): Of sampling, baselines and bootstrap.
@@ -59,9 +63,14 @@ def evaluate_generator(
         `steps` (columns).
 
     Raises:
-        ValueError: if the baselines or the scores would not fit into memory.
+        ValueError: if the baselines or the scores would not fit into memory, or `hyper_representations` is asked for
+            without a pipeline, or for other networks than classifiers.
     """
     pipeline = generator if isinstance(generator, PDiffPipeline) else None
+    if hyper_representations and pipeline is None:
+        raise ValueError("hyper_representations needs a pipeline, for its autoencoder; networks alone were given")
+    if hyper_representations and isinstance(scorer, Measurer):
+        raise ValueError("hyper_representations chooses networks by their accuracy, which only classifiers have")
     heldout = torch.zeros(len(snapshots), dtype=torch.bool) if heldout is None else heldout
     groups = [Group("original", snapshots), Group("ensemble", snapshots.mean(0, keepdim=True))]
     if pipeline is None:
@@ -89,6 +98,9 @@ def evaluate_generator(
             decode=None if pipeline is None else pipeline.decode_latents,
         )
         groups += sample_baselines(context, baseline_models, seed)
+    if hyper_representations:
+        seen = snapshots[~heldout]
+        groups += sample_hyper_representations(scorer, seen, pipeline.autoencoder, num_models, seed)
 
     if isinstance(scorer, Measurer):
         report = evaluate_measured(scorer, groups, heldout)

@@ -30,6 +30,7 @@ from .scoring import Scorer
 
 logger = logging.getLogger(__name__)
 
+SUMMARISED = (None, "VAE", "hyper-representations")  # families; the settings of sweeps are in the frontier
 FEW_ERRORS = 20  # with fewer, one error more or less moves an IoU by 5 points
 
 FIGURES = {
@@ -299,7 +300,7 @@ def _classifier_groups(report: dict) -> list[str]:
             _number(row["ece"]),
         ]
         for row in report["groups"]
-        if row["family"] in (None, "VAE")
+        if row["family"] in SUMMARISED
     ]
     return [
         f"{report['num_parameters']:,} generated parameters. Accuracy in percent on {splits['test']:,} test examples, "

@@ -1,0 +1,220 @@
+"""The generators that the paper compares with in its Table 7: hyper-representations and SANE.
+
+- S_KDE30 (Schürholt et al., "Hyper-Representations as Generative Models", 2022, arXiv 2209.14733): a kernel density
+  over the latents of the best 30% of the models, for each latent coordinate on its own, and the decoder.
+- SANE_KDE30 (Schürholt et al., "Towards Scalable and Versatile Weight Space Learning", 2024, arXiv 2406.09997): the
+  same over codes of pieces of the network, its tokens, with one kernel density for all coordinates of a token.
+- SANE_SUB (as above): candidates from such a density around a few models, its prompts, of which those are kept that do
+  best on validation data. It is not iterated; that is another of their samplers.
+
+Sources are what the authors released: `sample` in `ghrp/sampling_auxiliaries/sample_finetune_auxiliaries.py` of
+github.com/HSG-AIML/NeurIPS_2022-Generative_Hyper_Representations, and `sample_models` and `subsample_model_evaluation`
+in `SANE/sampling/` of github.com/HSG-AIML/SANE. Kernels, which models are used, how many candidates there are for one
+that is kept and by what data it is chosen follow these. What differs here, for all three:
+
+- The models are snapshots of one run, as p-diff has them, not a zoo that was trained from many initialisations.
+- Encoder and decoder are this library's. The latents of S_KDE30 are those that the denoiser is trained on. The codes of
+  a token are the principal components that the autoencoder sees of it, and are decoded exactly: no transformer of their
+  own is trained for either.
+- A bandwidth is in standard deviations of each coordinate over the models that the density is made from, where theirs
+  is absolute in units of their latents, which have no counterpart here.
+- Coordinates (S_KDE30) and tokens (SANE) are drawn independently of each other, as a density of each for itself says.
+  The released code seeds every one of these draws alike, with which scikit-learn picks the same model and the same
+  noise for all of them: what it returns are single models of the zoo with little noise.
+- The best are found on validation data. S_KDE30 takes accuracies on test data, which would favour it in a report.
+"""
+
+from collections.abc import Callable
+
+import psutil
+import torch
+from torch import Generator, Tensor
+
+from ..loop import derive_seed
+from ..memory import InParts
+from ..models import ParameterAutoencoder
+from .baselines import latent_kde
+from .metrics import accuracy
+from .report import Group
+from .scoring import Scorer
+
+FAMILY = "hyper-representations"
+NAMES = ("S_KDE30", "SANE_SUB", "SANE_KDE30")
+BEST = 0.3  # share of the models
+GLOBAL_BANDWIDTH = 0.002
+TOKEN_BANDWIDTH = 0.2
+NUM_CANDIDATES = 5  # of SANE_SUB, for each network that is kept
+NUM_PROMPTS = 5
+BATCH_SIZE = 64  # networks that are encoded or decoded at once, if memory allows
+
+
+def s_kde30(
+    snapshots: Tensor,
+    accuracies: Tensor,
+    autoencoder: ParameterAutoencoder,
+    num_models: int,
+    generator: Generator,
+    bandwidth: float = GLOBAL_BANDWIDTH,
+) -> Tensor:
+    """
+    Decoded samples of a Gaussian kernel density for each latent coordinate of the best 30% of the snapshots.
+
+    Args:
+        snapshots (`torch.Tensor`): Shape `(K, D)`, K at least 2.
+        accuracies (`torch.Tensor`): Shape `(K,)`, on validation data.
+        autoencoder (`ParameterAutoencoder`): On the device to compute on.
+        num_models (`int`): n.
+        generator (`torch.Generator`): Source of randomness, on the CPU.
+        bandwidth (`float`, *optional*, defaults to 0.002): Of the kernel, in standard deviations of each coordinate.
+
+    Returns:
+        `torch.Tensor`: Shape `(n, D)`, on the CPU.
+
+    Raises:
+        ValueError: if there are fewer than 2 snapshots, or as many accuracies as snapshots are not given.
+    """
+    latents = _encode(best_snapshots(snapshots, accuracies), autoencoder, lambda rows: autoencoder.encode(rows).latents)
+    drawn = [latent_kde(column, num_models, bandwidth, generator) for column in latents.split(1, dim=1)]
+    return _decode(torch.cat(drawn, dim=1), autoencoder, lambda rows: autoencoder.decode(rows).sample)
+
+
+def sane_kde30(
+    snapshots: Tensor,
+    accuracies: Tensor,
+    autoencoder: ParameterAutoencoder,
+    num_models: int,
+    generator: Generator,
+    bandwidth: float = TOKEN_BANDWIDTH,
+) -> Tensor:
+    """
+    Decoded samples of a Gaussian kernel density for each token of the best 30% of the snapshots.
+
+    An autoencoder without tokens (`token_size=None`) sees every number by itself: each is a token then.
+
+    Arguments, result and errors are those of [`s_kde30`]; `bandwidth` is in standard deviations of each coordinate of a
+    token's code, 0.2 by default.
+    """
+    codes = _encode(best_snapshots(snapshots, accuracies), autoencoder, autoencoder.tokenize)
+    return _decode(_sample_tokens(codes, num_models, bandwidth, generator), autoencoder, autoencoder.detokenize)
+
+
+def sane_sub(
+    snapshots: Tensor,
+    accuracies: Tensor,
+    autoencoder: ParameterAutoencoder,
+    num_models: int,
+    generator: Generator,
+    score: Callable[[Tensor], Tensor],
+    num_prompts: int = NUM_PROMPTS,
+    num_candidates: int = NUM_CANDIDATES,
+    bandwidth: float = TOKEN_BANDWIDTH,
+) -> Tensor:
+    """
+    The best of candidates from a Gaussian kernel density for each token of the best few snapshots, the prompts.
+
+    Arguments, result and errors are those of [`sane_kde30`], and:
+
+    Args:
+        score (`Callable`): From parameters, shape `(n, D)`, to accuracies on validation data, shape `(n,)`.
+        num_prompts (`int`, *optional*, defaults to 5): How many of the best snapshots the density is made from.
+        num_candidates (`int`, *optional*, defaults to 5): Candidates for each of the `num_models` that are kept.
+
+    Returns:
+        `torch.Tensor`: Shape `(n, D)`, the best first; equally good ones in the order in which they were drawn.
+    """
+    _check(snapshots, accuracies)
+    if num_prompts < 2 or num_candidates < 1:
+        raise ValueError(
+            f"`num_prompts` must be at least 2 and `num_candidates` at least 1, got {num_prompts} and {num_candidates}"
+        )
+    prompts = accuracies.argsort(descending=True, stable=True)[:num_prompts]
+    codes = _encode(snapshots[prompts], autoencoder, autoencoder.tokenize)
+    candidates = _sample_tokens(codes, num_models * num_candidates, bandwidth, generator)
+    # As many at once as are kept: all candidates may be more than fits into memory, where their codes do.
+    scores = torch.cat(
+        [score(_decode(part, autoencoder, autoencoder.detokenize)) for part in candidates.split(num_models)]
+    )
+    kept = scores.argsort(descending=True, stable=True)[:num_models]
+    return _decode(candidates[kept], autoencoder, autoencoder.detokenize)
+
+
+def sample_hyper_representations(
+    scorer: Scorer, snapshots: Tensor, autoencoder: ParameterAutoencoder, num_models: int, seed: int
+) -> list[Group]:
+    """
+    `num_models` networks of each of the three, as groups of a report.
+
+    Args:
+        scorer (`Scorer`): Its validation accuracies choose among the snapshots and among candidates.
+        snapshots (`torch.Tensor`): Shape `(K, D)`, those that generators see.
+        autoencoder (`ParameterAutoencoder`): Of the generator that they are compared with.
+        num_models (`int`): Networks of each.
+        seed (`int`): Of the run.
+
+    Raises:
+        ValueError: if they would take more than half of the free memory.
+    """
+    needed, free = 4 * len(NAMES) * num_models * snapshots.shape[1], psutil.virtual_memory().available
+    if needed > free / 2:
+        raise ValueError(
+            f"{num_models} networks of each of {', '.join(NAMES)} need {needed:,} bytes, more than half of the "
+            f"{free:,} bytes of free memory; use --num_models {num_models * free // 2 // needed} at most"
+        )
+
+    def score(parameters: Tensor) -> Tensor:
+        scores = scorer.score("validation", parameters)
+        return accuracy(scores.predictions, scores.labels)
+
+    accuracies = score(snapshots)
+    groups = []
+    for name, function, more in zip(NAMES, (s_kde30, sane_sub, sane_kde30), ({}, {"score": score}, {}), strict=True):
+        generator = torch.Generator().manual_seed(derive_seed(seed, *name.encode()))
+        sampled = function(snapshots, accuracies, autoencoder, num_models, generator, **more)
+        groups.append(Group(name, sampled, FAMILY, name))
+    return groups
+
+
+def best_snapshots(snapshots: Tensor, accuracies: Tensor) -> Tensor:
+    """
+    The snapshots at or above the 70% quantile of accuracy, with all that tie there, shape `(k, D)`; at least 2, because
+    one has no spread that a kernel's width could be a part of.
+    """
+    _check(snapshots, accuracies)
+    threshold = torch.minimum(accuracies.quantile(1 - BEST), accuracies.topk(2).values[-1])
+    return snapshots[accuracies >= threshold]
+
+
+def _sample_tokens(codes: Tensor, num_models: int, bandwidth: float, generator: Generator) -> Tensor:
+    """Codes of shape `(K, C, S)` to new ones, `(n, C, S)`: tokens independently, the C coordinates of one together."""
+    return torch.stack([latent_kde(code, num_models, bandwidth, generator) for code in codes.unbind(2)], dim=2)
+
+
+@torch.no_grad()
+def _encode(parameters: Tensor, autoencoder: ParameterAutoencoder, encode: Callable[[Tensor], Tensor]) -> Tensor:
+    in_parts = InParts("networks")
+
+    def on_device(rows: Tensor) -> Tensor:
+        return encode(rows.to(autoencoder.device)).cpu()
+
+    return torch.cat([in_parts(on_device, rows) for rows in parameters.split(BATCH_SIZE)])
+
+
+@torch.no_grad()
+def _decode(codes: Tensor, autoencoder: ParameterAutoencoder, decode: Callable[[Tensor], Tensor]) -> Tensor:
+    in_parts = InParts("networks")
+    parameters = torch.empty(len(codes), autoencoder.layout.num_parameters)
+
+    def on_device(rows: Tensor) -> Tensor:
+        return decode(rows.to(autoencoder.device)).cpu()
+
+    for target, rows in zip(parameters.split(BATCH_SIZE), codes.split(BATCH_SIZE), strict=True):
+        target.copy_(in_parts(on_device, rows))
+    return parameters
+
+
+def _check(snapshots: Tensor, accuracies: Tensor) -> None:
+    if snapshots.ndim != 2 or len(snapshots) < 2 or accuracies.shape != snapshots.shape[:1]:
+        raise ValueError(
+            "needs a matrix of at least 2 snapshots and an accuracy for each, got shapes "
+            f"{tuple(snapshots.shape)} and {tuple(accuracies.shape)}"
+        )
