@@ -150,6 +150,8 @@ class ImageGenerationTask(MeasuredTask):
         if not isinstance(size, int):
             raise ValueError(f"model '{self.model}' has no size of its own; set image_size, got {size!r}")
         config = {"sample_size": size} | config
+        if config.get("class_embed_type") is not None or config.get("num_class_embeds") is not None:
+            raise ValueError(f"model '{self.model}' is conditional (it has a class embedding)")
         try:
             with torch.device("meta"):
                 network = UNet2DModel(**config)
@@ -160,8 +162,6 @@ class ImageGenerationTask(MeasuredTask):
                 f"model '{self.model}' with model_args {self.model_args} does not work on images of {size}x{size}: "
                 f"{error}"
             ) from error
-        if network.class_embedding is not None:
-            raise ValueError(f"model '{self.model}' is conditional (it has a class embedding)")
         if output.shape != images.shape or images.shape[1] not in (1, 3):
             raise ValueError(
                 f"model '{self.model}' must predict the noise of images with 1 or 3 channels, got in_channels="
@@ -179,12 +179,11 @@ class ImageGenerationTask(MeasuredTask):
     @staticmethod
     def _load(folder: str | os.PathLike, subfolder: str | None) -> UNet2DModel:
         model = UNet2DModel.from_pretrained(folder, subfolder=subfolder, torch_dtype=torch.float32)
-        model.register_to_config(_name_or_path="")  # where it was read from would be saved with it
-        return model
+        return _without_path(model)
 
     def save_base_model(self, model: UNet2DModel, folder: str | os.PathLike) -> None:
         """A `DDPMPipeline`, which generates images as it is: the network with its scheduler."""
-        DDPMPipeline(model, self.scheduler).save_pretrained(folder)
+        DDPMPipeline(_without_path(model), self.scheduler).save_pretrained(folder)
 
     def load_saved(self, folder: str | os.PathLike) -> UNet2DModel:
         """What `save_base_model` wrote."""
@@ -232,12 +231,12 @@ class ImageGenerationTask(MeasuredTask):
         return scheduler
 
     def generate(self, call: Callable, noise: torch.Tensor) -> torch.Tensor:
-        """Images as uint8 from noise, both of shape `(B, C, H, W)`."""
+        """Images with values from -1 to 1 from noise, both of shape `(B, C, H, W)`."""
         images = noise
         for timestep in self._sampler.timesteps.tolist():
             prediction = call(images, timestep, return_dict=False)[0]
             images = self._sampler.step(prediction, timestep, images).prev_sample
-        return to_uint8(images)
+        return images
 
     def measure(self, models: BatchedModels, split: Split, parameters: torch.Tensor) -> torch.Tensor:
         """The Fréchet distance of as many generated images as the split has to those of the split."""
@@ -253,7 +252,7 @@ class ImageGenerationTask(MeasuredTask):
             def generate(noise: torch.Tensor, rows: torch.Tensor = rows) -> torch.Tensor:
                 """`(B, C, H, W)` to `(B, N, C, H, W)`"""
                 outputs = models(lambda call: self.generate(call, noise.to(device)), rows)
-                return torch.cat([images.cpu() for _, images in outputs]).transpose(0, 1)
+                return torch.cat([to_uint8(images).cpu() for _, images in outputs]).transpose(0, 1)
 
             images = torch.cat([in_parts(generate, part) for part in noise.split(BATCH_SIZE)]).transpose(0, 1)
             groups = ((part.to(device) for part in group.split(BATCH_SIZE)) for group in images)
@@ -264,6 +263,12 @@ class ImageGenerationTask(MeasuredTask):
         images = self.load_split(split)
         for indices in torch.arange(len(images)).split(BATCH_SIZE):
             yield to_uint8(take(images, indices.tolist())["pixel_values"]).to(device)
+
+
+def _without_path(model: UNet2DModel) -> UNet2DModel:
+    """Where a network was read from would be saved with it."""
+    model.register_to_config(_name_or_path="")
+    return model
 
 
 def to_uint8(images: torch.Tensor) -> torch.Tensor:
