@@ -19,7 +19,7 @@ from .models import AUTOENCODER_PRESETS, DENOISER_PRESETS
 from .models.autoencoder import NORMALIZATIONS
 
 SECRETS = ("hub_token",)
-TASKS = ("image_classification", "text_classification")
+TASKS = ("image_classification", "text_classification", "image_generation")
 STAGES = ("base", "collect", "autoencoder", "denoiser", "evaluate")
 
 
@@ -82,13 +82,16 @@ class RunSection:
 
 @dataclass
 class TaskSection:
-    """The base model and its data: see `ImageClassificationTask` and `TextClassificationTask`."""
+    """The base model and its data: see `ImageClassificationTask`, `TextClassificationTask`, `ImageGenerationTask`."""
 
     task: str = _option(TASKS[0], f"One of {', '.join(TASKS)}.")
-    model: str = _option("resnet18", "timm architecture, or local folder or Hub id of a timm or transformers model.")
+    model: str = _option(
+        "resnet18",
+        "timm architecture, or local folder or Hub id; `unet2d` for a fresh UNet2DModel that generates images.",
+    )
     dataset: str = _option("digits", "`digits`, or local folder, file or Hub id of a data set.")
     image_size: int = _option(8, "Side of the square that images are scaled to; 0 for the model's own.")
-    model_args: str = _option("{}", "More arguments of a timm architecture, as JSON.")
+    model_args: str = _option("{}", "More arguments of a timm architecture, or the config of a UNet2DModel, as JSON.")
     max_length: int = _option(128, "Texts are cut to so many tokens.")
     holdout_fraction: float = _option(0.2, "Share of the training data for a validation (and test) split it lacks.")
     max_train_samples: int | None = _option(None, "Use no more training examples than this.")
@@ -220,6 +223,9 @@ class EvaluateSection:
 
     num_models: int = _option(200, "How many networks to generate and score.")
     num_inference_steps: int = _option(20, "Denoising steps.")
+    fid_features: str = _option(
+        "inception", "FID is measured on these features: `inception`, or folder or Hub id of an image classifier."
+    )
     baseline_models: int = _option(20, "Networks of each setting of the baselines, and of the VAE; 0 for none.")
     hyper_representations: bool = _option(
         False, "Also compare with S_KDE30, SANE_SUB and SANE_KDE30 (paper, Table 7), with num_models networks each."

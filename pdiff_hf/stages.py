@@ -13,7 +13,7 @@ import datasets
 import torch
 from accelerate import Accelerator, PartialState
 from accelerate.utils import parse_flag_from_env
-from diffusers import DDPMScheduler, DPMSolverMultistepScheduler
+from diffusers import DDPMScheduler, DPMSolverMultistepScheduler, ModelMixin
 from filelock import FileLock, Timeout
 from torch import nn
 from transformers import PreTrainedModel
@@ -53,7 +53,7 @@ from .recipe import (
     Recipe,
     TaskSection,
 )
-from .tasks import ClassificationTask, ImageClassificationTask, Task, TextClassificationTask
+from .tasks import ClassificationTask, ImageClassificationTask, ImageGenerationTask, Task, TextClassificationTask
 from .training import NoiseArguments, make_training_scheduler, train_autoencoder, train_denoiser
 
 logger = logging.getLogger(__name__)
@@ -530,7 +530,7 @@ class Run:
         if not PartialState().is_main_process:
             return
         # A network of no library that can save it does not go with its generator.
-        base_model = self.base_model if isinstance(self.base_model, PreTrainedModel) else None
+        base_model = self.base_model if isinstance(self.base_model, PreTrainedModel | ModelMixin) else None
         pipeline = PDiffPipeline(self.autoencoder, denoiser, make_sampling_scheduler(scheduler), base_model=base_model)
         with self._replacing("denoiser") as folder:
             pipeline.save_pretrained(folder)
@@ -626,9 +626,10 @@ def make_task(recipe: Recipe) -> Task:
     }
     if recipe.task == "text_classification":
         return TextClassificationTask(**shared, max_length=recipe.max_length)
-    return ImageClassificationTask(
-        **shared, image_size=recipe.image_size or None, model_args=json.loads(recipe.model_args)
-    )
+    shared |= {"image_size": recipe.image_size or None, "model_args": json.loads(recipe.model_args)}
+    if recipe.task == "image_generation":
+        return ImageGenerationTask(**shared, fid_features=recipe.fid_features)
+    return ImageClassificationTask(**shared)
 
 
 def make_sampling_scheduler(scheduler: DDPMScheduler) -> DPMSolverMultistepScheduler:

@@ -58,6 +58,8 @@ def train_base_model(
     split = task.load_split("train")
 
     def loss_function(model, indices, generator):
+        # What a task or a network draws by chance, such as dropout, follows from the step, as the examples do.
+        torch.manual_seed(generator.initial_seed())
         batch = send_to_device(task.collate(take(split, indices.tolist())), accelerator.device)
         return task.loss(model, batch)
 
@@ -127,6 +129,7 @@ def collect_snapshots(
                 if step == 1:
                     model.load_state_dict(layout.unflatten(original), strict=False)
                     optimizer = make_optimizer(args.optimizer, trained.values(), args.learning_rate, args.weight_decay)
+                torch.manual_seed(derive_seed(run_seed, step))
                 loss_function = loss_of(indices)
                 with cache.replay(indices) if cache else nullcontext():
                     loss = loss_function(model)

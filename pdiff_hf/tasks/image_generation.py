@@ -1,0 +1,276 @@
+"""Unconditional image generation: any U-Net of diffusers' DDPM on any image data set, judged by FID."""
+
+import inspect
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import torch
+import torch.nn.functional as F
+from diffusers import DDIMScheduler, DDPMPipeline, DDPMScheduler, UNet2DModel
+from torchvision.transforms import CenterCrop, Compose, PILToTensor, Resize
+
+from ..batched import BatchedModels
+from ..memory import InParts
+from .fid import INCEPTION, frechet_distance, load_features
+from .image_classification import ImageSplit, load_images, name_columns
+from .splits import check_sizes, make_splits
+from .task import Batch, MeasuredTask, Split, take
+
+FRESH_MODEL = "unet2d"
+# Images that a network generates at once.
+BATCH_SIZE = 128
+# Images, as uint8, that wait to be compared with those of a split.
+IMAGE_BUDGET = 2**29
+# All networks begin with the same noise, and with other noise where they are reported than where they are selected.
+NOISE_SEEDS = {"train": 0, "validation": 1, "test": 2}
+
+
+@dataclass
+class ImageGenerationTask(MeasuredTask):
+    """
+    Networks are trained to predict noise (DDPM) and judged by the Fréchet distance of what they generate to the images
+    of a split, which must be computed from as many images for all that is compared. So every network generates as many
+    images as the split has, from the same noise, in the same few steps of DDIM, which adds none: what differs between
+    two networks is not chance.
+
+    Args:
+        model (`str`, *optional*, defaults to `"unet2d"`): `unet2d` for a `UNet2DModel` with fresh weights, or a local
+            folder or Hub id of a saved one, at the top or in the subfolder `unet` beside its scheduler, such as
+            `google/ddpm-cifar10-32`. A local folder without a scheduler means DDPM's own schedule.
+        dataset (`str`, *optional*, defaults to `"digits"`): `digits`, a local folder or the Hub id of a data set with
+            one image column; `id:config` for one of several configs. Where it has labels, splits are stratified by
+            them, and the same as those of image classification.
+        image_size (`int`, *optional*): Side of the square that images are scaled to, and cropped to in the middle if
+            they are not square; the model's own by default.
+        model_args (`dict`, *optional*): The configuration of a fresh `UNet2DModel`. With `in_channels` of 1, images are
+            grey.
+        holdout_fraction (`float`, *optional*, defaults to 0.2): Share of the training data that becomes the validation
+            split, and the test split, where the data set has none; see [`~pdiff_hf.tasks.splits.make_splits`].
+        max_train_samples, max_eval_samples (`int`, *optional*): Use no more than this many examples of a split.
+        fid_features (`str`, *optional*, defaults to `"inception"`): `inception` for FID as it is usually reported, or
+            the local folder or Hub id of an image classifier of transformers or timm, whose penultimate features take
+            the place of Inception-v3's.
+        num_steps (`int`, *optional*, defaults to 10): Steps of DDIM.
+
+    Raises:
+        ValueError: when created, for an unknown model, data set or classifier, or one that does not fit.
+    """
+
+    model: str = FRESH_MODEL
+    dataset: str = "digits"
+    image_size: int | None = None
+    model_args: dict = field(default_factory=dict)
+    holdout_fraction: float = 0.2
+    max_train_samples: int | None = None
+    max_eval_samples: int | None = None
+    fid_features: str = INCEPTION
+    num_steps: int = 10
+
+    higher_is_better = False
+
+    def __post_init__(self):
+        check_sizes(self, "image_size", "max_train_samples", "max_eval_samples", "num_steps")
+        self._subfolder: str | None = None
+        if self.model == FRESH_MODEL:
+            config, self.scheduler = self.model_args, DDPMScheduler()
+        else:
+            config, self.scheduler = self._find_model()
+        self._config, self.image_size = self._check_model(config)
+        if self.num_steps > self.scheduler.config.num_train_timesteps:
+            raise ValueError(
+                f"num_steps must be at most the {self.scheduler.config.num_train_timesteps} steps of the model's "
+                f"schedule, got {self.num_steps}"
+            )
+        raw = {name: name_columns(split, self.dataset) for name, split in load_images(self.dataset).items()}
+        for name, split in raw.items():
+            if "label" not in split.features:  # one class is as good as none
+                raw[name] = split.add_column("label", [0] * len(split))
+        self._raw = make_splits(raw, self.dataset, self.holdout_fraction, self.max_train_samples, self.max_eval_samples)
+        for name in ("validation", "test"):
+            if len(self._raw[name]) < 2:
+                raise ValueError(f"the {name} split of dataset '{self.dataset}' has one image; a distance needs two")
+        self._features = load_features(self.fid_features)
+        self.metric = "FID" if self.fid_features == INCEPTION else f"FID ({self._features.title})"
+        self._splits: dict[str, ImageSplit] = {}
+
+    def _find_model(self) -> tuple[dict, DDPMScheduler]:
+        """The configuration of a saved U-Net, and the schedule that it was trained with."""
+        if self.model_args:
+            raise ValueError(f"model_args belong to a fresh model ({FRESH_MODEL}), not to '{self.model}'")
+        is_folder = os.path.isdir(self.model)
+        try:
+            if is_folder:
+                found = os.path.isfile(os.path.join(self.model, UNet2DModel.config_name))
+                self._subfolder = None if found else "unet"
+                config = UNet2DModel.load_config(self.model, subfolder=self._subfolder)
+            else:
+                config = self._load_config_from_hub()
+        except (OSError, ValueError) as error:
+            raise ValueError(
+                f"model '{self.model}' is neither '{FRESH_MODEL}' nor a folder or Hub id with the config.json of a "
+                f"UNet2DModel, at its top or in a subfolder unet: {error}"
+            ) from error
+        subfolder = None if self._subfolder is None else "scheduler"
+        path = os.path.join(self.model, subfolder or "", DDPMScheduler.config_name)
+        if is_folder and not os.path.isfile(path):
+            return config, DDPMScheduler()
+        try:
+            scheduler = DDPMScheduler.from_pretrained(self.model, subfolder=subfolder)
+        except (OSError, ValueError) as error:
+            raise ValueError(
+                f"the scheduler_config.json beside the U-Net of '{self.model}' is needed: {error}"
+            ) from error
+        if scheduler.config.prediction_type != "epsilon":
+            raise ValueError(
+                f"model '{self.model}' predicts {scheduler.config.prediction_type}; DDPM's loss is for networks that "
+                "predict the noise (prediction_type epsilon)"
+            )
+        return config, scheduler
+
+    def _load_config_from_hub(self) -> dict:
+        try:
+            return UNet2DModel.load_config(self.model)
+        except OSError:
+            self._subfolder = "unet"
+            return UNet2DModel.load_config(self.model, subfolder="unet")
+
+    def _check_model(self, config: dict) -> tuple[dict, int]:
+        """The arguments of the network, and the size of its images."""
+        name = config.get("_class_name", UNet2DModel.__name__)
+        if name != UNet2DModel.__name__:
+            raise ValueError(f"model '{self.model}' is a {name}, not a UNet2DModel")
+        known = inspect.signature(UNet2DModel.__init__).parameters
+        unknown = [key for key in config if key not in known and not key.startswith("_")]
+        if unknown:
+            raise ValueError(f"a UNet2DModel does not take the model_args {unknown}; it takes {sorted(known)[:-1]}")
+        config = {key: value for key, value in config.items() if key in known}
+        size = self.image_size or config.get("sample_size")
+        if not isinstance(size, int):
+            raise ValueError(f"model '{self.model}' has no size of its own; set image_size, got {size!r}")
+        config = {"sample_size": size} | config
+        if config.get("class_embed_type") is not None or config.get("num_class_embeds") is not None:
+            raise ValueError(f"model '{self.model}' is conditional (it has a class embedding)")
+        try:
+            with torch.device("meta"):
+                network = UNet2DModel(**config)
+                images = torch.empty(1, network.config.in_channels, size, size)
+                output = network(images, torch.tensor([0]))[0]
+        except Exception as error:  # what a wrong configuration makes torch raise has no common type
+            raise ValueError(
+                f"model '{self.model}' with model_args {self.model_args} does not work on images of {size}x{size}: "
+                f"{error}"
+            ) from error
+        if output.shape != images.shape or images.shape[1] not in (1, 3):
+            raise ValueError(
+                f"model '{self.model}' must predict the noise of images with 1 or 3 channels, got in_channels="
+                f"{network.config.in_channels} and out_channels={network.config.out_channels}"
+            )
+        self.num_channels: int = images.shape[1]
+        return config, size
+
+    def load_base_model(self) -> UNet2DModel:
+        """The network. Fresh weights depend on torch's global seed."""
+        if self.model == FRESH_MODEL:
+            return UNet2DModel(**self._config)
+        return self._load(self.model, self._subfolder)
+
+    @staticmethod
+    def _load(folder: str | os.PathLike, subfolder: str | None) -> UNet2DModel:
+        model = UNet2DModel.from_pretrained(folder, subfolder=subfolder, torch_dtype=torch.float32)
+        return _without_path(model)
+
+    def save_base_model(self, model: UNet2DModel, folder: str | os.PathLike) -> None:
+        """A `DDPMPipeline`, which generates images as it is: the network with its scheduler."""
+        DDPMPipeline(_without_path(model), self.scheduler).save_pretrained(folder)
+
+    def load_saved(self, folder: str | os.PathLike) -> UNet2DModel:
+        """What `save_base_model` wrote."""
+        return self._load(folder, "unet")
+
+    def load_split(self, split: Split) -> ImageSplit:
+        """Images with values from -1 to 1, and labels, which nothing uses."""
+        if split not in self._splits:
+            half = [0.5] * self.num_channels
+            mode = "L" if self.num_channels == 1 else "RGB"
+            self._splits[split] = ImageSplit(self._raw[split], self._transform, half, half, mode)
+        return self._splits[split]
+
+    @cached_property
+    def _transform(self) -> Callable:
+        return Compose([Resize(self.image_size), CenterCrop(self.image_size), PILToTensor()])
+
+    def fingerprint(self, split: Split) -> str:
+        """Follows the choice of images, how they are prepared, and all that the metric depends on."""
+        raw = self._raw[split]
+        prepared = f"{self.num_channels}x{self.image_size}x{self.image_size}"
+        schedule = sorted((key, value) for key, value in self.scheduler.config.items() if not key.startswith("_"))
+        metric = f"{self._features.fingerprint} {self.num_steps} {schedule}"
+        return f"{raw._fingerprint} {len(raw)} {prepared} {metric}"
+
+    def collate(self, examples: Batch) -> Batch:
+        """
+        Adds the entries `noise` and `timesteps`, drawn from torch's global generator. `ImageSplit` returns whole
+        batches.
+        """
+        images = examples["pixel_values"]
+        timesteps = torch.randint(self.scheduler.config.num_train_timesteps, (len(images),))
+        return {"pixel_values": images, "noise": torch.randn(images.shape), "timesteps": timesteps}
+
+    def loss(self, call: Callable, batch: Batch) -> torch.Tensor:
+        """The mean squared error of the predicted noise."""
+        noisy = self.scheduler.add_noise(batch["pixel_values"], batch["noise"], batch["timesteps"])
+        return F.mse_loss(call(noisy, batch["timesteps"], return_dict=False)[0], batch["noise"])
+
+    @cached_property
+    def _sampler(self) -> DDIMScheduler:
+        # Few steps must still begin where there is nothing but noise.
+        scheduler = DDIMScheduler.from_config(self.scheduler.config, timestep_spacing="trailing")
+        scheduler.set_timesteps(self.num_steps)
+        return scheduler
+
+    def generate(self, call: Callable, noise: torch.Tensor) -> torch.Tensor:
+        """Images with values from -1 to 1 from noise, both of shape `(B, C, H, W)`."""
+        images = noise
+        for timestep in self._sampler.timesteps.tolist():
+            prediction = call(images, timestep, return_dict=False)[0]
+            images = self._sampler.step(prediction, timestep, images).prev_sample
+        return images
+
+    def measure(self, models: BatchedModels, split: Split, parameters: torch.Tensor) -> torch.Tensor:
+        """The Fréchet distance of as many generated images as the split has to those of the split."""
+        device = next(models.model.parameters()).device
+        parameters, features = parameters.to(device), self._features.to(device)
+        num_images = len(self.load_split(split))
+        shape = (num_images, self.num_channels, self.image_size, self.image_size)
+        noise = torch.randn(shape, generator=torch.Generator().manual_seed(NOISE_SEEDS[split]))
+        in_parts = InParts("images")
+        distances = []
+        for rows in parameters.split(max(1, IMAGE_BUDGET // noise.numel())):
+
+            def generate(noise: torch.Tensor, rows: torch.Tensor = rows) -> torch.Tensor:
+                """`(B, C, H, W)` to `(B, N, C, H, W)`"""
+                outputs = models(lambda call: self.generate(call, noise.to(device)), rows)
+                return torch.cat([to_uint8(images).cpu() for _, images in outputs]).transpose(0, 1)
+
+            images = torch.cat([in_parts(generate, part) for part in noise.split(BATCH_SIZE)]).transpose(0, 1)
+            groups = ((part.to(device) for part in group.split(BATCH_SIZE)) for group in images)
+            distances.append(frechet_distance(features, self._real_images(split, device), groups))
+        return torch.cat(distances)
+
+    def _real_images(self, split: Split, device: torch.device) -> Iterator[torch.Tensor]:
+        images = self.load_split(split)
+        for indices in torch.arange(len(images)).split(BATCH_SIZE):
+            yield to_uint8(take(images, indices.tolist())["pixel_values"]).to(device)
+
+
+def _without_path(model: UNet2DModel) -> UNet2DModel:
+    """Where a network was read from would be saved with it."""
+    model.register_to_config(_name_or_path="")
+    return model
+
+
+def to_uint8(images: torch.Tensor) -> torch.Tensor:
+    """From -1 to 1 to whole numbers from 0 to 255."""
+    return (images * 127.5 + 127.5).round().clamp(0, 255).to(torch.uint8)
