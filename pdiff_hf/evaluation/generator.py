@@ -12,8 +12,8 @@ from ..memory import InParts
 from ..pipelines import PDiffPipeline
 from .baselines import Baseline, BaselineContext, standard_baselines
 from .figures import draw_figures
-from .measured import Measurer, evaluate_measured
 from .hyper_representations import sample_hyper_representations
+from .measured import Measurer, evaluate_measured
 from .metrics import accuracy, pca_r2_score
 from .report import Group, evaluate, without_nan, write_report
 from .scoring import Scorer
