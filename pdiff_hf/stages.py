@@ -52,7 +52,14 @@ from .recipe import (
     Recipe,
     TaskSection,
 )
-from .tasks import ClassificationTask, ImageClassificationTask, Task, TextClassificationTask
+from .tasks import (
+    ClassificationTask,
+    ImageClassificationTask,
+    ObjectDetectionTask,
+    SemanticSegmentationTask,
+    Task,
+    TextClassificationTask,
+)
 from .training import NoiseArguments, make_training_scheduler, train_autoencoder, train_denoiser
 
 logger = logging.getLogger(__name__)
@@ -602,7 +609,12 @@ def make_task(recipe: Recipe) -> Task:
     }
     if recipe.task == "text_classification":
         return TextClassificationTask(**shared, max_length=recipe.max_length)
-    return ImageClassificationTask(
+    vision_tasks = {
+        "image_classification": ImageClassificationTask,
+        "object_detection": ObjectDetectionTask,
+        "semantic_segmentation": SemanticSegmentationTask,
+    }
+    return vision_tasks[recipe.task](
         **shared, image_size=recipe.image_size or None, model_args=json.loads(recipe.model_args)
     )
 

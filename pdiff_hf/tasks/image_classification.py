@@ -26,7 +26,7 @@ from transformers import (
 )
 from transformers.models.timm_wrapper import TimmWrapperConfig
 
-from .splits import check_sizes, label_settings, make_splits
+from .splits import check_sizes, label_settings, load_raw, make_splits
 from .task import Batch, ClassificationTask, Split
 
 # Preprocessed images are kept in memory (as uint8) up to this size, and made anew for each batch beyond it.
@@ -118,45 +118,8 @@ class ImageClassificationTask(ClassificationTask):
 
     def _find_dataset(self) -> dict[str, datasets.Dataset]:
         """The raw train, validation and test splits, with the columns `image` and `label`."""
-        raw = {name: self._name_columns(split) for name, split in self._load_raw().items()}
+        raw = load_labelled_images(self.dataset)
         return make_splits(raw, self.dataset, self.holdout_fraction, self.max_train_samples, self.max_eval_samples)
-
-    def _load_raw(self) -> dict[str, datasets.Dataset]:
-        if self.dataset == "digits":
-            scans = load_digits()
-            images = [Image.fromarray(scan) for scan in (scans.images * (255 / 16)).round().astype(np.uint8)]
-            classes = datasets.ClassLabel(names=[str(name) for name in scans.target_names])
-            features = datasets.Features(image=datasets.Image(), label=classes)
-            rows = datasets.Dataset.from_dict({"image": images, "label": scans.target}, features=features)
-            # In the order of the file, that is, by writer: the second half is by people whom training has not seen.
-            half = len(rows) // 2
-            return {"train": rows.select(range(half)), "test": rows.select(range(half, len(rows)))}
-        path, config = self.dataset, None
-        if not os.path.exists(path):
-            path, _, config = path.partition(":")
-        try:
-            return datasets.load_dataset(path, config or None)
-        except (OSError, ValueError) as error:
-            raise ValueError(
-                f"dataset '{self.dataset}' is neither 'digits', a local data set folder nor a Hub id that can be "
-                f"reached: {error}"
-            ) from error
-
-    def _name_columns(self, split: datasets.Dataset) -> datasets.Dataset:
-        images = [name for name, feature in split.features.items() if isinstance(feature, datasets.Image)]
-        labels = [name for name, feature in split.features.items() if isinstance(feature, datasets.ClassLabel)]
-        labels = labels or [name for name in ("label", "labels", "class") if name in split.features]
-        # Where there are several (CIFAR-100 has coarse labels too), the most detailed ones are the task.
-        labels.sort(key=lambda name: -getattr(split.features[name], "num_classes", 0))
-        if len(images) != 1 or not labels:
-            raise ValueError(
-                f"dataset '{self.dataset}' needs one image column and a label column for image classification, "
-                f"got {split.features}"
-            )
-        split = split.select_columns([images[0], labels[0]]).rename_columns({images[0]: "image", labels[0]: "label"})
-        if not isinstance(split.features["label"], datasets.ClassLabel):
-            split = split.class_encode_column("label")
-        return split
 
     def load_base_model(self) -> PreTrainedModel:
         """The network with one output a class. Fresh weights depend on torch's global seed."""
@@ -278,3 +241,42 @@ class ImageSplit(torch.utils.data.Dataset):
         else:
             images = self._images[indices]
         return {"pixel_values": (images.float() - self.mean) / self.std, "labels": self.labels[indices]}
+
+
+def load_labelled_images(dataset: str) -> dict[str, datasets.Dataset]:
+    """
+    The splits of an image-classification data set, with the columns `image` and `label`.
+
+    Args:
+        dataset (`str`): See [`ImageClassificationTask`].
+
+    Raises:
+        ValueError: for a data set that cannot be found, or that has other columns.
+    """
+    if dataset == "digits":
+        scans = load_digits()
+        images = [Image.fromarray(scan) for scan in (scans.images * (255 / 16)).round().astype(np.uint8)]
+        classes = datasets.ClassLabel(names=[str(name) for name in scans.target_names])
+        features = datasets.Features(image=datasets.Image(), label=classes)
+        rows = datasets.Dataset.from_dict({"image": images, "label": scans.target}, features=features)
+        # In the order of the file, that is, by writer: the second half is by people whom training has not seen.
+        half = len(rows) // 2
+        return {"train": rows.select(range(half)), "test": rows.select(range(half, len(rows)))}
+    return {name: _name_columns(split, dataset) for name, split in load_raw(dataset, "'digits', ").items()}
+
+
+def _name_columns(split: datasets.Dataset, dataset: str) -> datasets.Dataset:
+    images = [name for name, feature in split.features.items() if isinstance(feature, datasets.Image)]
+    labels = [name for name, feature in split.features.items() if isinstance(feature, datasets.ClassLabel)]
+    labels = labels or [name for name in ("label", "labels", "class") if name in split.features]
+    # Where there are several (CIFAR-100 has coarse labels too), the most detailed ones are the task.
+    labels.sort(key=lambda name: -getattr(split.features[name], "num_classes", 0))
+    if len(images) != 1 or not labels:
+        raise ValueError(
+            f"dataset '{dataset}' needs one image column and a label column for image classification, "
+            f"got {split.features}"
+        )
+    split = split.select_columns([images[0], labels[0]]).rename_columns({images[0]: "image", labels[0]: "label"})
+    if not isinstance(split.features["label"], datasets.ClassLabel):
+        split = split.class_encode_column("label")
+    return split
