@@ -19,7 +19,13 @@ from .models import AUTOENCODER_PRESETS, DENOISER_PRESETS
 from .models.autoencoder import NORMALIZATIONS
 
 SECRETS = ("hub_token",)
-TASKS = ("image_classification", "text_classification", "image_generation")
+TASKS = (
+    "image_classification",
+    "text_classification",
+    "object_detection",
+    "semantic_segmentation",
+    "image_generation",
+)
 STAGES = ("base", "collect", "autoencoder", "denoiser", "evaluate")
 
 
@@ -82,16 +88,22 @@ class RunSection:
 
 @dataclass
 class TaskSection:
-    """The base model and its data: see `ImageClassificationTask`, `TextClassificationTask`, `ImageGenerationTask`."""
+    """The base model and its data: see the classes of `pdiff_hf.tasks`, `ImageClassificationTask` and its like."""
 
     task: str = _option(TASKS[0], f"One of {', '.join(TASKS)}.")
     model: str = _option(
         "resnet18",
-        "timm architecture, or local folder or Hub id; `unet2d` for a fresh UNet2DModel that generates images.",
+        "timm architecture, or local folder or Hub id of a timm or transformers model; for detection and segmentation, "
+        "torchvision's builder or builder:WEIGHTS; `unet2d` for a fresh UNet2DModel that generates images.",
     )
-    dataset: str = _option("digits", "`digits`, or local folder, file or Hub id of a data set.")
+    dataset: str = _option(
+        "digits",
+        "`digits`, or local folder, file or Hub id of a data set; for detection and segmentation also canvas:ID.",
+    )
     image_size: int = _option(8, "Side of the square that images are scaled to; 0 for the model's own.")
-    model_args: str = _option("{}", "More arguments of a timm architecture, or the config of a UNet2DModel, as JSON.")
+    model_args: str = _option(
+        "{}", "More arguments of a timm architecture or torchvision builder, or the config of a UNet2DModel, as JSON."
+    )
     max_length: int = _option(128, "Texts are cut to so many tokens.")
     holdout_fraction: float = _option(0.2, "Share of the training data for a validation (and test) split it lacks.")
     max_train_samples: int | None = _option(None, "Use no more training examples than this.")

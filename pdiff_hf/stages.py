@@ -53,7 +53,15 @@ from .recipe import (
     Recipe,
     TaskSection,
 )
-from .tasks import ClassificationTask, ImageClassificationTask, ImageGenerationTask, Task, TextClassificationTask
+from .tasks import (
+    ClassificationTask,
+    ImageClassificationTask,
+    ImageGenerationTask,
+    ObjectDetectionTask,
+    SemanticSegmentationTask,
+    Task,
+    TextClassificationTask,
+)
 from .training import NoiseArguments, make_training_scheduler, train_autoencoder, train_denoiser
 
 logger = logging.getLogger(__name__)
@@ -629,7 +637,12 @@ def make_task(recipe: Recipe) -> Task:
     shared |= {"image_size": recipe.image_size or None, "model_args": json.loads(recipe.model_args)}
     if recipe.task == "image_generation":
         return ImageGenerationTask(**shared, fid_features=recipe.fid_features)
-    return ImageClassificationTask(**shared)
+    vision_tasks = {
+        "image_classification": ImageClassificationTask,
+        "object_detection": ObjectDetectionTask,
+        "semantic_segmentation": SemanticSegmentationTask,
+    }
+    return vision_tasks[recipe.task](**shared)
 
 
 def make_sampling_scheduler(scheduler: DDPMScheduler) -> DPMSolverMultistepScheduler:

@@ -1,5 +1,7 @@
 from .image_classification import ImageClassificationTask
 from .image_generation import ImageGenerationTask
+from .object_detection import ObjectDetectionTask
+from .semantic_segmentation import SemanticSegmentationTask
 from .task import ClassificationTask, MeasuredTask, Task, accuracy, predict_logits, take
 from .text_classification import TextClassificationTask
 
@@ -8,6 +10,8 @@ __all__ = [
     "ImageClassificationTask",
     "ImageGenerationTask",
     "MeasuredTask",
+    "ObjectDetectionTask",
+    "SemanticSegmentationTask",
     "Task",
     "TextClassificationTask",
     "accuracy",

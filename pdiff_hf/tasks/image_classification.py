@@ -26,7 +26,7 @@ from transformers import (
 )
 from transformers.models.timm_wrapper import TimmWrapperConfig
 
-from .splits import check_sizes, label_settings, make_splits
+from .splits import check_sizes, label_settings, load_raw, make_splits
 from .task import Batch, ClassificationTask, Split
 
 # Preprocessed images are kept in memory (as uint8) up to this size, and made anew for each batch beyond it.
@@ -118,13 +118,7 @@ class ImageClassificationTask(ClassificationTask):
 
     def _find_dataset(self) -> dict[str, datasets.Dataset]:
         """The raw train, validation and test splits, with the columns `image` and `label`."""
-        raw = {name: name_columns(split, self.dataset) for name, split in load_images(self.dataset).items()}
-        for split in raw.values():
-            if "label" not in split.features:
-                raise ValueError(
-                    f"dataset '{self.dataset}' needs one image column and a label column for image classification, "
-                    f"got {split.features}"
-                )
+        raw = load_labelled_images(self.dataset)
         return make_splits(raw, self.dataset, self.holdout_fraction, self.max_train_samples, self.max_eval_samples)
 
     def load_base_model(self) -> PreTrainedModel:
@@ -232,16 +226,24 @@ def load_images(dataset: str) -> dict[str, datasets.Dataset]:
         # In the order of the file, that is, by writer: the second half is by people whom training has not seen.
         half = len(rows) // 2
         return {"train": rows.select(range(half)), "test": rows.select(range(half, len(rows)))}
-    path, config = dataset, None
-    if not os.path.exists(path):
-        path, _, config = path.partition(":")
-    try:
-        return datasets.load_dataset(path, config or None)
-    except (OSError, ValueError) as error:
-        raise ValueError(
-            f"dataset '{dataset}' is neither 'digits', a local data set folder nor a Hub id that can be "
-            f"reached: {error}"
-        ) from error
+    return load_raw(dataset, "'digits', ")
+
+
+def load_labelled_images(dataset: str) -> dict[str, datasets.Dataset]:
+    """
+    The splits of an image-classification data set, with the columns `image` and `label`.
+
+    Raises:
+        ValueError: for a data set that cannot be found, or that has other columns.
+    """
+    raw = {name: name_columns(split, dataset) for name, split in load_images(dataset).items()}
+    for split in raw.values():
+        if "label" not in split.features:
+            raise ValueError(
+                f"dataset '{dataset}' needs one image column and a label column for image classification, got "
+                f"{split.features}"
+            )
+    return raw
 
 
 def name_columns(split: datasets.Dataset, dataset: str) -> datasets.Dataset:

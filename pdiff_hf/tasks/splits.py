@@ -1,5 +1,6 @@
 """Train, validation and test splits of a data set that may lack some of them, the same for every task."""
 
+import os
 from typing import Any
 
 import datasets
@@ -21,6 +22,27 @@ def check_sizes(task: Any, *names: str) -> None:
             raise ValueError(f"{name} must be at least 1, got {value}")
 
 
+def load_raw(dataset: str, others: str = "") -> dict[str, datasets.Dataset]:
+    """
+    The splits of a local folder or of a data set on the Hub, `id:config` for one of several configs.
+
+    Args:
+        others (`str`, *optional*): What else the name might have been, for the message.
+
+    Raises:
+        ValueError: if it is neither.
+    """
+    path, config = dataset, None
+    if not os.path.exists(path):
+        path, _, config = path.partition(":")
+    try:
+        return datasets.load_dataset(path, config or None)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"dataset '{dataset}' is neither {others}a local data set folder nor a Hub id that can be reached: {error}"
+        ) from error
+
+
 def make_splits(
     raw: dict[str, datasets.Dataset],
     dataset: str,
@@ -29,10 +51,11 @@ def make_splits(
     max_eval_samples: int | None = None,
 ) -> dict[str, datasets.Dataset]:
     """
-    The train, validation and test splits of a data set with a column `label`.
+    The train, validation and test splits of a data set.
 
-    Validation examples are drawn stratified with a fixed seed. Where there is a validation split but no labelled test
-    split, it is the one reported, as test, and validation comes out of the training data.
+    Validation examples are drawn with a fixed seed, stratified by the column `label` if there is one. Where there is a
+    validation split but no labelled test split, it is the one reported, as test, and validation comes out of the
+    training data.
 
     Args:
         raw (`dict[str, datasets.Dataset]`): The splits that there are.
@@ -47,7 +70,7 @@ def make_splits(
         raise ValueError(f"dataset '{dataset}' needs a split named train, got {sorted(raw)}")
     train, test = raw["train"], raw.get("test")
     validation = next((raw[name] for name in VALIDATION_NAMES if name in raw), None)
-    if test is not None and min(test["label"][:], default=-1) < 0:
+    if test is not None and "label" in test.column_names and min(test["label"][:], default=-1) < 0:
         test = None  # its labels are withheld, as those of ImageNet are
     if test is None:  # what is reported must not be what was selected on
         test, validation = validation, None
@@ -67,14 +90,14 @@ def make_splits(
 
 
 def _hold_out(split: datasets.Dataset, dataset: str, fraction: float) -> tuple[datasets.Dataset, datasets.Dataset]:
-    labels = np.asarray(split["label"][:])
+    labels = np.asarray(split["label"][:]) if "label" in split.column_names else None
     try:
         rest, held_out = train_test_split(
-            np.arange(len(labels)), test_size=fraction, stratify=labels, random_state=SPLIT_SEED
+            np.arange(len(split)), test_size=fraction, stratify=labels, random_state=SPLIT_SEED
         )
     except ValueError as error:
         raise ValueError(
-            f"dataset '{dataset}' is too small to hold out {fraction:.0%} of its {len(labels)} training examples from "
+            f"dataset '{dataset}' is too small to hold out {fraction:.0%} of its {len(split)} training examples from "
             f"every class: {error}"
         ) from error
     return split.select(np.sort(rest)), split.select(np.sort(held_out))
