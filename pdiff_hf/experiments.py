@@ -73,6 +73,7 @@ DATASETS = {
     "mnist": ("ylecun/mnist", "MNIST", 60_000),
     "svhn": ("ufldl-stanford/svhn:cropped_digits", "SVHN", 73_257),
     "coco": ("detection-datasets/coco", "COCO", 117_266),
+    "coco_masks": ("nateraw/pascal-voc-2012", "COCO, the classes of Pascal VOC", 1_464),
 }
 TRAIN_SIZES = {hub_id: size for hub_id, _, size in DATASETS.values()} | {SMALL_DATASET: 60_000, "digits": 898}
 
@@ -90,6 +91,8 @@ class Architecture:
         small_dataset (`str`, *optional*): What the data set is called at the small scale, `{}` being its name.
         minutes (`float`, *optional*): What a run at the small scale was measured to take on one slow core, for tasks
             other than classification, whose operations are not counted.
+        features (`str`, *optional*): Recipe of the classifier that is trained first at the small scale, because FID is
+            measured on its features.
     """
 
     label: str
@@ -98,6 +101,7 @@ class Architecture:
     paper: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     small_dataset: str = "{}"
     minutes: float | None = None
+    features: str | None = None
 
 
 def _mini(label: str, name: str, **paper) -> Architecture:
@@ -167,8 +171,9 @@ ARCHITECTURES = {
     "ddpm": Architecture(
         "DDPM UNet",
         "ddpm",
-        paper={"model": "google/ddpm-cifar10-32", "image_size": 32, "base_epochs": 0, "model_args": "{}"},
+        paper={"model": "google/ddpm-cifar10-32", "model_args": "{}", "base_epochs": 0, "fid_features": "inception"},
         minutes=20,
+        features="cnn3_mini",
     ),
 }
 MINIS = ("convnet_mini", "mlp_mini", "resnet_mini", "vit_mini", "convnext_mini")
@@ -557,13 +562,16 @@ EXPERIMENTS = {
         "network, data set",
         _OF_OTHER_TASKS,
         [_cell("fcn", "coco_masks", "60.5 60.7")],
-        note="At the small scale, images are garments of Fashion-MNIST on larger canvases.",
+        note="At the small scale, images are garments of Fashion-MNIST on larger canvases; at the paper's, those of "
+        "Pascal VOC, which has the same classes as the paper's part of COCO.",
     ),
     "table12": Experiment(
         "Image generation",
         "network, data set",
         _OF_OTHER_TASKS,
         [_cell("ddpm", "cifar10", "3.17 3.19")],
+        note="At the small scale, FID is on features of a classifier of the same data, and of as many generated images "
+        "as the split has.",
     ),
     "table13": Experiment(
         "Memory of training against the number of generated parameters",
@@ -720,13 +728,18 @@ def expand(
         architecture = ARCHITECTURES[row.architecture]
         settings = dict(_read_recipe(Path(recipes, f"{architecture.recipe}.yaml")))
         if scale == "small":
-            settings |= SMALL_SETTINGS | architecture.small
+            if architecture.minutes is None:  # recipes of other tasks are small
+                settings |= SMALL_SETTINGS
+            settings |= architecture.small
         else:
             settings |= PAPER_SETTINGS | (PAPER_ENTIRE if settings.get("select") == ["all"] else PAPER_PARTIAL)
             settings |= architecture.paper
         settings |= {"dataset": dataset or DATASETS[row.dataset][0]}
         if scale == "small":
             settings["dataset"] = architecture.small_dataset.format(dataset)
+            if architecture.features is not None:
+                classifier = _features_recipe(architecture, recipes, output_dir, dataset)
+                settings["fid_features"] = str(Path(classifier.output_dir, FOLDERS["base"]))
         settings |= {**experiment.settings, **changes, **row.varies, "resume_from_checkpoint": "latest"}
         row_recipes = []
         for seed in seeds:
@@ -739,7 +752,17 @@ def expand(
 
 @lru_cache
 def _read_recipe(path: Path) -> Mapping[str, Any]:
-    return yaml.safe_load(path.read_text(encoding="utf-8"))
+    values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    return {key: json.dumps(value) if isinstance(value, dict) else value for key, value in values.items()}
+
+
+def _features_recipe(
+    architecture: Architecture, recipes: str | os.PathLike, output_dir: str | os.PathLike, dataset: str
+) -> Recipe:
+    """Of the classifier: the same for all seeds, because FIDs on different features cannot be compared."""
+    settings = _read_recipe(Path(recipes, f"{architecture.features}.yaml"))
+    recipe = Recipe(**settings | {"dataset": dataset, "stages": ["base"], "resume_from_checkpoint": "latest"})
+    return dataclasses.replace(recipe, output_dir=str(Path(output_dir, "runs", run_name(recipe))))
 
 
 def run_name(recipe: Recipe) -> str:
@@ -872,10 +895,22 @@ def reproduce(
             if find_experiment(name).measures_memory:
                 _measure_rows(name, [row for row, _ in plan], folder, scale, changes or {})
             else:
+                if scale == "small":
+                    for architecture in {row.architecture: ARCHITECTURES[row.architecture] for row, _ in plan}.values():
+                        if architecture.features is not None:
+                            dataset = arguments.get("dataset") or SMALL_DATASET
+                            _train_features(_features_recipe(architecture, recipes, output_dir, dataset))
                 _run_rows(name, plan, folder)
     except Timeout as error:
         raise ExperimentError(f"another experiment is at work in '{output_dir}'; wait, or choose another") from error
     return folder
+
+
+def _train_features(recipe: Recipe) -> None:
+    logger.info("features for FID: %s", Path(recipe.output_dir).name)
+    run = Run(recipe)
+    with run.lock():
+        run.carry_out()
 
 
 def _run_rows(name: str, plan: Sequence[tuple[Row, Sequence[Recipe]]], folder: Path) -> None:

@@ -77,7 +77,8 @@ def test_rows_differ_in_what_is_varied_and_in_nothing_else(name, scale):
         rest = {key: value for key, value in settings.items() if key not in row.varies}
         shared[row.architecture, row.dataset, tuple(sorted(row.varies))].add(json.dumps(rest))
         runs[row.run].add(recipes[0].output_dir)
-        assert recipes[0].dataset == (DATASETS[row.dataset][0] if scale == "paper" else SMALL_DATASET)
+        small_dataset = ARCHITECTURES[row.architecture].small_dataset.format(SMALL_DATASET)
+        assert recipes[0].dataset == (DATASETS[row.dataset][0] if scale == "paper" else small_dataset)
     assert all(len(different) == 1 for different in (*shared.values(), *runs.values()))
     assert len({folder for (folder,) in runs.values()}) == len(runs)
 
@@ -153,7 +154,7 @@ COUNTS = {
 }
 
 
-@pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.parametrize("name", COUNTS)
 def test_recipes_generate_the_numbers_of_table_6(name):
     architecture = ARCHITECTURES[name]
     model = [f"--model={architecture.small['model']}"] if architecture.recipe == "partial" else []
