@@ -288,5 +288,9 @@ def test_memory_of_training_grows_with_what_is_trained(tmp_path):
     assert small.fits and large.fits and 10e6 < small.memory < large.memory < 2e9
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool, pytest.raises(MemoryError):
         pool.submit(_measure, "autoencoder", 2_048, 128, "paper", 2, 100, 50_000_000).result()
+    folder = reproduce("table13", RECIPES, tmp_path, patterns=["2048"])
+    (row,) = csv.DictReader((folder / "table.csv").open())
+    assert row["autoencoder (MB) (paper)"] == "658" and 10 < int(row["autoencoder (MB)"]) < 658
+    assert "![Memory of training" in (folder / "table.md").read_text() and (folder / "table13.png").is_file()
     with pytest.raises(ExperimentError, match="table13 takes autoencoder_preset and denoiser_preset, not latent_noise"):
         reproduce("table13", RECIPES, tmp_path, changes={"latent_noise": 1.0})

@@ -9,8 +9,9 @@
 
 Sources are what the authors released: `sample` in `ghrp/sampling_auxiliaries/sample_finetune_auxiliaries.py` of
 github.com/HSG-AIML/NeurIPS_2022-Generative_Hyper_Representations, and `sample_models` and `subsample_model_evaluation`
-in `SANE/sampling/` of github.com/HSG-AIML/SANE. Kernels, which models are used, how many candidates there are for one
-that is kept and by what data it is chosen follow these. What differs here, for all three:
+in `SANE/sampling/` of github.com/HSG-AIML/SANE. From these are the Gaussian kernels, their bandwidths, what one density
+is for, the rule for the best 30%, and that SANE_SUB draws five candidates for each that it keeps, by their validation
+accuracy. What differs here:
 
 - The models are snapshots of one run, as p-diff has them, not a zoo that was trained from many initialisations.
 - Encoder and decoder are this library's. The latents of S_KDE30 are those that the denoiser is trained on. The codes of
@@ -20,8 +21,11 @@ that is kept and by what data it is chosen follow these. What differs here, for 
   is absolute in units of their latents, which have no counterpart here.
 - Coordinates (S_KDE30) and tokens (SANE) are drawn independently of each other, as a density of each for itself says.
   The released code seeds every one of these draws alike, with which scikit-learn picks the same model and the same
-  noise for all of them: what it returns are single models of the zoo with little noise.
+  noise for all of them: what it returns are single models of the zoo plus noise.
 - The best are found on validation data. S_KDE30 takes accuracies on test data, which would favour it in a report.
+- The prompts of SANE_SUB are the best five snapshots. The released example takes a whole data set of models; with all
+  snapshots as prompts its networks were less accurate here.
+- Running statistics of batch norm are those of the base model, as for every group of a report; SANE recomputes them.
 """
 
 from collections.abc import Callable
