@@ -662,14 +662,18 @@ def select_rows(name: str, patterns: Sequence[str] | None = None, one_dataset: b
         name (`str`): Of the experiment.
         patterns (`Sequence[str]`, *optional*): Globs of the names of runs; all by default.
         one_dataset (`bool`, *optional*, defaults to `False`): Of rows that differ only in the paper's data set, the
-            first: another data set takes its place.
+            first, without its name: another data set takes its place.
     """
     rows = list(find_experiment(name).rows)
     if one_dataset:
         first = {}
         for row in rows:
             first.setdefault(row.architecture, row.dataset)
-        rows = [row for row in rows if row.dataset == first[row.architecture]]
+        rows = [
+            dataclasses.replace(row, label=row.label.replace(f", {DATASETS[row.dataset][1]}", ""))
+            for row in rows
+            if row.dataset == first[row.architecture]
+        ]
     for pattern in patterns or ():
         if not any(fnmatch.fnmatch(row.run, pattern) for row in rows):
             names = ", ".join(dict.fromkeys(row.run for row in rows))
