@@ -118,13 +118,8 @@ class ImageClassificationTask(ClassificationTask):
 
     def _find_dataset(self) -> dict[str, datasets.Dataset]:
         """The raw train, validation and test splits, with the columns `image` and `label`."""
-        raw = {name: name_columns(split, self.dataset) for name, split in load_images(self.dataset).items()}
-        for split in raw.values():
-            if "label" not in split.features:
-                raise ValueError(
-                    f"dataset '{self.dataset}' needs one image column and a label column for image classification, "
-                    f"got {split.features}"
-                )
+        raw = load_images(self.dataset)
+        raw = {name: name_columns(split, self.dataset, needs_labels=True) for name, split in raw.items()}
         return make_splits(raw, self.dataset, self.holdout_fraction, self.max_train_samples, self.max_eval_samples)
 
     def load_base_model(self) -> PreTrainedModel:
@@ -244,20 +239,21 @@ def load_images(dataset: str) -> dict[str, datasets.Dataset]:
         ) from error
 
 
-def name_columns(split: datasets.Dataset, dataset: str) -> datasets.Dataset:
+def name_columns(split: datasets.Dataset, dataset: str, needs_labels: bool = False) -> datasets.Dataset:
     """
     The columns `image` and, where there are labels, `label`. Of several kinds of labels (CIFAR-100 has coarse ones too)
     it is the most detailed one.
 
     Raises:
-        ValueError: unless there is one image column.
+        ValueError: unless there is one image column, and, where labels are needed, a label column.
     """
     images = [name for name, feature in split.features.items() if isinstance(feature, datasets.Image)]
     labels = [name for name, feature in split.features.items() if isinstance(feature, datasets.ClassLabel)]
     labels = labels or [name for name in ("label", "labels", "class") if name in split.features]
     labels.sort(key=lambda name: -getattr(split.features[name], "num_classes", 0))
-    if len(images) != 1:
-        raise ValueError(f"dataset '{dataset}' needs one image column, got {split.features}")
+    if len(images) != 1 or (needs_labels and not labels):
+        what = "one image column and a label column for image classification" if needs_labels else "one image column"
+        raise ValueError(f"dataset '{dataset}' needs {what}, got {split.features}")
     names = {images[0]: "image"} | dict.fromkeys(labels[:1], "label")
     split = split.select_columns(list(names)).rename_columns(names)
     if labels and not isinstance(split.features["label"], datasets.ClassLabel):
