@@ -62,7 +62,7 @@ class PDiffPipeline(DiffusionPipeline):
             Denoises latents.
         scheduler ([`SchedulerMixin`]):
             Any scheduler of diffusers.
-        base_model (`PreTrainedModel`, *optional*):
+        base_model (`PreTrainedModel` or [`ModelMixin`], *optional*):
             The network whose other tensors complete the generated ones.
     """
 

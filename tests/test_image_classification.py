@@ -186,7 +186,7 @@ def test_wrong_arguments(arguments, message, monkeypatch):
 def test_data_sets_that_do_not_fit(tmp_path):
     (tmp_path / "text").mkdir()
     (tmp_path / "text" / "train.csv").write_text("words,label\nhello,0\nbye,1\n")
-    with pytest.raises(ValueError, match="needs one image column"):
+    with pytest.raises(ValueError, match="needs one image column and a label column"):
         ImageClassificationTask("test_resnet", str(tmp_path / "text"))
     make_folder(tmp_path / "tiny", {"train": 4, "test": 3})
     with pytest.raises(ValueError, match="too small to hold out 20% of its 4"):

@@ -283,6 +283,8 @@ def test_features_of_a_transformers_classifier_are_what_its_head_gets(tmp_path):
         expected = model.vit(pixels.expand(-1, 3, -1, -1)).last_hidden_state[:, 0]
         torch.testing.assert_close(features(images).float(), expected, atol=1e-4, rtol=1e-4)
     assert features.num_features == 16 and features.title == "vit"
+    assert frechet_distance(features, [images], [[images]]).item() == pytest.approx(0, abs=1e-6)
+    assert {parameter.dtype for parameter in features.parameters()} == {torch.float32}
 
 
 def test_inception_v3(tmp_path):

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torchvision.transforms.functional import pil_to_tensor
 
 from ..loop import derive_seed
-from .image_classification import load_labelled_images
+from .image_classification import load_images
 from .splits import make_splits
 from .task import Split
 
@@ -38,7 +38,7 @@ def find_sources(
     """
     name = dataset.removeprefix(PREFIX)
     limits = [None if limit is None else MAX_OBJECTS * limit for limit in (max_train_samples, max_eval_samples)]
-    sources = make_splits(load_labelled_images(name), name, holdout_fraction, *limits)
+    sources = make_splits(load_images(name, needs_labels=True), name, holdout_fraction, *limits)
     for split, images in sources.items():
         if len(images) < MAX_OBJECTS:
             raise ValueError(

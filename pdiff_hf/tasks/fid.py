@@ -47,7 +47,6 @@ def frechet_distance(
         # It warns that it keeps all features; it keeps sums.
         warnings.filterwarnings("ignore", message="Metric `FrechetInceptionDistance`", category=UserWarning)
         metric = FrechetInceptionDistance(feature=features, reset_real_features=False)
-    metric = metric.set_dtype(torch.float64)
     distances = []
     for batch in real:
         metric.to(batch.device).update(batch, real=True)

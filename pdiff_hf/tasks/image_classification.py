@@ -118,7 +118,7 @@ class ImageClassificationTask(ClassificationTask):
 
     def _find_dataset(self) -> dict[str, datasets.Dataset]:
         """The raw train, validation and test splits, with the columns `image` and `label`."""
-        raw = load_labelled_images(self.dataset)
+        raw = load_images(self.dataset, needs_labels=True)
         return make_splits(raw, self.dataset, self.holdout_fraction, self.max_train_samples, self.max_eval_samples)
 
     def load_base_model(self) -> PreTrainedModel:
@@ -209,13 +209,17 @@ class ImageClassificationTask(ClassificationTask):
         return call(pixel_values=batch["pixel_values"]).logits
 
 
-def load_images(dataset: str) -> dict[str, datasets.Dataset]:
+def load_images(dataset: str, needs_labels: bool = False) -> dict[str, datasets.Dataset]:
     """
-    The splits of an image data set as they are: `digits`, a local folder, or a Hub id, `id:config` for one of several
-    configs.
+    The splits of an image data set, with the columns `image` and, where there are labels, `label`. Of several kinds of
+    labels (CIFAR-100 has coarse ones too) it is the most detailed one.
+
+    Args:
+        dataset (`str`): `digits`, a local folder, or a Hub id, `id:config` for one of several configs.
+        needs_labels (`bool`, *optional*, defaults to `False`): Whether images without labels are refused.
 
     Raises:
-        ValueError: if there is no such data set.
+        ValueError: if there is no such data set, or it does not have one image column, and labels where needed.
     """
     if dataset == "digits":
         scans = load_digits()
@@ -226,40 +230,18 @@ def load_images(dataset: str) -> dict[str, datasets.Dataset]:
         # In the order of the file, that is, by writer: the second half is by people whom training has not seen.
         half = len(rows) // 2
         return {"train": rows.select(range(half)), "test": rows.select(range(half, len(rows)))}
-    return load_raw(dataset, "'digits', ")
+    raw = load_raw(dataset, "'digits', ")
+    return {name: _name_columns(split, dataset, needs_labels) for name, split in raw.items()}
 
 
-def load_labelled_images(dataset: str) -> dict[str, datasets.Dataset]:
-    """
-    The splits of an image-classification data set, with the columns `image` and `label`.
-
-    Raises:
-        ValueError: for a data set that cannot be found, or that has other columns.
-    """
-    raw = {name: name_columns(split, dataset) for name, split in load_images(dataset).items()}
-    for split in raw.values():
-        if "label" not in split.features:
-            raise ValueError(
-                f"dataset '{dataset}' needs one image column and a label column for image classification, got "
-                f"{split.features}"
-            )
-    return raw
-
-
-def name_columns(split: datasets.Dataset, dataset: str) -> datasets.Dataset:
-    """
-    The columns `image` and, where there are labels, `label`. Of several kinds of labels (CIFAR-100 has coarse ones too)
-    it is the most detailed one.
-
-    Raises:
-        ValueError: unless there is one image column.
-    """
+def _name_columns(split: datasets.Dataset, dataset: str, needs_labels: bool) -> datasets.Dataset:
     images = [name for name, feature in split.features.items() if isinstance(feature, datasets.Image)]
     labels = [name for name, feature in split.features.items() if isinstance(feature, datasets.ClassLabel)]
     labels = labels or [name for name in ("label", "labels", "class") if name in split.features]
     labels.sort(key=lambda name: -getattr(split.features[name], "num_classes", 0))
-    if len(images) != 1:
-        raise ValueError(f"dataset '{dataset}' needs one image column, got {split.features}")
+    if len(images) != 1 or (needs_labels and not labels):
+        what = "one image column and a label column" if needs_labels else "one image column"
+        raise ValueError(f"dataset '{dataset}' needs {what}, got {split.features}")
     names = {images[0]: "image"} | dict.fromkeys(labels[:1], "label")
     split = split.select_columns(list(names)).rename_columns(names)
     if labels and not isinstance(split.features["label"], datasets.ClassLabel):

@@ -14,7 +14,7 @@ from torchvision.transforms import CenterCrop, Compose, PILToTensor, Resize
 from ..batched import BatchedModels
 from ..memory import InParts
 from .fid import INCEPTION, frechet_distance, load_features
-from .image_classification import ImageSplit, load_images, name_columns
+from .image_classification import ImageSplit, load_images
 from .splits import check_sizes, make_splits
 from .task import Batch, MeasuredTask, Split, take
 
@@ -83,7 +83,7 @@ class ImageGenerationTask(MeasuredTask):
                 f"num_steps must be at most the {self.scheduler.config.num_train_timesteps} steps of the model's "
                 f"schedule, got {self.num_steps}"
             )
-        raw = {name: name_columns(split, self.dataset) for name, split in load_images(self.dataset).items()}
+        raw = load_images(self.dataset)
         for name, split in raw.items():
             if "label" not in split.features:  # one class is as good as none
                 raw[name] = split.add_column("label", [0] * len(split))

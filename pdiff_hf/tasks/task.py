@@ -25,14 +25,18 @@ class Task(ABC):
     """
     What a subclass says about the base model and its data is all that the rest needs to know. `call` below is the base
     model, or a function that takes its place and runs the same network with other parameters; it must be the only way
-    in which a task runs a network.
+    in which a task runs a network. What a task draws by chance while a network trains, it draws from torch's global
+    generator, which is seeded anew at every step.
 
     A task is a `ClassificationTask`, or a `MeasuredTask` for everything else that networks do.
     """
 
     @abstractmethod
     def load_base_model(self) -> nn.Module:
-        """The network; a `PreTrainedModel` of transformers if it is to be saved together with a pipeline."""
+        """
+        The network; a `PreTrainedModel` of transformers or a `ModelMixin` of diffusers if it is to be saved together
+        with a pipeline.
+        """
 
     @abstractmethod
     def load_split(self, split: Split) -> Dataset:
