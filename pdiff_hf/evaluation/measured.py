@@ -1,10 +1,10 @@
 """The report on a generator of networks that are judged by one number over a split, such as detectors."""
 
+import dataclasses
 import json
 import math
 import os
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -91,7 +91,8 @@ def evaluate_measured(measurer: Measurer, groups: Sequence[Group], heldout: torc
 
     Args:
         measurer (`Measurer`): For the base model and its task.
-        groups (`Sequence[Group]`): As for `report.evaluate`.
+        groups (`Sequence[Group]`): As for `report.evaluate`. Of `reconstructed`, the held-out networks are measured, if
+            there are any.
         heldout (`torch.Tensor`): bool of shape `(K,)`: originals that no generator has seen.
 
     Returns:
@@ -100,6 +101,12 @@ def evaluate_measured(measurer: Measurer, groups: Sequence[Group], heldout: torc
         worst of its group in the choice of the best, and not in the mean; `num_undefined` says how many there are.
     """
     task, originals = measurer.task, groups[0].parameters
+    reconstruction = explained_variance({group.name: group.parameters for group in groups}, heldout)
+    if heldout.any():  # to measure a network is expensive, and reconstructions of what was seen say the least
+        groups = [
+            dataclasses.replace(group, parameters=group.parameters[heldout]) if group.name == "reconstructed" else group
+            for group in groups
+        ]
     vectors = [row for group in groups for row in group.parameters]
     validation, test = (measurer.measure(split, vectors) for split in ("validation", "test"))
     sign = 1.0 if task.higher_is_better else -1.0
@@ -129,7 +136,6 @@ def evaluate_measured(measurer: Measurer, groups: Sequence[Group], heldout: torc
                 "scores": scores.tolist(),
             }
         )
-    reconstruction = explained_variance({group.name: group.parameters for group in groups}, heldout)
     by_name = {row["name"]: row for row in rows}
     baselines = [row for row in rows if row["family"] is not None]
     return without_nan(
@@ -141,7 +147,7 @@ def evaluate_measured(measurer: Measurer, groups: Sequence[Group], heldout: torc
             "reconstruction": reconstruction,
             "audit": {
                 "verdict": audit_verdict(audits["generated"], [audits[row["name"]] for row in baselines]),
-                "rows": [asdict(audit) | {"copies": audit.copies} for audit in audits.values()],
+                "rows": [dataclasses.asdict(audit) | {"copies": audit.copies} for audit in audits.values()],
             },
             "verdict": _verdict(task, by_name["original"], by_name["generated"], baselines),
             "warnings": [] if reconstruction is None else reconstruction_warnings(reconstruction),
