@@ -610,7 +610,7 @@ EXPERIMENTS = {
             for row in _noise_rows(f"learning rate {rate:g}", f"{rate:g}", collect_learning_rate=rate)
         ],
         _draw_against_noise,
-        {"baseline_models": 20},
+        {"baseline_models": 10},
         note="The small learning rate is 0.0003 in the paper's text and 0.003 in the figure's caption; both are here.",
     ),
     "figure5a": Experiment(
