@@ -36,7 +36,7 @@ def detector(task):
     return task.load_base_model().eval()
 
 
-def write_boxes(folder, names=("cat", "person"), convert=lambda box: box, **columns):
+def write_boxes(folder, names=("cat", "person"), convert=lambda box: box):
     """A data set of eight images in the format of detection-datasets/coco; the last has no objects."""
     generator = np.random.default_rng(0)
     rows = {"image": [], "objects": []}
@@ -51,7 +51,7 @@ def write_boxes(folder, names=("cat", "person"), convert=lambda box: box, **colu
             "category": datasets.List(datasets.ClassLabel(names=list(names))),
         },
     )
-    data = datasets.Dataset.from_dict(rows | columns, features=features)
+    data = datasets.Dataset.from_dict(rows, features=features)
     data.to_parquet(folder / "train.parquet")
     data.to_parquet(folder / "val.parquet")
     return str(folder)
@@ -244,6 +244,12 @@ def test_wrong_data_sets(tmp_path):
         (tmp_path / "sizes").mkdir()
         sizes = write_boxes(tmp_path / "sizes", convert=lambda box: [*box[:2], box[2] - box[0], box[3] - box[1]])
         ObjectDetectionTask(DETECTOR, sizes)
+    many = datasets.Features(image=datasets.Image(), label=datasets.ClassLabel(num_classes=255))
+    (tmp_path / "many").mkdir()
+    rows = {"image": [Image.new("L", (8, 8))] * 20, "label": [0, 1] * 10}
+    datasets.Dataset.from_dict(rows, features=many).to_parquet(tmp_path / "many" / "train.parquet")
+    with pytest.raises(ValueError, match="has 255 classes; canvases can have 254"):
+        ObjectDetectionTask(DETECTOR, f"canvas:{tmp_path / 'many'}", image_size=32)
     black = datasets.Dataset.from_dict(
         {"image": [Image.fromarray(np.full((8, 8), i % 3, dtype=np.uint8)) for i in range(60)], "label": [0, 1] * 30},
         features=datasets.Features(image=datasets.Image(), label=datasets.ClassLabel(names=["a", "b"])),
@@ -274,7 +280,7 @@ def test_the_whole_job(tmp_path):
         base_batch_size=4,
         select=["roi_heads.box_predictor.cls_score*"],
         num_snapshots=6,
-        collect_batch_size=2,
+        collect_batch_size=4,  # examples come up several times, but their proposals follow from no fixed number
         collect_learning_rate=1e-3,
         latent_dim=4,
         autoencoder_steps=3,

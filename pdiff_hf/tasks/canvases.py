@@ -17,6 +17,8 @@ THRESHOLD = 32
 # The texture of a canvas is no brighter than this, and is covered by noise of this standard deviation.
 TEXTURE, NOISE = 48, 8
 MAX_OBJECTS = 3
+# Masks have one byte for a pixel, of which two values stand for the background and for what does not count.
+MAX_CLASSES = 254
 # Sides of the images that are placed on a canvas, as shares of its own.
 SCALES = (0.35, 0.6)
 # Of the smaller of two objects' boxes, no more than this share may be covered by the other.
@@ -34,11 +36,15 @@ def find_sources(
         max_train_samples, max_eval_samples (`int`, *optional*): No more than this many canvases.
 
     Raises:
-        ValueError: for a data set that does not fit image classification, or with a split too small for a canvas.
+        ValueError: for a data set that does not fit image classification, or with a split too small for a canvas, or
+            with more classes than a mask can tell apart.
     """
     name = dataset.removeprefix(PREFIX)
     limits = [None if limit is None else MAX_OBJECTS * limit for limit in (max_train_samples, max_eval_samples)]
     sources = make_splits(load_images(name, needs_labels=True), name, holdout_fraction, *limits)
+    classes = sources["train"].features["label"].num_classes
+    if classes > MAX_CLASSES:
+        raise ValueError(f"dataset '{name}' has {classes} classes; canvases can have {MAX_CLASSES}")
     for split, images in sources.items():
         if len(images) < MAX_OBJECTS:
             raise ValueError(

@@ -42,8 +42,8 @@ class ObjectDetectionTask(MeasuredTask):
             column `image` and a column `objects`, which has for each image the lists `bbox`, of left, top, right and
             bottom in pixels, and `category`, of class labels: the format of `detection-datasets/coco`. Or
             `canvas:ID_OR_FOLDER`: see [`~pdiff_hf.tasks.canvases.Canvases`].
-        image_size (`int`, *optional*): Side of the square that images are scaled to fit into, where the network scales
-            them; by default as the network does it. Side of the canvases, which need it.
+        image_size (`int`, *optional*): Side of the square that the network scales images to fit into (SSD has a fixed
+            one); the network's own by default. Side of the canvases too, which need it.
         model_args (`dict`, *optional*): More arguments of the builder, such as `rpn_post_nms_top_n_test`.
         holdout_fraction (`float`, *optional*, defaults to 0.2): Share of the training data that becomes the validation
             split, and the test split, where the data set has none; see [`~pdiff_hf.tasks.splits.make_splits`].
