@@ -141,8 +141,10 @@ ARCHITECTURES = {
         _VIT_AT_32
         | {
             "model": "vit_base_patch16_224",
-            "max_train_samples": 1_500,
+            "max_train_samples": 4_000,
             "base_epochs": 2,
+            "base_batch_size": 32,
+            "base_learning_rate": 1e-4,
             "max_eval_samples": 300,
         },
         {"model": "timm/vit_base_patch16_224.augreg2_in21k_ft_in1k"},
@@ -165,9 +167,9 @@ ARCHITECTURES = {
     "vit_mini": _mini("ViT-mini", "vit_mini"),
     "convnext_mini": _mini("ConvNeXt-mini", "convnext_mini"),
     "cnn3_mini": _mini("3-layer CNN", "cnn3_mini", latent_dim=128),
-    "faster_rcnn": _other_task("Faster R-CNN", "faster_rcnn", 20, model="fasterrcnn_resnet50_fpn:COCO_V1"),
-    "fcos": _other_task("FCOS", "fcos", 20, model="fcos_resnet50_fpn:COCO_V1"),
-    "fcn": _other_task("FCN", "fcn", 20, model="fcn_resnet50:COCO_WITH_VOC_LABELS_V1"),
+    "faster_rcnn": _other_task("Faster R-CNN", "faster_rcnn", 12, model="fasterrcnn_resnet50_fpn:COCO_V1"),
+    "fcos": _other_task("FCOS", "fcos", 15, model="fcos_resnet50_fpn:COCO_V1"),
+    "fcn": _other_task("FCN", "fcn", 15, model="fcn_resnet50:COCO_WITH_VOC_LABELS_V1"),
     "ddpm": Architecture(
         "DDPM UNet",
         "ddpm",
