@@ -242,7 +242,8 @@ def test_wrong_folders_are_named(folder, tmp_path, monkeypatch):
     rows.to_parquet(tmp_path / "words" / "train.parquet")
     with pytest.raises(ValueError, match="needs one image column, got"):
         make_task(folder, dataset=str(tmp_path / "words"))
-    monkeypatch.setitem(sys.modules, "torch_fidelity", None)
+    for name in ("torch_fidelity", "torch_fidelity.feature_extractor_inceptionv3"):  # another test may have loaded both
+        monkeypatch.setitem(sys.modules, name, None)
     with pytest.raises(ValueError, match=r'needs torch-fidelity: pip install "pdiff_hf\[fid\]"'):
         make_task(folder, fid_features="inception")
     with pytest.raises(RunError, match="latent_dim is 74, but only 73 parameters"):
