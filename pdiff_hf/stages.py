@@ -57,6 +57,7 @@ from .tasks import (
     ClassificationTask,
     ImageClassificationTask,
     ImageGenerationTask,
+    MeasuredTask,
     ObjectDetectionTask,
     SemanticSegmentationTask,
     Task,
@@ -197,6 +198,11 @@ class Run:
                         f"({_difference(settings, self._settings(stage))}); go on with those, or begin the stage anew "
                         "without --resume_from_checkpoint"
                     )
+        if not isinstance(self.task, ClassificationTask | MeasuredTask):
+            raise RunError(
+                f"{type(self.task).__name__} must be a ClassificationTask or a MeasuredTask: it has to say how "
+                "networks are judged"
+            )
         classifies = isinstance(self.task, ClassificationTask)
         if r.hyper_representations and not classifies:
             raise RunError("hyper_representations chooses networks by their accuracy, which only classifiers have")

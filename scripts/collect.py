@@ -51,6 +51,7 @@ def main() -> None:
     if state.is_main_process:
         count, size = len(run.snapshots[0]), run.layout.num_parameters
         print(f"{count} snapshots of {size:,} numbers are in {run.folder / 'snapshots'}")
+    state.destroy_process_group()
 
 
 def print_list(recipe: Recipe, device: torch.device) -> None:

@@ -56,6 +56,7 @@ def main() -> None:
     if state.is_main_process and (run.folder / "evaluation" / "report.md").is_file():
         print((run.folder / "evaluation" / "report.md").read_text().partition("\n### ")[0])
         print(f"The generator is in {run.folder / 'pipeline'}, the report in {run.folder / 'evaluation'}.")
+    state.destroy_process_group()  # its threads would otherwise be ended, at times with an error, by the interpreter
 
 
 if __name__ == "__main__":

@@ -288,7 +288,7 @@ def test_features_of_a_transformers_classifier_are_what_its_head_gets(tmp_path):
     assert {parameter.dtype for parameter in features.parameters()} == {torch.float32}
 
 
-def test_inception_v3(tmp_path):
+def test_inception_v3(tmp_path, monkeypatch):
     """With weights of chance, because those that FID is defined with are to be downloaded."""
     extractor = pytest.importorskip("torch_fidelity.feature_extractor_inceptionv3", reason="needs the extra `fid`")
 
@@ -298,14 +298,11 @@ def test_inception_v3(tmp_path):
 
     torch.save({}, tmp_path / "nothing.pth")
     fresh = Fresh("inception-v3-compat", ["2048"], feature_extractor_weights_path=str(tmp_path / "nothing.pth"))
-    directory = torch.hub.get_dir()
-    torch.hub.set_dir(tmp_path)
-    try:
-        (tmp_path / "checkpoints").mkdir()
-        torch.save(fresh.state_dict(), tmp_path / "checkpoints" / extractor.URL_INCEPTION_V3.rpartition("/")[2])
-        features = load_features("inception")
-    finally:
-        torch.hub.set_dir(directory)
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    cached = tmp_path / "hub" / "checkpoints" / extractor.URL_INCEPTION_V3.rpartition("/")[2]
+    cached.parent.mkdir(parents=True)
+    torch.save(fresh.state_dict(), cached)
+    features = load_features("inception")
     assert isinstance(features, InceptionFeatures)
     images = torch.randint(256, (4, 1, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():

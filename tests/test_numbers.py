@@ -18,7 +18,7 @@ from pdiff_hf.evaluation.scoring import Scorer
 from pdiff_hf.loop import LoopArguments, TrainingError, latest_checkpoint, train
 from pdiff_hf.recipe import Recipe
 from pdiff_hf.stages import Run, RunError, make_sampling_scheduler
-from pdiff_hf.tasks import Task
+from pdiff_hf.tasks import ClassificationTask
 from pdiff_hf.training import NoiseArguments, make_training_scheduler, train_autoencoder, train_denoiser
 
 # ------------------------------------------------------------------------------------- training that leaves the numbers
@@ -115,7 +115,7 @@ def test_a_finite_training_is_not_stopped(tmp_path):
 # -------------------------------------------------------------------------------------- little data, through the whole
 
 
-class Points(Task):
+class Points(ClassificationTask):
     """Two clouds of points, and a network with tensors of one number, of several, and ones that are never changed."""
 
     def load_base_model(self):

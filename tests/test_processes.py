@@ -41,9 +41,11 @@ def tensors(folder) -> dict[str, torch.Tensor]:
 
 PROGRAM = """
 import runpy, sys, torch
+from pdiff_hf.stages import start_processes
+start_processes()
+print("waits for", torch.distributed.group.WORLD._get_backend(torch.device("cpu")).options._timeout.days, "days")
 sys.argv = sys.argv[1:]
 runpy.run_path(sys.argv[0], run_name="__main__")
-print("waits for", torch.distributed.group.WORLD._get_backend(torch.device("cpu")).options._timeout.days, "days")
 """
 
 

@@ -42,8 +42,8 @@ from pdiff_hf.checkpoints import (
 )
 from pdiff_hf.parameters import LayoutError, ParameterLayout, select_layout
 from pdiff_hf.recipe import Recipe
-from pdiff_hf.stages import Run
-from pdiff_hf.tasks import Task
+from pdiff_hf.stages import Run, RunError
+from pdiff_hf.tasks import ClassificationTask, Task
 
 ROOT = Path(__file__).parent.parent
 TINY = {
@@ -504,7 +504,7 @@ def test_a_copy_is_refused(networks, tmp_path):
 # --------------------------------------------------------------------------------------- fine-tuning, from our own task
 
 
-class Blobs(Task):
+class Blobs(ClassificationTask):
     """Two clouds of points, told apart by a network that no library knows."""
 
     def load_base_model(self):
@@ -584,6 +584,16 @@ def test_the_example_of_the_readme(tmp_path):
     report = json.loads((tmp_path / "evaluation" / "report.json").read_text())
     assert report["num_parameters"] == 146
     assert report["groups"][0]["accuracy_mean"] > 75  # chance is 50
+
+
+def test_a_task_says_how_networks_are_judged(tmp_path):
+    class Neither(Task):
+        load_base_model, load_split, fingerprint = Blobs.load_base_model, Blobs.load_split, Blobs.fingerprint
+        collate, loss = Blobs.collate, Blobs.loss
+
+    with pytest.raises(RunError, match="Neither must be a ClassificationTask or a MeasuredTask"):
+        Run(Recipe(**TINY, output_dir=str(tmp_path / "out"), select=["all"]), task=Neither())
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_task_needs_all_its_methods():
