@@ -108,10 +108,9 @@ def _mini(label: str, name: str, **paper) -> Architecture:
     return Architecture(label, name, paper=paper)
 
 
-def _other_task(label: str, name: str, minutes: float, model: str) -> Architecture:
+def _other_task(label: str, name: str, minutes: float, **paper) -> Architecture:
     """A network that torchvision has with weights; at the small scale for garments on canvases, as its recipe says."""
-    paper = {"model": model, "model_args": "{}", "base_epochs": 0}
-    return Architecture(label, name, {}, paper, "canvas:{}", minutes)
+    return Architecture(label, name, {}, {"model_args": "{}", "base_epochs": 0} | paper, "canvas:{}", minutes)
 
 
 _AT_32 = {"image_size": 32}
@@ -167,13 +166,44 @@ ARCHITECTURES = {
     "vit_mini": _mini("ViT-mini", "vit_mini"),
     "convnext_mini": _mini("ConvNeXt-mini", "convnext_mini"),
     "cnn3_mini": _mini("3-layer CNN", "cnn3_mini", latent_dim=128),
-    "faster_rcnn": _other_task("Faster R-CNN", "faster_rcnn", 12, model="fasterrcnn_resnet50_fpn:COCO_V1"),
-    "fcos": _other_task("FCOS", "fcos", 15, model="fcos_resnet50_fpn:COCO_V1"),
-    "fcn": _other_task("FCN", "fcn", 15, model="fcn_resnet50:COCO_WITH_VOC_LABELS_V1"),
+    # The paper gives no learning rates for these: they are those of the small scale.
+    "faster_rcnn": _other_task(
+        "Faster R-CNN",
+        "faster_rcnn",
+        12,
+        model="fasterrcnn_resnet50_fpn:COCO_V1",
+        collect_learning_rate=2e-4,
+        max_train_samples=20_000,
+        max_eval_samples=1_000,
+    ),
+    "fcos": _other_task(
+        "FCOS",
+        "fcos",
+        15,
+        model="fcos_resnet50_fpn:COCO_V1",
+        collect_learning_rate=2e-3,
+        max_train_samples=20_000,
+        max_eval_samples=1_000,
+    ),
+    "fcn": _other_task(
+        "FCN",
+        "fcn",
+        15,
+        model="fcn_resnet50:COCO_WITH_VOC_LABELS_V1",
+        collect_learning_rate=1e-2,
+        max_train_samples=None,
+    ),
     "ddpm": Architecture(
         "DDPM UNet",
         "ddpm",
-        paper={"model": "google/ddpm-cifar10-32", "model_args": "{}", "base_epochs": 0, "fid_features": "inception"},
+        paper={
+            "model": "google/ddpm-cifar10-32",
+            "model_args": "{}",
+            "base_epochs": 0,
+            "collect_learning_rate": 3e-4,
+            "max_eval_samples": 10_000,
+            "fid_features": "inception",
+        },
         minutes=20,
         features="cnn3_mini",
     ),

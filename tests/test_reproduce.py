@@ -260,6 +260,33 @@ def test_a_table_that_was_killed_goes_on_and_its_rows_share_their_stages(tmp_pat
     assert "taken over" not in caplog.text and len(list((tmp_path / "runs").iterdir())) == 2
 
 
+def test_fid_is_measured_on_the_same_features_for_all_seeds():
+    ((_, recipes),) = expand("table12", RECIPES, "out", seeds=(0, 1))
+    assert recipes[0].fid_features == recipes[1].fid_features
+    assert re.fullmatch(r"out/runs/cnn3_mini-fashion_mnist-seed0-\w+/base_model", recipes[0].fid_features)
+    ((_, recipes),) = expand("table12", RECIPES, "out", scale="paper")
+    assert recipes[0].fid_features == "inception"
+
+
+@pytest.mark.slow
+def test_a_table_of_another_task_with_the_classifier_that_it_needs(tmp_path):
+    unet = {"in_channels": 1, "out_channels": 1, "block_out_channels": [8], "layers_per_block": 1, "norm_num_groups": 4}
+    unet |= {"down_block_types": ["DownBlock2D"], "up_block_types": ["UpBlock2D"]}
+    changes = TINY | {"model": "unet2d", "model_args": json.dumps(unet), "image_size": 8, "base_epochs": 1}
+    changes |= {
+        "max_eval_samples": 30,
+        "num_models": 3,
+        "num_snapshots": 6,
+        "latent_dim": 4,
+        "autoencoder_batch_size": 4,
+    }
+    folder = reproduce("table12", RECIPES, tmp_path, dataset="digits", changes=changes | {"denoiser_batch_size": 4})
+    text = (folder / "table.md").read_text()
+    assert re.search(r"\| DDPM UNet +\| +3.17 \| +[\d.]+ ± [\d.]+ \(n=6\)", text), text
+    assert "FID (cnn3_mini) on 30 test images" in text and "unet2d on digits" in text
+    assert sorted(path.name.partition("-")[0] for path in (tmp_path / "runs").iterdir()) == ["cnn3_mini", "unet2d"]
+
+
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
