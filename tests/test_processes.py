@@ -43,7 +43,8 @@ PROGRAM = """
 import runpy, sys, torch
 from pdiff_hf.stages import start_processes
 start_processes()
-print("waits for", torch.distributed.group.WORLD._get_backend(torch.device("cpu")).options._timeout.days, "days")
+days = torch.distributed.group.WORLD._get_backend(torch.device("cpu")).options._timeout.days
+print(f"waits for {days} days")  # in one piece, because two processes write at the same time
 sys.argv = sys.argv[1:]
 runpy.run_path(sys.argv[0], run_name="__main__")
 """
