@@ -8,10 +8,11 @@ from diffusers.pipelines.pipeline_loading_utils import LOADABLE_CLASSES
 # be an attribute of this package for that.
 LOADABLE_CLASSES["pdiff_hf"] = {"ModelMixin": ["save_pretrained", "from_pretrained"]}
 
-from .ensemble import EnsembleModel  # noqa: E402
+from .layout import LayoutError, ParameterLayout  # noqa: E402
 from .models import LatentDenoiser, ParameterAutoencoder  # noqa: E402
-from .parameters import LayoutError, ParameterLayout, select_parameters  # noqa: E402
+from .networks.ensemble import EnsembleModel  # noqa: E402
 from .pipelines import PDiffPipeline, PDiffPipelineOutput  # noqa: E402
+from .selection import select_parameters  # noqa: E402
 
 __version__ = "0.1.0"
 

@@ -18,11 +18,11 @@ from diffusers.utils.torch_utils import randn_tensor
 from huggingface_hub.errors import HTTPError
 from torch import nn
 
-from pdiff_hf.ensemble import EnsembleModel
-from pdiff_hf.hub import PIPELINE_FILE, push_pipeline_to_hub
-from pdiff_hf.limits import first_line, limited_modules
-from pdiff_hf.memory import InParts
+from pdiff_hf.hub.push import PIPELINE_FILE, push_pipeline_to_hub
 from pdiff_hf.models import LatentDenoiser, ParameterAutoencoder
+from pdiff_hf.networks.ensemble import EnsembleModel
+from pdiff_hf.utils.errors import first_line, limited_modules
+from pdiff_hf.utils.memory import InParts
 
 OUTPUT_TYPES = ("state_dict", "pt", "latent", "model")
 # Schedulers take memory for so many steps when they are made; the longest schedules in use have 1000.

@@ -34,13 +34,13 @@ from safetensors.torch import save
 from transformers.utils import logging as transformers_logging
 
 from pdiff_hf import LayoutError, PDiffPipeline
-from pdiff_hf.checkpoints import load_snapshots, parameter_matrix
 from pdiff_hf.evaluation.metrics import accuracy, max_iou
 from pdiff_hf.evaluation.plots import GENERATED, ORIGINAL, OTHERS
 from pdiff_hf.evaluation.report import format_summary
 from pdiff_hf.evaluation.scoring import Scorer, Scores
-from pdiff_hf.recipe import Recipe
-from pdiff_hf.stages import FOLDERS, make_task
+from pdiff_hf.run.recipe import Recipe
+from pdiff_hf.run.run import FOLDERS, make_task
+from pdiff_hf.snapshots import load_snapshots, parameter_matrix
 from pdiff_hf.tasks import ClassificationTask, take
 
 MAX_MODELS = 500

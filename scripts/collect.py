@@ -15,11 +15,12 @@ import sys
 
 import torch
 
-from pdiff_hf.loop import TrainingError
-from pdiff_hf.parameters import select_layout
-from pdiff_hf.recipe import Recipe, RecipeParser
-from pdiff_hf.stages import ResourceError, Run, make_task, start_processes
+from pdiff_hf.run.recipe import Recipe, RecipeParser
+from pdiff_hf.run.run import Run, make_task, start_processes
+from pdiff_hf.selection import select_layout
 from pdiff_hf.training.estimate import estimate_autoencoder, estimate_denoiser
+from pdiff_hf.training.loop import TrainingError
+from pdiff_hf.utils.errors import ResourceError
 
 
 def main() -> None:

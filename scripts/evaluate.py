@@ -14,10 +14,10 @@ import sys
 
 from accelerate import PartialState
 
-from pdiff_hf.evaluate import evaluate_saved
 from pdiff_hf.evaluation.report import format_summary
-from pdiff_hf.recipe import RecipeParser
-from pdiff_hf.stages import ResourceError
+from pdiff_hf.run.recipe import RecipeParser
+from pdiff_hf.run.saved import evaluate_saved
+from pdiff_hf.utils.errors import ResourceError
 
 
 def main() -> None:

@@ -26,7 +26,7 @@ from tqdm.auto import tqdm
 from transformers import TimmWrapperForImageClassification
 
 from pdiff_hf import PDiffPipeline
-from pdiff_hf.files import replacing
+from pdiff_hf.utils.files import replacing
 
 logger = logging.getLogger(__name__)
 

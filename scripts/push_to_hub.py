@@ -10,7 +10,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from pdiff_hf.hub import HubError, push_pipeline_to_hub, push_run_to_hub, push_snapshots_to_hub
+from pdiff_hf.hub.push import HubError, push_pipeline_to_hub, push_run_to_hub, push_snapshots_to_hub
 
 
 def parse_args() -> argparse.Namespace:

@@ -18,12 +18,12 @@ import sys
 from pathlib import Path
 
 from diffusers.utils import logging as diffusers_logging
+from reproduce.experiments import SCALES, list_experiments, list_runs, reproduce
 from transformers.utils import logging as transformers_logging
 
-from pdiff_hf.experiments import SCALES, list_experiments, list_runs, reproduce
-from pdiff_hf.loop import TrainingError
-from pdiff_hf.recipe import RecipeParser
-from pdiff_hf.stages import ResourceError
+from pdiff_hf.run.recipe import RecipeParser
+from pdiff_hf.training.loop import TrainingError
+from pdiff_hf.utils.errors import ResourceError
 
 RECIPES = Path(__file__).parent / "recipes"
 

@@ -16,10 +16,11 @@ import sys
 from diffusers.utils import logging as diffusers_logging
 from transformers.utils import logging as transformers_logging
 
-from pdiff_hf.hub import HubError, push_run_to_hub, resolve_repo_id
-from pdiff_hf.loop import TrainingError
-from pdiff_hf.recipe import RecipeParser
-from pdiff_hf.stages import ResourceError, Run, start_processes
+from pdiff_hf.hub.push import HubError, push_run_to_hub, resolve_repo_id
+from pdiff_hf.run.recipe import RecipeParser
+from pdiff_hf.run.run import Run, start_processes
+from pdiff_hf.training.loop import TrainingError
+from pdiff_hf.utils.errors import ResourceError
 
 
 def main() -> None:

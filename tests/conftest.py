@@ -10,8 +10,8 @@ import sys
 import tempfile
 
 import pytest
-from hub_server import HubServer, User
-from run_server import FLAGS, STAGES, RunServer
+from support.hub_server import HubServer, User
+from support.run_server import FLAGS, STAGES, RunServer
 
 assert "huggingface_hub" not in sys.modules, "imported before its settings could be made"
 USERS = {

@@ -17,7 +17,8 @@ from transformers import (
     ViTConfig,
 )
 
-from pdiff_hf.parameters import EXACT_DTYPES, LayoutError, ParameterLayout, select_layout, select_parameters
+from pdiff_hf.layout import EXACT_DTYPES, LayoutError, ParameterLayout
+from pdiff_hf.selection import select_layout, select_parameters
 
 NAMES = st.text(alphabet="abz.0_/ü ", min_size=1, max_size=12)
 SHAPES = st.lists(st.integers(0, 4), max_size=3).map(tuple)

@@ -1,0 +1,1 @@
+"""How good generated networks are, beside what trivial generators make."""

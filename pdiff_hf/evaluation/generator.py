@@ -7,15 +7,16 @@ from pathlib import Path
 import psutil
 import torch
 
-from ..loop import derive_seed
-from ..memory import InParts
 from ..pipelines import PDiffPipeline
+from ..utils.files import without_nan
+from ..utils.memory import InParts
+from ..utils.seeds import derive_seed
 from .baselines import Baseline, BaselineContext, standard_baselines
 from .figures import draw_figures
 from .hyper_representations import sample_hyper_representations
 from .measured import Measurer, evaluate_measured
 from .metrics import accuracy, pca_r2_score
-from .report import Group, evaluate, without_nan, write_report
+from .report import Group, evaluate, write_report
 from .scoring import Scorer
 
 NUM_TRAJECTORIES = 5  # the paper's figure 5b has as many

@@ -34,9 +34,9 @@ import psutil
 import torch
 from torch import Generator, Tensor
 
-from ..loop import derive_seed
-from ..memory import InParts
 from ..models import ParameterAutoencoder
+from ..utils.memory import InParts
+from ..utils.seeds import derive_seed
 from .baselines import latent_kde
 from .metrics import accuracy
 from .report import Group

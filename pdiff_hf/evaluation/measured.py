@@ -11,14 +11,14 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
-from ..batched import BatchedModels
-from ..files import replacing
-from ..parameters import ParameterLayout
+from ..layout import ParameterLayout
+from ..networks.batched import BatchedModels
 from ..tasks import MeasuredTask
 from ..tasks.task import Split
+from ..utils.files import replacing, without_nan
 from .audit import audit_group, audit_verdict
 from .metrics import distances, precision_recall_density_coverage
-from .report import Group, explained_variance, reconstruction_warnings, without_nan
+from .report import Group, explained_variance, reconstruction_warnings
 from .scoring import content_hash, context_hash
 
 # So many networks are measured in one pass over the data and then written to the cache: what a kill can lose.

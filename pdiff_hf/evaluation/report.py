@@ -2,7 +2,6 @@
 
 import json
 import logging
-import math
 import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -11,8 +10,8 @@ from pathlib import Path
 
 import torch
 
-from ..files import replacing
-from ..loop import derive_seed
+from ..utils.files import replacing, without_nan
+from ..utils.seeds import derive_seed
 from .audit import AuditRow, audit_group, audit_verdict
 from .frontier import CONFIDENCE, FrontierGroup, FrontierRow, frontier, frontier_sentence
 from .metrics import (
@@ -210,15 +209,6 @@ def reconstruction_warnings(reconstruction: Mapping[str, float | None]) -> list[
             "Train it longer or with a higher learning rate."
         ]
     return []
-
-
-def without_nan(values):
-    """The same tree of lists and dicts with None for every number that is not finite: JSON has no NaN."""
-    if isinstance(values, Mapping):
-        return {key: without_nan(value) for key, value in values.items()}
-    if isinstance(values, list | tuple):
-        return [without_nan(value) for value in values]
-    return None if isinstance(values, float) and not math.isfinite(values) else values
 
 
 def write_report(report: dict, folder: str | os.PathLike) -> None:

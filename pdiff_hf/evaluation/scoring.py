@@ -16,11 +16,11 @@ from safetensors.torch import save_file
 from torch import nn
 from tqdm.auto import tqdm
 
-from ..batched import BatchedModels
-from ..files import replacing
-from ..parameters import ParameterLayout
+from ..layout import ParameterLayout
+from ..networks.batched import BatchedModels
 from ..tasks import ClassificationTask, predict_logits, take
 from ..tasks.task import Split
+from ..utils.files import replacing
 
 # So many networks are scored in one pass over the data and then written to the cache: what a kill can lose. Every pass
 # computes the frozen part of the network anew, which costs as much as some 15 to 35 networks do.

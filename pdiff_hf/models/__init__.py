@@ -1,4 +1,5 @@
-from . import mini  # registers the mini networks with timm
+"""The generator: autoencoder and denoiser."""
+
 from .autoencoder import AUTOENCODER_PRESETS, ParameterAutoencoder, autoencoder_architecture
 from .denoiser import DENOISER_PRESETS, LatentDenoiser
 
@@ -8,5 +9,4 @@ __all__ = [
     "LatentDenoiser",
     "ParameterAutoencoder",
     "autoencoder_architecture",
-    "mini",
 ]

@@ -12,7 +12,7 @@ from diffusers.configuration_utils import register_to_config
 from diffusers.utils import BaseOutput
 from torch import nn
 
-from ..parameters import LayoutError, ParameterLayout
+from ..layout import LayoutError, ParameterLayout
 from .pca import direction_weights, gram_matrix, principal_directions
 from .saved import FORMAT_VERSION, SavedModel, check_format_version
 

@@ -8,8 +8,8 @@ import torch
 from diffusers import ModelMixin
 from huggingface_hub.errors import HTTPError
 
-from ..limits import first_line
-from ..parameters import LayoutError
+from ..layout import LayoutError
+from ..utils.errors import first_line
 
 # Goes up when a release can no longer read what an older one has written, or the other way round. Files without a
 # version are of format 1.

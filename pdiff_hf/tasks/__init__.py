@@ -1,3 +1,5 @@
+"""What networks are for: data, loss and metric."""
+
 from .image_classification import ImageClassificationTask
 from .image_generation import ImageGenerationTask
 from .object_detection import ObjectDetectionTask

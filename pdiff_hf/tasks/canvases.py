@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torchvision.transforms.functional import pil_to_tensor
 
-from ..loop import derive_seed
+from ..utils.seeds import derive_seed
 from .image_classification import load_images
 from .splits import make_splits
 from .task import Split

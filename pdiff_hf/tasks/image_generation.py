@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from diffusers import DDIMScheduler, DDPMPipeline, DDPMScheduler, UNet2DModel
 from torchvision.transforms import CenterCrop, Compose, PILToTensor, Resize
 
-from ..batched import BatchedModels
-from ..memory import InParts
+from ..networks.batched import BatchedModels
+from ..utils.memory import InParts
 from .fid import INCEPTION, frechet_distance, load_features
 from .image_classification import ImageSplit, load_images
 from .splits import check_sizes, make_splits

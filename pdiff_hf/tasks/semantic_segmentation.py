@@ -15,8 +15,8 @@ from torch import nn
 from torch.utils.data import Dataset
 from torchvision.models import segmentation
 
-from ..batched import BatchedModels
-from .architectures import Architecture
+from ..networks.batched import BatchedModels
+from ..networks.torchvision import Architecture
 from .canvases import PREFIX, Canvases, find_sources
 from .splits import check_sizes, load_raw, make_splits
 from .task import Batch, MeasuredTask, Split, take

@@ -13,8 +13,8 @@ from torch import nn
 from torch.utils.data import Dataset
 from transformers import PreTrainedModel
 
-from ..batched import BatchedModels
-from ..memory import halve, is_out_of_memory
+from ..networks.batched import BatchedModels
+from ..utils.memory import halve, is_out_of_memory
 
 Split = Literal["train", "validation", "test"]
 Batch = Mapping[str, Any]

@@ -1,3 +1,5 @@
+"""Training of the autoencoder and the denoiser in one loop."""
+
 from .autoencoder import NoiseArguments, train_autoencoder
 from .denoiser import make_training_scheduler, train_denoiser
 

@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
-from ..loop import LoopArguments, derive_seed, train
+from ..layout import ParameterLayout
 from ..models import ParameterAutoencoder
-from ..parameters import ParameterLayout
+from ..utils.seeds import derive_seed
+from .loop import LoopArguments, train
 
 logger = logging.getLogger(__name__)
 

@@ -7,8 +7,9 @@ import torch.nn.functional as F
 from accelerate import Accelerator
 from diffusers import DDPMScheduler
 
-from ..loop import LoopArguments, derive_seed, train
 from ..models import LatentDenoiser
+from ..utils.seeds import derive_seed
+from .loop import LoopArguments, train
 
 
 def make_training_scheduler(num_train_timesteps: int = 1000) -> DDPMScheduler:

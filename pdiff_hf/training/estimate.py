@@ -8,8 +8,8 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from ..layout import ParameterLayout
 from ..models import DENOISER_PRESETS, LatentDenoiser, ParameterAutoencoder, autoencoder_architecture
-from ..parameters import ParameterLayout
 
 # A measured step has about so many operations: enough to time, few enough to wait for.
 MEASURED_FLOPS = {"cpu": 40e9, "cuda": 4e12}

@@ -19,17 +19,18 @@ import torch
 from accelerate import Accelerator
 from torch.func import functional_call, grad, vmap
 
-from pdiff_hf.batched import BatchedModels
-from pdiff_hf.checkpoints import align_snapshots, find_hidden_units
-from pdiff_hf.checkpoints.alignment import match_weights
-from pdiff_hf.evaluation.barrier import measure_barrier
 from pdiff_hf.evaluation.metrics import r2_score
 from pdiff_hf.evaluation.report import format_table
-from pdiff_hf.loop import LoopArguments, epoch_indices
+from pdiff_hf.layout import ParameterLayout
 from pdiff_hf.models import autoencoder_architecture
-from pdiff_hf.parameters import ParameterLayout, select_layout
+from pdiff_hf.networks.batched import BatchedModels
+from pdiff_hf.selection import select_layout
+from pdiff_hf.snapshots import align_snapshots, find_hidden_units
+from pdiff_hf.snapshots.alignment import match_weights
+from pdiff_hf.snapshots.barrier import measure_barrier
 from pdiff_hf.tasks import ImageClassificationTask, accuracy, take
 from pdiff_hf.training import NoiseArguments, train_autoencoder
+from pdiff_hf.training.loop import LoopArguments, epoch_indices
 
 HEADER = [
     "networks",

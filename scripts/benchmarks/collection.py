@@ -16,12 +16,13 @@ import torch
 from accelerate import Accelerator
 from torch.utils.data import DataLoader
 
-from pdiff_hf.checkpoints.dataset import load_snapshots, parameter_matrix
-from pdiff_hf.checkpoints.finetune import CollectArguments, collect_snapshots
-from pdiff_hf.loop import epoch_indices, make_optimizer
-from pdiff_hf.parameters import ParameterLayout, select_parameters
+from pdiff_hf.layout import ParameterLayout
+from pdiff_hf.selection import select_parameters
+from pdiff_hf.snapshots.collect import CollectArguments, collect_snapshots
+from pdiff_hf.snapshots.dataset import load_snapshots, parameter_matrix
 from pdiff_hf.tasks import ImageClassificationTask, take
 from pdiff_hf.tasks.task import EVAL_BATCH_SIZE
+from pdiff_hf.training.loop import epoch_indices, make_optimizer
 
 TRAIN_STEPS = 100
 

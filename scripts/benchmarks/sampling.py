@@ -25,8 +25,8 @@ from pdiff_hf.evaluation.metrics import accuracy, iou_within
 from pdiff_hf.evaluation.report import format_table
 from pdiff_hf.evaluation.scoring import Scorer
 from pdiff_hf.models import DENOISER_PRESETS, LatentDenoiser
-from pdiff_hf.recipe import RecipeParser
-from pdiff_hf.stages import Run
+from pdiff_hf.run.recipe import RecipeParser
+from pdiff_hf.run.run import Run
 
 NAIVE_STEPS = 1000
 NAIVE_MODELS = 2  # that are timed

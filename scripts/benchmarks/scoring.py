@@ -19,13 +19,14 @@ import torch
 from torch.utils.data import DataLoader
 from torch.utils.flop_counter import FlopCounterMode
 
-import pdiff_hf.models.mini  # noqa: F401  registers the minis with timm
-from pdiff_hf.batched import BatchedModels
+import pdiff_hf.networks  # noqa: F401  registers the minis with timm
 from pdiff_hf.evaluation.scoring import Scorer
-from pdiff_hf.loop import epoch_indices
-from pdiff_hf.parameters import ParameterLayout, select_parameters
+from pdiff_hf.layout import ParameterLayout
+from pdiff_hf.networks.batched import BatchedModels
+from pdiff_hf.selection import select_parameters
 from pdiff_hf.tasks import ImageClassificationTask, take
 from pdiff_hf.tasks.task import EVAL_BATCH_SIZE
+from pdiff_hf.training.loop import epoch_indices
 
 TAIL_BATCH_SIZES = (125, 250, 500, 1000, 2000, 4000)
 REPEATS = 5

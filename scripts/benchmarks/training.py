@@ -14,10 +14,10 @@ import argparse
 import psutil
 import torch
 from accelerate import Accelerator
+from reproduce.experiments import EXPERIMENTS, measure_training
 
 from pdiff_hf.evaluation.report import format_table
-from pdiff_hf.experiments import EXPERIMENTS, measure_training
-from pdiff_hf.recipe import Recipe
+from pdiff_hf.run.recipe import Recipe
 from pdiff_hf.training.estimate import estimate_autoencoder, estimate_denoiser
 
 # The paper's Table 13: megabytes of autoencoder and diffusion on an A100, and the length of the latent.

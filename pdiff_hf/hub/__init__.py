@@ -1,0 +1,1 @@
+"""Pushes generators with their cards, and parameter data sets, to the Hub."""

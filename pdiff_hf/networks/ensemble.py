@@ -1,0 +1,88 @@
+"""Many networks as one, whose prediction is the mean of theirs."""
+
+import copy
+import logging
+from dataclasses import dataclass
+
+import torch
+from diffusers.utils import BaseOutput
+from torch import nn
+from torch.func import functional_call, vmap
+from torch.nn.modules.conv import _ConvNd
+
+from ..layout import LayoutError, ParameterLayout
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class EnsembleOutput(BaseOutput):
+    """
+    Args:
+        logits (`torch.Tensor`): Logarithm of the mean probability of every class, shape `(B, C)`: `softmax` gives the
+            mean probabilities back, `argmax` the prediction.
+    """
+
+    logits: torch.Tensor
+
+
+class EnsembleModel(nn.Module):
+    """
+    N networks that differ in the tensors of `layout` and share everything else, as one network. It can be moved to a
+    device, evaluated in place of the base model, saved with `safetensors.torch.save_model` and exported with
+    `torch.export.export`.
+
+    What is computed before the first of those tensors is used is computed once, because `vmap` runs an operation many
+    times only if one of its inputs differs; the rest takes N times the memory, which is for the batch size to bound.
+    The networks run one after the other where convolutions would become grouped ones, which are no faster, or where
+    the base model writes in place to what they share, which `vmap` refuses. An export with `vmap` has the batch size of
+    its example inputs, because most of torch's rules for `vmap` fix it.
+
+    Args:
+        base_model (`nn.Module`): A classifier that returns logits, or an output that has them. It is copied.
+        layout (`ParameterLayout`): The tensors that differ.
+        parameters (`torch.Tensor`): Shape `(N, D)`, N at least 1.
+
+    Raises:
+        LayoutError: if layout, base model and parameters do not fit together.
+    """
+
+    def __init__(self, base_model: nn.Module, layout: ParameterLayout, parameters: torch.Tensor):
+        super().__init__()
+        layout.check_fits(base_model.state_dict())
+        if parameters.ndim != 2 or len(parameters) == 0 or parameters.shape[1] != layout.num_parameters:
+            raise LayoutError(
+                f"an ensemble needs parameters of shape (N, {layout.num_parameters}) with N at least 1, got "
+                f"{tuple(parameters.shape)}"
+            )
+        self.layout = layout
+        # A copy, because moving or casting the ensemble must not move or cast somebody else's network.
+        self.base_model = copy.deepcopy(base_model)
+        device = next(base_model.parameters()).device
+        self.register_buffer("parameters_of_networks", parameters.detach().to(device, torch.float32, copy=True))
+        owners = {name.rpartition(".")[0] for name in layout.names}
+        self._side_by_side = not any(isinstance(self.base_model.get_submodule(owner), _ConvNd) for owner in owners)
+        self.eval()
+
+    def forward(self, *args, **kwargs) -> EnsembleOutput:
+        """Takes what the base model takes."""
+        own = self.base_model.state_dict()
+        stacked = self.layout.unflatten(self.parameters_of_networks)
+        stacked = {name: tensor.to(own[name].dtype) for name, tensor in stacked.items()}  # (N, *shape) each
+
+        def call(tensors: dict[str, torch.Tensor]) -> torch.Tensor:
+            output = functional_call(self.base_model, tensors, args, kwargs)
+            return (output if isinstance(output, torch.Tensor) else output.logits).float().log_softmax(-1)
+
+        log_probs = None
+        if self._side_by_side:
+            try:
+                log_probs = vmap(call)(stacked)  # (N, B, C)
+            except RuntimeError as error:
+                logger.debug("vmap failed", exc_info=error)
+        if log_probs is None:
+            num_networks = len(self.parameters_of_networks)
+            log_probs = torch.stack([call({name: t[i] for name, t in stacked.items()}) for i in range(num_networks)])
+            # Only now: what failed for one network as well, such as a wrong input, says nothing about `vmap`.
+            self._side_by_side = False
+        return EnsembleOutput(logits=log_probs.logsumexp(0) - torch.tensor(len(log_probs)).log())

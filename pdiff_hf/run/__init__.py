@@ -1,0 +1,1 @@
+"""A run in its folder: its settings, its stages, and what each left."""

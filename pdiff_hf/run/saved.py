@@ -1,0 +1,113 @@
+"""Evaluates a generator from elsewhere: a saved pipeline, or networks that anything has written as state dicts."""
+
+import dataclasses
+import os
+from pathlib import Path
+
+import torch
+from accelerate import PartialState
+from torch import nn
+
+from ..evaluation.generator import evaluate_generator
+from ..evaluation.measured import Measurer
+from ..evaluation.scoring import Scorer
+from ..layout import LayoutError, ParameterLayout
+from ..pipelines import PDiffPipeline
+from ..snapshots import load_snapshots, parameter_matrix, read_networks
+from ..tasks import ClassificationTask, Task
+from ..utils.errors import explaining
+from ..utils.files import remove
+from .recipe import Recipe
+from .run import make_task
+
+
+def evaluate_saved(source: str, recipe: Recipe) -> dict:
+    """
+    Writes the report on the generator `source` and its figures to `recipe.output_dir`. A second call scores only what
+    is new.
+
+    Args:
+        source (`str`): Folder or Hub id of a saved `PDiffPipeline`, or a folder of networks as
+            [`~pdiff_hf.checkpoints.read_networks`] reads it.
+        recipe (`Recipe`): Its `snapshots`, its task (`dataset`, `model`, ...) and its section for the evaluation.
+            `model` may be `None` for a pipeline that carries its base model.
+
+    Returns:
+        `dict`: What `report.json` holds.
+
+    Raises:
+        ValueError: for everything that can be seen to be wrong before any work is done.
+        ResourceError: where disk or memory run out.
+    """
+    for key in ("snapshots", "dataset"):
+        if getattr(recipe, key) is None:
+            raise ValueError(f"--{key} is needed: the {key} that the networks were made from")
+    snapshots, layout = load_snapshots(recipe.snapshots)
+    folder = source if os.path.exists(source) else _download(source)
+    pipeline = _load_pipeline(folder, layout) if Path(folder, PDiffPipeline.config_name).is_file() else None
+    carried = None if pipeline is None else pipeline.base_model
+    if recipe.model is None:
+        if carried is None:
+            raise ValueError(f"--model is needed: '{source}' does not carry the network that its tensors belong to")
+        recipe = dataclasses.replace(recipe, model=str(Path(folder, "base_model")))
+    task = make_task(recipe)
+    model = _load_model(task, recipe.model, layout) if carried is None else carried
+    layout.check_fits(model.state_dict())
+    classifies = isinstance(task, ClassificationTask)
+    if classifies and model.config.num_labels != len(task.class_names):
+        raise ValueError(
+            f"'{recipe.dataset}' has {len(task.class_names)} classes, and the network has {model.config.num_labels}"
+        )
+    device = PartialState().device
+    output = Path(recipe.output_dir)
+    part = output / ".report.part"
+    remove(part)
+    with explaining("evaluation", output, "what is scored is kept; go on with the same command"):
+        report = evaluate_generator(
+            (Scorer if classifies else Measurer)(task, model.to(device), layout, cache_dir=output / "scores"),
+            parameter_matrix(snapshots, layout),
+            read_networks(folder, layout) if pipeline is None else pipeline.to(device),
+            part,
+            num_models=recipe.num_models,
+            num_inference_steps=recipe.num_inference_steps,
+            baseline_models=recipe.baseline_models,
+            hyper_representations=recipe.hyper_representations,
+            seed=recipe.seed,
+        )
+    for path in part.iterdir():
+        path.replace(output / path.name)
+    part.rmdir()
+    return report
+
+
+def _download(source: str) -> str:
+    try:
+        return PDiffPipeline.download(source)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"'{source}' is neither a folder nor the Hub id of a pipeline: {error}") from error
+
+
+def _load_pipeline(folder: str, layout: ParameterLayout) -> PDiffPipeline:
+    try:
+        pipeline = PDiffPipeline.from_pretrained(folder)
+    except OSError as error:
+        raise ValueError(f"the pipeline in '{folder}' cannot be loaded: {error}") from error
+    if pipeline.autoencoder.layout != layout:
+        raise LayoutError("the pipeline generates other tensors than the snapshots hold; it was not made from them")
+    return pipeline
+
+
+def _load_model(task: Task, name: str, layout: ParameterLayout) -> nn.Module:
+    """The network with its trained weights; without them if all of its tensors are replaced anyway."""
+    torch.manual_seed(0)
+    model = task.load_base_model()
+    frozen = [tensor for tensor in model.state_dict() if tensor not in layout.names]
+    if not frozen:
+        return model
+    try:
+        return task.load_saved(name)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"--model must be a folder or Hub id with the weights of the base model, because '{frozen[0]}' and "
+            f"{len(frozen) - 1} more of its tensors are not generated; '{name}' has none: {error}"
+        ) from error

@@ -1,0 +1,145 @@
+"""Which tensors of a network are generated."""
+
+import fnmatch
+import itertools
+import re
+from collections.abc import Sequence
+
+from torch import nn
+
+from .layout import LayoutError, ParameterLayout, closest_names
+
+
+def is_normalization(module: nn.Module) -> bool:
+    """Whether `module` is a normalization layer that has parameters of its own, of any library."""
+    return "norm" in type(module).__name__.lower() and any(True for _ in module.parameters(recurse=False))
+
+
+def is_attention(module: nn.Module) -> bool:
+    """Whether `module` is an attention layer, of any library."""
+    return any(word in type(module).__name__.lower() for word in ("attention", "attn"))
+
+
+MODULE_KINDS = {
+    "norm": is_normalization,
+    "conv": lambda module: isinstance(module, nn.modules.conv._ConvNd),
+    "linear": lambda module: isinstance(module, nn.Linear),
+}
+KINDS = ("all", "bias", *MODULE_KINDS, "attention", "blocks", "head")
+_KIND = re.compile(rf"({'|'.join(KINDS)})(?:\[(-?\d{{0,18}})(:?)(-?\d{{0,18}})\])?")
+
+
+def select_layout(model: nn.Module, select: str | Sequence[str], exclude: str | Sequence[str] = ()) -> ParameterLayout:
+    """The layout of what [`select_parameters`] selects."""
+    return ParameterLayout.from_state_dict(model.state_dict(), select_parameters(model, select, exclude))
+
+
+def select_parameters(
+    model: nn.Module, select: str | Sequence[str], exclude: str | Sequence[str] = ()
+) -> tuple[str, ...]:
+    """
+    Names of the parameters of `model` that `select` asks for, in the model's own order. Buffers, such as the running
+    statistics of batch norm, are never selected.
+
+    Args:
+        model (`nn.Module`): The network. Where it has a `base_model_prefix` (as transformers' wrapper of timm models
+            has), patterns may leave that prefix out.
+        select (`str` or `Sequence[str]`): One or several of
+
+            - a kind: `all`, `bias`, `norm`, `conv`, `linear`, `attention`, `blocks`, `head`;
+            - the modules of a kind, sliced as a Python list: `norm[-2:]` is the last two normalization layers that have
+              parameters, `conv[0]` the first convolution, `blocks[:3]` the first three blocks;
+            - a glob over parameter names: `layer4.1.bn*`, or `*.lora_*` for the adapters of a PEFT model;
+            - a regular expression that matches a whole name, after `re:`.
+        exclude (`str` or `Sequence[str]`, *optional*): What to leave out of that, in the same terms.
+
+    `attention` takes in all that is inside an attention layer, which is known by the name of its class. `head` is the
+    last layer with a weight matrix. `blocks` are the members of the `ModuleList`s, `Sequential`s and `ModuleDict`s that
+    hold modules of one composite type, such as `BasicBlock` or `ViTLayer`. Where a network has several such types (the
+    stages around the blocks, the layers inside them), the blocks are those of the most numerous type that has at least
+    two weight matrices.
+
+    Raises:
+        LayoutError: names the entry that selects nothing, and parameters with similar names.
+    """
+    parameters = [name for name, _ in model.named_parameters()]
+    chosen = _match(model, parameters, select) - (_match(model, parameters, exclude) if exclude else set())
+    if not chosen:
+        raise LayoutError(f"nothing is left to generate: {exclude!r} excludes all that {select!r} selects")
+    return tuple(name for name in parameters if name in chosen)
+
+
+def _match(model: nn.Module, parameters: list[str], patterns: str | Sequence[str]) -> set[str]:
+    patterns = [patterns] if isinstance(patterns, str) else list(patterns)
+    if not patterns:
+        raise LayoutError("no tensors were selected: give at least one kind or pattern, such as 'norm[-2:]'")
+    prefix = getattr(model, "base_model_prefix", "")
+    short = {name: name.removeprefix(f"{prefix}.") if prefix else name for name in parameters}
+    chosen: set[str] = set()
+    for pattern in patterns:
+        if kind := _KIND.fullmatch(pattern):
+            found = _match_kind(model, parameters, *kind.groups())
+        elif pattern.startswith("re:"):
+            try:
+                expression = re.compile(pattern[3:])
+            except re.error as error:
+                raise LayoutError(f"'{pattern}' is not a regular expression: {error}") from error
+            found = {n for n in parameters if expression.fullmatch(n) or expression.fullmatch(short[n])}
+        else:
+            found = {n for n in parameters if fnmatch.fnmatchcase(n, pattern) or fnmatch.fnmatchcase(short[n], pattern)}
+        if not found:
+            raise LayoutError(
+                f"'{pattern}' selects no parameter of {type(model).__name__}; {closest_names(pattern, short.values())}"
+            )
+        chosen |= found
+    return chosen
+
+
+def _match_kind(model: nn.Module, parameters: list[str], kind: str, start: str, colon: str, stop: str) -> set[str]:
+    named = dict(model.named_modules())
+    if kind in MODULE_KINDS:
+        names = [name for name, module in named.items() if MODULE_KINDS[kind](module)]
+        groups = [[_join(name, p) for p, _ in named[name].named_parameters(recurse=False)] for name in names]
+    elif kind in ("all", "bias"):
+        groups = [[name] for name in parameters if kind == "all" or name.rpartition(".")[2] == "bias"]
+    else:
+        if kind == "blocks":
+            names = _find_blocks(model)
+        elif kind == "attention":
+            names = [name for name, module in named.items() if name and is_attention(module)]
+            names = [name for name in names if not any(name.startswith(f"{other}.") for other in names)]
+        else:
+            names = [n for n, m in named.items() if MODULE_KINDS["conv"](m) or MODULE_KINDS["linear"](m)][-1:]
+        groups = [[_join(name, p) for p, _ in named[name].named_parameters()] for name in names]
+    if "-" in (start, stop):
+        raise LayoutError(f"'{kind}[{start}{colon}{stop}]' is not a slice: a number is missing after the minus sign")
+    if colon:
+        groups = groups[int(start) if start else None : int(stop) if stop else None]
+    elif start:
+        index = int(start)
+        groups = groups[index : index + 1 or None]
+    # Tied parameters are listed once by `named_parameters`, under the first of their names.
+    return set(itertools.chain.from_iterable(groups)) & set(parameters)
+
+
+def _join(module: str, parameter: str) -> str:
+    return f"{module}.{parameter}" if module else parameter
+
+
+def _find_blocks(model: nn.Module) -> list[str]:
+    """Names of the blocks of `model`, in its own order; the rule is that of [`select_parameters`]."""
+    found: dict[type, list[str]] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, nn.ModuleList | nn.Sequential | nn.ModuleDict):
+            children = [(n, c) for n, c in module.named_children() if any(True for _ in c.parameters())]
+            types = {type(child) for _, child in children}
+            if len(types) == 1 and any(True for _ in children[0][1].children()):
+                found.setdefault(types.pop(), []).extend(_join(name, child) for child, _ in children)
+    if not found:
+        return []
+
+    def rank(names: list[str]) -> tuple[bool, int]:
+        matrices = sum(parameter.ndim > 1 for parameter in model.get_submodule(names[0]).parameters())
+        return matrices > 1, len(names)
+
+    return max(found.values(), key=rank)

@@ -1,0 +1,24 @@
+"""Where snapshots come from and the parameter data set that keeps them."""
+
+from .alignment import AlignmentError, align_snapshots, find_hidden_units
+from .collect import CollectArguments, collect_snapshots, train_base_model
+from .dataset import SnapshotError, SnapshotWriter, load_snapshots, parameter_matrix
+from .files import import_snapshots, read_networks
+from .recorder import SnapshotCallback, SnapshotRecorder
+
+__all__ = [
+    "AlignmentError",
+    "CollectArguments",
+    "SnapshotCallback",
+    "SnapshotError",
+    "SnapshotRecorder",
+    "SnapshotWriter",
+    "align_snapshots",
+    "collect_snapshots",
+    "find_hidden_units",
+    "import_snapshots",
+    "load_snapshots",
+    "parameter_matrix",
+    "read_networks",
+    "train_base_model",
+]

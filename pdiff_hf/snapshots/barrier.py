@@ -1,0 +1,136 @@
+"""Whether snapshots lie in one basin of the loss: what happens on the straight line between two of them."""
+
+import logging
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+
+import torch
+import torch.nn.functional as F
+
+from ..networks.batched import BatchedModels
+from ..tasks import ClassificationTask, predict_logits
+from ..utils.files import without_nan
+
+logger = logging.getLogger(__name__)
+
+NUM_POINTS = 5  # on the line, with its ends
+MAX_EXAMPLES = 1000
+MAX_PAIRS = 3
+# In percentage points of accuracy. Below 2, arXiv 1912.05671 calls two networks linearly connected.
+MAX_BARRIER = 2.0
+
+
+@dataclass(frozen=True)
+class Barrier:
+    """
+    What lies between two networks.
+
+    Args:
+        barrier (`float`): In percentage points: the most by which accuracy on the line between the networks is below
+            the straight line between their own accuracies. 0 if it never is.
+        loss_barrier (`float`): In nats: the most by which the cross-entropy is above the line between theirs.
+        accuracies (`list[float]`): In percent at evenly spaced points, the networks themselves first and last.
+        losses (`list[float]`): Cross-entropies there.
+        num_examples (`int`): Of the validation split.
+    """
+
+    barrier: float
+    loss_barrier: float
+    accuracies: list[float]
+    losses: list[float]
+    num_examples: int
+
+
+def measure_barrier(
+    task: ClassificationTask,
+    models: BatchedModels,
+    first: torch.Tensor,
+    second: torch.Tensor,
+    *,
+    num_points: int = NUM_POINTS,
+    max_examples: int = MAX_EXAMPLES,
+) -> Barrier:
+    """
+    Scores the networks on the straight line between two networks on validation data, all in one pass.
+
+    Args:
+        task (`ClassificationTask`): Gives the data and the prediction.
+        models (`BatchedModels`): Runs the networks.
+        first, second (`torch.Tensor`): Parameters, shape `(D,)` each.
+        num_points (`int`, *optional*, defaults to 5): On the line, with its ends; at least 3.
+        max_examples (`int`, *optional*, defaults to 1000): Evenly spaced over the validation split.
+    """
+    weights = torch.linspace(0, 1, num_points)  # (P,)
+    line = torch.lerp(first, second, weights[:, None])  # (P, D)
+    num_examples = min(max_examples, len(task.load_split("validation")))
+    correct, loss = torch.zeros(num_points, num_examples), torch.zeros(num_points, num_examples)
+    for rows, examples, logits, labels in predict_logits(task, models, "validation", line, max_examples):
+        correct[rows, examples] = (logits.argmax(-1) == labels).float().cpu()
+        targets = labels.expand(len(logits), -1)
+        loss[rows, examples] = F.cross_entropy(logits.float().mT, targets, reduction="none").cpu()
+    accuracies, losses = 100 * correct.mean(1), loss.mean(1)
+    return Barrier(
+        barrier=(torch.lerp(accuracies[0], accuracies[-1], weights) - accuracies).max().item(),
+        loss_barrier=(losses - torch.lerp(losses[0], losses[-1], weights)).max().item(),
+        accuracies=accuracies.tolist(),
+        losses=losses.tolist(),
+        num_examples=num_examples,
+    )
+
+
+def choose_pairs(parameters: torch.Tensor, seeds: Sequence[int]) -> list[tuple[int, int]]:
+    """
+    The pairs of snapshots, `MAX_PAIRS` at most, that are most likely to lie in different basins: one that is as far
+    apart as two sweeps over the snapshots can find, and the last snapshots of the first run and of others.
+
+    Args:
+        parameters (`torch.Tensor`): Shape `(K, D)`, with K at least 2.
+        seeds (`Sequence[int]`): K numbers, one for each run.
+    """
+    far = _farthest(parameters, parameters.mean(0))
+    farthest = _farthest(parameters, parameters[far])
+    last = list({seed: row for row, seed in enumerate(seeds)}.values())
+    pairs = [(far, farthest), *((last[0], other) for other in last[1:])]
+    return list(dict.fromkeys(tuple(sorted(pair)) for pair in pairs))[:MAX_PAIRS]
+
+
+def _farthest(parameters: torch.Tensor, place: torch.Tensor) -> int:
+    # Row by row, because a difference of all rows would take as much memory as the snapshots.
+    return torch.stack([torch.dist(row, place) for row in parameters]).argmax().item()
+
+
+def check_basins(
+    task: ClassificationTask,
+    models: BatchedModels,
+    parameters: torch.Tensor,
+    seeds: Sequence[int],
+    steps: Sequence[int],
+) -> dict:
+    """
+    Measures the barrier between a few pairs of snapshots, and logs one warning if it is above `MAX_BARRIER` anywhere.
+
+    Args:
+        parameters (`torch.Tensor`): Shape `(K, D)`.
+        seeds, steps (`Sequence[int]`): The run and the step of each snapshot.
+
+    Returns:
+        `dict`: The highest barrier, with the pair that it lies between.
+    """
+    pairs = choose_pairs(parameters, seeds)
+    measured = [measure_barrier(task, models, parameters[a], parameters[b]) for a, b in pairs]
+    worst, (a, b) = max(zip(measured, pairs, strict=True), key=lambda item: item[0].barrier)
+    message = (
+        f"between snapshot {a} (seed {seeds[a]}, step {steps[a]}) and {b} (seed {seeds[b]}, step {steps[b]}), accuracy "
+        f"falls up to {worst.barrier:.1f} points below the straight line between their {worst.accuracies[0]:.1f}% and "
+        f"{worst.accuracies[-1]:.1f}%, and the loss rises up to {worst.loss_barrier:.2f} above it (pairs "
+        f"measured: {len(pairs)}, validation examples: {worst.num_examples})"
+    )
+    if worst.barrier > MAX_BARRIER:
+        logger.warning(
+            f"the snapshots lie in different basins: {message}. Above {MAX_BARRIER:g} points, what is between them is "
+            "no good network, and one generator may learn little. Align them (scripts/collect.py --import ... --align, "
+            "for MLPs and plain CNNs), or train a generator for each basin"
+        )
+    else:
+        logger.info(f"the snapshots lie in one basin: {message}")
+    return without_nan({"snapshots": [a, b], **asdict(worst)})

@@ -1,0 +1,207 @@
+"""Snapshots of a training run that is not ours: a callback for `transformers.Trainer`, and a recorder for any loop."""
+
+import json
+import logging
+import os
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import TrainerCallback
+
+from ..selection import select_layout
+from ..utils.files import replacing
+from .dataset import SnapshotError, SnapshotWriter, check_finite
+
+logger = logging.getLogger(__name__)
+
+COLUMNS = ("parameters", "step", "seed")
+
+
+class SnapshotRecorder:
+    """
+    Records tensors of `model` while it is being trained, and writes the parameter data set at the end. A context
+    manager:
+
+        with SnapshotRecorder(model, "snapshots", select="norm[-2:]") as recorder:
+            for step in range(1, num_steps + 1):
+                ...  # one training step
+                recorder.snapshot(step, accuracy=...)  # metrics are optional
+
+    Until then each snapshot is a file in a hidden folder beside `folder`, so that a run which is killed can go on.
+    Where `torch.distributed` runs several processes, the first one records.
+
+    Args:
+        model (`nn.Module`): The network itself, not a wrapper of `DistributedDataParallel` or `torch.compile`.
+        folder (`str` or `os.PathLike`): Must not exist yet.
+        select, exclude (`str` or `Sequence[str]`, *optional*): See [`~pdiff_hf.selection.select_parameters`].
+        seed (`int`, *optional*, defaults to 0): For the column `seed`.
+        resume_step (`int`, *optional*, defaults to 0): What an interrupted run recorded up to this step is kept. 0
+            starts afresh.
+
+    Raises:
+        SnapshotError: if `folder` exists, if none of the selected tensors is trained, or if an interrupted run recorded
+            other tensors; by `snapshot`, for a value that is not finite; at the end, for fewer than 2 snapshots.
+        LayoutError: if nothing is selected.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        folder: str | os.PathLike,
+        select: str | Sequence[str] = "norm[-2:]",
+        exclude: str | Sequence[str] = (),
+        *,
+        seed: int = 0,
+        resume_step: int = 0,
+    ):
+        self.model, self.folder, self.seed = model, Path(folder), seed
+        self.layout = select_layout(model, select, exclude)
+        self.is_active = not (torch.distributed.is_initialized() and torch.distributed.get_rank() > 0)
+        self._recording = self.folder.with_name(f".{self.folder.name}.recording")
+        self._previous: torch.Tensor | None = None
+        if self.folder.exists():
+            raise SnapshotError(f"'{self.folder}' exists already; snapshots are never added to a finished data set")
+        parameters = dict(model.named_parameters())
+        if not any(parameters[name].requires_grad for name in self.layout.names):
+            raise SnapshotError(
+                f"none of the selected tensors is trained (requires_grad is False): '{self.layout.names[0]}', ..."
+            )
+        if self.is_active:
+            self._prepare(resume_step)
+
+    def _prepare(self, resume_step: int) -> None:
+        if not resume_step:
+            shutil.rmtree(self._recording, ignore_errors=True)
+        self._recording.mkdir(parents=True, exist_ok=True)
+        layout_file = self._recording / "layout.json"
+        layout = json.dumps(self.layout.to_dict())
+        if layout_file.is_file() and layout_file.read_text() != layout:
+            raise SnapshotError(
+                f"the interrupted run recorded other tensors; delete '{self._recording}' to record without it"
+            )
+        with replacing(layout_file) as part:
+            part.write_text(layout)
+        for path in self._recording.glob("step-*"):
+            if _step(path) > resume_step:
+                path.unlink()
+
+    def __enter__(self) -> "SnapshotRecorder":
+        return self
+
+    def __exit__(self, exception_type, exception, traceback) -> None:
+        if exception_type is None:
+            self.finish()
+
+    def snapshot(self, step: int, **metrics: float) -> None:
+        """Records the selected tensors as they are now. A snapshot equal to the one before is left out."""
+        if not self.is_active:
+            return
+        vector = self.layout.flatten(self.model.state_dict()).cpu()
+        try:
+            check_finite(vector[None].numpy(), self.layout)
+        except SnapshotError as error:
+            raise SnapshotError(f"step {step}: {error}") from None
+        if self._previous is not None and torch.equal(vector, self._previous):
+            # The first step of a warm-up and a step that a gradient scaler skips change nothing.
+            logger.warning("step %d changed none of the recorded tensors, so it gives no snapshot", step)
+            return
+        self._previous = vector
+        part = self._recording / "part"
+        save_file({"parameters": vector}, part)
+        part.rename(self._recording / f"step-{step}.safetensors")
+        self.add_metrics(step, metrics)
+
+    def add_metrics(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Metrics of the snapshot that was taken at `step`."""
+        if reserved := [name for name in metrics if name in COLUMNS]:
+            raise SnapshotError(f"a metric cannot be named {reserved[0]}; the data set has a column of that name")
+        if self.is_active and metrics:
+            path = self._recording / f"step-{step}.json"
+            earlier = json.loads(path.read_text()) if path.is_file() else {}
+            with replacing(path) as part:
+                part.write_text(json.dumps(earlier | {name: float(value) for name, value in metrics.items()}))
+
+    def finish(self) -> None:
+        """Writes the data set, with a column for every metric that any snapshot has."""
+        if not self.is_active:
+            return
+        files = sorted(self._recording.glob("step-*.safetensors"), key=_step)
+        if len(files) < 2:
+            raise SnapshotError(
+                f"only {len(files)} snapshots were recorded for '{self.folder}'; was there a step that changed the "
+                "selected tensors?"
+            )
+        metrics = {path: _read_json(path.with_suffix(".json")) for path in files}
+        names = list(dict.fromkeys(name for values in metrics.values() for name in values))
+        with SnapshotWriter(self.folder, self.layout, metrics=names) as writer:
+            for path, values in metrics.items():
+                vector = load_file(path)["parameters"]
+                writer.write(vector, step=_step(path), seed=self.seed, **{name: values.get(name) for name in names})
+        shutil.rmtree(self._recording)
+
+
+class SnapshotCallback(TrainerCallback):
+    """
+    Records snapshots during a run of `transformers.Trainer` and writes the parameter data set when it ends:
+
+        Trainer(..., callbacks=[SnapshotCallback("snapshots", select="norm[-2:]")])
+
+    Evaluations at the step of a snapshot become its metrics. A run that goes on from a checkpoint goes on recording
+    there. Parameters that are spread over processes (FSDP, DeepSpeed ZeRO-3) are not supported.
+
+    Args:
+        folder, select, exclude: See [`SnapshotRecorder`].
+        every_n_steps (`int`, *optional*, defaults to 1): Optimizer steps between two snapshots.
+        first_step (`int`, *optional*, defaults to 1): No snapshot before this step, such as the end of the warm-up.
+
+    Raises:
+        SnapshotError, LayoutError: when training begins or goes on, as [`SnapshotRecorder`] does.
+    """
+
+    def __init__(
+        self,
+        folder: str | os.PathLike,
+        select: str | Sequence[str] = "norm[-2:]",
+        exclude: str | Sequence[str] = (),
+        every_n_steps: int = 1,
+        first_step: int = 1,
+    ):
+        if every_n_steps < 1:
+            raise SnapshotError(f"every_n_steps must be at least 1, got {every_n_steps}")
+        self.folder, self.select, self.exclude = folder, select, exclude
+        self.every_n_steps, self.first_step = every_n_steps, first_step
+        self.recorder: SnapshotRecorder | None = None
+
+    def on_train_begin(self, args, state, control, model=None, **kwargs):
+        self.recorder = SnapshotRecorder(
+            model, self.folder, self.select, self.exclude, seed=args.seed, resume_step=state.global_step
+        )
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step >= self.first_step and state.global_step % self.every_n_steps == 0:
+            self.recorder.snapshot(state.global_step)
+
+    def on_evaluate(self, args, state, control, metrics=None, **kwargs):
+        if self.recorder is not None:  # it is None for an evaluation before training
+            useful = {
+                name: value
+                for name, value in (metrics or {}).items()
+                if isinstance(value, int | float) and name != "epoch" and not name.endswith(("_runtime", "_per_second"))
+            }
+            self.recorder.add_metrics(state.global_step, useful)
+
+    def on_train_end(self, args, state, control, **kwargs):
+        self.recorder.finish()
+        self.recorder = None
+
+
+def _step(path: Path) -> int:
+    return int(path.stem.partition("-")[2])
+
+
+def _read_json(path: Path) -> dict[str, float]:
+    return json.loads(path.read_text()) if path.is_file() else {}

@@ -1,0 +1,1 @@
+"""Crash-safe writes of files and folders, memory, errors and seeds."""

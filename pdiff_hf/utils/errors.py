@@ -1,0 +1,70 @@
+"""What keeps a file of a few bytes from asking for all of the machine."""
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+
+from torch import nn
+
+from .files import is_disk_full
+from .memory import is_out_of_memory
+
+# The largest networks of transformers have some ten thousand.
+MAX_MODULES = 100_000
+
+
+@contextlib.contextmanager
+def limited_modules() -> Iterator[None]:
+    """
+    A network that is built in this block can have `MAX_MODULES` modules.
+
+    Raises:
+        ValueError: by what would build another one. A config can ask for as many layers as it likes, and memory and
+            time run out long before they are all there.
+    """
+    count = 0
+
+    def register(module: nn.Module, name: str, submodule: nn.Module) -> None:
+        nonlocal count
+        count += 1
+        if count > MAX_MODULES:
+            raise ValueError(f"the config describes a network of more than {MAX_MODULES:,} modules")
+
+    hook = nn.modules.module.register_module_module_registration_hook(register)
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+def first_line(error: Exception) -> str:
+    """What an error of another library says, in one line that makes sense in the message of another error."""
+    return f"{type(error).__name__}: {str(error).strip()}".partition("\n")[0]
+
+
+class ResourceError(RuntimeError):
+    """There is not enough disk or memory; the message says for what, and how to go on."""
+
+
+@contextlib.contextmanager
+def explaining(what: str, folder: Path, go_on: str, save_memory: str = "Make memory free") -> Iterator[None]:
+    """
+    Says in words, as a `ResourceError`, what libraries say in many ways when the machine has too little of something.
+
+    Args:
+        what (`str`): That is at work in the block.
+        folder (`Path`): That it writes to.
+        go_on (`str`): What is kept, and how to go on.
+        save_memory (`str`, *optional*): How to need less memory.
+    """
+    try:
+        yield
+    except Exception as error:
+        if is_disk_full(error):
+            raise ResourceError(
+                f"{what}: a file in '{folder}' could not be written whole, because the disk is full or a quota is "
+                f"reached. Make space: {go_on}"
+            ) from error
+        if is_out_of_memory(error):
+            raise ResourceError(f"{what}: out of memory ({first_line(error)}). {save_memory}: {go_on}") from error
+        raise

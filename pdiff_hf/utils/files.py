@@ -1,0 +1,101 @@
+"""Files and folders that are whole or not there, however the program ends."""
+
+import contextlib
+import errno
+import json
+import math
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+# safetensors tells in words what the system's error was, and torch tells only that a file came out too short.
+NO_SPACE_MESSAGES = (*(f"(os error {number})" for number in NO_SPACE), "inline_container.cc", "iostream error")
+
+
+@contextlib.contextmanager
+def replacing(path: str | os.PathLike) -> Iterator[Path]:
+    """
+    A name beside `path` for a file or a folder to be written to in the block. Both are on the disk before it takes the
+    place of `path`. After an exception nothing of it is left; after a kill the next call removes it.
+
+    A file is replaced in one step. A folder is not: a kill may leave neither the old nor the new one, never parts.
+    """
+    path = Path(path)
+    part = part_of(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    remove(part)
+    try:
+        yield part
+        sync(part)
+        if part.is_dir():
+            remove(path)
+        part.replace(path)
+    except BaseException:
+        remove(part)
+        raise
+    _sync_one(path.parent)
+
+
+def part_of(path: Path) -> Path:
+    """The name beside `path` that `replacing` gives."""
+    return path.with_name(f".{path.name}.part")
+
+
+def remove(path: Path) -> None:
+    """
+    Removes a file, or a folder with all that it holds, that need not exist. A folder is renamed first, so that a kill
+    leaves none of that name that lacks some of its files; what it leaves under the other name goes in the next call.
+    Where `path` is a link, only the link is removed.
+    """
+    doomed = path.with_name(f".{path.name}.removed")
+    if doomed.is_dir():
+        shutil.rmtree(doomed)
+    if path.is_dir() and not path.is_symlink():
+        path.rename(doomed)
+        shutil.rmtree(doomed)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def sync(path: Path) -> None:
+    """Returns when a file, or a folder with all that it holds, is on the disk: a power cut may otherwise keep the
+    rename that follows and lose what was written before it."""
+    for inside in path.rglob("*"):
+        _sync_one(inside)
+    _sync_one(path)
+
+
+def _sync_one(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def is_disk_full(error: BaseException | None) -> bool:
+    """Whether an error, or the one that it came from, says that a file could not be written whole."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in NO_SPACE:
+            return True
+        if any(message in str(error) for message in NO_SPACE_MESSAGES):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
+def write_json(path: str | os.PathLike, values) -> None:
+    """The file is always whole."""
+    with replacing(path) as part:
+        part.write_text(json.dumps(values, indent=1, allow_nan=False) + "\n")
+
+
+def without_nan(values):
+    """The same tree of lists and dicts with None for every number that is not finite: JSON has no NaN."""
+    if isinstance(values, Mapping):
+        return {key: without_nan(value) for key, value in values.items()}
+    if isinstance(values, list | tuple):
+        return [without_nan(value) for value in values]
+    return None if isinstance(values, float) and not math.isfinite(values) else values

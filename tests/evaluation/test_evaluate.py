@@ -1,0 +1,246 @@
+"""`scripts/evaluate.py`, the stage `evaluate` and the VAE: real networks on few digits."""
+
+import dataclasses
+import json
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from transformers import AutoModelForImageClassification
+
+from pdiff_hf import LatentDenoiser, ParameterAutoencoder, PDiffPipeline
+from pdiff_hf.layout import ParameterLayout
+from pdiff_hf.run.recipe import Recipe
+from pdiff_hf.run.run import Run, RunError, make_sampling_scheduler
+from pdiff_hf.run.saved import evaluate_saved
+from pdiff_hf.selection import select_parameters
+from pdiff_hf.snapshots import SnapshotWriter, read_networks
+from pdiff_hf.tasks import ImageClassificationTask
+from pdiff_hf.training import make_training_scheduler
+
+SCRIPT = Path(__file__).parents[2] / "scripts" / "evaluate.py"
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory) -> Path:
+    """A folder with a base model, snapshots around it, a pipeline, and networks as files."""
+    folder = tmp_path_factory.mktemp("saved")
+    torch.manual_seed(0)
+    model = ImageClassificationTask("mlp_mini", max_train_samples=100).load_base_model()
+    model.save_pretrained(folder / "base")
+    layout = ParameterLayout.from_state_dict(model.state_dict(), select_parameters(model, "norm[-2:]"))
+    snapshots = layout.flatten(model.state_dict()) + 0.3 * torch.randn(12, layout.num_parameters)
+    with SnapshotWriter(folder / "snapshots", layout) as writer:
+        for step, row in enumerate(snapshots):
+            writer.write(row, step=step, seed=0)
+    autoencoder = ParameterAutoencoder(layout.to_dict(), latent_dim=8, block_out_channels=(4, 4))
+    autoencoder.fit_parameter_statistics(snapshots)
+    autoencoder.fit_latent_statistics(autoencoder.tokenize(snapshots))
+    denoiser = LatentDenoiser(8, block_out_channels=(4, 4), bottleneck_dim=16)
+    scheduler = make_sampling_scheduler(make_training_scheduler())
+    PDiffPipeline(autoencoder, denoiser, scheduler, base_model=model).save_pretrained(folder / "pipeline")
+    (folder / "networks").mkdir()
+    (folder / "empty").mkdir()
+    for i, row in enumerate(snapshots[[0, 0, 1]] + 0.1):  # two are equal, which a generator may do
+        tensors = {name: tensor.clone() for name, tensor in layout.unflatten(row).items()}
+        if i == 1:
+            torch.save({"state_dict": tensors}, folder / "networks" / "1.pt")
+        else:
+            save_file(tensors, folder / "networks" / f"{i}.safetensors")
+    return folder
+
+
+def recipe(saved: Path, output_dir: Path, **changes) -> Recipe:
+    values = {
+        "snapshots": str(saved / "snapshots"),
+        "dataset": "digits",
+        "model": None,
+        "image_size": 0,
+        "max_train_samples": 100,
+        "max_eval_samples": 50,
+        "num_models": 4,
+        "num_inference_steps": 3,
+        "baseline_models": 1,
+        "output_dir": str(output_dir),
+    }
+    return Recipe(**values | changes)
+
+
+def test_a_pipeline_and_a_second_call_that_scores_only_what_is_new(saved, tmp_path):
+    report = evaluate_saved(str(saved / "pipeline"), recipe(saved, tmp_path))
+    groups = {row["name"]: row for row in report["groups"]}
+    assert {"original", "ensemble", "reconstructed", "generated", "latent KDE Scott"} <= set(groups)
+    assert groups["original"]["n"] == groups["reconstructed"]["n"] == 12 and groups["generated"]["n"] == 4
+    assert set(report["reconstruction"]) == {"r2_train", "r2_heldout", "linear_r2_train", "linear_r2_heldout"}
+    assert report["reverse_process"]["steps"] == [0, 1, 2, 3]
+    assert torch.tensor(report["reverse_process"]["accuracy"]).shape == (5, 4)
+    assert {"latents.png", "reverse_process.png"} <= {path.name for path in tmp_path.glob("*.png")}
+    text = (tmp_path / "report.json").read_text()
+
+    files = set((tmp_path / "scores").rglob("*.safetensors"))
+    assert evaluate_saved(str(saved / "pipeline"), recipe(saved, tmp_path)) == report
+    assert (tmp_path / "report.json").read_text() == text
+    assert set((tmp_path / "scores").rglob("*.safetensors")) == files
+
+    evaluate_saved(str(saved / "pipeline"), recipe(saved, tmp_path, num_models=5))
+    new = set((tmp_path / "scores").rglob("*.safetensors")) - files
+    assert len(new) == 2  # validation and test, the fifth network alone
+    assert all(path.stat().st_size < min(old.stat().st_size for old in files) for path in new)
+
+
+def test_networks_from_any_generator(saved, tmp_path):
+    report = evaluate_saved(str(saved / "networks"), recipe(saved, tmp_path, model=str(saved / "base")))
+    groups = {row["name"]: row for row in report["groups"]}
+    assert groups["generated"]["n"] == 3 and "reconstructed" not in groups and report["reconstruction"] is None
+    assert groups["generated"]["accuracies"][0] == groups["generated"]["accuracies"][1]
+    assert report["audit"]["rows"][2]["nearest_in_weights"] == [0, 0, 1]
+
+
+def test_networks_that_were_generated_and_saved_are_those_of_the_pipeline(saved, tmp_path):
+    pipeline = PDiffPipeline.from_pretrained(saved / "pipeline")
+    sampled = pipeline(2, generator=torch.Generator().manual_seed(0), output_type="pt").parameters
+    for i, row in enumerate(sampled):
+        pipeline.make_model(pipeline.autoencoder.layout.unflatten(row)).save_pretrained(
+            tmp_path / "out" / f"network-{i}"
+        )
+    assert torch.equal(read_networks(tmp_path / "out", pipeline.autoencoder.layout), sampled)
+
+
+@pytest.mark.parametrize(
+    ("source", "changes", "message"),
+    [
+        ("pipeline", {"snapshots": None}, "--snapshots is needed"),
+        ("pipeline", {"dataset": None}, "--dataset is needed"),
+        ("networks", {}, "--model is needed"),
+        ("networks", {"model": "mlp_mini"}, "with the weights of the base model, because '.*' and"),
+        ("empty", {"model": "BASE"}, "has no checkpoint-N folders and no"),
+        ("pipeline", {"num_inference_steps": 1001}, "num_inference_steps must be at most"),
+        ("pipeline", {"snapshots": "nowhere/nothing"}, "neither a folder nor a Hub id"),
+        ("pipeline", {"max_eval_samples": 0}, "max_eval_samples"),
+    ],
+)
+def test_what_is_wrong_is_said_before_any_work(saved, tmp_path, source, changes, message, hub):
+    changes = {key: str(saved / "base") if value == "BASE" else value for key, value in changes.items()}
+    with pytest.raises(ValueError, match=message):
+        evaluate_saved(str(saved / source), recipe(saved, tmp_path / "out", **changes))
+    assert not (tmp_path / "out").exists()
+
+
+def test_snapshots_of_other_tensors_and_data_of_other_classes_are_refused(saved, tmp_path):
+    model = ImageClassificationTask("mlp_mini", max_train_samples=100).load_base_model()
+    layout = ParameterLayout.from_state_dict(model.state_dict(), select_parameters(model, "norm[-1:]"))
+    with SnapshotWriter(tmp_path / "other", layout) as writer:
+        for step in range(2):
+            writer.write(torch.randn(layout.num_parameters), step=step, seed=0)
+    with pytest.raises(ValueError, match="generates other tensors than the snapshots hold"):
+        evaluate_saved(str(saved / "pipeline"), recipe(saved, tmp_path / "out", snapshots=str(tmp_path / "other")))
+    seven = AutoModelForImageClassification.from_pretrained(saved / "base", num_labels=7, ignore_mismatched_sizes=True)
+    seven.save_pretrained(tmp_path / "seven")
+    with pytest.raises(ValueError, match="'digits' has 10 classes, and the network has 7"):
+        evaluate_saved(str(saved / "networks"), recipe(saved, tmp_path / "out", model=str(tmp_path / "seven")))
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_script_ends_with_one_line_for_an_error(saved, monkeypatch, capsys):
+    arguments = [str(saved / "networks"), "--snapshots", str(saved / "snapshots"), "--dataset=digits"]
+    monkeypatch.setattr(sys, "argv", [str(SCRIPT), *arguments])
+    with pytest.raises(SystemExit, match="^error: --model is needed: .* does not carry the network"):
+        runpy.run_path(str(SCRIPT), run_name="__main__")
+    monkeypatch.setattr(sys, "argv", [str(SCRIPT), *arguments, "--baseline_model=3"])
+    with pytest.raises(SystemExit):
+        runpy.run_path(str(SCRIPT), run_name="__main__")
+    assert "did you mean baseline_models" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_the_script(saved, tmp_path):
+    command = [sys.executable, str(SCRIPT), str(saved / "pipeline"), "--snapshots", str(saved / "snapshots")]
+    flags = ["--dataset=digits", "--num_models=3", "--baseline_models=1", "--max_eval_samples=50"]
+    done = subprocess.run([*command, *flags], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "| generated" in done.stdout and "**Verdict:**" in done.stdout
+    assert (tmp_path / "outputs/evaluation/report.md").is_file()
+
+
+TINY = {
+    "model": "mlp_mini",
+    "max_train_samples": 100,
+    "max_eval_samples": 50,
+    "base_epochs": 1,
+    "num_snapshots": 12,
+    "latent_dim": 8,
+    "autoencoder_steps": 4,
+    "autoencoder_batch_size": 4,
+    "denoiser_steps": 4,
+    "denoiser_batch_size": 4,
+    "num_models": 3,
+    "num_inference_steps": 2,
+    "baseline_models": 1,
+    "image_size": 64,
+}
+
+
+def test_the_stage_trains_a_vae_once_and_draws_every_figure(tmp_path):
+    settings = Recipe(**TINY, output_dir=str(tmp_path / "run"))
+    run = Run(settings)
+    with run.lock():
+        run.carry_out()
+    report = json.loads((run.folder / "evaluation/report.json").read_text())
+    assert {row["name"]: row["n"] for row in report["groups"]}["vae"] == 1
+    assert "VAE" in {row["family"] for row in report["frontier"]["rows"]}
+    assert len(list((run.folder / "evaluation").glob("*.png"))) == 6
+    assert ParameterAutoencoder.from_pretrained(run.folder / "vae").config.variational
+    assert "variational" in json.loads((run.folder / "autoencoder/config.json").read_text())
+    assert not run.autoencoder.config.variational
+
+    times = {path: path.stat().st_mtime_ns for path in (run.folder / "vae").iterdir()}
+    again = Run(dataclasses.replace(settings, num_models=4, overwrite_output_dir=True))
+    with again.lock():
+        again.carry_out()
+    assert {path: path.stat().st_mtime_ns for path in (run.folder / "vae").iterdir()} == times
+    assert json.loads((run.folder / "evaluation/report.json").read_text())["groups"][3]["n"] == 4
+    with pytest.raises(RunError, match="autoencoder_steps"):
+        Run(dataclasses.replace(settings, autoencoder_steps=5))
+
+
+def test_scores_that_will_not_fit_into_memory_are_refused_before_anything_is_trained(tmp_path):
+    with pytest.raises(
+        ValueError, match=r"more than half of the [\d,]+ bytes of free memory; use .*--max_eval_samples"
+    ):
+        Run(Recipe(**TINY | {"num_models": 10**11}, output_dir=str(tmp_path / "run")))
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_divergence_of_a_variational_autoencoder():
+    layout = ParameterLayout(("a", "b"), ((6,), (2, 5)), ("float32", "float32"))
+    torch.manual_seed(0)
+    vae = ParameterAutoencoder(layout.to_dict(), latent_dim=4, block_out_channels=(4, 4), variational=True)
+    parameters = torch.randn(9, 16)
+    mean, log_variance = vae._encode(vae.tokenize(parameters))
+    output = vae(vae.tokenize(parameters), generator=torch.Generator().manual_seed(0))
+    posterior = torch.distributions.Normal(mean, (0.5 * log_variance).exp())
+    expected = torch.distributions.kl_divergence(posterior, torch.distributions.Normal(0.0, 1.0)).sum(1)
+    torch.testing.assert_close(output.kl, expected)
+    again = vae(vae.tokenize(parameters), generator=torch.Generator().manual_seed(1))
+    assert not torch.equal(again.sample, output.sample)  # it samples
+    torch.testing.assert_close(vae.encode(parameters).latents, mean)  # the statistics are 0 and 1 so far
+
+
+def test_the_prior_is_sampled_in_the_networks_own_latent():
+    layout = ParameterLayout(("a",), ((16,),), ("float32",))
+    torch.manual_seed(0)
+    vae = ParameterAutoencoder(layout.to_dict(), latent_dim=4, block_out_channels=(4, 4), variational=True)
+    vae.fit_parameter_statistics(5 + 2 * torch.randn(20, 16))
+    vae.latent_mean += 3
+    vae.latent_std *= 2
+    sample = vae.sample_prior(6, torch.Generator().manual_seed(0))
+    own = torch.randn(6, 4, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(sample, vae.decode((own - 3) / 2).sample)
+    plain = ParameterAutoencoder(layout.to_dict(), latent_dim=4, block_out_channels=(4, 4))
+    with pytest.raises(ValueError, match="only a variational autoencoder"):
+        plain.sample_prior(1)
+    assert plain(torch.randn(2, 1, 16)).kl is None

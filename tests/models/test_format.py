@@ -1,0 +1,141 @@
+"""What was saved by another release: older files give the numbers that they gave, newer ones are refused."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from support.pipelines import make_pipeline, sample
+from transformers import AutoConfig, AutoModelForImageClassification
+
+from pdiff_hf import LatentDenoiser, ParameterAutoencoder, PDiffPipeline
+from pdiff_hf.hub.push import push_pipeline_to_hub
+from pdiff_hf.models.saved import FORMAT_VERSION
+
+GOLDEN = Path(__file__).parent / "golden" / "0.1.0"
+COMPONENTS = {"autoencoder": ParameterAutoencoder, "denoiser": LatentDenoiser}
+# Other processors, and other numbers of threads, add up in another order. A sum of some hundred float32 numbers differs
+# by some 1e-7 then, and 20 steps of sampling amplify that by less than 10.
+TOLERANCE = {"atol": 1e-5, "rtol": 1e-5}
+
+
+def rewrite(folder: Path, component: str, **values) -> None:
+    """Changes settings in a component's config; `...` removes one."""
+    path = folder / component / "config.json"
+    config = json.loads(path.read_text()) | values
+    path.write_text(json.dumps({key: value for key, value in config.items() if value is not ...}))
+
+
+@torch.no_grad()
+def test_a_generator_of_an_older_release_gives_the_numbers_that_it_gave(tmp_path):
+    for component in COMPONENTS:  # it is what an older release wrote, not what this one does
+        assert "format_version" not in json.loads((GOLDEN / component / "config.json").read_text())
+    pipe = PDiffPipeline.from_pretrained(GOLDEN)
+    expected = load_file(GOLDEN / "outputs.safetensors")
+    latents = pipe.autoencoder.encode(expected["snapshots"]).latents
+    torch.testing.assert_close(latents, expected["latents"], **TOLERANCE)
+    for steps in (1, 20):
+        generated = pipe(3, steps, latents=expected["start"], output_type="pt").parameters
+        torch.testing.assert_close(generated, expected[f"generated.{steps}"], **TOLERANCE)
+    # the file is of numbers that differ, and that a generator with other weights does not give
+    assert expected["generated.20"].std(0).min() > 0.01
+    assert [t.dtype for t in pipe(1, 1, latents=expected["start"][:1]).parameters[0].values()] == [
+        torch.float32,
+        torch.float16,
+        torch.bfloat16,
+        torch.float32,
+    ]
+
+    pipe.save_pretrained(tmp_path)
+    again = PDiffPipeline.from_pretrained(tmp_path)
+    generated = pipe(3, 20, latents=expected["start"], output_type="pt").parameters
+    assert torch.equal(again(3, 20, latents=expected["start"], output_type="pt").parameters, generated)
+    for component in COMPONENTS:
+        assert json.loads((tmp_path / component / "config.json").read_text())["format_version"] == FORMAT_VERSION
+
+
+@pytest.fixture
+def saved(tmp_path) -> Path:
+    config = AutoConfig.for_model("timm_wrapper", architecture="cnn3_mini", num_labels=4)
+    pipe = make_pipeline(AutoModelForImageClassification.from_config(config).eval(), select="bias")
+    pipe.save_pretrained(tmp_path / "pipeline")
+    return tmp_path / "pipeline"
+
+
+@pytest.mark.parametrize("component", COMPONENTS)
+@pytest.mark.parametrize("version", [FORMAT_VERSION + 1, 10**9, 0, -1, 1.0, "1", True, None, [1]])
+def test_an_unknown_format_is_refused(saved, component, version):
+    rewrite(saved, component, format_version=version, a_setting_of_that_format=3)
+    message = (
+        rf"{COMPONENTS[component].__name__} in '.*' cannot be used: it was saved in format .*, and this release of "
+        rf"pdiff_hf reads formats up to {FORMAT_VERSION}; upgrade pdiff_hf \(pip install --upgrade pdiff_hf\)"
+    )
+    with pytest.raises(ValueError, match=message) as error:
+        PDiffPipeline.from_pretrained(saved)
+    assert f"format {version!r}, " in str(error.value)
+    with pytest.raises(ValueError, match=message):
+        COMPONENTS[component].from_pretrained(saved, subfolder=component)
+
+
+def test_the_format_arrives_from_the_hub(hub, saved):
+    rewrite(saved, "denoiser", format_version=FORMAT_VERSION + 1)
+    push_pipeline_to_hub(saved, "alice/newer")
+    with pytest.raises(ValueError, match=f"in format {FORMAT_VERSION + 1}, .* upgrade pdiff_hf"):
+        PDiffPipeline.from_pretrained("alice/newer")
+    for component in COMPONENTS:
+        rewrite(saved, component, format_version=...)
+    push_pipeline_to_hub(saved, "alice/older")
+    from_hub, local = PDiffPipeline.from_pretrained("alice/older"), PDiffPipeline.from_pretrained(saved)
+    assert torch.equal(sample(from_hub), sample(local))
+    assert from_hub.denoiser.config.format_version == 1
+
+
+@pytest.mark.parametrize("component", COMPONENTS)
+def test_weights_that_are_not_those_of_the_config(saved, component):
+    path = saved / component / "diffusion_pytorch_model.safetensors"
+    rewrite(saved, component, kernel_size=5)
+    with pytest.raises(ValueError, match=f"{COMPONENTS[component].__name__} in '.*' cannot be used: .*shape"):
+        PDiffPipeline.from_pretrained(saved)
+    path.unlink()
+    with pytest.raises(OSError, match="no file named"):
+        PDiffPipeline.from_pretrained(saved)
+
+
+@pytest.mark.parametrize(
+    ("component", "values"),
+    [
+        ("denoiser", {"latent_dim": 10**9}),
+        ("denoiser", {"block_out_channels": [10**6, 10**6]}),
+        ("denoiser", {"embedding_dim": 10**7}),
+        ("denoiser", {"num_class_embeds": 10**12}),
+        ("autoencoder", {"block_out_channels": [10**6, 10**6]}),
+        ("autoencoder", {"layout": {"names": ["w"], "shapes": [[10**6, 10**6]], "dtypes": ["float32"]}}),
+    ],
+)
+def test_a_network_that_does_not_fit_into_memory_is_refused_before_it_is_made(saved, component, values):
+    rewrite(saved, component, **values)
+    with pytest.raises(
+        ValueError, match=r"is of a network of [\d,.]+ GB, and this machine has [\d,.]+ GB of free memory"
+    ):
+        PDiffPipeline.from_pretrained(saved)
+
+
+def test_other_weights_in_the_place_of_these(saved):
+    """Of the right shapes, under other names: nothing takes a random start in their place."""
+    path = saved / "denoiser" / "diffusion_pytorch_model.safetensors"
+    save_file({name.replace("mid_in", "mid_on"): tensor for name, tensor in load_file(path).items()}, path)
+    with pytest.raises(ValueError, match=r"config and weights differ: .*'mid_in.weight'.*'mid_on.weight'"):
+        PDiffPipeline.from_pretrained(saved)
+
+
+def test_pickled_weights_are_not_read(saved):
+    path = saved / "denoiser" / "diffusion_pytorch_model.safetensors"
+    torch.save(load_file(path), path.with_suffix(".bin"))
+    path.unlink()
+    with pytest.raises(OSError, match="no file named diffusion_pytorch_model.safetensors"):
+        PDiffPipeline.from_pretrained(saved)
+    shutil.rmtree(saved / "denoiser")
+    with pytest.raises(OSError):
+        PDiffPipeline.from_pretrained(saved)

@@ -1,0 +1,138 @@
+"""PDiffPipeline: outputs, determinism, schedulers, callbacks, complete folders, and what it refuses."""
+
+import copy
+
+import pytest
+import torch
+from diffusers import DDIMScheduler, DDPMScheduler
+from support.pipelines import LATENT_DIM, make_network, make_pipeline, sample
+from transformers import AutoConfig, AutoModelForImageClassification
+
+from pdiff_hf import (
+    LatentDenoiser,
+    LayoutError,
+    PDiffPipeline,
+)
+
+
+@pytest.fixture(scope="module")
+def base_model():
+    return make_network()
+
+
+@pytest.fixture(scope="module")
+def pipe(base_model):
+    return make_pipeline(base_model)
+
+
+def test_output_types_agree(pipe):
+    layout = pipe.autoencoder.layout
+    parameters, latents = sample(pipe), sample(pipe, output_type="latent")
+    assert parameters.shape == (4, layout.num_parameters) and latents.shape == (4, LATENT_DIM)
+    assert torch.equal(pipe.decode_latents(latents), parameters)
+    state_dicts, models = sample(pipe, output_type="state_dict"), sample(pipe, output_type="model")
+    for i in range(4):
+        assert torch.equal(layout.flatten(state_dicts[i]), parameters[i])
+        assert torch.equal(layout.flatten(models[i].state_dict()), parameters[i])
+    (as_tuple,) = pipe(4, 3, torch.Generator().manual_seed(0), output_type="pt", return_dict=False)
+    assert torch.equal(as_tuple, parameters)
+
+
+def test_models_work_and_share_what_was_not_generated(pipe, base_model):
+    before = copy.deepcopy(base_model.state_dict())
+    first, second = sample(pipe, 2, output_type="model")
+    images = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        expected = torch.func.functional_call(
+            base_model, sample(pipe, 2, output_type="state_dict")[0], (images,)
+        ).logits
+        assert torch.equal(first(images).logits, expected)
+        assert not torch.equal(first(images).logits, second(images).logits)
+    shared = [name for name in before if name not in pipe.autoencoder.layout.names]
+    assert all(first.state_dict()[n].data_ptr() == base_model.state_dict()[n].data_ptr() for n in shared)
+    assert all(torch.equal(base_model.state_dict()[name], tensor) for name, tensor in before.items())
+
+
+@pytest.mark.parametrize("scheduler_class", [None, DDPMScheduler, DDIMScheduler])
+def test_a_model_depends_on_its_index_alone(base_model, scheduler_class):
+    pipe = make_pipeline(base_model)
+    if scheduler_class is not None:
+        pipe.scheduler = scheduler_class.from_config(pipe.scheduler.config)
+    many = sample(pipe, 7)
+    assert torch.equal(many, sample(pipe, 7))
+    assert not torch.equal(many, sample(pipe, 7, seed=1))
+    assert torch.equal(sample(pipe, 3), many[:3])
+    assert torch.equal(sample(pipe, 7, batch_size=2), many)
+    assert not torch.allclose(many[0], many[1])
+
+
+def test_a_list_of_generators_and_given_latents(pipe):
+    generators = [torch.Generator().manual_seed(seed) for seed in (5, 6)]
+    both = pipe(2, 3, generators, output_type="pt").parameters
+    alone = pipe(1, 3, [torch.Generator().manual_seed(6)], output_type="pt").parameters
+    torch.testing.assert_close(both[1:], alone, atol=1e-5, rtol=1e-5)
+    latents = torch.randn(2, LATENT_DIM)
+    assert torch.equal(sample(pipe, 2, latents=latents), sample(pipe, 2, seed=9, latents=latents))
+
+
+def test_callback_sees_and_changes_latents(pipe):
+    seen = []
+
+    def record(pipe, step, timestep, values):
+        seen.append((step, int(timestep), tuple(values["latents"].shape)))
+        return {"latents": torch.zeros_like(values["latents"])} if step == 2 else {}
+
+    latents = sample(pipe, 2, output_type="latent", callback_on_step_end=record)
+    assert [s[0] for s in seen] == [0, 1, 2] and seen[0][1] > seen[1][1] > seen[2][1]
+    assert seen[0][2] == (2, LATENT_DIM)
+    assert torch.equal(latents, torch.zeros(2, LATENT_DIM))
+
+
+def test_a_saved_folder_is_complete(pipe, base_model, tmp_path):
+    pipe.save_pretrained(tmp_path)
+    expected = sample(pipe)
+    loaded = PDiffPipeline.from_pretrained(tmp_path)
+    assert torch.equal(sample(loaded), expected)
+    assert not loaded.base_model.training
+    for name, tensor in base_model.state_dict().items():
+        assert torch.equal(loaded.base_model.state_dict()[name], tensor)
+    assert type(loaded.scheduler) is type(pipe.scheduler)
+    settings = [{k: v for k, v in p.scheduler.config.items() if not k.startswith("_")} for p in (loaded, pipe)]
+    assert settings[0] == settings[1]
+
+
+def test_without_a_base_model(base_model, tmp_path):
+    pipe = make_pipeline(base_model, base_model=None)
+    pipe.save_pretrained(tmp_path)
+    loaded = PDiffPipeline.from_pretrained(tmp_path)
+    assert loaded.base_model is None
+    assert torch.equal(sample(loaded), sample(pipe))
+    with pytest.raises(ValueError, match="needs a base model"):
+        loaded(1, output_type="model")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"num_models": 0}, "num_models must be .* got 0"),
+        ({"num_models": 2.0}, "num_models must be .* got 2.0"),
+        ({"num_inference_steps": 0}, "num_inference_steps must be .* got 0"),
+        ({"num_inference_steps": 1001}, "at most the 1000 of training, got 1001"),
+        ({"batch_size": 0}, "batch_size must be"),
+        ({"output_type": "np"}, "output_type must be one of state_dict, pt, latent, model, got 'np'"),
+        ({"num_models": 3, "generator": [torch.Generator()]}, "one for each of the 3 models, got 1"),
+        ({"num_models": 2, "latents": torch.zeros(2, 5)}, r"shape \(2, 6\), got \(2, 5\)"),
+        ({"callback_on_step_end_tensor_inputs": ["images"]}, r"not \['images'\]"),
+    ],
+)
+def test_wrong_arguments(pipe, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        pipe(**arguments)
+
+
+def test_parts_that_do_not_fit_together(base_model):
+    with pytest.raises(ValueError, match="length 6 and the denoiser of length 5"):
+        make_pipeline(base_model, denoiser=LatentDenoiser(5, block_out_channels=(4, 4), bottleneck_dim=4))
+    config = AutoConfig.for_model("timm_wrapper", architecture="test_vit", num_labels=4)
+    with pytest.raises(LayoutError, match="does not fit the base model"):
+        make_pipeline(base_model, base_model=AutoModelForImageClassification.from_config(config))

@@ -1,0 +1,95 @@
+"""Two processes carry out all stages as one does, and write what one writes."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from support.run_server import RECIPE, ROOT
+
+from pdiff_hf.snapshots import load_snapshots, parameter_matrix
+
+# Few steps, because rounding makes two trainings part in the long run.
+SETTINGS = RECIPE | {
+    "base_epochs": 1,
+    "num_snapshots": 12,
+    "collect_learning_rate": 0.003,
+    "autoencoder_steps": 6,
+    "denoiser_steps": 6,
+    "checkpointing_steps": 4,
+}
+FLAGS = [f"--{key}={value}" for key, value in SETTINGS.items()]
+
+
+def torchrun(*arguments) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", *arguments]
+    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "PYTHONPATH": str(ROOT)}
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+
+
+def tensors(folder) -> dict[str, torch.Tensor]:
+    return {
+        f"{path.relative_to(folder)}: {name}": tensor
+        for path in sorted(folder.rglob("*.safetensors"))
+        if path.parent.parent.name != "scores"
+        for name, tensor in load_file(path).items()
+    }
+
+
+PROGRAM = """
+import runpy, sys, torch
+from pdiff_hf.run.run import start_processes
+start_processes()
+days = torch.distributed.group.WORLD._get_backend(torch.device("cpu")).options._timeout.days
+print(f"waits for {days} days")  # in one piece, because two processes write at the same time
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_do_in_all_stages_what_one_does_in_two_parts(run_server, tmp_path):
+    """Noise belongs to a part of a batch, so one process must compute it in as many parts."""
+    one = run_server.run(tmp_path / "one", *FLAGS, "--gradient_accumulation_steps=2")
+    assert one.status == 0, one.errors
+    (tmp_path / "program.py").write_text(PROGRAM)
+    two = torchrun(tmp_path / "program.py", ROOT / "scripts/train.py", f"--output_dir={tmp_path / 'two'}", *FLAGS)
+    assert two.returncode == 0, two.stderr
+
+    expected, found = tensors(tmp_path / "one"), tensors(tmp_path / "two")
+    assert list(expected) == list(found)
+    for name in expected:
+        torch.testing.assert_close(found[name], expected[name], rtol=1e-3, atol=1e-4, msg=lambda m, n=name: f"{n}: {m}")
+    snapshots = [parameter_matrix(*load_snapshots(tmp_path / run / "snapshots")) for run in ("one", "two")]
+    torch.testing.assert_close(snapshots[1], snapshots[0], rtol=1e-5, atol=1e-5)
+    reports = [json.loads((tmp_path / run / "evaluation/report.json").read_text()) for run in ("one", "two")]
+    for a, b in zip(*(report["groups"] for report in reports), strict=True):
+        assert (a["name"], a["n"]) == (b["name"], b["n"])
+        assert b["accuracies"] == pytest.approx(a["accuracies"], abs=2.0)  # one of 60 examples is 1.7
+        assert b["nll"] == pytest.approx(a["nll"], rel=1e-2)
+
+    names = [
+        {str(path.relative_to(tmp_path / run)) for path in (tmp_path / run).rglob("*") if "/scores/" not in str(path)}
+        for run in ("one", "two")
+    ]
+    assert names[0] == names[1]
+    counts = [len(list((tmp_path / run / "scores").rglob("*.*"))) for run in ("one", "two")]
+    assert counts[0] == counts[1] > 0
+    for bar in ("base model", "snapshots", "autoencoder", "denoiser", "VAE"):
+        assert two.stderr.count(f"{bar}:   0%") == 1, bar
+    for split, times in (("validation", 1), ("test", 2)):  # the networks, and those along the reverse process
+        assert two.stderr.count(f"scoring on {split}:   0%") == times
+    assert two.stdout.count("The generator is in") == 1
+    # The main process collects alone, and the others must not take that for its end: gloo's own limit is 30 minutes.
+    assert two.stdout.count("waits for 28 days") == 2
+
+
+@pytest.mark.slow
+def test_two_processes_collect_once(tmp_path):
+    done = torchrun(ROOT / "scripts/collect.py", f"--output_dir={tmp_path}", *FLAGS)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("12 snapshots of ") == 1
+    assert len(load_snapshots(tmp_path / "snapshots")[0]) == 12

@@ -1,0 +1,252 @@
+"""scripts/app.py, in a headless browser: sampling, what is shown, downloads, errors, and both widths."""
+
+import os
+import runpy
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+import zipfile
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from support.pipelines import make_network, make_pipeline
+from support.recipes import TINY
+
+from pdiff_hf import PDiffPipeline
+from pdiff_hf.hub.push import push_run_to_hub
+from pdiff_hf.run.recipe import Recipe
+from pdiff_hf.run.run import Run
+
+pytestmark = pytest.mark.slow
+CHROMIUM = shutil.which("chromium")
+gradio = pytest.importorskip("gradio", reason="needs gradio")
+sync_api = pytest.importorskip("playwright.sync_api", reason="needs playwright")
+if CHROMIUM is None:
+    pytest.skip("needs chromium", allow_module_level=True)
+
+SCRIPT = str(Path(__file__).parents[2] / "scripts" / "app.py")
+FLAGS = [
+    "--headless",
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+]
+WIDTHS = {"desktop": (1280, 900), "phone": (390, 844)}
+TIMEOUT = 120_000  # milliseconds
+
+
+@pytest.fixture
+def app():
+    """The script as a module."""
+    return SimpleNamespace(**runpy.run_path(SCRIPT, run_name="app"))
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory) -> Run:
+    run = Run(Recipe(**TINY, output_dir=str(tmp_path_factory.mktemp("app") / "out")))
+    with run.lock():
+        run.carry_out()
+    return run
+
+
+@pytest.fixture(scope="module")
+def address():
+    """Of the page, served by a process of its own, which opens with no generator."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    argv = [sys.executable, SCRIPT, "--port", str(port)]
+    process = subprocess.Popen(argv, env=os.environ | {"NO_PROXY": "127.0.0.1,localhost"})
+    try:
+        for _ in range(600):
+            assert process.poll() is None, "the app has ended"
+            try:
+                urllib.request.urlopen(f"http://127.0.0.1:{port}", timeout=5).close()
+                break
+            except OSError:
+                time.sleep(0.1)
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        process.terminate()
+        process.wait()
+
+
+@pytest.fixture(scope="module")
+def browser():
+    with sync_api.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
+        yield browser
+        browser.close()
+
+
+@pytest.fixture(params=WIDTHS)
+def page(request, browser, address):
+    """An open page; none of its requests leaves this machine, and it fits the screen."""
+    width, height = WIDTHS[request.param]
+    context = browser.new_context(
+        viewport={"width": width, "height": height}, is_mobile=request.param == "phone", accept_downloads=True
+    )
+    page = context.new_page()
+    page.set_default_timeout(TIMEOUT)
+    requests, errors = [], []
+    page.on("request", lambda request: requests.append(request.url))
+    page.on("pageerror", lambda error: errors.append(str(error)))
+    page.goto(address)
+    yield page
+    assert all(url.startswith((address, "data:", "blob:")) for url in requests)
+    assert errors == []
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
+    context.close()
+
+
+def open_generator(page, source) -> None:
+    page.get_by_label("Generator").fill(str(source))
+    page.get_by_role("button", name="Open").click()
+
+
+def show_tab(page, name) -> None:
+    tab = page.get_by_role("tab", name=name)
+    if not tab.is_visible():  # a phone has the others behind a button
+        page.locator(".overflow-menu > button").click()
+        tab = page.locator(".overflow-dropdown").get_by_text(name)
+    tab.click()
+
+
+def has_picture(page) -> bool:
+    image = page.locator("img:visible").first
+    image.wait_for()
+    return image.evaluate("image => image.decode().then(() => image.naturalWidth > 100)")
+
+
+def test_a_run_is_sampled_compared_and_downloaded(run, page, tmp_path):
+    open_generator(page, run.folder)
+    page.get_by_text("in 4 tensors of test_resnet").wait_for()
+    page.get_by_text("Verdict of its report:").wait_for()
+    assert page.get_by_text("Not available:").count() == 0
+    page.get_by_label("number input for Networks").fill("7")
+    page.get_by_label("number input for Denoising steps").fill("5")
+    page.get_by_label("Seed").fill("3")
+    page.get_by_role("button", name="Sample").click()
+    page.get_by_text("Done: 7 networks in 5 steps of DPM-Solver++, seed 3.").wait_for()
+    page.locator("canvas:visible, svg.marks:visible").nth(1).wait_for()  # distance and accuracy along the way
+    show_tab(page, "Accuracy")
+    page.get_by_text("7 networks sampled here:").wait_for()
+    assert has_picture(page)
+    show_tab(page, "Parameters")
+    assert has_picture(page)
+    show_tab(page, "Report")
+    page.get_by_role("cell", name="reconstructed").wait_for()
+
+    with page.expect_download() as download:
+        page.get_by_text("Download networks (").click()
+    download.value.save_as(tmp_path / "networks.zip")
+    with zipfile.ZipFile(tmp_path / "networks.zip") as archive:
+        archive.extractall(tmp_path)
+    pipe = run.pipeline
+    expected = pipe(7, 5, torch.Generator().manual_seed(3), output_type="pt").parameters
+    got = [load_file(tmp_path / f"network-{i:05d}.safetensors") for i in range(7)]
+    rows = torch.stack([pipe.autoencoder.layout.flatten(tensors) for tensors in got])
+    torch.testing.assert_close(rows, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_a_hub_id_says_what_is_not_available(run, hub, page):
+    push_run_to_hub(run.folder, "alice/explored")
+    open_generator(page, "alice/explored")
+    page.get_by_text("Verdict of its report:").wait_for()
+    page.get_by_text("a repository has no snapshots to compare with").wait_for()
+    show_tab(page, "Accuracy")
+    page.get_by_text("Networks that are sampled here are not in this figure").wait_for()
+    assert has_picture(page)
+    page.get_by_label("Scheduler").click()
+    page.get_by_role("option", name="DDIM").click()
+    page.get_by_label("number input for Denoising steps").fill("4")
+    page.get_by_role("button", name="Sample").click()
+    page.get_by_text("Done: 50 networks in 4 steps of DDIM, seed 0.").wait_for()
+    show_tab(page, "Parameters")
+    assert has_picture(page)
+
+
+def test_a_pipeline_without_a_report(page, tmp_path):
+    make_pipeline(make_network()).save_pretrained(tmp_path / "alone")
+    open_generator(page, tmp_path / "alone")
+    page.get_by_text("its report: it has not been evaluated").wait_for()
+    page.get_by_text("the folder is not that of a run").wait_for()
+    page.get_by_label("Scheduler").click()
+    page.get_by_role("option", name="DDPM").click()
+    page.get_by_label("number input for Networks").fill("500")
+    page.get_by_label("number input for Denoising steps").fill("1000")
+    page.get_by_role("button", name="Sample").click()
+    page.get_by_text("of 1000 …").wait_for()
+    page.get_by_role("button", name="Stop").click()
+    page.get_by_text("Stopped.").wait_for()
+
+
+def test_errors_are_messages(page, tmp_path):
+    for source, message in (
+        (" ", "name a generator"),
+        ("alice/nothing", "alice/nothing"),
+        (tmp_path, "holds neither a pipeline nor a run with a finished one"),
+        ("<img src=x>", "<img src=x>"),
+    ):
+        open_generator(page, source)
+        toast = page.locator(".toast-body")
+        toast.get_by_text(message).wait_for()
+        assert "Traceback" not in toast.inner_text() and 'File "' not in toast.inner_text()
+        toast.locator(".toast-close").click()
+        toast.wait_for(state="detached")
+    make_pipeline(make_network()).save_pretrained(tmp_path / "alone")
+    open_generator(page, tmp_path / "alone")
+    page.get_by_text("in 4 tensors").wait_for()
+    page.get_by_label("Seed").fill("")
+    page.get_by_role("button", name="Sample").click()
+    page.locator(".toast-body").get_by_text("must all be given").wait_for()
+
+
+def test_a_space_reads_no_folders(app, tmp_path, monkeypatch):
+    monkeypatch.setenv("SPACE_ID", "alice/space")
+    with pytest.raises(ValueError, match="a Space reads no folders"):
+        app.load_source(str(tmp_path))
+    assert isinstance(app.build_app("alice/explored"), gradio.Blocks)
+
+
+def test_what_is_sampled_at_once_is_bounded(app):
+    pipe = make_pipeline(make_network())
+    most = app.MAX_BYTES // (4 * pipe.autoencoder.layout.num_parameters)
+    app.check_size(app.Source(pipe), most)
+    with pytest.raises(ValueError, match=f"choose {most} at most"):
+        app.check_size(app.Source(pipe), most + 1)
+
+
+def test_a_report_of_another_version_is_left_out(app, run, tmp_path):
+    shutil.copytree(run.folder / "pipeline", tmp_path / "pipeline")
+    (tmp_path / "evaluation").mkdir()
+    (tmp_path / "evaluation" / "report.json").write_text('{"groups": [{"name": "original"}]}')
+    source = app.load_source(str(tmp_path))
+    assert source.report is None
+    assert "its report: it was written by another version" in app.describe("it", source)
+    assert app.compare(source) == ({}, "There is nothing to compare: there is no report.")
+
+
+@pytest.mark.parametrize("name", ["DPM-Solver++", "DDIM", "DDPM"])
+def test_schedulers_are_of_the_pipelines_own_diffusion(app, name):
+    pipe: PDiffPipeline = make_pipeline(make_network())
+    source = app.Source(pipe)
+    scheduler = app.make_scheduler(name, source)
+    for key in ("num_train_timesteps", "beta_schedule", "beta_start", "beta_end", "prediction_type"):
+        assert scheduler.config[key] == pipe.scheduler.config[key]
+    assert scheduler.config.get("timestep_spacing") == "trailing"
+    *_, (step, latents) = app.sample_latents(source, 3, 6, name, seed=1)
+    assert step == 6
+    pipe.scheduler = scheduler
+    expected = pipe(3, 6, torch.Generator().manual_seed(1), output_type="latent").parameters
+    torch.testing.assert_close(latents.cpu(), expected, atol=1e-5, rtol=1e-5)

@@ -1,0 +1,308 @@
+"""Tables and figures of the paper: their rows as recipes, what runs share, and one small table from end to end."""
+
+import csv
+import importlib.util
+import json
+import logging
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections import defaultdict
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from reproduce.experiments import (
+    ARCHITECTURES,
+    DATASETS,
+    EXPERIMENTS,
+    SCALES,
+    SMALL_DATASET,
+    ExperimentError,
+    _measure,
+    expand,
+    list_experiments,
+    list_runs,
+    measure_training,
+    reproduce,
+    share_stages,
+    summarise,
+)
+from support.recipes import RECIPES
+from support.recipes import TINY_ROW as TINY
+
+from pdiff_hf.layout import ParameterLayout
+from pdiff_hf.run.recipe import Recipe, RecipeParser
+from pdiff_hf.run.run import stage_settings
+from pdiff_hf.selection import select_parameters
+from pdiff_hf.utils.files import replacing, write_json
+
+ROOT = Path(__file__).parents[2]
+NAMES = list(EXPERIMENTS)
+
+
+@pytest.mark.parametrize("scale", SCALES)
+@pytest.mark.parametrize("name", NAMES)
+def test_rows_differ_in_what_is_varied_and_in_nothing_else(name, scale):
+    shared, runs = defaultdict(set), defaultdict(set)
+    for row, recipes in expand(name, RECIPES, "out", scale=scale, seeds=(0, 1)):
+        if EXPERIMENTS[name].measures_memory:
+            assert recipes == []
+            continue
+        assert [recipe.seed for recipe in recipes] == [0, 1]
+        settings = stage_settings(recipes[0], "evaluate")
+        assert {key: settings[key] for key in row.varies} == row.varies
+        rest = {key: value for key, value in settings.items() if key not in row.varies}
+        shared[row.architecture, row.dataset, tuple(sorted(row.varies))].add(json.dumps(rest))
+        runs[row.run].add(recipes[0].output_dir)
+        small_dataset = ARCHITECTURES[row.architecture].small_dataset.format(SMALL_DATASET)
+        assert recipes[0].dataset == (DATASETS[row.dataset][0] if scale == "paper" else small_dataset)
+    assert all(len(different) == 1 for different in (*shared.values(), *runs.values()))
+    assert len({folder for (folder,) in runs.values()}) == len(runs)
+
+
+def test_the_paper_has_one_number_for_its_default_setting():
+    """Which checks the transcription: the default is a row of most tables."""
+    for name in ("table3a", "table3b", "table3c", "table3d", "table3e", "table3f", "table8", "table9"):
+        experiment = EXPERIMENTS[name]
+        titles = [column.title for column in experiment.columns]
+        numbers = [dict(zip(titles, row.paper, strict=True)) for row in experiment.rows if row.paper]
+        assert any(n["best"] == "77.9" and n["average"] == "77.7" for n in numbers), name
+    for experiment in EXPERIMENTS.values():
+        for row in experiment.rows:
+            assert len(row.paper) <= len(experiment.columns)
+            assert all(re.fullmatch(r"\d+(\.\d+)?(~\d\.\d+)?", number) for number in row.paper)
+
+
+def test_default_rows_of_all_tables_are_one_run():
+    folders = set()  # at the small scale, with 200 snapshots
+    for name, run in (("table3a", "both"), ("table3b", "default"), ("table3c", "default"), ("table3d", "adamw")):
+        folders |= {recipes[0].output_dir for _, recipes in expand(name, RECIPES, "out", patterns=[run])}
+    folders |= {recipes[0].output_dir for _, recipes in expand("table3e", RECIPES, "out", patterns=["K200"])}
+    folders |= {recipes[0].output_dir for _, recipes in expand("table1", RECIPES, "out", patterns=["resnet18/*"])}
+    assert len(folders) == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "message"),
+    [
+        ("table5", {}, "no experiment 'table5'.*table3a"),
+        ("table1", {"patterns": ["resnet81*"]}, "no row of table1 is named 'resnet81.*resnet18/cifar100"),
+        ("table3a", {"changes": {"latent_noise": 1.0}}, "table3a sets latent_noise itself"),
+        ("figure3", {"changes": {"baseline_models": 0}}, "figure3 sets baseline_models itself"),
+        ("table3a", {"changes": {"seed": 1}}, "seed is set with --seeds"),
+        ("table3a", {"changes": {"denoiser_steps": 0}}, "denoiser_steps must be at least 1, got 0"),
+        ("table3a", {"seeds": [1, 1]}, "seeds must be different numbers"),
+        ("table3a", {"scale": "huge"}, "scale must be one of small, paper"),
+    ],
+)
+def test_errors(name, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        expand(name, RECIPES, "out", **arguments)
+
+
+def test_list():
+    rows = [line.split("|") for line in list_experiments(RECIPES).splitlines() if "|" in line]
+    lines = {cells[1].strip(): "|".join(cells) for cells in rows[2:]}
+    assert list(lines) == list(EXPERIMENTS)
+    assert " 4 " in lines["table3a"] and " min " in lines["table3a"] and " minutes " in lines["table13"]
+
+
+def test_list_of_the_runs_of_one():
+    lines = list_runs("figure4", RECIPES, changes=TINY | {"collect_every": 2}).splitlines()
+    runs = {line.split("|")[1].strip(): line for line in lines if "|" in line}
+    assert list(runs)[2:] == ["0.03", "0.0003", "0.003", "0.3"]
+    assert "collect_learning_rate: 0.0003" in runs["0.0003"] and " min " in runs["0.3"]
+
+
+# Table 6 of the paper, and the length of the vectors of the hyper-representation papers.
+COUNTS = {
+    "resnet18": 2_048,
+    "resnet50": 5_120,
+    "vit_tiny": 768,
+    "vit_base": 3_072,
+    "convnext_tiny": 3_072,
+    "convnext_base": 4_096,
+    "convnet_mini": 24_262,
+    "mlp_mini": 66_970,
+    "resnet_mini": 25_138,
+    "vit_mini": 80_714,
+    "convnext_mini": 74_970,
+    "cnn3_mini": 2_464,
+}
+
+
+@pytest.mark.parametrize("name", COUNTS)
+def test_recipes_generate_the_numbers_of_table_6(name):
+    architecture = ARCHITECTURES[name]
+    model = [f"--model={architecture.small['model']}"] if architecture.recipe == "partial" else []
+    recipe = RecipeParser().parse_recipe([str(RECIPES / f"{architecture.recipe}.yaml"), *model])
+    with torch.device("meta"):
+        network = timm.create_model(recipe.model, num_classes=10)
+    names = select_parameters(network, recipe.select, recipe.exclude)
+    assert ParameterLayout.from_state_dict(network.state_dict(), names).num_parameters == COUNTS[name]
+
+
+def report(accuracies, best) -> dict:
+    mean = sum(accuracies) / len(accuracies)
+    group = {"name": "generated", "n": len(accuracies), "accuracy_mean": mean, "accuracy_std": 1.0}
+    group |= {"accuracy_best": best, "accuracy_best_on_test": max(accuracies)}
+    return {"groups": [group], "audit": {"rows": [{"name": "generated", "iou": [0.25, None, 0.75]}]}}
+
+
+def test_cells_over_networks_and_over_seeds():
+    one, other = report([90, 92], 90), report([93, 95], 94)
+    text, numbers = summarise("average", [one], "generated")
+    assert text == "91.00 ± 1.00 (n=2)" and numbers == {"": 91, "std over networks": 1, "networks": 2}
+    text, numbers = summarise("average", [one, other], "generated")
+    assert text == "92.50 ± 1.00 (n=2); ± 2.12 over 2 seeds"
+    text, numbers = summarise("best", [one, other], "generated")
+    assert text == "92.00; ± 2.83 over 2 seeds" and numbers["selected on test"] == 93.5
+    assert summarise("range", [one, other], "generated")[0] == "0.25~0.75"
+    text, numbers = summarise("similarity", [one], "generated")
+    assert text == "0.500 ± 0.354 (n=2)"
+
+
+def test_stages_are_linked_and_links_to_what_is_gone_are_not_kept(tmp_path):
+    first = Recipe(output_dir=str(tmp_path / "here" / "runs" / "a"), latent_noise=0.0)
+    second = Recipe(output_dir=str(tmp_path / "here" / "runs" / "b"), latent_noise=1.0)
+    folder, other = Path(first.output_dir), Path(second.output_dir)
+    for stage, name in (("base", "base_model"), ("autoencoder", "autoencoder")):
+        (folder / name).mkdir(parents=True)
+        (folder / name / "weights").write_text(name)
+        write_json(folder / "stages" / f"{stage}.json", {"settings": stage_settings(first, stage), "results": {}})
+    (other / "base_model").mkdir(parents=True)  # what a kill has left
+    share_stages(second)
+    assert (other / "base_model").is_symlink() and (other / "base_model" / "weights").read_text() == "base_model"
+    assert json.loads((other / "stages" / "base.json").read_text())["settings"] == stage_settings(second, "base")
+    assert not (other / "autoencoder").exists()  # its settings differ
+    assert (other / "scores").resolve() == tmp_path / "here" / "scores"
+
+    (tmp_path / "here").rename(tmp_path / "there")  # links are relative
+    moved = tmp_path / "there" / "runs"
+    assert (moved / "b" / "base_model" / "weights").is_file()
+    with replacing(moved / "b" / "base_model") as new:
+        new.mkdir()
+        (new / "weights").write_text("new")
+    assert not (moved / "b" / "base_model").is_symlink()
+    assert (moved / "a" / "base_model" / "weights").read_text() == "base_model"  # what another run has stays as it is
+
+    (moved / "b" / "stages" / "base.json").unlink()
+    share_stages(Recipe(output_dir=str(moved / "b"), latent_noise=1.0))
+    assert (moved / "b" / "base_model").is_symlink()
+    shutil.rmtree(moved / "a")
+    share_stages(Recipe(output_dir=str(moved / "b"), latent_noise=1.0))
+    assert not (moved / "b" / "base_model").is_symlink()
+
+
+def test_a_table_that_was_killed_goes_on_and_its_rows_share_their_stages(tmp_path, caplog):
+    flags = [f"--{key}={value}" for key, value in TINY.items()]
+    command = [sys.executable, ROOT / "scripts" / "reproduce.py", "table3a", "--rows", "none", "both"]
+    command += ["--dataset", "digits", "--output_dir", tmp_path, *flags, "--denoiser_steps=300"]
+    process = subprocess.Popen(command, env=os.environ | {"PYTHONPATH": str(ROOT)}, stderr=subprocess.DEVNULL)
+    while not list(tmp_path.glob("runs/*/checkpoints/denoiser/checkpoint-*")):
+        assert process.poll() is None, "it ended before it could be killed"
+        time.sleep(0.05)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    (first,) = (tmp_path / "runs").iterdir()
+    assert not (tmp_path / "table3a" / "table.md").exists()
+    before = {path: path.stat().st_mtime_ns for path in first.glob("stages/*.json")}
+    assert {path.stem for path in before} == {"base", "collect", "autoencoder"}
+
+    caplog.set_level(logging.INFO)
+    arguments = {"dataset": "digits", "patterns": ["none", "both"], "changes": TINY | {"denoiser_steps": 300}}
+    folder = reproduce("table3a", RECIPES, tmp_path, **arguments)
+    assert "denoiser: going on from step" in caplog.text
+    assert all(path.stat().st_mtime_ns == time for path, time in before.items())
+    (second,) = (path for path in (tmp_path / "runs").iterdir() if path != first)
+    assert {path.name for path in second.iterdir() if path.is_symlink()} == {"base_model", "snapshots", "scores"}
+    assert (second / "base_model").resolve() == first / "base_model"
+
+    rows = list(csv.DictReader((folder / "table.csv").open()))
+    for row, run in zip(rows, (first, second), strict=True):
+        groups = json.loads((run / "evaluation" / "report.json").read_text())["groups"]
+        generated = next(group for group in groups if group["name"] == "generated")
+        assert float(row["average"]) == generated["accuracy_mean"] and float(row["best"]) == generated["accuracy_best"]
+        assert int(row["average networks"]) == 10 and row["seeds"] == "1"
+    table = (folder / "table.md").read_text()
+    assert f"| parameter and latent noise |        77.9 |      {generated['accuracy_best']:.2f} " in table
+    assert table.count("\n| ") == 4 and first.name in table and "test_resnet on digits" in table
+
+    # Nothing is left to do, and figures of the same runs only have to be drawn.
+    caplog.clear()
+    assert reproduce("table3a", RECIPES, tmp_path, **arguments) == folder
+    figure = reproduce("figure5a", RECIPES, tmp_path, **arguments)
+    assert (figure / "figure5a.png").read_bytes()[:4] == b"\x89PNG"
+    assert "figure5a.png" in (figure / "table.md").read_text()
+    assert "taken over" not in caplog.text and len(list((tmp_path / "runs").iterdir())) == 2
+
+
+def test_fid_is_measured_on_the_same_features_for_all_seeds():
+    ((_, recipes),) = expand("table12", RECIPES, "out", seeds=(0, 1))
+    assert recipes[0].fid_features == recipes[1].fid_features
+    assert re.fullmatch(r"out/runs/cnn3_mini-fashion_mnist-seed0-\w+/base_model", recipes[0].fid_features)
+    ((_, recipes),) = expand("table12", RECIPES, "out", scale="paper")
+    assert recipes[0].fid_features == "inception"
+
+
+@pytest.mark.slow
+def test_a_table_of_another_task_with_the_classifier_that_it_needs(tmp_path):
+    unet = {"in_channels": 1, "out_channels": 1, "block_out_channels": [8], "layers_per_block": 1, "norm_num_groups": 4}
+    unet |= {"down_block_types": ["DownBlock2D"], "up_block_types": ["UpBlock2D"]}
+    changes = TINY | {"model": "unet2d", "model_args": json.dumps(unet), "image_size": 8, "base_epochs": 1}
+    changes |= {
+        "max_eval_samples": 30,
+        "num_models": 3,
+        "num_snapshots": 6,
+        "latent_dim": 4,
+        "autoencoder_batch_size": 4,
+    }
+    folder = reproduce("table12", RECIPES, tmp_path, dataset="digits", changes=changes | {"denoiser_batch_size": 4})
+    text = (folder / "table.md").read_text()
+    assert re.search(r"\| DDPM UNet +\| +3.17 \| +[\d.]+ ± [\d.]+ \(n=6\)", text), text
+    assert "FID (cnn3_mini) on 30 test images" in text and "unet2d on digits" in text
+    assert sorted(path.name.partition("-")[0] for path in (tmp_path / "runs").iterdir()) == ["cnn3_mini", "unet2d"]
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["table3a", "--denoiser_step", "3"], "unknown argument '--denoiser_step'; did you mean denoiser_steps"),
+        (["table3a", "table3b"], "unknown argument 'table3b'"),
+        ([], "which table or figure"),
+        (["--list", "--rows", "none"], "name it first"),
+        (["--denoiser_steps", "3", "table3a"], "comes first"),
+    ],
+)
+def test_the_script_says_what_is_wrong(argv, message, monkeypatch, capsys, tmp_path):
+    spec = importlib.util.spec_from_file_location("reproduce", ROOT / "scripts" / "reproduce.py")
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    monkeypatch.setattr(sys, "argv", ["reproduce.py", *argv])
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as error:
+        script.main()
+    assert message in capsys.readouterr().err + str(error.value)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+def test_memory_of_training_grows_with_what_is_trained(tmp_path):
+    small, large = (measure_training("denoiser", 2_048, latent_dim, "small") for latent_dim in (128, 512))
+    assert small.fits and large.fits and 10e6 < small.memory < large.memory < 2e9
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool, pytest.raises(MemoryError):
+        pool.submit(_measure, "autoencoder", 2_048, 128, "paper", 2, 100, 50_000_000).result()
+    folder = reproduce("table13", RECIPES, tmp_path, patterns=["2048"])
+    (row,) = csv.DictReader((folder / "table.csv").open())
+    assert row["autoencoder (MB) (paper)"] == "658" and 10 < int(row["autoencoder (MB)"]) < 658
+    assert "![Memory of training" in (folder / "table.md").read_text() and (folder / "table13.png").is_file()
+    with pytest.raises(ExperimentError, match="table13 takes autoencoder_preset and denoiser_preset, not latent_noise"):
+        reproduce("table13", RECIPES, tmp_path, changes={"latent_noise": 1.0})

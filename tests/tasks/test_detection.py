@@ -1,0 +1,298 @@
+"""The object-detection task: canvases, data sets of boxes, losses in both modes, AP, and the whole job on it."""
+
+import json
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+from torch.func import functional_call
+from torch.utils._python_dispatch import TorchDispatchMode
+from torchvision.models import get_model_builder, get_model_weights
+
+from pdiff_hf.networks.batched import BatchedModels
+from pdiff_hf.run.recipe import Recipe
+from pdiff_hf.run.run import Run
+from pdiff_hf.selection import select_layout
+from pdiff_hf.tasks import ObjectDetectionTask
+from pdiff_hf.tasks.canvases import MAX_OVERLAP, Canvases, _overlap, find_sources
+
+DETECTOR = "fasterrcnn_mobilenet_v3_large_320_fpn"
+PROPOSALS = {"rpn_post_nms_top_n_test": 20, "rpn_score_thresh": 0.0}
+
+
+@pytest.fixture(scope="module")
+def task():
+    return ObjectDetectionTask(
+        DETECTOR, "canvas:digits", image_size=32, model_args=PROPOSALS, max_train_samples=8, max_eval_samples=6
+    )
+
+
+@pytest.fixture(scope="module")
+def detector(task):
+    torch.manual_seed(0)
+    return task.load_base_model().eval()
+
+
+def write_boxes(folder, names=("cat", "person"), convert=lambda box: box):
+    """A data set of eight images in the format of detection-datasets/coco; the last has no objects."""
+    generator = np.random.default_rng(0)
+    rows = {"image": [], "objects": []}
+    for i in range(8):
+        rows["image"].append(Image.fromarray(generator.integers(0, 255, (20 + i, 30, 3), dtype=np.uint8)))
+        boxes = [] if i == 7 else [[15.0, 16.0, 19.0, 18.0], [5.0, 5.0, 5.0, 9.0]]  # the second has no area
+        rows["objects"].append({"bbox": [convert(box) for box in boxes], "category": [1, 0][: len(boxes)]})
+    features = datasets.Features(
+        image=datasets.Image(),
+        objects={
+            "bbox": datasets.List(datasets.List(datasets.Value("float32"))),
+            "category": datasets.List(datasets.ClassLabel(names=list(names))),
+        },
+    )
+    data = datasets.Dataset.from_dict(rows, features=features)
+    data.to_parquet(folder / "train.parquet")
+    data.to_parquet(folder / "val.parquet")
+    return str(folder)
+
+
+def test_canvases_follow_from_their_images_and_share_none():
+    sources = find_sources("canvas:digits", 0.2, 10, 10)
+    images = {name: {np.asarray(image).tobytes() for image in split["image"]} for name, split in sources.items()}
+    assert all(len(split) == 30 for split in sources.values())
+    names = list(images)
+    assert not any(images[a] & images[b] for i, a in enumerate(names) for b in names[:i])
+    canvases, again = (Canvases(sources["train"], "train", 40) for _ in range(2))
+    assert torch.equal(canvases.images, again.images) and torch.equal(canvases.masks, again.masks)
+    assert not torch.equal(canvases.images, Canvases(sources["train"], "test", 40).images)
+    assert canvases.images.shape == (10, 3, 40, 40) and canvases.images.dtype == torch.uint8
+    assert {len(labels) for labels in canvases.labels} == {1, 2, 3}
+    for image, mask, boxes, labels in zip(
+        canvases.images, canvases.masks, canvases.boxes, canvases.labels, strict=True
+    ):
+        assert boxes.shape == (len(labels), 4) and (boxes >= 0).all() and (boxes <= 40).all()
+        assert set(mask.unique().tolist()) == {0, *labels.tolist()}
+        pairs = [(a, b) for i, a in enumerate(boxes.tolist()) for b in boxes.tolist()[:i]]
+        assert all(_overlap(a, b) <= MAX_OVERLAP for a, b in pairs)
+        inside = torch.zeros_like(mask, dtype=torch.bool)
+        for left, top, right, bottom in boxes.int().tolist():
+            inside[top:bottom, left:right] = True
+        assert not mask[~inside].any() and image.float().amax(0)[mask > 0].min() >= 32
+        ys, xs = (mask == labels[-1]).nonzero().T  # nothing lies on the last one
+        if (labels == labels[-1]).sum() == 1:
+            assert boxes[-1].tolist() == [xs.min(), ys.min(), xs.max() + 1, ys.max() + 1]
+
+
+@pytest.mark.parametrize("model", [DETECTOR, "fasterrcnn_resnet50_fpn", "fcos_resnet50_fpn"])
+def test_losses_in_both_modes(model):
+    torch.manual_seed(0)
+    task = ObjectDetectionTask(model, "canvas:digits", image_size=32, max_train_samples=2)
+    detector = task.load_base_model()
+    names = [name for name, _ in detector.named_parameters()]
+    assert names == [name for name, _ in get_model_builder(model)(weights_backbone=None).named_parameters()]
+    batch = task.collate(task.load_split("train").__getitems__([0, 1]))
+    before = {name: tensor.clone() for name, tensor in detector.state_dict().items()}
+    detector.eval()
+    random_state = torch.random.get_rng_state()
+    loss = task.loss(detector, batch)
+    assert torch.equal(random_state, torch.random.get_rng_state())
+    assert torch.equal(task.loss(detector, batch), loss)  # whatever is drawn
+    assert not any(module.training for module in detector.modules())
+    assert all(torch.equal(tensor, before[name]) for name, tensor in detector.state_dict().items())
+    tensors = {name: 1.5 * tensor.detach() for name, tensor in list(detector.named_parameters())[-2:]}
+    other = task.loss(lambda *args: functional_call(detector, tensors, args), batch)
+    assert not torch.isclose(other, loss)
+    loss.backward()
+    assert list(detector.parameters())[-1].grad.abs().sum() > 0
+    detector.train()
+    assert torch.isfinite(task.loss(detector, batch))
+    statistics = [name for name in before if name.endswith("running_mean")]
+    assert statistics and not any(torch.equal(detector.state_dict()[name], before[name]) for name in statistics)
+    assert detector.training and all(module.training for module in detector.modules())
+
+
+class CountConvolutions(TorchDispatchMode):
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func is torch.ops.aten.convolution.default
+        return func(*args, **(kwargs or {}))
+
+
+def test_many_detectors_share_what_is_frozen(task, detector):
+    layout = select_layout(detector, ["roi_heads.box_predictor*"])
+    original = layout.flatten(detector.state_dict())
+    parameters = torch.stack([original, 1.3 * original, original - 0.02])
+    models = BatchedModels(detector, layout)
+    images = task.load_split("test").__getitems__([0, 1, 2])
+
+    def forward(call):
+        return task.predict(call, images)
+
+    list(models(forward, parameters[:1]))  # finds out what the network allows
+    with CountConvolutions() as one_pass, torch.no_grad():
+        forward(detector)
+    with CountConvolutions() as three_networks:
+        outputs = [rows for _, rows in models(forward, parameters)]
+    assert three_networks.count == one_pass.count > 0
+    for row, output in zip(parameters, torch.cat(outputs), strict=True):
+        tensors = layout.unflatten(row)
+        with torch.no_grad():
+            alone = task.predict(lambda *args, t=tensors: functional_call(detector, t, args), images)
+        assert alone.shape == (3, 100, 6) and torch.allclose(output, alone, atol=1e-5)
+    assert not torch.allclose(torch.cat(outputs)[0], torch.cat(outputs)[1])
+
+
+class Oracle(nn.Module):
+    """Knows the objects of every image of a split, but moves their boxes to the right, and adds worse detections."""
+
+    def __init__(self, examples):
+        super().__init__()
+        self.shift = nn.Parameter(torch.zeros(1))
+        self.examples = examples
+
+    def forward(self, images):
+        known = self.examples.__getitems__(range(len(self.examples)))
+        detections = []
+        for image in images:
+            target = next(t for i, t in zip(known["images"], known["targets"], strict=True) if torch.equal(i, image))
+            boxes = target["boxes"] + self.shift * torch.tensor([1.0, 0, 1, 0])
+            wrong = boxes + torch.tensor([0, 20.0, 0, 20])
+            scores = torch.linspace(0.9, 0.8, len(boxes))
+            detections.append(
+                {
+                    "boxes": torch.cat([boxes, wrong]),
+                    "scores": torch.cat([scores, scores / 2]),
+                    "labels": target["labels"].repeat(2),
+                }
+            )
+        return detections
+
+
+def test_average_precision(task):
+    oracle = Oracle(task.load_split("test"))
+    models = BatchedModels(oracle, select_layout(oracle, ["shift"]))
+    shifts = torch.tensor([[0.0], [1.0], [40.0]])
+    ap = task.measure(models, "test", shifts)
+    assert ap.dtype == torch.float64 and ap.shape == (3,)
+    assert ap[0] == pytest.approx(100) and 0 < ap[1] < 100 and ap[2] == 0
+    assert torch.equal(torch.cat([task.measure(models, "test", row[None]) for row in shifts]), ap)
+
+
+def test_a_data_set_of_boxes(tmp_path):
+    task = ObjectDetectionTask(DETECTOR, write_boxes(tmp_path), max_train_samples=4)
+    assert task.class_names == ["cat", "person"]
+    assert [len(task.load_split(name)) for name in ("train", "validation", "test")] == [4, 2, 8]
+    batch = task.load_split("test").__getitems__([1, 7])
+    assert [tuple(image.shape) for image in batch["images"]] == [(3, 21, 30), (3, 27, 30)]
+    assert [target["boxes"].tolist() for target in batch["targets"]] == [[[15, 16, 19, 18]], []]
+    assert batch["targets"][0]["labels"].tolist() == [2]  # the background is class 0
+    assert task.fingerprint("test") == task.fingerprint("test") != task.fingerprint("train")
+    torch.manual_seed(0)
+    detector = task.load_base_model()
+    assert torch.isfinite(task.loss(detector, batch)) and task.predict(detector.eval(), batch).shape == (2, 100, 6)
+
+
+def test_pretrained_weights(tmp_path, monkeypatch):
+    """The file that torchvision would download lies in its cache."""
+    torch.manual_seed(0)
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
+    name = "ssdlite320_mobilenet_v3_large"
+    weights = get_model_weights(name).COCO_V1
+    cached = tmp_path / "torch" / "hub" / "checkpoints" / weights.url.rpartition("/")[2]
+    cached.parent.mkdir(parents=True)
+    pretrained = get_model_builder(name)(weights_backbone=None, num_classes=91).state_dict()
+    torch.save(pretrained, cached)
+    (tmp_path / "own").mkdir()
+    task = ObjectDetectionTask(f"{name}:COCO_V1", write_boxes(tmp_path / "own"))
+    labels = [int(target["labels"][0]) for target in task.load_split("test").__getitems__([0, 1])["targets"]]
+    assert [weights.meta["categories"][label] for label in labels] == ["person", "person"]
+    detector = task.load_base_model()
+    assert all(torch.equal(tensor, pretrained[key]) for key, tensor in detector.state_dict().items())
+    (tmp_path / "others").mkdir()
+    task = ObjectDetectionTask(f"{name}:COCO_V1", write_boxes(tmp_path / "others", names=("cat", "unicorn")))
+    state_dict = task.load_base_model().state_dict()
+    fresh = [key for key, tensor in pretrained.items() if not torch.equal(state_dict[key], tensor)]
+    assert fresh and all("classification_head" in key for key in fresh)
+    torch.save({key: tensor for key, tensor in pretrained.items() if "backbone" not in key}, cached)
+    with pytest.raises(ValueError, match="do not fit ssdlite320_mobilenet_v3_large.*tensors are missing"):
+        task.load_base_model()
+
+
+def test_wrong_models():
+    with pytest.raises(ValueError, match="'fasterrcnn_resnet50' is not one of torchvision's for detection.*_fpn"):
+        ObjectDetectionTask("fasterrcnn_resnet50", "canvas:digits", image_size=32)
+    with pytest.raises(ValueError, match="'fcn_resnet50' is not one of torchvision's for detection"):
+        ObjectDetectionTask("fcn_resnet50", "canvas:digits", image_size=32)
+    with pytest.raises(ValueError, match="no weights 'COCO' of fcos_resnet50_fpn; it has COCO_V1"):
+        ObjectDetectionTask("fcos_resnet50_fpn:COCO", "canvas:digits", image_size=32)
+    with pytest.raises(ValueError, match="does not take the model_args depth; it takes.*min_size"):
+        ObjectDetectionTask("fcos_resnet50_fpn", "canvas:digits", image_size=32, model_args={"depth": 3})
+    with pytest.raises(ValueError, match="cannot be built with the model_args .*weights_backbone"):
+        ObjectDetectionTask(DETECTOR, "canvas:digits", image_size=32, model_args={"weights_backbone": "NONE"})
+
+
+def test_wrong_data_sets(tmp_path):
+    with pytest.raises(ValueError, match="needs image_size, the side of its canvases"):
+        ObjectDetectionTask(DETECTOR, "canvas:digits")
+    with pytest.raises(ValueError, match="'nowhere' is neither 'digits', a local data set folder nor a Hub id"):
+        ObjectDetectionTask(DETECTOR, "canvas:nowhere", image_size=32)
+    with pytest.raises(ValueError, match="'nowhere' is neither canvas:..., a local data set folder nor a Hub id"):
+        ObjectDetectionTask(DETECTOR, "nowhere")
+    with pytest.raises(ValueError, match="box .*15.*left, top, width and height, convert"):
+        (tmp_path / "sizes").mkdir()
+        sizes = write_boxes(tmp_path / "sizes", convert=lambda box: [*box[:2], box[2] - box[0], box[3] - box[1]])
+        ObjectDetectionTask(DETECTOR, sizes)
+    many = datasets.Features(image=datasets.Image(), label=datasets.ClassLabel(num_classes=255))
+    (tmp_path / "many").mkdir()
+    rows = {"image": [Image.new("L", (8, 8))] * 20, "label": [0, 1] * 10}
+    datasets.Dataset.from_dict(rows, features=many).to_parquet(tmp_path / "many" / "train.parquet")
+    with pytest.raises(ValueError, match="has 255 classes; canvases can have 254"):
+        ObjectDetectionTask(DETECTOR, f"canvas:{tmp_path / 'many'}", image_size=32)
+    black = datasets.Dataset.from_dict(
+        {"image": [Image.fromarray(np.full((8, 8), i % 3, dtype=np.uint8)) for i in range(60)], "label": [0, 1] * 30},
+        features=datasets.Features(image=datasets.Image(), label=datasets.ClassLabel(names=["a", "b"])),
+    )
+    (tmp_path / "black").mkdir()
+    black.to_parquet(tmp_path / "black" / "train.parquet")
+    with pytest.raises(ValueError, match="needs a column image and a column objects with the lists bbox and category"):
+        ObjectDetectionTask(DETECTOR, str(tmp_path / "black"))
+    with pytest.raises(ValueError, match="of the train images cannot be placed on a canvas: none of its pixels"):
+        ObjectDetectionTask(DETECTOR, f"canvas:{tmp_path / 'black'}", image_size=32).load_split("train")
+    black.select(range(12)).to_parquet(tmp_path / "black" / "train.parquet")
+    with pytest.raises(ValueError, match="the validation split of dataset .* has 2 images; a canvas needs 3"):
+        ObjectDetectionTask(DETECTOR, f"canvas:{tmp_path / 'black'}", image_size=32)
+
+
+def test_the_whole_job(tmp_path):
+    recipe = Recipe(
+        output_dir=str(tmp_path / "out"),
+        stages=["base", "collect", "autoencoder", "denoiser"],
+        task="object_detection",
+        model=DETECTOR,
+        dataset="canvas:digits",
+        image_size=32,
+        model_args=json.dumps(PROPOSALS),
+        max_train_samples=8,
+        max_eval_samples=4,
+        base_epochs=1,
+        base_batch_size=4,
+        select=["roi_heads.box_predictor.cls_score*"],
+        num_snapshots=6,
+        collect_batch_size=4,  # examples come up several times, but their proposals follow from no fixed number
+        collect_learning_rate=1e-3,
+        latent_dim=4,
+        autoencoder_steps=3,
+        denoiser_steps=3,
+        num_models=2,
+    )
+    run = Run(recipe)
+    with run.lock():
+        run.carry_out()
+    run = Run(recipe)  # all of it read from the folder
+    generated = run.pipeline(num_models=2, num_inference_steps=2, output_type="pt").parameters
+    parameters = torch.cat([run.parameters, generated.cpu().float()])
+    assert run.parameters.shape == (6, run.layout.num_parameters) and len(run.parameters.unique(dim=0)) == 6
+    ap = run.task.measure(BatchedModels(run.base_model, run.layout), "validation", parameters)
+    assert ap.shape == (8,) and ((ap >= 0) & (ap <= 100)).all()

@@ -1,0 +1,120 @@
+"""The text-classification task: files, tokenizers, and the whole job on it."""
+
+import json
+
+import pytest
+import torch
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, BertConfig
+
+from pdiff_hf.run.recipe import Recipe
+from pdiff_hf.run.run import Run
+from pdiff_hf.tasks import TextClassificationTask
+
+WORDS = {"good": ["fine", "lovely", "great", "warm", "kind"], "bad": ["poor", "awful", "cold", "dull", "sad"]}
+FILLER = ["the", "film", "was", "a", "very", "and", "we", "saw", "it"]
+
+
+def write_csv(path, size: int, seed: int = 0) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    lines = ["text,label"]
+    for i in range(size):
+        label = ("good", "bad")[i % 2]
+        length = int(torch.randint(3, 9, (1,), generator=generator))
+        words = [FILLER[int(j)] for j in torch.randint(len(FILLER), (length,), generator=generator)]
+        words[i % length] = WORDS[label][int(torch.randint(5, (1,), generator=generator))]
+        lines.append(f"{' '.join(words).capitalize()}!,{label}")
+    path.write_text("\n".join(lines) + "\n")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """`reviews.csv`, the folder `reviews` with two splits, and `model` with nothing but a configuration."""
+    path = tmp_path_factory.mktemp("text")
+    (path / "reviews").mkdir()
+    write_csv(path / "reviews.csv", 200)
+    write_csv(path / "reviews" / "train.csv", 160)
+    write_csv(path / "reviews" / "test.csv", 40, seed=1)
+    BertConfig(
+        vocab_size=40,
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=16,
+        max_position_embeddings=12,
+    ).save_pretrained(path / "model")
+    return path
+
+
+def test_a_file_and_a_folder_of_texts(folder):
+    task = TextClassificationTask(str(folder / "model"), str(folder / "reviews.csv"))
+    assert task.class_names == ["bad", "good"]
+    assert [len(task.load_split(name)) for name in ("train", "validation", "test")] == [128, 32, 40]
+    task = TextClassificationTask(str(folder / "model"), str(folder / "reviews"), max_length=8)
+    assert [len(task.load_split(name)) for name in ("train", "validation", "test")] == [128, 32, 40]
+    batch = task.load_split("test").__getitems__([0, 1, 2])
+    assert batch["input_ids"].shape == batch["attention_mask"].shape and batch["input_ids"].shape[1] <= 8
+    assert batch["attention_mask"].sum(1).max() == batch["input_ids"].shape[1]
+    assert (batch["input_ids"][:, 0] == 2).all()  # [CLS]
+    assert task.fingerprint("test") == task.fingerprint("test") != task.fingerprint("train")
+    logits = task.predict(task.load_base_model().eval(), batch)
+    assert logits.shape == (3, 2) and task.loss(task.load_base_model(), batch).ndim == 0
+
+
+def test_the_tokenizer_is_that_of_the_model_or_made_of_the_training_texts(folder, tmp_path):
+    task = TextClassificationTask(str(folder / "model"), str(folder / "reviews"))
+    ids = task.tokenizer("the film was LOVELY unheard")["input_ids"]
+    assert task.tokenizer.decode(ids) == "[CLS] the film was lovely [UNK] [SEP]" and len(task.tokenizer) <= 40
+    task.save_base_model(task.load_base_model(), tmp_path)
+    assert AutoTokenizer.from_pretrained(tmp_path)("the film")["input_ids"] == task.tokenizer("the film")["input_ids"]
+    again = TextClassificationTask(str(tmp_path), str(folder / "reviews"))
+    assert torch.equal(again.load_split("test").input_ids, task.load_split("test").input_ids)
+
+
+def test_wrong_data_sets(folder, tmp_path):
+    (tmp_path / "columns.csv").write_text("words,label\na,0\nb,1\n")
+    (tmp_path / "numbers.csv").write_text("text,label\n1,0\n2,1\n")
+    for name in ("columns", "numbers"):
+        with pytest.raises(ValueError, match="needs the columns text, of strings, and label"):
+            TextClassificationTask(str(folder / "model"), str(tmp_path / f"{name}.csv"))
+    with pytest.raises(ValueError, match="too small to hold out"):
+        write_csv(tmp_path / "small.csv", 3)
+        TextClassificationTask(str(folder / "model"), str(tmp_path / "small.csv"))
+    with pytest.raises(ValueError, match="neither a folder with a transformers config.json"):
+        TextClassificationTask(str(tmp_path / "nothing"), str(folder / "reviews"))
+    with pytest.raises(ValueError, match="max_length must be at least 1"):
+        TextClassificationTask(str(folder / "model"), str(folder / "reviews"), max_length=0)
+
+
+@pytest.mark.parametrize("select", [["norm[-2:]"], ["attention[-1]", "head"]])
+def test_the_whole_job(folder, tmp_path, select):
+    recipe = Recipe(
+        task="text_classification",
+        model=str(folder / "model"),
+        dataset=str(folder / "reviews"),
+        output_dir=str(tmp_path),
+        base_epochs=12,
+        base_batch_size=16,
+        base_learning_rate=1e-2,
+        select=select,
+        num_snapshots=20,
+        collect_batch_size=32,
+        collect_learning_rate=1e-3,
+        latent_dim=8,
+        autoencoder_steps=40,
+        autoencoder_batch_size=10,
+        denoiser_steps=40,
+        denoiser_batch_size=10,
+        num_models=4,
+        baseline_models=0,
+        num_inference_steps=5,
+    )
+    Run(recipe).carry_out()
+    report = json.loads((tmp_path / "evaluation" / "report.json").read_text())
+    groups = {group["name"]: group for group in report["groups"]}
+    assert groups["original"]["accuracy_mean"] > 85  # the words decide, and half of the labels would be chance
+    assert groups["generated"]["n"] == 4
+    # The report's accuracy is that of the saved network on texts that its saved tokenizer reads.
+    model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "base_model")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "base_model")
+    output = model(**tokenizer(["a lovely film", "we saw a dull film"], padding=True, return_tensors="pt"))
+    assert [model.config.id2label[int(i)] for i in output.logits.argmax(-1)] == ["good", "bad"]

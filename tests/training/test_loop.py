@@ -1,0 +1,159 @@
+"""The training loop: what it trains, that a resumed run repeats an uninterrupted one bit for bit, and how it fails."""
+
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+from torch import nn
+
+from pdiff_hf.training.loop import LoopArguments, TrainingError, epoch_indices, latest_checkpoint, train
+from pdiff_hf.utils.seeds import derive_seed
+
+TARGET = torch.randn(23, 5, generator=torch.Generator().manual_seed(7))
+
+
+class Interrupted(Exception):
+    pass
+
+
+def run(folder, *, accumulation=1, stop_at=None, resume=False, scale=1.0, seed=0, noise=0.1, dropout=0.2, **kwargs):
+    """Trains a network with dropout on noisy data for 30 steps; the weights and the losses."""
+    torch.manual_seed(3)
+    model = nn.Sequential(nn.Linear(5, 8), nn.Dropout(dropout), nn.Linear(8, 5))
+    calls = []
+
+    def loss_function(model, indices, generator):
+        calls.append(indices)
+        if stop_at is not None and len(calls) > stop_at * accumulation:
+            raise Interrupted
+        target = TARGET[indices]
+        return scale * F.mse_loss(model(target + noise * torch.randn(target.shape, generator=generator)), target)
+
+    accelerator = Accelerator(cpu=True, gradient_accumulation_steps=accumulation, step_scheduler_with_optimizer=False)
+    args = LoopArguments(**{"num_steps": 30, "batch_size": 8, "learning_rate": 1e-2} | kwargs)
+    losses = train(
+        accelerator,
+        model,
+        loss_function,
+        len(TARGET),
+        args,
+        seed=seed,
+        checkpoint_dir=folder,
+        description="test",
+        resume=resume,
+    )
+    return torch.cat([p.detach().flatten() for p in model.parameters()]), losses, calls
+
+
+def test_it_trains(tmp_path):
+    _, losses, calls = run(tmp_path, num_steps=200)
+    assert losses.isfinite().all() and losses[-20:].mean() < 0.5 * losses[:10].mean()
+    assert len(calls) == 200 and list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("ema_decay", [None, 0.9])
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_a_resumed_run_repeats_an_uninterrupted_one(tmp_path, ema_decay, accumulation):
+    options = {"ema_decay": ema_decay, "accumulation": accumulation, "checkpointing_steps": 7, "lr_warmup_steps": 5}
+    weights, losses, _ = run(tmp_path / "whole", **options)
+    for stop_at in (8, 22):
+        with pytest.raises(Interrupted):
+            run(tmp_path / "parts", stop_at=stop_at - (7 if stop_at == 22 else 0), resume=True, **options)
+    assert latest_checkpoint(tmp_path / "parts").name == "checkpoint-21"
+    torch.manual_seed(99)  # the state of the global generator comes from the checkpoint
+    resumed_weights, resumed_losses, calls = run(tmp_path / "parts", resume=True, **options)
+    assert len(calls) == 9 * accumulation
+    assert torch.equal(resumed_weights, weights) and torch.equal(resumed_losses, losses)
+
+
+def test_accumulation_gives_the_gradients_and_the_schedule_of_the_whole_batch(tmp_path):
+    options = {"noise": 0.0, "dropout": 0.0, "lr_warmup_steps": 5, "optimizer": "sgd", "max_grad_norm": 0.5}
+    weights, losses, _ = run(tmp_path, **options)
+    parts, part_losses, _ = run(tmp_path, accumulation=4, **options)
+    torch.testing.assert_close(parts, weights, atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(part_losses, losses, atol=1e-6, rtol=1e-5)
+
+
+def test_without_resume_it_starts_again(tmp_path):
+    with pytest.raises(Interrupted):
+        run(tmp_path, stop_at=10, checkpointing_steps=5)
+    assert len(run(tmp_path, checkpointing_steps=5)[2]) == 30
+
+
+def test_checkpoints_are_limited_and_half_written_ones_ignored(tmp_path):
+    run(tmp_path, checkpointing_steps=4, checkpoints_total_limit=3)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoint-20", "checkpoint-24", "checkpoint-28"]
+    (tmp_path / "part-40").mkdir()
+    (tmp_path / "checkpoint-x").mkdir()
+    assert latest_checkpoint(tmp_path).name == "checkpoint-28"
+
+
+def test_ema_is_what_is_kept(tmp_path):
+    plain, losses, _ = run(tmp_path)
+    averaged, ema_losses, _ = run(tmp_path, ema_decay=0.9)
+    assert torch.equal(losses, ema_losses) and not torch.allclose(plain, averaged)
+
+
+def test_gradient_clipping_and_optimizers_change_the_result(tmp_path):
+    plain = run(tmp_path)[0]
+    assert not torch.equal(plain, run(tmp_path, max_grad_norm=1e-3, optimizer="sgd")[0])
+    assert not torch.equal(run(tmp_path, optimizer="sgd")[0], run(tmp_path, max_grad_norm=1e-3, optimizer="sgd")[0])
+
+
+def test_a_diverging_loss_stops_and_keeps_the_last_good_state(tmp_path):
+    with pytest.raises(TrainingError, match=r"test: the loss is (nan|inf) at step \d+ .*learning rate below 1e\+30"):
+        run(tmp_path, learning_rate=1e30, optimizer="sgd", checkpointing_steps=2)
+    assert latest_checkpoint(tmp_path) is None  # no checkpoint holds weights of a loss that is not finite
+    with pytest.raises(TrainingError, match="loss is nan at step 0"):
+        run(tmp_path, scale=math.nan)
+
+
+def test_two_processes_do_what_one_does_in_two_parts(tmp_path):
+    """Each process takes one half of every batch, with the noise that belongs to that half."""
+    script = tmp_path / "script.py"
+    script.write_text(
+        f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})\n"
+        "import torch; from test_loop import run; from accelerate import PartialState\n"
+        f"weights, losses, _ = run({str(tmp_path / 'two')!r}, num_steps=12, checkpointing_steps=5, dropout=0.0)\n"
+        f"if PartialState().is_main_process: torch.save([weights, losses], {str(tmp_path / 'result.pt')!r})\n"
+    )
+    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", script]
+    subprocess.run(command, check=True, env=environment, timeout=300)
+    weights, losses = torch.load(tmp_path / "result.pt", weights_only=True)
+    expected_weights, expected_losses, _ = run(tmp_path / "one", num_steps=12, accumulation=2, dropout=0.0)
+    torch.testing.assert_close(weights, expected_weights, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(losses, expected_losses, atol=1e-5, rtol=1e-5)
+    assert sorted(p.name for p in (tmp_path / "two").iterdir()) == ["checkpoint-10", "checkpoint-5"]
+
+
+def test_a_batch_must_come_in_equal_parts(tmp_path):
+    with pytest.raises(ValueError, match="a batch of 8 cannot be cut into 3 equal parts"):
+        run(tmp_path, accumulation=3)
+
+
+@pytest.mark.parametrize(("num_examples", "batch_size"), [(10, 3), (3, 10), (1, 4), (5, 5)])
+def test_indices_take_every_example_once_an_epoch(num_examples, batch_size):
+    def first(count, first_step=0):
+        batches = epoch_indices(num_examples, batch_size, seed=1, first_step=first_step)
+        return torch.cat([next(batches) for _ in range(count)])
+
+    stream = first(num_examples)
+    for epoch in stream.view(batch_size, num_examples):
+        assert sorted(epoch.tolist()) == list(range(num_examples))
+    if num_examples > 4:
+        assert stream[:num_examples].tolist() != stream[num_examples : 2 * num_examples].tolist()
+    for step in range(num_examples):
+        assert torch.equal(first(1, step), stream[step * batch_size : (step + 1) * batch_size])
+
+
+def test_derived_seeds_differ():
+    seeds = {derive_seed(a, b) for a in range(40) for b in range(40)}
+    assert len(seeds) == 1600 and all(0 <= seed < 2**63 for seed in seeds)
+    assert derive_seed(0) != derive_seed(0, 0)
