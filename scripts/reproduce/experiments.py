@@ -52,7 +52,7 @@ from pdiff_hf.evaluation.report import format_table
 from pdiff_hf.layout import ParameterLayout
 from pdiff_hf.models import DENOISER_PRESETS, autoencoder_architecture
 from pdiff_hf.run.recipe import Recipe, TaskSection
-from pdiff_hf.run.run import FOLDERS, Run, make_task, stage_settings
+from pdiff_hf.run.run import FOLDERS, Run, stage_settings
 from pdiff_hf.selection import select_parameters
 from pdiff_hf.training import NoiseArguments, make_training_scheduler, train_autoencoder, train_denoiser
 from pdiff_hf.training.loop import LoopArguments
@@ -960,7 +960,7 @@ def _run_rows(name: str, plan: Sequence[tuple[Row, Sequence[Recipe]]], folder: P
             share_stages(recipe)
             key = json.dumps(recipe.section(TaskSection))
             if key not in tasks:
-                tasks = {key: make_task(recipe)}  # the latest alone: it holds the data
+                tasks = {key: make_task(vars(recipe))}  # the latest alone: it holds the data
             run = Run(recipe, task=tasks[key])
             with run.lock():
                 run.carry_out()
