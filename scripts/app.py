@@ -41,7 +41,7 @@ from pdiff_hf.evaluation.scoring import Scorer, Scores
 from pdiff_hf.run.recipe import Recipe
 from pdiff_hf.run.run import FOLDERS
 from pdiff_hf.snapshots import load_snapshots, parameter_matrix
-from pdiff_hf.tasks import ClassificationTask, take
+from pdiff_hf.tasks import ClassificationTask, make_task, take
 
 MAX_MODELS = 500
 MAX_STEPS = 1000

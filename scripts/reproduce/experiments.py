@@ -54,6 +54,7 @@ from pdiff_hf.models import DENOISER_PRESETS, autoencoder_architecture
 from pdiff_hf.run.recipe import Recipe, TaskSection
 from pdiff_hf.run.run import FOLDERS, Run, stage_settings
 from pdiff_hf.selection import select_parameters
+from pdiff_hf.tasks import make_task
 from pdiff_hf.training import NoiseArguments, make_training_scheduler, train_autoencoder, train_denoiser
 from pdiff_hf.training.loop import LoopArguments
 from pdiff_hf.utils.files import write_json
