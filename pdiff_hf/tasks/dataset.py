@@ -93,7 +93,7 @@ class DatasetTask(Task):
             raise ValueError(f"{message}, and no other of the {len(rows)} rows can be used either{hint}")
         if not self.skip_bad_examples:
             more = f" (and {len(bad) - 1} more rows)" if len(bad) > 1 else ""
-            raise ValueError(f"{message}{more}; mend it, or leave it out with skip_bad_examples")
+            raise ValueError(f"{message}{more}; fix it, or leave it out with skip_bad_examples")
         logger.warning("%d of %d examples are left out, the first is %s", len(bad), len(rows), message)
         return rows.select([i for i in range(len(rows)) if i not in bad])
 

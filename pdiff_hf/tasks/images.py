@@ -166,7 +166,7 @@ class ImageColumn(Sequence[Any]):
             except ValueError as error:
                 where = describe_row(self.dataset, str(self.rows.split or "train"), self.column, row)
                 file = f" (file '{stored['path']}')" if stored and stored["path"] else ""
-                raise ValueError(f"{where}{file}: {error}; mend it, or leave it out with skip_bad_examples") from error
+                raise ValueError(f"{where}{file}: {error}; fix it, or leave it out with skip_bad_examples") from error
 
     def stored(self, indices: Sequence[int]) -> Iterator[bytes]:
         """The files of several images."""

@@ -110,14 +110,14 @@ def write_bad_images(path):
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("empty", "split train, column image, row 0: it is empty; mend it, or leave it out with skip_bad_examples"),
+        ("empty", "split train, column image, row 0: it is empty; fix it, or leave it out with skip_bad_examples"),
         ("damaged", r"split train, column image, row 27 \(file '.*b/07.jpg'\): it cannot be read \(.*truncated"),
         ("text", r"split train, column image, row 27 \(file '.*b/07.jpg'\): it cannot be read \(.*cannot identify"),
         ("unlabelled", r"split train, column label, row 38: it is empty \(and 1 more rows\)"),
         ("unsorted", "no label column; its columns are image; images in a folder get their classes from its sub"),
         (
             "unsorted_too",
-            "split train, column label, row 0: it is empty, and no other .* get their classes from its sub",
+            "split train, column label, row 0: it is empty, and no other .* from its sub-folders",
         ),
     ],
 )
