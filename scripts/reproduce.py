@@ -15,17 +15,16 @@ tables too; an experiment that was stopped goes on with the same command.
 import argparse
 import logging
 import sys
-from pathlib import Path
 
 from diffusers.utils import logging as diffusers_logging
-from reproduce.experiments import SCALES, list_experiments, list_runs, reproduce
+from reproduce.listing import list_experiments, list_runs
+from reproduce.plan import SCALES
+from reproduce.runner import reproduce
 from transformers.utils import logging as transformers_logging
 
 from pdiff_hf.run.recipe import RecipeParser
 from pdiff_hf.training.loop import TrainingError
 from pdiff_hf.utils.errors import ResourceError
-
-RECIPES = Path(__file__).parent / "recipes"
 
 
 def main() -> None:
@@ -58,14 +57,14 @@ def main() -> None:
     shared = {"scale": args.scale, "dataset": args.dataset, "seeds": args.seeds}
     try:
         if args.name is None:
-            print(list_experiments(RECIPES, **shared))
+            print(list_experiments(**shared))
             return
         shared |= {"patterns": args.rows, "changes": changes}
         if args.list:
-            print(list_runs(args.name, RECIPES, **shared))
+            print(list_runs(args.name, **shared))
             return
         output_dir = args.output_dir or f"outputs/reproduce-{args.scale}"
-        folder = reproduce(args.name, RECIPES, output_dir, **shared)
+        folder = reproduce(args.name, output_dir, **shared)
     except (ValueError, TrainingError, ResourceError) as error:  # everything that a user can put right
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:

@@ -5,8 +5,7 @@ import json
 
 import pytest
 import torch
-from reproduce.experiments import reproduce
-from support.recipes import RECIPES
+from reproduce.runner import reproduce
 from support.recipes import TINY_ROW as TINY
 
 from pdiff_hf import ParameterAutoencoder
@@ -213,7 +212,7 @@ def test_networks_alone_have_no_codes(finished, tmp_path):
 def test_table_7_has_a_column_for_each(tmp_path):
     changes = {key: value for key, value in TINY.items() if key not in ("model", "image_size")}
     changes |= {"num_models": 3, "num_snapshots": 12, "max_train_samples": 200, "max_eval_samples": 40}
-    folder = reproduce("table7", RECIPES, tmp_path, dataset="digits", changes=changes)
+    folder = reproduce("table7", tmp_path, dataset="digits", changes=changes)
     (row,) = csv.DictReader((folder / "table.csv").open())
     (run,) = (tmp_path / "runs").iterdir()
     groups = json.loads((run / "evaluation" / "report.json").read_text())["groups"]
