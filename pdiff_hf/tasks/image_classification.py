@@ -15,7 +15,6 @@ import timm
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from sklearn.datasets import load_digits
 from torchvision.transforms.functional import pil_to_tensor
 from transformers import (
     AutoConfig,
@@ -26,6 +25,7 @@ from transformers import (
 )
 from transformers.models.timm_wrapper import TimmWrapperConfig
 
+from .digits import EMBEDDED
 from .splits import check_sizes, label_settings, load_raw, make_splits
 from .task import Batch, ClassificationTask, Split
 
@@ -221,15 +221,8 @@ def load_images(dataset: str, needs_labels: bool = False) -> dict[str, datasets.
     Raises:
         ValueError: if there is no such data set, or it does not have one image column, and labels where needed.
     """
-    if dataset == "digits":
-        scans = load_digits()
-        images = [Image.fromarray(scan) for scan in (scans.images * (255 / 16)).round().astype(np.uint8)]
-        classes = datasets.ClassLabel(names=[str(name) for name in scans.target_names])
-        features = datasets.Features(image=datasets.Image(), label=classes)
-        rows = datasets.Dataset.from_dict({"image": images, "label": scans.target}, features=features)
-        # In the order of the file, that is, by writer: the second half is by people whom training has not seen.
-        half = len(rows) // 2
-        return {"train": rows.select(range(half)), "test": rows.select(range(half, len(rows)))}
+    if dataset in EMBEDDED:
+        return EMBEDDED[dataset]()
     raw = load_raw(dataset, "'digits', ")
     return {name: _name_columns(split, dataset, needs_labels) for name, split in raw.items()}
 
