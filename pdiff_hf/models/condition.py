@@ -64,7 +64,7 @@ class ScalarField(Field):
 
     def parse(self, value: Any) -> list[float]:
         (number,) = super().parse(value)
-        if not self.low <= number <= self.high:
+        if not np.float32(self.low) <= np.float32(number) <= np.float32(self.high):  # as tables and data sets have it
             raise ValueError("it is out of range")
         return [number]
 

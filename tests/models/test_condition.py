@@ -45,7 +45,7 @@ def test_features():
     [
         (
             {"angel": 3.0},
-            r"no field 'angel'; there is 'angle' \(an angle with period 360\); 'blur' \(a number from 0 to 2",
+            r"no field 'angel'; there is 'angle' \(an angle with period 360\); 'bits' \(3",
         ),
         ({"blur": 2.5}, r"'blur' must be a number from 0 to 2, got 2.5 \(it is out of range\); there is 'angle'"),
         ({"blur": "much"}, "'blur' must be a number from 0 to 2, got 'much'"),
@@ -100,7 +100,7 @@ def test_an_encoder_is_saved_with_the_seen_conditions(tmp_path):
     loaded = ConditionEncoder.from_pretrained(tmp_path)
     table = loaded.complete(FIELDS.table([{"angle": 5.0}]), torch.tensor([0.5]))
     assert torch.equal(table, encoder.complete(FIELDS.table([{"angle": 5.0}]), torch.tensor([0.5])))
-    assert torch.equal(loaded(table), encoder(table))
+    torch.testing.assert_close(loaded(table), encoder(table))  # other addresses, other kernels, other last bits
 
 
 @pytest.mark.parametrize("preset", ["small", "mlp"])
