@@ -97,6 +97,7 @@ def train(
     checkpoint_dir: str | os.PathLike,
     description: str,
     resume: bool = False,
+    after_step: Callable[[int], bool] | None = None,
 ) -> torch.Tensor:
     """
     Trains `model` in place.
@@ -116,9 +117,11 @@ def train(
         checkpoint_dir (`str` or `os.PathLike`): Where `checkpoint-N` folders are kept.
         description (`str`): For the progress bar and the trackers.
         resume (`bool`, *optional*, defaults to `False`): Go on from the latest checkpoint in `checkpoint_dir`, if any.
+        after_step (`Callable`, *optional*): Called as `after_step(n)` after step n, counted from 1; True ends the
+            training. What it must remember goes into buffers of `model`, which are part of a checkpoint.
 
     Returns:
-        `torch.Tensor`: The loss at every step, shape `(args.num_steps,)`.
+        `torch.Tensor`: The loss at every step that was taken, shape `(args.num_steps,)` unless it ended early.
 
     Raises:
         ValueError: if the batch cannot be cut into equal parts.
@@ -183,7 +186,8 @@ def train(
         if ema is not None:
             ema.step(model.parameters())
         losses[step] = accelerator.reduce(step_loss, "mean")
-        last = step == args.num_steps - 1
+        ends = after_step is not None and after_step(step + 1)
+        last = ends or step == args.num_steps - 1
         saves = bool(args.checkpointing_steps) and (step + 1) % args.checkpointing_steps == 0 and not last
         if (step + 1) % CHECK_EVERY == 0 or last or saves:
             weights = largest(model.parameters()) if last or saves else None  # nothing else looks at them again
@@ -195,6 +199,9 @@ def train(
             )
         if saves:
             _save(accelerator, checkpoint_dir, step + 1, ema, losses, args.checkpoints_total_limit)
+        if ends:
+            losses = losses[: step + 1]
+            break
     if ema is not None:
         ema.copy_to(model.parameters())
     return losses
