@@ -5,6 +5,7 @@ import itertools
 import re
 from collections.abc import Sequence
 
+import torch
 from torch import nn
 
 from .layout import LayoutError, ParameterLayout, closest_names
@@ -39,7 +40,7 @@ def select_parameters(
 ) -> tuple[str, ...]:
     """
     Names of the parameters of `model` that `select` asks for, in the model's own order. Buffers, such as the running
-    statistics of batch norm, are never selected.
+    statistics of batch norm, are never selected; tensors that share memory are selected together, under one name.
 
     Args:
         model (`nn.Module`): The network. Where it has a `base_model_prefix` (as transformers' wrapper of timm models
@@ -62,11 +63,53 @@ def select_parameters(
     Raises:
         LayoutError: names the entry that selects nothing, and parameters with similar names.
     """
-    parameters = [name for name, _ in model.named_parameters()]
-    chosen = _match(model, parameters, select) - (_match(model, parameters, exclude) if exclude else set())
+    parameters = [name for name, _ in model.named_parameters(remove_duplicate=False)]
+    tied = tied_names(model)
+    chosen = {tied[name][0] for name in _match(model, parameters, select)}
+    chosen -= {tied[name][0] for name in _match(model, parameters, exclude)} if exclude else set()
     if not chosen:
         raise LayoutError(f"nothing is left to generate: {exclude!r} excludes all that {select!r} selects")
     return tuple(name for name in parameters if name in chosen)
+
+
+def tied_names(model: nn.Module) -> dict[str, tuple[str, ...]]:
+    """
+    The names under which the same memory is reached, for every parameter and buffer of `model`.
+
+    Returns:
+        `dict[str, tuple[str, ...]]`: For each name, all names of its memory: first the one that stands for them, whose
+        tensor holds all the others (the same tensor, or views of it), then the others in the model's order.
+    """
+    tensors = named_tensors(model)
+    by_storage: dict[int, list[str]] = {}
+    for name, tensor in tensors.items():
+        by_storage.setdefault(tensor.untyped_storage()._cdata, []).append(name)
+    members: dict[str, list[str]] = {}
+    for names in by_storage.values():
+        for name in names:
+            holders = [other for other in names if is_part(tensors[name], tensors[other])]
+            if isinstance(tensors[name], nn.Parameter):  # it is trained; a buffer around it is not
+                holders = [other for other in holders if isinstance(tensors[other], nn.Parameter)]
+            owner = max(holders, key=lambda other: (tensors[other].numel(), tensors[other].is_contiguous()))
+            members.setdefault(owner, []).append(name)
+    groups = {owner: (owner, *(name for name in names if name != owner)) for owner, names in members.items()}
+    return {name: group for group in groups.values() for name in group}
+
+
+def named_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
+    """All parameters and buffers under all their names."""
+    return dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
+
+
+def is_part(part: torch.Tensor, whole: torch.Tensor) -> bool:
+    """Whether all values of `part`, a tensor in the same storage as `whole`, are values of `whole`."""
+    if part.dtype != whole.dtype:
+        return False
+    first = part.storage_offset() - whole.storage_offset()
+    if first == 0 and part.shape == whole.shape and part.stride() == whole.stride():
+        return True
+    last = first + sum((size - 1) * stride for size, stride in zip(part.shape, part.stride(), strict=True))
+    return part.numel() > 0 and whole.is_contiguous() and first >= 0 and last < whole.numel()
 
 
 def _match(model: nn.Module, parameters: list[str], patterns: str | Sequence[str]) -> set[str]:
@@ -118,7 +161,7 @@ def _match_kind(model: nn.Module, parameters: list[str], kind: str, start: str, 
     elif start:
         index = int(start)
         groups = groups[index : index + 1 or None]
-    # Tied parameters are listed once by `named_parameters`, under the first of their names.
+    # Modules list names that `named_parameters` of the whole leaves out.
     return set(itertools.chain.from_iterable(groups)) & set(parameters)
 
 

@@ -1,6 +1,5 @@
 """Samples new sets of parameters of a network. Self-contained: this file is also a Hub repository's `pipeline.py`."""
 
-import copy
 import inspect
 import json
 import os
@@ -21,6 +20,7 @@ from torch import nn
 from pdiff_hf.hub.push import PIPELINE_FILE, push_pipeline_to_hub
 from pdiff_hf.models import LatentDenoiser, ParameterAutoencoder
 from pdiff_hf.networks.ensemble import EnsembleModel
+from pdiff_hf.networks.replacement import Replacement
 from pdiff_hf.utils.errors import first_line, limited_modules
 from pdiff_hf.utils.memory import InParts
 
@@ -361,13 +361,7 @@ class PDiffPipeline(DiffusionPipeline):
         """The base model with the tensors of `state_dict`; all others are shared with it, not copied."""
         if self.base_model is None:
             raise ValueError("this pipeline has no base model that the generated tensors could be put into")
-        tensors = [*self.base_model.parameters(), *self.base_model.buffers()]
-        model = copy.deepcopy(self.base_model, memo={id(tensor): tensor for tensor in tensors})
-        for name, tensor in state_dict.items():
-            owner, _, attribute = name.rpartition(".")
-            device = getattr(model.get_submodule(owner), attribute).device
-            setattr(model.get_submodule(owner), attribute, nn.Parameter(tensor.to(device), requires_grad=False))
-        return model.eval()
+        return Replacement(self.base_model, state_dict).network(self.base_model, state_dict)
 
     def ensemble(
         self,

@@ -2,7 +2,6 @@
 
 import os
 from collections.abc import Iterator
-from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -13,6 +12,7 @@ from tqdm.auto import tqdm
 
 from ..layout import ParameterLayout
 from ..networks.batched import BatchedModels, Forward, PrefixCache
+from ..networks.cropping import CroppedConvolutions
 from ..tasks import ClassificationTask, Task, accuracy, take
 from ..training.loop import LoopArguments, TrainingError, epoch_indices, largest, make_optimizer, train
 from ..utils.seeds import derive_seed
@@ -62,7 +62,8 @@ def train_base_model(
         # What a task or a network draws by chance, such as dropout, follows from the step, as the examples do.
         torch.manual_seed(generator.initial_seed())
         batch = send_to_device(task.collate(take(split, indices.tolist())), accelerator.device)
-        return task.loss(model, batch)
+        with CroppedConvolutions():
+            return task.loss(model, batch)
 
     return train(
         accelerator,
@@ -132,7 +133,7 @@ def collect_snapshots(
                     optimizer = make_optimizer(args.optimizer, trained.values(), args.learning_rate, args.weight_decay)
                 torch.manual_seed(derive_seed(run_seed, step))
                 loss_function = loss_of(indices)
-                with cache.replay(indices) if cache else nullcontext():
+                with cache.replay(indices) if cache else CroppedConvolutions():
                     loss = loss_function(model)
                 if not torch.isfinite(loss):
                     raise TrainingError(
