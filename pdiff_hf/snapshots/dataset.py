@@ -31,7 +31,10 @@ LAYOUT_FILE = "layout/layout.arrow"
 FIELDS_FILE = "fields/fields.arrow"
 # Both configs are Arrow files: a data set repository has one format for all of its configs.
 LAYOUT_FEATURES = datasets.Features(
-    name=datasets.Value("string"), shape=datasets.List(datasets.Value("int64")), dtype=datasets.Value("string")
+    name=datasets.Value("string"),
+    shape=datasets.List(datasets.Value("int64")),
+    dtype=datasets.Value("string"),
+    aliases=datasets.List(datasets.Value("string")),
 )
 FIELDS_FEATURES = datasets.Features(name=datasets.Value("string"), field=datasets.Value("string"))
 FIELDS_CONFIG = """- config_name: fields
@@ -160,10 +163,9 @@ class SnapshotWriter:
             if exception_type is None:
                 self._writer.finalize()
                 with ArrowWriter(path=str(self._part / LAYOUT_FILE), features=LAYOUT_FEATURES) as writer:
-                    for name, shape, dtype in zip(
-                        self.layout.names, self.layout.shapes, self.layout.dtypes, strict=True
-                    ):
-                        writer.write({"name": name, "shape": shape, "dtype": dtype})
+                    columns = (self.layout.names, self.layout.shapes, self.layout.dtypes, self.layout.aliases)
+                    for values in zip(*columns, strict=True):
+                        writer.write(dict(zip(LAYOUT_FEATURES, values, strict=True)))
                     writer.finalize()
                 if self.fields is not None:
                     (self._part / FIELDS_FILE).parent.mkdir()
@@ -229,7 +231,11 @@ def load_snapshots(path: str | os.PathLike, **kwargs: Any) -> tuple[datasets.Dat
                 f"'{path}' is neither a folder nor a Hub id with the configs default and layout: {error}"
             ) from error
     try:
-        layout = ParameterLayout(*([row[key] for row in rows] for key in ("name", "shape", "dtype")))
+        # Data sets of version 0.1 have no aliases.
+        layout = ParameterLayout(
+            *([row[key] for row in rows] for key in ("name", "shape", "dtype")),
+            aliases=[row.get("aliases") or () for row in rows],
+        )
     except (KeyError, LayoutError) as error:
         raise SnapshotError(f"the layout of '{path}' cannot be used: {error}") from error
     feature = dataset.features.get("parameters")
