@@ -39,7 +39,7 @@ from pdiff_hf.evaluation.plots import GENERATED, ORIGINAL, OTHERS
 from pdiff_hf.evaluation.report import format_summary
 from pdiff_hf.evaluation.scoring import Scorer, Scores
 from pdiff_hf.run.recipe import Recipe
-from pdiff_hf.run.run import FOLDERS, make_task
+from pdiff_hf.run.run import FOLDERS
 from pdiff_hf.snapshots import load_snapshots, parameter_matrix
 from pdiff_hf.tasks import ClassificationTask, take
 
@@ -160,7 +160,7 @@ def _load_task(source: Source, folder: Path) -> None:
     snapshots, layout = load_snapshots(recipe.snapshots or folder / FOLDERS["collect"])
     if layout != source.pipe.autoencoder.layout:
         raise LayoutError("the snapshots beside the pipeline are of other tensors")
-    task = make_task(recipe)
+    task = make_task(vars(recipe))
     if not isinstance(task, ClassificationTask):
         raise ValueError(f"networks for {recipe.task} are not classifiers; scripts/evaluate.py measures them")
     model = source.pipe.base_model or task.load_saved(folder / FOLDERS["base"]).to(source.pipe.device)

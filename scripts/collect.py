@@ -16,8 +16,9 @@ import sys
 import torch
 
 from pdiff_hf.run.recipe import Recipe, RecipeParser
-from pdiff_hf.run.run import Run, make_task, start_processes
+from pdiff_hf.run.run import Run, start_processes
 from pdiff_hf.selection import select_layout
+from pdiff_hf.tasks import make_task
 from pdiff_hf.training.estimate import estimate_autoencoder, estimate_denoiser
 from pdiff_hf.training.loop import TrainingError
 from pdiff_hf.utils.errors import ResourceError
@@ -57,7 +58,7 @@ def main() -> None:
 
 def print_list(recipe: Recipe, device: torch.device) -> None:
     """All parameters of the model, those that are selected, and what a generator for them costs."""
-    model = make_task(recipe).load_base_model()
+    model = make_task(vars(recipe)).load_base_model()
     layout = select_layout(model, recipe.select, recipe.exclude)
     selected = set(layout.names)
     parameters = dict(model.named_parameters())

@@ -101,14 +101,20 @@ class Architecture:
                     module.eps = EPSILON
         return network
 
-    def load_pretrained(self, network: nn.Module) -> None:
+    def load(self, num_classes: int) -> tuple[nn.Module, str]:
         """
-        Gives a network of `build` the pretrained weights. Tensors of another shape, as the last layers have them for
-        another number of classes, stay as they are.
+        A network of `build` with the pretrained weights, if there are any. Tensors of another shape, as the last layers
+        have them for another number of classes, are fresh.
+
+        Returns:
+            `tuple`: The network, and which of a pretrained one's tensors are fresh and why, or nothing.
 
         Raises:
             ValueError: if the weights cannot be downloaded, or belong to a network with other layers.
         """
+        network = self.build(num_classes)
+        if self.weights is None:
+            return network, ""
         try:
             pretrained = self.weights.get_state_dict(progress=False, check_hash=True, weights_only=True)
         except OSError as error:
@@ -124,3 +130,9 @@ class Architecture:
                 f"{len(missing)} tensors are missing and {len(unexpected)} have no place, such as "
                 f"{', '.join([*sorted(missing), *unexpected][:3])}"
             )
+        if not other:
+            return network, ""
+        return network, (
+            f"{', '.join(sorted(other))} of {self.weights} must be drawn anew: the data have {num_classes} classes, "
+            f"the background among them, and these are not the {len(self.categories)} of the weights"
+        )

@@ -16,16 +16,11 @@ from transformers import HfArgumentParser
 
 from ..models import AUTOENCODER_PRESETS, DENOISER_PRESETS
 from ..models.autoencoder import NORMALIZATIONS
+from ..tasks.images import AUGMENTATIONS
+from ..tasks.registry import task_names
 from ..training.loop import OPTIMIZERS
 
 SECRETS = ("hub_token",)
-TASKS = (
-    "image_classification",
-    "text_classification",
-    "object_detection",
-    "semantic_segmentation",
-    "image_generation",
-)
 STAGES = ("base", "collect", "autoencoder", "denoiser", "evaluate")
 
 
@@ -90,7 +85,10 @@ class RunSection:
 class TaskSection:
     """The base model and its data: see the classes of `pdiff_hf.tasks`, `ImageClassificationTask` and its like."""
 
-    task: str = _option(TASKS[0], f"One of {', '.join(TASKS)}.")
+    task: str = _option(
+        "image_classification",
+        f"One of {', '.join(task_names())}; or a class of your own, module:Class or path/to/file.py:Class.",
+    )
     model: str = _option(
         "resnet18",
         "timm architecture, or local folder or Hub id of a timm or transformers model; for detection and segmentation, "
@@ -98,16 +96,21 @@ class TaskSection:
     )
     dataset: str = _option(
         "digits",
-        "`digits`, or local folder, file or Hub id of a data set; for detection and segmentation also canvas:ID.",
+        "`digits`, or local folder, file or Hub id of a data set.",
     )
     image_size: int = _option(8, "Side of the square that images are scaled to; 0 for the model's own.")
     model_args: str = _option(
         "{}", "More arguments of a timm architecture or torchvision builder, or the config of a UNet2DModel, as JSON."
     )
     max_length: int = _option(128, "Texts are cut to so many tokens.")
-    holdout_fraction: float = _option(0.2, "Share of the training data for a validation (and test) split it lacks.")
+    validation_fraction: float = _option(0.2, "Share of the training data for a validation (and test) split it lacks.")
     max_train_samples: int | None = _option(None, "Use no more training examples than this.")
     max_eval_samples: int | None = _option(None, "Use no more validation and test examples than this.")
+    label_column: str | None = _option(None, "Column of the classes; else `label`, `labels` or the only ClassLabel.")
+    image_column: str | None = _option(None, "Column of the images; else `image` or the only one.")
+    text_column: str | None = _option(None, "Column of the texts; else `text`.")
+    skip_bad_examples: bool = _option(False, "Leave out examples that are empty or cannot be read, and count them.")
+    augmentation: str = _option("none", f"Of images in training, at every step by chance: {', '.join(AUGMENTATIONS)}.")
 
     def __post_init__(self):
         try:
@@ -115,7 +118,6 @@ class TaskSection:
         except ValueError as error:
             raise ValueError(f"model_args must be JSON, got {self.model_args!r}: {error}") from error
         _require("model_args", self.model_args, isinstance(parsed, dict), "a mapping")
-        _require("task", self.task, self.task in TASKS, f"of {', '.join(TASKS)}")
 
 
 @dataclass

@@ -39,16 +39,7 @@ from ..snapshots import (
     train_base_model,
 )
 from ..snapshots.barrier import check_basins
-from ..tasks import (
-    ClassificationTask,
-    ImageClassificationTask,
-    ImageGenerationTask,
-    MeasuredTask,
-    ObjectDetectionTask,
-    SemanticSegmentationTask,
-    Task,
-    TextClassificationTask,
-)
+from ..tasks import ClassificationTask, MeasuredTask, Task, check_head, make_task
 from ..training import NoiseArguments, make_training_scheduler, train_autoencoder, train_denoiser
 from ..training.loop import LoopArguments
 from ..utils.errors import explaining
@@ -115,7 +106,7 @@ class Run:
     def __init__(self, recipe: Recipe, task: Task | None = None):
         start_processes()
         self.recipe = recipe
-        self.task = make_task(recipe) if task is None else task
+        self.task = make_task(vars(recipe)) if task is None else task
         self.folder = Path(recipe.output_dir)
         if self.folder.exists() and not self.folder.is_dir():
             raise RunError(f"output_dir '{self.folder}' is a file")
@@ -124,6 +115,7 @@ class Run:
     @cached_property
     def layout(self) -> ParameterLayout:
         model = self.base_model if self.is_finished("base") else self.task.load_base_model()
+        check_head(self.task, is_trained=self.recipe.base_epochs > 0)
         if self.recipe.snapshots is None:
             return select_layout(model, self.recipe.select, self.recipe.exclude)
         layout = self.snapshots[1]
@@ -600,28 +592,6 @@ def stage_settings(recipe: Recipe, stage: str) -> dict:
         if name == stage:
             return json.loads(json.dumps(settings))
     raise KeyError(stage)
-
-
-def make_task(recipe: Recipe) -> Task:
-    """The task that a recipe describes."""
-    shared = {
-        "model": recipe.model,
-        "dataset": recipe.dataset,
-        "holdout_fraction": recipe.holdout_fraction,
-        "max_train_samples": recipe.max_train_samples,
-        "max_eval_samples": recipe.max_eval_samples,
-    }
-    if recipe.task == "text_classification":
-        return TextClassificationTask(**shared, max_length=recipe.max_length)
-    shared |= {"image_size": recipe.image_size or None, "model_args": json.loads(recipe.model_args)}
-    if recipe.task == "image_generation":
-        return ImageGenerationTask(**shared, fid_features=recipe.fid_features)
-    vision_tasks = {
-        "image_classification": ImageClassificationTask,
-        "object_detection": ObjectDetectionTask,
-        "semantic_segmentation": SemanticSegmentationTask,
-    }
-    return vision_tasks[recipe.task](**shared)
 
 
 def make_sampling_scheduler(scheduler: DDPMScheduler) -> DPMSolverMultistepScheduler:

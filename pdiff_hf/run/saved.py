@@ -14,11 +14,11 @@ from ..evaluation.scoring import Scorer
 from ..layout import LayoutError, ParameterLayout
 from ..pipelines import PDiffPipeline
 from ..snapshots import load_snapshots, parameter_matrix, read_networks
-from ..tasks import ClassificationTask, Task
+from ..tasks import ClassificationTask, Task, make_task
+from ..tasks.labels import LabelledTask
 from ..utils.errors import explaining
 from ..utils.files import remove
 from .recipe import Recipe
-from .run import make_task
 
 
 def evaluate_saved(source: str, recipe: Recipe) -> dict:
@@ -50,14 +50,12 @@ def evaluate_saved(source: str, recipe: Recipe) -> dict:
         if carried is None:
             raise ValueError(f"--model is needed: '{source}' does not carry the network that its tensors belong to")
         recipe = dataclasses.replace(recipe, model=str(Path(folder, "base_model")))
-    task = make_task(recipe)
+    task = make_task(vars(recipe))
     model = _load_model(task, recipe.model, layout) if carried is None else carried
     layout.check_fits(model.state_dict())
     classifies = isinstance(task, ClassificationTask)
-    if classifies and model.config.num_labels != len(task.class_names):
-        raise ValueError(
-            f"'{recipe.dataset}' has {len(task.class_names)} classes, and the network has {model.config.num_labels}"
-        )
+    if isinstance(task, LabelledTask):
+        task.align(model.config)
     device = PartialState().device
     output = Path(recipe.output_dir)
     part = output / ".report.part"

@@ -61,7 +61,7 @@ def train_base_model(
     def loss_function(model, indices, generator):
         # What a task or a network draws by chance, such as dropout, follows from the step, as the examples do.
         torch.manual_seed(generator.initial_seed())
-        batch = send_to_device(task.collate(take(split, indices.tolist())), accelerator.device)
+        batch = send_to_device(task.augment(task.collate(take(split, indices.tolist()))), accelerator.device)
         with CroppedConvolutions():
             return task.loss(model, batch)
 
@@ -108,11 +108,11 @@ def collect_snapshots(
     models = BatchedModels(model, layout)
 
     def loss_of(indices: torch.Tensor) -> Forward:
-        batch = send_to_device(task.collate(take(split, indices.tolist())), accelerator.device)
+        batch = send_to_device(task.augment(task.collate(take(split, indices.tolist()))), accelerator.device)
         return lambda call: task.loss(call, batch)
 
-    cache = None
-    if args.num_snapshots * args.every_n_steps * args.batch_size >= 2 * len(split):
+    cache, example = None, task.collate(take(split, [0]))
+    if task.augment(example) is example and args.num_snapshots * args.every_n_steps * args.batch_size >= 2 * len(split):
         cache = PrefixCache.build(models, loss_of, len(split), args.batch_size)
     num_buffered = max(1, min(args.num_snapshots, SCORE_BUFFER // (4 * layout.num_parameters)))
     progress = tqdm(

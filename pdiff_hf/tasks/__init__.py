@@ -1,22 +1,41 @@
 """What networks are for: data, loss and metric."""
 
-from .image_classification import ImageClassificationTask
-from .image_generation import ImageGenerationTask
-from .object_detection import ObjectDetectionTask
-from .semantic_segmentation import SemanticSegmentationTask
-from .task import ClassificationTask, MeasuredTask, Task, accuracy, predict_logits, take
-from .text_classification import TextClassificationTask
+from typing import Any
+
+from .registry import make_task, register_task, task_class, task_names
+from .task import (
+    Batch,
+    ClassificationTask,
+    MeasuredTask,
+    Split,
+    Task,
+    accuracy,
+    check_head,
+    predict_logits,
+    take,
+)
+
+
+def __getattr__(name: str) -> Any:
+    """`ImageClassificationTask` is the task `image_classification`, and so on; imported when it is asked for."""
+    for task in task_names():
+        if name == "".join(part.capitalize() for part in task.split("_")) + "Task":
+            return task_class(task)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
 
 __all__ = [
+    "Batch",
     "ClassificationTask",
-    "ImageClassificationTask",
-    "ImageGenerationTask",
     "MeasuredTask",
-    "ObjectDetectionTask",
-    "SemanticSegmentationTask",
+    "Split",
     "Task",
-    "TextClassificationTask",
     "accuracy",
+    "check_head",
+    "make_task",
     "predict_logits",
+    "register_task",
     "take",
+    "task_class",
+    "task_names",
 ]

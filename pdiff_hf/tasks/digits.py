@@ -1,4 +1,4 @@
-"""The data sets that need no download: scikit-learn's 1,797 scans of digits, and the same rotated, shifted and noisy."""
+"""Data sets that need no download: scikit-learn's 1,797 scans of digits, and the same rotated, shifted and noisy."""
 
 import math
 

@@ -3,9 +3,12 @@
 import inspect
 import os
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
+import datasets
+import numpy as np
 import torch
 import torch.nn.functional as F
 from diffusers import DDIMScheduler, DDPMPipeline, DDPMScheduler, UNet2DModel
@@ -13,9 +16,11 @@ from torchvision.transforms import CenterCrop, Compose, PILToTensor, Resize
 
 from ..networks.batched import BatchedModels
 from ..utils.memory import InParts
+from .dataset import take_columns
 from .fid import INCEPTION, frechet_distance, load_features
-from .image_classification import ImageSplit, load_images
-from .splits import check_sizes, make_splits
+from .images import ImageColumn, ImageSplit, ImageTask, Preparation, load_image_data
+from .labels import bad_labels, label_candidates, number_labels
+from .registry import register_task
 from .task import Batch, MeasuredTask, Split, take
 
 FRESH_MODEL = "unet2d"
@@ -27,28 +32,25 @@ IMAGE_BUDGET = 2**29
 NOISE_SEEDS = {"train": 0, "validation": 1, "test": 2}
 
 
+@register_task("image_generation")
 @dataclass
-class ImageGenerationTask(MeasuredTask):
+class ImageGenerationTask(ImageTask, MeasuredTask):
     """
     Networks are trained to predict noise (DDPM) and judged by the Fréchet distance of what they generate to the images
     of a split, which must be computed from as many images for all that is compared. So every network generates as many
     images as the split has, from the same noise, in the same few steps of DDIM, which adds none: what differs between
     two networks is not chance.
 
-    Args:
+    Args beyond those of [`ImageTask`]:
         model (`str`, *optional*, defaults to `"unet2d"`): `unet2d` for a `UNet2DModel` with fresh weights, or a local
             folder or Hub id of a saved one, at the top or in the subfolder `unet` beside its scheduler, such as
             `google/ddpm-cifar10-32`. A local folder without a scheduler means DDPM's own schedule.
-        dataset (`str`, *optional*, defaults to `"digits"`): `digits`, a local folder or the Hub id of a data set with
-            one image column; `id:config` for one of several configs. Where it has labels, splits are stratified by
-            them, and the same as those of image classification.
+        dataset (`str`, *optional*, defaults to `"digits"`): `digits`, a local folder or the Hub id of a data set of
+            images. Where it has labels, splits are stratified by them, and the same as those of image classification.
         image_size (`int`, *optional*): Side of the square that images are scaled to, and cropped to in the middle if
             they are not square; the model's own by default.
         model_args (`dict`, *optional*): The configuration of a fresh `UNet2DModel`. With `in_channels` of 1, images are
             grey.
-        holdout_fraction (`float`, *optional*, defaults to 0.2): Share of the training data that becomes the validation
-            split, and the test split, where the data set has none; see [`~pdiff_hf.tasks.splits.make_splits`].
-        max_train_samples, max_eval_samples (`int`, *optional*): Use no more than this many examples of a split.
         fid_features (`str`, *optional*, defaults to `"inception"`): `inception` for FID as it is usually reported, or
             the local folder or Hub id of an image classifier of transformers or timm, whose penultimate features take
             the place of Inception-v3's.
@@ -60,18 +62,13 @@ class ImageGenerationTask(MeasuredTask):
 
     model: str = FRESH_MODEL
     dataset: str = "digits"
-    image_size: int | None = None
-    model_args: dict = field(default_factory=dict)
-    holdout_fraction: float = 0.2
-    max_train_samples: int | None = None
-    max_eval_samples: int | None = None
     fid_features: str = INCEPTION
     num_steps: int = 10
 
     higher_is_better = False
 
-    def __post_init__(self):
-        check_sizes(self, "image_size", "max_train_samples", "max_eval_samples", "num_steps")
+    def __post_init__(self) -> None:
+        self._check_sizes("num_steps")
         self._subfolder: str | None = None
         if self.model == FRESH_MODEL:
             config, self.scheduler = self.model_args, DDPMScheduler()
@@ -83,17 +80,32 @@ class ImageGenerationTask(MeasuredTask):
                 f"num_steps must be at most the {self.scheduler.config.num_train_timesteps} steps of the model's "
                 f"schedule, got {self.num_steps}"
             )
-        raw = load_images(self.dataset)
-        for name, split in raw.items():
-            if "label" not in split.features:  # one class is as good as none
-                raw[name] = split.add_column("label", [0] * len(split))
-        self._raw = make_splits(raw, self.dataset, self.holdout_fraction, self.max_train_samples, self.max_eval_samples)
+        self._set_splits(self._load_rows())
         for name in ("validation", "test"):
             if len(self._raw[name]) < 2:
                 raise ValueError(f"the {name} split of dataset '{self.dataset}' has one image; a distance needs two")
         self._features = load_features(self.fid_features)
         self.metric = "FID" if self.fid_features == INCEPTION else f"FID ({self._features.title})"
-        self._splits: dict[str, ImageSplit] = {}
+
+    def _load_rows(self) -> dict[str, datasets.Dataset]:
+        """Images, with their classes if there are any, by which splits are stratified."""
+        raw = load_image_data(self.dataset)
+        features = raw["train"].features
+        try:
+            names = {self._choose_image(features): "image"}
+        except ValueError as error:
+            raise ValueError(f"dataset '{self.dataset}' does not fit image generation: {error}") from error
+        labels = label_candidates(features)
+        names |= {labels[0]: "label"} if len(labels) == 1 else {}
+        raw = {name: take_columns(rows, names) for name, rows in raw.items()}
+        for name, rows in raw.items():
+            raw[name] = self._usable(rows, name, self._bad_images(rows))
+        if len(labels) != 1 or any(bad_labels(rows) for rows in raw.values()):  # one class is as good as none
+            return {
+                name: rows.select_columns(["image", "row"]).add_column("label", np.zeros(len(rows), dtype=np.int64))
+                for name, rows in raw.items()
+            }
+        return number_labels(raw, self.dataset)[1]
 
     def _find_model(self) -> tuple[dict, DDPMScheduler]:
         """The configuration of a saved U-Net, and the schedule that it was trained with."""
@@ -189,27 +201,22 @@ class ImageGenerationTask(MeasuredTask):
         """What `save_base_model` wrote."""
         return self._load(folder, "unet")
 
-    def load_split(self, split: Split) -> ImageSplit:
+    def _prepare(self, split: Split) -> ImageSplit:
         """Images with values from -1 to 1, and labels, which nothing uses."""
-        if split not in self._splits:
-            half = [0.5] * self.num_channels
-            mode = "L" if self.num_channels == 1 else "RGB"
-            self._splits[split] = ImageSplit(self._raw[split], self._transform, half, half, mode)
-        return self._splits[split]
-
-    @cached_property
-    def _transform(self) -> Callable:
-        return Compose([Resize(self.image_size), CenterCrop(self.image_size), PILToTensor()])
+        half = [0.5] * self.num_channels
+        transform = Compose([Resize(self.image_size), CenterCrop(self.image_size), PILToTensor()])
+        preparation = Preparation(transform, half, half, "L" if self.num_channels == 1 else "RGB", "")
+        raw = self._raw[split]
+        return ImageSplit(ImageColumn(raw, "image", self.dataset), torch.as_tensor(raw["label"][:]), preparation)
 
     def fingerprint(self, split: Split) -> str:
-        """Follows the choice of images, how they are prepared, and all that the metric depends on."""
-        raw = self._raw[split]
+        """Follows the images, how they are prepared, and all that the metric depends on."""
         prepared = f"{self.num_channels}x{self.image_size}x{self.image_size}"
         schedule = sorted((key, value) for key, value in self.scheduler.config.items() if not key.startswith("_"))
         metric = f"{self._features.fingerprint} {self.num_steps} {schedule}"
-        return f"{raw._fingerprint} {len(raw)} {prepared} {metric}"
+        return self._digest(split, ["image"], [], f"{prepared} {metric}")
 
-    def collate(self, examples: Batch) -> Batch:
+    def collate(self, examples: Any) -> Batch:
         """
         Adds the entries `noise` and `timesteps`, drawn from torch's global generator. `ImageSplit` returns whole
         batches.

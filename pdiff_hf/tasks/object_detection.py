@@ -1,24 +1,24 @@
 """Object detection with torchvision's detectors on any data set of images and boxes (paper, Table 10)."""
 
 import contextlib
-import hashlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
-from functools import cached_property
-from typing import Any
+from dataclasses import dataclass
 
 import datasets
 import torch
 from accelerate.utils import send_to_device
 from torch import nn
 from torch.utils.data import Dataset
+from torchvision import tv_tensors
 from torchvision.models import detection
+from torchvision.transforms import v2
 from torchvision.transforms.functional import pil_to_tensor
 
 from ..networks.batched import BatchedModels
 from ..networks.torchvision import Architecture
-from .canvases import PREFIX, Canvases, find_sources
-from .splits import check_sizes, load_raw, make_splits
+from .dataset import BadRows, load_raw, take_columns
+from .images import ImageColumn, ImageTask
+from .registry import register_task
 from .task import Batch, MeasuredTask, Split, take
 
 # COCO's metric looks at no more detections than this in an image.
@@ -26,28 +26,25 @@ MAX_DETECTIONS = 100
 MEASURE_BATCH_SIZE = 32
 
 
+@register_task("object_detection")
 @dataclass
-class ObjectDetectionTask(MeasuredTask):
+class ObjectDetectionTask(ImageTask, MeasuredTask):
     """
     Networks are judged by COCO's AP in percent: the mean of the average precision over the classes and over the IoU
     thresholds 0.50, 0.55, ..., 0.95.
 
-    Args:
+    Args beyond those of [`ImageTask`]:
         model (`str`, *optional*, defaults to `"fasterrcnn_resnet50_fpn"`): A builder of
             `torchvision.models.detection`, with fresh weights; `builder:WEIGHTS` for pretrained ones, such as
             `fasterrcnn_resnet50_fpn:COCO_V1`. Where every class of the data has a name that is one of the weights' own,
             the network keeps all its classes and its last layers; else the layers whose shape follows from the number
             of classes are fresh.
-        dataset (`str`): A local folder or the Hub id of a data set, `id:config` for one of several configs, with a
-            column `image` and a column `objects`, which has for each image the lists `bbox`, of left, top, right and
-            bottom in pixels, and `category`, of class labels: the format of `detection-datasets/coco`. Or
-            `canvas:ID_OR_FOLDER`: see [`~pdiff_hf.tasks.canvases.Canvases`].
+        dataset (`str`): A local folder or the Hub id of a data set with a column of images and a column `objects`,
+            which has for each image the lists `bbox`, of left, top, right and bottom in pixels, and `category`, of
+            class labels: the format of `detection-datasets/coco`.
         image_size (`int`, *optional*): Side of the square that the network scales images to fit into (SSD has a fixed
-            one); the network's own by default. Side of the canvases too, which need it.
+            one); the network's own by default.
         model_args (`dict`, *optional*): More arguments of the builder, such as `rpn_post_nms_top_n_test`.
-        holdout_fraction (`float`, *optional*, defaults to 0.2): Share of the training data that becomes the validation
-            split, and the test split, where the data set has none; see [`~pdiff_hf.tasks.splits.make_splits`].
-        max_train_samples, max_eval_samples (`int`, *optional*): Use no more than this many images of a split.
 
     Raises:
         ValueError: when created, for an unknown model or data set, or one that does not fit object detection.
@@ -55,107 +52,102 @@ class ObjectDetectionTask(MeasuredTask):
 
     model: str = "fasterrcnn_resnet50_fpn"
     dataset: str = "detection-datasets/coco"
-    image_size: int | None = None
-    model_args: dict = field(default_factory=dict)
-    holdout_fraction: float = 0.2
-    max_train_samples: int | None = None
-    max_eval_samples: int | None = None
 
     metric = "AP in percent"
 
-    def __post_init__(self):
-        check_sizes(self, "image_size", "max_train_samples", "max_eval_samples")
+    def __post_init__(self) -> None:
+        self._check_sizes()
         self._architecture = Architecture.find(self.model, detection, self.model_args)
         if self.image_size is not None and "min_size" in self._architecture.known_args:
             sizes = {"min_size": self.image_size, "max_size": self.image_size}
             self._architecture = Architecture.find(self.model, detection, sizes | self.model_args)
-        limits = (self.holdout_fraction, self.max_train_samples, self.max_eval_samples)
-        if self.dataset.startswith(PREFIX):
-            if self.image_size is None:
-                raise ValueError(f"dataset '{self.dataset}' needs image_size, the side of its canvases in pixels")
-            self._raw = find_sources(self.dataset, *limits)
-            self.class_names: list[str] = self._raw["train"].features["label"].names
-        else:
-            self._raw = make_splits(load_raw(self.dataset, f"{PREFIX}..., "), self.dataset, *limits)
-            self.class_names = self._check_columns()
-        categories = self._architecture.categories
-        is_own = set(self.class_names) <= set(categories)
-        names = categories if is_own else [None, *self.class_names]  # the background is class 0
-        self._num_classes = len(names)
-        self._labels = torch.tensor([names.index(name) for name in self.class_names])  # classes of the data's labels
+        raw = load_raw(self.dataset)
+        self.class_names = self._find_classes(raw["train"].features)
+        columns = {self._choose_image(raw["train"].features): "image", "objects": "objects"}
+        for name, rows in raw.items():
+            rows = take_columns(rows, columns)
+            raw[name] = self._usable(rows, name, {**self._bad_images(rows), **self._bad_objects(rows)})
+        self._set_splits(raw)
+        categories = [None if name is None else name.casefold() for name in self._architecture.categories]
+        names = [name.casefold() for name in self.class_names]
+        outputs = categories if set(names) <= set(categories) else [None, *names]  # the background is class 0
+        if outputs is not categories and len(outputs) == len(categories):
+            raise ValueError(
+                f"the {len(names)} classes of dataset '{self.dataset}' ({', '.join(names[:12])}, ...) are not those of "
+                f"model '{self.model}' ({', '.join(self._architecture.categories[1:13])}, ...), of which there are as "
+                "many; take the builder without weights"
+            )
+        self._num_classes = len(outputs)
+        self._labels = torch.tensor([outputs.index(name) for name in names])  # outputs of the data's classes
 
-    def _check_columns(self) -> list[str]:
-        """The names of the classes; the objects of every image must be what a detector can be trained with."""
-        for name, split in self._raw.items():
-            objects = split.features.get("objects")
-            parts = objects if isinstance(objects, dict) else {}
-            category = getattr(parts.get("category"), "feature", None)
-            if (
-                not isinstance(split.features.get("image"), datasets.Image)
-                or "bbox" not in parts
-                or not isinstance(category, datasets.ClassLabel)
-            ):
-                raise ValueError(
-                    f"dataset '{self.dataset}' needs a column image and a column objects with the lists bbox and "
-                    f"category, of class labels, for object detection, got {split.features} in the split {name}"
-                )
-            for i, row in enumerate(split["objects"]):
-                wrong = [box for box in row["bbox"] if len(box) != 4 or box[2] < box[0] or box[3] < box[1]]
-                if wrong:
-                    raise ValueError(
-                        f"image {i} of the split {name} of dataset '{self.dataset}' has the box {wrong[0]}; boxes are "
-                        "left, top, right and bottom in pixels. If these are left, top, width and height, convert them"
-                    )
+    def _find_classes(self, features: datasets.Features) -> list[str]:
+        objects = features.get("objects")
+        parts = objects if isinstance(objects, dict) else {}
+        category = getattr(parts.get("category"), "feature", None)
+        if "bbox" not in parts or not isinstance(category, datasets.ClassLabel):
+            raise ValueError(
+                f"dataset '{self.dataset}' does not fit object detection: it needs a column objects with the lists "
+                f"bbox and category, of class labels; its columns are {', '.join(features)}"
+            )
         return category.names
+
+    def _bad_objects(self, rows: datasets.Dataset) -> BadRows:
+        """The rows whose objects a detector cannot be trained with."""
+        bad = {}
+        for i, objects in enumerate(rows["objects"]):
+            boxes, categories = (objects or {}).get("bbox"), (objects or {}).get("category")
+            if boxes is None or categories is None or len(boxes) != len(categories):
+                bad[i] = ("objects", "there is not one box and one category for each object")
+                continue
+            wrong = [box for box in boxes if len(box) != 4 or None in box or box[2] < box[0] or box[3] < box[1]]
+            if wrong:
+                bad[i] = (
+                    "objects",
+                    f"it has the box {wrong[0]}; boxes are left, top, right and bottom in pixels. If these are left, "
+                    "top, width and height, convert them",
+                )
+            elif any(label is None or label < 0 for label in categories):
+                bad[i] = ("objects", "the category of an object is empty")
+        return bad
 
     def load_base_model(self) -> "Detector":
         """The network. Fresh weights depend on torch's global seed."""
-        network = self._architecture.build(self._num_classes)
-        if self._architecture.weights is not None:
-            self._architecture.load_pretrained(network)
+        network, self.new_head = self._architecture.load(self._num_classes)
         return Detector(network)
 
-    def load_split(self, split: Split) -> "DetectionSplit":
+    def _prepare(self, split: Split) -> "DetectionSplit":
         """Images with their objects."""
-        if split not in self._splits:
-            raw = self._raw[split]
-            if self.dataset.startswith(PREFIX):
-                canvases = Canvases(raw, split, self.image_size)
-                images, boxes, labels = canvases.images, canvases.boxes, [labels - 1 for labels in canvases.labels]
-            else:
-                images, boxes, labels = raw["image"], [], []
-                for row in raw["objects"]:
-                    corners = torch.tensor(row["bbox"], dtype=torch.float32).reshape(-1, 4)
-                    seen = (corners[:, 2:] > corners[:, :2]).all(1)  # COCO has boxes without any area
-                    boxes.append(corners[seen])
-                    labels.append(torch.tensor(row["category"], dtype=torch.int64)[seen])
-            self._splits[split] = DetectionSplit(images, boxes, [self._labels[row] for row in labels])
-        return self._splits[split]
+        raw = self._raw[split]
+        boxes, labels = [], []
+        for row in raw["objects"]:
+            corners = torch.tensor(row["bbox"], dtype=torch.float32).reshape(-1, 4)
+            seen = (corners[:, 2:] > corners[:, :2]).all(1)  # COCO has boxes without any area
+            boxes.append(corners[seen])
+            labels.append(self._labels[torch.tensor(row["category"], dtype=torch.int64)[seen]])
+        return DetectionSplit(ImageColumn(raw, "image", self.dataset), boxes, labels)
 
     def fingerprint(self, split: Split) -> str:
-        """Follows the data set's own fingerprint, the choice of examples, the size, and all boxes and classes."""
+        """Follows the examples of the split, the size, and all boxes and classes."""
         examples = self.load_split(split)
-        digest = hashlib.blake2b(digest_size=16)
-        for tensor in (*examples.boxes, *examples.labels):
-            digest.update(tensor.numpy().tobytes())
-        return f"{self._raw[split]._fingerprint} {len(examples)} {self.image_size} {digest.hexdigest()}"
+        return self._digest(split, ["image"], [*examples.boxes, *examples.labels], str(self.image_size))
 
-    @cached_property
-    def _splits(self) -> dict[str, "DetectionSplit"]:
-        return {}
+    def _augment(self, batch: Batch) -> Batch:
+        """Boxes follow their images; those that are cut off go."""
+        images, targets = [], []
+        for image, target in zip(batch["images"], batch["targets"], strict=True):
+            size = image.shape[-2:]
+            boxes = tv_tensors.BoundingBoxes(target["boxes"], format="XYXY", canvas_size=tuple(size))
+            transform = v2.Compose([self._random_transform(size), v2.SanitizeBoundingBoxes(min_size=1)])
+            image, target = transform(tv_tensors.Image(image), {"boxes": boxes, "labels": target["labels"]})
+            images.append(image.as_subclass(torch.Tensor))
+            targets.append({"boxes": target["boxes"].as_subclass(torch.Tensor), "labels": target["labels"]})
+        return {"images": images, "targets": targets}
 
-    @staticmethod
-    def collate(examples: Batch) -> Batch:
-        """`DetectionSplit` returns whole batches."""
-        return examples
-
-    @staticmethod
-    def loss(call: Callable, batch: Batch) -> torch.Tensor:
+    def loss(self, call: Callable, batch: Batch) -> torch.Tensor:
         """The sum of the detector's own losses."""
         return torch.stack(list(call(batch["images"], batch["targets"]).values())).sum()
 
-    @staticmethod
-    def predict(call: Callable, batch: Batch) -> torch.Tensor:
+    def predict(self, call: Callable, batch: Batch) -> torch.Tensor:
         """
         The best detections in each image, shape `(B, 100, 6)`: left, top, right, bottom, score and class. Rows of zeros
         fill up.
@@ -204,7 +196,7 @@ class DetectionSplit(Dataset):
     Images with the boxes and classes of their objects.
 
     Args:
-        images (`Sequence`): Images of PIL, or one tensor of them, uint8 of shape `(N, 3, H, W)`.
+        images (`ImageColumn`): Images of PIL.
         boxes (`list[torch.Tensor]`): For each image, left, top, right and bottom in pixels, shape `(n, 4)`.
         labels (`list[torch.Tensor]`): For each image, the network's own classes, shape `(n,)`.
 
@@ -212,17 +204,15 @@ class DetectionSplit(Dataset):
     `targets`, a list of `boxes` and `labels`.
     """
 
-    def __init__(self, images: Sequence[Any], boxes: list[torch.Tensor], labels: list[torch.Tensor]):
+    def __init__(self, images: ImageColumn, boxes: list[torch.Tensor], labels: list[torch.Tensor]):
         self.images, self.boxes, self.labels = images, boxes, labels
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def __getitems__(self, indices: Sequence[int]) -> Batch:
-        images = [self.images[i] for i in indices]
-        images = [image if isinstance(image, torch.Tensor) else pil_to_tensor(image.convert("RGB")) for image in images]
         return {
-            "images": [image / 255 for image in images],
+            "images": [pil_to_tensor(image.convert("RGB")) / 255 for image in self.images.read(indices)],
             "targets": [{"boxes": self.boxes[i], "labels": self.labels[i]} for i in indices],
         }
 

@@ -1,9 +1,8 @@
 """Semantic segmentation with torchvision's networks on any data set of images and masks (paper, Table 11)."""
 
-import hashlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from functools import cached_property
+from dataclasses import dataclass
+from typing import Any
 
 import datasets
 import numpy as np
@@ -13,12 +12,14 @@ from accelerate.utils import send_to_device
 from PIL import Image
 from torch import nn
 from torch.utils.data import Dataset
+from torchvision import tv_tensors
 from torchvision.models import segmentation
 
 from ..networks.batched import BatchedModels
 from ..networks.torchvision import Architecture
-from .canvases import PREFIX, Canvases, find_sources
-from .splits import check_sizes, load_raw, make_splits
+from .dataset import BadRows, load_raw, take_columns
+from .images import MEMORY_BUDGET, ImageColumn, ImageTask
+from .registry import register_task
 from .task import Batch, MeasuredTask, Split, take
 
 # Pixels of this class are neither trained on nor counted.
@@ -29,33 +30,27 @@ DEFAULT_SIZE = 520
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 # The share of the auxiliary head in the loss, as torchvision trains its networks.
 AUXILIARY_WEIGHT = 0.5
-# Scaled images are kept in memory (as uint8) up to this size, and made anew for each batch beyond it.
-MEMORY_BUDGET = 2 * 2**30
 MEASURE_BATCH_SIZE = 50
 
 
+@register_task("semantic_segmentation")
 @dataclass
-class SemanticSegmentationTask(MeasuredTask):
+class SemanticSegmentationTask(ImageTask, MeasuredTask):
     """
     Networks are judged by their mIoU in percent: for each class that the split has pixels of, the pixels that are
     rightly given to it over those that are given to it or belong to it; then the mean over the classes.
 
-    Args:
+    Args beyond those of [`ImageTask`]:
         model (`str`, *optional*, defaults to `"fcn_resnet50"`): A builder of `torchvision.models.segmentation`, with
             fresh weights; `builder:WEIGHTS` for pretrained ones, such as `fcn_resnet50:COCO_WITH_VOC_LABELS_V1`. The
             network keeps its last layers if the data set's masks have no classes beyond the weights' own, which they
-            are then taken for; else, and for canvases, the layers whose shape follows from the number of classes are
-            fresh.
-        dataset (`str`): A local folder or the Hub id of a data set, `id:config` for one of several configs, with a
-            column `image` and one other column of images, the masks: class ids from 0, where 255 stands for pixels that
-            do not count, or the colours of Pascal VOC (`nateraw/pascal-voc-2012`). Or `canvas:ID_OR_FOLDER`: see
-            [`~pdiff_hf.tasks.canvases.Canvases`].
+            are then taken for; else the layers whose shape follows from the number of classes are fresh.
+        dataset (`str`): A local folder or the Hub id of a data set with a column `image` and one other column of
+            images, the masks: class ids from 0, where 255 stands for pixels that do not count, or the colours of Pascal
+            VOC (`nateraw/pascal-voc-2012`).
         image_size (`int`, *optional*, defaults to 520): Side of the square that images and masks are scaled to fit
-            into; what is left of it does not count. Side of the canvases, which need it.
+            into; what is left of it does not count.
         model_args (`dict`, *optional*): More arguments of the builder, such as `aux_loss`.
-        holdout_fraction (`float`, *optional*, defaults to 0.2): Share of the training data that becomes the validation
-            split, and the test split, where the data set has none; see [`~pdiff_hf.tasks.splits.make_splits`].
-        max_train_samples, max_eval_samples (`int`, *optional*): Use no more than this many images of a split.
 
     Raises:
         ValueError: when created, for an unknown model or data set, or one that does not fit semantic segmentation.
@@ -63,92 +58,80 @@ class SemanticSegmentationTask(MeasuredTask):
 
     model: str = "fcn_resnet50"
     dataset: str = "nateraw/pascal-voc-2012"
-    image_size: int | None = None
-    model_args: dict = field(default_factory=dict)
-    holdout_fraction: float = 0.2
-    max_train_samples: int | None = None
-    max_eval_samples: int | None = None
 
     metric = "mIoU in percent"
 
-    def __post_init__(self):
-        check_sizes(self, "image_size", "max_train_samples", "max_eval_samples")
+    def __post_init__(self) -> None:
+        self._check_sizes()
+        self._size = self.image_size or DEFAULT_SIZE
         self._architecture = Architecture.find(self.model, segmentation, self.model_args)
         if self._architecture.weights is not None and "aux_loss" in self._architecture.known_args:
             self._architecture = Architecture.find(self.model, segmentation, {"aux_loss": True} | self.model_args)
-        limits = (self.holdout_fraction, self.max_train_samples, self.max_eval_samples)
-        if self.dataset.startswith(PREFIX):
-            if self.image_size is None:
-                raise ValueError(f"dataset '{self.dataset}' needs image_size, the side of its canvases in pixels")
-            self._raw = find_sources(self.dataset, *limits)
-            self._num_classes = 1 + self._raw["train"].features["label"].num_classes
-        else:
-            raw = {name: self._name_columns(split) for name, split in load_raw(self.dataset, f"{PREFIX}..., ").items()}
-            self._raw = make_splits(raw, self.dataset, *limits)
-            self._num_classes = max(self._count_classes(name) for name in self._raw)
-            if self._num_classes <= len(self._architecture.categories):
-                self._num_classes = len(self._architecture.categories)
+        raw = load_raw(self.dataset)
+        columns = self._choose_columns(raw["train"].features)
+        classes = 0
+        for name, rows in raw.items():
+            rows = take_columns(rows, columns)
+            bad_masks, highest = self._read_masks(rows)
+            raw[name] = self._usable(rows, name, {**self._bad_images(rows), **bad_masks})
+            if highest < 0:
+                raise ValueError(f"no pixel of the split {name} of dataset '{self.dataset}' has a class")
+            classes = max(classes, highest + 1)
+        self._set_splits(raw)
+        own = len(self._architecture.categories)
+        self._num_classes = own if classes <= own else classes
 
-    def _name_columns(self, split: datasets.Dataset) -> datasets.Dataset:
-        images = [name for name, feature in split.features.items() if isinstance(feature, datasets.Image)]
-        masks = [name for name in images if name != "image"]
-        if len(images) != 2 or len(masks) != 1:
+    def _choose_columns(self, features: datasets.Features) -> dict[str, str]:
+        images = [name for name, feature in features.items() if isinstance(feature, datasets.Image)]
+        image = self.image_column or "image"
+        masks = [name for name in images if name != image]
+        if image not in images or len(masks) != 1:
             raise ValueError(
-                f"dataset '{self.dataset}' needs a column image and one other column of images, the masks, for "
-                f"semantic segmentation, got {split.features}"
+                f"dataset '{self.dataset}' does not fit semantic segmentation: it needs a column {image} and one other "
+                f"column of images, the masks; its columns of images are {', '.join(images) or 'none'}"
             )
-        return split.select_columns(["image", masks[0]]).rename_columns({masks[0]: "mask"})
+        return {image: "image", masks[0]: "mask"}
 
-    def _count_classes(self, name: Split) -> int:
-        """One more than the largest class id; all masks are read for it, and must be readable."""
-        found: set[int] = set()
-        for i, mask in enumerate(self._raw[name]["mask"]):
+    def _read_masks(self, rows: datasets.Dataset) -> tuple[BadRows, int]:
+        """The rows whose mask cannot be used, and the largest class id of the others, or -1."""
+        masks, bad, highest = ImageColumn(rows, "mask", self.dataset), {}, -1
+        for i in range(len(rows)):
             try:
-                ids = read_mask(mask)
+                ids = read_mask(masks.decode(i))
             except ValueError as error:
-                raise ValueError(f"mask {i} of the split {name} of dataset '{self.dataset}': {error}") from error
-            found |= set(np.unique(ids).tolist())
-        if not found - {IGNORED}:
-            raise ValueError(f"no pixel of the split {name} of dataset '{self.dataset}' has a class")
-        return max(found - {IGNORED}) + 1
+                bad[i] = ("mask", str(error))
+            else:
+                highest = max(highest, int(ids[ids != IGNORED].max(initial=-1)))
+        return bad, highest
 
     def load_base_model(self) -> nn.Module:
         """The network. Fresh weights depend on torch's global seed."""
-        network = self._architecture.build(self._num_classes)
-        if self._architecture.weights is not None:
-            self._architecture.load_pretrained(network)
+        network, self.new_head = self._architecture.load(self._num_classes)
         return network
 
-    def load_split(self, split: Split) -> "SegmentationSplit":
+    def _prepare(self, split: Split) -> "SegmentationSplit":
         """Images and masks of one size."""
-        if split not in self._splits:
-            raw = self._raw[split]
-            if self.dataset.startswith(PREFIX):
-                canvases = Canvases(raw, split, self.image_size)
-                self._splits[split] = SegmentationSplit(canvases.images, canvases.masks)
-            else:
-                self._splits[split] = SegmentationSplit.scaled(raw, self.image_size or DEFAULT_SIZE)
-        return self._splits[split]
+        raw = self._raw[split]
+        images, masks = (_Scaled(ImageColumn(raw, name, self.dataset), self._size) for name in ("image", "mask"))
+        if 4 * len(raw) * self._size**2 <= MEMORY_BUDGET:
+            return SegmentationSplit(torch.stack(list(images)), torch.stack(list(masks)))
+        return SegmentationSplit(images, masks)
 
     def fingerprint(self, split: Split) -> str:
-        """Follows the data set's own fingerprint, the choice of examples, the size, and the first image and mask."""
-        examples = self.load_split(split)
-        digest = hashlib.blake2b(digest_size=16)
-        for tensor in take(examples, [0]).values():
-            digest.update(tensor.numpy().tobytes())
-        return f"{self._raw[split]._fingerprint} {len(examples)} {self.image_size} {digest.hexdigest()}"
+        """Follows the examples of the split and their size."""
+        return self._digest(split, ["image", "mask"], [], str(self._size))
 
-    @cached_property
-    def _splits(self) -> dict[str, "SegmentationSplit"]:
-        return {}
+    def _augment(self, batch: Batch) -> Batch:
+        """Masks follow their images."""
+        transform = self._random_transform(batch["pixel_values"].shape[-2:])
+        pairs = [
+            transform(tv_tensors.Image(image), tv_tensors.Mask(mask))
+            for image, mask in zip(batch["pixel_values"], batch["masks"], strict=True)
+        ]
+        images, masks = (torch.stack([item.as_subclass(torch.Tensor) for item in part]) for part in zip(*pairs))
+        return {"pixel_values": images, "masks": masks}
 
-    @staticmethod
-    def collate(examples: Batch) -> Batch:
-        """`SegmentationSplit` returns whole batches."""
-        return examples
-
-    @staticmethod
-    def loss(call: Callable, batch: Batch) -> torch.Tensor:
+    def loss(self, call: Callable, batch: Batch) -> torch.Tensor:
         """The mean cross-entropy of the pixels that count, with that of the auxiliary head if there is one."""
         logits = call(batch["pixel_values"])
         loss = F.cross_entropy(logits["out"], batch["masks"], ignore_index=IGNORED)
@@ -156,8 +139,7 @@ class SemanticSegmentationTask(MeasuredTask):
             loss = loss + AUXILIARY_WEIGHT * F.cross_entropy(logits["aux"], batch["masks"], ignore_index=IGNORED)
         return loss
 
-    @staticmethod
-    def predict(call: Callable, batch: Batch) -> torch.Tensor:
+    def predict(self, call: Callable, batch: Batch) -> torch.Tensor:
         """The class of every pixel, shape `(B, H, W)`."""
         return call(batch["pixel_values"])["out"].argmax(1)
 
@@ -203,14 +185,6 @@ class SegmentationSplit(Dataset):
         self.mean = 255 * torch.tensor(MEAN).view(-1, 1, 1)  # (3, 1, 1)
         self.std = 255 * torch.tensor(STD).view(-1, 1, 1)
 
-    @classmethod
-    def scaled(cls, raw: datasets.Dataset, size: int) -> "SegmentationSplit":
-        """Images and masks of a data set, scaled to fit into a square of side `size`."""
-        images, masks = _Scaled(raw, "image", size), _Scaled(raw, "mask", size)
-        if 4 * len(raw) * size**2 <= MEMORY_BUDGET:
-            return cls(torch.stack(list(images)), torch.stack(list(masks)))
-        return cls(images, masks)
-
     def __len__(self) -> int:
         return len(self.masks)
 
@@ -220,27 +194,27 @@ class SegmentationSplit(Dataset):
         return {"pixel_values": (images.float() - self.mean) / self.std, "masks": masks.long()}
 
 
-class _Scaled(Sequence):
-    """The images or masks of a data set, scaled when they are asked for; the rest of the square is grey or ignored."""
+class _Scaled(Sequence[torch.Tensor]):
+    """Images or masks, scaled when they are asked for; the rest of the square is grey or ignored."""
 
-    def __init__(self, raw: datasets.Dataset, column: str, size: int):
-        self.column, self.is_mask, self.size = raw[column], column == "mask", size
+    def __init__(self, images: ImageColumn, size: int) -> None:
+        self.images, self.size = images, size
 
     def __len__(self) -> int:
-        return len(self.column)
+        return len(self.images)
 
-    def __getitem__(self, i: int) -> torch.Tensor:
-        image = self.column[i]
-        image = Image.fromarray(read_mask(image)) if self.is_mask else image.convert("RGB")
+    def __getitem__(self, i: Any) -> Any:
+        image, is_mask = self.images[i], self.images.column == "mask"
+        image = Image.fromarray(read_mask(image)) if is_mask else image.convert("RGB")
         scale = self.size / max(image.size)
         width, height = (max(1, round(scale * side)) for side in image.size)
-        image = image.resize((width, height), Image.Resampling.NEAREST if self.is_mask else Image.Resampling.BILINEAR)
-        square = np.full((self.size, self.size, *np.shape(image)[2:]), IGNORED if self.is_mask else 0, dtype=np.uint8)
-        if not self.is_mask:
+        image = image.resize((width, height), Image.Resampling.NEAREST if is_mask else Image.Resampling.BILINEAR)
+        square = np.full((self.size, self.size, *np.shape(image)[2:]), IGNORED if is_mask else 0, dtype=np.uint8)
+        if not is_mask:
             square[:] = np.round(255 * np.array(MEAN))
         square[:height, :width] = image
-        square = torch.from_numpy(square)
-        return square if self.is_mask else square.permute(2, 0, 1)
+        tensor = torch.from_numpy(square)
+        return tensor if is_mask else tensor.permute(2, 0, 1)
 
 
 def read_mask(mask: Image.Image) -> np.ndarray:

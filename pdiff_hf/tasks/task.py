@@ -1,5 +1,6 @@
 """What a base model is for: the interface between a user's problem and everything else."""
 
+import logging
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -20,6 +21,8 @@ Split = Literal["train", "validation", "test"]
 Batch = Mapping[str, Any]
 EVAL_BATCH_SIZE = 500
 
+logger = logging.getLogger(__name__)
+
 
 class Task(ABC):
     """
@@ -29,7 +32,12 @@ class Task(ABC):
     generator, which is seeded anew at every step.
 
     A task is a `ClassificationTask`, or a `MeasuredTask` for everything else that networks do.
+
+    Attributes:
+        new_head (`str`): After `load_base_model`: which tensors of a pretrained network had to be drawn anew, and why.
     """
+
+    new_head: str = ""
 
     @abstractmethod
     def load_base_model(self) -> nn.Module:
@@ -49,6 +57,13 @@ class Task(ABC):
     @abstractmethod
     def collate(self, examples: Any) -> Batch:
         """What a `DataLoader` does with the examples of a batch."""
+
+    def augment(self, batch: Batch) -> Batch:
+        """
+        What a network is trained on in place of a batch of `collate`, drawn from torch's global generator; `batch`
+        itself where there is no augmentation. Only base training and collection call it.
+        """
+        return batch
 
     @abstractmethod
     def loss(self, call: Callable, batch: Batch) -> torch.Tensor:
@@ -102,6 +117,25 @@ class MeasuredTask(Task):
             split (`str`): Networks are selected on `validation` and reported on `test`.
             parameters (`torch.Tensor`): Shape `(N, D)`.
         """
+
+
+def check_head(task: Task, is_trained: bool) -> None:
+    """
+    Says that a pretrained network has a fresh head. Call it after `load_base_model`.
+
+    Args:
+        is_trained (`bool`): Whether the network will be trained.
+
+    Raises:
+        ValueError: if it will not be: its predictions would be those of chance.
+    """
+    if task.new_head and not is_trained:
+        raise ValueError(
+            f"base_epochs is 0, which takes the model as it is, but {task.new_head}. Train it (base_epochs of 1 or "
+            "more), or take a data set of the model's own classes"
+        )
+    if task.new_head:
+        logger.warning("%s", task.new_head)
 
 
 def take(split: Dataset, indices: Sequence[int]) -> Any:

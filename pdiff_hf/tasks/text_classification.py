@@ -3,12 +3,11 @@
 import copy
 import hashlib
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-import datasets
 import torch
 import torch.nn.functional as F
 from tokenizers import Tokenizer
@@ -17,8 +16,8 @@ from tokenizers.normalizers import BertNormalizer
 from tokenizers.pre_tokenizers import BertPreTokenizer
 from tokenizers.processors import TemplateProcessing
 from tokenizers.trainers import WordLevelTrainer
+from torch import nn
 from transformers import (
-    AutoConfig,
     AutoModelForSequenceClassification,
     AutoTokenizer,
     PreTrainedModel,
@@ -26,97 +25,68 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from .splits import check_sizes, label_settings, make_splits
-from .task import Batch, ClassificationTask, Split
+from .dataset import load_raw, take_columns
+from .labels import LabelledTask, bad_labels, find_weights, name_classes, without_unlabelled_test
+from .registry import register_task
+from .task import Batch, Split
 
-FILE_TYPES = {".csv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
 SPECIAL_TOKENS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]
 
 
+@register_task("text_classification")
 @dataclass
-class TextClassificationTask(ClassificationTask):
+class TextClassificationTask(LabelledTask):
     """
-    Args:
+    Args beyond those of [`LabelledTask`]:
         model (`str`): Local folder or Hub id of a transformers model. A local folder with a `config.json` and no
             weights gives that network with fresh weights. Where there is no tokenizer in it, the words of the training
             texts become the vocabulary, as many as the network has embeddings for.
-        dataset (`str`): A `.csv`, `.json`, `.jsonl` or `.parquet` file, a folder of them (`train.csv`, `test.csv`), or
-            the Hub id of a data set, `id:config` for one of several configs; with the columns `text` and `label`.
         max_length (`int`, *optional*, defaults to 128): Texts are cut to so many tokens.
-        holdout_fraction (`float`, *optional*, defaults to 0.2): Share of the training data that becomes the validation
-            split, and the test split, where the data set has none; see [`~pdiff_hf.tasks.splits.make_splits`].
-        max_train_samples, max_eval_samples (`int`, *optional*): Use no more than this many examples of a split.
+        text_column (`str`, *optional*): By default `text`.
 
     Raises:
         ValueError: when created, for an unknown model or data set, or one that does not fit text classification.
     """
 
-    model: str
-    dataset: str
     max_length: int = 128
-    holdout_fraction: float = 0.2
-    max_train_samples: int | None = None
-    max_eval_samples: int | None = None
+    text_column: str | None = None
 
-    def __post_init__(self):
-        check_sizes(self, "max_length", "max_train_samples", "max_eval_samples")
+    def __post_init__(self) -> None:
+        self._check_sizes("max_length")
+        config, self._has_weights = find_weights(self.model)
+        raw = load_raw(self.dataset)
+        features = raw["train"].features
         try:
-            self._config = AutoConfig.from_pretrained(self.model)
-        except (OSError, ValueError) as error:
-            raise ValueError(
-                f"model '{self.model}' is neither a folder with a transformers config.json nor a Hub id that can be "
-                f"reached: {error}"
-            ) from error
-        raw = {name: self._name_columns(split) for name, split in self._load_raw().items()}
-        self._raw = make_splits(raw, self.dataset, self.holdout_fraction, self.max_train_samples, self.max_eval_samples)
-        self.class_names: list[str] = self._raw["train"].features["label"].names
-        self._splits: dict[str, TextSplit] = {}
+            names = {self._choose_text(features): "text", self._choose_label(features): "label"}
+        except ValueError as error:
+            raise ValueError(f"dataset '{self.dataset}' does not fit text classification: {error}") from error
+        raw = without_unlabelled_test({name: take_columns(rows, names) for name, rows in raw.items()})
+        for name, rows in raw.items():
+            empty = {i: ("text", "it is empty") for i, text in enumerate(rows["text"][:]) if not (text or "").strip()}
+            raw[name] = self._usable(rows, name, {**empty, **bad_labels(rows)})
+        self._set_labels(raw, config, self._has_weights)
 
-    def _load_raw(self) -> dict[str, datasets.Dataset]:
-        path, config = self.dataset, None
-        suffix = os.path.splitext(path)[1]
-        try:
-            if os.path.isfile(path) and suffix in FILE_TYPES:
-                return datasets.load_dataset(FILE_TYPES[suffix], data_files={"train": path})
-            if not os.path.exists(path):
-                path, _, config = path.partition(":")
-            return datasets.load_dataset(path, config or None)
-        except (OSError, ValueError, datasets.exceptions.DatasetGenerationError) as error:
+    def _choose_text(self, features: Mapping[str, Any]) -> str:
+        texts = [name for name, feature in features.items() if getattr(feature, "dtype", "").endswith("string")]
+        name = self.text_column or "text"
+        if name not in texts:
             raise ValueError(
-                f"dataset '{self.dataset}' is neither a file or folder of texts nor a Hub id that can be reached: "
-                f"{error}"
-            ) from error
-
-    def _name_columns(self, split: datasets.Dataset) -> datasets.Dataset:
-        if not {"text", "label"} <= set(split.features) or split.features["text"].dtype not in (
-            "string",
-            "large_string",
-        ):
-            raise ValueError(
-                f"dataset '{self.dataset}' needs the columns text, of strings, and label for text classification, "
-                f"got {split.features}"
+                f"it has no column {name} of strings; its columns of strings are {', '.join(texts) or 'none'}: choose "
+                "one with text_column"
             )
-        split = split.select_columns(["text", "label"])
-        if not isinstance(split.features["label"], datasets.ClassLabel):
-            split = split.class_encode_column("label")
-        return split
+        return name
 
     def load_base_model(self) -> PreTrainedModel:
         """The network with one output a class. Fresh weights depend on torch's global seed."""
-        labels = label_settings(self.class_names)
-        files = os.listdir(self.model) if os.path.isdir(self.model) else ["model.safetensors"]
-        if any(name.startswith("model") and ".safetensors" in name for name in files):
-            return AutoModelForSequenceClassification.from_pretrained(
-                self.model, **labels, dtype=torch.float32, ignore_mismatched_sizes=True
-            )
+        if self._has_weights:
+            return self._load_network(AutoModelForSequenceClassification.from_pretrained)
         config = copy.deepcopy(self._config)
-        for name, value in labels.items():
-            setattr(config, name, value)
+        name_classes(config, self.class_names)
         return AutoModelForSequenceClassification.from_config(config)
 
-    def save_base_model(self, model: PreTrainedModel, folder: str | os.PathLike) -> None:
+    def save_base_model(self, model: nn.Module, folder: str | os.PathLike) -> None:
         """The network and its tokenizer."""
-        model.save_pretrained(folder)
+        super().save_base_model(model, folder)
         self.tokenizer.save_pretrained(folder)
 
     def load_saved(self, folder: str | os.PathLike) -> PreTrainedModel:
@@ -148,12 +118,10 @@ class TextClassificationTask(ClassificationTask):
             sep_token="[SEP]",
         )
 
-    def load_split(self, split: Split) -> "TextSplit":
+    def _prepare(self, split: Split) -> "TextSplit":
         """Texts as token ids."""
-        if split not in self._splits:
-            longest = min(self.max_length, getattr(self._config, "max_position_embeddings", self.max_length))
-            self._splits[split] = TextSplit(self._raw[split], self.tokenizer, longest)
-        return self._splits[split]
+        longest = min(self.max_length, getattr(self._config, "max_position_embeddings", self.max_length))
+        return TextSplit(self._raw[split]["text"], self._labels(split), self.tokenizer, longest)
 
     def fingerprint(self, split: Split) -> str:
         """Follows all token ids and labels."""
@@ -163,17 +131,10 @@ class TextClassificationTask(ClassificationTask):
             digest.update(tensor.numpy().tobytes())
         return digest.hexdigest()
 
-    @staticmethod
-    def collate(examples: Batch) -> Batch:
-        """`TextSplit` returns whole batches."""
-        return examples
+    def loss(self, call: Callable, batch: Batch) -> torch.Tensor:
+        return F.cross_entropy(self.predict(call, batch), batch["labels"])
 
-    @staticmethod
-    def loss(call: Callable, batch: Batch) -> torch.Tensor:
-        return F.cross_entropy(TextClassificationTask.predict(call, batch), batch["labels"])
-
-    @staticmethod
-    def predict(call: Callable, batch: Batch) -> torch.Tensor:
+    def predict(self, call: Callable, batch: Batch) -> torch.Tensor:
         return call(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
 
 
@@ -185,9 +146,11 @@ class TextSplit(torch.utils.data.Dataset):
     of its longest text, and `labels` of shape `(B,)`.
     """
 
-    def __init__(self, raw: datasets.Dataset, tokenizer: Callable[..., Any], max_length: int):
+    def __init__(
+        self, texts: Iterable[str], labels: torch.Tensor, tokenizer: Callable[..., Any], max_length: int
+    ) -> None:
         tokens = tokenizer(
-            list(raw["text"]),
+            list(texts),
             padding=True,
             padding_side="right",
             truncation=True,
@@ -195,7 +158,7 @@ class TextSplit(torch.utils.data.Dataset):
             return_tensors="pt",
         )
         self.input_ids, self.attention_mask = tokens["input_ids"], tokens["attention_mask"]  # (N, T)
-        self.labels = torch.as_tensor(raw["label"][:])
+        self.labels = labels
 
     def __len__(self) -> int:
         return len(self.labels)

@@ -21,8 +21,8 @@ from filelock import FileLock, Timeout
 
 from pdiff_hf.evaluation.scoring import Scorer
 from pdiff_hf.run.recipe import Recipe, TaskSection
-from pdiff_hf.run.run import FOLDERS, Run, make_task, stage_settings
-from pdiff_hf.tasks import Task
+from pdiff_hf.run.run import FOLDERS, Run, stage_settings
+from pdiff_hf.tasks import Task, make_task
 from pdiff_hf.utils.files import write_json
 from pdiff_hf.utils.seeds import derive_seed
 
@@ -109,7 +109,7 @@ def _load_task(recipe: Recipe) -> Task:
 
 @lru_cache(maxsize=2)
 def _make_task(settings: str) -> Task:
-    return make_task(Recipe(**json.loads(settings)))
+    return make_task(json.loads(settings))
 
 
 def score_selected(recipe: Recipe) -> dict[str, float]:

@@ -6,6 +6,7 @@ import datasets
 import numpy as np
 import pytest
 import torch
+from pdiff_hf.tasks.canvases import MAX_OVERLAP, Canvases, _overlap, find_sources
 from PIL import Image
 from torch import nn
 from torch.func import functional_call
@@ -17,7 +18,6 @@ from pdiff_hf.run.recipe import Recipe
 from pdiff_hf.run.run import Run
 from pdiff_hf.selection import select_layout
 from pdiff_hf.tasks import ObjectDetectionTask
-from pdiff_hf.tasks.canvases import MAX_OVERLAP, Canvases, _overlap, find_sources
 
 DETECTOR = "fasterrcnn_mobilenet_v3_large_320_fpn"
 PROPOSALS = {"rpn_post_nms_top_n_test": 20, "rpn_score_thresh": 0.0}

@@ -1,0 +1,214 @@
+"""Tasks on a Hugging Face data set: its splits, its columns, and examples that cannot be used."""
+
+import logging
+import os
+from abc import abstractmethod
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import datasets
+import numpy as np
+from sklearn.model_selection import train_test_split
+
+from .task import Batch, Split, Task
+
+logger = logging.getLogger(__name__)
+
+VALIDATION_NAMES = ("validation", "valid", "val", "dev")
+FILE_TYPES = {".csv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
+# Fixed, and not the run's seed: models of different runs must be comparable.
+SPLIT_SEED = 0
+# What of an example cannot be used: its row, to the column and what is wrong there.
+BadRows = Mapping[int, tuple[str, str]]
+
+
+@dataclass
+class DatasetTask(Task):
+    """
+    What tasks on a Hugging Face data set have in common.
+
+    Args:
+        model (`str`): The base model.
+        dataset (`str`): A local folder, a `.csv`, `.json`, `.jsonl` or `.parquet` file, or the Hub id of a data set,
+            `id:config` for one of several configs.
+        validation_fraction (`float`, *optional*, defaults to 0.2): Share of the training data that becomes the
+            validation split, and the test split, where the data set has none; see [`make_splits`].
+        max_train_samples, max_eval_samples (`int`, *optional*): Use no more than this many examples of a split.
+        skip_bad_examples (`bool`, *optional*, defaults to `False`): Leave out examples that are empty or cannot be
+            read, and say how many, instead of refusing the data set. Reads every image once.
+    """
+
+    model: str
+    dataset: str
+    validation_fraction: float = 0.2
+    max_train_samples: int | None = None
+    max_eval_samples: int | None = None
+    skip_bad_examples: bool = False
+
+    def _check_sizes(self, *names: str) -> None:
+        """Raises a `ValueError` unless the fractions and sizes of the settings are possible."""
+        if not 0 < self.validation_fraction < 0.5:
+            raise ValueError(f"validation_fraction must lie between 0 and 0.5, got {self.validation_fraction}")
+        for name in ("max_train_samples", "max_eval_samples", *names):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
+
+    def _set_splits(self, raw: Mapping[str, datasets.Dataset]) -> None:
+        """Makes `_raw`, the rows of the train, validation and test split, from all usable rows."""
+        self._raw = make_splits(
+            raw, self.dataset, self.validation_fraction, self.max_train_samples, self.max_eval_samples
+        )
+        self._splits: dict[str, Any] = {}
+
+    def load_split(self, split: Split) -> Any:
+        """The examples of a split, ready for the network; made once."""
+        if split not in self._splits:
+            self._splits[split] = self._prepare(split)
+        return self._splits[split]
+
+    @abstractmethod
+    def _prepare(self, split: Split) -> Any:
+        """A map-style data set whose `__getitems__(indices)` returns a whole batch."""
+
+    def collate(self, examples: Any) -> Batch:
+        """The splits return whole batches."""
+        return examples
+
+    def _usable(self, rows: datasets.Dataset, split: str, bad: BadRows) -> datasets.Dataset:
+        """
+        All rows, if none is bad, or without the bad ones with `skip_bad_examples`.
+
+        Raises:
+            ValueError: for the first bad row, otherwise.
+        """
+        if not bad:
+            return rows
+        first = min(bad)
+        where = describe_row(self.dataset, split, bad[first][0], first)
+        if not self.skip_bad_examples:
+            more = f" (and {len(bad) - 1} more rows)" if len(bad) > 1 else ""
+            raise ValueError(f"{where}: {bad[first][1]}{more}; mend it, or leave it out with skip_bad_examples")
+        logger.warning("%d of %d examples are left out, the first is %s: %s", len(bad), len(rows), where, bad[first][1])
+        return rows.select([i for i in range(len(rows)) if i not in bad])
+
+
+def describe_row(dataset: str, split: str, column: str, row: int) -> str:
+    return f"dataset '{dataset}', split {split}, column {column}, row {row}"
+
+
+def load_raw(dataset: str, others: str = "") -> dict[str, datasets.Dataset]:
+    """
+    The splits that tasks use of a local folder or file, or of a data set on the Hub; see [`DatasetTask`].
+
+    Args:
+        others (`str`, *optional*): What else the name might have been, for the message.
+
+    Raises:
+        ValueError: if there is no such data set, or it has no training split.
+    """
+    suffix = os.path.splitext(dataset)[1]
+    path, config = dataset, None
+    try:
+        if os.path.isfile(dataset) and suffix in FILE_TYPES:
+            raw = datasets.load_dataset(FILE_TYPES[suffix], data_files={"train": dataset})
+        else:
+            if not os.path.exists(dataset):
+                path, _, config = dataset.partition(":")
+            raw = datasets.load_dataset(path, config or None)
+    except (OSError, ValueError, datasets.exceptions.DatasetGenerationError) as error:
+        raise ValueError(
+            f"dataset '{dataset}' is neither {others}a local data set folder nor a file of {', '.join(FILE_TYPES)} nor "
+            f"a Hub id that can be reached: {error}"
+        ) from error
+    if "train" not in raw:
+        raise ValueError(f"dataset '{dataset}' needs a split named train, got {sorted(raw)}")
+    validation = next((name for name in VALIDATION_NAMES if name in raw), None)
+    return {name: raw[name] for name in ("train", validation, "test") if name in raw}
+
+
+def take_columns(rows: datasets.Dataset, names: Mapping[str, str]) -> datasets.Dataset:
+    """The columns `names`, under new names, and the column `row`, by which messages call an example."""
+    return rows.select_columns(list(names)).rename_columns(dict(names)).add_column("row", np.arange(len(rows)))
+
+
+def choose_column(columns: Iterable[str], candidates: Sequence[str], chosen: str | None, setting: str) -> str:
+    """
+    The column that serves a purpose: the one chosen, else the only candidate.
+
+    Args:
+        columns (`Iterable[str]`): All that there are.
+        candidates (`Sequence[str]`): Those that could serve.
+        chosen (`str`, *optional*): The value of the setting.
+        setting (`str`): Its name, such as `label_column`.
+
+    Raises:
+        ValueError: if there is none, or more than one; the message names them.
+    """
+    if chosen is not None and chosen in columns:
+        return chosen
+    kind = setting.removesuffix("_column")
+    if chosen is not None or not candidates:
+        raise ValueError(
+            f"it has no {kind} column{f' {chosen}' if chosen else ''}; its columns are {', '.join(columns)}"
+        )
+    if len(candidates) > 1:
+        raise ValueError(f"{' and '.join(candidates)} could each be its {kind} column; choose one with {setting}")
+    return candidates[0]
+
+
+def make_splits(
+    raw: Mapping[str, datasets.Dataset],
+    dataset: str,
+    validation_fraction: float,
+    max_train_samples: int | None = None,
+    max_eval_samples: int | None = None,
+) -> dict[str, datasets.Dataset]:
+    """
+    The train, validation and test splits of a data set.
+
+    Validation examples are drawn with a fixed seed, stratified by the column `label` if there is one, so that they are
+    the same in every run. Where there is a validation split but no test split, it is the one reported, as test, and
+    validation comes out of the training data.
+
+    Args:
+        raw (`Mapping[str, datasets.Dataset]`): What `load_raw` returned.
+        dataset (`str`): What the data set is called in messages.
+        validation_fraction (`float`): Share of the training data that becomes a split that is not there.
+        max_train_samples, max_eval_samples (`int`, *optional*): Use no more than this many examples of a split.
+
+    Raises:
+        ValueError: with a training split that is too small, and for an empty split.
+    """
+    train, test = raw["train"], raw.get("test")
+    validation = next((raw[name] for name in VALIDATION_NAMES if name in raw), None)
+    if test is None:  # what is reported must not be what was selected on
+        test, validation = validation, None
+    if test is None:
+        train, test = _hold_out(train, dataset, validation_fraction)
+    if validation is None:
+        train, validation = _hold_out(train, dataset, validation_fraction)
+    splits = {"train": train, "validation": validation, "test": test}
+    for name, split in splits.items():
+        limit = max_train_samples if name == "train" else max_eval_samples
+        if limit is not None and limit < len(split):
+            chosen = np.random.default_rng(SPLIT_SEED).permutation(len(split))[:limit]
+            splits[name] = split.select(np.sort(chosen))
+        if len(split) == 0:
+            raise ValueError(f"the {name} split of dataset '{dataset}' is empty")
+    return splits
+
+
+def _hold_out(split: datasets.Dataset, dataset: str, fraction: float) -> tuple[datasets.Dataset, datasets.Dataset]:
+    labels = np.asarray(split["label"][:]) if "label" in split.column_names else None
+    try:
+        rest, held_out = train_test_split(
+            np.arange(len(split)), test_size=fraction, stratify=labels, random_state=SPLIT_SEED
+        )
+    except ValueError as error:
+        raise ValueError(
+            f"dataset '{dataset}' is too small to hold out {fraction:.0%} of its {len(split)} training examples from "
+            f"every class: {error}"
+        ) from error
+    return split.select(np.sort(rest)), split.select(np.sort(held_out))

@@ -1,0 +1,255 @@
+"""Images of data sets: their columns, modes and files, what is kept in memory, and augmentation."""
+
+import hashlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import pyarrow.compute as pc
+import torch
+from PIL import Image
+from torchvision.transforms import v2
+
+from ..utils.errors import first_line
+from ..utils.memory import is_out_of_memory
+from .dataset import BadRows, DatasetTask, choose_column, describe_row, load_raw
+from .digits import EMBEDDED
+from .task import Batch, Split
+
+# Prepared images are kept in memory (as uint8) up to this size, and made anew for each batch beyond it.
+MEMORY_BUDGET = 2 * 2**30
+# Images that are decoded at once, and those of a split that its fingerprint looks at.
+DECODE_BATCH, FINGERPRINTED = 100, 1000
+AUGMENTATIONS = ("none", "flip", "crop_flip")
+
+
+@dataclass
+class ImageTask(DatasetTask):
+    """
+    What tasks on images have in common.
+
+    Args:
+        image_size (`int`, *optional*): Side of the square that images are scaled to; the model's own by default, and
+            for 0.
+        model_args (`dict`, *optional*): More arguments of a model with fresh weights.
+        image_column (`str`, *optional*): By default `image`, or else the only column of images.
+        augmentation (`str`, *optional*, defaults to `"none"`): What training, and nothing else, does to each image of a
+            batch by chance: `flip` mirrors half of them from left to right; `crop_flip` also cuts out a part of 8 to
+            100% of the area and scales it to the size of the whole (paper, Table 5: RandomResizedCrop).
+    """
+
+    image_size: int | None = None
+    model_args: dict[str, Any] = field(default_factory=dict)
+    image_column: str | None = None
+    augmentation: str = "none"
+
+    def _check_sizes(self, *names: str) -> None:
+        self.image_size = self.image_size or None
+        super()._check_sizes("image_size", *names)
+        if self.augmentation not in AUGMENTATIONS:
+            raise ValueError(f"augmentation must be one of {', '.join(AUGMENTATIONS)}, got '{self.augmentation}'")
+
+    def _choose_image(self, features: Mapping[str, Any]) -> str:
+        images = [name for name, feature in features.items() if isinstance(feature, datasets.Image)]
+        candidates = ["image"] if "image" in images else images
+        name = choose_column(features, candidates, self.image_column, "image_column")
+        if name not in images:
+            raise ValueError(f"its column {name} holds {features[name]}, not images")
+        return name
+
+    def _bad_images(self, rows: datasets.Dataset, column: str = "image") -> BadRows:
+        """The rows without an image; with `skip_bad_examples`, also those whose image cannot be read."""
+        stored = rows.data.column(column)
+        empty = pc.and_(*(pc.is_null(pc.struct_field(stored, part)) for part in ("bytes", "path")))
+        bad = dict.fromkeys(np.flatnonzero(empty.to_numpy()).tolist(), (column, "it is empty"))
+        if self.skip_bad_examples:
+            images = ImageColumn(rows, column, "")
+            for i in range(len(rows)):
+                try:
+                    if i not in bad:
+                        images.decode(i)
+                except ValueError as error:
+                    bad[i] = (column, str(error))
+        return bad
+
+    def augment(self, batch: Batch) -> Batch:
+        """Draws from torch's global generator, for each image on its own; the batch itself with `none`."""
+        if self.augmentation == "none":
+            return batch
+        return self._augment(batch)
+
+    def _augment(self, batch: Batch) -> Batch:
+        images = batch["pixel_values"]
+        transform = self._random_transform(images.shape[-2:])
+        return {**batch, "pixel_values": torch.stack([transform(image) for image in images])}
+
+    def _random_transform(self, size: Sequence[int]) -> Callable[..., Any]:
+        """For images of this height and width, float of shape `(C, H, W)`, with boxes and masks if there are any."""
+        flip = v2.RandomHorizontalFlip()
+        return flip if self.augmentation == "flip" else v2.Compose([v2.RandomResizedCrop(tuple(size)), flip])
+
+    def _digest(self, split: Split, columns: Sequence[str], tensors: Sequence[torch.Tensor], how: str) -> str:
+        """
+        Follows the number of examples, the stored images of up to a thousand of them, evenly spaced, `tensors`, and
+        how images are prepared; not where the files lie.
+        """
+        rows = self._raw[split]
+        digest = hashlib.blake2b(f"{len(rows)} {how}".encode(), digest_size=16)
+        for tensor in tensors:
+            digest.update(tensor.numpy().tobytes())
+        indices = np.unique(np.linspace(0, len(rows) - 1, min(FINGERPRINTED, len(rows))).round().astype(int))
+        for column in columns:
+            for stored in ImageColumn(rows, column, self.dataset).stored(indices):
+                digest.update(stored)
+        return digest.hexdigest()
+
+
+def load_image_data(dataset: str) -> dict[str, datasets.Dataset]:
+    """
+    The splits of an image data set.
+
+    Args:
+        dataset (`str`): `digits` or `moving_digits`, which need no download (see `digits.py`), or what `load_raw`
+            takes.
+    """
+    if dataset in EMBEDDED:
+        return EMBEDDED[dataset]()
+    return load_raw(dataset, "'digits', 'moving_digits', ")
+
+
+class ImageColumn(Sequence[Image.Image]):
+    """
+    The images of a split, decoded when they are asked for.
+
+    Args:
+        rows (`datasets.Dataset`): With the columns `column` and `row`.
+        column (`str`): A column of images.
+        dataset (`str`): What the data set is called in messages.
+
+    Raises:
+        ValueError: by what asks for an image that cannot be read; it names data set, split, column and row.
+    """
+
+    def __init__(self, rows: datasets.Dataset, column: str, dataset: str):
+        # What a column says about the mode of its images is not heeded: it would clip those of more than 8 bits.
+        self.rows = rows.select_columns([column, "row"]).cast_column(column, datasets.Image(decode=False))
+        self.column, self.dataset = column, dataset
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, i: Any) -> Any:
+        return next(self.read([i]))
+
+    def read(self, indices: Sequence[int]) -> Iterator[Image.Image]:
+        """Several images, in turn."""
+        batch = self.rows[list(indices)]
+        for stored, row in zip(batch[self.column], batch["row"], strict=True):
+            try:
+                yield decode(stored)
+            except ValueError as error:
+                where = describe_row(self.dataset, str(self.rows.split or "train"), self.column, row)
+                file = f" (file '{stored['path']}')" if stored and stored["path"] else ""
+                raise ValueError(f"{where}{file}: {error}; mend it, or leave it out with skip_bad_examples") from error
+
+    def stored(self, indices: Sequence[int]) -> Iterator[bytes]:
+        """The files of several images."""
+        for i in indices:
+            stored = self.rows[int(i)][self.column]
+            yield Path(stored["path"]).read_bytes() if stored["bytes"] is None else stored["bytes"]
+
+    def decode(self, i: int) -> Image.Image:
+        """One image; errors say only what is wrong with it."""
+        return decode(self.rows[i][self.column])
+
+
+def decode(stored: Mapping[str, Any] | None) -> Image.Image:
+    """
+    The image of a file, turned as its Exif data say.
+
+    Raises:
+        ValueError: if there is none, or it cannot be read, or its numbers have no known range.
+    """
+    if stored is None:
+        raise ValueError("it is empty")
+    try:
+        image = datasets.Image().decode_example(dict(stored))
+    except Exception as error:  # what a broken file makes the parts of Pillow raise has no common type
+        if is_out_of_memory(error):
+            raise
+        raise ValueError(f"it cannot be read ({first_line(error)})") from error
+    return to_8_bits(image)
+
+
+def to_8_bits(image: Image.Image) -> Image.Image:
+    """
+    The same image with values from 0 to 255. 16 bits are scaled; 32 bits are taken as they are.
+
+    Raises:
+        ValueError: for integers of 32 bits above 255, and for floats: nothing says what their range is.
+    """
+    if image.mode.startswith("I;16"):
+        values = np.asarray(image)
+        return Image.fromarray(np.round(values / 257).astype(np.uint8))
+    if image.mode == "F" or (image.mode == "I" and not 0 <= min(image.getextrema()) <= max(image.getextrema()) <= 255):
+        low, high = image.getextrema()
+        kind = "floats" if image.mode == "F" else "32-bit integers"
+        raise ValueError(
+            f"it holds {kind} from {low:g} to {high:g}, whose range is not known; save it with 8 or 16 bits"
+        )
+    return image.convert("L") if image.mode == "I" else image
+
+
+class ImageSplit(torch.utils.data.Dataset):
+    """
+    Prepared images with their labels. Small splits are prepared once and kept as uint8; others are made for each batch.
+
+    `__getitems__(indices)` returns a batch: `pixel_values`, float32 of shape `(B, C, H, W)`, and `labels` of shape
+    `(B,)`.
+    """
+
+    def __init__(self, images: ImageColumn, labels: torch.Tensor, preparation: "Preparation"):
+        self.column, self.labels = images, labels
+        self.preparation = preparation
+        # The images are still 0 to 255 when mean and standard deviation are applied.
+        self.mean = 255 * torch.tensor(preparation.mean).view(-1, 1, 1)  # (C, 1, 1)
+        self.std = 255 * torch.tensor(preparation.std).view(-1, 1, 1)
+        self._images: torch.Tensor | None = None
+        if len(images) * self._prepare([0]).numel() <= MEMORY_BUDGET:
+            parts = torch.arange(len(images)).split(DECODE_BATCH)
+            self._images = torch.cat([self._prepare(part.tolist()) for part in parts])
+
+    def _prepare(self, indices: Sequence[int]) -> torch.Tensor:
+        return torch.stack([self.preparation(image) for image in self.column.read(indices)])
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitems__(self, indices: Sequence[int]) -> Batch:
+        images = self._prepare(indices) if self._images is None else self._images[indices]
+        return {"pixel_values": (images.float() - self.mean) / self.std, "labels": self.labels[indices]}
+
+
+@dataclass(frozen=True)
+class Preparation:
+    """
+    How a network takes its images.
+
+    Args:
+        transform (`Callable`): From an image of PIL to uint8 of shape `(C, H, W)`.
+        mean, std (`Sequence[float]`): Of each channel, between 0 and 1.
+        mode (`str`): `L` for grey images, `RGB` for coloured ones.
+        description (`str`): Of the transform; two that say the same do the same.
+    """
+
+    transform: Callable[[Image.Image], Any]
+    mean: Sequence[float]
+    std: Sequence[float]
+    mode: str
+    description: str
+
+    def __call__(self, image: Image.Image) -> torch.Tensor:
+        return torch.as_tensor(self.transform(image.convert(self.mode)))

@@ -1,0 +1,295 @@
+"""Classes of a data set: one numbering for all of its splits, and the order of a fine-tuned network's outputs."""
+
+import logging
+import math
+import os
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import datasets
+import numpy as np
+import torch
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+from transformers.models.timm_wrapper import TimmWrapperConfig
+
+from .dataset import BadRows, DatasetTask, choose_column, describe_row
+from .task import ClassificationTask, Split
+
+logger = logging.getLogger(__name__)
+
+# Of a network with as many outputs as the data have classes, this share of the names must be equal, each in the same
+# place, for the rest to be taken for other spellings of the same.
+ALMOST_ALL = 0.9
+NUMBER = re.compile(r"[+-]?\d+(\.\d+)?")
+# What transformers calls classes that nobody has named.
+NO_NAME = re.compile(r"LABEL_\d+")
+
+
+@dataclass
+class LabelledTask(DatasetTask, ClassificationTask):
+    """
+    What tasks with a class for every example have in common.
+
+    Classes are numbered once, by the training split: in the order of a `ClassLabel`, or else sorted, and by their value
+    where all names are numbers. A fine-tuned network keeps the order of its own outputs, which its config names in
+    `id2label` or `label2id`.
+
+    Args:
+        label_column (`str`, *optional*): By default `label` or `labels`, or else the only `ClassLabel`.
+
+    Attributes:
+        class_names (`list[str]`): What the network's outputs stand for, in their order.
+    """
+
+    label_column: str | None = None
+
+    def _choose_label(self, features: Mapping[str, Any]) -> str:
+        name = choose_column(features, label_candidates(features), self.label_column, "label_column")
+        feature = features[name]
+        if not isinstance(feature, datasets.ClassLabel | datasets.Value) or feature.dtype.startswith(("time", "date")):
+            raise ValueError(f"its column {name} holds {feature}, not one class for each example")
+        return name
+
+    def _set_labels(self, raw: Mapping[str, datasets.Dataset], config: PreTrainedConfig, has_weights: bool) -> None:
+        """Makes the splits of rows with the columns `label` and `row`, and aligns their classes with the network's."""
+        self._config = config
+        names, numbered = number_labels(raw, self.dataset)
+        self._set_splits(numbered)
+        self._data_names = names
+        outputs = align_labels(names, config, self.model, self.dataset) if has_weights else None
+        if outputs is None:
+            self.class_names, self._outputs = names, torch.arange(len(names))
+        else:
+            self.class_names, self._outputs = output_names(config) or names, torch.tensor(outputs)
+
+    def align(self, config: PreTrainedConfig) -> None:
+        """
+        Numbers the labels as the outputs of another network than the task's own.
+
+        Raises:
+            ValueError: if that network has other classes than the data.
+        """
+        outputs = align_labels(self._data_names, config, "the network", self.dataset)
+        if outputs is None:
+            raise ValueError(_both_sides("the network", config, self._data_names, self.dataset))
+        self.class_names, self._outputs = output_names(config) or self._data_names, torch.tensor(outputs)
+        self._splits.clear()
+
+    def _labels(self, split: Split) -> torch.Tensor:
+        """The output that is right for each example, int64 of shape `(N,)`."""
+        return self._outputs[torch.as_tensor(self._raw[split]["label"][:])]
+
+    def _load_network(self, load: Callable[..., Any]) -> PreTrainedModel:
+        """The pretrained network with its own head if it has the data's classes, else with a fresh one."""
+        model, found = load(
+            self.model,
+            **label_settings(self.class_names),
+            dtype=torch.float32,
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
+        )
+        fresh = sorted({*found["missing_keys"], *(mismatch[0] for mismatch in found["mismatched_keys"])})
+        self.new_head = ""
+        if fresh:
+            self.new_head = f"{', '.join(fresh)} of model '{self.model}' must be drawn anew, because " + _both_sides(
+                "the model", self._config, self.class_names, self.dataset
+            )
+        name_classes(model.config, self.class_names)
+        return model
+
+
+def label_candidates(features: Mapping[str, Any]) -> list[str]:
+    """The columns that could be the label: `label` or `labels`, else any `ClassLabel`, else `class`."""
+    classes = [name for name, feature in features.items() if isinstance(feature, datasets.ClassLabel)]
+    named = [name for name in ("label", "labels") if name in features]
+    return named or classes or [name for name in ("class",) if name in features]
+
+
+def find_weights(model: str) -> tuple[PreTrainedConfig, bool]:
+    """
+    The configuration of a transformers model, and whether there are weights beside it.
+
+    Args:
+        model (`str`): A local folder or a Hub id; only a folder may lack weights.
+    """
+    try:
+        config = AutoConfig.from_pretrained(model)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"model '{model}' is neither a folder with a transformers config.json nor a Hub id that can be reached: "
+            f"{error}"
+        ) from error
+    files = os.listdir(model) if os.path.isdir(model) else ["model.safetensors"]
+    return config, any(
+        re.fullmatch(r"(model|pytorch_model).*\.(safetensors|bin)(\.index\.json)?", name) for name in files
+    )
+
+
+def number_labels(raw: Mapping[str, datasets.Dataset], dataset: str) -> tuple[list[str], dict[str, datasets.Dataset]]:
+    """
+    The names of the classes, and the splits with a `ClassLabel` of them as their column `label`.
+
+    Raises:
+        ValueError: for a label that is no class of the training split; and for numbers that are not whole.
+    """
+    feature = raw["train"].features["label"]
+    is_number = all(NUMBER.fullmatch(name) for name in feature.names) if hasattr(feature, "names") else False
+    named = {split: _names_of(rows, dataset, split) for split, rows in raw.items()}
+    if isinstance(feature, datasets.ClassLabel):
+        names = sorted(feature.names, key=float) if is_number else list(feature.names)
+    else:
+        names = sorted(set(named["train"]))
+        if all(NUMBER.fullmatch(name) for name in names):
+            names.sort(key=float)
+    numbers = {name: i for i, name in enumerate(names)}
+    result = {}
+    for split, rows in raw.items():
+        for name, row in zip(named[split], rows["row"], strict=True):
+            if name not in numbers:
+                raise ValueError(
+                    f"{describe_row(dataset, split, 'label', row)}: the class '{name}' is none of the training split, "
+                    f"which has {_shorten(names)}"
+                )
+        ids = np.array([numbers[name] for name in named[split]], dtype=np.int64)
+        rows = rows.remove_columns("label")
+        result[split] = rows.add_column("label", ids, feature=datasets.ClassLabel(names=names))
+    return names, result
+
+
+def _names_of(rows: datasets.Dataset, dataset: str, split: str) -> list[str]:
+    feature, values = rows.features["label"], rows["label"][:]
+    if isinstance(feature, datasets.ClassLabel):
+        return feature.int2str(values)
+    if feature.dtype.startswith("float"):  # whole numbers beside an empty cell are read as floats
+        for value, row in zip(values, rows["row"], strict=True):
+            if value != int(value):
+                raise ValueError(
+                    f"{describe_row(dataset, split, 'label', row)}: {value} is no class; classes are names or whole "
+                    "numbers"
+                )
+        values = map(int, values)
+    return [str(value) for value in values]
+
+
+def without_unlabelled_test(raw: Mapping[str, datasets.Dataset]) -> dict[str, datasets.Dataset]:
+    """Without a test split of which all labels are withheld, as those of ImageNet are."""
+    kept = dict(raw)
+    if "test" in kept and all(label == -1 or _is_empty(label) for label in kept["test"]["label"]):
+        del kept["test"]
+    return kept
+
+
+def bad_labels(rows: datasets.Dataset) -> BadRows:
+    """The rows without a label, which a `ClassLabel` may say with -1."""
+    nothing = -1 if isinstance(rows.features["label"], datasets.ClassLabel) else None
+    labels = enumerate(rows["label"][:])
+    return {i: ("label", "it is empty") for i, label in labels if label == nothing or _is_empty(label)}
+
+
+def _is_empty(label: Any) -> bool:
+    if isinstance(label, str):
+        return not label.strip()
+    return label is None or (isinstance(label, float) and math.isnan(label))
+
+
+def output_names(config: PreTrainedConfig) -> list[str] | None:
+    """What the outputs of a network stand for, in their order; None if nobody has named them."""
+    names = [str(config.id2label[i]) for i in range(config.num_labels)]
+    if not all(map(NO_NAME.fullmatch, names)):
+        return names
+    ids = {i: str(name) for name, i in (config.label2id or {}).items()}
+    if set(ids) == set(range(config.num_labels)) and not all(map(NO_NAME.fullmatch, ids.values())):
+        return [ids[i] for i in range(config.num_labels)]
+    return None
+
+
+def align_labels(names: Sequence[str], config: PreTrainedConfig, model: str, dataset: str) -> list[int] | None:
+    """
+    The output of a network for each of the data's classes, by name, whatever the case. Whole numbers from 0 stand for
+    the outputs themselves where the network's names are no numbers.
+
+    Args:
+        names (`Sequence[str]`): The classes of the data, in the order of their numbers.
+        config (`PreTrainedConfig`): Of the network.
+        model, dataset (`str`): What they are called in messages.
+
+    Returns:
+        `list[int]` or `None`: None if the network is for other classes, and as many of them as the data do not have.
+
+    Raises:
+        ValueError: if there are as many classes as outputs, and they cannot be aligned.
+    """
+    own = output_names(config)
+    same_number = len(names) == config.num_labels
+    if own is None:
+        if same_number:
+            logger.warning(
+                "%s does not name its classes: its outputs, in their order, are taken for %s", model, _shorten(names)
+            )
+        return list(range(len(names))) if same_number else None
+    by_name = _by_name(own, config, model)
+    found = [by_name.get(name, by_name.get(name.casefold())) for name in names]
+    outputs = [output for output in found if output is not None]
+    if len(outputs) == len(names) and len(set(outputs)) == len(outputs):
+        return outputs
+    if not same_number:
+        return None
+    in_place = sum(output == i for i, output in enumerate(found))
+    are_ids = list(names) == [str(i) for i in range(len(names))] and not any(map(NUMBER.fullmatch, own))
+    if are_ids or (in_place == len(outputs) and in_place >= ALMOST_ALL * len(names)):
+        logger.warning(
+            "%s: the classes %s are taken for its outputs in their order, %s", model, _shorten(names), _shorten(own)
+        )
+        return list(range(len(names)))
+    raise ValueError(
+        f"{_both_sides(model, config, names, dataset)}. Rename the classes of one of them; to train the network for "
+        "other classes, take id2label and label2id out of its config.json"
+    )
+
+
+def _by_name(own: Sequence[str], config: PreTrainedConfig, model: str) -> dict[str, int]:
+    """The output of each name, as it is spelled and without case, where that is not ambiguous."""
+    pairs = [(name, i) for i, name in enumerate(own)]
+    pairs += [(str(name), int(i)) for name, i in (config.label2id or {}).items() if not NO_NAME.fullmatch(str(name))]
+    found: dict[str, set[int]] = {}
+    for name, i in pairs:
+        found.setdefault(name, set()).add(i)
+    contradictions = [name for name, ids in found.items() if len(ids) > 1 and list(own).count(name) < 2]
+    if contradictions:
+        raise ValueError(f"the id2label and label2id of {model} contradict each other about '{contradictions[0]}'")
+    for name, i in pairs:
+        if name.casefold() not in own:
+            found.setdefault(name.casefold(), set()).add(i)
+    return {name: ids.pop() for name, ids in found.items() if len(ids) == 1}
+
+
+def _both_sides(model: str, config: PreTrainedConfig, names: Sequence[str], dataset: str) -> str:
+    own = output_names(config)
+    outputs = f"{config.num_labels} outputs" + (f" ({_shorten(own)})" if own else ", which it does not name")
+    return (
+        f"the classes of dataset '{dataset}' cannot be aligned with those of {model}: the data have {len(names)} "
+        f"({_shorten(names)}), the network has {outputs}"
+    )
+
+
+def _shorten(names: Sequence[Any], limit: int = 12) -> str:
+    return ", ".join(map(str, names[:limit])) + (", ..." if len(names) > limit else "")
+
+
+def label_settings(class_names: Sequence[str]) -> dict[str, Any]:
+    """What the configuration of a transformers model says about its classes."""
+    return {
+        "num_labels": len(class_names),
+        "id2label": dict(enumerate(class_names)),
+        "label2id": {name: i for i, name in enumerate(class_names)},
+    }
+
+
+def name_classes(config: PreTrainedConfig, class_names: Sequence[str]) -> None:
+    """Writes the names of the outputs into the configuration of a network."""
+    for name, value in label_settings(class_names).items():
+        setattr(config, name, value)
+    if isinstance(config, TimmWrapperConfig):  # when it is saved, the names that it was loaded with would win
+        config.label_names = list(class_names)

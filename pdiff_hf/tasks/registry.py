@@ -1,0 +1,122 @@
+"""Tasks by name: those of this package, and those of others as `module:Class` or `path/to/file.py:Class`."""
+
+import difflib
+import importlib
+import importlib.util
+import inspect
+import json
+import re
+import sys
+from collections.abc import Callable, Mapping
+from functools import cache
+from pathlib import Path
+from types import ModuleType
+from typing import Any, TypeVar
+
+from ..utils.errors import first_line
+from .task import Task
+
+T = TypeVar("T", bound=type[Task])
+REGISTERED: dict[str, type[Task]] = {}
+
+
+def register_task(name: str) -> Callable[[T], T]:
+    """Makes a task of a module in this folder known by a name: `@register_task("image_classification")`."""
+
+    def register(task: T) -> T:
+        REGISTERED[name] = task
+        return task
+
+    return register
+
+
+@cache
+def task_names() -> dict[str, str]:
+    """The names of all registered tasks, with their modules. They are read, not imported, which would take seconds."""
+    found = {}
+    for path in sorted(Path(__file__).parent.glob("*.py")):
+        names = re.findall(r'^@register_task\("(\w+)"\)', path.read_text(encoding="utf-8"), re.MULTILINE)
+        found |= dict.fromkeys(names, f"{__package__}.{path.stem}")
+    return found
+
+
+def task_class(name: str) -> type[Task]:
+    """
+    The class of a task.
+
+    Args:
+        name (`str`): A registered name, `module:Class`, or `path/to/file.py:Class`.
+
+    Raises:
+        ValueError: if there is none, or it is no task, or lacks methods of one.
+    """
+    if name in task_names():
+        importlib.import_module(task_names()[name])
+        return REGISTERED[name]
+    where, colon, class_name = name.rpartition(":")
+    if not colon:
+        close = difflib.get_close_matches(name, task_names(), n=3) or list(task_names())
+        raise ValueError(
+            f"task '{name}' is neither one of {', '.join(close)} nor a class of your own, module:Class or "
+            "path/to/file.py:Class"
+        )
+    try:
+        module = _load_file(Path(where).resolve()) if where.endswith(".py") else importlib.import_module(where)
+    except Exception as error:  # of code that is not ours
+        raise ValueError(f"task '{name}': '{where}' cannot be imported: {first_line(error)}") from error
+    found = getattr(module, class_name, None)
+    if not (inspect.isclass(found) and issubclass(found, Task)):
+        own = [key for key, value in vars(module).items() if inspect.isclass(value) and issubclass(value, Task)]
+        own = [key for key in own if getattr(module, key).__module__ == module.__name__]
+        raise ValueError(f"task '{name}': '{where}' has no such task; it has {', '.join(own) or 'none'}")
+    missing = sorted(getattr(found, "__abstractmethods__", ()))
+    if missing:
+        raise ValueError(f"task '{name}' lacks the methods {', '.join(missing)}")
+    return found
+
+
+@cache
+def _load_file(path: Path) -> ModuleType:
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no file '{path}'")
+    spec = importlib.util.spec_from_file_location(str(path), path)
+    assert spec is not None and spec.loader is not None  # of a file that ends in .py
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[module.__name__] = module  # where dataclasses look for it
+    spec.loader.exec_module(module)
+    return module
+
+
+def make_task(settings: Mapping[str, Any], task_args: Mapping[str, Any] | None = None) -> Task:
+    """
+    The task that settings describe.
+
+    Args:
+        settings (`Mapping[str, Any]`): `task`, a name for `task_class`, and what goes to the arguments of that class
+            with the same names; None leaves an argument at its default, and a mapping may be JSON.
+        task_args (`Mapping[str, Any]`, *optional*): More arguments of that class.
+
+    Raises:
+        ValueError: for an unknown task or argument, and for what the task itself refuses.
+    """
+    name, task_args = settings["task"], task_args or {}
+    cls = task_class(name)
+    parameters = inspect.signature(cls).parameters
+    unknown = sorted(set(task_args) - set(parameters))
+    if unknown:
+        raise ValueError(
+            f"task '{name}' does not take the task_args {', '.join(unknown)}; it takes {', '.join(parameters)}"
+        )
+    args = {key: settings[key] for key in parameters if settings.get(key) is not None} | dict(task_args)
+    missing = [
+        key
+        for key, parameter in parameters.items()
+        if parameter.default is parameter.empty
+        and parameter.kind is parameter.POSITIONAL_OR_KEYWORD
+        and key not in args
+    ]
+    if missing:
+        raise ValueError(f"task '{name}' needs {', '.join(missing)}")
+    if isinstance(args.get("model_args"), str):
+        args["model_args"] = json.loads(args["model_args"])
+    return cls(**args)
