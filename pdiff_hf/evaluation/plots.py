@@ -17,7 +17,7 @@ from matplotlib.ticker import MaxNLocator
 from sklearn.decomposition import PCA
 from torch import Tensor
 
-ORIGINAL, GENERATED = "#000000", "#D55E00"
+SNAPSHOTS, GENERATED = "#000000", "#D55E00"
 OTHERS = ("#0072B2", "#009E73", "#E69F00", "#56B4E9", "#CC79A7")  # their yellow is too pale for thin marks on white
 MARKERS = ("s", "^", "D", "v", "P", "X", "<", ">", "p", "h")
 DPI = 150
@@ -30,7 +30,7 @@ class ScatterGroup:
     Args:
         family (`str`): groups of one family share colour, marker and an entry in the legend.
         accuracy (`torch.Tensor`): (N,) percent.
-        max_iou (`torch.Tensor`): (N,) maximum IoU to the originals.
+        max_iou (`torch.Tensor`): (N,) maximum IoU to the snapshots.
     """
 
     family: str
@@ -39,19 +39,19 @@ class ScatterGroup:
 
 
 def plot_accuracy_vs_similarity(
-    path: str | Path, originals: ScatterGroup, generated: ScatterGroup, baselines: Sequence[ScatterGroup] = ()
+    path: str | Path, snapshots: ScatterGroup, generated: ScatterGroup, baselines: Sequence[ScatterGroup] = ()
 ) -> Path:
-    """Accuracy against maximum IoU to the originals (paper, figure 4): all models left, the region of the originals and
+    """Accuracy against maximum IoU to the snapshots (paper, figure 4): all models left, the region of the snapshots and
     the generated ones right. Small dots are models; the large marks of a family are the means of its settings, joined
     in the order given. Up and left is better."""
     figure = Figure(figsize=(13, 5.5), layout="constrained")
     everything, detail = figure.subplots(1, 2)
     for axes in (everything, detail):
-        _draw_scatter(axes, originals, generated, baselines)
+        _draw_scatter(axes, snapshots, generated, baselines)
     everything.set_title("all models")
-    detail.set_title("region of the originals and the generated models")
-    _zoom(detail.set_xlim, torch.cat([originals.max_iou, generated.max_iou]))
-    _zoom(detail.set_ylim, torch.cat([originals.accuracy, generated.accuracy]))
+    detail.set_title("region of the snapshots and the generated models")
+    _zoom(detail.set_xlim, torch.cat([snapshots.max_iou, generated.max_iou]))
+    _zoom(detail.set_ylim, torch.cat([snapshots.accuracy, generated.accuracy]))
     figure.legend(*everything.get_legend_handles_labels(), loc="outside right center", title="large: mean of a group")
     return _save(figure, path)
 
@@ -59,12 +59,12 @@ def plot_accuracy_vs_similarity(
 def plot_accuracy_vs_similarity_panels(
     path: str | Path, panels: Mapping[str, tuple[ScatterGroup, ScatterGroup, Sequence[ScatterGroup]]]
 ) -> Path:
-    """Accuracy against maximum IoU to the originals, one panel a setting (paper, figures 3 and 5a), each drawn as in
+    """Accuracy against maximum IoU to the snapshots, one panel a setting (paper, figures 3 and 5a), each drawn as in
     `plot_accuracy_vs_similarity`.
 
     Args:
         path (`str` or `Path`): of the PNG.
-        panels (`Mapping`): title of the panel to originals, generated models and other groups.
+        panels (`Mapping`): title of the panel to snapshots, generated models and other groups.
     """
     figure = Figure(figsize=(4.5 * len(panels) + 2.5, 4.5), layout="constrained")
     handles = {}
@@ -77,14 +77,14 @@ def plot_accuracy_vs_similarity_panels(
 
 
 def _draw_scatter(
-    axes: Axes, originals: ScatterGroup, generated: ScatterGroup, others: Sequence[ScatterGroup] = ()
+    axes: Axes, snapshots: ScatterGroup, generated: ScatterGroup, others: Sequence[ScatterGroup] = ()
 ) -> None:
     families: dict[str, list[ScatterGroup]] = {}
-    for group in (originals, generated, *others):
+    for group in (snapshots, generated, *others):
         families.setdefault(group.family, []).append(group)
     # Each colour returns with another marker and another line.
     styles = cycle(zip(OTHERS * 2, MARKERS, ("-",) * len(OTHERS) + ("--",) * len(OTHERS), strict=True))
-    fixed = {originals.family: (ORIGINAL, "o", ""), generated.family: (GENERATED, "*", "")}
+    fixed = {snapshots.family: (SNAPSHOTS, "o", ""), generated.family: (GENERATED, "*", "")}
     for family, groups in families.items():
         colour, marker, line = fixed[family] if family in fixed else next(styles)
         size, on_top = (18, 5) if family == generated.family else (10, 4) if family in fixed else (8, 3)
@@ -103,19 +103,21 @@ def _draw_scatter(
             label=family,
         )
     axes.xaxis.set_major_locator(MaxNLocator(6))
-    axes.set_xlabel("maximum IoU of wrong predictions to the originals\n(lower: less similar)")
+    axes.set_xlabel("maximum IoU of wrong predictions to the snapshots\n(lower: less similar)")
     axes.set_ylabel("test accuracy (%)")
     axes.grid(alpha=0.3)
 
 
-def plot_reverse_process(path: str | Path, steps: Sequence[int], accuracies: Tensor, original_accuracy: float) -> Path:
+def plot_reverse_process(
+    path: str | Path, steps: Sequence[int], accuracies: Tensor, snapshot_accuracy: float, num_examples: int
+) -> Path:
     """Accuracy of the decoded intermediate latents along the reverse process (paper, figure 5b).
 
     Args:
         path (`str` or `Path`): of the PNG.
         steps (`Sequence[int]`): S denoising steps taken when the accuracy was measured, ascending.
         accuracies (`torch.Tensor`): (seeds, S) percent.
-        original_accuracy (`float`): mean of the originals, percent.
+        snapshot_accuracy (`float`): mean of the snapshots, percent.
     """
     figure = Figure(figsize=(8, 5), layout="constrained")
     axes = figure.subplots()
@@ -131,7 +133,9 @@ def plot_reverse_process(path: str | Path, steps: Sequence[int], accuracies: Ten
             label=f"sample {seed + 1}",
         )
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.axhline(original_accuracy, color=ORIGINAL, linestyle="--", label=f"mean original\n({original_accuracy:.2f} %)")
+    axes.axhline(
+        snapshot_accuracy, color=SNAPSHOTS, linestyle="--", label=f"mean snapshot\n({snapshot_accuracy:.2f} %)"
+    )
     axes.set_xlabel("denoising steps taken")
     axes.set_ylabel("test accuracy (%)")
     axes.grid(alpha=0.3)
@@ -142,8 +146,8 @@ def plot_reverse_process(path: str | Path, steps: Sequence[int], accuracies: Ten
 def plot_max_similarity_distribution(
     path: str | Path, groups: Mapping[str, Tensor], colours: Sequence[str] | None = None
 ) -> Path:
-    """Distribution of the maximum IoU to the originals in each group (paper, figure 5c); see `plot_distribution`."""
-    return plot_distribution(path, groups, "maximum IoU of wrong predictions to the originals", colours)
+    """Distribution of the maximum IoU to the snapshots in each group (paper, figure 5c); see `plot_distribution`."""
+    return plot_distribution(path, groups, "maximum IoU of wrong predictions to the snapshots", colours)
 
 
 def plot_distribution(
@@ -153,14 +157,14 @@ def plot_distribution(
 
     Args:
         path (`str` or `Path`): of the PNG.
-        groups (`Mapping[str, torch.Tensor]`): name to (N,) numbers, nan where there is none; top to bottom.
+        groups (`Mapping[str, torch.Tensor]`): name to (N,) parameters, nan where there is none; top to bottom.
         quantity (`str`): what the number is, with its unit.
-        colours (`Sequence[str]`, *optional*): one a group; by default the first is drawn as the originals and the
+        colours (`Sequence[str]`, *optional*): one a group; by default the first is drawn as the snapshots and the
             second as the generated models.
     """
     figure = Figure(figsize=(9, 1.6 + 0.5 * len(groups)), layout="constrained")
     axes = figure.subplots()
-    colours = colours or [ORIGINAL, GENERATED] + [OTHERS[0]] * len(groups)
+    colours = colours or [SNAPSHOTS, GENERATED] + [OTHERS[0]] * len(groups)
     labels = []
     for row, ((name, values), colour) in enumerate(zip(groups.items(), colours, strict=False)):
         values = values[~values.isnan()].double().numpy()
@@ -178,23 +182,23 @@ def plot_distribution(
     return _save(figure, path)
 
 
-def plot_parameter_heatmap(path: str | Path, originals: Tensor, generated: Tensor, tensor_sizes: Sequence[int]) -> Path:
-    """Parameters of the originals above those of the generated models; dashed lines are the borders of tensors,
+def plot_parameter_heatmap(path: str | Path, snapshots: Tensor, generated: Tensor, tensor_sizes: Sequence[int]) -> Path:
+    """Parameters of the snapshots above those of the generated models; dashed lines are the borders of tensors,
     but for those too close to the one before to be told apart.
 
-    Left are the numbers as they are. Right is how far each lies from the originals' mean, in standard deviations of the
-    originals: paler below than above is a contraction, equal rows are copies. Up to 50 rows of each group and
-    1024 of the numbers are drawn, evenly spaced.
+    Left are the parameters as they are. Right is how far each lies from the snapshots' mean, in standard deviations of the
+    snapshots: paler below than above is a contraction, equal rows are copies. Up to 50 rows of each group and
+    1024 of the parameters are drawn, evenly spaced.
 
     Args:
         path (`str` or `Path`): of the PNG.
-        originals (`torch.Tensor`): (K, D).
+        snapshots (`torch.Tensor`): (K, D).
         generated (`torch.Tensor`): (N, D).
-        tensor_sizes (`Sequence[int]`): how many of the D numbers each tensor has, in order.
+        tensor_sizes (`Sequence[int]`): how many of the D parameters each tensor has, in order.
     """
-    columns = _evenly(originals.shape[1], 1024)
-    shown = [group[_evenly(len(group), 50)][:, columns].double() for group in (originals, generated)]
-    std, mean = torch.std_mean(originals[:, columns].double(), dim=0, correction=0)
+    columns = _evenly(snapshots.shape[1], 1024)
+    shown = [group[_evenly(len(group), 50)][:, columns].double() for group in (snapshots, generated)]
+    std, mean = torch.std_mean(snapshots[:, columns].double(), dim=0, correction=0)
     deviations = [(group - mean) / std.clamp(min=1e-12) for group in shown]
     low, high = torch.cat(shown).flatten().quantile(torch.tensor([0.01, 0.99]).double()).tolist()
     borders = [-0.5]
@@ -206,17 +210,17 @@ def plot_parameter_heatmap(path: str | Path, originals: Tensor, generated: Tenso
     grid = figure.subplots(2, 2, sharex=True)
     scales = (
         (shown, "viridis", low, high, "parameter"),
-        (deviations, "PuOr", -3, 3, "deviation from the originals' mean (std)"),
+        (deviations, "PuOr", -3, 3, "deviation from the snapshots' mean (std)"),
     )
     for column, (groups, colours, low, high, label) in enumerate(scales):
-        for axes, group, name in zip(grid[:, column], groups, ("originals", "generated"), strict=True):
+        for axes, group, name in zip(grid[:, column], groups, ("snapshots", "generated"), strict=True):
             image = axes.imshow(
                 group.numpy(), cmap=colours, vmin=low, vmax=high, aspect="auto", interpolation="nearest"
             )
             for border in borders[1:]:
                 axes.axvline(border, color="white" if column == 0 else "black", linewidth=0.7, linestyle="--")
             axes.set_ylabel(
-                f"{name}\n({len(group)} of {len(originals) if name == 'originals' else len(generated)} models)"
+                f"{name}\n({len(group)} of {len(snapshots) if name == 'snapshots' else len(generated)} models)"
             )
             axes.set_yticks([])
         ticks = np.linspace(0, len(columns) - 1, min(5, len(columns)), dtype=int)
@@ -227,31 +231,31 @@ def plot_parameter_heatmap(path: str | Path, originals: Tensor, generated: Tenso
 
 
 def plot_latent_pca(
-    path: str | Path, originals: Tensor, generated: Tensor, reconstructions: Tensor | None = None
+    path: str | Path, snapshots: Tensor, generated: Tensor, reconstructions: Tensor | None = None
 ) -> Path:
-    """Latents on the first two principal components of the originals' latents.
+    """Latents on the first two principal components of the snapshots' latents.
 
     Args:
         path (`str` or `Path`): of the PNG.
-        originals (`torch.Tensor`): (K, L), K and L at least 2.
+        snapshots (`torch.Tensor`): (K, L), K and L at least 2.
         generated (`torch.Tensor`): (N, L).
-        reconstructions (`torch.Tensor`, *optional*): (K, L), the originals decoded and encoded again.
+        reconstructions (`torch.Tensor`, *optional*): (K, L), the snapshots decoded and encoded again.
     """
-    if min(originals.shape) < 2:
-        raise ValueError(f"two components need at least 2 originals and 2 numbers, got {tuple(originals.shape)}")
-    pca = PCA(2).fit(originals.double().numpy())
+    if min(snapshots.shape) < 2:
+        raise ValueError(f"two components need at least 2 snapshots and 2 parameters, got {tuple(snapshots.shape)}")
+    pca = PCA(2).fit(snapshots.double().numpy())
     figure = Figure(figsize=(8.5, 6), layout="constrained")
     axes = figure.subplots()
-    place = {"originals": (originals, ORIGINAL, "o", 18), "generated": (generated, GENERATED, "*", 36)}
+    place = {"snapshots": (snapshots, SNAPSHOTS, "o", 18), "generated": (generated, GENERATED, "*", 36)}
     if reconstructions is not None:
-        place["originals,\nreconstructed"] = (reconstructions, OTHERS[0], "x", 18)
+        place["snapshots,\nreconstructed"] = (reconstructions, OTHERS[0], "x", 18)
     for name, (latents, colour, marker, size) in place.items():
         x, y = pca.transform(latents.double().numpy()).T
         axes.scatter(
             x, y, s=size, marker=marker, color=colour, alpha=0.6, linewidths=1 if marker == "x" else 0, label=name
         )
     first, second = pca.explained_variance_ratio_
-    axes.set_xlabel(f"first component ({first:.0%} of the originals' variance)")
+    axes.set_xlabel(f"first component ({first:.0%} of the snapshots' variance)")
     axes.set_ylabel(f"second component ({second:.0%})")
     axes.grid(alpha=0.3)
     figure.legend(loc="outside right center")
@@ -303,7 +307,7 @@ def plot_memory(path: str | Path, sizes: Sequence[int], curves: Mapping[str, tup
     figure = Figure(figsize=(7, 5), layout="constrained")
     axes = figure.subplots()
     for (name, values), style, marker in zip(curves.items(), cycle(("-", "--")), cycle(MARKERS)):
-        for whose, megabytes, colour in zip(("here", "paper"), values, (GENERATED, ORIGINAL), strict=True):
+        for whose, megabytes, colour in zip(("here", "paper"), values, (GENERATED, SNAPSHOTS), strict=True):
             axes.plot(sizes, megabytes, color=colour, linestyle=style, marker=marker, label=f"{name}, {whose}")
     axes.set_xscale("log")
     axes.set_yscale("log")

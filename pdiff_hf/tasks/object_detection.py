@@ -61,7 +61,7 @@ class ObjectDetectionTask(MeasuredTask):
     max_train_samples: int | None = None
     max_eval_samples: int | None = None
 
-    metric = "AP in percent"
+    metric, unit = "AP", "%"
 
     def __post_init__(self):
         check_sizes(self, "image_size", "max_train_samples", "max_eval_samples")

@@ -69,7 +69,7 @@ class SemanticSegmentationTask(MeasuredTask):
     max_train_samples: int | None = None
     max_eval_samples: int | None = None
 
-    metric = "mIoU in percent"
+    metric, unit = "mIoU", "%"
 
     def __post_init__(self):
         check_sizes(self, "image_size", "max_train_samples", "max_eval_samples")

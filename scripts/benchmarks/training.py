@@ -16,7 +16,7 @@ import torch
 from accelerate import Accelerator
 from reproduce.experiments import EXPERIMENTS, measure_training
 
-from pdiff_hf.evaluation.report import format_table
+from pdiff_hf.evaluation.render import table
 from pdiff_hf.run.recipe import Recipe
 from pdiff_hf.training.estimate import estimate_autoencoder, estimate_denoiser
 
@@ -74,7 +74,7 @@ def main() -> None:
         f"{args.num_snapshots} snapshots, batch {BATCH_SIZE}, on {device.type} with {torch.get_num_threads()} threads\n"
     )
     header = ["numbers", "network", "form", "GFLOP a step", "s once", "s a step", "peak MB", "paper, MB on A100"]
-    print("\n".join(format_table(header, rows)))
+    print(table(header, rows))
     recipe = Recipe()
     for size in args.sizes:
         if (size, "denoiser", NAIVE) in step_seconds and (size, "autoencoder", NAIVE) in step_seconds:

@@ -1,0 +1,29 @@
+"""Reading of reports, for everything that shows one."""
+
+import json
+import os
+from pathlib import Path
+
+REPORT_VERSION = 2
+
+
+def load_report(path: str | os.PathLike) -> dict:
+    """
+    What a `report.json` holds, as `evaluation/report_schema.json` describes it.
+
+    Raises:
+        OSError: if the file cannot be read.
+        ValueError: if it is no report, or one of another version of this library.
+    """
+    try:
+        report = json.loads(Path(path).read_text(encoding="utf-8"))
+        version = report.get("version", 1)
+    except (ValueError, AttributeError) as error:
+        raise ValueError(f"'{path}' is not a report: {error}") from error
+    if version != REPORT_VERSION:
+        raise ValueError(
+            f"'{path}' is a report of format {version}, as {'pdiff_hf 0.1' if version == 1 else 'another version'} "
+            f"writes it; this version reads format {REPORT_VERSION}. Evaluate again, with the stage evaluate or "
+            "scripts/evaluate.py"
+        )
+    return report
