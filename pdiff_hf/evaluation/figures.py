@@ -46,12 +46,21 @@ def draw_figures(
         baselines = [row for row in report["groups"] if row["family"] is not None]
         plots.plot_accuracy_vs_similarity(
             folder / "accuracy_vs_similarity.png",
-            scatter_group(report, "snapshots", "snapshots"),
-            scatter_group(report, "generated", "generated"),
-            [scatter_group(report, row["name"], row["family"]) for row in baselines],
+            {
+                "": (
+                    scatter_group(report, "snapshots", "snapshots"),
+                    scatter_group(report, "generated", "generated"),
+                    [scatter_group(report, row["name"], row["family"]) for row in baselines],
+                )
+            },
+            report["splits"]["test"],
         )
-        iou = {name: scatter_group(report, name, name).max_iou for name in shown}
-        plots.plot_max_similarity_distribution(folder / "max_similarity.png", iou)
+        plots.plot_distribution(
+            folder / "max_similarity.png",
+            {name: scatter_group(report, name, name).max_iou for name in shown},
+            "maximum IoU with a snapshot",
+            min_range=plots.MIN_IOU_RANGE,
+        )
     if "reverse_process" in report:
         plots.plot_reverse_process(
             folder / "reverse_process.png",

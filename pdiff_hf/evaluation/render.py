@@ -2,19 +2,10 @@
 
 from collections.abc import Iterable, Sequence
 
+from ..utils.reports import FIGURES
 from .metrics import METRICS, GroupMetric
 
 MAX_SUMMARY_ROWS = 8
-FIGURES = {
-    "accuracy_vs_similarity.png": "Accuracy against the similarity to the snapshots (paper, figure 4)",
-    "scores.png": "Distribution of the metric in each group",
-    "max_similarity.png": "Maximum similarity to the snapshots (paper, figure 5c)",
-    "reverse_process.png": "Accuracy along the reverse process (paper, figure 5b)",
-    "parameters.png": "Parameters of snapshots and generated networks",
-    "latents.png": "Latents on the snapshots' first two principal components",
-    "losses.png": "Losses in training",
-}
-MAIN_FIGURES = ("accuracy_vs_similarity.png", "scores.png")
 
 
 def metric_title(metric: dict) -> str:
@@ -89,14 +80,12 @@ def format_summary(report: dict) -> str:
 
 def format_report(report: dict, figures: Iterable[str] = ()) -> str:
     """The whole report as Markdown: the summary with the main figure, then folded up everything that it rests on."""
-    figures = [name for name in FIGURES if name in set(figures)]
-    sections = ["# Report", format_summary(report).rstrip()]
-    sections += [figure(name) for name in figures if name in MAIN_FIGURES]
+    shown = [figure(name) for name in FIGURES if name in set(figures)]
+    sections = ["# Report", format_summary(report).rstrip(), *shown[:1]]
     sections.append(report["summary"]["about"])
     sections += [folded(title, about, text) for title, about, text in _tables(report)]
-    others = [figure(name) for name in figures if name not in MAIN_FIGURES]
-    if others:
-        sections.append(folded("Figures", *others))
+    if shown[1:]:
+        sections.append(folded("Figures", *shown[1:]))
     return "\n\n".join(sections) + "\n"
 
 
@@ -246,8 +235,8 @@ def spread_of(row: dict) -> str:
 
 
 def number(value: float | None, format: str = ".3f") -> str:
-    """A number, or a dash where there is none."""
-    return "–" if value is None else f"{value:{format}}"
+    """A number, or a dash where there is none; a huge one, of a network that has diverged, in few digits."""
+    return "–" if value is None else f"{value:{format}}" if abs(value) < 1e6 else f"{value:.1e}"
 
 
 def _interval(bounds: Sequence[float | None] | None, format: str) -> str:

@@ -174,7 +174,7 @@ class Scorer(ABC, Generic[S]):
             return
         for path in sorted(self._folder(split).glob("*.safetensors")):
             with safe_open(path, framework="pt") as file:
-                yield file.metadata()["keys"].split(), {name: file.get_tensor(name) for name in file.keys()}
+                yield file.metadata()["keys"].split(), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
 
 
 class ClassifierScorer(Scorer[ClassifierScores]):

@@ -91,9 +91,9 @@ def find_warnings(report: dict) -> list[str]:
     generated_audit = next(row for row in report["audit"]["rows"] if row["name"] == "generated")
     if generated_audit["copies"]:
         warnings.append(
-            f"Copies of snapshots are among the generated networks: {generated_audit['num_too_near']} are too near to "
-            f"one ({generated_audit['num_allowed']} may be by chance), {generated_audit['num_near_identical']} nearly "
-            "identical."
+            f"Copies of snapshots are among the {count} generated networks: too near to a snapshot are "
+            f"{generated_audit['num_too_near']} (by chance may be {generated_audit['num_allowed']}), nearly identical "
+            f"to one {generated_audit['num_near_identical']}."
         )
     if "nll" in groups["snapshots"]:
         num_test = report["splits"]["test"]

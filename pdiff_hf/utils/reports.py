@@ -5,6 +5,16 @@ import os
 from pathlib import Path
 
 REPORT_VERSION = 2
+# The figures beside a report, and what they show; the first one that there is comes first everywhere.
+FIGURES = {
+    "accuracy_vs_similarity.png": "Accuracy against the similarity to the snapshots (paper, figure 4)",
+    "scores.png": "Distribution of the metric in each group",
+    "max_similarity.png": "Maximum similarity to the snapshots (paper, figure 5c)",
+    "reverse_process.png": "Accuracy along the reverse process (paper, figure 5b)",
+    "parameters.png": "Parameters of snapshots and generated networks",
+    "latents.png": "Latents on the snapshots' first two principal components",
+    "losses.png": "Losses in training",
+}
 
 
 def load_report(path: str | os.PathLike) -> dict:
