@@ -14,7 +14,7 @@ import sys
 
 from accelerate import PartialState
 
-from pdiff_hf.evaluation.report import format_summary
+from pdiff_hf.evaluation.render import format_summary
 from pdiff_hf.run.recipe import RecipeParser
 from pdiff_hf.run.saved import evaluate_saved
 from pdiff_hf.utils.errors import ResourceError

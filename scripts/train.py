@@ -16,11 +16,13 @@ import sys
 from diffusers.utils import logging as diffusers_logging
 from transformers.utils import logging as transformers_logging
 
+from pdiff_hf.evaluation.render import format_summary
 from pdiff_hf.hub.push import HubError, push_run_to_hub, resolve_repo_id
 from pdiff_hf.run.recipe import RecipeParser
 from pdiff_hf.run.run import Run, start_processes
 from pdiff_hf.training.loop import TrainingError
 from pdiff_hf.utils.errors import ResourceError
+from pdiff_hf.utils.reports import load_report
 
 
 def main() -> None:
@@ -54,8 +56,8 @@ def main() -> None:
         if recipe.hub_token is not None:
             again = [a.replace(recipe.hub_token, "...") for a in again]  # what is printed may end up in a log
         sys.exit(f"\nstopped; go on with: accelerate launch {shlex.join(again)} --resume_from_checkpoint latest")
-    if state.is_main_process and (run.folder / "evaluation" / "report.md").is_file():
-        print((run.folder / "evaluation" / "report.md").read_text().partition("\n### ")[0])
+    if state.is_main_process and (run.folder / "evaluation" / "report.json").is_file():
+        print(format_summary(load_report(run.folder / "evaluation" / "report.json")))
         print(f"The generator is in {run.folder / 'pipeline'}, the report in {run.folder / 'evaluation'}.")
     state.destroy_process_group()  # its threads would otherwise be ended, at times with an error, by the interpreter
 

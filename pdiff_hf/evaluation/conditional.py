@@ -291,8 +291,8 @@ def render_markdown(report: Mapping[str, Any]) -> str:
         lines.append(f"| {' | '.join([*cells, passes(row['once']), passes(row['each'])])} |")
     lines += [
         "",
-        "Accuracy in percent, mean over tasks. Differences are paired over tasks, with a 95% bootstrap interval. Passes "
-        "are forward and backward, of one network over one image: before the first unseen task, and for each.",
+        "Accuracy in percent, mean over tasks. Differences are paired over tasks, with a 95% bootstrap interval. "
+        "Passes are forward and backward, of one network over one image: before the first unseen task, and for each.",
     ]
     return "\n".join(lines) + "\n"
 

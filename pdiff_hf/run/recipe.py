@@ -236,6 +236,7 @@ class EvaluateSection:
     """Generation and scoring."""
 
     num_models: int = _option(200, "How many networks to generate and score.")
+    score_models: int | None = _option(None, "Score no more than so many of them, drawn at random.")
     num_inference_steps: int = _option(20, "Denoising steps.")
     fid_features: str = _option(
         "inception", "FID is measured on these features: `inception`, or folder or Hub id of an image classifier."
@@ -248,6 +249,7 @@ class EvaluateSection:
     def __post_init__(self):
         _require("baseline_models", self.baseline_models, self.baseline_models >= 0, "at least 0")
         _require("num_models", self.num_models, self.num_models >= 1, "at least 1")
+        _require("score_models", self.score_models, self.score_models is None or self.score_models >= 1, "at least 1")
         _require("num_inference_steps", self.num_inference_steps, self.num_inference_steps >= 1, "at least 1")
 
 

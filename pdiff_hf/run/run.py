@@ -18,10 +18,8 @@ from filelock import FileLock, Timeout
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..evaluation.baselines import standard_baselines
-from ..evaluation.generator import evaluate_generator
-from ..evaluation.measured import Measurer
-from ..evaluation.scoring import Scorer
+from ..evaluation.compare import compare_generator
+from ..evaluation.scoring import make_scorer
 from ..layout import ParameterLayout
 from ..models import DENOISER_PRESETS, ParameterAutoencoder, autoencoder_architecture
 from ..networks.batched import BatchedModels
@@ -39,7 +37,7 @@ from ..snapshots import (
     train_base_model,
 )
 from ..snapshots.barrier import check_basins
-from ..tasks import ClassificationTask, MeasuredTask, Task, check_head, make_task
+from ..tasks import ClassificationTask, Task, check_head, make_task
 from ..training import NoiseArguments, make_training_scheduler, train_autoencoder, train_denoiser
 from ..training.loop import LoopArguments
 from ..utils.errors import explaining
@@ -163,20 +161,11 @@ class Run:
                         f"({_difference(settings, self._settings(stage))}); go on with those, or begin the stage anew "
                         "without --resume_from_checkpoint"
                     )
-        if not isinstance(self.task, ClassificationTask | MeasuredTask):
-            raise RunError(
-                f"{type(self.task).__name__} must be a ClassificationTask or a MeasuredTask: it has to say how "
-                "networks are judged"
-            )
-        classifies = isinstance(self.task, ClassificationTask)
-        if r.hyper_representations and not classifies:
-            raise RunError("hyper_representations chooses networks by their accuracy, which only classifiers have")
-        if classifies and "evaluate" in r.stages and not self.is_finished("evaluate"):
+        if "evaluate" in r.stages and not self.is_finished("evaluate"):
             model = self.base_model if self.is_finished("base") else self.task.load_base_model()
-            count = 2 * num_snapshots + 1 + r.num_models + (len(standard_baselines()) + 1) * r.baseline_models
-            count += 3 * r.num_models * r.hyper_representations
+            scorer = make_scorer(self.task, model, self.layout)
             for split in ("validation", "test"):
-                Scorer(self.task, model, self.layout).check_memory(split, count)
+                scorer.check_memory(split, max(num_snapshots, r.score_models or r.num_models, r.baseline_models))
 
     # ------------------------------------------------------------------------------------------- bookkeeping of stages
 
@@ -534,27 +523,23 @@ class Run:
         with_vae = r.baseline_models > 0 and r.autoencoder_preset != "pca"
         if with_vae and not self.is_finished("vae"):
             self.train_vae()
-        classifies = isinstance(self.task, ClassificationTask)
-        scorer = (Scorer if classifies else Measurer)(
-            self.task, self.base_model.to(device), self.layout, cache_dir=self.folder / "scores"
-        )
+        scorer = make_scorer(self.task, self.base_model.to(device), self.layout, cache_dir=self.folder / "scores")
         if not PartialState().is_main_process:
-            if classifies:  # what measures other networks is not shared between processes
-                scorer.help()
+            scorer.help()
             return
         if with_vae:
             generator = torch.Generator().manual_seed(derive_seed(r.seed, *b"vae"))
             autoencoder = ParameterAutoencoder.from_pretrained(self.folder / FOLDERS["vae"]).eval()
             vae = autoencoder.sample_prior(r.baseline_models, generator)
-        helped = scorer.with_help() if classifies else contextlib.nullcontext()
-        with self._replacing("evaluate") as folder, helped:
-            evaluate_generator(
+        with self._replacing("evaluate") as folder, scorer.with_help():
+            compare_generator(
                 scorer,
                 self.parameters,
                 self.pipeline.to(device),
                 folder,
                 heldout=self.heldout,
                 num_models=r.num_models,
+                score_models=r.score_models,
                 num_inference_steps=r.num_inference_steps,
                 baseline_models=r.baseline_models,
                 hyper_representations=r.hyper_representations,

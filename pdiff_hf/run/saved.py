@@ -8,13 +8,12 @@ import torch
 from accelerate import PartialState
 from torch import nn
 
-from ..evaluation.generator import evaluate_generator
-from ..evaluation.measured import Measurer
-from ..evaluation.scoring import Scorer
+from ..evaluation.compare import compare_generator
+from ..evaluation.scoring import make_scorer
 from ..layout import LayoutError, ParameterLayout
 from ..pipelines import PDiffPipeline
 from ..snapshots import load_snapshots, parameter_matrix, read_networks
-from ..tasks import ClassificationTask, Task, make_task
+from ..tasks import Task, make_task
 from ..tasks.labels import LabelledTask
 from ..utils.errors import explaining
 from ..utils.files import remove
@@ -53,7 +52,6 @@ def evaluate_saved(source: str, recipe: Recipe) -> dict:
     task = make_task(vars(recipe))
     model = _load_model(task, recipe.model, layout) if carried is None else carried
     layout.check_fits(model.state_dict())
-    classifies = isinstance(task, ClassificationTask)
     if isinstance(task, LabelledTask):
         task.align(model.config)
     device = PartialState().device
@@ -61,12 +59,13 @@ def evaluate_saved(source: str, recipe: Recipe) -> dict:
     part = output / ".report.part"
     remove(part)
     with explaining("evaluation", output, "what is scored is kept; go on with the same command"):
-        report = evaluate_generator(
-            (Scorer if classifies else Measurer)(task, model.to(device), layout, cache_dir=output / "scores"),
+        report = compare_generator(
+            make_scorer(task, model.to(device), layout, cache_dir=output / "scores"),
             parameter_matrix(snapshots, layout),
             read_networks(folder, layout) if pipeline is None else pipeline.to(device),
             part,
             num_models=recipe.num_models,
+            score_models=recipe.score_models,
             num_inference_steps=recipe.num_inference_steps,
             baseline_models=recipe.baseline_models,
             hyper_representations=recipe.hyper_representations,

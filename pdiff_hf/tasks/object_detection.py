@@ -53,7 +53,7 @@ class ObjectDetectionTask(ImageTask, MeasuredTask):
     model: str = "fasterrcnn_resnet50_fpn"
     dataset: str = "detection-datasets/coco"
 
-    metric = "AP in percent"
+    metric, unit = "AP", "%"
 
     def __post_init__(self) -> None:
         self._check_sizes()

@@ -59,7 +59,7 @@ class SemanticSegmentationTask(ImageTask, MeasuredTask):
     model: str = "fcn_resnet50"
     dataset: str = "nateraw/pascal-voc-2012"
 
-    metric = "mIoU in percent"
+    metric, unit = "mIoU", "%"
 
     def __post_init__(self) -> None:
         self._check_sizes()
@@ -128,7 +128,9 @@ class SemanticSegmentationTask(ImageTask, MeasuredTask):
             transform(tv_tensors.Image(image), tv_tensors.Mask(mask))
             for image, mask in zip(batch["pixel_values"], batch["masks"], strict=True)
         ]
-        images, masks = (torch.stack([item.as_subclass(torch.Tensor) for item in part]) for part in zip(*pairs))
+        images, masks = (
+            torch.stack([item.as_subclass(torch.Tensor) for item in part]) for part in zip(*pairs, strict=True)
+        )
         return {"pixel_values": images, "masks": masks}
 
     def loss(self, call: Callable, batch: Batch) -> torch.Tensor:

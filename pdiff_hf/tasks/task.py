@@ -99,11 +99,13 @@ class MeasuredTask(Task):
     similarity of wrong predictions then: reports say how good networks are and how near to the snapshots they lie.
 
     Attributes:
-        metric (`str`): Name of the number, with its unit if it has one.
+        metric (`str`): Name of the number.
+        unit (`str`): Of the number, such as `%`; empty if it has none.
         higher_is_better (`bool`): Whether the best network is the one with the largest number.
     """
 
     metric: str
+    unit: str = ""
     higher_is_better: bool = True
 
     @abstractmethod

@@ -25,7 +25,7 @@ import torch
 import yaml
 from accelerate import Accelerator
 
-from pdiff_hf.evaluation.report import format_table
+from pdiff_hf.evaluation.render import table
 from pdiff_hf.layout import ParameterLayout
 from pdiff_hf.models import DENOISER_PRESETS, autoencoder_architecture
 from pdiff_hf.run.recipe import Recipe
@@ -88,7 +88,7 @@ def main() -> None:
         f"{args.num_snapshots} snapshots, batch {BATCH_SIZE}, on {device.type} with {torch.get_num_threads()} threads\n"
     )
     header = ["parameters", "network", "form", "GFLOP a step", "s once", "s a step", "peak MB", "paper, MB on A100"]
-    print("\n".join(format_table(header, rows)))
+    print(table(header, rows))
     recipe = Recipe()
     for size in args.sizes:
         if (size, "denoiser", NAIVE) in step_seconds and (size, "autoencoder", NAIVE) in step_seconds:

@@ -9,7 +9,7 @@ from typing import Any
 
 from scipy.stats import t as student
 
-from pdiff_hf.evaluation.report import format_table
+from pdiff_hf.evaluation.render import table
 
 from .tables import Column, Experiment, Row
 
@@ -160,7 +160,7 @@ def write_table(
                 record |= {f"{column.title} {key}".strip(): number for key, number in numbers.items()}
     for record, (_, _, more) in zip(records, rows, strict=True):
         record |= more
-    paragraphs = [f"## {name}: {experiment.title}", "\n".join(format_table(header, lines)), *about]
+    paragraphs = [f"## {name}: {experiment.title}", table(header, lines), *about]
     if experiment.note:
         paragraphs.append(experiment.note)
     (folder / "table.md").write_text("\n\n".join(paragraphs) + "\n", encoding="utf-8")

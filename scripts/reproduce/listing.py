@@ -10,7 +10,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from pdiff_hf.evaluation.baselines import standard_baselines
-from pdiff_hf.evaluation.report import format_table
+from pdiff_hf.evaluation.render import table
 from pdiff_hf.run.recipe import Recipe
 from pdiff_hf.run.run import stage_settings
 from pdiff_hf.selection import select_parameters
@@ -36,7 +36,7 @@ def list_experiments(**arguments) -> str:
     if not at_paper:
         about = "Costs are estimates for one slow core, if nothing is finished yet."
     about += " What several experiments need is run once."
-    return "\n".join([*format_table(["name", "runs", "cost", "title"], rows), "", about])
+    return "\n".join([table(["name", "runs", "cost", "title"], rows), "", about])
 
 
 def list_runs(name: str, **arguments) -> str:
@@ -48,8 +48,8 @@ def list_runs(name: str, **arguments) -> str:
             price = f"{_cost([(row, recipes)])[1]:.0f} min"
         varies = ", ".join(f"{key}: {value}" for key, value in row.varies.items()) or "–"
         rows[row.run] = [row.run, price, varies]
-    table = format_table(["run", "cost", "varies"], list(rows.values()))
-    return "\n".join([f"{name}: {find_experiment(name).title}", "", *table])
+    text = table(["run", "cost", "varies"], list(rows.values()))
+    return f"{name}: {find_experiment(name).title}\n\n{text}"
 
 
 def _cost(plan: Plan) -> tuple[int, float]:
