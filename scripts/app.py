@@ -39,9 +39,10 @@ from pdiff_hf.evaluation.plots import GENERATED, ORIGINAL, OTHERS
 from pdiff_hf.evaluation.report import format_summary
 from pdiff_hf.evaluation.scoring import Scorer, Scores
 from pdiff_hf.run.recipe import Recipe
-from pdiff_hf.run.run import FOLDERS, make_task
+from pdiff_hf.run.task import make_task
 from pdiff_hf.snapshots import load_snapshots, parameter_matrix
 from pdiff_hf.tasks import ClassificationTask, take
+from pdiff_hf.utils import names
 
 MAX_MODELS = 500
 MAX_STEPS = 1000
@@ -113,7 +114,7 @@ def load_source(name: str) -> Source:
     if is_local and (folder / PDiffPipeline.config_name).is_file():
         pipeline, folder = folder, folder.resolve().parent
     else:
-        pipeline = folder / FOLDERS["denoiser"] if is_local else name
+        pipeline = folder / names.PIPELINE if is_local else name
     if is_local and not (Path(pipeline) / PDiffPipeline.config_name).is_file():
         raise ValueError(f"'{name}' holds neither a pipeline nor a run with a finished one")
     pipe = PDiffPipeline.from_pretrained(pipeline, use_safetensors=True)
@@ -146,7 +147,7 @@ def load_source(name: str) -> Source:
 
 
 def _load_report(where: Path | str) -> dict | None:
-    path = f"{FOLDERS['evaluate']}/report.json"
+    path = f"{names.EVALUATION}/{names.REPORT}"
     try:
         path = Path(where, path) if isinstance(where, Path) else hf_hub_download(where, path)
         return json.loads(Path(path).read_text(encoding="utf-8"))
@@ -157,13 +158,13 @@ def _load_report(where: Path | str) -> dict | None:
 def _load_task(source: Source, folder: Path) -> None:
     """The snapshots of a run, and what scores networks on its task."""
     recipe = Recipe(**yaml.safe_load((folder / "recipe.yaml").read_text(encoding="utf-8")))
-    snapshots, layout = load_snapshots(recipe.snapshots or folder / FOLDERS["collect"])
+    snapshots, layout = load_snapshots(recipe.snapshots or folder / names.SNAPSHOTS)
     if layout != source.pipe.autoencoder.layout:
         raise LayoutError("the snapshots beside the pipeline are of other tensors")
     task = make_task(recipe)
     if not isinstance(task, ClassificationTask):
         raise ValueError(f"networks for {recipe.task} are not classifiers; scripts/evaluate.py measures them")
-    model = source.pipe.base_model or task.load_saved(folder / FOLDERS["base"]).to(source.pipe.device)
+    model = source.pipe.base_model or task.load_saved(folder / names.BASE_MODEL).to(source.pipe.device)
     source.scorer = Scorer(task, model, layout, cache_dir=folder / "scores")
     source.snapshots = parameter_matrix(snapshots, layout)
 

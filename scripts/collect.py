@@ -16,7 +16,9 @@ import sys
 import torch
 
 from pdiff_hf.run.recipe import Recipe, RecipeParser
-from pdiff_hf.run.run import Run, make_task, start_processes
+from pdiff_hf.run.run import Run, start_processes
+from pdiff_hf.run.stages import collect_from_files
+from pdiff_hf.run.task import make_task
 from pdiff_hf.selection import select_layout
 from pdiff_hf.training.estimate import estimate_autoencoder, estimate_denoiser
 from pdiff_hf.training.loop import TrainingError
@@ -44,9 +46,9 @@ def main() -> None:
             return
         run = Run(dataclasses.replace(recipe, stages=["base"] if flags.paths else ["base", "collect"]))
         with run.lock():
-            run.carry_out()
+            run.execute()
             if flags.paths and state.is_main_process:
-                run.import_snapshots(flags.paths, align=flags.align)
+                collect_from_files(run, flags.paths, align=flags.align)
     except (ValueError, TrainingError, ResourceError) as error:  # everything that a user can put right
         sys.exit(f"error: {error}")
     if state.is_main_process:

@@ -37,7 +37,7 @@ def main() -> None:
         if recipe.push_to_hub and state.is_main_process:
             repo_id = resolve_repo_id(repo_id, recipe.hub_token)  # a wrong token must not be found out after hours
         with run.lock():
-            run.carry_out()
+            run.execute()
             if recipe.push_to_hub and state.is_main_process:
                 url = push_run_to_hub(
                     run.folder,

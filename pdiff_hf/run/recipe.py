@@ -26,7 +26,7 @@ TASKS = (
     "semantic_segmentation",
     "image_generation",
 )
-STAGES = ("base", "collect", "autoencoder", "denoiser", "evaluate")
+STAGES = ("base", "collect", "autoencoder", "denoiser", "vae", "evaluate")
 
 
 def _option(default, help: str):
@@ -51,13 +51,13 @@ class _RecipeLoader(yaml.SafeLoader):
 
 @dataclass
 class RunSection:
-    """Where the run lives, and how it is carried out."""
+    """Where the run lives, and how it is executed."""
 
     output_dir: str = _option("outputs/digits", "Folder that receives everything.")
-    stages: list[str] = _option(list(STAGES), f"Which stages to carry out, of {', '.join(STAGES)}.")
+    stages: list[str] = _option(list(STAGES), f"Which stages to execute, of {', '.join(STAGES)}.")
     seed: int = _option(0, "Seed of the whole run.")
     resume_from_checkpoint: str | None = _option(None, "`latest`: an unfinished stage goes on where it was.")
-    overwrite_output_dir: bool = _option(False, "Carry out stages again whose settings have changed.")
+    overwrite_output_dir: bool = _option(False, "Execute stages again whose settings have changed.")
     checkpointing_steps: int = _option(500, "Training stages save a checkpoint every so many steps.")
     checkpoints_total_limit: int = _option(2, "Keep no more than this many checkpoints of a stage.")
     mixed_precision: str = _option("no", "`no`, `fp16` or `bf16`.")
@@ -105,7 +105,7 @@ class TaskSection:
         "{}", "More arguments of a timm architecture or torchvision builder, or the config of a UNet2DModel, as JSON."
     )
     max_length: int = _option(128, "Texts are cut to so many tokens.")
-    holdout_fraction: float = _option(0.2, "Share of the training data for a validation (and test) split it lacks.")
+    validation_fraction: float = _option(0.2, "Share of the training data for a validation (and test) split it lacks.")
     max_train_samples: int | None = _option(None, "Use no more training examples than this.")
     max_eval_samples: int | None = _option(None, "Use no more validation and test examples than this.")
 
@@ -174,7 +174,7 @@ class AutoencoderSection:
         "coordinate", "Mean of every parameter (`coordinate`), or of every `tensor` as the paper has it."
     )
     latent_dim: int = _option(128, "L, the length of a latent.")
-    heldout_fraction: float = _option(0.1, "Share of the snapshots that generators never see, to measure R² on.")
+    heldout_snapshots: float = _option(0.1, "Share of the snapshots that generators never see, to measure R² on.")
     autoencoder_steps: int = _option(300, "Optimizer steps.")
     autoencoder_batch_size: int = _option(50, "Snapshots in a step.")
     autoencoder_learning_rate: float = _option(
@@ -194,7 +194,7 @@ class AutoencoderSection:
             _require("token_size", self.token_size, preset == "tokens", f"left out with autoencoder_preset={preset}")
         _require("autoencoder_preset", self.autoencoder_preset, self.autoencoder_preset in presets, f"of {presets}")
         _require("latent_dim", self.latent_dim, self.latent_dim >= 1, "at least 1")
-        _require("heldout_fraction", self.heldout_fraction, 0 <= self.heldout_fraction < 0.5, "between 0 and 0.5")
+        _require("heldout_snapshots", self.heldout_snapshots, 0 <= self.heldout_snapshots < 0.5, "between 0 and 0.5")
         _require("autoencoder_steps", self.autoencoder_steps, self.autoencoder_steps >= 1, "at least 1")
         _require("autoencoder_batch_size", self.autoencoder_batch_size, self.autoencoder_batch_size >= 1, "at least 1")
         _require(

@@ -15,10 +15,10 @@ from ..layout import LayoutError, ParameterLayout
 from ..pipelines import PDiffPipeline
 from ..snapshots import load_snapshots, parameter_matrix, read_networks
 from ..tasks import ClassificationTask, Task
-from ..utils.errors import explaining
+from ..utils.errors import resource_errors
 from ..utils.files import remove
 from .recipe import Recipe
-from .run import make_task
+from .task import make_task
 
 
 def evaluate_saved(source: str, recipe: Recipe) -> dict:
@@ -62,7 +62,7 @@ def evaluate_saved(source: str, recipe: Recipe) -> dict:
     output = Path(recipe.output_dir)
     part = output / ".report.part"
     remove(part)
-    with explaining("evaluation", output, "what is scored is kept; go on with the same command"):
+    with resource_errors("evaluation", output, "what is scored is kept; go on with the same command"):
         report = evaluate_generator(
             (Scorer if classifies else Measurer)(task, model.to(device), layout, cache_dir=output / "scores"),
             parameter_matrix(snapshots, layout),

@@ -47,7 +47,7 @@ class ResourceError(RuntimeError):
 
 
 @contextlib.contextmanager
-def explaining(what: str, folder: Path, go_on: str, save_memory: str = "Make memory free") -> Iterator[None]:
+def resource_errors(what: str, folder: Path, go_on: str, save_memory: str = "Make memory free") -> Iterator[None]:
     """
     Says in words, as a `ResourceError`, what libraries say in many ways when the machine has too little of something.
 

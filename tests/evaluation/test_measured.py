@@ -92,7 +92,7 @@ def run(tmp_path_factory) -> Run:
         baseline_models=2,
     )
     run = Run(recipe, task=Regression())
-    run.carry_out()
+    run.execute()
     return run
 
 
