@@ -515,10 +515,14 @@ def build_app(pipeline_id: str = "") -> gr.Blocks:
     return app
 
 
-if __name__ == "__main__":
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.strip().split("\n\n")[0])
     parser.add_argument("pipeline", nargs="?", default="", help="Folder of a run or of a pipeline, or a Hub id.")
     parser.add_argument("--port", type=int, help="By default the first free one from 7860.")
     args = parser.parse_args()
     transformers_logging.disable_progress_bar()
     build_app(args.pipeline).launch(server_port=args.port, **LAUNCH)
+
+
+if __name__ == "__main__":
+    main()

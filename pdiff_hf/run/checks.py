@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 from ..evaluation.baselines import standard_baselines
 from ..evaluation.scoring import Scorer
 from ..tasks import ClassificationTask, MeasuredTask
+from ..utils.files import check_writable
 from .folder import RunError, difference
 from .stages import STAGES
 
@@ -48,6 +49,7 @@ def check_run(run: "Run") -> None:
         raise RunError("push_to_hub needs a finished generator, which the chosen stages do not make")
     if r.hyper_representations and not isinstance(run.task, ClassificationTask):
         raise RunError("hyper_representations chooses networks by their accuracy, which only classifiers have")
+    check_writable(run.folder)
     if not r.overwrite_output_dir:
         _check_folder(run)
     if "evaluate" in r.stages and not run.is_finished("evaluate"):

@@ -34,6 +34,7 @@ class Stage:
         folder (`str`): What it leaves, inside the run's folder.
         needs (`tuple[str, ...]`): Stages whose results it reads.
         sections (`tuple[type, ...]`): Sections of a recipe that it depends on, beside those of the stages it needs.
+        about (`str`): What it does, for people, with keys of the recipe in braces.
         execute (`Callable`): `execute(run)` does the work, and returns what the record keeps beside the settings.
         is_wanted (`Callable`, *optional*): `is_wanted(recipe)` says whether a run has the stage at all.
     """
@@ -42,6 +43,7 @@ class Stage:
     folder: str
     needs: tuple[str, ...]
     sections: tuple[type, ...]
+    about: str
     execute: "Callable[[Run], None]"
     is_wanted: "Callable[[Recipe], bool]" = lambda recipe: True
 

@@ -1,7 +1,10 @@
 """A run: what it is made of, and its stages in order."""
 
 import contextlib
+import dataclasses
 import logging
+import os
+import time
 from collections.abc import Iterator
 from datetime import timedelta
 from functools import cached_property
@@ -20,6 +23,7 @@ from ..pipelines import PDiffPipeline
 from ..selection import select_layout
 from ..snapshots import load_snapshots, parameter_matrix
 from ..tasks import Task
+from ..tasks.task import Split
 from ..training.loop import LoopArguments
 from ..utils import names
 from ..utils.errors import resource_errors
@@ -30,11 +34,13 @@ from .folder import RunError, RunFolder
 from .recipe import SECTIONS, Recipe
 from .stages import STAGES, stage_settings, stages_before
 from .task import make_task
+from .terminal import duration
 
 logger = logging.getLogger(__name__)
 
 # So many snapshots are encoded at once.
 ENCODE_BATCH_SIZE = 64
+SPLITS: tuple[Split, ...] = ("train", "validation", "test")
 
 
 def start_processes() -> PartialState:
@@ -43,6 +49,22 @@ def start_processes() -> PartialState:
     snapshots alone, for which the others wait longer than they do by default.
     """
     return PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"), timeout=timedelta(weeks=4))
+
+
+def choose_precision(asked_for: str | None) -> str:
+    """
+    The precision of training: as asked for, or else what Accelerate's launcher and configuration say.
+
+    Raises:
+        RunError: if this machine cannot train in it.
+    """
+    precision = asked_for or os.environ.get("ACCELERATE_MIXED_PRECISION", "no").lower()
+    if precision not in ("no", "fp16", "bf16"):
+        raise RunError(f"the launcher is set to mixed_precision={precision}; use no, fp16 or bf16")
+    device = PartialState().device.type
+    if precision == "fp16" and device == "cpu":
+        raise RunError("mixed_precision=fp16 needs a GPU, and this run has a CPU; use bf16 or no")
+    return precision
 
 
 class Run:
@@ -60,15 +82,23 @@ class Run:
 
     def __init__(self, recipe: Recipe, task: Task | None = None):
         start_processes()
-        self.recipe = recipe
+        recipe = dataclasses.replace(recipe, mixed_precision=choose_precision(recipe.mixed_precision))
+        self.recipe = recipe if task is not None else recipe.with_dataset()
         self.folder = Path(recipe.output_dir)
         self.files = RunFolder(self.folder)
-        self.task = make_task(recipe) if task is None else task
+        self.task = make_task(self.recipe) if task is None else task
         check_run(self)
+
+    @cached_property
+    def _task_settings(self) -> dict[str, Any]:
+        """What tells the task and its data from others."""
+        task = type(self.task)
+        name = f"{Path(task.__module__).name}.{task.__qualname__}"  # the module of a file is named for its path
+        return {"task_class": name} | {f"{split} data": self.task.fingerprint(split) for split in SPLITS}
 
     def settings(self, stage: str) -> dict[str, Any]:
         """Everything that the outcome of a stage follows from."""
-        return stage_settings(self.recipe, stage)
+        return stage_settings(self.recipe, stage) | self._task_settings
 
     def is_finished(self, stage: str) -> bool:
         """Whether the stage has a result that belongs to the recipe."""
@@ -194,9 +224,10 @@ class Run:
                 self.recipe.save(path)
             for name in filter(self.is_finished, STAGES):
                 self.files.clean_up(STAGES[name])
-        for stage in STAGES.values():
-            if stage.name not in self.recipe.stages or not stage.is_wanted(self.recipe):
-                continue
+        wanted = [STAGES[name] for name in STAGES if name in self.recipe.stages and STAGES[name].is_wanted(self.recipe)]
+        seconds: dict[str, float] = {}
+        for number, stage in enumerate(wanted, start=1):
+            heading = f"[{number}/{len(wanted)}] {stage.name}"
             # A process that is ahead must not look for what another one is still writing.
             state.wait_for_everyone()
             needed = [name for name in stages_before(stage.name) if STAGES[name].is_wanted(self.recipe)]
@@ -208,10 +239,17 @@ class Run:
                     f"stage {stage.name} needs {', '.join(missing)} first, which '{self.folder}' does not have"
                 )
             if finished:
-                logger.info("%s: finished before, reused", stage.name)
+                logger.info("%s: finished before, reused", heading)
                 continue
+            logger.info("%s: %s", heading, stage.about.format(**vars(self.recipe)))
+            start = time.perf_counter()
             with self.resource_errors(f"stage {stage.name}"):
                 stage.execute(self)
+            seconds[stage.name] = time.perf_counter() - start
+            logger.info("%s: done in %s", heading, duration(seconds[stage.name]))
+        if len(seconds) > 1:
+            parts = ", ".join(f"{name} {duration(value)}" for name, value in seconds.items())
+            logger.info("all stages: %s (%s)", duration(sum(seconds.values())), parts)
 
     def resource_errors(self, what: str) -> contextlib.AbstractContextManager[None]:
         """Says how to go on where disk or memory run out."""

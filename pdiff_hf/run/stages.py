@@ -299,12 +299,55 @@ def _has_vae(recipe: Recipe) -> bool:
 STAGES = {
     stage.name: stage
     for stage in (
-        Stage("base", names.BASE_MODEL, (), (TaskSection, BaseSection), train_base),
-        Stage("collect", names.SNAPSHOTS, ("base",), (CollectSection,), collect),
-        Stage("autoencoder", names.AUTOENCODER, ("collect",), (AutoencoderSection,), fit_autoencoder),
-        Stage("denoiser", names.PIPELINE, ("autoencoder",), (DenoiserSection,), fit_denoiser),
-        Stage("vae", names.VAE, ("collect",), (AutoencoderSection,), fit_vae, _has_vae),
-        Stage("evaluate", names.EVALUATION, ("denoiser", "vae"), (EvaluateSection,), evaluate),
+        Stage(
+            "base",
+            names.BASE_MODEL,
+            (),
+            (TaskSection, BaseSection),
+            "the base model, {base_epochs} epochs of training",
+            train_base,
+        ),
+        Stage(
+            "collect",
+            names.SNAPSHOTS,
+            ("base",),
+            (CollectSection,),
+            "{num_snapshots} snapshots",
+            collect,
+        ),
+        Stage(
+            "autoencoder",
+            names.AUTOENCODER,
+            ("collect",),
+            (AutoencoderSection,),
+            "{autoencoder_steps} steps, to latents of {latent_dim}",
+            fit_autoencoder,
+        ),
+        Stage(
+            "denoiser",
+            names.PIPELINE,
+            ("autoencoder",),
+            (DenoiserSection,),
+            "{denoiser_steps} steps, on the latents",
+            fit_denoiser,
+        ),
+        Stage(
+            "vae",
+            names.VAE,
+            ("collect",),
+            (AutoencoderSection,),
+            "{autoencoder_steps} steps, for a baseline",
+            fit_vae,
+            _has_vae,
+        ),
+        Stage(
+            "evaluate",
+            names.EVALUATION,
+            ("denoiser", "vae"),
+            (EvaluateSection,),
+            "{num_models} generated networks, and {baseline_models} of each baseline",
+            evaluate,
+        ),
     )
 }
 
