@@ -132,7 +132,7 @@ class CollectSection:
 class AutoencoderSection:
     """Training of the autoencoder (paper, Table 5c)."""
 
-    autoencoder_preset: str = _option("tokens", "See ParameterAutoencoder.", choices=("tokens", "pca", "paper"))
+    autoencoder_preset: str = _option("tokens", "See ParameterAutoencoder.", choices=("tokens", "paper", "pca"))
     token_size: int | None = _option(
         None, "Parameters in a token, for the preset `tokens`; by default the next power of two from 2 √D.", min=1
     )
@@ -160,7 +160,7 @@ class AutoencoderSection:
 class DenoiserSection:
     """Training of the denoiser (paper, Table 5d)."""
 
-    denoiser_preset: str = _option("small", "Widths.", choices=("small", "paper"))
+    denoiser_preset: str = _option("small", "Widths.", choices=("paper", "small", "mlp"))
     denoiser_steps: int = _option(1000, "Optimizer steps.", min=1)
     denoiser_batch_size: int = _option(50, "Latents in a step.", min=1)
     denoiser_learning_rate: float = _option(
