@@ -39,9 +39,10 @@ from pdiff_hf.evaluation.render import format_summary
 from pdiff_hf.evaluation.scores import ClassifierScores
 from pdiff_hf.evaluation.scoring import Scorer, make_scorer
 from pdiff_hf.run.recipe import Recipe
-from pdiff_hf.run.run import FOLDERS
+from pdiff_hf.run.task import make_task
 from pdiff_hf.snapshots import load_snapshots, parameter_matrix
-from pdiff_hf.tasks import ClassificationTask, make_task, take
+from pdiff_hf.tasks import ClassificationTask, take
+from pdiff_hf.utils import names
 from pdiff_hf.utils.reports import load_report
 
 MAX_MODELS = 500
@@ -114,7 +115,7 @@ def load_source(name: str) -> Source:
     if is_local and (folder / PDiffPipeline.config_name).is_file():
         pipeline, folder = folder, folder.resolve().parent
     else:
-        pipeline = folder / FOLDERS["denoiser"] if is_local else name
+        pipeline = folder / names.PIPELINE if is_local else name
     if is_local and not (Path(pipeline) / PDiffPipeline.config_name).is_file():
         raise ValueError(f"'{name}' holds neither a pipeline nor a run with a finished one")
     pipe = PDiffPipeline.from_pretrained(pipeline, use_safetensors=True)
@@ -141,7 +142,7 @@ def load_source(name: str) -> Source:
 
 
 def _load_report(where: Path | str) -> dict | None:
-    path = f"{FOLDERS['evaluate']}/report.json"
+    path = f"{names.EVALUATION}/{names.REPORT}"
     try:
         path = Path(where, path) if isinstance(where, Path) else hf_hub_download(where, path)
         return load_report(path)
@@ -152,14 +153,14 @@ def _load_report(where: Path | str) -> dict | None:
 def _load_task(source: Source, folder: Path) -> None:
     """The snapshots of a run, and what scores networks on its task."""
     recipe = Recipe(**yaml.safe_load((folder / "recipe.yaml").read_text(encoding="utf-8")))
-    snapshots, layout = load_snapshots(recipe.snapshots or folder / FOLDERS["collect"])
+    snapshots, layout = load_snapshots(recipe.snapshots or folder / names.SNAPSHOTS)
     if layout != source.pipe.autoencoder.layout:
         raise LayoutError("the snapshots beside the pipeline are of other tensors")
-    task = make_task(vars(recipe))
+    task = make_task(recipe)
     if not isinstance(task, ClassificationTask):
         raise ValueError(f"networks for {recipe.task} are not classifiers; scripts/evaluate.py measures them")
-    model = source.pipe.base_model or task.load_saved(folder / FOLDERS["base"]).to(source.pipe.device)
-    source.scorer = make_scorer(task, model, layout, cache_dir=folder / "scores")
+    model = source.pipe.base_model or task.load_saved(folder / names.BASE_MODEL).to(source.pipe.device)
+    source.scorer = make_scorer(task, model, layout, cache_dir=folder / names.SCORES)
     source.snapshots = parameter_matrix(snapshots, layout)
 
 
@@ -511,10 +512,14 @@ def build_app(pipeline_id: str = "") -> gr.Blocks:
     return app
 
 
-if __name__ == "__main__":
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.strip().split("\n\n")[0])
     parser.add_argument("pipeline", nargs="?", default="", help="Folder of a run or of a pipeline, or a Hub id.")
     parser.add_argument("--port", type=int, help="By default the first free one from 7860.")
     args = parser.parse_args()
     transformers_logging.disable_progress_bar()
     build_app(args.pipeline).launch(server_port=args.port, **LAUNCH)
+
+
+if __name__ == "__main__":
+    main()

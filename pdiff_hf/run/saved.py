@@ -13,11 +13,12 @@ from ..evaluation.scoring import make_scorer
 from ..layout import LayoutError, ParameterLayout
 from ..pipelines import PDiffPipeline
 from ..snapshots import load_snapshots, parameter_matrix, read_networks
-from ..tasks import Task, make_task
+from ..tasks import Task
 from ..tasks.labels import LabelledTask
-from ..utils.errors import explaining
+from ..utils.errors import resource_errors
 from ..utils.files import remove
 from .recipe import Recipe
+from .task import make_task
 
 
 def evaluate_saved(source: str, recipe: Recipe) -> dict:
@@ -58,7 +59,7 @@ def evaluate_saved(source: str, recipe: Recipe) -> dict:
     output = Path(recipe.output_dir)
     part = output / ".report.part"
     remove(part)
-    with explaining("evaluation", output, "what is scored is kept; go on with the same command"):
+    with resource_errors("evaluation", output, "what is scored is kept; go on with the same command"):
         report = compare_generator(
             make_scorer(task, model.to(device), layout, cache_dir=output / "scores"),
             parameter_matrix(snapshots, layout),

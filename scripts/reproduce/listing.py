@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from pdiff_hf.evaluation.baselines import standard_baselines
 from pdiff_hf.evaluation.render import table
 from pdiff_hf.run.recipe import Recipe
-from pdiff_hf.run.run import stage_settings
+from pdiff_hf.run.stages import stage_settings
 from pdiff_hf.selection import select_parameters
 
 from .plan import SMALL_DATASET, Plan, expand

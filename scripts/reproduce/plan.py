@@ -13,7 +13,8 @@ from typing import Any
 import yaml
 
 from pdiff_hf.run.recipe import Recipe
-from pdiff_hf.run.run import FOLDERS, stage_settings
+from pdiff_hf.run.stages import stage_settings
+from pdiff_hf.utils import names
 
 from .tables import ARCHITECTURES, DATASETS, SCALE_SETTINGS, ExperimentError, Row, find_experiment
 
@@ -124,7 +125,7 @@ def _row_settings(row: Row, scale: str, dataset: str | None, output_dir: str | o
     settings |= {**architecture.small, "dataset": architecture.small_dataset.format(dataset)}
     classifier = features_recipe(row.architecture, output_dir, dataset)
     if classifier is not None:
-        settings["fid_features"] = str(Path(classifier.output_dir, FOLDERS["base"]))
+        settings["fid_features"] = str(Path(classifier.output_dir, names.BASE_MODEL))
     return settings
 
 

@@ -21,15 +21,17 @@ from filelock import FileLock, Timeout
 
 from pdiff_hf.evaluation.scoring import Scorer
 from pdiff_hf.run.recipe import Recipe, TaskSection
-from pdiff_hf.run.run import FOLDERS, Run, stage_settings
-from pdiff_hf.tasks import Task, make_task
+from pdiff_hf.run.run import Run
+from pdiff_hf.run.task import make_task
+from pdiff_hf.tasks import Task
+from pdiff_hf.utils import names
 from pdiff_hf.utils.files import write_json
 from pdiff_hf.utils.seeds import derive_seed
 
 from .cells import make_cell, write_table
 from .figures import FIGURES
 from .plan import SMALL_DATASET, Plan, expand, features_recipe
-from .sharing import has_finished, share_stages
+from .sharing import share_stages
 from .tables import ARCHITECTURES, DATASETS, ExperimentError, Row, find_experiment
 
 logger = logging.getLogger(__name__)
@@ -87,9 +89,10 @@ def _run_rows(name: str, plan: Plan, folder: Path) -> None:
     on_all = any(column.statistic == "best_on_all" for column in find_experiment(name).columns)
     for number, (path, recipe) in enumerate(runs.items(), start=1):
         logger.info("%s: run %d of %d, %s", name, number, len(runs), Path(path).name)
-        if not has_finished(Path(path), "evaluate", stage_settings(recipe, "evaluate")):
-            share_stages(recipe)
-            _execute(Run(recipe, task=_load_task(recipe)))
+        run = Run(recipe, task=_load_task(recipe))
+        if not run.is_finished("evaluate"):
+            share_stages(run)
+            _execute(run)
         if on_all and recipe.max_eval_samples is not None and not Path(path, SELECTED).is_file():
             write_json(Path(path, SELECTED), score_selected(recipe))
         reports_of = [read_reports(recipes) for _, recipes in plan]
@@ -99,7 +102,7 @@ def _run_rows(name: str, plan: Plan, folder: Path) -> None:
 
 def _execute(run: Run) -> None:
     with run.lock():
-        run.carry_out()
+        run.execute()
 
 
 def _load_task(recipe: Recipe) -> Task:
@@ -143,7 +146,7 @@ def read_reports(recipes: Sequence[Recipe]) -> list[dict]:
     """The reports of the runs that are finished, each with `selected`, what `score_selected` gave."""
     reports = []
     for recipe in recipes:
-        path, selected = Path(recipe.output_dir, FOLDERS["evaluate"], "report.json"), Path(recipe.output_dir, SELECTED)
+        path, selected = Path(recipe.output_dir, names.EVALUATION, names.REPORT), Path(recipe.output_dir, SELECTED)
         if path.is_file():
             more = {"selected": json.loads(selected.read_text())} if selected.is_file() else {}
             reports.append(json.loads(path.read_text()) | more)

@@ -63,7 +63,7 @@ def test_every_key_is_explained_with_its_default(capsys):
         (["--model_args", "{"], "model_args must be JSON"),
         (["--resume_from_checkpoint", "newest"], "must be 'latest', got 'newest'"),
         (["--ema_decay", "1"], "ema_decay must be between 0 and 1, got 1.0"),
-        (["--heldout_fraction", "0.9"], "heldout_fraction must be between 0 and 0.5"),
+        (["--heldout_snapshots", "0.9"], "heldout_snapshots must be between 0 and 0.5"),
         (["--collect_optimizer", "lion"], "collect_optimizer must be of"),
         (
             ["--token_size", "64", "--autoencoder_preset", "pca"],

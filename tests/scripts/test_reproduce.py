@@ -7,7 +7,6 @@ import json
 import logging
 import os
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -25,17 +24,17 @@ from reproduce.cells import compare, summarise
 from reproduce.listing import list_experiments, list_runs
 from reproduce.plan import RECIPES, SCALES, SMALL_DATASET, expand
 from reproduce.runner import reproduce
-from reproduce.sharing import share_stages
 from reproduce.tables import ARCHITECTURES, DATASETS, EXPERIMENTS, ExperimentError
 from support.recipes import TINY_ROW as TINY
 
 from pdiff_hf.layout import ParameterLayout
 from pdiff_hf.networks.batched import BatchedModels
-from pdiff_hf.run.recipe import Recipe, RecipeParser
-from pdiff_hf.run.run import Run, make_task, stage_settings
+from pdiff_hf.run.recipe import RecipeParser
+from pdiff_hf.run.run import Run
+from pdiff_hf.run.stages import stage_settings
+from pdiff_hf.run.task import make_task
 from pdiff_hf.selection import select_parameters
 from pdiff_hf.tasks.task import accuracy
-from pdiff_hf.utils.files import replacing, write_json
 
 ROOT = Path(__file__).parents[2]
 NAMES = list(EXPERIMENTS)
@@ -184,38 +183,6 @@ def test_where_lower_is_better_a_lower_score_is():
     groups = [{"name": "original", "score_mean": 3.0}, {"name": "generated", "score_mean": 2.0}]
     groups = [group | {"score_std": 0.0, "n": 2} for group in groups]
     assert compare("average", [{"groups": groups, "metric": metric}] * 2, "generated", "original")[1][""] == "better"
-
-
-def test_stages_are_linked_and_links_to_what_is_gone_are_not_kept(tmp_path):
-    first = Recipe(output_dir=str(tmp_path / "here" / "runs" / "a"), latent_noise=0.0)
-    second = Recipe(output_dir=str(tmp_path / "here" / "runs" / "b"), latent_noise=1.0)
-    folder, other = Path(first.output_dir), Path(second.output_dir)
-    for stage, name in (("base", "base_model"), ("autoencoder", "autoencoder")):
-        (folder / name).mkdir(parents=True)
-        (folder / name / "weights").write_text(name)
-        write_json(folder / "stages" / f"{stage}.json", {"settings": stage_settings(first, stage), "results": {}})
-    (other / "base_model").mkdir(parents=True)  # what a kill has left
-    share_stages(second)
-    assert (other / "base_model").is_symlink() and (other / "base_model" / "weights").read_text() == "base_model"
-    assert json.loads((other / "stages" / "base.json").read_text())["settings"] == stage_settings(second, "base")
-    assert not (other / "autoencoder").exists()  # its settings differ
-    assert (other / "scores").resolve() == tmp_path / "here" / "scores"
-
-    (tmp_path / "here").rename(tmp_path / "there")  # links are relative
-    moved = tmp_path / "there" / "runs"
-    assert (moved / "b" / "base_model" / "weights").is_file()
-    with replacing(moved / "b" / "base_model") as new:
-        new.mkdir()
-        (new / "weights").write_text("new")
-    assert not (moved / "b" / "base_model").is_symlink()
-    assert (moved / "a" / "base_model" / "weights").read_text() == "base_model"  # what another run has stays as it is
-
-    (moved / "b" / "stages" / "base.json").unlink()
-    share_stages(Recipe(output_dir=str(moved / "b"), latent_noise=1.0))
-    assert (moved / "b" / "base_model").is_symlink()
-    shutil.rmtree(moved / "a")
-    share_stages(Recipe(output_dir=str(moved / "b"), latent_noise=1.0))
-    assert not (moved / "b" / "base_model").is_symlink()
 
 
 def test_a_table_that_was_killed_goes_on_and_its_rows_share_their_stages(tmp_path, caplog):

@@ -31,8 +31,9 @@ from transformers import (
 
 from pdiff_hf import PDiffPipeline
 from pdiff_hf.layout import LayoutError, ParameterLayout
+from pdiff_hf.run.folder import RunError
 from pdiff_hf.run.recipe import Recipe
-from pdiff_hf.run.run import Run, RunError
+from pdiff_hf.run.run import Run
 from pdiff_hf.selection import select_layout
 from pdiff_hf.snapshots import (
     CollectArguments,
@@ -560,7 +561,7 @@ def test_a_task_of_ones_own(tmp_path):
     recipe = dataclasses.replace(recipe, select=["all"], collect_batch_size=16, collect_learning_rate=0.01)
     run = Run(recipe, task=Blobs())
     with run.lock():
-        run.carry_out()
+        run.execute()
     assert run.layout.num_parameters == sum(p.numel() for p in Net().parameters())
     report = json.loads((tmp_path / "out" / "evaluation" / "report.json").read_text())
     assert report["num_parameters"] == run.layout.num_parameters

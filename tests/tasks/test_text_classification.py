@@ -108,7 +108,7 @@ def test_the_whole_job(folder, tmp_path, select):
         baseline_models=0,
         num_inference_steps=5,
     )
-    Run(recipe).carry_out()
+    Run(recipe).execute()
     report = json.loads((tmp_path / "evaluation" / "report.json").read_text())
     groups = {group["name"]: group for group in report["groups"]}
     assert groups["original"]["accuracy_mean"] > 85  # the words decide, and half of the labels would be chance
