@@ -299,7 +299,8 @@ def render_markdown(report: Mapping[str, Any]) -> str:
 
 
 def passes(number: int) -> str:
-    return f"{number / 1e6:.2f}M" if number >= 1e5 else f"{number / 1e3:.1f}k" if number else "0"
+    """A number of passes over images, short."""
+    return f"{number / 1e6:.2f}M" if number >= 1e5 else f"{number / 1e3:.1f}k" if number >= 1e3 else str(number)
 
 
 def plot_field(
