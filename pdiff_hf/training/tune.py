@@ -124,12 +124,21 @@ def fresh_tasks(
     return draw
 
 
-def seen_tasks(family: Family, args: TuneArguments, table: torch.Tensor, device: torch.device) -> TaskBatches:
-    """The tasks of `table`, shape `(T, width)`, over and over."""
+def seen_tasks(
+    family: Family, args: TuneArguments, table: torch.Tensor, device: torch.device, condition_noise: float = 0.0
+) -> TaskBatches:
+    """
+    The tasks of `table`, shape `(T, width)`, over and over. With `condition_noise` the conditions that come with their
+    examples are moved at random by so many standard deviations, which keeps the answers smooth between seen tasks.
+    """
 
     def draw(indices: torch.Tensor, generator: torch.Generator) -> tuple[torch.Tensor, Batch]:
         rows = table[indices].to(device)
-        return rows, _examples(family, rows, args, generator)
+        batch = _examples(family, rows, args, generator)
+        if condition_noise:
+            noise = torch.randn(rows.shape, generator=generator, device=device)
+            rows = family.fields.perturb(rows, condition_noise * noise)
+        return rows, batch
 
     return draw
 
