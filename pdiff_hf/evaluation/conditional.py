@@ -1,5 +1,6 @@
 """The audit of a conditional generator: are its networks for unseen tasks better than those of simpler answers?"""
 
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -7,6 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+from matplotlib.figure import Figure
 
 from ..networks.stacked import StackedNetworks
 from ..tasks.families import Family
@@ -127,6 +129,15 @@ class ConditionalAudit:
         accuracies, losses = zip(*scores, strict=True)
         return torch.stack(accuracies).mean(0), torch.stack(losses).mean(0)
 
+    def score_module(
+        self, table: torch.Tensor, module: torch.nn.Module, split: Split, num_examples: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Accuracy and loss of the answers `module(table, batch, generator)`, always with the same noise."""
+        noise = torch.Generator().manual_seed(0)
+        return score_tasks(
+            self.family, lambda rows, batch: module(table[rows], batch, noise), table, split, num_examples
+        )
+
     def add(
         self,
         name: str,
@@ -149,17 +160,7 @@ class ConditionalAudit:
     def add_module(self, name: str, kind: str, module: torch.nn.Module, cost: Cost, note: str = "") -> None:
         """Adds a method that answers by itself: `module(table, batch, generator)` gives logits."""
 
-        def score(_, table: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-            generator = torch.Generator().manual_seed(0)
-            return score_tasks(
-                self.family,
-                lambda rows, batch: module(table[rows], batch, generator),
-                table,
-                "test",
-                self.num_examples,
-            )
-
-        self._add(name, kind, score, cost, note)
+        self._add(name, kind, lambda _, table: self.score_module(table, module, "test", self.num_examples), cost, note)
 
     def _add(self, name: str, kind: str, score: Callable, cost: Cost, note: str) -> None:
         if kind not in KINDS:
@@ -298,16 +299,18 @@ def render_markdown(report: Mapping[str, Any]) -> str:
 
 
 def passes(number: int) -> str:
-    return f"{number / 1e6:.2f}M" if number >= 1e5 else f"{number / 1e3:.1f}k" if number else "0"
+    """A number of passes over images, short."""
+    return f"{number / 1e6:.2f}M" if number >= 1e5 else f"{number / 1e3:.1f}k" if number >= 1e3 else str(number)
 
 
-def plot_field(report: Mapping[str, Any], field: str, set_name: str, names: Sequence[str], path) -> None:
+def plot_field(
+    report: Mapping[str, Any], field: str, set_name: str, names: Sequence[str], path: str | os.PathLike
+) -> None:
     """Writes a figure of the accuracy of some methods against the values that a field has in a set of tasks."""
-    import matplotlib.pyplot as plt
-
     values = [condition[field] for condition in report["conditions"][set_name]]
     order = np.argsort(values)
-    figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.add_subplot()
     for name in names:
         accuracy = np.asarray(report["rows"][name]["sets"][set_name]["accuracy"])
         axes.plot(np.asarray(values)[order], accuracy[order], marker="o", markersize=3, label=name)
@@ -316,4 +319,3 @@ def plot_field(report: Mapping[str, Any], field: str, set_name: str, names: Sequ
     axes.legend(loc="best", fontsize="small")
     axes.grid(alpha=0.3)
     figure.savefig(path, dpi=150)
-    plt.close(figure)

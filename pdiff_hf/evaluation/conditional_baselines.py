@@ -117,7 +117,7 @@ class GenericNetwork(nn.Module):
     ):
         super().__init__()
         self.values = nn.Parameter(start.clone())
-        self.fields, self._frozen = fields, (networks, predict)
+        self.fields, self.networks, self.predict = fields, networks, predict
         if fields is not None:
             # A linear layer sees the sum as it would see image and condition side by side.
             self.image = nn.Linear(fields.num_features, math.prod(image_shape))
@@ -128,8 +128,7 @@ class GenericNetwork(nn.Module):
         if self.fields is not None:
             values = batch["pixel_values"]  # (T, B, C, H, W)
             batch = {**batch, "pixel_values": values + self.image(self.fields.features(table)).view_as(values[:, :1])}
-        networks, predict = self._frozen
-        return networks(predict, self.values.expand(len(table), -1), batch)
+        return self.networks(self.predict, self.values.expand(len(table), -1), batch)
 
 
 class BasisNetworks(nn.Module):
@@ -146,12 +145,11 @@ class BasisNetworks(nn.Module):
         with torch.no_grad():  # they must differ for their weights to have gradients
             self.basis += 0.3 * start.std() * torch.randn(self.basis.shape)
         self.coefficients = nn.Sequential(nn.Linear(fields.num_features, 128), nn.ReLU(), nn.Linear(128, num_basis))
-        self.fields, self._frozen = fields, (networks, predict)
+        self.fields, self.networks, self.predict = fields, networks, predict
 
     def sample_parameters(self, table: torch.Tensor, *_) -> torch.Tensor:
         """Parameters for T conditions, shape `(T, D)`."""
         return self.coefficients(self.fields.features(table)).softmax(1) @ self.basis
 
     def forward(self, table: torch.Tensor, batch: Batch, generator: torch.Generator) -> torch.Tensor:
-        networks, predict = self._frozen
-        return networks(predict, self.sample_parameters(table), batch)
+        return self.networks(self.predict, self.sample_parameters(table), batch)

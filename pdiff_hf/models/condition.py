@@ -46,6 +46,10 @@ class Field:
         """`(N, width)` to `(N, num_features)`, of about unit size."""
         raise NotImplementedError
 
+    def perturb(self, columns: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+        """Values near those of `(N, width)`, moved by `noise` of that shape, in units of the field's spread."""
+        return columns + noise
+
 
 @dataclass(frozen=True)
 class ScalarField(Field):
@@ -68,6 +72,9 @@ class ScalarField(Field):
             raise ValueError("it is out of range")
         return [number]
 
+    def perturb(self, columns: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+        return (columns + noise * (self.high - self.low) / math.sqrt(12)).clamp(self.low, self.high)
+
     def features(self, columns: torch.Tensor) -> torch.Tensor:
         # Standardised, if values are spread evenly over the range.
         return (columns - (self.low + self.high) / 2) * (math.sqrt(12) / (self.high - self.low))
@@ -87,6 +94,9 @@ class AngleField(Field):
 
     def __str__(self) -> str:
         return f"an angle with period {self.period:g}"
+
+    def perturb(self, columns: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+        return columns + noise * self.period / math.sqrt(12)
 
     def features(self, columns: torch.Tensor) -> torch.Tensor:
         radians = columns * (2 * math.pi / self.period)
@@ -117,6 +127,9 @@ class CategoryField(Field):
 
     def format(self, columns: list[float]) -> str:
         return self.values[int(columns[0])]
+
+    def perturb(self, columns: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+        return columns  # there is nothing near to a word
 
     def features(self, columns: torch.Tensor) -> torch.Tensor:
         return math.sqrt(len(self.values)) * F.one_hot(columns[:, 0].long(), len(self.values)).to(columns.dtype)
@@ -256,6 +269,11 @@ class Fields(Mapping[str, Field]):
     def features(self, table: torch.Tensor) -> torch.Tensor:
         """What a regression can use, for a table without unknown fields: shape `(N, num_features)`."""
         return torch.cat([field.features(table[:, self.columns[name]]) for name, field in self.items()], dim=1)
+
+    def perturb(self, table: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+        """Conditions near those of a table, moved by `noise` of its shape, in units of each field's spread."""
+        parts = [self[name].perturb(table[:, part], noise[:, part]) for name, part in self.columns.items()]
+        return torch.cat(parts, dim=1)
 
     def feature_fields(self) -> torch.Tensor:
         """The index of the field that each feature belongs to, shape `(num_features,)`."""

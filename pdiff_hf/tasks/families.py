@@ -264,25 +264,32 @@ class TransformedFamily(ImageFamily):
             grid = F.affine_grid(maps.view(-1, 2, 3), (num_tasks, 1, height, width), align_corners=False)
             flat = F.grid_sample(flat, grid, align_corners=False)
         if "blur" in columns:
-            rows, cols = (blur_matrix(columns["blur"], size).unsqueeze(1) for size in (height, width))
-            flat = rows @ flat @ cols.mT
-        images = flat.view_as(images)
+            # One product a task and direction: all images of a task are blurred alike.
+            flat = flat.reshape(num_tasks, -1, width) @ blur_matrix(columns["blur"], width).mT  # (T, B C H, W)
+            flat = flat.view(num_tasks, -1, height, width).transpose(1, 2).reshape(num_tasks, height, -1)
+            flat = blur_matrix(columns["blur"], height) @ flat  # (T, H, B C W)
+            flat = flat.view(num_tasks, height, -1, width).transpose(1, 2)
+        images = flat.reshape(images.shape)
+        factor = torch.ones(num_tasks, 1, 1, height, width, device=table.device)
+        offset = torch.zeros_like(factor)
         if "invert" in columns:
-            values = self.fields["invert"].values
-            inverted = torch.tensor([value == "yes" for value in values], device=table.device)[columns["invert"].long()]
-            images = torch.where(inverted.view(-1, 1, 1, 1, 1), 1 - images, images)
+            inverted = torch.tensor([value == "yes" for value in self.fields["invert"].values], device=table.device)
+            inverted = inverted[columns["invert"].long()].view(-1, 1, 1, 1, 1).float()
+            factor, offset = factor - 2 * inverted, offset + inverted
         if "occlude" in columns:
             y = ((torch.arange(height, device=table.device) + 0.5) / height).view(-1, 1).expand(height, width)
             x = ((torch.arange(width, device=table.device) + 0.5) / width).expand(height, width)
-            hidden = {
-                "none": y < 0,
-                "left": x < OCCLUDED,
-                "right": x > 1 - OCCLUDED,
-                "top": y < OCCLUDED,
-                "bottom": y > 1 - OCCLUDED,
+            visible = {
+                "none": y > 0,
+                "left": x > OCCLUDED,
+                "right": x < 1 - OCCLUDED,
+                "top": y > OCCLUDED,
+                "bottom": y < 1 - OCCLUDED,
             }
-            masks = torch.stack([hidden[value] for value in self.fields["occlude"].values])
-            images = images * ~masks[columns["occlude"].long()].view(num_tasks, 1, 1, height, width)
+            masks = torch.stack([visible[value] for value in self.fields["occlude"].values])
+            mask = masks[columns["occlude"].long()].view(num_tasks, 1, 1, height, width)
+            factor, offset = factor * mask, offset * mask
+        images = torch.addcmul(offset, images, factor)  # in one pass: this is most of what a small network costs
         return images, labels
 
 

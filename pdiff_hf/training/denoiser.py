@@ -108,17 +108,12 @@ def train_denoiser(
 
     def loss_function(model, indices, generator):
         clean = latents[indices.to(latents.device)]  # (B, L)
-        noise = torch.randn(clean.shape, generator=generator, device=clean.device)
-        timesteps = torch.randint(
-            scheduler.config.num_train_timesteps, (len(clean),), generator=generator, device=clean.device
-        )
-        noisy, conditions, dropped = scheduler.add_noise(clean, noise, timesteps), None, None
+        rows, dropped = None, None
         if encoder is not None:
             draws = torch.rand(2, len(clean), generator=generator, device=clean.device)
-            conditions = encoder.complete(table[indices].to(clean.device), draws[0])
+            rows = encoder.complete(table[indices].to(clean.device), draws[0])
             dropped = draws[1] < condition_dropout if condition_dropout > 0 else None
-        prediction = model(noisy, timesteps, conditions, dropped)
-        return F.mse_loss(prediction, training_target(scheduler, clean, noise, timesteps))
+        return denoising_loss(model, scheduler, clean, generator, rows, dropped)
 
     losses = train(
         accelerator,
@@ -137,10 +132,20 @@ def train_denoiser(
     return denoiser.to("cpu").eval(), losses
 
 
-def training_target(
-    scheduler: DDPMScheduler, clean: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor
+def denoising_loss(
+    model: nn.Module,
+    scheduler: DDPMScheduler,
+    clean: torch.Tensor,
+    generator: torch.Generator,
+    table: torch.Tensor | None = None,
+    dropped: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """What the denoiser should predict, shape `(N, L)`."""
-    if scheduler.config.prediction_type == "v_prediction":
-        return scheduler.get_velocity(clean, noise, timesteps)
-    return noise if scheduler.config.prediction_type == "epsilon" else clean
+    """The loss of a [`LatentGenerator`] on latents `(N, L)` with random noise at random timesteps, a scalar."""
+    noise = torch.randn(clean.shape, generator=generator, device=clean.device)
+    timesteps = torch.randint(
+        scheduler.config.num_train_timesteps, (len(clean),), generator=generator, device=clean.device
+    )
+    target = {"epsilon": noise, "sample": clean}.get(scheduler.config.prediction_type)
+    if target is None:
+        target = scheduler.get_velocity(clean, noise, timesteps)
+    return F.mse_loss(model(scheduler.add_noise(clean, noise, timesteps), timesteps, table, dropped), target)

@@ -220,7 +220,9 @@ def _checkpoints(checkpoint_dir: Path) -> list[Path]:
 
 def largest(tensors: Iterable[torch.Tensor]) -> torch.Tensor:
     """The largest magnitude in some tensors, a scalar on their device; NaN if there is one in them."""
-    return torch.nn.utils.get_total_norm([tensor.detach() for tensor in tensors], norm_type=math.inf)
+    # Several times faster than a norm on a CPU, and NaN stays NaN.
+    extremes = [torch.stack(tensor.detach().aminmax()).float() for tensor in tensors if tensor.numel()]
+    return torch.stack(extremes).abs().amax() if extremes else torch.tensor(0.0)
 
 
 def _check_finite(

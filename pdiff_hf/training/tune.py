@@ -75,14 +75,19 @@ class GeneratedNetworks(nn.Module):
     ):
         super().__init__()
         self.generator = generator
-        # Not registered, so that they are no part of checkpoints or of the average.
-        self._frozen = (autoencoder.eval().requires_grad_(False), networks, predict)
+        # As a list, it is no part of this module: frozen, and not in its checkpoints.
+        self._frozen = [autoencoder.eval().requires_grad_(False)]
+        self.networks, self.predict = networks, predict
         self.scheduler, self.num_inference_steps = scheduler, num_inference_steps
+
+    @property
+    def autoencoder(self) -> ParameterAutoencoder:
+        return self._frozen[0]
 
     def sample_latents(self, table: torch.Tensor | None, generator: torch.Generator, num_networks: int) -> torch.Tensor:
         """Latents for T conditions, shape `(T, L)`."""
         device = next(self.generator.parameters()).device
-        shape = (num_networks, self._frozen[0].config.latent_dim)
+        shape = (num_networks, self.autoencoder.config.latent_dim)
         if self.scheduler is None:
             return self.generator(torch.zeros(shape, device=device), 0, table)
         scheduler = copy.deepcopy(self.scheduler)
@@ -98,13 +103,12 @@ class GeneratedNetworks(nn.Module):
         self, table: torch.Tensor | None, generator: torch.Generator, num_networks: int
     ) -> torch.Tensor:
         """Parameters for T conditions, shape `(T, D)`."""
-        return self._frozen[0].decode(self.sample_latents(table, generator, num_networks)).sample
+        return self.autoencoder.decode(self.sample_latents(table, generator, num_networks)).sample
 
     def forward(self, table: torch.Tensor | None, batch: Batch, generator: torch.Generator) -> torch.Tensor:
         """The logits of one network for each task on its batch, shape `(T, B, C)`."""
         parameters = self.sample_parameters(table, generator, len(batch["labels"]))
-        _, networks, predict = self._frozen
-        return networks(predict, parameters, batch)
+        return self.networks(self.predict, parameters, batch)
 
 
 def fresh_tasks(
@@ -120,12 +124,21 @@ def fresh_tasks(
     return draw
 
 
-def seen_tasks(family: Family, args: TuneArguments, table: torch.Tensor, device: torch.device) -> TaskBatches:
-    """The tasks of `table`, shape `(T, width)`, over and over."""
+def seen_tasks(
+    family: Family, args: TuneArguments, table: torch.Tensor, device: torch.device, condition_noise: float = 0.0
+) -> TaskBatches:
+    """
+    The tasks of `table`, shape `(T, width)`, over and over. With `condition_noise` the conditions that come with their
+    examples are moved at random by so many standard deviations, which keeps the answers smooth between seen tasks.
+    """
 
     def draw(indices: torch.Tensor, generator: torch.Generator) -> tuple[torch.Tensor, Batch]:
         rows = table[indices].to(device)
-        return rows, _examples(family, rows, args, generator)
+        batch = _examples(family, rows, args, generator)
+        if condition_noise:
+            noise = torch.randn(rows.shape, generator=generator, device=device)
+            rows = family.fields.perturb(rows, condition_noise * noise)
+        return rows, batch
 
     return draw
 

@@ -118,3 +118,16 @@ def test_a_condition_has_no_effect_until_it_is_trained(preset):
     assert not torch.equal(denoiser(sample, 3, conditions).sample, denoiser(sample, 3).sample)
     with pytest.raises(ValueError, match=r"condition must have shape \(2, 4\), got \(2, 3\)"):
         denoiser(sample, 3, torch.randn(2, 3))
+
+
+def test_perturbed_conditions_are_near_and_in_range():
+    table = FIELDS.table(CONDITIONS[:1]).repeat(20_000, 1)
+    noise = torch.randn(table.shape, generator=torch.Generator().manual_seed(0))
+    moved = FIELDS.perturb(table, 0.1 * noise) - table
+    columns = {name: moved[:, part] for name, part in FIELDS.columns.items()}
+    assert columns["angle"].std().item() == pytest.approx(0.1 * 360 / math.sqrt(12), rel=0.05)
+    assert columns["blur"].std().item() == pytest.approx(0.1 * 2 / math.sqrt(12), rel=0.05)
+    assert columns["bits"].std().item() == pytest.approx(0.1, rel=0.05)
+    assert not columns["invert"].any()
+    assert FIELDS.features(FIELDS.perturb(table, 9 * noise)).isfinite().all()
+    assert FIELDS.table(FIELDS.conditions(FIELDS.perturb(table[:50], 9 * noise[:50]))).isfinite().all()
