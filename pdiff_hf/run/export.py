@@ -40,7 +40,7 @@ def write_networks(
         raise ValueError(f"'{folder}' already holds generated networks; choose another --output_dir")
     pipe = PDiffPipeline.from_pretrained(source)
     pipe.to("cuda" if torch.cuda.is_available() else "cpu")
-    pipe.set_progress_bar_config(desc="sampling")
+    pipe.set_progress_bar_config(desc="sampling", leave=False)
     if pipe.base_model is None and not only_generated:
         raise ValueError("this generator has no base model to complete its networks with; use --only_generated")
     size = 4 * pipe.autoencoder.layout.num_parameters

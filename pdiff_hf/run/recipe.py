@@ -27,6 +27,8 @@ SECRETS = ("hub_token",)
 STAGES = ("base", "collect", "autoencoder", "denoiser", "vae", "evaluate")
 DEFAULT_DATASET = "digits"
 AUGMENTATIONS = ("none", "flip", "crop_flip")
+# Those of `scripts/recipes`, in an installed package; a name alone is enough for them.
+PACKAGED = Path(__file__).parents[1] / "scripts" / "recipes"
 RENAMED = {"holdout_fraction": "validation_fraction", "heldout_fraction": "heldout_snapshots"}
 
 
@@ -243,17 +245,6 @@ class Recipe(
             )
         return dataclasses.replace(self, dataset=DEFAULT_DATASET)
 
-    def task_settings(self) -> dict[str, Any]:
-        """
-        What goes to the task's class: `task`, and the keys that it may have arguments for. A class of one's own has
-        defaults of its own, which only keys replace that differ from the recipe's defaults.
-        """
-        settings = {option.name: getattr(self, option.name) for option in dataclasses.fields(self)}
-        if ":" not in self.task:
-            return settings
-        defaults = {option.name: option.default for option in dataclasses.fields(self)}
-        return {key: value for key, value in settings.items() if key == "task" or value != defaults[key]}
-
     def save(self, path: str | os.PathLike) -> None:
         """Writes a recipe file that gives this recipe again."""
         lines = []
@@ -382,7 +373,10 @@ class RecipeParser(HfArgumentParser):
     def _read(self, path: str) -> dict[str, Any]:
         """The file's values such that they can be defaults: those that are text are read as flags are."""
         try:
-            values = yaml.load(Path(expand_path(path)).read_text(encoding="utf-8"), _RecipeLoader)
+            file = Path(expand_path(path))
+            if not file.exists() and (PACKAGED / file.name).is_file():
+                file = PACKAGED / file.name
+            values = yaml.load(file.read_text(encoding="utf-8"), _RecipeLoader)
         except (OSError, UnicodeDecodeError) as error:
             self.error(f"recipe '{path}' cannot be read: {error}")
         except Exception as error:  # what odd values make the parts of yaml raise has no common type

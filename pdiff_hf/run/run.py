@@ -167,7 +167,7 @@ class Run:
     def pipeline(self) -> PDiffPipeline:
         """What the stage denoiser has saved."""
         pipeline = PDiffPipeline.from_pretrained(self.folder / names.PIPELINE)
-        pipeline.set_progress_bar_config(desc="sampling")
+        pipeline.set_progress_bar_config(desc="sampling", leave=False)
         return pipeline
 
     # ------------------------------------------------------------------------------------------------------- execution

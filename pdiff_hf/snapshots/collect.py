@@ -120,6 +120,7 @@ def collect_snapshots(
         "snapshots",
         args.num_snapshots * args.every_n_steps,
         disable=not accelerator.is_local_main_process,
+        leave=False,
         mininterval=1.0,
     )
     try:

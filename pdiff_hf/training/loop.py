@@ -161,6 +161,7 @@ def train(
         total=args.num_steps,
         desc=description,
         disable=not accelerator.is_local_main_process,
+        leave=False,
         mininterval=1.0,
     )
     for step in progress:
