@@ -13,7 +13,7 @@ import torch
 from torch import Generator, Tensor
 
 from pdiff_hf.evaluation.metrics import chunks
-from pdiff_hf.models.pca import gram_matrix
+from pdiff_hf.models.tokens import gram_matrix
 
 
 def gaussian_noise(

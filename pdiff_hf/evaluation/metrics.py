@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from pdiff_hf.models.pca import direction_weights
+from pdiff_hf.models.tokens import direction_weights
 
 CHUNK_BYTES = 64 * 2**20
 

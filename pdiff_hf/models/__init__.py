@@ -1,6 +1,6 @@
 """The generator: autoencoder and denoiser."""
 
-from .autoencoder import AUTOENCODER_PRESETS, ParameterAutoencoder, autoencoder_architecture
+from .autoencoder import AUTOENCODER_PRESETS, ParameterAutoencoder, autoencoder_architecture, encode_in_batches
 from .denoiser import DENOISER_PRESETS, LatentDenoiser
 
 __all__ = [
@@ -9,4 +9,5 @@ __all__ = [
     "LatentDenoiser",
     "ParameterAutoencoder",
     "autoencoder_architecture",
+    "encode_in_batches",
 ]

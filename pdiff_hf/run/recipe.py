@@ -15,7 +15,7 @@ import yaml
 from transformers import HfArgumentParser
 
 from ..models import AUTOENCODER_PRESETS, DENOISER_PRESETS
-from ..models.autoencoder import NORMALIZATIONS
+from ..models.tokens import NORMALIZATIONS
 from ..training.loop import OPTIMIZERS
 
 SECRETS = ("hub_token",)

@@ -23,7 +23,7 @@ from ..evaluation.generator import evaluate_generator
 from ..evaluation.measured import Measurer
 from ..evaluation.scoring import Scorer
 from ..layout import ParameterLayout
-from ..models import DENOISER_PRESETS, ParameterAutoencoder, autoencoder_architecture
+from ..models import DENOISER_PRESETS, ParameterAutoencoder, autoencoder_architecture, encode_in_batches
 from ..networks.batched import BatchedModels
 from ..pipelines import PDiffPipeline
 from ..selection import select_layout
@@ -452,8 +452,8 @@ class Run:
 
     @property
     def seen(self) -> torch.Tensor:
-        """The snapshots that generators see; not a copy if they see all."""
-        return self.parameters[~self.heldout] if self.heldout.any() else self.parameters
+        """Indices of the snapshots that generators see."""
+        return (~self.heldout).nonzero().squeeze(1)
 
     def train_autoencoder(self) -> None:
         r = self.recipe
@@ -465,8 +465,9 @@ class Run:
         with self._accelerator() as accelerator:
             autoencoder, losses = train_autoencoder(
                 accelerator,
-                self.seen,
+                self.parameters,
                 self.layout,
+                seen=self.seen,
                 latent_dim=r.latent_dim,
                 architecture=autoencoder_architecture(r.autoencoder_preset, self.layout.num_parameters, r.token_size),
                 normalization=r.normalization,
@@ -495,9 +496,8 @@ class Run:
     def train_denoiser(self) -> None:
         r = self.recipe
         scheduler = make_training_scheduler(r.num_train_timesteps)
-        with torch.no_grad():  # the autoencoder is frozen, so every latent is computed once
-            batches = self.seen.split(64)
-            latents = torch.cat([self.autoencoder.encode(batch).latents for batch in batches])
+        # The autoencoder is frozen, so every latent is computed once.
+        latents = encode_in_batches(self.autoencoder, self.parameters, self.seen)
         with self._accelerator() as accelerator:
             denoiser, losses = train_denoiser(
                 accelerator,

@@ -192,21 +192,25 @@ def test_a_report_has_a_group_for_each(finished):
 def test_groups_of_a_report_learn_from_what_the_generator_saw(finished):
     run, report = finished
     scorer = Scorer(run.task, run.base_model, run.layout, cache_dir=run.folder / "scores")
-    for group in sample_hyper_representations(scorer, run.seen, run.pipeline.autoencoder, 10, run.recipe.seed):
+    for group in sample_hyper_representations(
+        scorer, run.parameters[run.seen], run.pipeline.autoencoder, 10, run.recipe.seed
+    ):
         assert group.parameters.shape == (10, run.layout.num_parameters)
         scores = scorer.score("test", group.parameters)
         accuracies = 100 * (~scores.wrong).double().mean(1)
         row = next(row for row in report["groups"] if row["name"] == group.name)
         assert accuracies.tolist() == pytest.approx(row["accuracies"])
     with pytest.raises(ValueError, match=r"SANE_KDE30 need [\d,]+ bytes.*--num_models \d+ at most"):
-        sample_hyper_representations(scorer, run.seen, run.pipeline.autoencoder, 10**12, 0)
+        sample_hyper_representations(scorer, run.parameters[run.seen], run.pipeline.autoencoder, 10**12, 0)
 
 
 def test_networks_alone_have_no_codes(finished, tmp_path):
     run, _ = finished
     scorer = Scorer(run.task, run.base_model, run.layout)
     with pytest.raises(ValueError, match="hyper_representations needs a pipeline"):
-        evaluate_generator(scorer, run.parameters, run.seen[:2], tmp_path / "out", hyper_representations=True)
+        evaluate_generator(
+            scorer, run.parameters, run.parameters[run.seen[:2]], tmp_path / "out", hyper_representations=True
+        )
     assert not (tmp_path / "out").exists()
 
 
