@@ -12,7 +12,7 @@ from functools import partial
 import torch
 from torch import Generator, Tensor
 
-from ..models.pca import gram_matrix
+from ..models.tokens import gram_matrix
 from .geometry import Matrix, chunks, mean_of
 
 

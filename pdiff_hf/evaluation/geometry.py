@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from ..models.pca import direction_weights
+from ..models.tokens import direction_weights
 
 CHUNK_BYTES = 64 * 2**20
 

@@ -1,6 +1,6 @@
 """The generator: autoencoder, condition encoder and denoiser."""
 
-from .autoencoder import AUTOENCODER_PRESETS, ParameterAutoencoder, autoencoder_architecture
+from .autoencoder import AUTOENCODER_PRESETS, ParameterAutoencoder, autoencoder_architecture, encode_in_batches
 from .condition import ConditionEncoder, ConditionError, Fields
 from .denoiser import DENOISER_PRESETS, LatentDenoiser
 
@@ -13,4 +13,5 @@ __all__ = [
     "LatentDenoiser",
     "ParameterAutoencoder",
     "autoencoder_architecture",
+    "encode_in_batches",
 ]

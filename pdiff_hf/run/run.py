@@ -18,7 +18,7 @@ from accelerate.utils import parse_flag_from_env
 from torch import nn
 
 from ..layout import ParameterLayout
-from ..models import ParameterAutoencoder
+from ..models import ParameterAutoencoder, encode_in_batches
 from ..pipelines import PDiffPipeline
 from ..selection import select_layout
 from ..snapshots import load_snapshots, parameter_matrix
@@ -39,7 +39,6 @@ from .terminal import duration
 logger = logging.getLogger(__name__)
 
 # So many snapshots are encoded at once.
-ENCODE_BATCH_SIZE = 64
 SPLITS: tuple[Split, ...] = ("train", "validation", "test")
 
 
@@ -160,8 +159,7 @@ class Run:
     @torch.no_grad()
     def latents(self) -> torch.Tensor:
         """The latents of all snapshots, shape `(K, L)`."""
-        batches = self.parameters.split(ENCODE_BATCH_SIZE)
-        return torch.cat([self.autoencoder.encode(batch).latents for batch in batches])
+        return encode_in_batches(self.autoencoder, self.parameters)
 
     @cached_property
     def pipeline(self) -> PDiffPipeline:

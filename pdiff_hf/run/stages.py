@@ -177,8 +177,9 @@ def _fit_autoencoder(run: "Run", stage: Stage, **kwargs: Any) -> None:
     with run.accelerator() as accelerator:
         autoencoder, losses = train_autoencoder(
             accelerator,
-            run.parameters[run.seen],
+            run.parameters,
             run.layout,
+            seen=run.seen,
             latent_dim=r.latent_dim,
             architecture=autoencoder_architecture(r.autoencoder_preset, run.layout.num_parameters, r.token_size),
             normalization=r.normalization,
