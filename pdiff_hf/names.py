@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from .layout import LayoutError
+from .layout import LayoutError, ParameterLayout
 
 # Modules that wrappers put around others, anywhere in a network: torch.compile, FSDP, activation checkpointing.
 INNER_WRAPPERS = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
@@ -189,3 +189,13 @@ def adapter_names(model: nn.Module) -> dict[str, tuple[str, ...]]:
             if name is not None:
                 names[name] = (*names.get(name, ()), f"{ADAPTER}{adapter}/{plain_name(file_name)}")
     return names
+
+
+def adapter_file_names(layout: ParameterLayout) -> dict[str, str]:
+    """By the names of a layout, what PEFT calls the tensors of an adapter in its files, with PEFT's prefix."""
+    return {
+        name: f"base_model.model.{alias.partition('/')[2]}"
+        for name, aliases in zip(layout.names, layout.aliases, strict=True)
+        for alias in aliases
+        if alias.startswith(ADAPTER)
+    }

@@ -18,6 +18,7 @@ import torch
 from pdiff_hf.run.recipe import Recipe, RecipeParser
 from pdiff_hf.run.run import Run, make_task, start_processes
 from pdiff_hf.selection import select_layout
+from pdiff_hf.snapshots.files import find_adapter
 from pdiff_hf.training.estimate import estimate_autoencoder, estimate_denoiser
 from pdiff_hf.training.loop import TrainingError
 from pdiff_hf.utils.errors import ResourceError
@@ -42,7 +43,8 @@ def main() -> None:
         if flags.list:
             print_list(recipe, state.device)
             return
-        run = Run(dataclasses.replace(recipe, stages=["base"] if flags.paths else ["base", "collect"]))
+        recipe = dataclasses.replace(recipe, stages=["base"] if flags.paths else ["base", "collect"])
+        run = Run(recipe, task=make_task(recipe, adapter=find_adapter(flags.paths or [])))
         with run.lock():
             run.carry_out()
             if flags.paths and state.is_main_process:

@@ -26,6 +26,7 @@ TASKS = (
     "semantic_segmentation",
     "image_generation",
 )
+BATCH_NORM_STATISTICS = ("base", "generated")
 STAGES = ("base", "collect", "autoencoder", "denoiser", "evaluate")
 
 
@@ -58,6 +59,9 @@ class RunSection:
     seed: int = _option(0, "Seed of the whole run.")
     resume_from_checkpoint: str | None = _option(None, "`latest`: an unfinished stage goes on where it was.")
     overwrite_output_dir: bool = _option(False, "Carry out stages again whose settings have changed.")
+    require_same_frozen: bool = _option(
+        False, "Refuse to import networks that differ from the base model in tensors that are not selected."
+    )
     checkpointing_steps: int = _option(500, "Training stages save a checkpoint every so many steps.")
     checkpoints_total_limit: int = _option(2, "Keep no more than this many checkpoints of a stage.")
     mixed_precision: str = _option("no", "`no`, `fp16` or `bf16`.")
@@ -142,6 +146,9 @@ class CollectSection:
     )
     select: list[str] = _option(["norm[-2:]"], "Tensors to generate: kinds, globs, or `re:` expressions.")
     exclude: list[str] = _option([], "Tensors to leave out of those.")
+    batch_norm_statistics: str = _option(
+        "base", "Running statistics of batch norm: those of the `base` model, or `generated` with their layers."
+    )
     num_snapshots: int = _option(300, "K, over all runs together.")
     num_runs: int = _option(1, "Fine-tune so many times from the base model, each in another order of the data.")
     collect_every: int = _option(1, "Take a snapshot every so many steps.")
@@ -151,6 +158,8 @@ class CollectSection:
     collect_batch_size: int = _option(128, "Images in a step.")
 
     def __post_init__(self):
+        known = self.batch_norm_statistics in BATCH_NORM_STATISTICS
+        _require("batch_norm_statistics", self.batch_norm_statistics, known, f"of {', '.join(BATCH_NORM_STATISTICS)}")
         _require("num_snapshots", self.num_snapshots, self.num_snapshots >= 2, "at least 2")
         _require("collect_every", self.collect_every, self.collect_every >= 1, "at least 1")
         divides = self.num_runs >= 1 and self.num_snapshots % self.num_runs == 0

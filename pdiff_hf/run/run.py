@@ -24,9 +24,10 @@ from ..evaluation.measured import Measurer
 from ..evaluation.scoring import Scorer
 from ..layout import ParameterLayout
 from ..models import DENOISER_PRESETS, ParameterAutoencoder, autoencoder_architecture
+from ..networks.adapters import without_wrapper
 from ..networks.batched import BatchedModels
 from ..pipelines import PDiffPipeline
-from ..selection import select_layout
+from ..selection import fit_layout, select_layout
 from ..snapshots import (
     CollectArguments,
     SnapshotWriter,
@@ -39,6 +40,7 @@ from ..snapshots import (
     train_base_model,
 )
 from ..snapshots.barrier import check_basins
+from ..snapshots.frozen import FrozenCheck
 from ..tasks import (
     ClassificationTask,
     ImageClassificationTask,
@@ -123,12 +125,11 @@ class Run:
 
     @cached_property
     def layout(self) -> ParameterLayout:
-        model = self.base_model if self.is_finished("base") else self.task.load_base_model()
+        model = self.base_model if self.is_finished("base") else without_wrapper(self.task.load_base_model())
         if self.recipe.snapshots is None:
-            return select_layout(model, self.recipe.select, self.recipe.exclude)
-        layout = self.snapshots[1]
-        layout.check_fits(model.state_dict())
-        return layout
+            statistics = self.recipe.batch_norm_statistics == "generated"
+            return select_layout(model, self.recipe.select, self.recipe.exclude, batch_norm_statistics=statistics)
+        return fit_layout(self.snapshots[1], model)
 
     def _check(self) -> None:
         """Everything that can be known to fail is found out here."""
@@ -180,7 +181,7 @@ class Run:
         if r.hyper_representations and not classifies:
             raise RunError("hyper_representations chooses networks by their accuracy, which only classifiers have")
         if classifies and "evaluate" in r.stages and not self.is_finished("evaluate"):
-            model = self.base_model if self.is_finished("base") else self.task.load_base_model()
+            model = self.base_model if self.is_finished("base") else without_wrapper(self.task.load_base_model())
             count = 2 * num_snapshots + 1 + r.num_models + (len(standard_baselines()) + 1) * r.baseline_models
             count += 3 * r.num_models * r.hyper_representations
             for split in ("validation", "test"):
@@ -329,7 +330,7 @@ class Run:
     def train_base(self) -> None:
         r = self.recipe
         torch.manual_seed(derive_seed(r.seed, 100))
-        model = self.task.load_base_model()
+        model = without_wrapper(self.task.load_base_model())
         results = {}
         if r.base_epochs:
             steps = max(1, r.base_epochs * len(self.task.load_split("train")) // r.base_batch_size)
@@ -399,14 +400,20 @@ class Run:
             )
         if align:  # an error, if they cannot be, comes before the files are read
             find_hidden_units(self.task, self.base_model, self.layout)
+        check = FrozenCheck(self.base_model, self.layout, require_same=self.recipe.require_same_frozen)
         with self._explaining("import"), self._replacing("collect") as folder:
             folder.rmdir()
-            import_snapshots(paths, self.layout, folder)
+            import_snapshots(paths, self.layout, folder, check=check)
             if align:
                 self._align(folder)
         self._finish(
             "collect",
-            {"imported_from": [str(path) for path in paths], "aligned": align, "barrier": self._check_basins()},
+            {
+                "imported_from": [str(path) for path in paths],
+                "aligned": align,
+                "frozen": check.report(self.task),
+                "barrier": self._check_basins(),
+            },
         )
 
     def _align(self, folder: Path) -> None:
@@ -602,8 +609,8 @@ def stage_settings(recipe: Recipe, stage: str) -> dict:
     raise KeyError(stage)
 
 
-def make_task(recipe: Recipe) -> Task:
-    """The task that a recipe describes."""
+def make_task(recipe: Recipe, adapter: str | None = None) -> Task:
+    """The task that a recipe describes; its model gets an adapter of PEFT, if there is one."""
     shared = {
         "model": recipe.model,
         "dataset": recipe.dataset,
@@ -612,7 +619,7 @@ def make_task(recipe: Recipe) -> Task:
         "max_eval_samples": recipe.max_eval_samples,
     }
     if recipe.task == "text_classification":
-        return TextClassificationTask(**shared, max_length=recipe.max_length)
+        return TextClassificationTask(**shared, max_length=recipe.max_length, adapter=adapter)
     shared |= {"image_size": recipe.image_size or None, "model_args": json.loads(recipe.model_args)}
     if recipe.task == "image_generation":
         return ImageGenerationTask(**shared, fid_features=recipe.fid_features)
@@ -621,6 +628,10 @@ def make_task(recipe: Recipe) -> Task:
         "object_detection": ObjectDetectionTask,
         "semantic_segmentation": SemanticSegmentationTask,
     }
+    if adapter is not None:
+        if recipe.task != "image_classification":
+            raise ValueError(f"'{adapter}' is an adapter of PEFT, which networks for {recipe.task} cannot have")
+        shared["adapter"] = adapter
     return vision_tasks[recipe.task](**shared)
 
 

@@ -26,6 +26,7 @@ from transformers import (
 )
 from transformers.models.timm_wrapper import TimmWrapperConfig
 
+from ..networks.adapters import find_base, load_adapter, load_network, save_network
 from .splits import check_sizes, label_settings, load_raw, make_splits
 from .task import Batch, ClassificationTask, Split
 
@@ -38,8 +39,8 @@ class ImageClassificationTask(ClassificationTask):
     """
     Args:
         model (`str`, *optional*, defaults to `"resnet18"`): Name of a timm architecture (with fresh weights), or a
-            local folder or Hub id of a transformers or timm model (`timm/...`). A local folder with a `config.json` and
-            no weights gives that network with fresh weights.
+            local folder or Hub id of a transformers or timm model (`timm/...`), or of an adapter of PEFT. A local
+            folder with a `config.json` and no weights gives that network with fresh weights.
         dataset (`str`, *optional*, defaults to `"digits"`): `digits` (the 1,797 scans that scikit-learn carries), a
             local folder or the Hub id of an image-classification data set; `id:config` for one of several configs.
         image_size (`int`, *optional*): Side of the square that images are scaled to; the model's own by default.
@@ -47,6 +48,7 @@ class ImageClassificationTask(ClassificationTask):
         holdout_fraction (`float`, *optional*, defaults to 0.2): Share of the training data that becomes the validation
             split, and the test split, where the data set has none.
         max_train_samples, max_eval_samples (`int`, *optional*): Use no more than this many examples of a split.
+        adapter (`str`, *optional*): Folder or Hub id of an adapter of PEFT that the model gets.
 
     Validation examples are drawn stratified with a fixed seed, so that they are the same in every run. Where a data set
     has a validation split but no labelled test split, its validation split is the one reported, as test, and validation
@@ -63,8 +65,11 @@ class ImageClassificationTask(ClassificationTask):
     holdout_fraction: float = 0.2
     max_train_samples: int | None = None
     max_eval_samples: int | None = None
+    adapter: str | None = None
 
     def __post_init__(self):
+        if base := find_base(self.model):
+            self.model, self.adapter = base, self.model
         check_sizes(self, "image_size", "max_train_samples", "max_eval_samples")
         # Looked up now: a mistyped name must not be found out after an hour of work.
         self._config, self._has_weights = self._find_model()
@@ -125,9 +130,10 @@ class ImageClassificationTask(ClassificationTask):
         """The network with one output a class. Fresh weights depend on torch's global seed."""
         labels = label_settings(self.class_names)
         if self._has_weights:
-            return AutoModelForImageClassification.from_pretrained(
+            model = AutoModelForImageClassification.from_pretrained(
                 self.model, **labels, dtype=torch.float32, ignore_mismatched_sizes=True
             )
+            return load_adapter(model, self.adapter) if self.adapter else model
         config = copy.deepcopy(self._config)
         for name, value in labels.items():
             setattr(config, name, value)
@@ -142,13 +148,13 @@ class ImageClassificationTask(ClassificationTask):
 
     def save_base_model(self, model: PreTrainedModel, folder: str | os.PathLike) -> None:
         """The network, and its image processor; timm's preprocessing is a part of the network's configuration."""
-        model.save_pretrained(folder)
+        save_network(model, folder)
         if not isinstance(self._config, TimmWrapperConfig):
             self._load_processor().save_pretrained(folder)
 
     def load_saved(self, folder: str | os.PathLike) -> PreTrainedModel:
         """What `save_base_model` wrote."""
-        return AutoModelForImageClassification.from_pretrained(folder)
+        return load_network(folder, AutoModelForImageClassification)
 
     def load_split(self, split: Split) -> "ImageSplit":
         """Images as the network's own preprocessing makes them."""

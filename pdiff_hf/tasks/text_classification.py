@@ -26,6 +26,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from ..networks.adapters import find_base, load_adapter, load_network, save_network
 from .splits import check_sizes, label_settings, make_splits
 from .task import Batch, ClassificationTask, Split
 
@@ -37,15 +38,16 @@ SPECIAL_TOKENS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]
 class TextClassificationTask(ClassificationTask):
     """
     Args:
-        model (`str`): Local folder or Hub id of a transformers model. A local folder with a `config.json` and no
-            weights gives that network with fresh weights. Where there is no tokenizer in it, the words of the training
-            texts become the vocabulary, as many as the network has embeddings for.
+        model (`str`): Local folder or Hub id of a transformers model, or of an adapter of PEFT. A local folder with a
+            `config.json` and no weights gives that network with fresh weights. Where there is no tokenizer in it, the
+            words of the training texts become the vocabulary, as many as the network has embeddings for.
         dataset (`str`): A `.csv`, `.json`, `.jsonl` or `.parquet` file, a folder of them (`train.csv`, `test.csv`), or
             the Hub id of a data set, `id:config` for one of several configs; with the columns `text` and `label`.
         max_length (`int`, *optional*, defaults to 128): Texts are cut to so many tokens.
         holdout_fraction (`float`, *optional*, defaults to 0.2): Share of the training data that becomes the validation
             split, and the test split, where the data set has none; see [`~pdiff_hf.tasks.splits.make_splits`].
         max_train_samples, max_eval_samples (`int`, *optional*): Use no more than this many examples of a split.
+        adapter (`str`, *optional*): Folder or Hub id of an adapter of PEFT that the model gets.
 
     Raises:
         ValueError: when created, for an unknown model or data set, or one that does not fit text classification.
@@ -57,8 +59,11 @@ class TextClassificationTask(ClassificationTask):
     holdout_fraction: float = 0.2
     max_train_samples: int | None = None
     max_eval_samples: int | None = None
+    adapter: str | None = None
 
     def __post_init__(self):
+        if base := find_base(self.model):
+            self.model, self.adapter = base, self.model
         check_sizes(self, "max_length", "max_train_samples", "max_eval_samples")
         try:
             self._config = AutoConfig.from_pretrained(self.model)
@@ -106,9 +111,10 @@ class TextClassificationTask(ClassificationTask):
         labels = label_settings(self.class_names)
         files = os.listdir(self.model) if os.path.isdir(self.model) else ["model.safetensors"]
         if any(name.startswith("model") and ".safetensors" in name for name in files):
-            return AutoModelForSequenceClassification.from_pretrained(
+            model = AutoModelForSequenceClassification.from_pretrained(
                 self.model, **labels, dtype=torch.float32, ignore_mismatched_sizes=True
             )
+            return load_adapter(model, self.adapter) if self.adapter else model
         config = copy.deepcopy(self._config)
         for name, value in labels.items():
             setattr(config, name, value)
@@ -116,12 +122,12 @@ class TextClassificationTask(ClassificationTask):
 
     def save_base_model(self, model: PreTrainedModel, folder: str | os.PathLike) -> None:
         """The network and its tokenizer."""
-        model.save_pretrained(folder)
+        save_network(model, folder)
         self.tokenizer.save_pretrained(folder)
 
     def load_saved(self, folder: str | os.PathLike) -> PreTrainedModel:
         """What `save_base_model` wrote."""
-        return AutoModelForSequenceClassification.from_pretrained(folder)
+        return load_network(folder, AutoModelForSequenceClassification)
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
