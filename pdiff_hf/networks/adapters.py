@@ -3,11 +3,9 @@
 import json
 import os
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.utils.peft_utils import find_adapter_config_file
@@ -22,7 +20,7 @@ ADAPTER_FOLDER = "adapter"
 
 def has_adapters(model: nn.Module) -> bool:
     """Whether `model` is a network of transformers with adapters."""
-    return isinstance(model, PreTrainedModel) and bool(getattr(model, "peft_config", None))
+    return hasattr(model, "peft_wrapper")
 
 
 def find_base(path: str) -> str | None:
@@ -84,26 +82,20 @@ def without_wrapper(model: nn.Module) -> nn.Module:
     The network of transformers in a `PeftModel`, which holds its adapters itself and can be saved with a pipeline; any
     other network as it is. One whose adapter works beside it (prompts) keeps its wrapper.
     """
-    inner = getattr(getattr(model, "base_model", None), "model", None)
+    base_model = getattr(model, "base_model", None)
+    inner = getattr(base_model, "model", None)
     if has_adapters(model) or not hasattr(model, "peft_config") or not isinstance(inner, PreTrainedModel):
         return model
-    if getattr(model, "_is_prompt_learning", False):
+    if isinstance(base_model, PreTrainedModel):  # not a tuner of PEFT: the adapter is beside the network
         return model
-    inner.peft_config = model.peft_config
+    inner.peft_wrapper = (model,)  # which knows how to save the adapters; a tuple, so that it is no part of the network
     return inner
 
 
 def save_adapter(model: PreTrainedModel, folder: str | os.PathLike) -> None:
     """Writes the adapters of a network as PEFT does: those with a name in a folder of that name."""
-    from peft import get_peft_model_state_dict
-
-    for name, config in model.peft_config.items():
-        place = Path(folder) if name == "default" else Path(folder, name)
-        tensors = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
-        config.save_pretrained(place)
-        # Copies, because safetensors writes no views of a larger tensor.
-        tensors = {f"base_model.model.{key}": tensor.detach().clone() for key, tensor in tensors.items()}
-        save_file(tensors, place / "adapter_model.safetensors", metadata={"format": "pt"})
+    # Embeddings are those of the base model.
+    model.peft_wrapper[0].save_pretrained(str(folder), save_embedding_layers=False)
 
 
 def save_network(model: PreTrainedModel, folder: str | os.PathLike) -> None:
@@ -113,11 +105,9 @@ def save_network(model: PreTrainedModel, folder: str | os.PathLike) -> None:
         return
     from peft import get_base_model_state_dict
 
-    # PEFT's function asks for a wrapper, of which it takes the network inside.
-    wrapper = SimpleNamespace(base_model=SimpleNamespace(model=model), _is_prompt_learning=False)
     with torch.device("meta"):
         plain = type(model)(model.config)
-    plain.load_state_dict(get_base_model_state_dict(wrapper), assign=True)
+    plain.load_state_dict(get_base_model_state_dict(model.peft_wrapper[0]), assign=True)
     plain.save_pretrained(folder)
     save_adapter(model, Path(folder, ADAPTER_FOLDER))
 

@@ -180,8 +180,8 @@ def _load_pickle(file: Path) -> Mapping[str, torch.Tensor]:
         refused = _REFUSED.search(str(error))
         what = f" ('{refused[1]}')" if refused else ""
         raise SnapshotError(
-            f"{file.name} holds more than tensors{what}, and reading it could run code. If you trust it, load it yourself "
-            "and save its state dict with safetensors"
+            f"{file.name} holds more than tensors{what}, and reading it could run code. If you trust it, load it "
+            "yourself and save its state dict with safetensors"
         ) from error
     except SnapshotError:
         raise
