@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from .layout import LayoutError
+from .layout import LayoutError, ParameterLayout
 
 # Modules that wrappers put around others, anywhere in a network: torch.compile, FSDP, activation checkpointing.
 INNER_WRAPPERS = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
@@ -168,7 +168,8 @@ def adapter_names(model: nn.Module) -> dict[str, tuple[str, ...]]:
     What PEFT calls the tensors of its adapters in its files, by their names in the network: `adapter:NAME/FILE_NAME`
     with the name of the adapter, and the name in the file without prefixes. Empty for a network without adapters.
     """
-    adapters = getattr(model, "peft_config", None)
+    (wrapper,) = getattr(model, "peft_wrapper", (model,))  # see `without_wrapper` in networks/adapters.py
+    adapters = getattr(wrapper, "peft_config", None)
     if not isinstance(adapters, Mapping):
         return {}
     from peft import get_peft_model_state_dict
@@ -180,7 +181,7 @@ def adapter_names(model: nn.Module) -> dict[str, tuple[str, ...]]:
         by_memory.setdefault((tensor.untyped_storage()._cdata, *_geometry(tensor)), name)
     for adapter in adapters:
         # Embeddings that PEFT saves along have their own names.
-        saved = get_peft_model_state_dict(model, adapter_name=adapter, save_embedding_layers=False)
+        saved = get_peft_model_state_dict(wrapper, adapter_name=adapter, save_embedding_layers=False)
         for file_name, tensor in saved.items():
             name = by_memory.get((tensor.untyped_storage()._cdata, *_geometry(tensor)))
             if name is None:  # PEFT copies the embeddings of prompts
@@ -189,3 +190,13 @@ def adapter_names(model: nn.Module) -> dict[str, tuple[str, ...]]:
             if name is not None:
                 names[name] = (*names.get(name, ()), f"{ADAPTER}{adapter}/{plain_name(file_name)}")
     return names
+
+
+def adapter_file_names(layout: ParameterLayout) -> dict[str, str]:
+    """By the names of a layout, what PEFT calls the tensors of an adapter in its files, with PEFT's prefix."""
+    return {
+        name: f"base_model.model.{alias.partition('/')[2]}"
+        for name, aliases in zip(layout.names, layout.aliases, strict=True)
+        for alias in aliases
+        if alias.startswith(ADAPTER)
+    }

@@ -86,8 +86,8 @@ def select_parameters(
     """
     Names of the parameters of `model` that `select` asks for, in the model's own order. Buffers are never selected, but
     for the running statistics of batch norm where `batch_norm_statistics` asks for them. A tensor that several modules
-    share is selected by any of its names, and listed once, under the first of them; a view of another tensor, under the
-    name of that.
+    share is selected, or excluded, by any of its names, and listed once, under the first of them; a view of another
+    tensor, under the name of that.
 
     Args:
         model (`nn.Module`): The network. Where it has a `base_model_prefix` (as transformers' wrapper of timm models
@@ -127,11 +127,14 @@ def select_parameters(
             )
         wanted = {*selectable, *statistics}
         selectable = [name for name in model.state_dict() if name in wanted]
-    views = shared_tensors(model)
-    chosen = _match(model, selectable, select) - (_match(model, selectable, exclude) if exclude else set())
+    views = {name: view for name, view in shared_tensors(model).items() if view.order is not None}
+
+    def found(patterns: str | Sequence[str]) -> set[str]:
+        return {views[n].source if n in views else n for n in _match(model, selectable, patterns)}
+
+    chosen = found(select) - (found(exclude) if exclude else set())
     if not chosen:
         raise LayoutError(f"nothing is left to generate: {exclude!r} excludes all that {select!r} selects")
-    chosen = {views[name].source if name in views and views[name].order is not None else name for name in chosen}
     return tuple(name for name in selectable if name in chosen)
 
 

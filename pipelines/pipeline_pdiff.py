@@ -11,14 +11,17 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+import transformers
 from diffusers import DiffusionPipeline, SchedulerMixin
 from diffusers.utils import BaseOutput
 from diffusers.utils.torch_utils import randn_tensor
 from huggingface_hub.errors import HTTPError
 from torch import nn
+from transformers import AutoConfig
 
 from pdiff_hf.hub.push import PIPELINE_FILE, push_pipeline_to_hub
 from pdiff_hf.models import LatentDenoiser, ParameterAutoencoder
+from pdiff_hf.networks.adapters import ADAPTER_FOLDER, has_adapters, load_network, save_network
 from pdiff_hf.networks.ensemble import EnsembleModel
 from pdiff_hf.networks.replacement import Replacement
 from pdiff_hf.utils.errors import first_line, limited_modules
@@ -104,6 +107,10 @@ class PDiffPipeline(DiffusionPipeline):
             HTTPError: of `huggingface_hub.errors`, if the connection to the Hub fails.
             ValueError: if files are damaged, do not belong together, or are of a newer format than this release reads.
         """
+        folder = Path(pretrained_model_name_or_path, "base_model")
+        if "base_model" not in kwargs and (folder / ADAPTER_FOLDER).is_dir():
+            architecture = AutoConfig.from_pretrained(folder).architectures[0]
+            kwargs["base_model"] = load_network(folder, getattr(transformers, architecture))
         try:
             with limited_modules():
                 return super().from_pretrained(pretrained_model_name_or_path, **{"use_safetensors": True} | kwargs)
@@ -142,6 +149,9 @@ class PDiffPipeline(DiffusionPipeline):
         are those of [`push_to_hub`], and `repo_id` is the folder's name by default.
         """
         super().save_pretrained(save_directory, safe_serialization, variant, max_shard_size)
+        if has_adapters(self.base_model):  # diffusers has written its tensors under the names that they have with those
+            shutil.rmtree(Path(save_directory, "base_model"))
+            save_network(self.base_model, Path(save_directory, "base_model"))
         shutil.copyfile(__file__, Path(save_directory, PIPELINE_FILE))
         if push_to_hub:
             push_pipeline_to_hub(save_directory, **{"repo_id": Path(save_directory).name} | kwargs)

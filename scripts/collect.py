@@ -31,7 +31,9 @@ def main() -> None:
     from pdiff_hf.run.listing import describe_selection
     from pdiff_hf.run.run import Run, start_processes
     from pdiff_hf.run.stages import collect_from_files
+    from pdiff_hf.run.task import make_task
     from pdiff_hf.run.terminal import one_line_errors, quiet_libraries
+    from pdiff_hf.snapshots.files import find_adapter
     from pdiff_hf.utils.paths import expand_path
 
     state = start_processes()
@@ -41,7 +43,9 @@ def main() -> None:
             for line in describe_selection(recipe.with_dataset(), state.device):
                 print(line)
             return
-        run = Run(dataclasses.replace(recipe, stages=["base"] if flags.paths else ["base", "collect"]))
+        recipe = dataclasses.replace(recipe, stages=["base"] if flags.paths else ["base", "collect"])
+        adapter = find_adapter([expand_path(path) for path in flags.paths or []])
+        run = Run(recipe, task=None if adapter is None else make_task(recipe.with_dataset(), adapter))
         with run.lock():
             run.execute()
             if flags.paths and state.is_main_process:

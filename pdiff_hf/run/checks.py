@@ -4,6 +4,7 @@ import os
 from typing import TYPE_CHECKING
 
 from ..evaluation.scoring import make_scorer
+from ..networks.adapters import without_wrapper
 from ..utils.files import check_writable
 from .folder import RunError, difference
 from .stages import STAGES
@@ -69,7 +70,7 @@ def _check_folder(run: "Run") -> None:
 def _check_memory(run: "Run", num_snapshots: int) -> None:
     """The scores of all networks must fit into memory."""
     r = run.recipe
-    model = run.base_model if run.is_finished("base") else run.task.load_base_model()
+    model = run.base_model if run.is_finished("base") else without_wrapper(run.task.load_base_model())
     scorer = make_scorer(run.task, model, run.layout)
     for split in ("validation", "test"):
         scorer.check_memory(split, max(num_snapshots, r.score_models or r.num_models, r.baseline_models))

@@ -9,6 +9,8 @@ from torch import nn
 from tqdm.auto import tqdm
 from transformers import TimmWrapperForImageClassification
 
+from ..names import adapter_file_names
+from ..networks.adapters import has_adapters, save_adapter
 from ..pipelines import PDiffPipeline
 from ..utils.files import check_writable, replacing
 
@@ -60,19 +62,27 @@ def write_networks(
         output_type="pt",
     ).parameters
     folder.mkdir(parents=True, exist_ok=True)
+    layout = pipe.autoencoder.layout
+    names = adapter_file_names(layout)
     for i, row in enumerate(tqdm(parameters, "writing")):
         # Copies, because safetensors does not write views of a larger tensor.
-        state_dict = {name: tensor.clone() for name, tensor in pipe.autoencoder.layout.unflatten(row).items()}
+        state_dict = {name: tensor.clone() for name, tensor in layout.unflatten(row).items()}
         name = f"network-{i:05d}"
         with replacing(folder / (f"{name}.safetensors" if only_generated else name)) as part:
             if only_generated:
-                save_file(state_dict, part)
+                save_file({names.get(name, name): tensor for name, tensor in state_dict.items()}, part)
             else:
                 save_network(pipe.make_model(state_dict), part)
 
 
 def save_network(model: nn.Module, folder: Path) -> None:
-    """Such that `from_pretrained` loads it, and timm as well if it is a network of timm."""
+    """
+    Such that `from_pretrained` loads it, and timm as well if it is a network of timm. Of a network with adapters of
+    PEFT, the adapters, for `PeftModel.from_pretrained`.
+    """
+    if has_adapters(model):
+        save_adapter(model, folder)
+        return
     if not isinstance(model, TimmWrapperForImageClassification):
         model.save_pretrained(folder)
         return

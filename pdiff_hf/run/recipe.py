@@ -52,6 +52,9 @@ class RunSection:
     seed: int = _option(0, "Seed of the whole run.", min=0)
     resume_from_checkpoint: str | None = _option(None, "An unfinished stage goes on where it was.", choices=("latest",))
     overwrite_output_dir: bool = _option(False, "Execute stages again whose settings have changed.")
+    require_same_frozen: bool = _option(
+        False, "Refuse to import networks that differ from the base model in tensors that are not selected."
+    )
     checkpointing_steps: int = _option(500, "Training stages save a checkpoint every so many steps.", min=1)
     checkpoints_total_limit: int = _option(2, "Keep no more than this many checkpoints of a stage.", min=1)
     mixed_precision: str | None = _option(
@@ -127,6 +130,11 @@ class CollectSection:
     )
     select: list[str] = _option(["norm[-2:]"], "Tensors to generate: kinds, globs, or `re:` expressions.")
     exclude: list[str] = _option([], "Tensors to leave out of those.")
+    batch_norm_statistics: str = _option(
+        "base",
+        "Running statistics of batch norm: those of the `base` model, or `generated` with their layers.",
+        choices=("base", "generated"),
+    )
     num_snapshots: int = _option(300, "K, over all runs together.", min=2)
     num_runs: int = _option(1, "Fine-tune so many times from the base model, each in another order of the data.", min=1)
     collect_every: int = _option(1, "Take a snapshot every so many steps.", min=1)

@@ -19,8 +19,9 @@ from torch import nn
 
 from ..layout import ParameterLayout
 from ..models import ParameterAutoencoder, encode_in_batches
+from ..networks.adapters import without_wrapper
 from ..pipelines import PDiffPipeline
-from ..selection import select_layout
+from ..selection import fit_layout, select_layout
 from ..snapshots import load_snapshots, parameter_matrix
 from ..tasks import Task, check_head
 from ..tasks.task import Split
@@ -112,13 +113,12 @@ class Run:
     @cached_property
     def layout(self) -> ParameterLayout:
         """The tensors that are generated."""
-        model = self.base_model if self.is_finished("base") else self.task.load_base_model()
+        model = self.base_model if self.is_finished("base") else without_wrapper(self.task.load_base_model())
         check_head(self.task, is_trained=self.recipe.base_epochs > 0)
         if self.recipe.snapshots is None:
-            return select_layout(model, self.recipe.select, self.recipe.exclude)
-        layout = self.snapshots[1]
-        layout.check_fits(model.state_dict())
-        return layout
+            statistics = self.recipe.batch_norm_statistics == "generated"
+            return select_layout(model, self.recipe.select, self.recipe.exclude, batch_norm_statistics=statistics)
+        return fit_layout(self.snapshots[1], model)
 
     @cached_property
     def base_model(self) -> nn.Module:

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from ..evaluation.compare import compare_generator
 from ..evaluation.scoring import make_scorer
 from ..models import DENOISER_PRESETS, ParameterAutoencoder, autoencoder_architecture
+from ..networks.adapters import without_wrapper
 from ..networks.batched import BatchedModels
 from ..pipelines import PDiffPipeline
 from ..snapshots import (
@@ -27,6 +28,7 @@ from ..snapshots import (
     train_base_model,
 )
 from ..snapshots.barrier import check_basins
+from ..snapshots.frozen import FrozenCheck
 from ..tasks import ClassificationTask
 from ..training import NoiseArguments, make_training_scheduler, train_autoencoder, train_denoiser
 from ..utils import names
@@ -51,7 +53,7 @@ def train_base(run: "Run") -> None:
     """The network that everything else starts from: trained, or as the task gives it."""
     r, stage = run.recipe, STAGES["base"]
     torch.manual_seed(named_seed(r.seed, "base weights"))
-    model = run.task.load_base_model()
+    model = without_wrapper(run.task.load_base_model())
     results = {}
     if r.base_epochs:
         steps = max(1, r.base_epochs * len(run.task.load_split("train")) // r.base_batch_size)
@@ -124,12 +126,18 @@ def collect_from_files(run: "Run", paths: Sequence[str], align: bool = False) ->
         )
     if align:  # an error, if they cannot be, comes before the files are read
         find_hidden_units(run.task, run.base_model, run.layout)
+    check = FrozenCheck(run.base_model, run.layout, require_same=run.recipe.require_same_frozen)
     with run.resource_errors("import"), run.files.replacing(stage) as folder:
         folder.rmdir()
-        import_snapshots(paths, run.layout, folder)
+        import_snapshots(paths, run.layout, folder, check=check)
         if align:
             _align(run, folder)
-    results = {"imported_from": [str(path) for path in paths], "aligned": align, "barrier": _check_basins(run)}
+    results = {
+        "imported_from": [str(path) for path in paths],
+        "aligned": align,
+        "frozen": check.report(run.task),
+        "barrier": _check_basins(run),
+    }
     run.finish(stage.name, results)
 
 

@@ -13,7 +13,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 from ..layout import LayoutError, ParameterLayout
 from .dataset import SnapshotError, SnapshotWriter, check_finite
 from .frozen import FrozenCheck
-from .readers import ADAPTER_CONFIG, SUFFIXES, open_network, read_tensors
+from .readers import ADAPTER_CONFIG, SUFFIXES, find_adapters, open_network, read_tensors
 
 # A folder with one of these is one network; others are folders of networks.
 MARKS = ("config.json", ADAPTER_CONFIG, "trainer_state.json", "model.safetensors.index.json")
@@ -91,6 +91,15 @@ def read_networks(path: str | os.PathLike, layout: ParameterLayout) -> torch.Ten
         except (SnapshotError, LayoutError) as error:
             raise type(error)(f"'{file}': {error}") from error
     return parameters
+
+
+def find_adapter(paths: Sequence[str | os.PathLike]) -> str | None:
+    """The folder of the first adapter of PEFT among networks that [`import_snapshots`] could read, if there is one."""
+    for path in paths[:1]:
+        for _, network in _expand(path, {})[:1]:
+            folders = find_adapters(network).values() if network.is_dir() else ()
+            return next(map(str, folders), None)
+    return None
 
 
 def _expand(path: str | os.PathLike, hub_kwargs: Mapping) -> list[tuple[str, Path]]:

@@ -178,9 +178,9 @@ def _load_pickle(file: Path) -> Mapping[str, torch.Tensor]:
         content = torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         refused = _REFUSED.search(str(error))
-        what = f"'{refused[1]}'" if refused else "more than tensors"
+        what = f" ('{refused[1]}')" if refused else ""
         raise SnapshotError(
-            f"{file.name} holds {what} beside tensors, and reading it could run code. If you trust it, load it "
+            f"{file.name} holds more than tensors{what}, and reading it could run code. If you trust it, load it "
             "yourself and save its state dict with safetensors"
         ) from error
     except SnapshotError:

@@ -15,8 +15,8 @@ MAX_SHIFT = 1.0  # pixels of a scan, which has 8 × 8, either way
 NOISE = 32  # of 255, either way, twice
 SIZE = 16  # pixels a side
 ZOOM = 2 / 3  # pixels of a scan to a pixel
-# Positions are whole numbers of 1/256 pixels, and chance comes from NumPy's frozen generator, so that the images are the
-# same on every processor and with every release.
+# Positions are whole numbers of 1/256 pixels, and chance comes from NumPy's frozen generator, so that the images are
+# the same on every processor and with every release.
 BITS = 8
 
 

@@ -23,6 +23,7 @@ from transformers import (
 )
 from transformers.models.timm_wrapper import TimmWrapperConfig
 
+from ..networks.adapters import load_network
 from .dataset import take_columns
 from .images import ImageColumn, ImageSplit, ImageTask, Preparation, load_image_data
 from .labels import LabelledTask, bad_labels, find_weights, name_classes, without_unlabelled_test
@@ -36,8 +37,8 @@ class ImageClassificationTask(ImageTask, LabelledTask):
     """
     Args beyond those of [`ImageTask`] and [`LabelledTask`]:
         model (`str`, *optional*, defaults to `"resnet18"`): Name of a timm architecture (with fresh weights), or a
-            local folder or Hub id of a transformers or timm model (`timm/...`). A local folder with a `config.json` and
-            no weights gives that network with fresh weights.
+            local folder or Hub id of a transformers or timm model (`timm/...`), or of an adapter of PEFT. A local
+            folder with a `config.json` and no weights gives that network with fresh weights.
         dataset (`str`, *optional*, defaults to `"digits"`): `digits` (the 1,797 scans that scikit-learn carries), a
             local folder or the Hub id of an image-classification data set.
         model_args (`dict`, *optional*): More arguments of a timm architecture, such as `img_size` for a ViT.
@@ -50,6 +51,7 @@ class ImageClassificationTask(ImageTask, LabelledTask):
     dataset: str = "digits"
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         self._check_sizes()
         # Looked up now: a mistyped name must not be found out after an hour of work.
         config, self._has_weights = self._find_model()
@@ -125,7 +127,7 @@ class ImageClassificationTask(ImageTask, LabelledTask):
 
     def load_saved(self, folder: str | os.PathLike) -> PreTrainedModel:
         """What `save_base_model` wrote."""
-        return AutoModelForImageClassification.from_pretrained(folder)
+        return load_network(folder, AutoModelForImageClassification)
 
     def _prepare(self, split: Split) -> ImageSplit:
         """Images as the network's own preprocessing makes them."""

@@ -14,6 +14,7 @@ import torch
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.models.timm_wrapper import TimmWrapperConfig
 
+from ..networks.adapters import find_base, load_adapter
 from .dataset import BadRows, DatasetTask, choose_column, describe_row
 from .task import ClassificationTask, Split
 
@@ -38,12 +39,19 @@ class LabelledTask(DatasetTask, ClassificationTask):
 
     Args:
         label_column (`str`, *optional*): By default `label` or `labels`, or else the only `ClassLabel`.
+        adapter (`str`, *optional*): Folder or Hub id of an adapter of PEFT that the model gets. Where `model` is
+            one, it becomes the adapter, and `model` the network that it belongs to.
 
     Attributes:
         class_names (`list[str]`): What the network's outputs stand for, in their order.
     """
 
     label_column: str | None = None
+    adapter: str | None = None
+
+    def __post_init__(self) -> None:
+        if base := find_base(self.model):
+            self.model, self.adapter = base, self.model
 
     def _choose_label(self, features: Mapping[str, Any]) -> str:
         name = choose_column(features, label_candidates(features), self.label_column, "label_column")
@@ -97,7 +105,7 @@ class LabelledTask(DatasetTask, ClassificationTask):
                 "the model", self._config, self.class_names, self.dataset
             )
         name_classes(model.config, self.class_names)
-        return model
+        return load_adapter(model, self.adapter) if self.adapter else model
 
 
 def label_candidates(features: Mapping[str, Any]) -> list[str]:

@@ -14,6 +14,7 @@ from torch import nn
 from torch.utils.data import Dataset
 from transformers import PreTrainedModel
 
+from ..networks.adapters import load_network, save_network, without_wrapper
 from ..networks.batched import BatchedModels
 from ..utils.memory import halve, is_out_of_memory
 
@@ -72,15 +73,15 @@ class Task(ABC):
     def save_base_model(self, model: nn.Module, folder: str | os.PathLike) -> None:
         """Writes the network into the existing folder; a task may add what it prepares its inputs with."""
         if isinstance(model, PreTrainedModel):
-            model.save_pretrained(folder)
+            save_network(model, folder)
         else:
             save_model(model, str(Path(folder) / "model.safetensors"))
 
     def load_saved(self, folder: str | os.PathLike) -> nn.Module:
         """What `save_base_model` wrote."""
-        model = self.load_base_model()
+        model = without_wrapper(self.load_base_model())
         if isinstance(model, PreTrainedModel):
-            return type(model).from_pretrained(folder)
+            return load_network(folder, type(model))
         load_model(model, Path(folder) / "model.safetensors")
         return model
 

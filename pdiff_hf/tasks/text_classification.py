@@ -25,6 +25,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from ..networks.adapters import load_network
 from .dataset import load_raw, take_columns
 from .labels import LabelledTask, bad_labels, find_weights, name_classes, without_unlabelled_test
 from .registry import register_task
@@ -52,6 +53,7 @@ class TextClassificationTask(LabelledTask):
     text_column: str | None = None
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         self._check_sizes("max_length")
         config, self._has_weights = find_weights(self.model)
         raw = load_raw(self.dataset)
@@ -91,7 +93,7 @@ class TextClassificationTask(LabelledTask):
 
     def load_saved(self, folder: str | os.PathLike) -> PreTrainedModel:
         """What `save_base_model` wrote."""
-        return AutoModelForSequenceClassification.from_pretrained(folder)
+        return load_network(folder, AutoModelForSequenceClassification)
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
