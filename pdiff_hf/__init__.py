@@ -1,20 +1,20 @@
 """Neural Network Diffusion (p-diff) for the Hugging Face ecosystem."""
 
-from diffusers import ModelMixin
-from diffusers.pipelines.pipeline_loading_utils import LOADABLE_CLASSES
+import importlib
+from typing import TYPE_CHECKING
 
-# With this entry a pipeline's index names its components as ["pdiff_hf", "ParameterAutoencoder"], which diffusers can
-# load from the Hub too; without it, it names their module, which loads from a local folder only. The base class has to
-# be an attribute of this package for that.
-LOADABLE_CLASSES["pdiff_hf"] = {"ModelMixin": ["save_pretrained", "from_pretrained"]}
+from .utils.imports import lazy_attributes, when_imported
 
-from .layout import LayoutError, ParameterLayout  # noqa: E402
-from .models import LatentDenoiser, ParameterAutoencoder  # noqa: E402
-from .networks.ensemble import EnsembleModel  # noqa: E402
-from .pipelines import PDiffPipeline, PDiffPipelineOutput  # noqa: E402
-from .selection import select_parameters  # noqa: E402
+if TYPE_CHECKING:
+    from diffusers import ModelMixin
 
-__version__ = "0.1.0"
+    from .layout import LayoutError, ParameterLayout
+    from .models import LatentDenoiser, ParameterAutoencoder
+    from .networks.ensemble import EnsembleModel
+    from .pipelines import PDiffPipeline, PDiffPipelineOutput
+    from .selection import select_parameters
+
+__version__ = "0.2.0"
 
 __all__ = [
     "EnsembleModel",
@@ -27,3 +27,28 @@ __all__ = [
     "ParameterLayout",
     "select_parameters",
 ]
+
+__getattr__ = lazy_attributes(
+    __name__,
+    {
+        "EnsembleModel": ".networks.ensemble",
+        "LatentDenoiser": ".models",
+        "LayoutError": ".layout",
+        "ModelMixin": "diffusers",
+        "PDiffPipeline": ".pipelines",
+        "PDiffPipelineOutput": ".pipelines",
+        "ParameterAutoencoder": ".models",
+        "ParameterLayout": ".layout",
+        "select_parameters": ".selection",
+    },
+)
+
+# With this entry a pipeline's index names its components as ["pdiff_hf", "ParameterAutoencoder"], which diffusers can
+# load from the Hub too; without it, it names their module, which loads from a local folder only. The base class has to
+# be an attribute of this package for that.
+when_imported(
+    "diffusers.pipelines.pipeline_loading_utils",
+    lambda module: module.LOADABLE_CLASSES.update(pdiff_hf={"ModelMixin": ["save_pretrained", "from_pretrained"]}),
+)
+# The mini networks are architectures of timm like any other.
+when_imported("timm", lambda module: importlib.import_module("pdiff_hf.networks.mini"))

@@ -6,7 +6,7 @@ import math
 import operator
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import torch
@@ -43,15 +43,19 @@ class ParameterLayout:
         names (`tuple[str, ...]`): State-dict keys.
         shapes (`tuple[tuple[int, ...], ...]`): Shape of each tensor.
         dtypes (`tuple[str, ...]`): Type of each tensor, one of `EXACT_DTYPES`, which `unflatten` restores.
+        aliases (`tuple[tuple[str, ...], ...]`, *optional*): Other names of each tensor, where a network shares it
+            between modules or files call it otherwise; see [`~pdiff_hf.selection.fit_layout`]. Two layouts that differ
+            in nothing else are equal.
 
     Raises:
-        LayoutError: for no tensors, repeated names, a type that float32 cannot hold exactly, and for names, shapes and
-            types that are none.
+        LayoutError: for no tensors, repeated names, a type that float32 cannot hold exactly, names or types that are
+            not strings, and shapes that are not whole numbers of at least 0.
     """
 
     names: tuple[str, ...]
     shapes: tuple[tuple[int, ...], ...]
     dtypes: tuple[str, ...]
+    aliases: tuple[tuple[str, ...], ...] = field(default=(), compare=False, repr=False)
 
     def __post_init__(self):
         # Lists arrive here when a layout was read from JSON.
@@ -59,14 +63,15 @@ class ParameterLayout:
             object.__setattr__(self, "names", tuple(self.names))
             object.__setattr__(self, "shapes", tuple(tuple(operator.index(n) for n in shape) for shape in self.shapes))
             object.__setattr__(self, "dtypes", tuple(self.dtypes))
+            object.__setattr__(self, "aliases", tuple(map(tuple, self.aliases)) or ((),) * len(self.names))
         except TypeError as error:
             raise LayoutError(
                 f"names, dtypes and shapes must be lists, and shapes hold whole numbers: {error}"
             ) from error
-        for value in (*self.names, *self.dtypes):
+        for value in (*self.names, *self.dtypes, *itertools.chain.from_iterable(self.aliases)):
             if not isinstance(value, str):
                 raise LayoutError(f"names and dtypes of a layout must be strings, got {value!r:.200}")
-        if not len(self.names) == len(self.shapes) == len(self.dtypes):
+        if not len(self.names) == len(self.shapes) == len(self.dtypes) == len(self.aliases):
             raise LayoutError(
                 f"a layout needs one shape and one dtype a name, got {len(self.names)} names, "
                 f"{len(self.shapes)} shapes and {len(self.dtypes)} dtypes"
@@ -161,7 +166,8 @@ class ParameterLayout:
 
         Returns:
             `dict[str, torch.Tensor]`: Tensors of the layout's shapes and types, with a leading N for a batch. float32
-            tensors are views of `parameters`.
+            tensors are views of `parameters`. What no network can use is put right: integers are rounded, and variances
+            of batch norm (`running_var`) are at least 0.
         """
         if parameters.ndim not in (1, 2) or parameters.shape[-1] != self.num_parameters:
             raise LayoutError(
@@ -172,7 +178,8 @@ class ParameterLayout:
         state_dict = {}
         pieces = parameters.split(self.sizes, dim=-1)
         for name, shape, dtype, piece in zip(self.names, self.shapes, self.dtypes, pieces, strict=True):
-            state_dict[name] = _cast(piece.reshape((*batch, *shape)), EXACT_DTYPES[dtype])
+            tensor = _cast(piece.reshape((*batch, *shape)), EXACT_DTYPES[dtype])
+            state_dict[name] = tensor.clamp(min=0) if name.endswith("running_var") else tensor
         return state_dict
 
     def check_fits(self, state_dict: Mapping[str, torch.Tensor], what: str = "the base model") -> None:
@@ -197,12 +204,13 @@ class ParameterLayout:
 
     def to_dict(self) -> dict:
         """Plain lists, as they are written to JSON."""
-        return {"names": list(self.names), "shapes": [list(s) for s in self.shapes], "dtypes": list(self.dtypes)}
+        values = {"names": list(self.names), "shapes": [list(s) for s in self.shapes], "dtypes": list(self.dtypes)}
+        return values | ({"aliases": [list(a) for a in self.aliases]} if any(self.aliases) else {})
 
     @classmethod
     def from_dict(cls, values: Mapping) -> "ParameterLayout":
         """Inverse of `to_dict`."""
-        if not isinstance(values, Mapping) or set(values) != {"names", "shapes", "dtypes"}:
+        if not isinstance(values, Mapping) or set(values) - {"aliases"} != {"names", "shapes", "dtypes"}:
             raise LayoutError(f"a layout needs the keys names, shapes and dtypes, got {values!r:.200}")
         return cls(**values)
 
@@ -218,12 +226,14 @@ def _cast(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
 
 def some_names(names: Sequence[str], most: int = 3) -> str:
+    """The first few names, in words."""
     return ", ".join(f"'{name}'" for name in names[:most]) + (
         f" and {len(names) - most} more" if len(names) > most else ""
     )
 
 
 def closest_names(name: str, names: Iterable[str]) -> str:
+    """What to say of a name that is not among `names`: which of them are similar."""
     names = [name for name in names if len(name) <= MAX_COMPARED_LENGTH][:MAX_COMPARED]
     name = name[:MAX_COMPARED_LENGTH]
     close = difflib.get_close_matches(name, names, n=3, cutoff=0.5) or names[:3]

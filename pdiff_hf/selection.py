@@ -5,9 +5,12 @@ import itertools
 import re
 from collections.abc import Sequence
 
+import torch
 from torch import nn
+from torch.nn.modules.batchnorm import _NormBase
 
 from .layout import LayoutError, ParameterLayout, closest_names
+from .names import adapter_names, match_names, other_names, shared_tensors
 
 
 def is_normalization(module: nn.Module) -> bool:
@@ -29,17 +32,62 @@ KINDS = ("all", "bias", *MODULE_KINDS, "attention", "blocks", "head")
 _KIND = re.compile(rf"({'|'.join(KINDS)})(?:\[(-?\d{{0,18}})(:?)(-?\d{{0,18}})\])?")
 
 
-def select_layout(model: nn.Module, select: str | Sequence[str], exclude: str | Sequence[str] = ()) -> ParameterLayout:
-    """The layout of what [`select_parameters`] selects."""
-    return ParameterLayout.from_state_dict(model.state_dict(), select_parameters(model, select, exclude))
+STATISTICS = ("running_mean", "running_var")
+
+
+def select_layout(
+    model: nn.Module,
+    select: str | Sequence[str],
+    exclude: str | Sequence[str] = (),
+    *,
+    batch_norm_statistics: bool = False,
+) -> ParameterLayout:
+    """The layout of what [`select_parameters`] selects, with all other names of its tensors."""
+    names = select_parameters(model, select, exclude, batch_norm_statistics=batch_norm_statistics)
+    return fit_layout(ParameterLayout.from_state_dict(model.state_dict(), names), model)
+
+
+def fit_layout(layout: ParameterLayout, model: nn.Module) -> ParameterLayout:
+    """
+    `layout` with the names that `model` has for its tensors, where they differ by the prefixes of wrappers
+    (`torch.compile`, data parallelism, PEFT, transformers' wrapper of timm); and, as aliases, with the names of other
+    modules that share a tensor, and with those in the files of PEFT.
+
+    Raises:
+        LayoutError: if a tensor of the layout is not in the model, or shares a part of its memory with another one.
+    """
+    state_dict = model.state_dict()
+    matched = match_names(layout.names, state_dict)
+    names = tuple(matched.get(name, name) for name in layout.names)
+    tied, of_adapters = other_names(model), adapter_names(model)
+    shared = [tied.get(name, ()) for name in names]
+    aliases = tuple(
+        (*others, *itertools.chain.from_iterable(of_adapters.get(n, ()) for n in (name, *others)))
+        for name, others in zip(names, shared, strict=True)
+    )
+    fitted = ParameterLayout(names, layout.shapes, layout.dtypes, aliases)
+    fitted.check_fits(state_dict)
+    for name, view in shared_tensors(model).items():
+        if view.order is None and {name, view.source} & set(names):
+            raise LayoutError(
+                f"'{view.source}' and '{name}' share a part of their memory, and neither is a view of the other; leave "
+                "both out of the selection"
+            )
+    return fitted
 
 
 def select_parameters(
-    model: nn.Module, select: str | Sequence[str], exclude: str | Sequence[str] = ()
+    model: nn.Module,
+    select: str | Sequence[str],
+    exclude: str | Sequence[str] = (),
+    *,
+    batch_norm_statistics: bool = False,
 ) -> tuple[str, ...]:
     """
-    Names of the parameters of `model` that `select` asks for, in the model's own order. Buffers, such as the running
-    statistics of batch norm, are never selected.
+    Names of the parameters of `model` that `select` asks for, in the model's own order. Buffers are never selected, but
+    for the running statistics of batch norm where `batch_norm_statistics` asks for them. A tensor that several modules
+    share is selected, or excluded, by any of its names, and listed once, under the first of them; a view of another
+    tensor, under the name of that.
 
     Args:
         model (`nn.Module`): The network. Where it has a `base_model_prefix` (as transformers' wrapper of timm models
@@ -52,6 +100,8 @@ def select_parameters(
             - a glob over parameter names: `layer4.1.bn*`, or `*.lora_*` for the adapters of a PEFT model;
             - a regular expression that matches a whole name, after `re:`.
         exclude (`str` or `Sequence[str]`, *optional*): What to leave out of that, in the same terms.
+        batch_norm_statistics (`bool`, *optional*, defaults to `False`): Whether `running_mean` and `running_var` of
+            batch norm count as parameters of their layers.
 
     `attention` takes in all that is inside an attention layer, which is known by the name of its class. `head` is the
     last layer with a weight matrix. `blocks` are the members of the `ModuleList`s, `Sequential`s and `ModuleDict`s that
@@ -62,11 +112,70 @@ def select_parameters(
     Raises:
         LayoutError: names the entry that selects nothing, and parameters with similar names.
     """
-    parameters = [name for name, _ in model.named_parameters()]
-    chosen = _match(model, parameters, select) - (_match(model, parameters, exclude) if exclude else set())
+    selectable = [name for name, _ in model.named_parameters(remove_duplicate=False)]
+    if batch_norm_statistics:
+        statistics = [
+            _join(name, statistic)
+            for name, module in model.named_modules()
+            for statistic in STATISTICS
+            if isinstance(module, _NormBase) and getattr(module, statistic) is not None
+        ]
+        if not statistics:
+            raise LayoutError(
+                f"{type(model).__name__} has no batch norm with running statistics that could be generated; use "
+                "batch_norm_statistics=base"
+            )
+        wanted = {*selectable, *statistics}
+        selectable = [name for name in model.state_dict() if name in wanted]
+    views = {name: view for name, view in shared_tensors(model).items() if view.order is not None}
+
+    def found(patterns: str | Sequence[str]) -> set[str]:
+        return {views[n].source if n in views else n for n in _match(model, selectable, patterns)}
+
+    chosen = found(select) - (found(exclude) if exclude else set())
     if not chosen:
         raise LayoutError(f"nothing is left to generate: {exclude!r} excludes all that {select!r} selects")
-    return tuple(name for name in parameters if name in chosen)
+    return tuple(name for name in selectable if name in chosen)
+
+
+def tied_names(model: nn.Module) -> dict[str, tuple[str, ...]]:
+    """
+    The names under which the same memory is reached, for every parameter and buffer of `model`.
+
+    Returns:
+        `dict[str, tuple[str, ...]]`: For each name, all names of its memory: first the one that stands for them, whose
+        tensor holds all the others (the same tensor, or views of it), then the others in the model's order.
+    """
+    tensors = named_tensors(model)
+    by_storage: dict[int, list[str]] = {}
+    for name, tensor in tensors.items():
+        by_storage.setdefault(tensor.untyped_storage()._cdata, []).append(name)
+    members: dict[str, list[str]] = {}
+    for names in by_storage.values():
+        for name in names:
+            holders = [other for other in names if is_part(tensors[name], tensors[other])]
+            if isinstance(tensors[name], nn.Parameter):  # it is trained; a buffer around it is not
+                holders = [other for other in holders if isinstance(tensors[other], nn.Parameter)]
+            owner = max(holders, key=lambda other: (tensors[other].numel(), tensors[other].is_contiguous()))
+            members.setdefault(owner, []).append(name)
+    groups = {owner: (owner, *(name for name in names if name != owner)) for owner, names in members.items()}
+    return {name: group for group in groups.values() for name in group}
+
+
+def named_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
+    """All parameters and buffers under all their names."""
+    return dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
+
+
+def is_part(part: torch.Tensor, whole: torch.Tensor) -> bool:
+    """Whether all values of `part`, a tensor in the same storage as `whole`, are values of `whole`."""
+    if part.dtype != whole.dtype:
+        return False
+    first = part.storage_offset() - whole.storage_offset()
+    if first == 0 and part.shape == whole.shape and part.stride() == whole.stride():
+        return True
+    last = first + sum((size - 1) * stride for size, stride in zip(part.shape, part.stride(), strict=True))
+    return part.numel() > 0 and whole.is_contiguous() and first >= 0 and last < whole.numel()
 
 
 def _match(model: nn.Module, parameters: list[str], patterns: str | Sequence[str]) -> set[str]:
@@ -88,29 +197,23 @@ def _match(model: nn.Module, parameters: list[str], patterns: str | Sequence[str
         else:
             found = {n for n in parameters if fnmatch.fnmatchcase(n, pattern) or fnmatch.fnmatchcase(short[n], pattern)}
         if not found:
-            raise LayoutError(
-                f"'{pattern}' selects no parameter of {type(model).__name__}; {closest_names(pattern, short.values())}"
-            )
+            hint = _describe_kinds(model, parameters) if kind else closest_names(pattern, short.values())
+            raise LayoutError(f"'{pattern}' selects no parameter of {type(model).__name__}; {hint}")
         chosen |= found
     return chosen
 
 
+def _describe_kinds(model: nn.Module, parameters: list[str]) -> str:
+    """Which kinds of modules a network has, and how many of each."""
+    counts = {kind: len(_groups(model, parameters, kind)) for kind in (*MODULE_KINDS, "attention", "blocks", "head")}
+    has = [f"{kind} ({count})" for kind, count in counts.items() if count]
+    lacks = [kind for kind, count in counts.items() if not count]
+    words = f"it has {', '.join(has)}" if has else "it has modules of no kind"
+    return words + (f", and no {' or '.join(lacks)}" if lacks else "") + "; `all` selects everything"
+
+
 def _match_kind(model: nn.Module, parameters: list[str], kind: str, start: str, colon: str, stop: str) -> set[str]:
-    named = dict(model.named_modules())
-    if kind in MODULE_KINDS:
-        names = [name for name, module in named.items() if MODULE_KINDS[kind](module)]
-        groups = [[_join(name, p) for p, _ in named[name].named_parameters(recurse=False)] for name in names]
-    elif kind in ("all", "bias"):
-        groups = [[name] for name in parameters if kind == "all" or name.rpartition(".")[2] == "bias"]
-    else:
-        if kind == "blocks":
-            names = _find_blocks(model)
-        elif kind == "attention":
-            names = [name for name, module in named.items() if name and is_attention(module)]
-            names = [name for name in names if not any(name.startswith(f"{other}.") for other in names)]
-        else:
-            names = [n for n, m in named.items() if MODULE_KINDS["conv"](m) or MODULE_KINDS["linear"](m)][-1:]
-        groups = [[_join(name, p) for p, _ in named[name].named_parameters()] for name in names]
+    groups = _groups(model, parameters, kind)
     if "-" in (start, stop):
         raise LayoutError(f"'{kind}[{start}{colon}{stop}]' is not a slice: a number is missing after the minus sign")
     if colon:
@@ -118,8 +221,29 @@ def _match_kind(model: nn.Module, parameters: list[str], kind: str, start: str, 
     elif start:
         index = int(start)
         groups = groups[index : index + 1 or None]
-    # Tied parameters are listed once by `named_parameters`, under the first of their names.
-    return set(itertools.chain.from_iterable(groups)) & set(parameters)
+    return set(itertools.chain.from_iterable(groups))
+
+
+def _groups(model: nn.Module, parameters: list[str], kind: str) -> list[list[str]]:
+    """The names among `parameters` of every module of a kind; for `all` and `bias`, each for itself."""
+    if kind in ("all", "bias"):
+        return [[name] for name in parameters if kind == "all" or name.rpartition(".")[2] == "bias"]
+    named = dict(model.named_modules())
+    if kind == "blocks":
+        names = _find_blocks(model)
+    elif kind == "attention":
+        names = [name for name, module in named.items() if name and is_attention(module)]
+        names = [name for name in names if not any(name.startswith(f"{other}.") for other in names)]
+    elif kind == "head":
+        names = [n for n, m in named.items() if MODULE_KINDS["conv"](m) or MODULE_KINDS["linear"](m)][-1:]
+    else:
+        names = [name for name, module in named.items() if MODULE_KINDS[kind](module)]
+    own = kind in MODULE_KINDS  # the tensors of these modules themselves, not of those inside them
+    groups = []
+    for prefix in (_join(name, "") for name in names):
+        inside = [name for name in parameters if name.startswith(prefix)]
+        groups.append([name for name in inside if not own or "." not in name.removeprefix(prefix)])
+    return [group for group in groups if group]
 
 
 def _join(module: str, parameter: str) -> str:

@@ -1,6 +1,5 @@
 """Samples new sets of parameters of a network. Self-contained: this file is also a Hub repository's `pipeline.py`."""
 
-import copy
 import inspect
 import json
 import os
@@ -12,15 +11,19 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+import transformers
 from diffusers import DiffusionPipeline, SchedulerMixin
 from diffusers.utils import BaseOutput
 from diffusers.utils.torch_utils import randn_tensor
 from huggingface_hub.errors import HTTPError
 from torch import nn
+from transformers import AutoConfig
 
 from pdiff_hf.hub.push import PIPELINE_FILE, push_pipeline_to_hub
 from pdiff_hf.models import LatentDenoiser, ParameterAutoencoder
+from pdiff_hf.networks.adapters import ADAPTER_FOLDER, has_adapters, load_network, save_network
 from pdiff_hf.networks.ensemble import EnsembleModel
+from pdiff_hf.networks.replacement import Replacement
 from pdiff_hf.utils.errors import first_line, limited_modules
 from pdiff_hf.utils.memory import InParts
 
@@ -104,6 +107,10 @@ class PDiffPipeline(DiffusionPipeline):
             HTTPError: of `huggingface_hub.errors`, if the connection to the Hub fails.
             ValueError: if files are damaged, do not belong together, or are of a newer format than this release reads.
         """
+        folder = Path(pretrained_model_name_or_path, "base_model")
+        if "base_model" not in kwargs and (folder / ADAPTER_FOLDER).is_dir():
+            architecture = AutoConfig.from_pretrained(folder).architectures[0]
+            kwargs["base_model"] = load_network(folder, getattr(transformers, architecture))
         try:
             with limited_modules():
                 return super().from_pretrained(pretrained_model_name_or_path, **{"use_safetensors": True} | kwargs)
@@ -142,6 +149,9 @@ class PDiffPipeline(DiffusionPipeline):
         are those of [`push_to_hub`], and `repo_id` is the folder's name by default.
         """
         super().save_pretrained(save_directory, safe_serialization, variant, max_shard_size)
+        if has_adapters(self.base_model):  # diffusers has written its tensors under the names that they have with those
+            shutil.rmtree(Path(save_directory, "base_model"))
+            save_network(self.base_model, Path(save_directory, "base_model"))
         shutil.copyfile(__file__, Path(save_directory, PIPELINE_FILE))
         if push_to_hub:
             push_pipeline_to_hub(save_directory, **{"repo_id": Path(save_directory).name} | kwargs)
@@ -361,13 +371,7 @@ class PDiffPipeline(DiffusionPipeline):
         """The base model with the tensors of `state_dict`; all others are shared with it, not copied."""
         if self.base_model is None:
             raise ValueError("this pipeline has no base model that the generated tensors could be put into")
-        tensors = [*self.base_model.parameters(), *self.base_model.buffers()]
-        model = copy.deepcopy(self.base_model, memo={id(tensor): tensor for tensor in tensors})
-        for name, tensor in state_dict.items():
-            owner, _, attribute = name.rpartition(".")
-            device = getattr(model.get_submodule(owner), attribute).device
-            setattr(model.get_submodule(owner), attribute, nn.Parameter(tensor.to(device), requires_grad=False))
-        return model.eval()
+        return Replacement(self.base_model, state_dict).network(self.base_model, state_dict)
 
     def ensemble(
         self,

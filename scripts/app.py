@@ -10,7 +10,6 @@ As a Space: this file beside an `app.py` of its own, with `build_app("user/gener
 
 import argparse
 import html
-import json
 import os
 import tempfile
 import threading
@@ -35,13 +34,17 @@ from transformers.utils import logging as transformers_logging
 
 from pdiff_hf import LayoutError, PDiffPipeline
 from pdiff_hf.evaluation.metrics import accuracy, max_iou
-from pdiff_hf.evaluation.plots import GENERATED, ORIGINAL, OTHERS
-from pdiff_hf.evaluation.report import format_summary
-from pdiff_hf.evaluation.scoring import Scorer, Scores
+from pdiff_hf.evaluation.plots import GENERATED, OTHERS, SNAPSHOTS
+from pdiff_hf.evaluation.render import format_summary
+from pdiff_hf.evaluation.scores import ClassifierScores
+from pdiff_hf.evaluation.scoring import Scorer, make_scorer
 from pdiff_hf.run.recipe import Recipe
-from pdiff_hf.run.run import FOLDERS
+from pdiff_hf.run.task import make_task
 from pdiff_hf.snapshots import load_snapshots, parameter_matrix
-from pdiff_hf.tasks import ClassificationTask, make_task, take
+from pdiff_hf.tasks import ClassificationTask, take
+from pdiff_hf.tasks.labels import LabelledTask
+from pdiff_hf.utils import names
+from pdiff_hf.utils.reports import load_report
 
 MAX_MODELS = 500
 MAX_STEPS = 1000
@@ -57,7 +60,7 @@ SCHEDULERS = {
 }
 # Colour, marker and size of a group of networks.
 STYLES = {
-    "originals": (ORIGINAL, "o", 18),
+    "snapshots": (SNAPSHOTS, "o", 18),
     "baselines (mean of each)": (OTHERS[0], "s", 26),
     "generated for the report": (OTHERS[1], "^", 26),
     "sampled here": (GENERATED, "*", 60),
@@ -113,7 +116,7 @@ def load_source(name: str) -> Source:
     if is_local and (folder / PDiffPipeline.config_name).is_file():
         pipeline, folder = folder, folder.resolve().parent
     else:
-        pipeline = folder / FOLDERS["denoiser"] if is_local else name
+        pipeline = folder / names.PIPELINE if is_local else name
     if is_local and not (Path(pipeline) / PDiffPipeline.config_name).is_file():
         raise ValueError(f"'{name}' holds neither a pipeline nor a run with a finished one")
     pipe = PDiffPipeline.from_pretrained(pipeline, use_safetensors=True)
@@ -122,15 +125,9 @@ def load_source(name: str) -> Source:
     source.report = _load_report(folder if is_local else name)
     if source.report is None:
         source.missing.append("its report: it has not been evaluated")
-    elif "metric" in source.report:
+    elif "max_iou" not in source.report["groups"][0]:
         source.report = None
         source.missing.append("its report, which is not one of classifiers: see report.md beside the pipeline")
-    else:
-        try:
-            format_summary(source.report), compare(source)
-        except (KeyError, TypeError):
-            source.report = None
-            source.missing.append("its report: it was written by another version of this library")
     if not is_local:
         source.missing.append(
             "the accuracy of what is sampled here: a repository has no snapshots to compare with. Open the run's folder"
@@ -146,10 +143,10 @@ def load_source(name: str) -> Source:
 
 
 def _load_report(where: Path | str) -> dict | None:
-    path = f"{FOLDERS['evaluate']}/report.json"
+    path = f"{names.EVALUATION}/{names.REPORT}"
     try:
         path = Path(where, path) if isinstance(where, Path) else hf_hub_download(where, path)
-        return json.loads(Path(path).read_text(encoding="utf-8"))
+        return load_report(path)
     except (EntryNotFoundError, FileNotFoundError):
         return None
 
@@ -157,14 +154,16 @@ def _load_report(where: Path | str) -> dict | None:
 def _load_task(source: Source, folder: Path) -> None:
     """The snapshots of a run, and what scores networks on its task."""
     recipe = Recipe(**yaml.safe_load((folder / "recipe.yaml").read_text(encoding="utf-8")))
-    snapshots, layout = load_snapshots(recipe.snapshots or folder / FOLDERS["collect"])
+    snapshots, layout = load_snapshots(recipe.snapshots or folder / names.SNAPSHOTS)
     if layout != source.pipe.autoencoder.layout:
         raise LayoutError("the snapshots beside the pipeline are of other tensors")
-    task = make_task(vars(recipe))
+    task = make_task(recipe)
     if not isinstance(task, ClassificationTask):
         raise ValueError(f"networks for {recipe.task} are not classifiers; scripts/evaluate.py measures them")
-    model = source.pipe.base_model or task.load_saved(folder / FOLDERS["base"]).to(source.pipe.device)
-    source.scorer = Scorer(task, model, layout, cache_dir=folder / "scores")
+    model = source.pipe.base_model or task.load_saved(folder / names.BASE_MODEL).to(source.pipe.device)
+    if isinstance(task, LabelledTask):
+        task.align(model.config)
+    source.scorer = make_scorer(task, model, layout, cache_dir=folder / names.SCORES)
     source.snapshots = parameter_matrix(snapshots, layout)
 
 
@@ -193,24 +192,26 @@ def describe(name: str, source: Source) -> str:
     return "\n\n".join(lines)
 
 
-def compare(source: Source, scores: Scores | None = None) -> tuple[dict[str, tuple[list[float], list[float]]], str]:
+def compare(
+    source: Source, scores: ClassifierScores | None = None
+) -> tuple[dict[str, tuple[list[float], list[float]]], str]:
     """
     Similarities and accuracies by group, a point a network (of the baselines, a point a setting), and what the reader
     needs to know about them.
 
     Args:
-        scores (`Scores`, *optional*): Of networks that were sampled here, on the test split.
+        scores (`ClassifierScores`, *optional*): Of networks that were sampled here, on the test split.
     """
     points: dict[str, tuple[list[float], list[float]]] = {}
     if source.report is not None:
         groups = {group["name"]: group for group in source.report["groups"]}
         iou = {row["name"]: row["iou"] for row in source.report["audit"]["rows"]}
         baselines = [group for group in groups.values() if group["family"] is not None]
-        points["originals"] = iou["original"], groups["original"]["accuracies"]
+        points["snapshots"] = iou["snapshots"], groups["snapshots"]["scores"]
         if baselines:
-            means = [group["iou_max"] for group in baselines], [group["accuracy_mean"] for group in baselines]
+            means = [group["max_iou"] for group in baselines], [group["score_mean"] for group in baselines]
             points["baselines (mean of each)"] = means
-        points["generated for the report"] = iou["generated"], groups["generated"]["accuracies"]
+        points["generated for the report"] = iou["generated"], groups["generated"]["scores"]
     if scores is None:
         if not points:
             rest = " yet; sample, to see how these networks do." if source.scorer else "."
@@ -218,7 +219,7 @@ def compare(source: Source, scores: Scores | None = None) -> tuple[dict[str, tup
         return points, "" if source.scorer else "Networks that are sampled here are not in this figure: see above."
     originals = source.scorer.score("test", source.snapshots)
     of_originals = accuracy(originals.predictions, originals.labels)
-    points["originals"] = max_iou(originals.wrong, originals.wrong, exclude_self=True).tolist(), of_originals.tolist()
+    points["snapshots"] = max_iou(originals.wrong, originals.wrong, exclude_self=True).tolist(), of_originals.tolist()
     accuracies, similarities = accuracy(scores.predictions, scores.labels), max_iou(scores.wrong, originals.wrong)
     points["sampled here"] = similarities.tolist(), accuracies.tolist()
     text = (
@@ -514,10 +515,14 @@ def build_app(pipeline_id: str = "") -> gr.Blocks:
     return app
 
 
-if __name__ == "__main__":
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.strip().split("\n\n")[0])
     parser.add_argument("pipeline", nargs="?", default="", help="Folder of a run or of a pipeline, or a Hub id.")
     parser.add_argument("--port", type=int, help="By default the first free one from 7860.")
     args = parser.parse_args()
     transformers_logging.disable_progress_bar()
     build_app(args.pipeline).launch(server_port=args.port, **LAUNCH)
+
+
+if __name__ == "__main__":
+    main()

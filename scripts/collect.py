@@ -3,25 +3,15 @@ Collects snapshots of a network, without training a generator for them.
 
     python scripts/collect.py --list --select "blocks[-1:]" head       # what would be generated, and what that costs
     accelerate launch scripts/collect.py RECIPE.yaml                   # a base model and its snapshots
-    python scripts/collect.py --model FOLDER --base_epochs 0 --import FOLDER   # snapshots from files that you have
-    python scripts/collect.py --model FOLDER --base_epochs 0 --select all --import FOLDER --align   # MLPs, plain CNNs
+    python scripts/collect.py --model FOLDER --dataset DATASET --base_epochs 0 --import FOLDER   # snapshots from files
+    python scripts/collect.py ... --select all --import FOLDER --align   # networks trained apart: MLPs, plain CNNs
 
 Keys and flags are those of scripts/train.py, which goes on from here with the same ones.
 """
 
 import dataclasses
-import logging
-import sys
 
-import torch
-
-from pdiff_hf.run.recipe import Recipe, RecipeParser
-from pdiff_hf.run.run import Run, start_processes
-from pdiff_hf.selection import select_layout
-from pdiff_hf.tasks import make_task
-from pdiff_hf.training.estimate import estimate_autoencoder, estimate_denoiser
-from pdiff_hf.training.loop import TrainingError
-from pdiff_hf.utils.errors import ResourceError
+from pdiff_hf.run.recipe import RecipeParser
 
 
 def main() -> None:
@@ -37,77 +27,33 @@ def main() -> None:
     flags = parser.parse_known_args()[0]
     if flags.align and not flags.paths:
         parser.error("--align needs --import: it is for snapshots from files")
+    # These take seconds to import, which a mistyped flag should not wait for.
+    from pdiff_hf.run.listing import describe_selection
+    from pdiff_hf.run.run import Run, start_processes
+    from pdiff_hf.run.stages import collect_from_files
+    from pdiff_hf.run.task import make_task
+    from pdiff_hf.run.terminal import one_line_errors, quiet_libraries
+    from pdiff_hf.snapshots.files import find_adapter
+    from pdiff_hf.utils.paths import expand_path
+
     state = start_processes()
-    logging.basicConfig(level=logging.INFO if state.is_main_process else logging.ERROR, format="%(message)s")
-    try:
+    quiet_libraries(state.is_main_process)
+    with one_line_errors():
         if flags.list:
-            print_list(recipe, state.device)
+            for line in describe_selection(recipe.with_dataset(), state.device):
+                print(line)
             return
-        run = Run(dataclasses.replace(recipe, stages=["base"] if flags.paths else ["base", "collect"]))
+        recipe = dataclasses.replace(recipe, stages=["base"] if flags.paths else ["base", "collect"])
+        adapter = find_adapter([expand_path(path) for path in flags.paths or []])
+        run = Run(recipe, task=None if adapter is None else make_task(recipe.with_dataset(), adapter))
         with run.lock():
-            run.carry_out()
+            run.execute()
             if flags.paths and state.is_main_process:
-                run.import_snapshots(flags.paths, align=flags.align)
-    except (ValueError, TrainingError, ResourceError) as error:  # everything that a user can put right
-        sys.exit(f"error: {error}")
+                collect_from_files(run, [expand_path(path) for path in flags.paths], align=flags.align)
     if state.is_main_process:
         count, size = len(run.snapshots[0]), run.layout.num_parameters
-        print(f"{count} snapshots of {size:,} numbers are in {run.folder / 'snapshots'}")
+        print(f"{count} snapshots of {size:,} parameters are in {run.folder / 'snapshots'}")
     state.destroy_process_group()
-
-
-def print_list(recipe: Recipe, device: torch.device) -> None:
-    """All parameters of the model, those that are selected, and what a generator for them costs."""
-    model = make_task(vars(recipe)).load_base_model()
-    layout = select_layout(model, recipe.select, recipe.exclude)
-    selected = set(layout.names)
-    parameters = dict(model.named_parameters())
-    width = max(map(len, parameters))
-    for name, parameter in parameters.items():
-        shape = " × ".join(map(str, parameter.shape))
-        print(f"{'*' if name in selected else ' '} {name:{width}}  {parameter.numel():>12,}  {shape}")
-    total = sum(parameter.numel() for parameter in parameters.values())
-    print(
-        f"\n* selected: {layout.num_parameters:,} of {total:,} numbers, in {len(selected)} of {len(parameters)} tensors"
-        f"\n{recipe.num_snapshots} snapshots take {size(4 * layout.num_parameters * recipe.num_snapshots)}\n"
-    )
-    if recipe.latent_dim > layout.num_parameters:
-        raise ValueError(f"latent_dim is {recipe.latent_dim}, more than the selected numbers")
-    costs = {
-        "autoencoder": estimate_autoencoder(
-            layout.num_parameters,
-            latent_dim=recipe.latent_dim,
-            preset=recipe.autoencoder_preset,
-            token_size=recipe.token_size,
-            num_steps=recipe.autoencoder_steps,
-            batch_size=recipe.autoencoder_batch_size,
-            device=device,
-        ),
-        "denoiser": estimate_denoiser(
-            recipe.latent_dim,
-            preset=recipe.denoiser_preset,
-            num_steps=recipe.denoiser_steps,
-            batch_size=recipe.denoiser_batch_size,
-            device=device,
-        ),
-    }
-    print(f"Training a generator on this machine ({device.type}, one process), as an estimate:")
-    for name, cost in costs.items():
-        preset, steps = getattr(recipe, f"{name}_preset"), getattr(recipe, f"{name}_steps")
-        print(
-            f"  {name:11}  {preset}, {steps} steps: {cost.flops / 1e12:,.1f} TFLOP, about {duration(cost.seconds)}, "
-            f"{size(cost.memory)} beside the snapshots"
-        )
-
-
-def size(num_bytes: float) -> str:
-    return f"{num_bytes / 1e9:.1f} GB" if num_bytes >= 1e9 else f"{num_bytes / 1e6:.1f} MB"
-
-
-def duration(seconds: float) -> str:
-    if seconds < 120:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
 
 
 if __name__ == "__main__":

@@ -9,20 +9,10 @@ say which of its tensors count. Keys and flags are those of scripts/train.py. Sc
 networks computes only the new ones.
 """
 
-import logging
-import sys
-
-from accelerate import PartialState
-
-from pdiff_hf.evaluation.report import format_summary
 from pdiff_hf.run.recipe import RecipeParser
-from pdiff_hf.run.saved import evaluate_saved
-from pdiff_hf.utils.errors import ResourceError
 
 
 def main() -> None:
-    PartialState()
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
     parser = RecipeParser(description=__doc__.strip().split("\n\n")[0])
     parser.add_argument(
         "generator", metavar="GENERATOR", help="Saved pipeline (folder or Hub id), or folder of networks."
@@ -31,10 +21,16 @@ def main() -> None:
     parser.set_defaults(output_dir="outputs/evaluation", model=None, dataset=None, image_size=0)
     recipe = parser.parse_recipe()
     generator = parser.parse_known_args()[0].generator
-    try:
+    # These take seconds to import, which a mistyped flag should not wait for.
+    from pdiff_hf.evaluation.render import format_summary
+    from pdiff_hf.run.run import start_processes
+    from pdiff_hf.run.saved import evaluate_saved
+    from pdiff_hf.run.terminal import one_line_errors, quiet_libraries
+
+    start_processes()
+    quiet_libraries()
+    with one_line_errors():
         report = evaluate_saved(generator, recipe)
-    except (ValueError, ResourceError) as error:  # everything that a user can put right
-        sys.exit(f"error: {error}")
     print(format_summary(report))
     print(f"The report is in {recipe.output_dir}.")
 

@@ -14,21 +14,9 @@ With --only_generated each network is one safetensors file with nothing but the 
 """
 
 import argparse
-import logging
-import shutil
-import sys
 from pathlib import Path
 
-import torch
-from safetensors.torch import save_file, save_model
-from torch import nn
-from tqdm.auto import tqdm
-from transformers import TimmWrapperForImageClassification
-
-from pdiff_hf import PDiffPipeline
-from pdiff_hf.utils.files import replacing
-
-logger = logging.getLogger(__name__)
+from pdiff_hf.utils.paths import expand_path
 
 
 def parse_args() -> argparse.Namespace:
@@ -47,58 +35,26 @@ def parse_args() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def save_network(model: nn.Module, folder: Path) -> None:
-    """Such that `from_pretrained` loads it, and timm as well if it is a network of timm."""
-    if not isinstance(model, TimmWrapperForImageClassification):
-        model.save_pretrained(folder)
-        return
-    # transformers reads weights under timm's own names as well as under its own; timm reads no others. Nor does it read
-    # a null in the place of arguments.
-    model.config.model_args = model.config.model_args or {}
-    model.config.save_pretrained(folder)
-    save_model(model.timm_model, str(folder / "model.safetensors"), metadata={"format": "pt"})
-
-
 def main() -> None:
     args = parse_args()
-    folder = Path(args.output_dir)
-    if any(folder.glob("network-*")):
-        raise ValueError(f"'{folder}' already holds generated networks; choose another --output_dir")
-    pipe = PDiffPipeline.from_pretrained(args.pipeline)
-    pipe.to("cuda" if torch.cuda.is_available() else "cpu")
-    if pipe.base_model is None and not args.only_generated:
-        raise ValueError("this generator has no base model to complete its networks with; use --only_generated")
-    size = 4 * pipe.autoencoder.layout.num_parameters
-    if not args.only_generated:
-        size = sum(t.numel() * t.element_size() for t in pipe.base_model.state_dict().values())
-    free = shutil.disk_usage(next(path for path in (folder, *folder.absolute().parents) if path.exists())).free
-    if size * args.num_models > free:
-        raise ValueError(
-            f"{args.num_models} networks of {size / 1e6:.1f} MB need {size * args.num_models / 1e9:.1f} GB, and "
-            f"'{folder}' has {free / 1e9:.1f} GB free; generate fewer, or use --only_generated"
+    # These take seconds to import, which a mistyped flag should not wait for.
+    from pdiff_hf.run.export import write_networks
+    from pdiff_hf.run.terminal import one_line_errors, quiet_libraries
+
+    quiet_libraries()
+    with one_line_errors():
+        folder = Path(expand_path(args.output_dir))
+        write_networks(
+            expand_path(args.pipeline),
+            folder,
+            num_models=args.num_models,
+            num_inference_steps=args.num_inference_steps,
+            seed=args.seed,
+            batch_size=args.batch_size,
+            only_generated=args.only_generated,
         )
-    parameters = pipe(
-        args.num_models,
-        num_inference_steps=args.num_inference_steps,
-        generator=torch.Generator().manual_seed(args.seed),
-        batch_size=args.batch_size,
-        output_type="pt",
-    ).parameters
-    folder.mkdir(parents=True, exist_ok=True)
-    for i, row in enumerate(tqdm(parameters, "writing")):
-        # Copies, because safetensors does not write views of a larger tensor.
-        state_dict = {name: tensor.clone() for name, tensor in pipe.autoencoder.layout.unflatten(row).items()}
-        name = f"network-{i:05d}"
-        with replacing(folder / (f"{name}.safetensors" if args.only_generated else name)) as part:
-            if args.only_generated:
-                save_file(state_dict, part)
-            else:
-                save_network(pipe.make_model(state_dict), part)
     print(f"{args.num_models} networks are in {folder}.")
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
+    main()

@@ -7,17 +7,16 @@ Publishes what is finished: the generator of a run with its report, a saved pipe
 """
 
 import argparse
-import sys
 from pathlib import Path
 
-from pdiff_hf.hub.push import HubError, push_pipeline_to_hub, push_run_to_hub, push_snapshots_to_hub
+from pdiff_hf.utils.paths import expand_path
 
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__.strip().split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
-    parser.add_argument("folder", type=Path, help="A run's output_dir, or its folder pipeline or snapshots.")
+    parser.add_argument("folder", help="A run's output_dir, or its folder pipeline or snapshots.")
     parser.add_argument("--hub_model_id", help="`user/name` or `organization/name`; the folder's name if not given.")
     parser.add_argument("--hub_private_repo", action="store_true", help="Create the repository as a private one.")
     parser.add_argument("--hub_token", help="Token that can write; that of `hf auth login` if not given.")
@@ -28,25 +27,27 @@ def parse_args() -> argparse.Namespace:
 
 def main() -> None:
     args = parse_args()
-    folder = args.folder.resolve()
-    push, extra = push_run_to_hub, {"license": args.hub_license}
-    if (folder / "model_index.json").is_file():
-        push, extra = push_pipeline_to_hub, {}
-    elif (folder / "layout").is_dir():
-        push, extra = push_snapshots_to_hub, {}
-    url = push(
-        folder,
-        args.hub_model_id or folder.name,
-        private=args.hub_private_repo or None,
-        revision=args.revision,
-        token=args.hub_token,
-        **extra,
-    )
+    # These take seconds to import, which a mistyped flag should not wait for.
+    from pdiff_hf.hub.push import push_pipeline_to_hub, push_run_to_hub, push_snapshots_to_hub
+    from pdiff_hf.run.terminal import one_line_errors
+
+    with one_line_errors():
+        folder = Path(expand_path(args.folder)).resolve()
+        push, extra = push_run_to_hub, {"license": args.hub_license}
+        if (folder / "model_index.json").is_file():
+            push, extra = push_pipeline_to_hub, {}
+        elif (folder / "layout").is_dir():
+            push, extra = push_snapshots_to_hub, {}
+        url = push(
+            folder,
+            args.hub_model_id or folder.name,
+            private=args.hub_private_repo or None,
+            revision=args.revision,
+            token=args.hub_token,
+            **extra,
+        )
     print(f"Published: {url}")
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except HubError as error:
-        sys.exit(f"error: {error}")
+    main()

@@ -13,19 +13,12 @@ tables too; an experiment that was stopped goes on with the same command.
 """
 
 import argparse
-import logging
 import sys
-from pathlib import Path
-
-from diffusers.utils import logging as diffusers_logging
-from reproduce.experiments import SCALES, list_experiments, list_runs, reproduce
-from transformers.utils import logging as transformers_logging
 
 from pdiff_hf.run.recipe import RecipeParser
-from pdiff_hf.training.loop import TrainingError
-from pdiff_hf.utils.errors import ResourceError
+from pdiff_hf.utils.paths import expand_path
 
-RECIPES = Path(__file__).parent / "recipes"
+SCALES = ("small", "paper")
 
 
 def main() -> None:
@@ -50,24 +43,25 @@ def main() -> None:
     if args.name is None and (args.rows or changes):
         parser.error("rows and keys of a recipe are those of one table or figure: name it first")
 
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
-    for library in ("accelerate", "datasets", "httpx", "timm"):  # what they do is not what this program does
-        logging.getLogger(library).setLevel(logging.WARNING)
-    transformers_logging.disable_progress_bar()
-    diffusers_logging.disable_progress_bar()
+    # These take seconds to import, which a mistyped flag should not wait for.
+    from reproduce.listing import list_experiments, list_runs
+    from reproduce.runner import reproduce
+
+    from pdiff_hf.run.terminal import one_line_errors, quiet_libraries
+
+    quiet_libraries()
     shared = {"scale": args.scale, "dataset": args.dataset, "seeds": args.seeds}
     try:
-        if args.name is None:
-            print(list_experiments(RECIPES, **shared))
-            return
-        shared |= {"patterns": args.rows, "changes": changes}
-        if args.list:
-            print(list_runs(args.name, RECIPES, **shared))
-            return
-        output_dir = args.output_dir or f"outputs/reproduce-{args.scale}"
-        folder = reproduce(args.name, RECIPES, output_dir, **shared)
-    except (ValueError, TrainingError, ResourceError) as error:  # everything that a user can put right
-        sys.exit(f"error: {error}")
+        with one_line_errors():
+            if args.name is None:
+                print(list_experiments(**shared))
+                return
+            shared |= {"patterns": args.rows, "changes": changes}
+            if args.list:
+                print(list_runs(args.name, **shared))
+                return
+            output_dir = expand_path(args.output_dir or f"outputs/reproduce-{args.scale}")
+            folder = reproduce(args.name, output_dir, **shared)
     except KeyboardInterrupt:
         sys.exit("\nstopped; the same command goes on where it was")
     print((folder / "table.md").read_text())

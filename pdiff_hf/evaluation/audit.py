@@ -9,14 +9,13 @@ noise that is larger than a step is no copy by this rule: `fraction_nearer_than_
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from scipy.stats import binom
 from torch import Tensor
-
-from pdiff_hf.evaluation.metrics import nearest_in_predictions
 
 TOO_NEAR_PERCENTILE = 0.05  # of the snapshots' own distances: what as many independent draws would be nearer than
 CHANCE = 0.99  # of a binomial with that probability: more models than this are too many
@@ -32,14 +31,14 @@ class AuditRow:
         name (`str`): of the group.
         nearest_in_weights (`list[int]`): which snapshot is nearest in L2.
         distance (`list[float]`): and how far it is.
-        nearest_in_predictions (`list[int]`): which original shares most wrong predictions.
+        nearest_in_predictions (`list[int]`): which snapshot shares most wrong predictions.
         iou (`list[float]`): and the IoU with it.
         distance_relative (`float`): median of `distance` over the median distance of a snapshot to its nearest other.
         to_mean_relative (`float`): distance to the snapshots' mean over that of the snapshots, both root mean squares.
         fraction_below_minimum, fraction_below_percentile, fraction_below_median (`float`): share of the models whose
             `distance` is below the minimum, 5th percentile and median of the snapshots' own.
         fraction_nearer_than_mean (`float`): share of the models that are nearer to a snapshot than to the mean.
-        fraction_alike (`float`): share of the models whose `iou` is above the 95th percentile of the originals' own;
+        fraction_alike (`float`): share of the models whose `iou` is above the 95th percentile of the snapshots' own;
             nan without predictions.
         num_too_near (`int`): models below the 5th percentile that are also nearer to the snapshot than to the mean.
         num_allowed (`int`): how many of those chance allows, the 99% quantile of Binomial(N, 0.05).
@@ -74,49 +73,36 @@ class AuditRow:
 
 def audit_group(
     name: str,
-    distances: dict[str, Tensor],
-    wrong: Tensor | None = None,
-    wrong_originals: Tensor | None = None,
-    exclude_self: bool = False,
+    place: Mapping[str, Any],
+    snapshots_nearest: Tensor,
+    similarity: tuple[Tensor, Tensor] | None = None,
+    snapshots_iou: Tensor | None = None,
 ) -> AuditRow:
     """Nearest snapshot of each model in weights and in predictions, against how near snapshots are to each other.
 
     Args:
         name (`str`): of the group.
-        distances (`dict[str, torch.Tensor]`): what `metrics.distances` returns for the group.
-        wrong (`torch.Tensor`, *optional*): (N, M) bool, for classifiers.
-        wrong_originals (`torch.Tensor`, *optional*): (K, M) bool, K >= 2.
-        exclude_self (`bool`, defaults to `False`): the group *is* the originals (give it to `metrics.distances` too).
-
-    Returns:
-        `AuditRow`
-
-    Raises:
-        ValueError: for fewer than two snapshots (they have no distance to each other), or if numbers of models differ.
+        place (`Mapping`): what `geometry.Yardstick.place` returns for the group.
+        snapshots_nearest (`torch.Tensor`): (K,) distance of each snapshot to its nearest other one.
+        similarity (`tuple`, *optional*): what `metrics.nearest_in_predictions` returns for the group.
+        snapshots_iou (`torch.Tensor`, *optional*): (K,) maximum IoU of each snapshot with another one; given together
+            with `similarity`, for classifiers.
     """
-    nearest, own = distances["nearest"], distances["snapshots_nearest"]
-    classifies = wrong is not None and wrong_originals is not None
-    if len(own) < 2 or (classifies and (len(own) != len(wrong_originals) or len(nearest) != len(wrong))):
-        raise ValueError(
-            f"needs at least 2 snapshots and one row of predictions a model, got distances of {len(nearest)} models to "
-            f"{len(own)} snapshots"
-            + (f", predictions of {len(wrong)} models and of {len(wrong_originals)} originals" if classifies else "")
-        )
+    nearest, own = place["nearest"], snapshots_nearest
     iou, most_alike, alike = torch.empty(0), torch.empty(0, dtype=torch.long), math.nan
-    if classifies:
-        iou, most_alike = nearest_in_predictions(wrong, wrong_originals, exclude_self)
-        own_iou = nearest_in_predictions(wrong_originals, wrong_originals, exclude_self=True)[0]
-        alike = _share(iou > own_iou.quantile(1 - TOO_NEAR_PERCENTILE))
+    if similarity is not None and snapshots_iou is not None:
+        iou, most_alike = similarity
+        alike = _share(iou > snapshots_iou.quantile(1 - TOO_NEAR_PERCENTILE))
     percentile = own.quantile(TOO_NEAR_PERCENTILE)
-    nearer_than_mean = nearest < distances["to_mean"]
+    nearer_than_mean = nearest < place["to_mean"]
     return AuditRow(
         name=name,
-        nearest_in_weights=distances["nearest_index"].tolist(),
+        nearest_in_weights=place["nearest_index"].tolist(),
         distance=nearest.tolist(),
         nearest_in_predictions=most_alike.tolist(),
         iou=iou.tolist(),
-        distance_relative=distances["nearest_relative"].quantile(0.5).item(),
-        to_mean_relative=distances["to_mean_relative"].square().mean().sqrt().item(),
+        distance_relative=place["nearest_relative"].quantile(0.5).item(),
+        to_mean_relative=place["to_mean_relative"].square().mean().sqrt().item(),
         fraction_below_minimum=_share(nearest < own.min()),
         fraction_below_percentile=_share(nearest < percentile),
         fraction_below_median=_share(nearest < own.quantile(0.5)),
@@ -144,8 +130,8 @@ def audit_verdict(generated: AuditRow, baselines: Sequence[AuditRow] = ()) -> st
     sentence += f"; {row.fraction_nearer_than_mean:.0%} are nearer to a snapshot than to the mean"
     if row.iou:
         sentence += (
-            f"; in predictions, {row.fraction_alike:.0%} are more like an original than {1 - TOO_NEAR_PERCENTILE:.0%} "
-            "of the originals are"
+            f"; in predictions, {row.fraction_alike:.0%} are more like a snapshot than {1 - TOO_NEAR_PERCENTILE:.0%} "
+            "of the snapshots are to another"
         )
     if baselines:
         copying = [baseline.name for baseline in baselines if baseline.copies]

@@ -12,21 +12,22 @@ from functools import partial
 import torch
 from torch import Generator, Tensor
 
-from pdiff_hf.evaluation.metrics import chunks
-from pdiff_hf.models.pca import gram_matrix
+from ..models.tokens import gram_matrix
+from .geometry import Matrix, chunks, mean_of
 
 
 def gaussian_noise(
-    snapshots: Tensor, tensor_sizes: Sequence[int], num_models: int, scale: float, generator: Generator
+    snapshots: Matrix, tensor_sizes: Sequence[int], num_models: int, scale: float, generator: Generator
 ) -> Tensor:
     """Random snapshots plus Gaussian noise (paper, section 4: scales 0.001, 0.05 and 0.15).
 
-    The unit of the noise is the standard deviation of the numbers of the tensor that it is added to, averaged over the
-    snapshots (that is how p-diff normalises parameters). A constant tensor, or one of a single number, gets no noise.
+    The unit of the noise is the standard deviation of the parameters of the tensor that it is added to, averaged over
+    the snapshots (that is how p-diff normalises parameters). A constant tensor, or one of a single parameter, gets no
+    noise.
 
     Args:
-        snapshots (`torch.Tensor`): (K, D) float32.
-        tensor_sizes (`Sequence[int]`): how many of the D numbers each tensor has, in order.
+        snapshots (`torch.Tensor` or `Rows`): (K, D) float32.
+        tensor_sizes (`Sequence[int]`): how many of the D parameters each tensor has, in order.
         num_models (`int`): n; every snapshot is used at most once while n <= K, and drawn with replacement beyond.
         scale (`float`): of the noise, at least 0.
         generator (`torch.Generator`): source of randomness.
@@ -38,20 +39,27 @@ def gaussian_noise(
     _check_scale("scale", scale)
     if sum(tensor_sizes) != snapshots.shape[1]:
         raise ValueError(
-            f"`tensor_sizes` add up to {sum(tensor_sizes)}, but a snapshot has {snapshots.shape[1]} numbers"
+            f"`tensor_sizes` add up to {sum(tensor_sizes)}, but a snapshot has {snapshots.shape[1]} parameters"
         )
-    deviations = torch.stack([part.std(1, correction=0).mean() for part in snapshots.split(list(tensor_sizes), dim=1)])
-    unit = deviations.repeat_interleave(torch.tensor(tensor_sizes))  # (D,)
-    return snapshots[_random_rows(len(snapshots), num_models, generator)] + scale * unit * _normal(
-        num_models, snapshots.shape[1], generator
-    )
+    units, start = [], 0
+    for size in tensor_sizes:
+        tensor, start = slice(start, start + size), start + size
+        deviations = [snapshots[rows, tensor].std(1, correction=0) for rows in chunks(len(snapshots), 8 * size)]
+        units.append(torch.cat(deviations).mean().expand(size))
+    unit = torch.cat(units)  # (D,)
+    chosen = _random_rows(len(snapshots), num_models, generator)
+    samples = torch.empty(num_models, snapshots.shape[1])
+    for columns in chunks(snapshots.shape[1], 8 * (len(snapshots) + num_models)):
+        noise = scale * unit[columns] * _normal(num_models, len(unit[columns]), generator)
+        samples[:, columns] = snapshots[chosen, columns] + noise
+    return samples
 
 
-def soup(snapshots: Tensor, num_models: int, k: int | None, generator: Generator) -> Tensor:
+def soup(snapshots: Matrix, num_models: int, k: int | None, generator: Generator) -> Tensor:
     """Means of k distinct random snapshots (model soups, Wortsman et al. 2022).
 
     Args:
-        snapshots (`torch.Tensor`): (K, D) float32.
+        snapshots (`torch.Tensor` or `Rows`): (K, D) float32.
         num_models (`int`): n.
         k (`int`, *optional*): snapshots in a mean; `None` is the mean of all, of which there is only one.
         generator (`torch.Generator`): source of randomness.
@@ -61,18 +69,19 @@ def soup(snapshots: Tensor, num_models: int, k: int | None, generator: Generator
     """
     _check(snapshots, num_models, at_least=1)
     if k is None:
-        return snapshots.mean(0, keepdim=True)
+        return mean_of(snapshots).float()[None]
     if not 1 <= k <= len(snapshots):
         raise ValueError(f"a soup of k={k} needs 1 <= k <= the {len(snapshots)} snapshots")
     rows = _distinct_rows(len(snapshots), num_models, k, generator)
-    return torch.zeros(num_models, len(snapshots)).scatter_(1, rows, 1 / k) @ snapshots
+    weights = torch.zeros(num_models, len(snapshots)).scatter_(1, rows, 1 / k)
+    return _by_columns(snapshots, num_models, lambda part: weights @ part)
 
 
-def diagonal_gaussian(snapshots: Tensor, num_models: int, temperature: float, generator: Generator) -> Tensor:
-    """An independent Gaussian for each number, with the snapshots' mean and variance (arXiv 2506.07998).
+def diagonal_gaussian(snapshots: Matrix, num_models: int, temperature: float, generator: Generator) -> Tensor:
+    """An independent Gaussian for each parameter, with the snapshots' mean and variance (arXiv 2506.07998).
 
     Args:
-        snapshots (`torch.Tensor`): (K, D) float32, K >= 2.
+        snapshots (`torch.Tensor` or `Rows`): (K, D) float32, K >= 2.
         num_models (`int`): n.
         temperature (`float`): multiplies the standard deviation, at least 0.
         generator (`torch.Generator`): source of randomness.
@@ -82,12 +91,16 @@ def diagonal_gaussian(snapshots: Tensor, num_models: int, temperature: float, ge
     """
     _check(snapshots, num_models, at_least=2)
     _check_scale("temperature", temperature)
-    std, mean = torch.std_mean(snapshots, dim=0)
-    return mean + temperature * std * _normal(num_models, snapshots.shape[1], generator)
+
+    def sample(part: Tensor) -> Tensor:
+        std, mean = torch.std_mean(part, dim=0)
+        return mean + temperature * std * _normal(num_models, part.shape[1], generator)
+
+    return _by_columns(snapshots, num_models, sample)
 
 
 def low_rank_gaussian(
-    snapshots: Tensor,
+    snapshots: Matrix,
     num_models: int,
     temperature: float,
     generator: Generator,
@@ -97,7 +110,7 @@ def low_rank_gaussian(
     """A Gaussian whose covariance is that of the snapshots, at most K-1 directions (SWAG, Maddox et al. 2019).
 
     Args:
-        snapshots (`torch.Tensor`): (K, D) float32, K >= 2.
+        snapshots (`torch.Tensor` or `Rows`): (K, D) float32, K >= 2.
         num_models (`int`): n.
         temperature (`float`): multiplies the standard deviation, at least 0.
         generator (`torch.Generator`): source of randomness.
@@ -112,21 +125,25 @@ def low_rank_gaussian(
     rank = len(snapshots) if rank is None else rank
     if not 2 <= rank <= len(snapshots):
         raise ValueError(f"rank={rank} must be at least 2 and at most the {len(snapshots)} snapshots")
-    std, mean = torch.std_mean(snapshots, dim=0)
     weights = _normal(num_models, rank, generator) / math.sqrt(rank - 1)
-    deviation = weights @ (snapshots[-rank:] - mean)
-    if with_diagonal:
-        deviation = math.sqrt(0.5) * (deviation + std * _normal(*deviation.shape, generator))
-    return mean + temperature * deviation
+
+    def sample(part: Tensor) -> Tensor:
+        std, mean = torch.std_mean(part, dim=0)
+        deviation = weights @ (part[-rank:] - mean)
+        if with_diagonal:
+            deviation = math.sqrt(0.5) * (deviation + std * _normal(*deviation.shape, generator))
+        return mean + temperature * deviation
+
+    return _by_columns(snapshots, num_models, sample)
 
 
 def interpolation(
-    snapshots: Tensor, num_models: int, weight_range: tuple[float, float], generator: Generator
+    snapshots: Matrix, num_models: int, weight_range: tuple[float, float], generator: Generator
 ) -> Tensor:
     """Points a + t (b - a) on the line through two distinct random snapshots, t uniform in a range.
 
     Args:
-        snapshots (`torch.Tensor`): (K, D) float32, K >= 2.
+        snapshots (`torch.Tensor` or `Rows`): (K, D) float32, K >= 2.
         num_models (`int`): n.
         weight_range (`tuple[float, float]`): lowest and highest t; outside [0, 1] it is an extrapolation.
         generator (`torch.Generator`): source of randomness.
@@ -140,7 +157,7 @@ def interpolation(
         raise ValueError(f"`weight_range` must go from low to high, got {weight_range}")
     first, second = _distinct_rows(len(snapshots), num_models, 2, generator).unbind(1)
     weights = low + (high - low) * torch.rand(num_models, 1, generator=generator)
-    return torch.lerp(snapshots[first], snapshots[second], weights)
+    return _by_columns(snapshots, num_models, lambda part: torch.lerp(part[first], part[second], weights))
 
 
 def latent_kde(latents: Tensor, num_models: int, bandwidth: float | None, generator: Generator) -> Tensor:
@@ -165,15 +182,15 @@ def latent_kde(latents: Tensor, num_models: int, bandwidth: float | None, genera
 
 
 def pca_gaussian(
-    snapshots: Tensor, num_models: int, num_components: int, temperature: float, generator: Generator
+    snapshots: Matrix, num_models: int, num_components: int, temperature: float, generator: Generator
 ) -> Tensor:
     """A Gaussian in the first principal components of the snapshots.
 
-    The components come from the K x K Gram matrix, so memory is O(KD). With all K-1 of them it is the distribution of
+    The components come from the K x K Gram matrix, so memory is O(nD). With all K-1 of them it is the distribution of
     `low_rank_gaussian`.
 
     Args:
-        snapshots (`torch.Tensor`): (K, D) float32, K >= 2.
+        snapshots (`torch.Tensor` or `Rows`): (K, D) float32, K >= 2.
         num_models (`int`): n.
         num_components (`int`): 1 <= num_components <= K-1.
         temperature (`float`): multiplies the standard deviation, at least 0.
@@ -189,13 +206,20 @@ def pca_gaussian(
         raise ValueError(
             f"num_components={num_components} must be at least 1 and at most {count - 1} for {count} snapshots"
         )
-    mean = snapshots.mean(0)
-    centred = snapshots - mean
-    gram = gram_matrix(centred[:, columns] for columns in chunks(snapshots.shape[1], 8 * count))
+    parts = (snapshots[:, columns] for columns in chunks(snapshots.shape[1], 8 * count))
+    gram = gram_matrix(part - part.mean(0) for part in parts)
     vectors = torch.linalg.eigh(gram).eigenvectors[:, -num_components:].float()  # (K, r), eigenvalues ascend
     # A component is centred.T @ u / sqrt(λ) and its standard deviation sqrt(λ / (K-1)): λ cancels.
-    weights = _normal(num_models, num_components, generator) @ vectors.T / math.sqrt(count - 1)  # (n, K)
-    return mean + temperature * (weights @ centred)
+    weights = temperature * _normal(num_models, num_components, generator) @ vectors.T / math.sqrt(count - 1)  # (n, K)
+    return _by_columns(snapshots, num_models, lambda part: part.mean(0) + weights @ (part - part.mean(0)))
+
+
+def _by_columns(snapshots: Matrix, num_models: int, sample: Callable[[Tensor], Tensor]) -> Tensor:
+    """(n, D) from a function of the snapshots' columns, (K, d) to (n, d), so that all of (K, D) is never copied."""
+    samples = torch.empty(num_models, snapshots.shape[1])
+    for columns in chunks(snapshots.shape[1], 8 * (len(snapshots) + num_models)):
+        samples[:, columns] = sample(snapshots[:, columns])
+    return samples
 
 
 @dataclass(frozen=True)
@@ -203,13 +227,13 @@ class BaselineContext:
     """What baselines are made from. `latents` and `decode` are needed by the latent ones only.
 
     Args:
-        snapshots (`torch.Tensor`): (K, D) float32, the training snapshots.
-        tensor_sizes (`Sequence[int]`): how many of the D numbers each tensor has, in order.
+        snapshots (`torch.Tensor` or `Rows`): (K, D) float32, the training snapshots.
+        tensor_sizes (`Sequence[int]`): how many of the D parameters each tensor has, in order.
         latents (`torch.Tensor`, *optional*): (K, L) float32, the latents of the snapshots.
         decode (`Callable`, *optional*): from latents (n, L) to parameters (n, D).
     """
 
-    snapshots: Tensor
+    snapshots: Matrix
     tensor_sizes: Sequence[int]
     latents: Tensor | None = None
     decode: Callable[[Tensor], Tensor] | None = None
@@ -332,7 +356,7 @@ def _distinct_rows(count: int, num_models: int, k: int, generator: Generator) ->
     return torch.rand(num_models, count, generator=generator).argsort(1)[:, :k]
 
 
-def _check(rows: Tensor, num_models: int, at_least: int) -> None:
+def _check(rows: Matrix, num_models: int, at_least: int) -> None:
     if rows.ndim != 2 or len(rows) < at_least:
         raise ValueError(f"needs a matrix of at least {at_least} rows, got shape {tuple(rows.shape)}")
     if num_models < 1:

@@ -1,7 +1,8 @@
-"""Accuracy against similarity: is a generator on the frontier, or does a trivial one reach more of both?
+"""Is a generator better than a trivial one, and as good as the snapshots? One bootstrap answers both.
 
-A good group of models is accurate and unlike the originals. One group dominates another where it is at least as
-accurate and at most as similar (mean over its models of the maximum IoU to the originals), and better in one of these.
+A good group of networks has a good score and is unlike the snapshots. One group is better than another where its score
+is at least as good and its networks at most as similar (mean of the maximum IoU of wrong predictions with a snapshot),
+and one of the two is strictly better. Where there is no similarity of predictions, the score alone decides.
 """
 
 from collections.abc import Sequence
@@ -10,150 +11,194 @@ from dataclasses import dataclass
 import torch
 from torch import Generator, Tensor
 
-from pdiff_hf.evaluation.metrics import chunks, nearest_in_predictions
+from .geometry import chunks
+from .metrics import nearest_in_predictions
 
 CONFIDENCE = 0.95
+VERDICTS = ("better", "worse", "undecided")
 
 
 @dataclass(frozen=True)
 class FrontierGroup:
-    """A group of models on the test images.
+    """
+    A group of networks on the test data.
 
     Args:
-        name (`str`): shown in the report.
-        family (`str`): what the settings of one sweep have in common.
-        value (`float | str`, *optional*): the setting, where the family has one.
-        wrong (`torch.Tensor`): (N, M) bool, True where a model errs on an image.
+        name (`str`): Shown in the report.
+        values (`torch.Tensor`): Shape `(N,)`, the metric; those that are nan are left out.
+        wrong (`torch.Tensor`, *optional*): bool of shape `(N, M)`, where a classifier errs; its metric is its accuracy.
+        family (`str`, *optional*): What the settings of one sweep have in common.
+        value (`float | str`, *optional*): The setting, where the family has one.
     """
 
     name: str
-    family: str
-    value: float | str | None
-    wrong: Tensor
+    values: Tensor
+    wrong: Tensor | None = None
+    family: str | None = None
+    value: float | str | None = None
 
 
 @dataclass(frozen=True)
 class FrontierRow:
-    """A group's place on the plane, and the generated group's relation to it.
+    """
+    A group's place on the plane, and the generated group's relation to it.
 
     Intervals are the central 95% of the bootstrap. The last three fields are seen from the generated group, and `None`
-    in its own row: `dominated` is the share of resamples in which this group dominates it, `dominates` that in which it
-    dominates this group, and `verdict` is which of the two reaches 95% (`"dominated"`, `"dominates"`), or `"neither"`.
+    in its own row: `better` is the share of resamples in which it is better than this group, `worse` that in which it
+    is worse, and `verdict` which of the two reaches 95%, or `"undecided"`.
     """
 
     name: str
-    family: str
+    family: str | None
     value: float | str | None
     num_models: int
-    accuracy: float
-    accuracy_interval: tuple[float, float]
-    max_iou: float
-    max_iou_interval: tuple[float, float]
-    dominated: float | None = None
-    dominates: float | None = None
+    score: float
+    score_interval: tuple[float, float]
+    max_iou: float | None
+    max_iou_interval: tuple[float, float] | None
+    better: float | None = None
+    worse: float | None = None
     verdict: str | None = None
 
 
-def frontier(
-    generated: FrontierGroup,
-    baselines: Sequence[FrontierGroup],
-    wrong_originals: Tensor,
-    generator: Generator,
-    num_resamples: int = 200,
-) -> list[FrontierRow]:
-    """Mean accuracy and mean maximum IoU of every group, and whether the generated one is on the frontier.
+@dataclass(frozen=True)
+class Difference:
+    """The mean score of the generated networks less that of the snapshots, in the metric's units, the central 95% of
+    the bootstrap, and the verdict: `"undecided"` where that interval holds 0."""
 
-    The bootstrap resamples the models of each group and the test images; all groups see the same images. What it keeps
-    fixed: the originals, because they define the reference, and which of them each model is nearest to. Choosing the
-    nearest anew in each resample takes the maximum over noise once more: it shifts each group's similarity upwards by a
-    different amount, and the intervals then miss the true difference far too often. The 95% hold for each comparison
-    alone, not for all of them together. A group of one model has no spread over models, only over images.
+    difference: float
+    interval: tuple[float, float]
+    verdict: str
+
+
+class Bootstrap:
+    """
+    Resamples the networks of each group and, of classifiers, the test examples, which are the same for all groups.
+
+    What stays fixed: the snapshots, because they define the reference, and which of them each network is nearest to.
+    Choosing the nearest anew in each resample takes the maximum over noise once more: it shifts each group's similarity
+    upwards by a different amount, and the intervals then miss the true difference far too often. The 95% hold for each
+    comparison alone, not for all of them together. A group of one network has no spread over networks, only over
+    examples.
 
     Args:
-        generated (`FrontierGroup`): the group to judge.
-        baselines (`Sequence[FrontierGroup]`): the groups to judge it by.
-        wrong_originals (`torch.Tensor`): (K, M) bool.
-        generator (`torch.Generator`): of the bootstrap.
-        num_resamples (`int`, defaults to 200): of the bootstrap.
-
-    Returns:
-        `list[FrontierRow]`: the generated group, then the baselines in their order.
+        wrong_snapshots (`torch.Tensor`, *optional*): bool of shape `(K, M)`, for classifiers.
+        sign (`int`): What scores are multiplied with, so that larger is better.
+        generator (`torch.Generator`): Source of randomness.
+        num_resamples (`int`, *optional*, defaults to 200): R.
     """
-    num_images = wrong_originals.shape[1]
-    draws = [torch.randint(num_images, (num_images,), generator=generator) for _ in range(num_resamples)]
-    weights = torch.stack([draw.bincount(minlength=num_images) for draw in draws], dim=1).float()  # (M, R)
 
-    reference, reference_accuracy, reference_iou = _place(generated, wrong_originals, weights, generator)
-    rows = [FrontierRow(**reference)]
-    for group in baselines:
-        place, accuracy, iou = _place(group, wrong_originals, weights, generator)
-        dominated = _dominates(accuracy, iou, reference_accuracy, reference_iou)
-        dominates = _dominates(reference_accuracy, reference_iou, accuracy, iou)
-        verdict = "dominated" if dominated >= CONFIDENCE else "dominates" if dominates >= CONFIDENCE else "neither"
-        rows.append(FrontierRow(**place, dominated=dominated, dominates=dominates, verdict=verdict))
-    return rows
+    def __init__(self, wrong_snapshots: Tensor | None, sign: int, generator: Generator, num_resamples: int = 200):
+        self.wrong_snapshots, self.sign, self.generator = wrong_snapshots, sign, generator
+        self.num_resamples = num_resamples
+        if wrong_snapshots is not None:
+            count = wrong_snapshots.shape[1]
+            draws = [torch.randint(count, (count,), generator=generator) for _ in range(num_resamples)]
+            self.weights = torch.stack([draw.bincount(minlength=count) for draw in draws], dim=1).float()  # (M, R)
+
+    def frontier(self, generated: FrontierGroup, baselines: Sequence[FrontierGroup]) -> list[FrontierRow]:
+        """The generated group, then the baselines in their order."""
+        reference, score, iou = self._place(generated)
+        rows = [FrontierRow(**reference)]
+        for group in baselines:
+            place, other_score, other_iou = self._place(group)
+            better = _is_better(score, iou, other_score, other_iou)
+            worse = _is_better(other_score, other_iou, score, iou)
+            rows.append(FrontierRow(**place, better=better, worse=worse, verdict=_verdict(better, worse)))
+        return rows
+
+    def difference(self, generated: FrontierGroup, snapshots: FrontierGroup) -> Difference:
+        """Whether the generated networks are as good as the snapshots, whose networks are resampled as well."""
+        resamples = self._scores(generated)[0] - self._scores(snapshots)[0]
+        difference = _mean(generated.values) - _mean(snapshots.values)
+        low, high = _interval(resamples)
+        decided = "better" if low > 0 else "worse" if high < 0 else "undecided"
+        if self.sign < 0:
+            decided = {"better": "worse", "worse": "better"}.get(decided, decided)
+        return Difference(difference, (low, high), decided)
+
+    def _place(self, group: FrontierGroup) -> tuple[dict, Tensor, Tensor]:
+        """The fields of a row, and in each resample the mean score, larger being better, and the mean maximum IoU."""
+        scores, counts = self._scores(group)
+        fields = {
+            "name": group.name,
+            "family": group.family,
+            "value": group.value,
+            "num_models": len(group.values),
+            "score": _mean(group.values),
+            "score_interval": _interval(scores),
+            "max_iou": None,
+            "max_iou_interval": None,
+        }
+        similarity = torch.zeros(self.num_resamples, dtype=torch.float64)
+        if group.wrong is not None:
+            iou, resampled = self._similarity(group.wrong)
+            similarity = (counts.T * resampled).mean(0)
+            fields |= {"max_iou": iou.mean().item(), "max_iou_interval": _interval(similarity)}
+        return fields, self.sign * scores, similarity
+
+    def _scores(self, group: FrontierGroup) -> tuple[Tensor, Tensor]:
+        """The group's mean score in each resample `(R,)`, and how often each network is in it `(R, N)`."""
+        values = group.values[:, None].expand(-1, self.num_resamples).clone()
+        if group.wrong is not None:
+            num_examples = group.wrong.shape[1]
+            for models in chunks(len(values), 8 * num_examples):
+                values[models] = 100 - 100 * (group.wrong[models].float() @ self.weights).double() / num_examples
+        draws = torch.randint(len(values), (self.num_resamples, len(values)), generator=self.generator)
+        counts = torch.zeros(draws.shape, dtype=torch.float64).scatter_add_(1, draws, torch.ones(draws.shape).double())
+        defined = ~values.isnan()
+        total = (counts.T * values.nan_to_num()).sum(0)
+        return total / (counts.T * defined).sum(0), counts
+
+    def _similarity(self, wrong: Tensor) -> tuple[Tensor, Tensor]:
+        """The maximum IoU of each network with a snapshot `(N,)`, and the same in each resample `(N, R)`."""
+        assert self.wrong_snapshots is not None
+        iou, nearest = nearest_in_predictions(wrong, self.wrong_snapshots)
+        resampled = torch.empty(len(wrong), self.num_resamples, dtype=torch.float64)
+        for models in chunks(len(wrong), 16 * wrong.shape[1]):
+            snapshot = self.wrong_snapshots[nearest[models]]
+            intersection = (wrong[models] & snapshot).float() @ self.weights  # (n, R), counts
+            union = (wrong[models] | snapshot).float() @ self.weights
+            resampled[models] = torch.where(union > 0, intersection.double() / union, 1.0)
+        return iou, resampled
 
 
 def frontier_sentence(rows: Sequence[FrontierRow]) -> str:
-    """What the rows of `frontier` say, in one sentence: for each verdict the families and their values."""
+    """What the rows of a frontier say, in one sentence: for each verdict the families and their values."""
     reference, *baselines = rows
     listed = []
-    for verdict in ("dominated", "dominates", "neither"):
+    for verdict in VERDICTS:
         families: dict[str, list[str]] = {}
         for row in baselines:
             if row.verdict == verdict:
-                families.setdefault(row.family, []).extend([] if row.value is None else [str(row.value)])
+                families.setdefault(str(row.family), []).extend([] if row.value is None else [str(row.value)])
         names = [f"{family} ({', '.join(values)})" if values else family for family, values in families.items()]
         count = sum(row.verdict == verdict for row in baselines)
         listed.append(f"{count}" + (f": {', '.join(names)}" if names else ""))
-    dominated, dominates, neither = listed
+    better, worse, undecided = listed
+    similarity = "" if reference.max_iou is None else f", max IoU {reference.max_iou:.3f}"
     return (
-        f"{reference.name} (accuracy {reference.accuracy:.2f} %, max IoU {reference.max_iou:.3f}) is dominated by "
-        f"{dominated}; dominates {dominates}; does neither with {neither}; of {len(baselines)} baseline settings, at "
-        f"{CONFIDENCE:.0%} of a joint bootstrap over models and test images."
+        f"{reference.name} (score {reference.score:.2f}{similarity}) is better than {better}; worse than {worse}; "
+        f"undecided against {undecided}; of {len(baselines)} baseline settings, at {CONFIDENCE:.0%} of a bootstrap "
+        f"over networks{' and test examples' if similarity else ''}."
     )
 
 
-def _place(
-    group: FrontierGroup, wrong_originals: Tensor, weights: Tensor, generator: Generator
-) -> tuple[dict, Tensor, Tensor]:
-    """The fields of a row, and the group's mean accuracy and mean maximum IoU in each resample, (R,) float64."""
-    wrong = group.wrong
-    num_models, num_images = wrong.shape
-    iou, nearest = nearest_in_predictions(wrong, wrong_originals)
-    resampled_accuracy = torch.empty(num_models, weights.shape[1], dtype=torch.float64)
-    resampled_iou = torch.empty_like(resampled_accuracy)
-    for models in chunks(num_models, 16 * num_images):
-        original = wrong_originals[nearest[models]]
-        resampled_accuracy[models] = 100 - 100 * (wrong[models].float() @ weights).double() / num_images
-        intersection = (wrong[models] & original).float() @ weights  # (n, R), counts
-        union = (wrong[models] | original).float() @ weights
-        resampled_iou[models] = torch.where(union > 0, intersection.double() / union, 1.0)
-
-    draws = torch.randint(num_models, (weights.shape[1], num_models), generator=generator)
-    counts = torch.zeros(draws.shape, dtype=torch.float64).scatter_add_(1, draws, torch.ones(draws.shape).double())
-    accuracy = (counts.T * resampled_accuracy).mean(0)  # (R,)
-    max_iou = (counts.T * resampled_iou).mean(0)
-    fields = {
-        "name": group.name,
-        "family": group.family,
-        "value": group.value,
-        "num_models": num_models,
-        "accuracy": 100 - 100 * wrong.sum().item() / wrong.numel(),
-        "accuracy_interval": _interval(accuracy),
-        "max_iou": iou.mean().item(),
-        "max_iou_interval": _interval(max_iou),
-    }
-    return fields, accuracy, max_iou
+def _mean(values: Tensor) -> float:
+    return values.nanmean().item()
 
 
 def _interval(resamples: Tensor) -> tuple[float, float]:
     tail = (1 - CONFIDENCE) / 2
-    return resamples.quantile(tail).item(), resamples.quantile(1 - tail).item()
+    return resamples.nanquantile(tail).item(), resamples.nanquantile(1 - tail).item()
 
 
-def _dominates(accuracy: Tensor, iou: Tensor, other_accuracy: Tensor, other_iou: Tensor) -> float:
+def _is_better(score: Tensor, iou: Tensor, other_score: Tensor, other_iou: Tensor) -> float:
     """Share of the resamples in which the first group is nowhere worse than the other and somewhere better."""
-    nowhere_worse = (accuracy >= other_accuracy) & (iou <= other_iou)
-    somewhere_better = (accuracy > other_accuracy) | (iou < other_iou)
+    nowhere_worse = (score >= other_score) & (iou <= other_iou)
+    somewhere_better = (score > other_score) | (iou < other_iou)
     return (nowhere_worse & somewhere_better).double().mean().item()
+
+
+def _verdict(better: float, worse: float) -> str:
+    return "better" if better >= CONFIDENCE else "worse" if worse >= CONFIDENCE else "undecided"

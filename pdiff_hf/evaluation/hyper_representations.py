@@ -28,7 +28,8 @@ accuracy. What differs here:
 - Running statistics of batch norm are those of the base model, as for every group of a report; SANE recomputes them.
 """
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterator
 
 import psutil
 import torch
@@ -36,10 +37,9 @@ from torch import Generator, Tensor
 
 from ..models import ParameterAutoencoder
 from ..utils.memory import InParts
-from ..utils.seeds import derive_seed
 from .baselines import latent_kde
-from .metrics import accuracy
-from .report import Group
+from .geometry import Matrix
+from .sampling import Group, named_generator
 from .scoring import Scorer
 
 FAMILY = "hyper-representations"
@@ -49,12 +49,12 @@ GLOBAL_BANDWIDTH = 0.002
 TOKEN_BANDWIDTH = 0.2
 NUM_CANDIDATES = 5  # of SANE_SUB, for each network that is kept
 NUM_PROMPTS = 5
-BATCH_SIZE = 64  # networks that are encoded or decoded at once, if memory allows
+BATCH_SIZE, BATCH_NUMBERS = 64, 2**26  # networks that are encoded or decoded at once, and parameters of them all
 
 
 def s_kde30(
-    snapshots: Tensor,
-    accuracies: Tensor,
+    snapshots: Matrix,
+    scores: Tensor,
     autoencoder: ParameterAutoencoder,
     num_models: int,
     generator: Generator,
@@ -64,8 +64,8 @@ def s_kde30(
     Decoded samples of a Gaussian kernel density for each latent coordinate of the best 30% of the snapshots.
 
     Args:
-        snapshots (`torch.Tensor`): Shape `(K, D)`, K at least 2.
-        accuracies (`torch.Tensor`): Shape `(K,)`, on validation data.
+        snapshots (`torch.Tensor` or `Rows`): Shape `(K, D)`, K at least 2.
+        scores (`torch.Tensor`): Shape `(K,)`, on validation data, larger being better.
         autoencoder (`ParameterAutoencoder`): On the device to compute on.
         num_models (`int`): n.
         generator (`torch.Generator`): Source of randomness, on the CPU.
@@ -75,16 +75,17 @@ def s_kde30(
         `torch.Tensor`: Shape `(n, D)`, on the CPU.
 
     Raises:
-        ValueError: if there are fewer than 2 snapshots, or as many accuracies as snapshots are not given.
+        ValueError: if there are fewer than 2 snapshots, or not as many scores as snapshots.
     """
-    latents = _encode(best_snapshots(snapshots, accuracies), autoencoder, lambda rows: autoencoder.encode(rows).latents)
+    best = best_snapshots(snapshots, scores)
+    latents = _encode(snapshots, best, autoencoder, lambda rows: autoencoder.encode(rows).latents)
     drawn = [latent_kde(column, num_models, bandwidth, generator) for column in latents.split(1, dim=1)]
     return _decode(torch.cat(drawn, dim=1), autoencoder, lambda rows: autoencoder.decode(rows).sample)
 
 
 def sane_kde30(
-    snapshots: Tensor,
-    accuracies: Tensor,
+    snapshots: Matrix,
+    scores: Tensor,
     autoencoder: ParameterAutoencoder,
     num_models: int,
     generator: Generator,
@@ -93,18 +94,18 @@ def sane_kde30(
     """
     Decoded samples of a Gaussian kernel density for each token of the best 30% of the snapshots.
 
-    An autoencoder without tokens (`token_size=None`) sees every number by itself: each is a token then.
+    An autoencoder without tokens (`token_size=None`) sees every parameter by itself: each is a token then.
 
     Arguments, result and errors are those of [`s_kde30`]; `bandwidth` is in standard deviations of each coordinate of a
     token's code, 0.2 by default.
     """
-    codes = _encode(best_snapshots(snapshots, accuracies), autoencoder, autoencoder.tokenize)
+    codes = _encode(snapshots, best_snapshots(snapshots, scores), autoencoder, autoencoder.tokenize)
     return _decode(_sample_tokens(codes, num_models, bandwidth, generator), autoencoder, autoencoder.detokenize)
 
 
 def sane_sub(
-    snapshots: Tensor,
-    accuracies: Tensor,
+    snapshots: Matrix,
+    scores: Tensor,
     autoencoder: ParameterAutoencoder,
     num_models: int,
     generator: Generator,
@@ -119,73 +120,71 @@ def sane_sub(
     Arguments, result and errors are those of [`sane_kde30`], and:
 
     Args:
-        score (`Callable`): From parameters, shape `(n, D)`, to accuracies on validation data, shape `(n,)`.
+        score (`Callable`): From parameters, shape `(n, D)`, to scores on validation data, shape `(n,)`.
         num_prompts (`int`, *optional*, defaults to 5): How many of the best snapshots the density is made from.
         num_candidates (`int`, *optional*, defaults to 5): Candidates for each of the `num_models` that are kept.
 
     Returns:
         `torch.Tensor`: Shape `(n, D)`, the best first; equally good ones in the order in which they were drawn.
     """
-    _check(snapshots, accuracies)
+    _check(snapshots, scores)
     if num_prompts < 2 or num_candidates < 1:
         raise ValueError(
             f"`num_prompts` must be at least 2 and `num_candidates` at least 1, got {num_prompts} and {num_candidates}"
         )
-    prompts = accuracies.argsort(descending=True, stable=True)[:num_prompts]
-    codes = _encode(snapshots[prompts], autoencoder, autoencoder.tokenize)
+    prompts = scores.argsort(descending=True, stable=True)[:num_prompts]
+    codes = _encode(snapshots, prompts, autoencoder, autoencoder.tokenize)
     candidates = _sample_tokens(codes, num_models * num_candidates, bandwidth, generator)
     # As many at once as are kept: all candidates may be more than fits into memory, where their codes do.
-    scores = torch.cat(
+    of_candidates = torch.cat(
         [score(_decode(part, autoencoder, autoencoder.detokenize)) for part in candidates.split(num_models)]
     )
-    kept = scores.argsort(descending=True, stable=True)[:num_models]
+    kept = of_candidates.argsort(descending=True, stable=True)[:num_models]
     return _decode(candidates[kept], autoencoder, autoencoder.detokenize)
 
 
 def sample_hyper_representations(
-    scorer: Scorer, snapshots: Tensor, autoencoder: ParameterAutoencoder, num_models: int, seed: int
-) -> list[Group]:
+    scorer: Scorer, snapshots: Matrix, autoencoder: ParameterAutoencoder, num_models: int, seed: int
+) -> Iterator[Group]:
     """
-    `num_models` networks of each of the three, as groups of a report.
+    `num_models` networks of each of the three, as groups of a report, one after the other.
 
     Args:
-        scorer (`Scorer`): Its validation accuracies choose among the snapshots and among candidates.
-        snapshots (`torch.Tensor`): Shape `(K, D)`, those that generators see.
+        scorer (`Scorer`): Its validation scores choose among the snapshots and among candidates.
+        snapshots (`torch.Tensor` or `Rows`): Shape `(K, D)`, those that generators see.
         autoencoder (`ParameterAutoencoder`): Of the generator that they are compared with.
         num_models (`int`): Networks of each.
         seed (`int`): Of the run.
 
     Raises:
-        ValueError: if they would take more than half of the free memory.
+        ValueError: if those of one would take more than half of the free memory.
     """
-    needed, free = 4 * len(NAMES) * num_models * snapshots.shape[1], psutil.virtual_memory().available
+    needed, free = 4 * num_models * snapshots.shape[1], psutil.virtual_memory().available
     if needed > free / 2:
         raise ValueError(
             f"{num_models} networks of each of {', '.join(NAMES)} need {needed:,} bytes, more than half of the "
             f"{free:,} bytes of free memory; use --num_models {num_models * free // 2 // needed} at most"
         )
 
-    def score(parameters: Tensor) -> Tensor:
-        scores = scorer.score("validation", parameters)
-        return accuracy(scores.predictions, scores.labels)
+    def score(parameters: Matrix) -> Tensor:
+        values = scorer.metric.sign * scorer.score("validation", parameters).values
+        return values.nan_to_num(nan=-math.inf)
 
-    accuracies = score(snapshots)
-    groups = []
+    scores = score(snapshots)
     for name, function, more in zip(NAMES, (s_kde30, sane_sub, sane_kde30), ({}, {"score": score}, {}), strict=True):
-        generator = torch.Generator().manual_seed(derive_seed(seed, *name.encode()))
-        sampled = function(snapshots, accuracies, autoencoder, num_models, generator, **more)
-        groups.append(Group(name, sampled, FAMILY, name))
-    return groups
+        sampled = function(snapshots, scores, autoencoder, num_models, named_generator(seed, name), **more)
+        yield Group(name, sampled, FAMILY, name)
 
 
-def best_snapshots(snapshots: Tensor, accuracies: Tensor) -> Tensor:
+def best_snapshots(snapshots: Matrix, scores: Tensor) -> Tensor:
     """
-    The snapshots at or above the 70% quantile of accuracy, with all that tie there, shape `(k, D)`; at least 2, because
+    Indices of the snapshots at or above the 70% quantile of their scores, with all that tie there; at least 2, because
     one has no spread that a kernel's width could be a part of.
     """
-    _check(snapshots, accuracies)
-    threshold = torch.minimum(accuracies.quantile(1 - BEST), accuracies.topk(2).values[-1])
-    return snapshots[accuracies >= threshold]
+    _check(snapshots, scores)
+    # Not interpolated: networks without a score have one that is infinitely bad.
+    threshold = torch.minimum(scores.quantile(1 - BEST, interpolation="higher"), scores.topk(2).values[-1])
+    return (scores >= threshold).nonzero().flatten()
 
 
 def _sample_tokens(codes: Tensor, num_models: int, bandwidth: float, generator: Generator) -> Tensor:
@@ -194,13 +193,15 @@ def _sample_tokens(codes: Tensor, num_models: int, bandwidth: float, generator: 
 
 
 @torch.no_grad()
-def _encode(parameters: Tensor, autoencoder: ParameterAutoencoder, encode: Callable[[Tensor], Tensor]) -> Tensor:
+def _encode(
+    snapshots: Matrix, chosen: Tensor, autoencoder: ParameterAutoencoder, encode: Callable[[Tensor], Tensor]
+) -> Tensor:
     in_parts = InParts("networks")
 
     def on_device(rows: Tensor) -> Tensor:
         return encode(rows.to(autoencoder.device)).cpu()
 
-    return torch.cat([in_parts(on_device, rows) for rows in parameters.split(BATCH_SIZE)])
+    return torch.cat([in_parts(on_device, snapshots[rows]) for rows in chosen.split(_batch_size(snapshots.shape[1]))])
 
 
 @torch.no_grad()
@@ -211,14 +212,19 @@ def _decode(codes: Tensor, autoencoder: ParameterAutoencoder, decode: Callable[[
     def on_device(rows: Tensor) -> Tensor:
         return decode(rows.to(autoencoder.device)).cpu()
 
-    for target, rows in zip(parameters.split(BATCH_SIZE), codes.split(BATCH_SIZE), strict=True):
+    size = _batch_size(parameters.shape[1])
+    for target, rows in zip(parameters.split(size), codes.split(size), strict=True):
         target.copy_(in_parts(on_device, rows))
     return parameters
 
 
-def _check(snapshots: Tensor, accuracies: Tensor) -> None:
-    if snapshots.ndim != 2 or len(snapshots) < 2 or accuracies.shape != snapshots.shape[:1]:
+def _batch_size(num_parameters: int) -> int:
+    return max(1, min(BATCH_SIZE, BATCH_NUMBERS // num_parameters))
+
+
+def _check(snapshots: Matrix, scores: Tensor) -> None:
+    if snapshots.ndim != 2 or len(snapshots) < 2 or scores.shape != snapshots.shape[:1]:
         raise ValueError(
-            "needs a matrix of at least 2 snapshots and an accuracy for each, got shapes "
-            f"{tuple(snapshots.shape)} and {tuple(accuracies.shape)}"
+            "needs a matrix of at least 2 snapshots and a score for each, got shapes "
+            f"{tuple(snapshots.shape)} and {tuple(scores.shape)}"
         )

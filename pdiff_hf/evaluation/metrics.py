@@ -1,24 +1,18 @@
-"""What is measured about a group of models: how well they do, how alike they are, how near to the snapshots they lie.
+"""What is measured about a group of networks, and the table of what a report shows of it.
 
-Everything here is a pure function of arrays on the CPU. Accuracies are in percent, sums are taken in float64, and what
-is expanded to float32 or float64 on the way is expanded in chunks of about 64 MiB.
+The functions are pure, of arrays on the CPU. Accuracies are in percent, sums are taken in float64, and what is expanded
+to float32 or float64 on the way is expanded in chunks of about 64 MiB.
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from pdiff_hf.models.pca import direction_weights
-
-CHUNK_BYTES = 64 * 2**20
-
-
-def chunks(length: int, bytes_each: int) -> Iterator[slice]:
-    """Slices of `range(length)` whose items, `bytes_each` bytes each, fit into `CHUNK_BYTES` (at least one each)."""
-    step = max(1, CHUNK_BYTES // bytes_each)
-    return (slice(start, min(start + step, length)) for start in range(0, length, step))
+from .geometry import chunks
 
 
 def accuracy(predictions: Tensor, labels: Tensor) -> Tensor:
@@ -67,25 +61,25 @@ def iou_within(wrong: Tensor) -> float:
     return ((iou.sum() - iou.trace()) / (count * (count - 1))).item()
 
 
-def max_iou(wrong: Tensor, wrong_originals: Tensor, exclude_self: bool = False) -> Tensor:
-    """Similarity of each model to the original that it is most like (paper, section 4, "maximum similarity").
+def max_iou(wrong: Tensor, wrong_snapshots: Tensor, exclude_self: bool = False) -> Tensor:
+    """Similarity of each model to the snapshot that it is most like (paper, section 4, "maximum similarity").
 
     Args:
         wrong (`torch.Tensor`): (N, M) bool.
-        wrong_originals (`torch.Tensor`): (K, M) bool.
-        exclude_self (`bool`, defaults to `False`): `wrong` *is* `wrong_originals`: row i is not compared with itself.
+        wrong_snapshots (`torch.Tensor`): (K, M) bool.
+        exclude_self (`bool`, defaults to `False`): `wrong` *is* `wrong_snapshots`: row i is not compared with itself.
 
     Returns:
         `torch.Tensor`: (N,) float64; nan where excluding itself leaves nothing to compare with.
     """
-    return nearest_in_predictions(wrong, wrong_originals, exclude_self)[0]
+    return nearest_in_predictions(wrong, wrong_snapshots, exclude_self)[0]
 
 
-def nearest_in_predictions(wrong: Tensor, wrong_originals: Tensor, exclude_self: bool = False) -> tuple[Tensor, Tensor]:
-    """As `max_iou`, and the index (N,) of the original that it is reached with (the first one of equals)."""
-    iou = wrong_prediction_iou(wrong, wrong_originals)
+def nearest_in_predictions(wrong: Tensor, wrong_snapshots: Tensor, exclude_self: bool = False) -> tuple[Tensor, Tensor]:
+    """As `max_iou`, and the index (N,) of the snapshot that it is reached with (the first one of equals)."""
+    iou = wrong_prediction_iou(wrong, wrong_snapshots)
     if exclude_self:
-        _check_same_group(wrong, wrong_originals)
+        _check_same_group(wrong, wrong_snapshots)
         iou.fill_diagonal_(-1)
     largest, index = iou.max(1)
     return largest.where(largest >= 0, math.nan), index
@@ -123,7 +117,7 @@ def expected_calibration_error(log_probs: Tensor, labels: Tensor, num_bins: int 
     for models in chunks(len(log_probs), 40 * labels.numel()):
         confidence, prediction = log_probs[models].max(2)  # (n, M); only the largest is expanded to float32
         confidence = confidence.float().exp()
-        bins = torch.bucketize(confidence, edges, right=True) - 1
+        bins = (torch.bucketize(confidence, edges, right=True) - 1).clamp(max=num_bins)  # nan goes on to the sum
         # |accuracy - confidence| of a bin times its share of the images is |sum of the gaps in it| / M.
         gaps = (prediction == labels).double() - confidence
         per_bin = torch.zeros(len(gaps), num_bins + 1, dtype=torch.float64).scatter_add_(1, bins, gaps)
@@ -143,6 +137,7 @@ def ensemble_log_probs(log_probs: Tensor) -> Tensor:
 def ensemble_metrics(log_probs: Tensor, labels: Tensor, sizes: Sequence[int | None] = (1, 5, 20, None)) -> list[dict]:
     """Accuracy, NLL and calibration error of prediction ensembles of several sizes drawn from one group.
 
+    An ensemble is wrong where a member's probabilities are not finite, and its NLL and calibration error are nan then.
     A size smaller than the group is averaged over up to 10 disjoint ensembles, so that the number is not one draw.
     Their members come from a fixed permutation: neighbouring snapshots of a run are more alike than random ones.
 
@@ -169,173 +164,12 @@ def ensemble_metrics(log_probs: Tensor, labels: Tensor, sizes: Sequence[int | No
             {
                 "size": size,
                 "num_ensembles": num_ensembles,
-                "accuracy": accuracy(means.argmax(2), labels).mean().item(),
+                "accuracy": accuracy(means.argmax(2).masked_fill(means.isnan().any(2), -1), labels).mean().item(),
                 "nll": negative_log_likelihood(means, labels).mean().item(),
                 "ece": expected_calibration_error(means, labels).mean().item(),
             }
         )
     return results
-
-
-# Where the parameters lie
-
-
-def distances(parameters: Tensor, snapshots: Tensor, exclude_self: bool = False) -> dict[str, Tensor]:
-    """L2 distances of models to the snapshots and to their mean, in units of the snapshots' own spread too.
-
-    A large distance to the nearest snapshot is not novelty by itself: compare the distance to the mean beside it.
-
-    Args:
-        parameters (`torch.Tensor`): (N, D) float32.
-        snapshots (`torch.Tensor`): (K, D) float32.
-        exclude_self (`bool`, defaults to `False`): `parameters` *is* `snapshots`: row i is not compared with itself.
-
-    Returns:
-        `dict[str, torch.Tensor]`, float64 but for the index. For each model, (N,):
-            - `nearest`: distance to the nearest snapshot, and `nearest_index`, which one that is.
-            - `nearest_relative`: the same over the median of `snapshots_nearest`.
-            - `to_mean`: distance to the mean of the snapshots.
-            - `to_mean_relative`: the same over `snapshots_to_mean`.
-
-        For the snapshots: `snapshots_nearest` (K,), the distance of each to its nearest other one, and
-        `snapshots_to_mean` (), the root mean square of their distances to their mean. One snapshot has no spread: what
-        is relative to it is nan, or infinite.
-    """
-    _check_columns(parameters, snapshots)
-    nearest, index = _nearest(parameters, snapshots, exclude_self)
-    snapshots_nearest = nearest if exclude_self else _nearest(snapshots, snapshots, exclude_self=True)[0]
-    squared = torch.zeros(len(parameters), dtype=torch.float64)
-    spread = torch.zeros((), dtype=torch.float64)
-    for columns in chunks(snapshots.shape[1], 16 * (len(parameters) + len(snapshots))):
-        mean = snapshots[:, columns].double().mean(0)
-        squared += (parameters[:, columns] - mean).square().sum(1)
-        spread += (snapshots[:, columns] - mean).square().sum() / len(snapshots)
-    to_mean, snapshots_to_mean = squared.sqrt(), spread.sqrt()
-    return {
-        "nearest": nearest,
-        "nearest_index": index,
-        "nearest_relative": nearest / snapshots_nearest.quantile(0.5),  # `median` would take the lower of two
-        "to_mean": to_mean,
-        "to_mean_relative": to_mean / snapshots_to_mean,
-        "snapshots_nearest": snapshots_nearest,
-        "snapshots_to_mean": snapshots_to_mean,
-    }
-
-
-def precision_recall_density_coverage(
-    snapshots_features: Tensor, generated_features: Tensor, k: int = 5
-) -> dict[str, float]:
-    """How well a generated set covers the originals, by balls that reach to the k-th nearest neighbour in a set.
-
-    `precision` is the share of generated points inside a ball of the originals and `recall` the share of originals
-    inside a ball of the generated (Kynkäänniemi et al. 2019); `density` is the mean number of original balls around a
-    generated point, divided by k, and `coverage` the share of original balls with a generated point in them (Naeem et
-    al. 2020). A ball includes its surface. A set of no more than k points has its k lowered to one less than its size.
-
-    Args:
-        snapshots_features (`torch.Tensor`): (K, F), parameters or latents of the originals.
-        generated_features (`torch.Tensor`): (N, F).
-        k (`int`, defaults to 5): which neighbour is the radius.
-
-    Returns:
-        `dict[str, float]`: the four numbers; density is not bounded by 1, recall is nan for one generated point.
-
-    Raises:
-        ValueError: for fewer than two originals, k < 1 or different numbers of features.
-    """
-    _check_columns(snapshots_features, generated_features)
-    if k < 1 or len(snapshots_features) < 2:
-        raise ValueError(f"needs k >= 1 and at least 2 originals, got k={k} and {len(snapshots_features)} originals")
-    k_snapshots = min(k, len(snapshots_features) - 1)
-    between = _pairwise_distances(snapshots_features, generated_features)  # (K, N)
-    inside = between <= _radii(snapshots_features, k_snapshots)[:, None]
-    recall = math.nan
-    if len(generated_features) > 1:
-        radii = _radii(generated_features, min(k, len(generated_features) - 1))
-        recall = (between <= radii).any(1).double().mean().item()
-    return {
-        "precision": inside.any(0).double().mean().item(),
-        "recall": recall,
-        "density": inside.sum(0).double().mean().item() / k_snapshots,
-        "coverage": inside.any(1).double().mean().item(),
-    }
-
-
-def r2_score(parameters: Tensor, reconstructions: Tensor, mean: Tensor) -> float:
-    """Share of the variance around `mean` that a reconstruction explains: 1 - SSE/SST over all rows and coordinates.
-
-    Args:
-        parameters (`torch.Tensor`): (N, D).
-        reconstructions (`torch.Tensor`): (N, D).
-        mean (`torch.Tensor`): (D,), usually that of the training snapshots.
-
-    Returns:
-        `float`: at most 1; nan where every row equals `mean`.
-    """
-    if parameters.ndim != 2 or reconstructions.shape != parameters.shape or mean.shape != parameters.shape[1:]:
-        raise ValueError(
-            f"`parameters` and `reconstructions` must be (N, D) and `mean` (D,), got {_shape(parameters)}, "
-            f"{_shape(reconstructions)} and {_shape(mean)}"
-        )
-    error = total = 0.0
-    for columns in chunks(parameters.shape[1], 24 * len(parameters)):
-        rows = parameters[:, columns].double()
-        error += (rows - reconstructions[:, columns]).square().sum().item()
-        total += (rows - mean[columns]).square().sum().item()
-    return 1 - error / total if total > 0 else math.nan
-
-
-def pca_r2_score(train: Tensor, parameters: Tensor, num_components: int) -> float:
-    """Share of the variance of `parameters` around the mean of `train` along the first principal components of `train`.
-
-    That is what the best linear autoencoder with a latent of that length explains, the control for a learned one.
-
-    Args:
-        train (`torch.Tensor`): (K, D), K >= 2.
-        parameters (`torch.Tensor`): (N, D), `train` itself or other networks.
-        num_components (`int`): At least 1; K - 1 are all that there are.
-
-    Returns:
-        `float`: between 0 and 1; nan where every row equals the mean.
-    """
-    gram = cross = total = 0.0
-    for columns in chunks(train.shape[1], 16 * (len(train) + len(parameters))):
-        mean = train[:, columns].double().mean(0)
-        centred, rows = train[:, columns] - mean, parameters[:, columns] - mean
-        gram += centred @ centred.T
-        cross += rows @ centred.T
-        total += rows.square().sum().item()
-    explained = (cross @ direction_weights(gram, num_components)).square().sum().item()
-    return explained / total if total > 0 else math.nan
-
-
-def _pairwise_distances(a: Tensor, b: Tensor) -> Tensor:
-    """(N, D) and (K, D) to (N, K) float64."""
-    squared = torch.zeros(len(a), len(b), dtype=torch.float64)
-    for columns in chunks(a.shape[1], 16 * (len(a) + len(b))):
-        # cdist multiplies out |x|² + |y|² - 2xy, which cancels where points are far from 0 and near to each other.
-        centre = b[:, columns].double().mean(0)
-        squared += torch.cdist(a[:, columns] - centre, b[:, columns] - centre).square()
-    return squared.sqrt()
-
-
-def _nearest(parameters: Tensor, snapshots: Tensor, exclude_self: bool) -> tuple[Tensor, Tensor]:
-    """Distance (N,) to the nearest snapshot and its index (N,); nan where excluding itself leaves none."""
-    table = _pairwise_distances(parameters, snapshots)
-    if exclude_self:
-        _check_same_group(parameters, snapshots)
-        table.fill_diagonal_(math.inf)
-    smallest, index = table.min(1)
-    # What is left of the cancellation would hide an exact copy (distance 0): take the difference of the pair itself.
-    squared = torch.zeros(len(parameters), dtype=torch.float64)
-    for columns in chunks(parameters.shape[1], 16 * len(parameters)):
-        squared += (parameters[:, columns].double() - snapshots[index, columns]).square().sum(1)
-    return squared.sqrt().where(smallest.isfinite(), math.nan), index
-
-
-def _radii(features: Tensor, k: int) -> Tensor:
-    """Distance (N,) of each point to its k-th nearest other one."""
-    return _pairwise_distances(features, features).fill_diagonal_(math.inf).kthvalue(k, dim=1).values
 
 
 def _shape(tensor: Tensor) -> str:
@@ -358,13 +192,109 @@ def _check_log_probs(log_probs: Tensor, labels: Tensor) -> None:
         )
 
 
-def _check_columns(a: Tensor, b: Tensor) -> None:
-    if a.ndim != 2 or b.ndim != 2 or a.shape[1] != b.shape[1]:
-        raise ValueError(
-            f"needs two matrices (models, numbers) with equal numbers a model, got {_shape(a)} and {_shape(b)}"
-        )
-
-
 def _check_same_group(a: Tensor, b: Tensor) -> None:
     if a.shape != b.shape:
         raise ValueError(f"`exclude_self` compares a group with itself, got {_shape(a)} and {_shape(b)}")
+
+
+# What a report shows
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """
+    What is known of a group of N networks.
+
+    Args:
+        values (`torch.Tensor`): Shape `(N,)`, the metric on test data, nan where it is not defined.
+        validation (`torch.Tensor`): The same on validation data.
+        sign (`int`): What values are multiplied with, so that larger is better.
+        scores (`Scores`): On test data; those of classifiers have `wrong`, `log_probs` and `labels`.
+        max_iou (`torch.Tensor`): Shape `(N,)`, of classifiers; empty otherwise.
+        place (`Mapping`): What `geometry.Yardstick.place` returns.
+    """
+
+    values: Tensor
+    validation: Tensor
+    sign: int
+    scores: Any
+    max_iou: Tensor
+    place: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class GroupMetric:
+    """
+    A number about a group, in `report.json` and in the tables.
+
+    Args:
+        key (`str`): In a group's entry.
+        title (`str`): Of its column.
+        format (`str`): How it is written, such as `.3f`.
+        function (`Callable`): From the evidence to the number; what is not finite is None in the report.
+        table (`str`): Which table of the report shows it: `scores` or `coverage`; empty for none.
+        classifiers_only (`bool`): Whether it is of predictions.
+    """
+
+    key: str
+    title: str
+    format: str
+    function: Callable[[Evidence], float]
+    table: str = "scores"
+    classifiers_only: bool = False
+
+
+def finite_mean(values: Tensor) -> float:
+    """The mean of the values that are finite; nan if none is."""
+    return values[values.isfinite()].mean().item()
+
+
+def _std(e: Evidence) -> float:
+    defined = e.values[e.values.isfinite()]
+    return defined.std().item() if len(defined) > 1 else 0.0
+
+
+def _best(e: Evidence) -> float:
+    return e.values[(e.sign * e.validation).nan_to_num(nan=-math.inf).argmax()].item()
+
+
+def _best_on_test(e: Evidence) -> float:
+    return e.sign * (e.sign * e.values).nan_to_num(nan=-math.inf).max().item()
+
+
+def _placed(name: str) -> Callable[[Evidence], float]:
+    return lambda e: e.place[name]
+
+
+METRICS = [
+    GroupMetric("score_mean", "mean", ".2f", lambda e: finite_mean(e.values)),
+    GroupMetric("score_std", "std", ".2f", _std),
+    GroupMetric("score_best", "best", ".2f", _best),
+    GroupMetric("score_best_on_test", "best on test", ".2f", _best_on_test),
+    GroupMetric("validation_score_mean", "validation", ".2f", lambda e: finite_mean(e.validation)),
+    GroupMetric("iou_within", "IoU within", ".3f", lambda e: iou_within(e.scores.wrong), classifiers_only=True),
+    GroupMetric("max_iou", "max IoU", ".3f", lambda e: finite_mean(e.max_iou), classifiers_only=True),
+    GroupMetric(
+        "nll",
+        "NLL",
+        ".3f",
+        lambda e: finite_mean(negative_log_likelihood(e.scores.log_probs, e.scores.labels)),
+        classifiers_only=True,
+    ),
+    GroupMetric(
+        "ece",
+        "ECE",
+        ".3f",
+        lambda e: finite_mean(expected_calibration_error(e.scores.log_probs, e.scores.labels)),
+        classifiers_only=True,
+    ),
+    # The median, and the root mean square that the yardstick is too.
+    GroupMetric("distance_nearest", "to nearest", ".2f", lambda e: e.place["nearest_relative"].quantile(0.5).item()),
+    GroupMetric(
+        "distance_to_mean", "to mean", ".2f", lambda e: e.place["to_mean_relative"].square().mean().sqrt().item()
+    ),
+    *(
+        GroupMetric(name, name, ".2f", _placed(name), table="coverage")
+        for name in ("precision", "recall", "density", "coverage")
+    ),
+]

@@ -1,9 +1,10 @@
 """Figures of a report, each one PNG.
 
 Colours are those of Okabe and Ito, which colour-blind readers can tell apart, and a marker or line style says the same
-again. Only `Figure` objects: no display, no global state.
+again. Every figure can be read at 600 pixels of width. Only `Figure` objects: no display, no global state.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import cycle
@@ -17,20 +18,22 @@ from matplotlib.ticker import MaxNLocator
 from sklearn.decomposition import PCA
 from torch import Tensor
 
-ORIGINAL, GENERATED = "#000000", "#D55E00"
+SNAPSHOTS, GENERATED = "#000000", "#D55E00"
 OTHERS = ("#0072B2", "#009E73", "#E69F00", "#56B4E9", "#CC79A7")  # their yellow is too pale for thin marks on white
 MARKERS = ("s", "^", "D", "v", "P", "X", "<", ">", "p", "h")
-DPI = 150
+DPI, WIDTH = 150, 6.4
+JITTER = 0.01  # of the axis, so that points which coincide can be seen
+MIN_IOU_RANGE = 0.02
 
 
 @dataclass(frozen=True)
 class ScatterGroup:
-    """A group of N models on the plane of similarity and accuracy.
+    """A group of N networks on the plane of similarity and accuracy.
 
     Args:
         family (`str`): groups of one family share colour, marker and an entry in the legend.
         accuracy (`torch.Tensor`): (N,) percent.
-        max_iou (`torch.Tensor`): (N,) maximum IoU to the originals.
+        max_iou (`torch.Tensor`): (N,) maximum IoU to the snapshots.
     """
 
     family: str
@@ -38,61 +41,87 @@ class ScatterGroup:
     max_iou: Tensor
 
 
+def sampling_error(accuracy: float, num_examples: int) -> float:
+    """Half the width of the 95% interval of an accuracy in percent that was measured on so many examples."""
+    share = min(max(accuracy / 100, 1 / num_examples), 1 - 1 / num_examples) if num_examples > 1 else 0.5
+    return 196 * math.sqrt(share * (1 - share) / num_examples)
+
+
 def plot_accuracy_vs_similarity(
-    path: str | Path, originals: ScatterGroup, generated: ScatterGroup, baselines: Sequence[ScatterGroup] = ()
+    path: str | Path,
+    panels: Mapping[str, tuple[ScatterGroup, ScatterGroup, Sequence[ScatterGroup]]],
+    num_examples: int,
 ) -> Path:
-    """Accuracy against maximum IoU to the originals (paper, figure 4): all models left, the region of the originals and
-    the generated ones right. Small dots are models; the large marks of a family are the means of its settings, joined
-    in the order given. Up and left is better."""
-    figure = Figure(figsize=(13, 5.5), layout="constrained")
-    everything, detail = figure.subplots(1, 2)
-    for axes in (everything, detail):
-        _draw_scatter(axes, originals, generated, baselines)
-    everything.set_title("all models")
-    detail.set_title("region of the originals and the generated models")
-    _zoom(detail.set_xlim, torch.cat([originals.max_iou, generated.max_iou]))
-    _zoom(detail.set_ylim, torch.cat([originals.accuracy, generated.accuracy]))
-    figure.legend(*everything.get_legend_handles_labels(), loc="outside right center", title="large: mean of a group")
-    return _save(figure, path)
-
-
-def plot_accuracy_vs_similarity_panels(
-    path: str | Path, panels: Mapping[str, tuple[ScatterGroup, ScatterGroup, Sequence[ScatterGroup]]]
-) -> Path:
-    """Accuracy against maximum IoU to the originals, one panel a setting (paper, figures 3 and 5a), each drawn as in
-    `plot_accuracy_vs_similarity`.
+    """Accuracy against maximum IoU to the snapshots, one panel a setting (paper, figures 3, 4 and 5a), in the region of
+    most snapshots and generated networks; how much lies outside is written below. Small dots are those networks, moved
+    by up to a hundredth of the axis; the large marks of a family are the means of its settings, joined in the order
+    given. The band is the sampling error of the snapshots' accuracy. Up and left is better.
 
     Args:
         path (`str` or `Path`): of the PNG.
-        panels (`Mapping`): title of the panel to originals, generated models and other groups.
+        panels (`Mapping`): title of the panel to snapshots, generated networks and other groups.
+        num_examples (`int`): of the test data.
     """
-    figure = Figure(figsize=(4.5 * len(panels) + 2.5, 4.5), layout="constrained")
-    handles = {}
-    for axes, (title, groups) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True):
-        _draw_scatter(axes, *groups)
-        axes.set_title(title)
+    columns = min(2, len(panels))
+    lines = -(-len(panels) // columns)
+    figure = Figure(figsize=(WIDTH, 1.5 + (4.2 if columns == 1 else 2.9) * lines), layout="constrained")
+    handles: dict = {}
+    grid = figure.subplots(lines, columns, squeeze=False).flatten()
+    for axes, (title, groups) in zip(grid, panels.items(), strict=False):
+        _draw_scatter(axes, *groups, num_examples)
+        axes.set_title(title, fontsize="medium")
         handles |= {label: handle for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)}
-    figure.legend(handles.values(), handles.keys(), loc="outside right center", title="large: mean of a group")
+    for axes in grid[len(panels) :]:
+        axes.set_axis_off()
+    for i in range(len(panels)):
+        if i + columns >= len(panels):
+            grid[i].set_xlabel("maximum IoU with a snapshot\n(left: less similar)")
+        if i % columns == 0:
+            grid[i].set_ylabel("test accuracy (%)")
+    figure.legend(
+        handles.values(), handles.keys(), loc="outside lower center", ncols=3, fontsize="small", frameon=False
+    )
     return _save(figure, path)
 
 
 def _draw_scatter(
-    axes: Axes, originals: ScatterGroup, generated: ScatterGroup, others: Sequence[ScatterGroup] = ()
+    axes: Axes,
+    snapshots: ScatterGroup,
+    generated: ScatterGroup,
+    others: Sequence[ScatterGroup],
+    num_examples: int,
 ) -> None:
     families: dict[str, list[ScatterGroup]] = {}
-    for group in (originals, generated, *others):
+    for group in (*others, snapshots, generated):
         families.setdefault(group.family, []).append(group)
+    mean = _mean(snapshots.accuracy)
+    error = sampling_error(mean, num_examples)
+    low, high = mean - error, mean + error
+    means = [torch.tensor([_mean(values)]) for values in (generated.max_iou, generated.accuracy)]
+    limits = (
+        _limits(MIN_IOU_RANGE, snapshots.max_iou, generated.max_iou, means[0]),
+        _limits(2 * error, snapshots.accuracy, generated.accuracy, means[1], torch.tensor([low, high])),
+    )
+    axes.axhspan(low, high, color=SNAPSHOTS, alpha=0.07, linewidth=0, label="sampling error (95%)")
     # Each colour returns with another marker and another line.
     styles = cycle(zip(OTHERS * 2, MARKERS, ("-",) * len(OTHERS) + ("--",) * len(OTHERS), strict=True))
-    fixed = {originals.family: (ORIGINAL, "o", ""), generated.family: (GENERATED, "*", "")}
+    fixed = {snapshots.family: (SNAPSHOTS, "o", ""), generated.family: (GENERATED, "*", "")}
+    jitter = np.random.default_rng(0)
+    outside = 0
     for family, groups in families.items():
         colour, marker, line = fixed[family] if family in fixed else next(styles)
-        size, on_top = (18, 5) if family == generated.family else (10, 4) if family in fixed else (8, 3)
-        means = [(group.max_iou.nanmean().item(), group.accuracy.mean().item()) for group in groups]
-        for group in groups:
-            axes.scatter(group.max_iou.numpy(), group.accuracy.numpy(), s=9, color=colour, alpha=0.25, linewidths=0)
+        size, on_top = (16, 5) if family == generated.family else (9, 4) if family in fixed else (6, 3)
+        places = [(_mean(group.max_iou), _mean(group.accuracy)) for group in groups]
+        drawn = places if family not in fixed else [*zip(groups[0].max_iou, groups[0].accuracy, strict=True)]
+        outside += sum(not all(lo <= m <= hi for m, (lo, hi) in zip(point, limits, strict=True)) for point in drawn)
+        if family in fixed:
+            points = [
+                values.numpy() + JITTER * (hi - lo) * jitter.uniform(-1, 1, len(values))
+                for values, (lo, hi) in zip((groups[0].max_iou, groups[0].accuracy), limits, strict=True)
+            ]
+            axes.scatter(*points, s=8, color=colour, alpha=0.35, linewidths=0)
         axes.plot(
-            *zip(*means, strict=True),
+            *zip(*places, strict=True),
             color=colour,
             marker=marker,
             markersize=size,
@@ -102,159 +131,162 @@ def _draw_scatter(
             zorder=on_top,
             label=family,
         )
-    axes.xaxis.set_major_locator(MaxNLocator(6))
-    axes.set_xlabel("maximum IoU of wrong predictions to the originals\n(lower: less similar)")
-    axes.set_ylabel("test accuracy (%)")
+    axes.set_xlim(*limits[0])
+    axes.set_ylim(*limits[1])
+    _note_outside(axes, outside)
+    axes.xaxis.set_major_locator(MaxNLocator(5))
     axes.grid(alpha=0.3)
 
 
-def plot_reverse_process(path: str | Path, steps: Sequence[int], accuracies: Tensor, original_accuracy: float) -> Path:
+def plot_reverse_process(
+    path: str | Path, steps: Sequence[int], accuracies: Tensor, snapshot_accuracy: float, num_examples: int
+) -> Path:
     """Accuracy of the decoded intermediate latents along the reverse process (paper, figure 5b).
 
     Args:
         path (`str` or `Path`): of the PNG.
         steps (`Sequence[int]`): S denoising steps taken when the accuracy was measured, ascending.
-        accuracies (`torch.Tensor`): (seeds, S) percent.
-        original_accuracy (`float`): mean of the originals, percent.
+        accuracies (`torch.Tensor`): (samples, S) percent.
+        snapshot_accuracy (`float`): mean of the snapshots, percent.
+        num_examples (`int`): of the test data; the band is the sampling error of the snapshots' mean.
     """
-    figure = Figure(figsize=(8, 5), layout="constrained")
+    figure = Figure(figsize=(WIDTH, 4.2), layout="constrained")
     axes = figure.subplots()
-    styles = cycle(zip((GENERATED, *OTHERS[:4]), ("o", *MARKERS[:4]), strict=True))
-    for seed, (line, (colour, marker)) in enumerate(zip(accuracies.numpy(), styles, strict=False)):
-        axes.plot(
-            steps,
-            line,
-            color=colour,
-            marker=marker,
-            markevery=max(1, len(steps) // 20),
-            markersize=5,
-            label=f"sample {seed + 1}",
-        )
+    for i, line in enumerate(accuracies.numpy()):
+        label = "samples" if i == 0 else None
+        axes.plot(steps, line, color=GENERATED, alpha=0.5, linewidth=1, marker=".", markersize=4, label=label)
+    axes.plot(steps, accuracies.mean(0).numpy(), color=GENERATED, linewidth=2.5, marker="*", label="their mean")
+    error = sampling_error(snapshot_accuracy, num_examples)
+    low, high = snapshot_accuracy - error, snapshot_accuracy + error
+    axes.axhspan(low, high, color=SNAPSHOTS, alpha=0.1, linewidth=0, label="sampling error (95%)")
+    axes.axhline(snapshot_accuracy, color=SNAPSHOTS, linestyle="--", label=f"snapshots ({snapshot_accuracy:.2f} %)")
+    ends = torch.stack([accuracies.min(), accuracies.max()])  # all of it, outliers too
+    axes.set_ylim(*_limits(2 * error, ends, torch.tensor([low, high]), margin=0.05))
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.axhline(original_accuracy, color=ORIGINAL, linestyle="--", label=f"mean original\n({original_accuracy:.2f} %)")
     axes.set_xlabel("denoising steps taken")
     axes.set_ylabel("test accuracy (%)")
     axes.grid(alpha=0.3)
-    figure.legend(loc="outside right center")
+    figure.legend(loc="outside lower center", ncols=4, fontsize="small", frameon=False)
     return _save(figure, path)
 
 
-def plot_max_similarity_distribution(
-    path: str | Path, groups: Mapping[str, Tensor], colours: Sequence[str] | None = None
-) -> Path:
-    """Distribution of the maximum IoU to the originals in each group (paper, figure 5c); see `plot_distribution`."""
-    return plot_distribution(path, groups, "maximum IoU of wrong predictions to the originals", colours)
-
-
 def plot_distribution(
-    path: str | Path, groups: Mapping[str, Tensor], quantity: str, colours: Sequence[str] | None = None
+    path: str | Path,
+    groups: Mapping[str, Tensor],
+    quantity: str,
+    colours: Sequence[str] | None = None,
+    min_range: float = 0.0,
 ) -> Path:
-    """Distribution of a number over the models of each group, as violins with their medians.
+    """Distribution of a quantity over the networks of each group, as violins with their medians (of maximum similarity:
+    paper, figure 5c).
 
     Args:
         path (`str` or `Path`): of the PNG.
-        groups (`Mapping[str, torch.Tensor]`): name to (N,) numbers, nan where there is none; top to bottom.
-        quantity (`str`): what the number is, with its unit.
-        colours (`Sequence[str]`, *optional*): one a group; by default the first is drawn as the originals and the
-            second as the generated models.
+        groups (`Mapping[str, torch.Tensor]`): name to (N,) values, nan where there is none; top to bottom.
+        quantity (`str`): what the values are, with their unit.
+        colours (`Sequence[str]`, *optional*): one a group; by default the first is drawn as the snapshots and the
+            second as the generated networks.
+        min_range (`float`, *optional*): the least that the axis spans.
     """
-    figure = Figure(figsize=(9, 1.6 + 0.5 * len(groups)), layout="constrained")
+    figure = Figure(figsize=(WIDTH, 1.2 + 0.38 * len(groups)), layout="constrained")
     axes = figure.subplots()
-    colours = colours or [ORIGINAL, GENERATED] + [OTHERS[0]] * len(groups)
+    colours = colours or [SNAPSHOTS, GENERATED] + [OTHERS[0]] * len(groups)
+    jitter = np.random.default_rng(0)
     labels = []
     for row, ((name, values), colour) in enumerate(zip(groups.items(), colours, strict=False)):
-        values = values[~values.isnan()].double().numpy()
-        labels.append(f"{name} (n={len(values)})")
-        if len(values) == 0:
+        shown = values[values.isfinite()].double().numpy()
+        labels.append(f"{name} (n={len(shown)})")
+        if len(shown) == 0:
             continue
-        violin = axes.violinplot([values], [row], orientation="horizontal", widths=0.8, showextrema=False)
-        violin["bodies"][0].set(facecolor=colour, edgecolor=colour, alpha=0.35)
-        axes.scatter(values, np.full(len(values), row), s=8, color=colour, alpha=0.4, linewidths=0)
-        axes.scatter(np.median(values), row, s=60, marker="|", color=colour, linewidths=3)
-    axes.set_yticks(range(len(groups)), labels)
+        if np.ptp(shown) > 0:
+            violin = axes.violinplot([shown], [row], orientation="horizontal", widths=0.8, showextrema=False)
+            violin["bodies"][0].set(facecolor=colour, edgecolor=colour, alpha=0.3)
+        axes.scatter(shown, row + jitter.uniform(-0.2, 0.2, len(shown)), s=6, color=colour, alpha=0.4, linewidths=0)
+        axes.scatter(np.median(shown), row, s=110, marker="|", color=colour, linewidths=2.5)
+    low, high = _limits(min_range, *groups.values())
+    axes.set_xlim(low, high)
+    _note_outside(axes, sum(int(((values < low) | (values > high)).sum()) for values in groups.values()))
+    axes.set_yticks(range(len(groups)), labels, fontsize="small")
     axes.set_ylim(len(groups) - 0.4, -0.6)
+    axes.xaxis.set_major_locator(MaxNLocator(5))
     axes.set_xlabel(f"{quantity} (bar: median)")
     axes.grid(axis="x", alpha=0.3)
     return _save(figure, path)
 
 
-def plot_parameter_heatmap(path: str | Path, originals: Tensor, generated: Tensor, tensor_sizes: Sequence[int]) -> Path:
-    """Parameters of the originals above those of the generated models; dashed lines are the borders of tensors,
+def plot_parameter_heatmap(path: str | Path, snapshots: Tensor, generated: Tensor, tensor_sizes: Sequence[int]) -> Path:
+    """Parameters of the snapshots above those of the generated models; dashed lines are the borders of tensors,
     but for those too close to the one before to be told apart.
 
-    Left are the numbers as they are. Right is how far each lies from the originals' mean, in standard deviations of the
-    originals: paler below than above is a contraction, equal rows are copies. Up to 50 rows of each group and
-    1024 of the numbers are drawn, evenly spaced.
+    Left are the parameters as they are. Right is how far each lies from the snapshots' mean, in standard deviations of
+    the snapshots: paler below than above is a contraction, equal rows are copies. Up to 50 rows of each group and
+    1024 of the parameters are drawn, evenly spaced.
 
     Args:
         path (`str` or `Path`): of the PNG.
-        originals (`torch.Tensor`): (K, D).
+        snapshots (`torch.Tensor`): (K, D).
         generated (`torch.Tensor`): (N, D).
-        tensor_sizes (`Sequence[int]`): how many of the D numbers each tensor has, in order.
+        tensor_sizes (`Sequence[int]`): how many of the D parameters each tensor has, in order.
     """
-    columns = _evenly(originals.shape[1], 1024)
-    shown = [group[_evenly(len(group), 50)][:, columns].double() for group in (originals, generated)]
-    std, mean = torch.std_mean(originals[:, columns].double(), dim=0, correction=0)
+    columns = _evenly(snapshots.shape[1], 1024)
+    shown = [group[_evenly(len(group), 50)][:, columns].double() for group in (snapshots, generated)]
+    std, mean = torch.std_mean(snapshots[:, columns].double(), dim=0, correction=0)
     deviations = [(group - mean) / std.clamp(min=1e-12) for group in shown]
-    low, high = torch.cat(shown).flatten().quantile(torch.tensor([0.01, 0.99]).double()).tolist()
+    # Of the snapshots alone: a generated network that has diverged must not set the scale.
+    low, high = shown[0].flatten().quantile(torch.tensor([0.01, 0.99]).double()).tolist()
     borders = [-0.5]
     for border in np.searchsorted(columns, np.cumsum(tensor_sizes)[:-1]) - 0.5:
         if border - borders[-1] >= 0.02 * len(columns):
             borders.append(border)
 
-    figure = Figure(figsize=(14, 6), layout="constrained")
+    figure = Figure(figsize=(WIDTH, 4.6), layout="constrained")
     grid = figure.subplots(2, 2, sharex=True)
     scales = (
         (shown, "viridis", low, high, "parameter"),
-        (deviations, "PuOr", -3, 3, "deviation from the originals' mean (std)"),
+        (deviations, "PuOr", -3, 3, "deviation from the mean (std)"),
     )
     for column, (groups, colours, low, high, label) in enumerate(scales):
-        for axes, group, name in zip(grid[:, column], groups, ("originals", "generated"), strict=True):
+        for axes, group, name in zip(grid[:, column], groups, ("snapshots", "generated"), strict=True):
             image = axes.imshow(
                 group.numpy(), cmap=colours, vmin=low, vmax=high, aspect="auto", interpolation="nearest"
             )
             for border in borders[1:]:
                 axes.axvline(border, color="white" if column == 0 else "black", linewidth=0.7, linestyle="--")
-            axes.set_ylabel(
-                f"{name}\n({len(group)} of {len(originals) if name == 'originals' else len(generated)} models)"
-            )
+            if column == 0:
+                count = len(snapshots) if name == "snapshots" else len(generated)
+                axes.set_ylabel(f"{name}\n({len(group)} of {count})")
             axes.set_yticks([])
-        ticks = np.linspace(0, len(columns) - 1, min(5, len(columns)), dtype=int)
+        ticks = np.linspace(0, len(columns) - 1, min(3, len(columns)), dtype=int)
         axes.set_xticks(ticks, [str(columns[tick]) for tick in ticks])
-        axes.set_xlabel("index of the number in the layout")
-        figure.colorbar(image, ax=grid[:, column], label=label, extend="both", location="top", aspect=40, shrink=0.8)
+        axes.set_xlabel("index of the parameter")
+        figure.colorbar(image, ax=grid[:, column], label=label, extend="both", location="top", aspect=25, shrink=0.9)
     return _save(figure, path)
 
 
-def plot_latent_pca(
-    path: str | Path, originals: Tensor, generated: Tensor, reconstructions: Tensor | None = None
-) -> Path:
-    """Latents on the first two principal components of the originals' latents.
+def plot_latent_pca(path: str | Path, snapshots: Tensor, generated: Tensor) -> Path:
+    """Latents on the first two principal components of the snapshots' latents.
 
     Args:
         path (`str` or `Path`): of the PNG.
-        originals (`torch.Tensor`): (K, L), K and L at least 2.
+        snapshots (`torch.Tensor`): (K, L), K and L at least 2.
         generated (`torch.Tensor`): (N, L).
-        reconstructions (`torch.Tensor`, *optional*): (K, L), the originals decoded and encoded again.
     """
-    if min(originals.shape) < 2:
-        raise ValueError(f"two components need at least 2 originals and 2 numbers, got {tuple(originals.shape)}")
-    pca = PCA(2).fit(originals.double().numpy())
-    figure = Figure(figsize=(8.5, 6), layout="constrained")
+    if min(snapshots.shape) < 2:
+        raise ValueError(f"two components need at least 2 snapshots and 2 coordinates, got {tuple(snapshots.shape)}")
+    pca = PCA(2).fit(snapshots.double().numpy())
+    figure = Figure(figsize=(WIDTH, 4.8), layout="constrained")
     axes = figure.subplots()
-    place = {"originals": (originals, ORIGINAL, "o", 18), "generated": (generated, GENERATED, "*", 36)}
-    if reconstructions is not None:
-        place["originals,\nreconstructed"] = (reconstructions, OTHERS[0], "x", 18)
-    for name, (latents, colour, marker, size) in place.items():
+    for name, latents, colour, marker, size in (
+        ("snapshots", snapshots, SNAPSHOTS, "o", 18),
+        ("generated", generated, GENERATED, "*", 36),
+    ):
         x, y = pca.transform(latents.double().numpy()).T
-        axes.scatter(
-            x, y, s=size, marker=marker, color=colour, alpha=0.6, linewidths=1 if marker == "x" else 0, label=name
-        )
+        axes.scatter(x, y, s=size, marker=marker, color=colour, alpha=0.6, linewidths=0, label=name)
     first, second = pca.explained_variance_ratio_
-    axes.set_xlabel(f"first component ({first:.0%} of the originals' variance)")
+    axes.set_xlabel(f"first component ({first:.0%} of the snapshots' variance)")
     axes.set_ylabel(f"second component ({second:.0%})")
     axes.grid(alpha=0.3)
-    figure.legend(loc="outside right center")
+    figure.legend(loc="outside lower center", ncols=2, frameon=False)
     return _save(figure, path)
 
 
@@ -270,8 +302,8 @@ def plot_loss_curves(
         path (`str` or `Path`): of the PNG.
         panels (`Mapping`): title of the panel to name of the curve to (steps, losses).
     """
-    figure = Figure(figsize=(6.5 * len(panels), 4.5), layout="constrained")
-    for axes, (title, curves) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True):
+    figure = Figure(figsize=(WIDTH, 0.4 + 2.6 * len(panels)), layout="constrained")
+    for axes, (title, curves) in zip(figure.subplots(len(panels), squeeze=False)[:, 0], panels.items(), strict=True):
         for (name, (steps, losses)), colour, style in zip(
             curves.items(), cycle((OTHERS[0], GENERATED, *OTHERS[1:])), cycle(("-", "--", "-.", ":")), strict=False
         ):
@@ -283,11 +315,11 @@ def plot_loss_curves(
                 losses = np.convolve(losses, np.full(window, 1 / window), mode="valid")
             axes.plot(steps, losses, color=colour, linestyle=style, linewidth=1.8, label=name)
         _log_scale_if_positive(axes)
-        axes.set_title(title)
+        axes.set_title(title, fontsize="medium")
         axes.set_xlabel("training step")
         axes.set_ylabel("loss")
         axes.grid(alpha=0.3, which="both")
-        axes.legend()
+        axes.legend(fontsize="small")
     return _save(figure, path)
 
 
@@ -300,10 +332,10 @@ def plot_memory(path: str | Path, sizes: Sequence[int], curves: Mapping[str, tup
         curves (`Mapping[str, tuple]`): name of a network to its megabytes here and in the paper, one for each size; NaN
             where there is none.
     """
-    figure = Figure(figsize=(7, 5), layout="constrained")
+    figure = Figure(figsize=(WIDTH, 4.8), layout="constrained")
     axes = figure.subplots()
     for (name, values), style, marker in zip(curves.items(), cycle(("-", "--")), cycle(MARKERS)):
-        for whose, megabytes, colour in zip(("here", "paper"), values, (GENERATED, ORIGINAL), strict=True):
+        for whose, megabytes, colour in zip(("here", "paper"), values, (GENERATED, SNAPSHOTS), strict=True):
             axes.plot(sizes, megabytes, color=colour, linestyle=style, marker=marker, label=f"{name}, {whose}")
     axes.set_xscale("log")
     axes.set_yscale("log")
@@ -319,13 +351,25 @@ def _log_scale_if_positive(axes: Axes) -> None:
         axes.set_yscale("log")
 
 
-def _zoom(set_limits, values: Tensor) -> None:
-    """Limits around the finite values, with a margin."""
-    values = values[values.isfinite()]
-    if len(values):
-        low, high = values.min().item(), values.max().item()
-        margin = 0.15 * (high - low) or 0.01 * abs(high) or 0.01
-        set_limits(low - margin, high + margin)
+def _limits(least: float, *groups: Tensor, margin: float = 0.4) -> tuple[float, float]:
+    """Limits around the middle 80% of each group's finite values, with a margin on both sides as a share of their
+    range, which is at least `least`; (0, 1) if there are none."""
+    finite = [values[values.isfinite()].double() for values in groups]
+    ends = [values.quantile(share).item() for values in finite if len(values) for share in (0.1, 0.9)]
+    if not ends:
+        return 0.0, 1.0
+    low, high = min(ends), max(ends)
+    width = max(high - low, least, 1e-6 * abs(high), 1e-12)
+    return (low + high) / 2 - (0.5 + margin) * width, (low + high) / 2 + (0.5 + margin) * width
+
+
+def _note_outside(axes: Axes, count: int) -> None:
+    if count:
+        axes.text(0.01, 0.01, f"outside: {count}", transform=axes.transAxes, va="bottom", fontsize="small")
+
+
+def _mean(values: Tensor) -> float:
+    return values.nanmean().item()
 
 
 def _evenly(count: int, limit: int) -> np.ndarray:

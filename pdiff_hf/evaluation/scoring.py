@@ -3,9 +3,11 @@
 import contextlib
 import hashlib
 import os
+import time
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar, Generic, TypeVar
 
 import psutil
 import torch
@@ -13,54 +15,30 @@ from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, send_to_device
 from safetensors import safe_open
 from safetensors.torch import save_file
-from torch import nn
+from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from ..layout import ParameterLayout
 from ..networks.batched import BatchedModels
-from ..tasks import ClassificationTask, predict_logits, take
-from ..tasks.task import Split
+from ..tasks import ClassificationTask, MeasuredTask, Task, predict_logits, take
+from ..tasks.task import EVAL_BATCH_SIZE, Split
 from ..utils.files import replacing
+from .scores import ClassifierScores, MeasuredScores, Metric, Scores
 
-# So many networks are scored in one pass over the data and then written to the cache: what a kill can lose. Every pass
-# computes the frozen part of the network anew, which costs as much as some 15 to 35 networks do.
-CHUNK_SIZE = 1024
-# Nor are their parameters more than this.
+# The parameters of networks that are scored in one pass are no more than this.
 CHUNK_BYTES = 2**30
-NAMES = ("predictions", "log_probs", "labels")
+CACHE_FORMAT = b"2"
 
 
-@dataclass
-class Scores:
+S = TypeVar("S", bound=Scores)
+
+
+class Scorer(ABC, Generic[S]):
     """
-    What N networks say about the M examples of a split.
+    Scores networks that differ in the tensors of a layout, each of them once. [`make_scorer`] makes the one for a task.
 
     Args:
-        predictions (`torch.Tensor`): int16 of shape `(N, M)`, the predicted classes.
-        log_probs (`torch.Tensor`): float16 of shape `(N, M, C)`. Not the source of `predictions`: classes that are
-            nearly as probable as each other may round to the same number.
-        labels (`torch.Tensor`): int64 of shape `(M,)`.
-    """
-
-    predictions: torch.Tensor
-    log_probs: torch.Tensor
-    labels: torch.Tensor
-
-    @property
-    def wrong(self) -> torch.Tensor:
-        """bool of shape `(N, M)`, where a network errs."""
-        return self.predictions != self.labels
-
-    def __getitem__(self, rows: slice) -> "Scores":
-        return Scores(self.predictions[rows], self.log_probs[rows], self.labels)
-
-
-class Scorer:
-    """
-    Scores networks that differ in the tensors of a layout, each of them once.
-
-    Args:
-        task (`ClassificationTask`): Gives the data and the prediction.
+        task (`Task`): Gives the data and the metric.
         model (`nn.Module`): The base model, on the device to compute on.
         layout (`ParameterLayout`): Which of its tensors differ.
         cache_dir (`str` or `os.PathLike`, *optional*): Scores are kept here, under a hash of everything that they
@@ -68,21 +46,37 @@ class Scorer:
             it they are computed anew.
     """
 
+    metric: Metric
+    classifies: ClassVar[bool] = False  # whether there are predictions to compare
+    # So many networks are scored in one pass over the data and then written to the cache: what a kill can lose.
+    chunk_size: int
+
     def __init__(
-        self,
-        task: ClassificationTask,
-        model: nn.Module,
-        layout: ParameterLayout,
-        cache_dir: str | os.PathLike | None = None,
+        self, task: Task, model: nn.Module, layout: ParameterLayout, cache_dir: str | os.PathLike | None = None
     ):
         self.task, self.layout = task, layout
         self.models = BatchedModels(model, layout)
         self.cache_dir = None if cache_dir is None else Path(cache_dir)
-        self._classes: int | None = None
         self._has_help = False
-        self._context = context_hash(model, layout)
+        self._context = _context_hash(model, layout)
 
-    def score(self, split: Split, parameters: torch.Tensor | Sequence[torch.Tensor]) -> Scores:
+    @abstractmethod
+    def _empty(self, split: Split, num_networks: int) -> S:
+        """Room for the scores of so many networks."""
+
+    @abstractmethod
+    def _run(self, split: Split, parameters: Tensor) -> S:
+        """Scores networks, at least one, in one pass."""
+
+    @abstractmethod
+    def check_memory(self, split: Split, num_networks: int) -> None:
+        """Raises a `ValueError` if the scores of so many networks would take more than half of the free memory."""
+
+    @abstractmethod
+    def estimate(self, num_networks: int) -> float:
+        """Seconds that so many networks will about take on the validation and the test split, from a short trial."""
+
+    def score(self, split: Split, parameters: Tensor | Sequence[Tensor]) -> S:
         """
         Scores of networks on a split of the task.
 
@@ -92,57 +86,38 @@ class Scorer:
                 saves a copy of what lies in several tensors.
 
         Raises:
-            ValueError: if what the networks say would not fit into memory; nothing is computed before.
+            ValueError: if the scores would not fit into memory; nothing is computed before.
         """
+        self.check_memory(split, len(parameters))
         rows: dict[str, list[int]] = {}  # the same network may be asked for several times
         for row, vector in enumerate(parameters):
-            rows.setdefault(content_hash(vector), []).append(row)
-        self.check_memory(split, len(parameters))
+            rows.setdefault(_content_hash(vector), []).append(row)
         scores = self._empty(split, len(parameters))
         missing = dict(rows)
-        for keys, chunk in self._read(split):
-            for i, key in enumerate(keys):
+        for known, chunk in self._read(split):
+            for i, key in enumerate(known):
                 if key in missing:
                     _fill(scores, missing.pop(key), chunk, i)
         keys = list(missing)
-        size = max(1, min(CHUNK_SIZE, CHUNK_BYTES // (4 * self.layout.num_parameters)))
+        size = max(1, min(self.chunk_size, CHUNK_BYTES // (4 * self.layout.num_parameters)))
+        description = f"{self.metric.name} on {split}"
         with tqdm(
-            total=len(keys), desc=f"scoring on {split}", unit="network", disable=not keys, mininterval=1.0
+            total=len(keys), desc=description, unit="network", disable=not keys, mininterval=1.0, leave=False
         ) as progress:
             for start in range(0, len(keys), size):
                 part = keys[start : start + size]
-                chunk = self._compute(split, torch.stack([parameters[missing[key][0]] for key in part]), part)
+                computed = vars(self._compute(split, torch.stack([parameters[missing[key][0]] for key in part]), part))
                 for i, key in enumerate(part):
-                    _fill(scores, missing[key], chunk, i)
+                    _fill(scores, missing[key], computed, i)
                 progress.update(len(part))
         return scores
 
-    def check_memory(self, split: Split, num_networks: int) -> None:
-        """Raises a `ValueError` if the scores of so many networks would take more than half of the free memory."""
-        check_memory(num_networks, len(self.task.load_split(split)), self._num_classes(split))
-
-    def _num_classes(self, split: Split) -> int:
-        """Found out with one example, so that memory can be checked before any real work."""
-        if self._classes is None:
-            device = next(self.models.model.parameters()).device
-            batch = send_to_device(self.task.collate(take(self.task.load_split(split), [0])), device)
-            with torch.no_grad():
-                self._classes = self.task.predict(self.models.model, batch).shape[-1]
-        return self._classes
-
-    def _empty(self, split: Split, num_networks: int) -> Scores:
-        num_examples = len(self.task.load_split(split))
-        return Scores(
-            torch.empty(num_networks, num_examples, dtype=torch.int16),
-            torch.empty(num_networks, num_examples, self._num_classes(split), dtype=torch.float16),
-            torch.empty(num_examples, dtype=torch.long),
-        )
-
-    def _compute(self, split: Split, parameters: torch.Tensor, keys: list[str]) -> Scores:
-        """Runs the networks, on all processes that help, and writes what they say to the cache."""
+    def _compute(self, split: Split, parameters: Tensor, keys: list[str]) -> S:
+        """Runs the networks, on all processes that help, and writes their scores to the cache."""
         if self._has_help:
             broadcast_object_list([(split, parameters)])
             scores = self._run_share(split, parameters)
+            assert scores is not None  # the main process gathers
         else:
             scores = self._run(split, parameters)
         if self.cache_dir is not None:
@@ -153,25 +128,18 @@ class Scorer:
                 save_file(vars(scores), part, metadata={"keys": " ".join(keys)})
         return scores
 
-    def _run(self, split: Split, parameters: torch.Tensor) -> Scores:
-        scores = self._empty(split, len(parameters))
-        for rows, examples, logits, labels in predict_logits(self.task, self.models, split, parameters):
-            scores.predictions[rows, examples] = logits.argmax(-1).to("cpu", torch.int16)
-            scores.log_probs[rows, examples] = logits.float().log_softmax(-1).to("cpu", torch.float16)
-            scores.labels[examples] = labels.cpu()
-        return scores
-
-    def _run_share(self, split: Split, parameters: torch.Tensor) -> Scores | None:
+    def _run_share(self, split: Split, parameters: Tensor) -> S | None:
         """Every process runs its share of the networks; the main one gets the scores of all."""
         state = PartialState()
-        shares = parameters.tensor_split(state.num_processes)  # those of the first processes are not empty
-        own = self._run(split, shares[state.process_index])
+        share = parameters.tensor_split(state.num_processes)[state.process_index]  # the first ones are not empty
+        own = self._run(split, share) if len(share) else self._empty(split, 0)
         gathered = [None] * state.num_processes if state.is_main_process else None
         torch.distributed.gather_object(own, gathered, dst=0)
         if gathered is None:
             return None
-        columns = ([getattr(scores, name) for scores in gathered] for name in ("predictions", "log_probs"))
-        return Scores(*map(torch.cat, columns), labels=own.labels)
+        names = [name for name in vars(own) if name not in own.shared]
+        columns = {name: torch.cat([getattr(scores, name) for scores in gathered]) for name in names}
+        return type(own)(**columns, **{name: getattr(own, name) for name in own.shared})
 
     @contextlib.contextmanager
     def with_help(self) -> Iterator[None]:
@@ -195,17 +163,126 @@ class Scorer:
             self._run_share(*asked[0])
 
     def _folder(self, split: Split) -> Path:
+        assert self.cache_dir is not None
         context = self._context.copy()
-        context.update(split.encode() + self.task.fingerprint(split).encode())
+        context.update(CACHE_FORMAT + f"{self.metric} {split} {self.task.fingerprint(split)}".encode())
         return self.cache_dir / context.hexdigest()
 
-    def _read(self, split: Split) -> Iterator[tuple[list[str], Scores]]:
+    def _read(self, split: Split) -> Iterator[tuple[list[str], dict[str, Tensor]]]:
         """What the cache holds, file by file."""
         if self.cache_dir is None:
             return
         for path in sorted(self._folder(split).glob("*.safetensors")):
             with safe_open(path, framework="pt") as file:
-                yield file.metadata()["keys"].split(), Scores(**{name: file.get_tensor(name) for name in NAMES})
+                yield file.metadata()["keys"].split(), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+
+
+class ClassifierScorer(Scorer[ClassifierScores]):
+    """Scores classifiers, and keeps what they say about every example."""
+
+    task: ClassificationTask
+    metric = Metric("accuracy", "%")
+    classifies = True
+    # Every pass computes the frozen part of the network anew, which costs as much as some 15 to 35 networks do.
+    chunk_size = 1024
+    _classes: int | None = None
+
+    def check_memory(self, split: Split, num_networks: int) -> None:
+        check_memory(num_networks, len(self.task.load_split(split)), self._num_classes(split))
+
+    def _batch(self, split: Split, size: int) -> dict:
+        indices = list(range(min(size, len(self.task.load_split(split)))))
+        device = next(self.models.model.parameters()).device
+        return send_to_device(self.task.collate(take(self.task.load_split(split), indices)), device)
+
+    def _num_classes(self, split: Split) -> int:
+        """Found out with one example, so that memory can be checked before any real work."""
+        if self._classes is None:
+            batch = self._batch(split, 1)
+            with torch.no_grad():
+                self._classes = self.task.predict(self.models.model, batch).shape[-1]
+        return self._classes
+
+    def _empty(self, split: Split, num_networks: int) -> ClassifierScores:
+        num_examples = len(self.task.load_split(split))
+        return ClassifierScores(
+            torch.empty(num_networks, num_examples, dtype=torch.int16),
+            torch.empty(num_networks, num_examples, self._num_classes(split), dtype=torch.float16),
+            torch.empty(num_examples, dtype=torch.long),
+        )
+
+    def _run(self, split: Split, parameters: Tensor) -> ClassifierScores:
+        scores = self._empty(split, len(parameters))
+        smallest = torch.finfo(torch.float16).min
+        for rows, examples, logits, labels in predict_logits(self.task, self.models, split, parameters):
+            log_probs = logits.float().log_softmax(-1)
+            predictions = logits.argmax(-1).masked_fill(log_probs.isnan().any(-1), -1)
+            scores.predictions[rows, examples] = predictions.to("cpu", torch.int16)
+            scores.log_probs[rows, examples] = log_probs.clamp(min=smallest).to("cpu", torch.float16)
+            scores.labels[examples] = labels.cpu()
+        return scores
+
+    def estimate(self, num_networks: int) -> float:
+        batch = self._batch("test", EVAL_BATCH_SIZE)
+        base = self.layout.flatten(self.models.model.state_dict())
+
+        def seconds(count: int) -> float:
+            start = time.perf_counter()
+            for _ in self.models(lambda call: self.task.predict(call, batch), base.repeat(count, 1)):
+                pass
+            return time.perf_counter() - start
+
+        seconds(1)  # the first call of a kind prepares what later ones use
+        few, more = seconds(2), seconds(6)
+        each = max(0.0, more - few) / 4
+        passes = -(-num_networks // self.chunk_size)
+        examples = sum(len(self.task.load_split(split)) for split in ("validation", "test"))
+        batches = examples / min(EVAL_BATCH_SIZE, len(self.task.load_split("test")))
+        return batches * (num_networks * each + passes * max(0.0, few - 2 * each))
+
+
+class MeasuredScorer(Scorer[MeasuredScores]):
+    """Scores networks that are judged by one number over a split, such as detectors."""
+
+    task: MeasuredTask
+    chunk_size = 64
+
+    def __init__(self, task: MeasuredTask, *args, **kwargs):
+        self.metric = Metric(task.metric, task.unit, task.higher_is_better)
+        super().__init__(task, *args, **kwargs)
+
+    def check_memory(self, split: Split, num_networks: int) -> None:
+        """One number a network always fits."""
+
+    def _empty(self, split: Split, num_networks: int) -> MeasuredScores:
+        return MeasuredScores(torch.empty(num_networks, dtype=torch.float64))
+
+    def _run(self, split: Split, parameters: Tensor) -> MeasuredScores:
+        return MeasuredScores(self.task.measure(self.models, split, parameters).double().cpu())
+
+    def estimate(self, num_networks: int) -> float:
+        base = self.layout.flatten(self.models.model.state_dict())[None]
+        start = time.perf_counter()
+        for split in ("validation", "test"):
+            self._run(split, base)
+        return num_networks * (time.perf_counter() - start)
+
+
+def make_scorer(
+    task: Task, model: nn.Module, layout: ParameterLayout, cache_dir: str | os.PathLike | None = None
+) -> Scorer:
+    """
+    What scores networks of a task; arguments as for [`Scorer`].
+
+    Raises:
+        ValueError: if the task does not say how networks are judged.
+    """
+    for kind, scorer in ((ClassificationTask, ClassifierScorer), (MeasuredTask, MeasuredScorer)):
+        if isinstance(task, kind):
+            return scorer(task, model, layout, cache_dir)
+    raise ValueError(
+        f"{type(task).__name__} must be a ClassificationTask or a MeasuredTask: it has to say how networks are judged"
+    )
 
 
 def check_memory(num_networks: int, num_examples: int, num_classes: int) -> None:
@@ -219,14 +296,16 @@ def check_memory(num_networks: int, num_examples: int, num_classes: int) -> None
         )
 
 
-def _fill(scores: Scores, rows: list[int], chunk: Scores, i: int) -> None:
+def _fill(scores: Scores, rows: list[int], chunk: dict[str, Tensor], i: int) -> None:
     """Copies network `i` of `chunk` to `rows` of `scores`."""
-    scores.predictions[rows] = chunk.predictions[i]
-    scores.log_probs[rows] = chunk.log_probs[i]
-    scores.labels.copy_(chunk.labels)
+    for name, tensor in vars(scores).items():
+        if name in scores.shared:
+            tensor.copy_(chunk[name])
+        else:
+            tensor[rows] = chunk[name][i]
 
 
-def context_hash(model: nn.Module, layout: ParameterLayout) -> "hashlib.blake2b":
+def _context_hash(model: nn.Module, layout: ParameterLayout) -> "hashlib.blake2b":
     """A hash to be continued, of everything that networks which differ in the tensors of `layout` have in common."""
     context = hashlib.blake2b(digest_size=16)
     for name, tensor in model.state_dict().items():
@@ -236,10 +315,10 @@ def context_hash(model: nn.Module, layout: ParameterLayout) -> "hashlib.blake2b"
     return context
 
 
-def content_hash(parameters: torch.Tensor) -> str:
+def _content_hash(parameters: Tensor) -> str:
     """Of a network's own parameters, a name for what is kept about it."""
     return hashlib.blake2b(_bytes(parameters), digest_size=16).hexdigest()
 
 
-def _bytes(tensor: torch.Tensor) -> bytes:
+def _bytes(tensor: Tensor) -> bytes:
     return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()

@@ -5,10 +5,8 @@ It reads folders only, as `PDiffPipeline.save_pretrained`, a run and `SnapshotWr
 can use it as well. What is published is chosen by name; nothing else in a folder ever leaves the machine.
 """
 
-import dataclasses
 import json
 import os
-import re
 from pathlib import Path
 
 import yaml
@@ -16,26 +14,15 @@ from huggingface_hub import (
     CommitInfo,
     CommitOperationAdd,
     CommitOperationDelete,
-    EvalResult,
     HfApi,
     ModelCard,
-    ModelCardData,
 )
 from huggingface_hub.errors import HfHubHTTPError, HTTPError
 
-from ..layout import ParameterLayout
-from ..run.recipe import RunSection
+from .card import HubError, make_model_card, published_recipe
 
 PIPELINE_FILE = "pipeline.py"
 FIGURES = (".png", ".svg")
-HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
-# The rest of the section says where the run lives and who pushed it.
-PUBLISHED_RUN_KEYS = ("seed", "mixed_precision", "gradient_accumulation_steps")
-MAX_LISTED_TENSORS = 20
-
-
-class HubError(RuntimeError):
-    """Something cannot be pushed; the message says why, and what to do. A repository never holds half of a push."""
 
 
 def push_run_to_hub(
@@ -169,218 +156,12 @@ def pipeline_files(folder: Path) -> dict[str, Path | bytes]:
     return files
 
 
-def published_recipe(folder: Path) -> dict:
-    """The recipe of a run without what concerns this machine or the push; local folders by their names only."""
-    recipe = yaml.safe_load((folder / "recipe.yaml").read_text(encoding="utf-8"))
-    left_out = {field.name for field in dataclasses.fields(RunSection)} - set(PUBLISHED_RUN_KEYS)
-    recipe = {key: value for key, value in recipe.items() if key not in left_out}
-    return {key: Path(value).name if _is_local(value) else value for key, value in recipe.items()}
-
-
-def _is_local(value: object) -> bool:
-    return isinstance(value, str) and (value.startswith(("/", ".", "~")) or os.path.exists(value))
-
-
 def _check_report_is_of_pipeline(folder: Path) -> None:
     """The settings of a later stage hold those of all earlier ones; a stage that was interrupted has none."""
     records = [folder / "stages" / f"{stage}.json" for stage in ("denoiser", "evaluate")]
     pipeline, report = (json.loads(path.read_text())["settings"] if path.is_file() else {} for path in records)
     if any(report.get(key) != value for key, value in pipeline.items()):
-        raise HubError(
-            f"the report in '{folder}' is of a pipeline with other settings; carry out the stage evaluate again"
-        )
-
-
-# ------------------------------------------------------------------------------------------------------ the model card
-
-
-def make_model_card(
-    pipeline: str | os.PathLike,
-    repo_id: str,
-    *,
-    run: str | os.PathLike | None = None,
-    license: str = "apache-2.0",
-) -> ModelCard:
-    """
-    The card of a generator. `pipeline_tag` is `other`: the Hub has no tag for the generation of networks, and those of
-    images or of classification would offer the repository for what it cannot do.
-
-    Args:
-        pipeline (`str` or `os.PathLike`): Folder of the saved pipeline.
-        repo_id (`str`): Where it is published, `namespace/name`.
-        run (`str` or `os.PathLike`, *optional*): The run's folder, for results, figures and recipe.
-        license (`str`, *optional*, defaults to `"apache-2.0"`): An identifier of the Hub's list.
-    """
-    pipeline, run = Path(pipeline), None if run is None else Path(run)
-    layout = ParameterLayout.from_dict(json.loads((pipeline / "autoencoder" / "config.json").read_text())["layout"])
-    base = pipeline / "base_model" / "config.json"
-    base_config = json.loads(base.read_text()) if base.is_file() else None
-    recipe = published_recipe(run) if run is not None and (run / "recipe.yaml").is_file() else {}
-    evaluation = None if run is None or not (run / "evaluation" / "report.json").is_file() else run / "evaluation"
-    report = None if evaluation is None else json.loads((evaluation / "report.json").read_text())
-
-    name = repo_id.rpartition("/")[2]
-    measured = {}
-    if report is not None:
-        metric = report["metric"]["name"] if "metric" in report else "accuracy"
-        measured = {"metrics": [metric], "model_name": name, "eval_results": _eval_results(report, recipe)}
-    data = ModelCardData(
-        license=license,
-        library_name="pdiff_hf",
-        pipeline_tag="other",
-        tags=["diffusers", "pdiff-hf", "neural-network-diffusion", "neural-network-weights", "arxiv:2402.13144"],
-        base_model=_hub_id(recipe.get("model", "")),
-        datasets=_hub_id(recipe.get("dataset", "").partition(":")[0]),
-        **measured,
-    )
-    network = _network_name(base_config, recipe)
-    sections = [
-        f"# {name}",
-        f"A generator of neural networks: every sample is a new set of {layout.num_parameters:,} parameters of "
-        f"{network}" + (f" on {_dataset_name(recipe)}" if recipe else "") + ". It was trained with "
-        "[Neural Network Diffusion](https://arxiv.org/abs/2402.13144) on snapshots of that network's own training: an "
-        "autoencoder makes latents of them, and a diffusion model learns the latents.",
-        _verdict(report),
-        _usage(repo_id, complete=base_config is not None),
-        "" if evaluation is None else _results(evaluation),
-        "## What is generated\n\n" + _tensors(layout, base_config is not None),
-        _training(recipe),
-        _limits(layout, network, report),
-    ]
-    return ModelCard(f"---\n{data.to_yaml()}\n---\n\n" + "\n\n".join(section for section in sections if section) + "\n")
-
-
-def _hub_id(name: str) -> str | None:
-    """`name` if it can be an id of the Hub. Local folders have been cut to their last part, which has no slash."""
-    return name if HUB_ID.fullmatch(name) else None
-
-
-def _network_name(base_config: dict | None, recipe: dict) -> str:
-    name = recipe.get("model") or (base_config or {}).get("architecture") or (base_config or {}).get("model_type")
-    return f"`{name}`" if name else "a network that is not part of it"
-
-
-def _dataset_name(recipe: dict) -> str:
-    return "scikit-learn's digits" if recipe["dataset"] == "digits" else f"`{recipe['dataset']}`"
-
-
-def _eval_results(report: dict, recipe: dict) -> list[EvalResult]:
-    generated = next(group for group in report["groups"] if group["name"] == "generated")
-    task = recipe.get("task", "image_classification").replace("_", "-")
-    source = {
-        "task_type": task,
-        "task_name": f"{task.replace('-', ' ').capitalize()} by the generated networks",
-        "dataset_type": recipe.get("dataset", "unknown").partition(":")[0],
-        "dataset_name": recipe.get("dataset", "unknown"),
-        "dataset_config": recipe.get("dataset", "").partition(":")[2] or None,
-        "dataset_split": "test",
-    }
-    if "metric" in report:
-        metric = report["metric"]["name"]
-        values = {
-            f"Mean {metric} of {generated['n']} networks": (metric, generated["score_mean"]),
-            f"{metric} of the network chosen on validation data": (metric, generated["score_best"]),
-        }
-        return _as_results(values, source)
-    values = {
-        f"Mean accuracy of {generated['n']} networks (%)": ("accuracy", generated["accuracy_mean"]),
-        "Accuracy of the network chosen on validation data (%)": ("accuracy", generated["accuracy_best"]),
-        "Mean over the networks of the largest IoU of errors with an original": ("iou", generated["iou_max"]),
-    }
-    return _as_results(values, source)
-
-
-def _as_results(values: dict[str, tuple[str, float | None]], source: dict) -> list[EvalResult]:
-    return [
-        EvalResult(metric_type=metric, metric_value=round(value, 4), metric_name=name, **source)
-        for name, (metric, value) in values.items()
-        if value is not None
-    ]
-
-
-def _verdict(report: dict | None) -> str:
-    return "> It has not been evaluated." if report is None else f"> **Verdict:** {report['verdict']}"
-
-
-def _usage(repo_id: str, complete: bool) -> str:
-    output = "model" if complete else "state_dict"
-    what = "whole networks" if complete else "state dicts of the generated tensors; load them with `strict=False`"
-    return f"""## How to use it
-
-```python
-import torch
-from pdiff_hf import PDiffPipeline
-
-pipe = PDiffPipeline.from_pretrained("{repo_id}")
-networks = pipe(num_models=200, generator=torch.Generator().manual_seed(0), output_type="{output}").parameters
-```
-
-These are {what}. `output_type="pt"` gives one tensor with a row a network. With code from this repository in place of
-the installed one, which asks for your trust in it:
-
-```python
-import pdiff_hf
-from diffusers import DiffusionPipeline
-
-pipe = DiffusionPipeline.from_pretrained("{repo_id}", custom_pipeline="{repo_id}", trust_remote_code=True)
-```"""
-
-
-def _results(evaluation: Path) -> str:
-    """The report with its figures where they are in the repository, and its tables folded up below the summary."""
-    text = (evaluation / "report.md").read_text(encoding="utf-8").strip()
-    text = re.sub(r"\]\((?!https?:|#)", "](evaluation/", text)
-    summary, *sections = re.split(r"^### ", text, flags=re.MULTILINE)
-    parts = ["## Results", summary.strip()]
-    for section in sections:
-        title, _, body = section.partition("\n")
-        folded = f"<details>\n<summary>{title}</summary>\n\n{body.strip()}\n\n</details>"
-        parts.append(f"### {title}\n\n{body.strip()}" if "![" in body else folded)
-    return "\n\n".join(parts)
-
-
-def _tensors(layout: ParameterLayout, complete: bool) -> str:
-    lines = ["| tensor | shape |", "|---|---|"]
-    lines += [
-        f"| `{name}` | {' × '.join(map(str, shape)) or 'scalar'} |"
-        for name, shape in list(zip(layout.names, layout.shapes, strict=True))[:MAX_LISTED_TENSORS]
-    ]
-    left_out = len(layout.names) - MAX_LISTED_TENSORS
-    more = f"\n\nand {left_out} more, which the autoencoder's `config.json` lists." if left_out > 0 else ""
-    rest = "All other tensors come from the base model in this repository, and are the same in every network."
-    return "\n".join(lines) + more + ("\n\n" + rest if complete else "")
-
-
-def _training(recipe: dict) -> str:
-    if not recipe:
-        return ""
-    text = yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True)
-    return f"""## How it was trained
-
-With `accelerate launch scripts/train.py recipe.yaml` of `pdiff_hf`. The file is in this repository:
-
-```yaml
-{text}```"""
-
-
-def _limits(layout: ParameterLayout, network: str, report: dict | None) -> str:
-    lines = [
-        f"It generates the tensors above, of {network}, and nothing else: no other architecture, no other layers, no "
-        "other classes.",
-        "It has learned from one task; its networks suit other data no better than the network they come from.",
-        "Its networks are variations of the snapshots that it has seen. Whether they are new, and whether simple "
-        "averages or noise would do as well, is for the results to say"
-        + (
-            ": look at the similarity to the originals, and at the baselines."
-            if report
-            else "; this one has not been evaluated."
-        ),
-        "It takes over what is wrong with the base model and its data, and is bound by their licences.",
-    ]
-    return "## What it does not do\n\n" + "\n".join(f"- {line}" for line in lines)
-
-
-# ------------------------------------------------------------------------------------------------------------- the push
+        raise HubError(f"the report in '{folder}' is of a pipeline with other settings; run the stage evaluate again")
 
 
 def _push(

@@ -1,12 +1,17 @@
-"""The generator: autoencoder and denoiser."""
+"""The generator: autoencoder, condition encoder and denoiser."""
 
-from .autoencoder import AUTOENCODER_PRESETS, ParameterAutoencoder, autoencoder_architecture
+from .autoencoder import AUTOENCODER_PRESETS, ParameterAutoencoder, autoencoder_architecture, encode_in_batches
+from .condition import ConditionEncoder, ConditionError, Fields
 from .denoiser import DENOISER_PRESETS, LatentDenoiser
 
 __all__ = [
     "AUTOENCODER_PRESETS",
     "DENOISER_PRESETS",
+    "ConditionEncoder",
+    "ConditionError",
+    "Fields",
     "LatentDenoiser",
     "ParameterAutoencoder",
     "autoencoder_architecture",
+    "encode_in_batches",
 ]

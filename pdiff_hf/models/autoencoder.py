@@ -1,8 +1,7 @@
 """The parameter autoencoder (paper, section 2.3): a 1-D convolutional network from parameters to latents and back."""
 
-import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -13,8 +12,9 @@ from diffusers.utils import BaseOutput
 from torch import nn
 
 from ..layout import LayoutError, ParameterLayout
-from .pca import direction_weights, gram_matrix, principal_directions
-from .saved import FORMAT_VERSION, SavedModel, check_format_version
+from ..utils.memory import InParts
+from .saved import FORMAT_VERSION, check_format_version
+from .tokens import TokenModel
 
 # `tokens` explains more of the variance of the snapshots than the published widths of `paper`, at a small part of their
 # operations and memory. `pca` is the linear control.
@@ -23,10 +23,8 @@ AUTOENCODER_PRESETS = {
     "paper": {"block_out_channels": (64, 128, 256, 256, 32)},
     "pca": {"block_out_channels": ()},
 }
-NORMALIZATIONS = ["coordinate", "tensor"]
-# So many numbers of each vector are worked on at once where not all of them need to be.
-BLOCK_SIZE = 2**18
-MAX_TOKENS = 10**7
+# So many snapshots are encoded at once.
+BATCH_SIZE = 64
 
 
 @dataclass
@@ -80,7 +78,74 @@ def autoencoder_architecture(preset: str, num_parameters: int, token_size: int |
     return AUTOENCODER_PRESETS[preset] | {"token_size": token_size or default}
 
 
-class ParameterAutoencoder(SavedModel, ConfigMixin):
+def make_encoder_and_decoder(
+    shape: tuple[int, int],
+    latent_dim: int,
+    block_out_channels: Sequence[int],
+    kernel_size: int,
+    norm_num_groups: int | None,
+    num_outputs: int,
+) -> tuple[nn.Sequential, nn.Sequential]:
+    """
+    The networks between a signal of the given channels and length, and latents; without convolutions they are the
+    identity. The encoder has `num_outputs` for each latent.
+
+    Group normalization with one group takes the place of the batch normalization of the published implementation: it
+    does the same in training and in use, for one network and for many, on one process and on several. Tokens do
+    without, because it would remove how far a network is from the mean, which their components say directly.
+    """
+    if not block_out_channels:
+        return nn.Sequential(nn.Flatten()), nn.Sequential(nn.Unflatten(1, shape))
+    num_channels, length = shape[0], shape[1] // 2 ** len(block_out_channels)
+    padding = kernel_size // 2
+
+    def norm(channels: int) -> list[nn.Module]:
+        return [] if norm_num_groups is None else [nn.GroupNorm(norm_num_groups, channels)]
+
+    encoder: list[nn.Module] = []
+    channels = num_channels
+    for out_channels in block_out_channels:
+        encoder += [
+            nn.Conv1d(channels, out_channels, kernel_size, stride=2, padding=padding),
+            *norm(out_channels),
+            nn.LeakyReLU(),
+        ]
+        channels = out_channels
+    decoder: list[nn.Module] = [nn.Unflatten(1, (channels, length))]
+    for out_channels in (*block_out_channels[-2::-1], *block_out_channels[:1]):
+        decoder += [
+            nn.ConvTranspose1d(channels, out_channels, kernel_size, stride=2, padding=padding, output_padding=1),
+            *norm(out_channels),
+            nn.ELU(),
+        ]
+        channels = out_channels
+    flat = block_out_channels[-1] * length
+    encoder += [nn.Flatten(), nn.Linear(flat, num_outputs)]
+    decoder = [nn.Linear(latent_dim, flat), *decoder, nn.Conv1d(channels, num_channels, kernel_size, padding=padding)]
+    return nn.Sequential(*encoder), nn.Sequential(*decoder)
+
+
+@torch.no_grad()
+def encode_in_batches(
+    autoencoder: "ParameterAutoencoder", parameters: torch.Tensor, rows: torch.Tensor | None = None
+) -> torch.Tensor:
+    """
+    Latents of many networks on the CPU, without a copy of their parameters.
+
+    Args:
+        parameters (`torch.Tensor`): Shape `(K, D)`; it may be mapped from a file, and be on another device.
+        rows (`torch.Tensor`, *optional*): Indices of those to encode, shape `(N,)`; all by default.
+    """
+    in_parts = InParts("networks")
+
+    def encode(part: torch.Tensor) -> torch.Tensor:
+        return autoencoder.encode(parameters, part).latents.cpu()
+
+    rows = torch.arange(len(parameters)) if rows is None else rows
+    return torch.cat([in_parts(encode, batch) for batch in rows.split(BATCH_SIZE)])
+
+
+class ParameterAutoencoder(TokenModel, ConfigMixin):
     r"""
     Encodes parameter vectors as latents and decodes latents to parameters.
 
@@ -92,13 +157,9 @@ class ParameterAutoencoder(SavedModel, ConfigMixin):
       `token_dim` first principal components over the training snapshots are kept (C = `token_dim`, S = number of
       pieces, of which the last one of a tensor may be shorter). The bases are fixed and fitted exactly before training,
       so that training sees tokens only: its time, weights and activations grow with the number of tokens, and only the
-      bases, D · C numbers without gradients, with D. One latent for all tokens keeps those of a network coherent.
+      bases, D · C values without gradients, with D. One latent for all tokens keeps those of a network coherent.
     - Without convolutions (`block_out_channels=()`) the vector is one token, and the latents are its first `latent_dim`
       principal components: the exact linear autoencoder, a control for the learned ones. Nothing is trained.
-
-    Group normalization with one group takes the place of the batch normalization of the published implementation: it
-    does the same in training and in use, for one network and for many, on one process and on several. Tokens do
-    without, because it would remove how far a network is from the mean, which their components say directly.
 
     This model inherits from [`ModelMixin`]. Its buffers hold what the trained weights need to be of use: the mean of
     every parameter and the standard deviation of every tensor, the bases of tokens, and the mean and standard deviation
@@ -111,7 +172,7 @@ class ParameterAutoencoder(SavedModel, ConfigMixin):
             encoder's convolutions, each of which halves the length.
         kernel_size (`int`, *optional*, defaults to 7): Of every convolution; odd.
         norm_num_groups (`int`, *optional*, defaults to 1): Groups of the group normalization; `None` for none.
-        token_size (`int`, *optional*): Most numbers in a token; `None` for the whole vector as the signal.
+        token_size (`int`, *optional*): Most parameters in a token; `None` for the whole vector as the signal.
         token_dim (`int`, *optional*, defaults to 32): Principal components that are kept of a token.
         variational (`bool`, *optional*, defaults to `False`): A VAE (paper, appendix B.2): the encoder gives the mean
             and the log-variance of a latent, `forward` samples from them, and `encode` returns the mean.
@@ -121,11 +182,6 @@ class ParameterAutoencoder(SavedModel, ConfigMixin):
         LayoutError: if the latent is longer than the vector, the kernel size is even, there are no convolutions to be
             variational, or there would be more than `MAX_TOKENS` tokens.
     """
-
-    # What is stored in them is lost in half precision: the spread of a tensor is a small part of its mean.
-    _keep_in_fp32_modules = ["parameter_mean", "parameter_std", "token_basis", "latent_mean", "latent_std"]
-    # It never changes, and is long: not to be sent to the other processes at every step.
-    _ddp_params_and_buffers_to_ignore = ["token_basis"]
 
     @register_to_config
     def __init__(
@@ -142,8 +198,8 @@ class ParameterAutoencoder(SavedModel, ConfigMixin):
     ):
         super().__init__()
         check_format_version(format_version)
-        self.layout = ParameterLayout.from_dict(layout)
-        num_parameters = self.layout.num_parameters
+        parsed = ParameterLayout.from_dict(layout)
+        num_parameters = parsed.num_parameters
         if not 1 <= latent_dim <= num_parameters:
             raise LayoutError(
                 f"latent_dim must lie between 1 and the {num_parameters} selected parameters, got {latent_dim}: a "
@@ -155,185 +211,30 @@ class ParameterAutoencoder(SavedModel, ConfigMixin):
             raise LayoutError(f"token_size and token_dim must be at least 1, got {token_size} and {token_dim}")
         if variational and not block_out_channels:
             raise LayoutError("a variational autoencoder needs convolutions, got block_out_channels=()")
-        self._init_tokens(block_out_channels, latent_dim, token_size, token_dim)
-        num_channels, num_tokens = self.token_shape
+        self._init_tokens(parsed, latent_dim, block_out_channels, token_size, token_dim)
+        # Of the signal with the zeros that make it divisible by the strides.
         stride = 2 ** len(block_out_channels)
-        self.padded_length = -(-num_tokens // stride) * stride
-        length, padding = self.padded_length // stride, kernel_size // 2
-
-        def norm(channels: int) -> list[nn.Module]:
-            return [] if norm_num_groups is None else [nn.GroupNorm(norm_num_groups, channels)]
-
-        encoder, channels = [], num_channels
-        for out_channels in block_out_channels:
-            encoder += [
-                nn.Conv1d(channels, out_channels, kernel_size, stride=2, padding=padding),
-                *norm(out_channels),
-                nn.LeakyReLU(),
-            ]
-            channels = out_channels
-        num_outputs = 2 * latent_dim if variational else latent_dim
-        decoder = [nn.Unflatten(1, (channels, length))]
-        for out_channels in (*block_out_channels[-2::-1], *block_out_channels[:1]):
-            decoder += [
-                nn.ConvTranspose1d(channels, out_channels, kernel_size, stride=2, padding=padding, output_padding=1),
-                *norm(out_channels),
-                nn.ELU(),
-            ]
-            channels = out_channels
-        if block_out_channels:
-            flat = block_out_channels[-1] * length
-            encoder = [*encoder, nn.Flatten(), nn.Linear(flat, num_outputs)]
-            decoder = [
-                nn.Linear(latent_dim, flat),
-                *decoder,
-                nn.Conv1d(channels, num_channels, kernel_size, padding=padding),
-            ]
-        else:
-            encoder = [nn.Flatten()]
-        self.encoder, self.decoder = nn.Sequential(*encoder), nn.Sequential(*decoder)
-
+        self.padded_length = -(-self.token_shape[1] // stride) * stride
+        self.encoder, self.decoder = make_encoder_and_decoder(
+            (self.token_shape[0], self.padded_length),
+            latent_dim,
+            block_out_channels,
+            kernel_size,
+            norm_num_groups,
+            2 * latent_dim if variational else latent_dim,
+        )
         self.register_buffer("parameter_mean", torch.zeros(num_parameters))
         self.register_buffer("parameter_std", torch.ones(len(self.layout.names)))
         self.register_buffer("latent_mean", torch.zeros(latent_dim))
         self.register_buffer("latent_std", torch.ones(latent_dim))
 
-    def _init_tokens(self, block_out_channels, latent_dim: int, token_size: int | None, token_dim: int) -> None:
-        """Sets `token_lengths`, how many numbers each token holds, `token_shape`, and room for their bases."""
-        num_parameters = self.layout.num_parameters
-        if not block_out_channels:
-            token_size, token_dim, pieces = num_parameters, latent_dim, (num_parameters,)
-        else:
-            pieces = self.layout.sizes
-        if token_size is None:
-            self.token_lengths, self.token_shape = None, (1, num_parameters)
-            return
-        num_tokens = sum(-(-size // token_size) for size in pieces)
-        if num_tokens > MAX_TOKENS:  # before a list of them is made: a config may ask for anything
-            raise LayoutError(
-                f"token_size={token_size} cuts {num_parameters:,} numbers into {num_tokens:,} tokens, more than "
-                f"{MAX_TOKENS:,}; use larger tokens"
-            )
-        self.token_lengths = [min(token_size, size - start) for size in pieces for start in range(0, size, token_size)]
-        self.token_shape = (token_dim, len(self.token_lengths))
-        # Row i are the entries of the principal directions of its token that belong to parameter i.
-        self.register_buffer("token_basis", torch.zeros(num_parameters, token_dim))
-        # Divides the components, so that each of them has about unit variance: together they have that of the token.
-        scale = (torch.tensor(self.token_lengths, dtype=torch.float32) / token_dim).sqrt()
-        self.register_buffer("token_scale", scale, persistent=False)
-        self.register_buffer("token_numbers", torch.tensor(self.token_lengths), persistent=False)
-
-    def _blocks(self, size: int = BLOCK_SIZE) -> Iterator[tuple[int, int, int, int]]:
-        """
-        The vector in blocks of about `size` numbers: where each starts and stops, and the index and number of its
-        tokens, which are equally long. A token of more than `size` numbers comes in several blocks.
-        """
-        start = token = 0
-        for length, group in itertools.groupby(self.token_lengths):
-            count = len(list(group))
-            if length > size:
-                for _ in range(count):
-                    for offset in range(0, length, size):
-                        yield start + offset, start + min(offset + size, length), token, 1
-                    start, token = start + length, token + 1
-                continue
-            per_block = size // length
-            for first in range(0, count, per_block):
-                n = min(per_block, count - first)
-                yield start, start + n * length, token, n
-                start, token = start + n * length, token + n
-
     @torch.no_grad()
-    def fit_parameter_statistics(self, parameters: torch.Tensor, normalization: str = "coordinate") -> None:
-        """
-        Sets everything that training leaves as it is, from snapshots: mean, standard deviation, and bases of tokens.
-
-        Args:
-            parameters (`torch.Tensor`): Shape `(N, D)`. It is read in blocks, and may be larger than memory.
-            normalization (`str`, *optional*, defaults to `"coordinate"`): `"coordinate"` takes the mean of every
-                parameter over the snapshots, and for every tensor the standard deviation around it: the network need
-                not learn the mean network, and explains more of what differs between snapshots. `"tensor"` takes one
-                mean and standard deviation a tensor, as the published implementation does.
-        """
-        for i, (start, size) in enumerate(zip(self.layout.offsets, self.layout.sizes, strict=True)):
-            step = BLOCK_SIZE // 4
-            pieces = [slice(j, min(j + step, start + size)) for j in range(start, start + size, step)]
-            for piece in pieces:
-                self.parameter_mean[piece] = parameters[:, piece].double().mean(0)
-            if normalization == "tensor":
-                self.parameter_mean[start : start + size] = self.parameter_mean[start : start + size].double().mean()
-            squares = sum((parameters[:, p].double() - self.parameter_mean[p]).square().sum() for p in pieces)
-            # A tensor that never changes, or an empty one, is left in its natural units.
-            self.parameter_std[i] = (squares / (len(parameters) * size)).sqrt() if size and squares > 0 else 1.0
-        if self.token_lengths is not None:
-            self._fit_bases(parameters)
-
-    def _fit_bases(self, parameters: torch.Tensor) -> None:
-        num_components = self.token_shape[0]
-        scale = self._scale()
-
-        def vectors(start: int, stop: int, num_tokens: int) -> torch.Tensor:
-            """Normalised parameters, shape `(n, N, t)`."""
-            block = (parameters[:, start:stop] - self.parameter_mean[start:stop]) / scale[start:stop]
-            return block.view(len(block), num_tokens, -1).transpose(0, 1)
-
-        # A token that is longer than a block comes in several.
-        for _, group in itertools.groupby(self._blocks(BLOCK_SIZE // 4), key=lambda block: block[2]):
-            blocks = [(start, stop, n) for start, stop, _, n in group]
-            if len(blocks) == 1:
-                directions = [principal_directions(vectors(*blocks[0]), num_components)]
-            else:
-                weights = direction_weights(gram_matrix(vectors(*block) for block in blocks), num_components)
-                directions = (vectors(*block).double().mT @ weights for block in blocks)
-            for (start, stop, _), columns in zip(blocks, directions, strict=True):  # (n, t, C)
-                self.token_basis[start:stop] = columns.reshape(-1, num_components)
-
-    @torch.no_grad()
-    def fit_latent_statistics(self, tokens: torch.Tensor, batch_size: int = 64) -> None:
+    def fit_latent_statistics(self, tokens: torch.Tensor, batch_size: int = BATCH_SIZE) -> None:
         """Sets the latents' mean and standard deviation from snapshots' tokens, `(N, C, S)`. Call it after training."""
         latents = torch.cat([self._encode(batch)[0] for batch in tokens.split(batch_size)]).double()
         std = latents.std(0, correction=0)
         self.latent_mean.copy_(latents.mean(0))
         self.latent_std.copy_(torch.where(std > 0, std, 1.0))
-
-    def _scale(self) -> torch.Tensor:
-        """Standard deviation that belongs to every parameter, shape `(D,)`."""
-        sizes = torch.tensor(self.layout.sizes, device=self.parameter_std.device)
-        return self.parameter_std.repeat_interleave(sizes, output_size=self.layout.num_parameters)
-
-    def normalize(self, parameters: torch.Tensor) -> torch.Tensor:
-        """Natural to normalised units, shape `(N, D)`."""
-        return (parameters - self.parameter_mean) / self._scale()
-
-    def tokenize(self, parameters: torch.Tensor) -> torch.Tensor:
-        """Parameters in natural units, shape `(N, D)`, to what the network sees of them, shape `(N, C, S)`."""
-        if self.token_lengths is None:
-            return self.normalize(parameters).unsqueeze(1)
-        num_models, (num_components, num_tokens) = len(parameters), self.token_shape
-        scale = self._scale()
-        tokens = parameters.new_zeros(num_models, num_tokens, num_components, dtype=torch.float32)
-        for start, stop, token, n in self._blocks():
-            block = (parameters[:, start:stop] - self.parameter_mean[start:stop]) / scale[start:stop]
-            basis = self.token_basis[start:stop].view(n, -1, num_components)
-            block = block.view(num_models, n, -1).transpose(0, 1)  # (N, n t) -> (n, N, t)
-            tokens[:, token : token + n] += (block.float() @ basis.float()).transpose(0, 1)  # (n, N, C) -> (N, n, C)
-        return (tokens / self.token_scale.unsqueeze(1)).mT.contiguous()
-
-    def detokenize(self, tokens: torch.Tensor) -> torch.Tensor:
-        """The way back: tokens of shape `(N, C, S)` to parameters in natural units, shape `(N, D)`, float32."""
-        tokens = tokens.float()
-        if self.token_lengths is None:
-            return tokens.squeeze(1) * self._scale() + self.parameter_mean
-        num_models, num_components = len(tokens), self.token_shape[0]
-        scale = self._scale()
-        components = tokens.permute(2, 0, 1) * self.token_scale.float().view(-1, 1, 1)  # (S, N, C)
-        parameters = tokens.new_empty(num_models, self.layout.num_parameters)
-        for start, stop, token, n in self._blocks():
-            basis = self.token_basis[start:stop].view(n, -1, num_components)
-            block = components[token : token + n] @ basis.float().mT  # (n, N, t)
-            block = block.transpose(0, 1).reshape(num_models, -1)
-            parameters[:, start:stop] = block * scale[start:stop] + self.parameter_mean[start:stop]
-        return parameters
 
     def _encode(self, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         """The network's own latents, `(N, L)`, and their log-variances where it is variational."""
@@ -345,9 +246,12 @@ class ParameterAutoencoder(SavedModel, ConfigMixin):
         """The network's own latents, `(N, L)`, to tokens, `(N, C, S)`."""
         return self.decoder(latents.to(self.dtype))[:, :, : self.token_shape[1]]
 
-    def encode(self, parameters: torch.Tensor) -> ParameterEncoderOutput:
-        """Parameters in natural units, shape `(N, D)`, to standardised latents, shape `(N, L)`."""
-        latents = self._encode(self.tokenize(parameters))[0].float()
+    def encode(self, parameters: torch.Tensor, rows: torch.Tensor | None = None) -> ParameterEncoderOutput:
+        """
+        Parameters in natural units, shape `(K, D)`, to standardised latents, shape `(N, L)`: of the rows with the
+        indices `rows`, shape `(N,)`, or of all.
+        """
+        latents = self._encode(self.tokenize(parameters, rows))[0].float()
         return ParameterEncoderOutput(latents=(latents - self.latent_mean) / self.latent_std)
 
     def decode(self, latents: torch.Tensor) -> ParameterDecoderOutput:
@@ -387,7 +291,7 @@ class ParameterAutoencoder(SavedModel, ConfigMixin):
             if self.token_lengths is not None:
                 # White noise on the parameters is white along orthonormal directions, of which a short token has few.
                 numbers = torch.arange(self.token_shape[0], device=noise.device).unsqueeze(1)
-                noise = noise / self.token_scale * (numbers < self.token_numbers)
+                noise = noise / self.token_scale * (numbers < self.token_num_parameters)
             noisy = tokens + parameter_noise * noise
         latents, log_variance = self._encode(noisy)
         kl = None

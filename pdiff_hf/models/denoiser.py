@@ -1,4 +1,4 @@
-"""The denoiser (paper, section 2.4): a 1-D convolutional network that predicts the noise in a latent."""
+"""The denoiser (paper, section 2.4): predicts the noise in a latent, given what is known of the task."""
 
 from dataclasses import dataclass
 
@@ -12,10 +12,11 @@ from torch import nn
 
 from .saved import FORMAT_VERSION, SavedModel, check_format_version
 
-# `paper` has the widths of the published denoiser, which never shortens its signal.
+# `paper` has the widths of the published denoiser, which never shortens its signal. `mlp` has no convolutions.
 DENOISER_PRESETS = {
     "paper": {"block_out_channels": (64, 128, 256, 512, 512), "bottleneck_dim": 512},
     "small": {"block_out_channels": (16, 32, 64, 64), "bottleneck_dim": 512},
+    "mlp": {"block_out_channels": (), "bottleneck_dim": 384},
 }
 
 
@@ -32,15 +33,50 @@ class LatentDenoiserOutput(BaseOutput):
 class ConvBlock(nn.Module):
     """Normalization, timestep, activation, and a convolution that halves or doubles the length."""
 
-    def __init__(self, in_channels: int, out_channels: int, kernel_size: int, embedding_dim: int, up: bool):
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int,
+        embedding_dim: int,
+        condition_dim: int | None,
+        up: bool,
+    ):
         super().__init__()
         self.norm = nn.GroupNorm(1, in_channels)
         self.embedding = nn.Linear(embedding_dim, in_channels)
+        self.modulation = None if condition_dim is None else zero_linear(condition_dim, 2 * in_channels)
         arguments = {"stride": 2, "padding": kernel_size // 2} | ({"output_padding": 1} if up else {})
         self.conv = (nn.ConvTranspose1d if up else nn.Conv1d)(in_channels, out_channels, kernel_size, **arguments)
 
+    def forward(self, hidden: torch.Tensor, embedding: torch.Tensor, condition: torch.Tensor | None) -> torch.Tensor:
+        hidden = self.norm(hidden)
+        if self.modulation is not None:
+            scale, shift = self.modulation(condition).unsqueeze(-1).chunk(2, dim=1)  # (N, C, 1)
+            hidden = hidden * (1 + scale) + shift
+        return self.conv(F.silu(hidden + self.embedding(embedding).unsqueeze(-1)))
+
+
+class MLPBlock(nn.Module):
+    """A residual block of two fully-connected layers with adaptive normalization (arXiv 2212.09748)."""
+
+    def __init__(self, width: int, embedding_dim: int):
+        super().__init__()
+        self.norm = nn.LayerNorm(width, elementwise_affine=False)
+        self.modulation = zero_linear(embedding_dim, 3 * width)
+        self.layers = nn.Sequential(nn.Linear(width, width), nn.SiLU(), nn.Linear(width, width))
+
     def forward(self, hidden: torch.Tensor, embedding: torch.Tensor) -> torch.Tensor:
-        return self.conv(F.silu(self.norm(hidden) + self.embedding(embedding).unsqueeze(-1)))
+        scale, shift, gate = self.modulation(embedding).chunk(3, dim=1)  # (N, width)
+        return hidden + gate * self.layers(self.norm(hidden) * (1 + scale) + shift)
+
+
+def zero_linear(in_features: int, out_features: int) -> nn.Linear:
+    """A linear layer that gives 0 until it is trained."""
+    layer = nn.Linear(in_features, out_features)
+    nn.init.zeros_(layer.weight)
+    nn.init.zeros_(layer.bias)
+    return layer
 
 
 class LatentDenoiser(SavedModel, ConfigMixin):
@@ -50,15 +86,20 @@ class LatentDenoiser(SavedModel, ConfigMixin):
     An encoder of 1-D convolutions, all but the first of which halve the length, one fully-connected bottleneck, and the
     mirrored decoder with skip connections. The coordinates of a latent have no order, so that only a network that
     sees all of them at once can learn how they vary together; the convolutions with stride 1 of the published
-    implementation cannot, and the networks that it generates vary too little.
+    implementation cannot, and the networks that it generates vary too little. Without convolutions
+    (`block_out_channels=()`) it is a residual network of fully-connected layers.
+
+    With `condition_dim` it takes the embedding of a condition, which changes how activations are normalised. At first
+    that has no effect: the layers that see it start at zero.
 
     Args:
         latent_dim (`int`): L, the length of a latent.
         block_out_channels (`tuple[int, ...]`, *optional*, defaults to `(16, 32, 64, 64)`): Channels of the encoder.
         kernel_size (`int`, *optional*, defaults to 7): Of every convolution; odd.
-        bottleneck_dim (`int`, *optional*, defaults to 512): Width of the fully-connected bottleneck.
+        bottleneck_dim (`int`, *optional*, defaults to 512): Width of the fully-connected bottleneck, or of all layers.
         embedding_dim (`int`, *optional*, defaults to 128): Width of the timestep embedding.
-        num_class_embeds (`int`, *optional*): Number of classes, for a denoiser that is conditioned on them.
+        num_layers (`int`, *optional*, defaults to 4): Residual blocks of a denoiser without convolutions.
+        condition_dim (`int`, *optional*): E, the length of the embeddings of a [`ConditionEncoder`].
         format_version (`int`, *optional*): Of the saved files, which carry it so that an older release can refuse them.
     """
 
@@ -70,31 +111,51 @@ class LatentDenoiser(SavedModel, ConfigMixin):
         kernel_size: int = 7,
         bottleneck_dim: int = 512,
         embedding_dim: int = 128,
-        num_class_embeds: int | None = None,
+        num_layers: int = 4,
+        condition_dim: int | None = None,
         format_version: int = FORMAT_VERSION,
     ):
         super().__init__()
         check_format_version(format_version)
         if kernel_size % 2 == 0 or kernel_size < 1:
             raise ValueError(f"kernel_size must be odd, so that a convolution keeps the length, got {kernel_size}")
-        stride = 2 ** (len(block_out_channels) - 1)
-        self.padded_length = -(-latent_dim // stride) * stride
         self.time_proj = Timesteps(embedding_dim, flip_sin_to_cos=True, downscale_freq_shift=0)
         self.time_embedding = TimestepEmbedding(embedding_dim, embedding_dim)
-        self.class_embedding = None if num_class_embeds is None else nn.Embedding(num_class_embeds, embedding_dim)
+        if condition_dim is not None:
+            self.null_condition = nn.Parameter(torch.zeros(condition_dim))  # stands for no condition
+        if block_out_channels:
+            self._init_convolutions(latent_dim, block_out_channels, kernel_size, bottleneck_dim)
+        else:
+            self._init_mlp(latent_dim, bottleneck_dim, num_layers)
 
-        channels, padding = block_out_channels, kernel_size // 2
+    def _init_mlp(self, latent_dim: int, width: int, num_layers: int) -> None:
+        embedding_dim, condition_dim = self.config.embedding_dim, self.config.condition_dim
+        self.condition_embedding = None if condition_dim is None else nn.Linear(condition_dim, embedding_dim)
+        self.layer_in = nn.Linear(latent_dim, width)
+        self.blocks = nn.ModuleList(MLPBlock(width, embedding_dim) for _ in range(num_layers))
+        self.norm_out = nn.LayerNorm(width, elementwise_affine=False)
+        self.modulation_out = zero_linear(embedding_dim, 2 * width)
+        self.layer_out = zero_linear(width, latent_dim)
+
+    def _init_convolutions(
+        self, latent_dim: int, channels: tuple[int, ...], kernel_size: int, bottleneck_dim: int
+    ) -> None:
+        embedding_dim, condition_dim = self.config.embedding_dim, self.config.condition_dim
+        stride, padding = 2 ** (len(channels) - 1), kernel_size // 2
+        self.padded_length = -(-latent_dim // stride) * stride
         self.conv_in = nn.Conv1d(1, channels[0], kernel_size, padding=padding)
         self.down_blocks = nn.ModuleList(
-            ConvBlock(before, after, kernel_size, embedding_dim, up=False)
+            ConvBlock(before, after, kernel_size, embedding_dim, condition_dim, up=False)
             for before, after in zip(channels[:-1], channels[1:], strict=True)
         )
         bottleneck = channels[-1] * self.padded_length // stride
         self.mid_in = nn.Linear(bottleneck, bottleneck_dim)
         self.mid_embedding = nn.Linear(embedding_dim, bottleneck_dim)
+        self.mid_condition = None if condition_dim is None else zero_linear(condition_dim, bottleneck_dim)
         self.mid_out = nn.Linear(bottleneck_dim, bottleneck)
         self.up_blocks = nn.ModuleList(
-            ConvBlock(2 * before, after, kernel_size, embedding_dim, up=True)  # a skip doubles the channels
+            # a skip doubles the channels
+            ConvBlock(2 * before, after, kernel_size, embedding_dim, condition_dim, up=True)
             for before, after in zip(channels[:0:-1], channels[-2::-1], strict=True)
         )
         self.conv_out = nn.Conv1d(2 * channels[0], 1, kernel_size, padding=padding)
@@ -106,40 +167,57 @@ class LatentDenoiser(SavedModel, ConfigMixin):
         self,
         sample: torch.Tensor,
         timestep: torch.Tensor | float | int,
-        class_labels: torch.Tensor | None = None,
+        condition: torch.Tensor | None = None,
         return_dict: bool = True,
     ) -> LatentDenoiserOutput | tuple[torch.Tensor]:
         """
         Args:
             sample (`torch.Tensor`): Noisy latents, shape `(N, L)`.
             timestep (`torch.Tensor` or `float` or `int`): One for all, or one for each: shape `(N,)`.
-            class_labels (`torch.Tensor`, *optional*): Shape `(N,)`; needed if and only if the network has classes.
+            condition (`torch.Tensor`, *optional*): Embeddings of conditions, shape `(N, E)`; without them, a denoiser
+                with `condition_dim` uses its own embedding for "no condition".
             return_dict (`bool`, *optional*, defaults to `True`): A [`LatentDenoiserOutput`] instead of a tuple.
         """
         if sample.ndim != 2 or sample.shape[1] != self.config.latent_dim:
             raise ValueError(f"sample must have shape (N, {self.config.latent_dim}), got {tuple(sample.shape)}")
-        if (class_labels is None) != (self.class_embedding is None):
+        if condition is not None and condition.shape != (len(sample), self.config.condition_dim):
+            shape = (len(sample), self.config.condition_dim)
             raise ValueError(
-                "class_labels are needed because num_class_embeds is set"
-                if class_labels is None
-                else "class_labels were given, but the denoiser has no num_class_embeds"
+                "a condition was given, but the denoiser has no condition_dim"
+                if self.config.condition_dim is None
+                else f"condition must have shape {shape}, got {tuple(condition.shape)}"
             )
+        if condition is None and self.config.condition_dim is not None:
+            condition = self.null_condition.expand(len(sample), -1)
         timestep = torch.as_tensor(timestep, device=sample.device).expand(len(sample))
         embedding = self.time_embedding(self.time_proj(timestep).to(self.dtype))  # (N, embedding_dim)
-        if self.class_embedding is not None:
-            embedding = embedding + self.class_embedding(class_labels)
-        embedding = F.silu(embedding)
+        compute = self._convolve if self.config.block_out_channels else self._connect
+        prediction = compute(sample, embedding, condition)
+        return LatentDenoiserOutput(sample=prediction) if return_dict else (prediction,)
 
+    def _connect(self, sample: torch.Tensor, embedding: torch.Tensor, condition: torch.Tensor | None) -> torch.Tensor:
+        if condition is not None:
+            embedding = embedding + self.condition_embedding(condition)
+        embedding = F.silu(embedding)
+        hidden = self.layer_in(sample)  # (N, L) -> (N, width)
+        for block in self.blocks:
+            hidden = block(hidden, embedding)
+        scale, shift = self.modulation_out(embedding).chunk(2, dim=1)
+        return self.layer_out(self.norm_out(hidden) * (1 + scale) + shift)
+
+    def _convolve(self, sample: torch.Tensor, embedding: torch.Tensor, condition: torch.Tensor | None) -> torch.Tensor:
+        embedding = F.silu(embedding)
         hidden = F.pad(sample, (0, self.padded_length - sample.shape[1])).unsqueeze(1)  # (N, 1, padded length)
         hidden = self.conv_in(hidden)
         skips = [hidden]
         for block in self.down_blocks:
-            hidden = block(hidden, embedding)  # the length halves
+            hidden = block(hidden, embedding, condition)  # the length halves
             skips.append(hidden)
         mid = self.mid_in(F.silu(hidden.flatten(1))) + self.mid_embedding(embedding)  # (N, bottleneck_dim)
+        if condition is not None:
+            mid = mid + self.mid_condition(condition)
         hidden = hidden + self.mid_out(F.silu(mid)).view_as(hidden)
         for block in self.up_blocks:
-            hidden = block(torch.cat([hidden, skips.pop()], dim=1), embedding)  # the length doubles
+            hidden = block(torch.cat([hidden, skips.pop()], dim=1), embedding, condition)  # the length doubles
         hidden = self.conv_out(F.silu(torch.cat([hidden, skips.pop()], dim=1)))
-        prediction = hidden.squeeze(1)[:, : sample.shape[1]]  # (N, 1, padded length) -> (N, L)
-        return LatentDenoiserOutput(sample=prediction) if return_dict else (prediction,)
+        return hidden.squeeze(1)[:, : sample.shape[1]]  # (N, 1, padded length) -> (N, L)

@@ -3,18 +3,16 @@
 import contextlib
 import logging
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
 
 import torch
 from torch import nn
 from torch.func import functional_call, vmap
 from torch.nn.modules.conv import _ConvNd
-from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_leaves, tree_map_only
-from torch.utils.weak import TensorWeakRef
 
 from ..layout import ParameterLayout
 from ..utils.memory import halve, is_out_of_memory
+from .replacement import Replacement
+from .replay import FirstUse, Prefix, Recorder, Replayer
 
 logger = logging.getLogger(__name__)
 
@@ -50,6 +48,7 @@ class BatchedModels:
 
     def __init__(self, model: nn.Module, layout: ParameterLayout):
         layout.check_fits(model.state_dict())
+        self._replacement = Replacement(model, layout.names)
         self.model = model.eval()
         self.layout = layout
         self._has_prefix = True
@@ -92,8 +91,8 @@ class BatchedModels:
     def _probe(self, forward: Forward) -> None:
         """Finds out, on the first batch, what this model allows, and how many networks run side by side."""
         other = self._other_row()
-        tensors = self.layout.unflatten(other)
-        with _Recorder(tensors) as recorder:
+        tensors = self.tensors(other)
+        with Recorder(tensors) as recorder:
             expected = self._call(forward, tensors)
         self._written = recorder.finish().written()
         try:
@@ -122,28 +121,32 @@ class BatchedModels:
                 logger.warning("%s does not run under vmap: one network at a time", type(self.model).__name__)
                 self._side_by_side = 1
 
-    def _base_tensors(self) -> dict[str, torch.Tensor]:
+    def tensors(self, rows: torch.Tensor) -> dict[str, torch.Tensor]:
+        """What takes the place of the model's tensors, from parameters of shape `(D,)` or `(n, D)`."""
+        return self._replacement.tensors(self.model, self.layout.unflatten(rows))
+
+    def _own_row(self) -> torch.Tensor:
         state_dict = self.model.state_dict()
-        return {name: state_dict[name] for name in self.layout.names}
+        return torch.cat([state_dict[name].float().flatten() for name in self.layout.names])  # (D,)
 
     def _other_row(self) -> torch.Tensor:
         """Parameters unlike those that prefixes are recorded with: a prefix must not depend on them."""
-        return 1.1 * self.layout.flatten(self._base_tensors()) + 0.1  # (D,)
+        return 1.1 * self._own_row() + 0.1  # (D,)
 
     def _call(self, forward: Forward, tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        return forward(lambda *args, **kwargs: functional_call(self.model, tensors, args, kwargs))
+        return forward(lambda *args, **kwargs: functional_call(self.model, tensors, args, kwargs, tie_weights=False))
 
-    def record(self, forward: Forward) -> "Prefix":
+    def record(self, forward: Forward) -> Prefix:
         """The prefix of `forward` on one batch of data: what comes before the first use of a tensor that differs."""
         if not self._has_prefix:
             return Prefix([])
-        base = self._base_tensors()
-        recorder = _Recorder(base, stop=True)
-        with contextlib.suppress(_FirstUse), recorder:
+        base = self.tensors(self._own_row())
+        recorder = Recorder(base, stop=True)
+        with contextlib.suppress(FirstUse), recorder:
             recorder.output = self._call(forward, base)
         return recorder.finish()
 
-    def _run(self, forward: Forward, rows: torch.Tensor, prefix: "Prefix") -> torch.Tensor:
+    def _run(self, forward: Forward, rows: torch.Tensor, prefix: Prefix) -> torch.Tensor:
         """`(n, D)` to `(n, *output)`."""
         if self._side_by_side == 1:
             return torch.stack([self._one(forward, row, prefix) for row in rows])
@@ -153,53 +156,12 @@ class BatchedModels:
             with prefix.replay(dict(zip(self._written, copies, strict=True))):
                 return self._call(forward, tensors)
 
-        return vmap(one, randomness="error")(self.layout.unflatten(rows), copies)
+        return vmap(one, randomness="error")(self.tensors(rows), copies)
 
-    def _one(self, forward: Forward, row: torch.Tensor, prefix: "Prefix") -> torch.Tensor:
-        tensors = self.layout.unflatten(row)
+    def _one(self, forward: Forward, row: torch.Tensor, prefix: Prefix) -> torch.Tensor:
+        tensors = self.tensors(row)
         with prefix.replay({i: prefix.memory(i).clone() for i in self._written}):
             return self._call(forward, tensors)
-
-
-class Prefix:
-    """
-    What a forward pass calls before it first uses one of the tensors that differ, and what those calls returned.
-
-    Args:
-        calls (`list[tuple[Callable, Any]]`): The functions of torch, in order, with their results.
-    """
-
-    def __init__(self, calls: list[tuple[Callable, Any]]):
-        self.calls = calls
-        # Tensors that share memory stay together: what is written to one of them in place must be seen in the others.
-        groups: dict[tuple, dict[int, torch.Tensor]] = {}
-        for _, result in calls:
-            for tensor in _tensors(result):
-                groups.setdefault((tensor.untyped_storage()._cdata, tensor.dtype), {})[id(tensor)] = tensor
-        self.groups = [list(group.values()) for group in groups.values()]
-        self.tensors = [tensor for group in self.groups for tensor in group]
-        self._versions = self._current_versions()
-
-    def _current_versions(self) -> list[list[int]]:
-        return [[tensor._version for tensor in group] for group in self.groups]
-
-    def written(self) -> list[int]:
-        """The groups that were written to since this was recorded."""
-        return [i for i, (a, b) in enumerate(zip(self._versions, self._current_versions(), strict=True)) if a != b]
-
-    def memory(self, i: int) -> torch.Tensor:
-        """All memory of group i as one vector."""
-        first = self.groups[i][0]
-        return first.as_strided((first.untyped_storage().nbytes() // first.element_size(),), (1,), 0)
-
-    def replay(self, copies: Mapping[int, torch.Tensor]) -> "_Replayer":
-        """A context in which the same calls return what they returned; `copies` stand in for the memory of groups."""
-        replaced = {
-            id(tensor): copy.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
-            for i, copy in copies.items()
-            for tensor in self.groups[i]
-        }
-        return _Replayer(self.calls, replaced)
 
 
 class PrefixCache:
@@ -214,9 +176,9 @@ class PrefixCache:
         self._prefix = prefix
         self._rows = rows  # for the tensors of the prefix of one batch, by their id: the same of all examples
 
-    def replay(self, indices: torch.Tensor) -> "_Replayer":
+    def replay(self, indices: torch.Tensor) -> Replayer:
         """A context in which a forward pass over the examples `indices` does not compute its prefix."""
-        return _Replayer(self._prefix.calls, {i: rows[indices.to(rows.device)] for i, rows in self._rows.items()})
+        return Replayer(self._prefix.calls, {i: rows[indices.to(rows.device)] for i, rows in self._rows.items()})
 
     @classmethod
     @torch.no_grad()
@@ -245,7 +207,7 @@ class PrefixCache:
                 if sum(tensor.nbytes for tensor in whole) / batch_size * num_examples > CACHE_BUDGET:
                     return None
                 rows = {id(tensor): tensor.new_empty(num_examples, *tensor.shape[1:]) for tensor in whole}
-            elif _structure(prefix) != _structure(first):
+            elif prefix.structure() != first.structure():
                 return None
             for tensor, like in zip(prefix.tensors, first.tensors, strict=True):
                 if id(like) in rows:
@@ -256,7 +218,7 @@ class PrefixCache:
         shuffled = torch.randperm(num_examples, generator=torch.Generator().manual_seed(0))
         indices = shuffled[torch.arange(batch_size) % num_examples]
         check, cache = forward(indices), cls(first, rows)
-        tensors = models.layout.unflatten(models._other_row())
+        tensors = models.tensors(models._other_row())
         expected, replay = models._call(check, tensors), cache.replay(indices)
         try:
             with replay:
@@ -266,95 +228,3 @@ class PrefixCache:
             logger.warning("%s cannot be replayed: its frozen part is computed anew", type(models.model).__name__)
             return None
         return cache if torch.allclose(output, expected, rtol=1e-5, atol=1e-6) and not first.written() else None
-
-
-class _Recorder(TorchFunctionMode):
-    """
-    Records the calls of torch until one of them uses one of `tensors`. There it raises `_FirstUse`, with `stop`, or
-    else lets the forward pass go on, and counts the memory that its results take.
-    """
-
-    def __init__(self, tensors: Mapping[str, torch.Tensor], stop: bool = False):
-        self.used = {id(tensor) for tensor in tensors.values()}
-        self.stop = stop
-        self.calls: list[tuple[Callable, Any]] = []
-        self.prefix: Prefix | None = None
-        self.num_bytes = 0
-        self.output: torch.Tensor | None = None  # where no tensor is used at all, it must be kept as well
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        inputs = _tensors((args, kwargs))
-        if self.prefix is None and any(id(tensor) in self.used for tensor in inputs):
-            is_metadata = func.__name__ == "__get__" and not isinstance(func(*args), torch.Tensor)  # such as its dtype
-            if not is_metadata:
-                self.finish()
-                if self.stop:
-                    raise _FirstUse
-        result = func(*args, **kwargs)
-        if self.prefix is not None:
-            old = {tensor.untyped_storage()._cdata for tensor in inputs}
-            new = [tensor for tensor in _tensors(result) if tensor.untyped_storage()._cdata not in old]
-            self.num_bytes += sum(tensor.numel() * tensor.element_size() for tensor in new)
-        elif not _is_setting(inputs, result):
-            self.calls.append((func, tree_map_only(torch.Tensor, TensorWeakRef, result)))
-        return result
-
-    def finish(self) -> Prefix:
-        """
-        The prefix. Of its tensors it keeps those that something still refers to when it ends: the rest of the network
-        cannot need the others.
-        """
-        if self.prefix is None:
-            gone = torch.empty(0)
-
-            def resolve(reference: TensorWeakRef) -> torch.Tensor:
-                tensor = reference()
-                return gone if tensor is None else tensor
-
-            self.prefix = Prefix([(func, tree_map_only(TensorWeakRef, resolve, result)) for func, result in self.calls])
-        return self.prefix
-
-
-class _Replayer(TorchFunctionMode):
-    """Returns what was recorded instead of computing it, until nothing is left."""
-
-    def __init__(self, calls: list[tuple[Callable, Any]], replaced: dict[int, torch.Tensor]):
-        self.calls = iter(calls)
-        self.replaced = replaced
-        self.next = next(self.calls, None)
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        if self.next is None:
-            return func(*args, **kwargs)
-        recorded, result = self.next
-        if func != recorded:
-            result = func(*args, **kwargs)
-            if not _is_setting(_tensors((args, kwargs)), result):
-                raise RuntimeError(f"expected a call of {recorded}, got {func}")
-            return result
-        self.next = next(self.calls, None)
-        if isinstance(result, torch.Tensor):
-            return self.replaced.get(id(result), result)
-        if isinstance(result, (tuple, list, dict)):
-            return tree_map_only(torch.Tensor, lambda tensor: self.replaced.get(id(tensor), tensor), result)
-        return result
-
-
-class _FirstUse(Exception):
-    """Ends a forward pass where the first tensor of the layout would be used."""
-
-
-def _is_setting(inputs: list[torch.Tensor], result: Any) -> bool:
-    """Whether a call changed a setting of torch, such as the grad mode: those take place again in a replay."""
-    return result is None and not inputs
-
-
-def _structure(prefix: Prefix) -> list[tuple]:
-    """All of a prefix but the values of its tensors."""
-    return [(f, tree_map_only(torch.Tensor, lambda t: (t.shape, t.dtype), result)) for f, result in prefix.calls]
-
-
-def _tensors(tree: Any) -> list[torch.Tensor]:
-    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor)]

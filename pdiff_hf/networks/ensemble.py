@@ -11,6 +11,8 @@ from torch.func import functional_call, vmap
 from torch.nn.modules.conv import _ConvNd
 
 from ..layout import LayoutError, ParameterLayout
+from .cropping import CroppedConvolutions
+from .replacement import Replacement
 
 logger = logging.getLogger(__name__)
 
@@ -50,6 +52,7 @@ class EnsembleModel(nn.Module):
     def __init__(self, base_model: nn.Module, layout: ParameterLayout, parameters: torch.Tensor):
         super().__init__()
         layout.check_fits(base_model.state_dict())
+        self._replacement = Replacement(base_model, layout.names)
         if parameters.ndim != 2 or len(parameters) == 0 or parameters.shape[1] != layout.num_parameters:
             raise LayoutError(
                 f"an ensemble needs parameters of shape (N, {layout.num_parameters}) with N at least 1, got "
@@ -66,12 +69,12 @@ class EnsembleModel(nn.Module):
 
     def forward(self, *args, **kwargs) -> EnsembleOutput:
         """Takes what the base model takes."""
-        own = self.base_model.state_dict()
-        stacked = self.layout.unflatten(self.parameters_of_networks)
-        stacked = {name: tensor.to(own[name].dtype) for name, tensor in stacked.items()}  # (N, *shape) each
+        rows = self.layout.unflatten(self.parameters_of_networks)
+        stacked = self._replacement.tensors(self.base_model, rows)  # (N, *shape) each
 
         def call(tensors: dict[str, torch.Tensor]) -> torch.Tensor:
-            output = functional_call(self.base_model, tensors, args, kwargs)
+            with CroppedConvolutions():
+                output = functional_call(self.base_model, tensors, args, kwargs, tie_weights=False)
             return (output if isinstance(output, torch.Tensor) else output.logits).float().log_softmax(-1)
 
         log_probs = None

@@ -1,84 +1,72 @@
-"""Recipes: what a run is made of, from a YAML file and flags."""
+"""
+Recipes: what a run is made of, from a YAML file and flags.
+
+This module imports neither torch nor what needs it, so that `--help` and errors in flags come at once. Choices that
+other modules define are therefore repeated here; a test compares them.
+"""
 
 import argparse
+import copy
 import dataclasses
 import difflib
 import json
 import math
 import os
 import sys
+import typing
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import yaml
 from transformers import HfArgumentParser
 
-from ..models import AUTOENCODER_PRESETS, DENOISER_PRESETS
-from ..models.autoencoder import NORMALIZATIONS
-from ..tasks.images import AUGMENTATIONS
-from ..tasks.registry import task_names
-from ..training.loop import OPTIMIZERS
+from ..utils.paths import expand_path
 
 SECRETS = ("hub_token",)
-STAGES = ("base", "collect", "autoencoder", "denoiser", "evaluate")
+STAGES = ("base", "collect", "autoencoder", "denoiser", "vae", "evaluate")
+DEFAULT_DATASET = "digits"
+AUGMENTATIONS = ("none", "flip", "crop_flip")
+# Those of `scripts/recipes`, in an installed package; a name alone is enough for them.
+PACKAGED = Path(__file__).parents[1] / "scripts" / "recipes"
+RENAMED = {"holdout_fraction": "validation_fraction", "heldout_fraction": "heldout_snapshots"}
 
 
-def _option(default, help: str):
-    if isinstance(default, list | dict):
-        return field(default_factory=lambda: type(default)(default), metadata={"help": help})
-    return field(default=default, metadata={"help": help})
-
-
-def _require(name: str, value, condition: bool, what: str) -> None:
-    if not condition:
-        raise ValueError(f"{name} must be {what}, got {value!r}")
-
-
-class _RecipeLoader(yaml.SafeLoader):
-    """YAML without references: a few lines of them can stand for more text than any memory holds."""
-
-    def compose_node(self, parent, index):
-        if self.check_event(yaml.AliasEvent):
-            raise yaml.YAMLError(f"references such as *{self.peek_event().anchor} cannot be used")
-        return super().compose_node(parent, index)
+def _option(default: Any, help: str, **bounds: Any) -> Any:
+    """
+    A key of a recipe. `bounds` are what `_check_value` looks at: `min` and `max`, `above` and `below` (which exclude
+    the number itself), `choices`, `path` (`~` and environment variables are expanded) and `json` (a mapping).
+    """
+    metadata = {"help": help, **bounds}
+    if isinstance(default, list):
+        return field(default_factory=lambda: list(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
 
 
 @dataclass
 class RunSection:
-    """Where the run lives, and how it is carried out."""
+    """Where the run lives, and how it is executed."""
 
-    output_dir: str = _option("outputs/digits", "Folder that receives everything.")
-    stages: list[str] = _option(list(STAGES), f"Which stages to carry out, of {', '.join(STAGES)}.")
-    seed: int = _option(0, "Seed of the whole run.")
-    resume_from_checkpoint: str | None = _option(None, "`latest`: an unfinished stage goes on where it was.")
-    overwrite_output_dir: bool = _option(False, "Carry out stages again whose settings have changed.")
-    checkpointing_steps: int = _option(500, "Training stages save a checkpoint every so many steps.")
-    checkpoints_total_limit: int = _option(2, "Keep no more than this many checkpoints of a stage.")
-    mixed_precision: str = _option("no", "`no`, `fp16` or `bf16`.")
-    gradient_accumulation_steps: int = _option(1, "A training batch is computed in so many parts.")
+    output_dir: str = _option("outputs/digits", "Folder that receives everything.", path=True)
+    stages: list[str] = _option(list(STAGES), "Which stages to execute.", choices=STAGES)
+    seed: int = _option(0, "Seed of the whole run.", min=0)
+    resume_from_checkpoint: str | None = _option(None, "An unfinished stage goes on where it was.", choices=("latest",))
+    overwrite_output_dir: bool = _option(False, "Execute stages again whose settings have changed.")
+    require_same_frozen: bool = _option(
+        False, "Refuse to import networks that differ from the base model in tensors that are not selected."
+    )
+    checkpointing_steps: int = _option(500, "Training stages save a checkpoint every so many steps.", min=1)
+    checkpoints_total_limit: int = _option(2, "Keep no more than this many checkpoints of a stage.", min=1)
+    mixed_precision: str | None = _option(
+        None, "By default what the launcher is set to.", choices=("no", "fp16", "bf16")
+    )
+    gradient_accumulation_steps: int = _option(1, "A training batch is computed in so many parts.", min=1)
     report_to: str | None = _option(None, "Tracker of Accelerate: tensorboard, wandb, trackio, ...")
     push_to_hub: bool = _option(False, "Push the finished generator to the Hub, with its report as the model card.")
     hub_model_id: str | None = _option(None, "Repository, `user/name` or `organization/name`; else output_dir's name.")
     hub_private_repo: bool = _option(False, "Create the repository as a private one.")
     hub_token: str | None = _option(None, "Token that can write; by default that of `hf auth login`. It is not stored.")
     hub_license: str = _option("apache-2.0", "Licence for the model card; mind those of the base model and the data.")
-
-    def __post_init__(self):
-        unknown = [stage for stage in self.stages if stage not in STAGES]
-        _require("stages", unknown, not unknown, f"of {', '.join(STAGES)}")
-        _require(
-            "resume_from_checkpoint",
-            self.resume_from_checkpoint,
-            self.resume_from_checkpoint in (None, "latest"),
-            "'latest'",
-        )
-        _require(
-            "mixed_precision", self.mixed_precision, self.mixed_precision in ("no", "fp16", "bf16"), "no, fp16 or bf16"
-        )
-        for name in ("checkpointing_steps", "checkpoints_total_limit", "gradient_accumulation_steps"):
-            _require(name, getattr(self, name), getattr(self, name) >= 1, "at least 1")
-        _require("seed", self.seed, self.seed >= 0, "at least 0")
 
 
 @dataclass
@@ -87,52 +75,50 @@ class TaskSection:
 
     task: str = _option(
         "image_classification",
-        f"One of {', '.join(task_names())}; or a class of your own, module:Class or path/to/file.py:Class.",
+        "A task of this package (its modules in pdiff_hf/tasks have these names), or a class of your own, module:Class "
+        "or path/to/file.py:Class. Of the other keys your class gets those that you set and that it has arguments for.",
+        path=True,
     )
-    model: str = _option(
+    task_args: str = _option("{}", "More arguments of the task's class, as JSON.", json=True)
+    model: str | None = _option(
         "resnet18",
         "timm architecture, or local folder or Hub id of a timm or transformers model; for detection and segmentation, "
         "torchvision's builder or builder:WEIGHTS; `unet2d` for a fresh UNet2DModel that generates images.",
+        path=True,
     )
-    dataset: str = _option(
-        "digits",
-        "`digits`, or local folder, file or Hub id of a data set.",
+    dataset: str | None = _option(
+        None,
+        f"`digits`, `moving_digits`, or local folder, file or Hub id of a data set. `{DEFAULT_DATASET}` by "
+        "default, but for a model of your own there is no default.",
+        path=True,
     )
-    image_size: int = _option(8, "Side of the square that images are scaled to; 0 for the model's own.")
+    image_size: int = _option(8, "Side of the square that images are scaled to; 0 for the model's own.", min=0)
     model_args: str = _option(
-        "{}", "More arguments of a timm architecture or torchvision builder, or the config of a UNet2DModel, as JSON."
+        "{}",
+        "More arguments of a timm architecture or torchvision builder, or the config of a UNet2DModel, as JSON.",
+        json=True,
     )
-    max_length: int = _option(128, "Texts are cut to so many tokens.")
-    validation_fraction: float = _option(0.2, "Share of the training data for a validation (and test) split it lacks.")
-    max_train_samples: int | None = _option(None, "Use no more training examples than this.")
-    max_eval_samples: int | None = _option(None, "Use no more validation and test examples than this.")
+    max_length: int = _option(128, "Texts are cut to so many tokens.", min=1)
+    validation_fraction: float = _option(
+        0.2, "Share of the training data for a validation (and test) split it lacks.", above=0, below=0.5
+    )
+    max_train_samples: int | None = _option(None, "Use no more training examples than this.", min=1)
+    max_eval_samples: int | None = _option(None, "Use no more validation and test examples than this.", min=1)
     label_column: str | None = _option(None, "Column of the classes; else `label`, `labels` or the only ClassLabel.")
     image_column: str | None = _option(None, "Column of the images; else `image` or the only one.")
     text_column: str | None = _option(None, "Column of the texts; else `text`.")
     skip_bad_examples: bool = _option(False, "Leave out examples that are empty or cannot be read, and count them.")
-    augmentation: str = _option("none", f"Of images in training, at every step by chance: {', '.join(AUGMENTATIONS)}.")
-
-    def __post_init__(self):
-        try:
-            parsed = json.loads(self.model_args)
-        except ValueError as error:
-            raise ValueError(f"model_args must be JSON, got {self.model_args!r}: {error}") from error
-        _require("model_args", self.model_args, isinstance(parsed, dict), "a mapping")
+    augmentation: str = _option("none", "Of images in training, at every step by chance.", choices=AUGMENTATIONS)
 
 
 @dataclass
 class BaseSection:
     """Training of the base model (paper, Table 5a)."""
 
-    base_epochs: int = _option(20, "Epochs; 0 takes the model as it is.")
-    base_batch_size: int = _option(64, "Images in a step.")
-    base_learning_rate: float = _option(1e-3, "Peak learning rate, with cosine decay.")
-    base_weight_decay: float = _option(5e-4, "Weight decay.")
-
-    def __post_init__(self):
-        _require("base_epochs", self.base_epochs, self.base_epochs >= 0, "at least 0")
-        _require("base_batch_size", self.base_batch_size, self.base_batch_size >= 2, "at least 2")
-        _require("base_learning_rate", self.base_learning_rate, self.base_learning_rate > 0, "above 0")
+    base_epochs: int = _option(20, "Epochs; 0 takes the model as it is.", min=0)
+    base_batch_size: int = _option(64, "Images in a step.", min=2)
+    base_learning_rate: float = _option(1e-3, "Peak learning rate, with cosine decay.", above=0)
+    base_weight_decay: float = _option(5e-4, "Weight decay.", min=0)
 
 
 @dataclass
@@ -140,137 +126,132 @@ class CollectSection:
     """Snapshots: an existing data set of them, or fine-tuning (paper, Table 5b)."""
 
     snapshots: str | None = _option(
-        None, "Folder or Hub id of a parameter data set to use as it is; all below is moot."
+        None, "Folder or Hub id of a parameter data set to use as it is; all below is moot.", path=True
     )
     select: list[str] = _option(["norm[-2:]"], "Tensors to generate: kinds, globs, or `re:` expressions.")
     exclude: list[str] = _option([], "Tensors to leave out of those.")
-    num_snapshots: int = _option(300, "K, over all runs together.")
-    num_runs: int = _option(1, "Fine-tune so many times from the base model, each in another order of the data.")
-    collect_every: int = _option(1, "Take a snapshot every so many steps.")
-    collect_optimizer: str = _option("adamw", f"One of {', '.join(OPTIMIZERS)}.")
-    collect_learning_rate: float = _option(0.03, "Constant learning rate.")
-    collect_weight_decay: float = _option(5e-4, "Weight decay.")
-    collect_batch_size: int = _option(128, "Images in a step.")
-
-    def __post_init__(self):
-        _require("num_snapshots", self.num_snapshots, self.num_snapshots >= 2, "at least 2")
-        _require("collect_every", self.collect_every, self.collect_every >= 1, "at least 1")
-        divides = self.num_runs >= 1 and self.num_snapshots % self.num_runs == 0
-        _require("num_runs", self.num_runs, divides, f"a divisor of num_snapshots={self.num_snapshots}")
-        _require(
-            "collect_optimizer", self.collect_optimizer, self.collect_optimizer in OPTIMIZERS, f"of {list(OPTIMIZERS)}"
-        )
-        _require("collect_learning_rate", self.collect_learning_rate, self.collect_learning_rate > 0, "above 0")
-        _require("collect_batch_size", self.collect_batch_size, self.collect_batch_size >= 1, "at least 1")
+    batch_norm_statistics: str = _option(
+        "base",
+        "Running statistics of batch norm: those of the `base` model, or `generated` with their layers.",
+        choices=("base", "generated"),
+    )
+    num_snapshots: int = _option(300, "K, over all runs together.", min=2)
+    num_runs: int = _option(1, "Fine-tune so many times from the base model, each in another order of the data.", min=1)
+    collect_every: int = _option(1, "Take a snapshot every so many steps.", min=1)
+    collect_optimizer: str = _option("adamw", "Optimizer.", choices=("adamw", "adam", "sgd"))
+    collect_learning_rate: float = _option(0.03, "Constant learning rate.", above=0)
+    collect_weight_decay: float = _option(5e-4, "Weight decay.", min=0)
+    collect_batch_size: int = _option(128, "Images in a step.", min=1)
 
 
 @dataclass
 class AutoencoderSection:
     """Training of the autoencoder (paper, Table 5c)."""
 
-    autoencoder_preset: str = _option("tokens", f"One of {', '.join(AUTOENCODER_PRESETS)}; see ParameterAutoencoder.")
+    autoencoder_preset: str = _option("tokens", "See ParameterAutoencoder.", choices=("tokens", "paper", "pca"))
     token_size: int | None = _option(
-        None, "Numbers in a token, for the preset `tokens`; by default the next power of two from 2 √D."
+        None, "Parameters in a token, for the preset `tokens`; by default the next power of two from 2 √D.", min=1
     )
     normalization: str = _option(
-        "coordinate", "Mean of every parameter (`coordinate`), or of every `tensor` as the paper has it."
+        "coordinate",
+        "Mean of every parameter (`coordinate`), or of every `tensor` as the paper has it.",
+        choices=("coordinate", "tensor"),
     )
-    latent_dim: int = _option(128, "L, the length of a latent.")
-    heldout_fraction: float = _option(0.1, "Share of the snapshots that generators never see, to measure R² on.")
-    autoencoder_steps: int = _option(300, "Optimizer steps.")
-    autoencoder_batch_size: int = _option(50, "Snapshots in a step.")
+    latent_dim: int = _option(128, "L, the length of a latent.", min=1)
+    heldout_snapshots: float = _option(
+        0.1, "Share of the snapshots that generators never see, to measure R² on.", min=0, below=0.5
+    )
+    autoencoder_steps: int = _option(300, "Optimizer steps.", min=1)
+    autoencoder_batch_size: int = _option(50, "Snapshots in a step.", min=1)
     autoencoder_learning_rate: float = _option(
-        4e-3, "Peak learning rate, with cosine decay (the paper's widths: 2e-5)."
+        4e-3, "Peak learning rate, with cosine decay (the paper's widths: 2e-5).", above=0
     )
-    autoencoder_warmup_steps: int = _option(30, "Steps over which the learning rate rises to its peak.")
-    max_grad_norm: float = _option(1.0, "Gradients, the denoiser's too, are clipped to this norm.")
-    parameter_noise: float = _option(1e-3, "σ_v, noise on the normalised parameters.")
-    latent_noise: float = _option(0.1, "σ_z, noise on the latent.")
-
-    def __post_init__(self):
-        presets = list(AUTOENCODER_PRESETS)
-        _require("normalization", self.normalization, self.normalization in NORMALIZATIONS, f"of {NORMALIZATIONS}")
-        if self.token_size is not None:
-            _require("token_size", self.token_size, self.token_size >= 1, "at least 1")
-            preset = self.autoencoder_preset
-            _require("token_size", self.token_size, preset == "tokens", f"left out with autoencoder_preset={preset}")
-        _require("autoencoder_preset", self.autoencoder_preset, self.autoencoder_preset in presets, f"of {presets}")
-        _require("latent_dim", self.latent_dim, self.latent_dim >= 1, "at least 1")
-        _require("heldout_fraction", self.heldout_fraction, 0 <= self.heldout_fraction < 0.5, "between 0 and 0.5")
-        _require("autoencoder_steps", self.autoencoder_steps, self.autoencoder_steps >= 1, "at least 1")
-        _require("autoencoder_batch_size", self.autoencoder_batch_size, self.autoencoder_batch_size >= 1, "at least 1")
-        _require(
-            "autoencoder_learning_rate", self.autoencoder_learning_rate, self.autoencoder_learning_rate > 0, "above 0"
-        )
-        for name in ("parameter_noise", "latent_noise", "autoencoder_warmup_steps"):
-            _require(name, getattr(self, name), getattr(self, name) >= 0, "at least 0")
+    autoencoder_warmup_steps: int = _option(30, "Steps over which the learning rate rises to its peak.", min=0)
+    max_grad_norm: float = _option(1.0, "Gradients, the denoiser's too, are clipped to this norm.", above=0)
+    parameter_noise: float = _option(1e-3, "σ_v, noise on the normalised parameters.", min=0)
+    latent_noise: float = _option(0.1, "σ_z, noise on the latent.", min=0)
 
 
 @dataclass
 class DenoiserSection:
     """Training of the denoiser (paper, Table 5d)."""
 
-    denoiser_preset: str = _option("small", f"Widths: {', '.join(DENOISER_PRESETS)}.")
-    denoiser_steps: int = _option(1000, "Optimizer steps.")
-    denoiser_batch_size: int = _option(50, "Latents in a step.")
-    denoiser_learning_rate: float = _option(1e-3, "Peak learning rate, with cosine decay (the paper's widths: 1e-4).")
-    denoiser_warmup_steps: int = _option(0, "Steps over which the learning rate rises to its peak.")
-    ema_decay: float = _option(0.999, "Decay of the moving average of the denoiser's weights, which is what is kept.")
-    num_train_timesteps: int = _option(1000, "T, the length of the diffusion.")
-
-    def __post_init__(self):
-        presets = list(DENOISER_PRESETS)
-        _require("denoiser_preset", self.denoiser_preset, self.denoiser_preset in presets, f"of {presets}")
-        for name in ("denoiser_steps", "denoiser_batch_size", "num_train_timesteps"):
-            _require(name, getattr(self, name), getattr(self, name) >= 1, "at least 1")
-        # A pipeline with a longer schedule is not loaded.
-        _require("num_train_timesteps", self.num_train_timesteps, self.num_train_timesteps <= 10**6, "at most 10**6")
-        for name in ("denoiser_learning_rate", "max_grad_norm"):
-            _require(name, getattr(self, name), getattr(self, name) > 0, "above 0")
-        _require("denoiser_warmup_steps", self.denoiser_warmup_steps, self.denoiser_warmup_steps >= 0, "at least 0")
-        _require("ema_decay", self.ema_decay, 0 <= self.ema_decay < 1, "between 0 and 1")
+    denoiser_preset: str = _option("small", "Widths.", choices=("paper", "small", "mlp"))
+    denoiser_steps: int = _option(1000, "Optimizer steps.", min=1)
+    denoiser_batch_size: int = _option(50, "Latents in a step.", min=1)
+    denoiser_learning_rate: float = _option(
+        1e-3, "Peak learning rate, with cosine decay (the paper's widths: 1e-4).", above=0
+    )
+    denoiser_warmup_steps: int = _option(0, "Steps over which the learning rate rises to its peak.", min=0)
+    ema_decay: float = _option(
+        0.999, "Decay of the moving average of the denoiser's weights, which is what is kept.", min=0, below=1
+    )
+    # A pipeline with a longer schedule is not loaded.
+    num_train_timesteps: int = _option(1000, "T, the length of the diffusion.", min=1, max=10**6)
 
 
 @dataclass
 class EvaluateSection:
     """Generation and scoring."""
 
-    num_models: int = _option(200, "How many networks to generate and score.")
-    num_inference_steps: int = _option(20, "Denoising steps.")
+    num_models: int = _option(200, "How many networks to generate.", min=1)
+    score_models: int | None = _option(None, "Score no more than so many of them, drawn at random.", min=1)
+    num_inference_steps: int = _option(20, "Denoising steps.", min=1)
     fid_features: str = _option(
-        "inception", "FID is measured on these features: `inception`, or folder or Hub id of an image classifier."
+        "inception",
+        "FID is measured on these features: `inception`, or folder or Hub id of an image classifier.",
+        path=True,
     )
-    baseline_models: int = _option(20, "Networks of each setting of the baselines, and of the VAE; 0 for none.")
+    baseline_models: int = _option(20, "Networks of each setting of the baselines, and of the VAE; 0 for none.", min=0)
     hyper_representations: bool = _option(
         False, "Also compare with S_KDE30, SANE_SUB and SANE_KDE30 (paper, Table 7), with num_models networks each."
     )
-
-    def __post_init__(self):
-        _require("baseline_models", self.baseline_models, self.baseline_models >= 0, "at least 0")
-        _require("num_models", self.num_models, self.num_models >= 1, "at least 1")
-        _require("num_inference_steps", self.num_inference_steps, self.num_inference_steps >= 1, "at least 1")
 
 
 @dataclass
 class Recipe(
     RunSection, TaskSection, BaseSection, CollectSection, AutoencoderSection, DenoiserSection, EvaluateSection
 ):
-    """Everything that a run is made of; flags of `scripts/train.py` and keys of a recipe file have these names."""
+    """
+    Everything that a run is made of; flags of `scripts/train.py` and keys of a recipe file have these names.
 
-    def __post_init__(self):
-        for key, value in vars(self).items():
-            if isinstance(value, float):
-                _require(key, value, math.isfinite(value), "finite")
-        for section in SECTIONS:
-            section.__post_init__(self)
+    Raises:
+        ValueError: for a value that is not possible; the message begins with the key.
+    """
 
-    def section(self, *sections: type) -> dict:
+    def __post_init__(self) -> None:
+        for option in dataclasses.fields(self):
+            setattr(self, option.name, _check_value(option, getattr(self, option.name)))
+        if self.num_snapshots % self.num_runs:
+            raise ValueError(f"num_runs must be a divisor of num_snapshots={self.num_snapshots}, got {self.num_runs}")
+        if self.token_size is not None and self.autoencoder_preset != "tokens":
+            raise ValueError(
+                f"token_size must be left out with autoencoder_preset={self.autoencoder_preset}, got {self.token_size}"
+            )
+
+    def section(self, *sections: type) -> dict[str, Any]:
         """The settings of some sections, by name."""
         return {f.name: getattr(self, f.name) for section in sections for f in dataclasses.fields(section)}
 
-    def without_secrets(self, *sections: type) -> dict:
+    def without_secrets(self, *sections: type) -> dict[str, Any]:
         """What may be written to files and sent to trackers."""
         return {key: value for key, value in self.section(*sections).items() if key not in SECRETS}
+
+    def with_dataset(self) -> "Recipe":
+        """
+        This recipe with the default data set where it names none.
+
+        Raises:
+            ValueError: if it has a model of one's own, which must not be judged by data that it was not made for.
+        """
+        if self.dataset is not None or ":" in self.task:
+            return self
+        if self.model is not None and ("/" in self.model or os.path.exists(self.model)):
+            raise ValueError(
+                f"--dataset is needed: there is no default one for '{self.model}', a model of your own; name the data "
+                "set that it was trained for"
+            )
+        return dataclasses.replace(self, dataset=DEFAULT_DATASET)
 
     def save(self, path: str | os.PathLike) -> None:
         """Writes a recipe file that gives this recipe again."""
@@ -278,83 +259,175 @@ class Recipe(
         for section in SECTIONS:
             lines.append(f"# {section.__doc__}")
             lines.append(yaml.safe_dump(self.without_secrets(section), sort_keys=False, allow_unicode=True))
-        Path(path).write_text("\n".join(lines))
+        Path(path).write_text("\n".join(lines), encoding="utf-8")
 
 
 SECTIONS = (RunSection, TaskSection, BaseSection, CollectSection, AutoencoderSection, DenoiserSection, EvaluateSection)
 for _section, _title in zip(
     SECTIONS, ("run", "task", "base model", "snapshots", "autoencoder", "denoiser", "evaluation"), strict=True
 ):
-    _section._argument_group_name = _title
+    _section._argument_group_name = _title  # type: ignore[attr-defined]  # the heading in --help
 
 
-_FIELDS = [f for section in SECTIONS for f in dataclasses.fields(section)]
-NULLABLE = {f.name for f in _FIELDS if f.default is None}
-LISTS = {f.name for f in _FIELDS if f.type == list[str]}
+def _kind(option: dataclasses.Field) -> tuple[type, bool]:
+    """The type of a key's values (of the items, for a list), and whether it may be None."""
+    types = [t for t in typing.get_args(option.type) if t is not type(None)] or [option.type]
+    return types[0], option.default is None or type(None) in typing.get_args(option.type)
+
+
+def _is_list(option: dataclasses.Field) -> bool:
+    return typing.get_origin(option.type) is list
+
+
+def _check_value(option: dataclasses.Field, value: Any) -> Any:
+    """`value` as it is to be used; a `ValueError` that begins with the key unless it is possible."""
+    kind, is_nullable = _kind(option)
+    bounds = option.metadata
+    if value is None and is_nullable:
+        return None
+    if _is_list(option) != isinstance(value, list):
+        raise ValueError(f"{option.name} must {'' if _is_list(option) else 'not '}be a list, got {value!r}")
+    checked = [_check_one(option.name, kind, bounds, item) for item in (value if _is_list(option) else [value])]
+    return checked if _is_list(option) else checked[0]
+
+
+def _check_one(name: str, kind: type, bounds: typing.Mapping[str, Any], value: Any) -> Any:
+    def require(condition: bool, what: str) -> None:
+        if not condition:
+            raise ValueError(f"{name} must be {what}, got {value!r}")
+
+    if kind is float and type(value) is int:
+        value = float(value)
+    words = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
+    require(type(value) is kind, words[kind])
+    if kind is float:
+        require(math.isfinite(value), "finite")
+    tests = {
+        "min": ("at least {}", lambda bound: value >= bound),
+        "above": ("above {}", lambda bound: value > bound),
+        "max": ("at most {}", lambda bound: value <= bound),
+        "below": ("below {}", lambda bound: value < bound),
+    }
+    given = [(text.format(bounds[key]), test(bounds[key])) for key, (text, test) in tests.items() if key in bounds]
+    require(all(holds for _, holds in given), " and ".join(text for text, _ in given))
+    if "choices" in bounds:
+        require(value in bounds["choices"], f"one of {', '.join(bounds['choices'])}")
+    if bounds.get("json"):
+        try:
+            require(isinstance(json.loads(value), dict), "a mapping, as JSON")
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{name} must be JSON, got {value!r}: {error}") from error
+    if bounds.get("path"):
+        try:
+            value = expand_path(value)
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from error
+    return value
+
+
+class _RecipeLoader(yaml.SafeLoader):
+    """YAML without references: a few lines of them can stand for more text than any memory holds."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.YAMLError(f"references such as *{self.peek_event().anchor} cannot be used")
+        return super().compose_node(parent, index)
 
 
 class RecipeParser(HfArgumentParser):
-    """Flags for every key of some sections, after an optional recipe file. Errors are one line that names the key."""
+    """
+    Flags for every key of a recipe, after an optional recipe file. Errors are one line that names the key, and end the
+    program.
+    """
 
-    def __init__(self, sections: tuple[type, ...] = SECTIONS, **kwargs):
-        super().__init__(sections, allow_abbrev=False, **kwargs)
+    def __init__(self, **kwargs: Any):
+        super().__init__(SECTIONS, allow_abbrev=False, **kwargs)
         self.add_argument("recipe", nargs="?", metavar="RECIPE.yaml", help="A recipe file; flags take precedence.")
-        self.keys = {f.name for section in sections for f in dataclasses.fields(section)}
+        self.options = {option.name: option for option in dataclasses.fields(Recipe)}
+
+    @staticmethod
+    def _parse_dataclass_field(parser: argparse.ArgumentParser, field: dataclasses.Field) -> None:
+        option = copy.copy(field)  # the parser of transformers changes its type
+        choices = field.metadata.get("choices")
+        text = field.metadata["help"] + (f" One of {', '.join(choices)}." if choices else "")
+        option.metadata = {"help": text}  # type: ignore[assignment]  # the rest is no argument of add_argument
+        HfArgumentParser._parse_dataclass_field(parser, option)
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: error: {' '.join(message.split())} (--help lists every key)\n")
 
     def parse_recipe(self, argv: list[str] | None = None) -> Recipe:
-        """The recipe that the file and the flags give; ends the program with one line for a wrong one."""
+        """The recipe that the file and the flags give; flags take precedence."""
         argv = sys.argv[1:] if argv is None else argv
-        namespace, unknown = super().parse_known_args(argv)
+        namespace, unknown = self.parse_known_args(argv)
         if unknown:  # before the value that follows an unknown flag is taken for the recipe file
-            self.error(f"unknown argument '{unknown[0]}'{self._suggest(unknown[0].lstrip('-').partition('=')[0])}")
+            self._refuse(unknown[0])
         if namespace.recipe is not None:
-            namespace = super().parse_known_args(self._read(namespace.recipe) + argv)[0]
-        values = {key: value for key, value in vars(namespace).items() if key in self.keys}
+            self.set_defaults(**self._read(namespace.recipe))
+            namespace = self.parse_known_args(argv)[0]
         try:
-            return Recipe(**values)
+            return Recipe(**{key: value for key, value in vars(namespace).items() if key in self.options})
         except ValueError as error:
             self.error(str(error))
 
-    def parse_changes(self, argv: list[str]) -> dict:
-        """The values of the keys that `argv` has flags for, and of no others; ends the program for a wrong flag."""
+    def parse_changes(self, argv: list[str]) -> dict[str, Any]:
+        """The values of the keys that `argv` has flags for, and of no others."""
         unset = object()
-        namespace, unknown = super().parse_known_args(argv, argparse.Namespace(**dict.fromkeys(self.keys, unset)))
+        namespace, unknown = self.parse_known_args(argv, argparse.Namespace(**dict.fromkeys(self.options, unset)))
         if unknown or namespace.recipe is not None:
-            wrong = unknown[0] if unknown else namespace.recipe
-            self.error(f"unknown argument '{wrong}'{self._suggest(wrong.lstrip('-').partition('=')[0])}")
-        return {key: value for key, value in vars(namespace).items() if key in self.keys and value is not unset}
+            self._refuse(unknown[0] if unknown else namespace.recipe)
+        return {key: value for key, value in vars(namespace).items() if key in self.options and value is not unset}
 
-    def _read(self, path: str) -> list[str]:
-        """The flags that say the same as the file."""
+    def _read(self, path: str) -> dict[str, Any]:
+        """The file's values such that they can be defaults: those that are text are read as flags are."""
         try:
-            values = yaml.load(Path(path).read_text(encoding="utf-8"), _RecipeLoader)
+            file = Path(expand_path(path))
+            if not file.exists() and (PACKAGED / file.name).is_file():
+                file = PACKAGED / file.name
+            values = yaml.load(file.read_text(encoding="utf-8"), _RecipeLoader)
         except (OSError, UnicodeDecodeError) as error:
             self.error(f"recipe '{path}' cannot be read: {error}")
-        except Exception as error:  # what values that are none make the parts of yaml raise has no common type
+        except Exception as error:  # what odd values make the parts of yaml raise has no common type
             self.error(f"recipe '{path}' is not YAML: {error}")
         values = {} if values is None else values
         if not isinstance(values, dict):
             self.error(f"recipe '{path}' must be a mapping of keys to values, got a {type(values).__name__}")
-        argv: list[str] = []
-        for key, value in values.items():
-            if key not in self.keys:
-                self.error(f"recipe '{path}' has the unknown key '{key}'{self._suggest(str(key))}")
-            if (value is None and key in NULLABLE) or (value == [] and key in LISTS):
-                self.set_defaults(**{key: value})
-            elif value is None or value == []:
-                self.error(f"recipe '{path}' has no value for the key '{key}'")
-            elif isinstance(value, list):
-                wrong = [item for item in map(str, value) if item.startswith("-")]
-                if wrong:  # it would be taken for a flag
-                    self.error(f"recipe '{path}' has '{wrong[0]}' in the list '{key}', which cannot begin with '-'")
-                argv += [f"--{key}", *map(str, value)]
-            else:
-                argv.append(f"--{key}={json.dumps(value) if isinstance(value, dict) else value}")
-        return argv
+        return {key: self._as_default(path, key, value) for key, value in values.items()}
+
+    def _as_default(self, path: str, key: Any, value: Any) -> Any:
+        if key not in self.options:
+            self.error(f"recipe '{path}' has the unknown key '{key}'{self._suggest(str(key))}")
+        option = self.options[key]
+        if value is None and not _kind(option)[1]:
+            self.error(f"recipe '{path}' has no value for the key '{key}'")
+        if isinstance(value, list) != _is_list(option):
+            if not _is_list(option):
+                self.error(f"recipe '{path}' has a list for the key '{key}', which takes one value")
+            value = [value]
+        if isinstance(value, list):
+            return [str(item) for item in value]
+        return value if value is None else json.dumps(value) if isinstance(value, dict) else str(value)
+
+    def _refuse(self, argument: str) -> NoReturn:
+        self.error(f"unknown argument '{argument}'{self._suggest(argument.lstrip('-').partition('=')[0])}")
 
     def _suggest(self, key: str) -> str:
-        close = difflib.get_close_matches(key, self.keys, n=3)
+        if key in RENAMED:
+            return f"; it is called {RENAMED[key]} now"
+        close = difflib.get_close_matches(key, self.options, n=3)
         return f"; did you mean {' or '.join(close)}?" if close else ""
+
+
+class _RaisingParser(RecipeParser):
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(message)
+
+
+def load_recipe(path: str | os.PathLike, **changes: Any) -> Recipe:
+    """
+    The recipe in a file, with some keys changed.
+
+    Raises:
+        ValueError: if the file cannot be read, or its values cannot be used.
+    """
+    return dataclasses.replace(_RaisingParser().parse_recipe([os.fspath(path)]), **changes)

@@ -8,17 +8,17 @@ import torch
 from accelerate import PartialState
 from torch import nn
 
-from ..evaluation.generator import evaluate_generator
-from ..evaluation.measured import Measurer
-from ..evaluation.scoring import Scorer
+from ..evaluation.compare import compare_generator
+from ..evaluation.scoring import make_scorer
 from ..layout import LayoutError, ParameterLayout
 from ..pipelines import PDiffPipeline
 from ..snapshots import load_snapshots, parameter_matrix, read_networks
-from ..tasks import ClassificationTask, Task, make_task
+from ..tasks import Task
 from ..tasks.labels import LabelledTask
-from ..utils.errors import explaining
+from ..utils.errors import resource_errors
 from ..utils.files import remove
 from .recipe import Recipe
+from .task import make_task
 
 
 def evaluate_saved(source: str, recipe: Recipe) -> dict:
@@ -50,23 +50,23 @@ def evaluate_saved(source: str, recipe: Recipe) -> dict:
         if carried is None:
             raise ValueError(f"--model is needed: '{source}' does not carry the network that its tensors belong to")
         recipe = dataclasses.replace(recipe, model=str(Path(folder, "base_model")))
-    task = make_task(vars(recipe))
+    task = make_task(recipe)
     model = _load_model(task, recipe.model, layout) if carried is None else carried
     layout.check_fits(model.state_dict())
-    classifies = isinstance(task, ClassificationTask)
     if isinstance(task, LabelledTask):
         task.align(model.config)
     device = PartialState().device
     output = Path(recipe.output_dir)
     part = output / ".report.part"
     remove(part)
-    with explaining("evaluation", output, "what is scored is kept; go on with the same command"):
-        report = evaluate_generator(
-            (Scorer if classifies else Measurer)(task, model.to(device), layout, cache_dir=output / "scores"),
+    with resource_errors("evaluation", output, "what is scored is kept; go on with the same command"):
+        report = compare_generator(
+            make_scorer(task, model.to(device), layout, cache_dir=output / "scores"),
             parameter_matrix(snapshots, layout),
             read_networks(folder, layout) if pipeline is None else pipeline.to(device),
             part,
             num_models=recipe.num_models,
+            score_models=recipe.score_models,
             num_inference_steps=recipe.num_inference_steps,
             baseline_models=recipe.baseline_models,
             hyper_representations=recipe.hyper_representations,

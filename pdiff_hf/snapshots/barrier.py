@@ -99,6 +99,13 @@ def _farthest(parameters: torch.Tensor, place: torch.Tensor) -> int:
     return torch.stack([torch.dist(row, place) for row in parameters]).argmax().item()
 
 
+def _describe(row: int, seeds: Sequence[int], steps: Sequence[int]) -> str:
+    """A snapshot in words: the run that it is from, where there are several, and the step."""
+    runs = list(dict.fromkeys(seeds))
+    run = f"run {runs.index(seeds[row]) + 1} of {len(runs)}, " if len(runs) > 1 else ""
+    return f"snapshot {row} ({run}step {steps[row]})"
+
+
 def check_basins(
     task: ClassificationTask,
     models: BatchedModels,
@@ -120,15 +127,15 @@ def check_basins(
     measured = [measure_barrier(task, models, parameters[a], parameters[b]) for a, b in pairs]
     worst, (a, b) = max(zip(measured, pairs, strict=True), key=lambda item: item[0].barrier)
     message = (
-        f"between snapshot {a} (seed {seeds[a]}, step {steps[a]}) and {b} (seed {seeds[b]}, step {steps[b]}), accuracy "
-        f"falls up to {worst.barrier:.1f} points below the straight line between their {worst.accuracies[0]:.1f}% and "
+        f"between {_describe(a, seeds, steps)} and {_describe(b, seeds, steps)}, accuracy falls up to "
+        f"{worst.barrier:.1f} points below the straight line between their {worst.accuracies[0]:.1f}% and "
         f"{worst.accuracies[-1]:.1f}%, and the loss rises up to {worst.loss_barrier:.2f} above it (pairs "
         f"measured: {len(pairs)}, validation examples: {worst.num_examples})"
     )
     if worst.barrier > MAX_BARRIER:
         logger.warning(
-            f"the snapshots lie in different basins: {message}. Above {MAX_BARRIER:g} points, what is between them is "
-            "no good network, and one generator may learn little. Align them (scripts/collect.py --import ... --align, "
+            f"the snapshots lie in different basins: {message}. Above {MAX_BARRIER:g} points, networks between them "
+            "work badly, and one generator may learn little. Align them (scripts/collect.py --import ... --align, "
             "for MLPs and plain CNNs), or train a generator for each basin"
         )
     else:

@@ -2,7 +2,6 @@
 
 import os
 from collections.abc import Iterator
-from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -13,6 +12,7 @@ from tqdm.auto import tqdm
 
 from ..layout import ParameterLayout
 from ..networks.batched import BatchedModels, Forward, PrefixCache
+from ..networks.cropping import CroppedConvolutions
 from ..tasks import ClassificationTask, Task, accuracy, take
 from ..training.loop import LoopArguments, TrainingError, epoch_indices, largest, make_optimizer, train
 from ..utils.seeds import derive_seed
@@ -61,8 +61,9 @@ def train_base_model(
     def loss_function(model, indices, generator):
         # What a task or a network draws by chance, such as dropout, follows from the step, as the examples do.
         torch.manual_seed(generator.initial_seed())
-        batch = task.augment(task.collate(take(split, indices.tolist())))
-        return task.loss(model, send_to_device(batch, accelerator.device))
+        batch = send_to_device(task.augment(task.collate(take(split, indices.tolist()))), accelerator.device)
+        with CroppedConvolutions():
+            return task.loss(model, batch)
 
     return train(
         accelerator,
@@ -90,21 +91,24 @@ def collect_snapshots(
     """
     Fine-tunes the tensors of `layout` and writes snapshots to the parameter data set `folder`, for classification with
     the column `validation_accuracy` in percent; the column `seed` differs between runs. Everything else stays as it
-    is: the other parameters, and the statistics of batch norm, because the network is in eval mode throughout. `model`
-    is left as it was. Where examples come up several times, what is computed from them before the trained tensors are
-    used is computed once and kept, if it fits into memory and the data are the same each time.
+    is: the other parameters, and the statistics of batch norm, because the network is in eval mode; but layers whose
+    statistics the layout has are in training mode, where they follow the data. `model` is left as it was. Where
+    examples come up several times, what is computed from them before the trained tensors are used is computed once and
+    kept, if it fits into memory and the data are the same each time.
 
     Raises:
         TrainingError: if the loss or a parameter is no longer finite.
     """
     split = task.load_split("train")
-    original = layout.flatten(model.state_dict()).clone()
+    changing = {name for name in model.state_dict() if name in layout.names or name.endswith("num_batches_tracked")}
+    original = {name: tensor.clone() for name, tensor in model.state_dict().items() if name in changing}
     trained = {name: parameter for name, parameter in model.named_parameters() if name in layout.names}
     required_grad = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name in trained)
     model.to(accelerator.device).eval()
     models = BatchedModels(model, layout)
+    normalizing = [module for name, module in model.named_modules() if f"{name}.running_mean" in layout.names]
 
     def loss_of(indices: torch.Tensor) -> Forward:
         batch = send_to_device(task.augment(task.collate(take(split, indices.tolist()))), accelerator.device)
@@ -119,6 +123,7 @@ def collect_snapshots(
         "snapshots",
         args.num_snapshots * args.every_n_steps,
         disable=not accelerator.is_local_main_process,
+        leave=False,
         mininterval=1.0,
     )
     try:
@@ -128,12 +133,16 @@ def collect_snapshots(
             num_taken = 0
             for run_seed, step, indices in progress:
                 if step == 1:
-                    model.load_state_dict(layout.unflatten(original), strict=False)
+                    model.load_state_dict(original, strict=False)
                     optimizer = make_optimizer(args.optimizer, trained.values(), args.learning_rate, args.weight_decay)
                 torch.manual_seed(derive_seed(run_seed, step))
                 loss_function = loss_of(indices)
-                with cache.replay(indices) if cache else nullcontext():
+                for module in normalizing:
+                    module.train()
+                with cache.replay(indices) if cache else CroppedConvolutions():
                     loss = loss_function(model)
+                for module in normalizing:
+                    module.eval()
                 if not torch.isfinite(loss):
                     raise TrainingError(
                         f"snapshots: the loss is {loss.item()} at step {step}; the learning rate of "
@@ -161,7 +170,7 @@ def collect_snapshots(
                         writer.write(parameters, step=row_step, seed=row_seed, **columns)
                     buffer.clear()
     finally:
-        model.load_state_dict(layout.unflatten(original), strict=False)
+        model.load_state_dict(original, strict=False)
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(required_grad[name])
 

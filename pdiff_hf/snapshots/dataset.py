@@ -1,6 +1,7 @@
 """The parameter data set: one row a snapshot, kept as a folder that is also a data set repository of the Hub."""
 
 import hashlib
+import json
 import mmap
 import os
 import shutil
@@ -15,6 +16,7 @@ import torch
 from datasets.arrow_writer import ArrowWriter
 
 from ..layout import LayoutError, ParameterLayout
+from ..models.condition import CategoryField, Condition, Field, Fields, VectorField
 from ..utils.errors import first_line
 from ..utils.files import sync
 
@@ -26,17 +28,25 @@ LONG_ROW = 2**20
 CHECK_BUFFER = 64 * 2**20
 DATA_FILE = "data/snapshots.arrow"
 LAYOUT_FILE = "layout/layout.arrow"
+FIELDS_FILE = "fields/fields.arrow"
 # Both configs are Arrow files: a data set repository has one format for all of its configs.
 LAYOUT_FEATURES = datasets.Features(
-    name=datasets.Value("string"), shape=datasets.List(datasets.Value("int64")), dtype=datasets.Value("string")
+    name=datasets.Value("string"),
+    shape=datasets.List(datasets.Value("int64")),
+    dtype=datasets.Value("string"),
+    aliases=datasets.List(datasets.Value("string")),
 )
+FIELDS_FEATURES = datasets.Features(name=datasets.Value("string"), field=datasets.Value("string"))
+FIELDS_CONFIG = """- config_name: fields
+  data_files: fields/*
+"""
 CARD = """---
 configs:
 - config_name: default
   data_files: data/*
 - config_name: layout
   data_files: layout/*
-tags:
+{fields_config}tags:
 - pdiff-hf
 - neural-network-weights
 ---
@@ -60,14 +70,26 @@ class SnapshotWriter:
         folder (`str` or `os.PathLike`): Must not exist yet.
         layout (`ParameterLayout`): Of every row.
         metrics (`Sequence[str]`, *optional*): Names of the float columns beside `parameters`, `step` and `seed`.
+        fields (`Fields`, *optional*): Of the conditions of the networks: a column for each, null where it is unknown.
 
     Raises:
         SnapshotError: by `write`, for a row of another length, with a value that is not finite, or that was written
             before; on leaving the block, if nothing was written.
     """
 
-    def __init__(self, folder: str | os.PathLike, layout: ParameterLayout, metrics: Sequence[str] = ()):
-        self.folder, self.layout, self.metrics = Path(folder), layout, tuple(metrics)
+    def __init__(
+        self,
+        folder: str | os.PathLike,
+        layout: ParameterLayout,
+        metrics: Sequence[str] = (),
+        fields: Fields | None = None,
+    ):
+        self.folder, self.layout, self.metrics, self.fields = Path(folder), layout, tuple(metrics), fields
+        reserved = [name for name in fields or () if name in ("parameters", "step", "seed", *self.metrics)]
+        if reserved:
+            raise SnapshotError(
+                f"a field of a condition cannot have the name {reserved[0]!r}, which is a column already"
+            )
         self._part = self.folder.with_name(f".{self.folder.name}.part")
         self._rows_by_digest: dict[bytes, int] = {}
 
@@ -87,6 +109,7 @@ class SnapshotWriter:
             step=datasets.Value("int64"),
             seed=datasets.Value("int64"),
             **{name: datasets.Value("float32") for name in self.metrics},
+            **{name: field_column(field) for name, field in (self.fields or {}).items()},
         )
         self._writer = ArrowWriter(
             path=str(self._part / DATA_FILE),
@@ -97,8 +120,19 @@ class SnapshotWriter:
         )
         return self
 
-    def write(self, parameters: torch.Tensor, *, step: int, seed: int, **metrics: float) -> None:
-        """Adds one row; `parameters` has shape `(D,)`."""
+    def write(
+        self, parameters: torch.Tensor, *, step: int, seed: int, condition: Condition | None = None, **metrics: float
+    ) -> None:
+        """
+        Adds one row.
+
+        Args:
+            parameters (`torch.Tensor`): Shape `(D,)`.
+            condition (`Mapping`, *optional*): Of the network; fields that are left out are unknown.
+
+        Raises:
+            ConditionError: for a condition that does not fit the fields.
+        """
         row = len(self._rows_by_digest)
         if parameters.shape != (self.layout.num_parameters,):
             raise SnapshotError(
@@ -113,7 +147,14 @@ class SnapshotWriter:
                 "selected tensors being trained, and is the learning rate above 0?"
             )
         self._rows_by_digest[digest] = row
-        self._writer.write({"parameters": values, "step": step, "seed": seed, **metrics})
+        columns = {}
+        if self.fields is not None:
+            (columns,) = self.fields.conditions(self.fields.table([condition or {}]))
+        elif condition:
+            raise SnapshotError(
+                "a condition was given, but the data set was made without fields; pass fields=Fields(...)"
+            )
+        self._writer.write({"parameters": values, "step": step, "seed": seed, **metrics, **columns})
 
     def __exit__(self, exception_type, exception, traceback) -> None:
         try:
@@ -122,12 +163,21 @@ class SnapshotWriter:
             if exception_type is None:
                 self._writer.finalize()
                 with ArrowWriter(path=str(self._part / LAYOUT_FILE), features=LAYOUT_FEATURES) as writer:
-                    for name, shape, dtype in zip(
-                        self.layout.names, self.layout.shapes, self.layout.dtypes, strict=True
-                    ):
-                        writer.write({"name": name, "shape": shape, "dtype": dtype})
+                    columns = (self.layout.names, self.layout.shapes, self.layout.dtypes, self.layout.aliases)
+                    for values in zip(*columns, strict=True):
+                        writer.write(dict(zip(LAYOUT_FEATURES, values, strict=True)))
                     writer.finalize()
-                (self._part / "README.md").write_text(CARD.format(num_parameters=self.layout.num_parameters))
+                if self.fields is not None:
+                    (self._part / FIELDS_FILE).parent.mkdir()
+                    with ArrowWriter(path=str(self._part / FIELDS_FILE), features=FIELDS_FEATURES) as writer:
+                        for name, field in self.fields.to_dict().items():
+                            writer.write({"name": name, "field": json.dumps(field)})
+                        writer.finalize()
+                (self._part / "README.md").write_text(
+                    CARD.format(
+                        num_parameters=self.layout.num_parameters, fields_config=FIELDS_CONFIG if self.fields else ""
+                    )
+                )
                 sync(self._part)
                 self._part.rename(self.folder)
         finally:
@@ -135,6 +185,13 @@ class SnapshotWriter:
                 self._writer.close()  # which writes again, and fails again where the disk is full
             finally:
                 shutil.rmtree(self._part, ignore_errors=True)
+
+
+def field_column(field: Field) -> datasets.Value | datasets.List:
+    """The type of the column that holds a field of a condition."""
+    if isinstance(field, VectorField):
+        return datasets.List(datasets.Value("float32"), length=field.length)
+    return datasets.Value("string" if isinstance(field, CategoryField) else "float32")
 
 
 def check_finite(parameters: np.ndarray, layout: ParameterLayout, first_row: int = 0) -> None:
@@ -174,7 +231,11 @@ def load_snapshots(path: str | os.PathLike, **kwargs: Any) -> tuple[datasets.Dat
                 f"'{path}' is neither a folder nor a Hub id with the configs default and layout: {error}"
             ) from error
     try:
-        layout = ParameterLayout(*([row[key] for row in rows] for key in ("name", "shape", "dtype")))
+        # Data sets of version 0.1 have no aliases.
+        layout = ParameterLayout(
+            *([row[key] for row in rows] for key in ("name", "shape", "dtype")),
+            aliases=[row.get("aliases") or () for row in rows],
+        )
     except (KeyError, LayoutError) as error:
         raise SnapshotError(f"the layout of '{path}' cannot be used: {error}") from error
     feature = dataset.features.get("parameters")
@@ -184,6 +245,31 @@ def load_snapshots(path: str | os.PathLike, **kwargs: Any) -> tuple[datasets.Dat
             f"is {feature}"
         )
     return dataset, layout
+
+
+def load_fields(path: str | os.PathLike, **kwargs: Any) -> Fields | None:
+    """
+    The fields of the conditions of a parameter data set, a folder or a Hub id; None if its networks have none.
+
+    Raises:
+        SnapshotError: if they cannot be read.
+    """
+    if Path(path).is_dir():
+        file = Path(path, FIELDS_FILE)
+        rows = list(_read_arrow(file)) if file.is_file() else []
+    elif "fields" in datasets.get_dataset_config_names(str(path), **kwargs):
+        rows = list(datasets.load_dataset(str(path), "fields", split="train", **kwargs))
+    else:
+        rows = []
+    try:
+        return Fields({row["name"]: json.loads(row["field"]) for row in rows}) if rows else None
+    except (KeyError, ValueError) as error:
+        raise SnapshotError(f"the fields of '{path}' cannot be used: {error}") from error
+
+
+def condition_table(dataset: datasets.Dataset, fields: Fields) -> torch.Tensor:
+    """The conditions of all rows as a table of shape `(N, width)`, NaN where a field is unknown."""
+    return fields.table(dataset.select_columns(list(fields)))
 
 
 def _read_arrow(file: Path) -> datasets.Dataset:

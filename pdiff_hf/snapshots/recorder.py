@@ -12,8 +12,9 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import TrainerCallback
 
+from ..layout import ParameterLayout
 from ..selection import select_layout
-from ..utils.files import replacing
+from ..utils.files import replacing, without_nan, write_json
 from .dataset import SnapshotError, SnapshotWriter, check_finite
 
 logger = logging.getLogger(__name__)
@@ -37,7 +38,7 @@ class SnapshotRecorder:
     Args:
         model (`nn.Module`): The network itself, not a wrapper of `DistributedDataParallel` or `torch.compile`.
         folder (`str` or `os.PathLike`): Must not exist yet.
-        select, exclude (`str` or `Sequence[str]`, *optional*): See [`~pdiff_hf.selection.select_parameters`].
+        select, exclude, batch_norm_statistics: See [`~pdiff_hf.selection.select_parameters`].
         seed (`int`, *optional*, defaults to 0): For the column `seed`.
         resume_step (`int`, *optional*, defaults to 0): What an interrupted run recorded up to this step is kept. 0
             starts afresh.
@@ -55,18 +56,19 @@ class SnapshotRecorder:
         select: str | Sequence[str] = "norm[-2:]",
         exclude: str | Sequence[str] = (),
         *,
+        batch_norm_statistics: bool = False,
         seed: int = 0,
         resume_step: int = 0,
     ):
         self.model, self.folder, self.seed = model, Path(folder), seed
-        self.layout = select_layout(model, select, exclude)
+        self.layout = select_layout(model, select, exclude, batch_norm_statistics=batch_norm_statistics)
         self.is_active = not (torch.distributed.is_initialized() and torch.distributed.get_rank() > 0)
         self._recording = self.folder.with_name(f".{self.folder.name}.recording")
         self._previous: torch.Tensor | None = None
         if self.folder.exists():
             raise SnapshotError(f"'{self.folder}' exists already; snapshots are never added to a finished data set")
         parameters = dict(model.named_parameters())
-        if not any(parameters[name].requires_grad for name in self.layout.names):
+        if not any(parameters[name].requires_grad for name in self.layout.names if name in parameters):
             raise SnapshotError(
                 f"none of the selected tensors is trained (requires_grad is False): '{self.layout.names[0]}', ..."
             )
@@ -78,16 +80,20 @@ class SnapshotRecorder:
             shutil.rmtree(self._recording, ignore_errors=True)
         self._recording.mkdir(parents=True, exist_ok=True)
         layout_file = self._recording / "layout.json"
-        layout = json.dumps(self.layout.to_dict())
-        if layout_file.is_file() and layout_file.read_text() != layout:
+        if layout_file.is_file() and ParameterLayout.from_dict(_read_json(layout_file)) != self.layout:
             raise SnapshotError(
                 f"the interrupted run recorded other tensors; delete '{self._recording}' to record without it"
             )
-        with replacing(layout_file) as part:
-            part.write_text(layout)
+        write_json(layout_file, self.layout.to_dict())
         for path in self._recording.glob("step-*"):
             if _step(path) > resume_step:
                 path.unlink()
+        if kept := self._files():
+            self._previous = load_file(kept[-1])["parameters"]
+
+    def _files(self) -> list[Path]:
+        """Of the snapshots so far, in order."""
+        return sorted(self._recording.glob("step-*.safetensors"), key=_step)
 
     def __enter__(self) -> "SnapshotRecorder":
         return self
@@ -110,9 +116,8 @@ class SnapshotRecorder:
             logger.warning("step %d changed none of the recorded tensors, so it gives no snapshot", step)
             return
         self._previous = vector
-        part = self._recording / "part"
-        save_file({"parameters": vector}, part)
-        part.rename(self._recording / f"step-{step}.safetensors")
+        with replacing(self._recording / f"step-{step}.safetensors") as part:
+            save_file({"parameters": vector}, part)
         self.add_metrics(step, metrics)
 
     def add_metrics(self, step: int, metrics: Mapping[str, float]) -> None:
@@ -121,15 +126,13 @@ class SnapshotRecorder:
             raise SnapshotError(f"a metric cannot be named {reserved[0]}; the data set has a column of that name")
         if self.is_active and metrics:
             path = self._recording / f"step-{step}.json"
-            earlier = json.loads(path.read_text()) if path.is_file() else {}
-            with replacing(path) as part:
-                part.write_text(json.dumps(earlier | {name: float(value) for name, value in metrics.items()}))
+            write_json(path, _read_json(path) | without_nan({name: float(value) for name, value in metrics.items()}))
 
     def finish(self) -> None:
         """Writes the data set, with a column for every metric that any snapshot has."""
         if not self.is_active:
             return
-        files = sorted(self._recording.glob("step-*.safetensors"), key=_step)
+        files = self._files()
         if len(files) < 2:
             raise SnapshotError(
                 f"only {len(files)} snapshots were recorded for '{self.folder}'; was there a step that changed the "
@@ -154,7 +157,7 @@ class SnapshotCallback(TrainerCallback):
     there. Parameters that are spread over processes (FSDP, DeepSpeed ZeRO-3) are not supported.
 
     Args:
-        folder, select, exclude: See [`SnapshotRecorder`].
+        folder, select, exclude, batch_norm_statistics: See [`SnapshotRecorder`].
         every_n_steps (`int`, *optional*, defaults to 1): Optimizer steps between two snapshots.
         first_step (`int`, *optional*, defaults to 1): No snapshot before this step, such as the end of the warm-up.
 
@@ -169,16 +172,24 @@ class SnapshotCallback(TrainerCallback):
         exclude: str | Sequence[str] = (),
         every_n_steps: int = 1,
         first_step: int = 1,
+        batch_norm_statistics: bool = False,
     ):
         if every_n_steps < 1:
             raise SnapshotError(f"every_n_steps must be at least 1, got {every_n_steps}")
         self.folder, self.select, self.exclude = folder, select, exclude
+        self.batch_norm_statistics = batch_norm_statistics
         self.every_n_steps, self.first_step = every_n_steps, first_step
         self.recorder: SnapshotRecorder | None = None
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
         self.recorder = SnapshotRecorder(
-            model, self.folder, self.select, self.exclude, seed=args.seed, resume_step=state.global_step
+            model,
+            self.folder,
+            self.select,
+            self.exclude,
+            batch_norm_statistics=self.batch_norm_statistics,
+            seed=args.seed,
+            resume_step=state.global_step,
         )
 
     def on_step_end(self, args, state, control, **kwargs):
@@ -203,5 +214,5 @@ def _step(path: Path) -> int:
     return int(path.stem.partition("-")[2])
 
 
-def _read_json(path: Path) -> dict[str, float]:
+def _read_json(path: Path) -> dict:
     return json.loads(path.read_text()) if path.is_file() else {}

@@ -121,15 +121,18 @@ def load_raw(dataset: str, others: str = "") -> dict[str, datasets.Dataset]:
             if not os.path.exists(dataset):
                 path, _, config = dataset.partition(":")
             raw = datasets.load_dataset(path, config or None)
-    except (OSError, ValueError, datasets.exceptions.DatasetGenerationError) as error:
+    except datasets.exceptions.DatasetGenerationError as error:  # its files are there, but do not belong together
+        reason = " ".join(str(error.__cause__ or error).split())
+        raise ValueError(f"the files of dataset '{dataset}' cannot be read: {reason[:500]}") from error
+    except (OSError, ValueError) as error:
         raise ValueError(
             f"dataset '{dataset}' is neither {others}a local data set folder nor a Hub id that can be "
             f"reached, nor a file that ends in {', '.join(FILE_TYPES)}: {error}"
         ) from error
     if "train" not in raw:
         raise ValueError(f"dataset '{dataset}' needs a split named train, got {sorted(raw)}")
-    validation = next((name for name in VALIDATION_NAMES if name in raw), None)
-    return {name: raw[name] for name in ("train", validation, "test") if name in raw}
+    validation = [name for name in VALIDATION_NAMES if name in raw][:1]
+    return {name: raw[name] for name in ("train", *validation, "test") if name in raw}
 
 
 def take_columns(rows: datasets.Dataset, names: Mapping[str, str]) -> datasets.Dataset:
@@ -137,12 +140,15 @@ def take_columns(rows: datasets.Dataset, names: Mapping[str, str]) -> datasets.D
     return rows.select_columns(list(names)).rename_columns(dict(names)).add_column("row", np.arange(len(rows)))
 
 
-def choose_column(columns: Iterable[str], candidates: Sequence[str], chosen: str | None, setting: str) -> str:
+def choose_column(
+    dataset: str, columns: Iterable[str], candidates: Sequence[str], chosen: str | None, setting: str
+) -> str:
     """
     The column that serves a purpose: the one chosen, else the only candidate.
 
     Args:
-        columns (`Iterable[str]`): All that there are.
+        dataset (`str`): What the data set is called in messages.
+        columns (`Iterable[str]`): All that it has.
         candidates (`Sequence[str]`): Those that could serve.
         chosen (`str`, *optional*): The value of the setting.
         setting (`str`): Its name, such as `label_column`.
@@ -154,10 +160,11 @@ def choose_column(columns: Iterable[str], candidates: Sequence[str], chosen: str
         return chosen
     kind = setting.removesuffix("_column")
     if chosen is not None or not candidates:
-        name = f" {chosen}" if chosen else ""
-        raise ValueError(f"it has no {kind} column{name}; its columns are {', '.join(columns)}")
+        name = f"column {chosen}" if chosen else f"{kind} column"
+        raise ValueError(f"dataset '{dataset}' has no {name}; its columns are {', '.join(columns)}")
     if len(candidates) > 1:
-        raise ValueError(f"{' and '.join(candidates)} could each be its {kind} column; choose one with {setting}")
+        names = " and ".join(candidates)
+        raise ValueError(f"dataset '{dataset}': {names} could each be the {kind} column; choose one with {setting}")
     return candidates[0]
 
 

@@ -97,6 +97,9 @@ class ClassifierFeatures(nn.Module):
     without cropping if it is one of timm.
     """
 
+    mean: torch.Tensor
+    std: torch.Tensor
+
     def __init__(self, name: str):
         super().__init__()
         try:

@@ -23,6 +23,7 @@ from transformers import (
 )
 from transformers.models.timm_wrapper import TimmWrapperConfig
 
+from ..networks.adapters import load_network
 from .dataset import take_columns
 from .images import ImageColumn, ImageSplit, ImageTask, Preparation, load_image_data
 from .labels import LabelledTask, bad_labels, find_weights, name_classes, without_unlabelled_test
@@ -36,8 +37,8 @@ class ImageClassificationTask(ImageTask, LabelledTask):
     """
     Args beyond those of [`ImageTask`] and [`LabelledTask`]:
         model (`str`, *optional*, defaults to `"resnet18"`): Name of a timm architecture (with fresh weights), or a
-            local folder or Hub id of a transformers or timm model (`timm/...`). A local folder with a `config.json` and
-            no weights gives that network with fresh weights.
+            local folder or Hub id of a transformers or timm model (`timm/...`), or of an adapter of PEFT. A local
+            folder with a `config.json` and no weights gives that network with fresh weights.
         dataset (`str`, *optional*, defaults to `"digits"`): `digits` (the 1,797 scans that scikit-learn carries), a
             local folder or the Hub id of an image-classification data set.
         model_args (`dict`, *optional*): More arguments of a timm architecture, such as `img_size` for a ViT.
@@ -50,16 +51,13 @@ class ImageClassificationTask(ImageTask, LabelledTask):
     dataset: str = "digits"
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         self._check_sizes()
         # Looked up now: a mistyped name must not be found out after an hour of work.
         config, self._has_weights = self._find_model()
         raw = load_image_data(self.dataset)
         features = raw["train"].features
-        try:
-            names = {self._choose_image(features): "image", self._choose_label(features): "label"}
-        except ValueError as error:
-            hint = "; images in a folder get their classes from its sub-folders" if list(features) == ["image"] else ""
-            raise ValueError(f"dataset '{self.dataset}' does not fit image classification: {error}{hint}") from error
+        names = {self._choose_image(features): "image", self._choose_label(features): "label"}
         raw = without_unlabelled_test({name: take_columns(rows, names) for name, rows in raw.items()})
         for name, rows in raw.items():
             raw[name] = self._usable(rows, name, {**self._bad_images(rows), **bad_labels(rows)})
@@ -82,7 +80,7 @@ class ImageClassificationTask(ImageTask, LabelledTask):
             )
         try:
             with torch.device("meta"):
-                cfg = timm.create_model(self.model, **self.model_args).pretrained_cfg
+                cfg: dict[str, Any] = timm.create_model(self.model, **self.model_args).pretrained_cfg  # type: ignore
         except TypeError as error:
             raise ValueError(f"model '{self.model}' does not take the model_args {self.model_args}: {error}") from error
         channels, *size = cfg["input_size"]
@@ -126,7 +124,7 @@ class ImageClassificationTask(ImageTask, LabelledTask):
 
     def load_saved(self, folder: str | os.PathLike) -> PreTrainedModel:
         """What `save_base_model` wrote."""
-        return AutoModelForImageClassification.from_pretrained(folder)
+        return load_network(folder, AutoModelForImageClassification)
 
     def _prepare(self, split: Split) -> ImageSplit:
         """Images as the network's own preprocessing makes them."""
@@ -148,18 +146,18 @@ class ImageClassificationTask(ImageTask, LabelledTask):
             cfg = timm.data.resolve_data_config(pretrained_cfg=self._config.pretrained_cfg, verbose=False)
             if self.image_size is not None:
                 cfg |= {"input_size": (cfg["input_size"][0], self.image_size, self.image_size), "crop_pct": 1.0}
-            transform = timm.data.create_transform(**cfg, is_training=False, normalize=False)
             mode = "L" if cfg["input_size"][0] == 1 else "RGB"
-            return Preparation(transform, cfg["mean"], cfg["std"], mode, str(sorted(cfg.items())))
+            to_tensor = timm.data.create_transform(**cfg, is_training=False, normalize=False)
+            return Preparation(to_tensor, cfg["mean"], cfg["std"], mode, str(sorted(cfg.items())))
         processor = self._load_processor()
         size = {} if self.image_size is None else {"size": {"height": self.image_size, "width": self.image_size}}
 
-        def transform(image: Image.Image) -> torch.Tensor:
+        def process(image: Image.Image) -> torch.Tensor:
             values = processor(pil_to_tensor(image), do_rescale=False, do_normalize=False, return_tensors="pt", **size)
             return values["pixel_values"][0]
 
         mean, std = (processor.image_mean, processor.image_std) if processor.do_normalize else ([0.0] * 3, [1.0] * 3)
-        return Preparation(transform, mean, std, "RGB", f"{processor.to_json_string()} {size}")
+        return Preparation(process, mean, std, "RGB", f"{processor.to_json_string()} {size}")
 
     def _load_processor(self) -> BaseImageProcessor:
         try:
@@ -173,5 +171,6 @@ class ImageClassificationTask(ImageTask, LabelledTask):
     def loss(self, call: Callable, batch: Batch) -> torch.Tensor:
         return F.cross_entropy(self.predict(call, batch), batch["labels"])
 
-    def predict(self, call: Callable, batch: Batch) -> torch.Tensor:
+    @staticmethod
+    def predict(call: Callable, batch: Batch) -> torch.Tensor:
         return call(pixel_values=batch["pixel_values"]).logits

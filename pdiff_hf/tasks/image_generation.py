@@ -88,10 +88,7 @@ class ImageGenerationTask(ImageTask, MeasuredTask):
         """Images, with their classes if there are any, by which splits are stratified."""
         raw = load_image_data(self.dataset)
         features = raw["train"].features
-        try:
-            names = {self._choose_image(features): "image"}
-        except ValueError as error:
-            raise ValueError(f"dataset '{self.dataset}' does not fit image generation: {error}") from error
+        names = {self._choose_image(features): "image"}
         labels = label_candidates(features)
         names |= {labels[0]: "label"} if len(labels) == 1 else {}
         raw = {name: take_columns(rows, names) for name, rows in raw.items()}

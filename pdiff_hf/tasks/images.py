@@ -11,12 +11,12 @@ import numpy as np
 import pyarrow.compute as pc
 import torch
 from PIL import Image
-from sklearn.datasets import load_digits
 from torchvision.transforms import v2
 
 from ..utils.errors import first_line
 from ..utils.memory import is_out_of_memory
 from .dataset import BadRows, DatasetTask, choose_column, describe_row, load_raw
+from .digits import EMBEDDED
 from .task import Batch, Split
 
 # Prepared images are kept in memory (as uint8) up to this size, and made anew for each batch beyond it.
@@ -55,9 +55,9 @@ class ImageTask(DatasetTask):
     def _choose_image(self, features: Mapping[str, Any]) -> str:
         images = [name for name, feature in features.items() if isinstance(feature, datasets.Image)]
         candidates = ["image"] if "image" in images else images
-        name = choose_column(features, candidates, self.image_column, "image_column")
+        name = choose_column(self.dataset, features, candidates, self.image_column, "image_column")
         if name not in images:
-            raise ValueError(f"its column {name} holds {features[name]}, not images")
+            raise ValueError(f"dataset '{self.dataset}': column {name} holds {features[name]}, not images")
         return name
 
     def _bad_images(self, rows: datasets.Dataset, column: str = "image") -> BadRows:
@@ -102,7 +102,7 @@ class ImageTask(DatasetTask):
             digest.update(tensor.numpy().tobytes())
         indices = np.unique(np.linspace(0, len(rows) - 1, min(FINGERPRINTED, len(rows))).round().astype(int))
         for column in columns:
-            for stored in ImageColumn(rows, column, self.dataset).stored(indices):
+            for stored in ImageColumn(rows, column, self.dataset).stored(indices.tolist()):
                 digest.update(stored)
         return digest.hexdigest()
 
@@ -112,18 +112,12 @@ def load_image_data(dataset: str) -> dict[str, datasets.Dataset]:
     The splits of an image data set.
 
     Args:
-        dataset (`str`): `digits`, the 1,797 scans that scikit-learn carries, or what `load_raw` takes.
+        dataset (`str`): `digits` or `moving_digits`, which need no download (see `digits.py`), or what `load_raw`
+            takes.
     """
-    if dataset != "digits":
-        return load_raw(dataset, "'digits', ")
-    scans = load_digits()
-    images = [Image.fromarray(scan) for scan in (scans.images * (255 / 16)).round().astype(np.uint8)]
-    classes = datasets.ClassLabel(names=[str(name) for name in scans.target_names])
-    features = datasets.Features(image=datasets.Image(), label=classes)
-    rows = datasets.Dataset.from_dict({"image": images, "label": scans.target}, features=features)
-    # In the order of the file, that is, by writer: the second half is by people whom training has not seen.
-    half = len(rows) // 2
-    return {"train": rows.select(range(half)), "test": rows.select(range(half, len(rows)))}
+    if dataset in EMBEDDED:
+        return EMBEDDED[dataset]()
+    return load_raw(dataset, "'digits', 'moving_digits', ")
 
 
 class ImageColumn(Sequence[Any]):
@@ -171,7 +165,7 @@ class ImageColumn(Sequence[Any]):
     def stored(self, indices: Sequence[int]) -> Iterator[bytes]:
         """The files of several images."""
         for i in indices:
-            stored = self.rows[int(i)][self.column]
+            stored = self.rows[i][self.column]
             yield Path(stored["path"]).read_bytes() if stored["bytes"] is None else stored["bytes"]
 
     def check(self, i: int) -> Any:
@@ -201,16 +195,18 @@ def to_8_bits(image: Image.Image) -> Image.Image:
     The same image with values from 0 to 255. 16 bits are scaled; 32 bits are taken as they are.
 
     Raises:
-        ValueError: for integers of 32 bits above 255, and for floats: nothing says what their range is.
+        ValueError: for integers of 32 bits beyond 0 to 255, and for floats: nothing says what their range is.
     """
     if image.mode.startswith("I;16"):
+        return Image.fromarray(np.round(np.asarray(image) / 257).astype(np.uint8))
+    if image.mode in ("I", "F"):
         values = np.asarray(image)
-        return Image.fromarray(np.round(values / 257).astype(np.uint8))
-    if image.mode == "F" or (image.mode == "I" and not 0 <= min(image.getextrema()) <= max(image.getextrema()) <= 255):
-        low, high = image.getextrema()
-        kind = "floats" if image.mode == "F" else "32-bit integers"
-        raise ValueError(f"it holds {kind} from {low:g} to {high:g}, of unknown range; save it with 8 or 16 bits")
-    return image.convert("L") if image.mode == "I" else image
+        low, high = values.min(), values.max()
+        if image.mode == "F" or low < 0 or high > 255:
+            kind = "floats" if image.mode == "F" else "32-bit integers"
+            raise ValueError(f"it holds {kind} from {low:g} to {high:g}, of unknown range; save it with 8 or 16 bits")
+        return Image.fromarray(values.astype(np.uint8))
+    return image
 
 
 class ImageSplit(torch.utils.data.Dataset):

@@ -14,6 +14,7 @@ import torch
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.models.timm_wrapper import TimmWrapperConfig
 
+from ..networks.adapters import find_base, load_adapter
 from .dataset import BadRows, DatasetTask, choose_column, describe_row
 from .task import ClassificationTask, Split
 
@@ -40,18 +41,30 @@ class LabelledTask(DatasetTask, ClassificationTask):
 
     Args:
         label_column (`str`, *optional*): By default `label` or `labels`, or else the only `ClassLabel`.
+        adapter (`str`, *optional*): Folder or Hub id of an adapter of PEFT that the model gets. Where `model` is
+            one, it becomes the adapter, and `model` the network that it belongs to.
 
     Attributes:
         class_names (`list[str]`): What the network's outputs stand for, in their order.
     """
 
     label_column: str | None = None
+    adapter: str | None = None
+
+    def __post_init__(self) -> None:
+        if base := find_base(self.model):
+            self.model, self.adapter = base, self.model
 
     def _choose_label(self, features: Mapping[str, Any]) -> str:
-        name = choose_column(features, label_candidates(features), self.label_column, "label_column")
+        if list(features) == ["image"]:
+            raise ValueError(
+                f"dataset '{self.dataset}' has images and no label column; images in a folder get their classes from "
+                "its sub-folders"
+            )
+        name = choose_column(self.dataset, features, label_candidates(features), self.label_column, "label_column")
         feature = features[name]
         if not isinstance(feature, datasets.ClassLabel | datasets.Value) or feature.dtype.startswith(("time", "date")):
-            raise ValueError(f"its column {name} holds {feature}, not one class for each example")
+            raise ValueError(f"dataset '{self.dataset}': column {name} holds {feature}, not one class for each example")
         return name
 
     def _set_labels(self, raw: Mapping[str, datasets.Dataset], config: PreTrainedConfig, has_weights: bool) -> None:
@@ -101,7 +114,7 @@ class LabelledTask(DatasetTask, ClassificationTask):
             reason = _both_sides(self._config, self._data_names) if found["mismatched_keys"] else "its files lack them"
             self.new_head = f"{', '.join(fresh)} of model '{self.model}' must be drawn anew: {reason}"
         name_classes(model.config, self.class_names)
-        return model
+        return load_adapter(model, self.adapter) if self.adapter else model
 
 
 def label_candidates(features: Mapping[str, Any]) -> list[str]:

@@ -53,7 +53,7 @@ class ObjectDetectionTask(ImageTask, MeasuredTask):
     model: str = "fasterrcnn_resnet50_fpn"
     dataset: str = "detection-datasets/coco"
 
-    metric = "AP in percent"
+    metric, unit = "AP", "%"
 
     def __post_init__(self) -> None:
         self._check_sizes()
@@ -153,7 +153,11 @@ class ObjectDetectionTask(ImageTask, MeasuredTask):
         for start in range(0, len(examples), MEASURE_BATCH_SIZE):
             indices = list(range(start, min(start + MEASURE_BATCH_SIZE, len(examples))))
             batch = send_to_device(self.collate(take(examples, indices)), device)
-            for rows, packed in models(lambda call, batch=batch: self.predict(call, batch), parameters):
+
+            def forward(call: Callable, batch: Batch = batch) -> torch.Tensor:
+                return self.predict(call, batch)
+
+            for rows, packed in models(forward, parameters):
                 for network, images in zip(range(rows.start, rows.stop), packed.cpu(), strict=True):
                     found[network] += [_unpack(image) for image in images]
         targets = [
@@ -231,7 +235,9 @@ class Detector(nn.Module):
         network (`nn.Module`): Of `torchvision.models.detection`.
     """
 
-    def __init__(self, network: nn.Module):
+    network: nn.Module
+
+    def __init__(self, network: nn.Module) -> None:
         super().__init__()
         for name, child in network.named_children():
             self.add_module(name, child)

@@ -33,7 +33,7 @@ def register_task(name: str) -> Callable[[T], T]:
 @cache
 def task_names() -> dict[str, str]:
     """The names of all registered tasks, with their modules. They are read, not imported, which would take seconds."""
-    found = {}
+    found: dict[str, str] = {}
     for path in sorted(Path(__file__).parent.glob("*.py")):
         names = re.findall(r'^@register_task\("(\w+)"\)', path.read_text(encoding="utf-8"), re.MULTILINE)
         found |= dict.fromkeys(names, f"{__package__}.{path.stem}")

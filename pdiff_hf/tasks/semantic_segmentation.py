@@ -59,7 +59,7 @@ class SemanticSegmentationTask(ImageTask, MeasuredTask):
     model: str = "fcn_resnet50"
     dataset: str = "nateraw/pascal-voc-2012"
 
-    metric = "mIoU in percent"
+    metric, unit = "mIoU", "%"
 
     def __post_init__(self) -> None:
         self._check_sizes()
@@ -157,7 +157,11 @@ class SemanticSegmentationTask(ImageTask, MeasuredTask):
             batch = send_to_device(self.collate(take(examples, indices)), device)
             counts = batch["masks"] != IGNORED
             truth = classes * batch["masks"][counts]
-            for rows, predicted in models(lambda call, batch=batch: self.predict(call, batch), parameters):
+
+            def forward(call: Callable, batch: Batch = batch) -> torch.Tensor:
+                return self.predict(call, batch)
+
+            for rows, predicted in models(forward, parameters):
                 for network, one in zip(range(rows.start, rows.stop), predicted, strict=True):
                     cells = torch.bincount(truth + one[counts], minlength=classes**2)
                     confusion[network] += cells.view(classes, classes)
@@ -181,7 +185,9 @@ class SegmentationSplit(Dataset):
     shape `(B, S, S)`.
     """
 
-    def __init__(self, images: Sequence[torch.Tensor], masks: Sequence[torch.Tensor]):
+    def __init__(
+        self, images: torch.Tensor | Sequence[torch.Tensor], masks: torch.Tensor | Sequence[torch.Tensor]
+    ) -> None:
         self.images, self.masks = images, masks
         self.mean = 255 * torch.tensor(MEAN).view(-1, 1, 1)  # (3, 1, 1)
         self.std = 255 * torch.tensor(STD).view(-1, 1, 1)
@@ -205,15 +211,16 @@ class _Scaled(Sequence[torch.Tensor]):
         return len(self.images)
 
     def __getitem__(self, i: Any) -> Any:
-        image, is_mask = self.images[i], self.images.column == "mask"
-        image = Image.fromarray(image) if is_mask else image.convert("RGB")
+        item, is_mask = self.images[i], self.images.column == "mask"
+        image = Image.fromarray(item) if is_mask else item.convert("RGB")
         scale = self.size / max(image.size)
         width, height = (max(1, round(scale * side)) for side in image.size)
-        image = image.resize((width, height), Image.Resampling.NEAREST if is_mask else Image.Resampling.BILINEAR)
-        square = np.full((self.size, self.size, *np.shape(image)[2:]), IGNORED if is_mask else 0, dtype=np.uint8)
+        how = Image.Resampling.NEAREST if is_mask else Image.Resampling.BILINEAR
+        values = np.asarray(image.resize((width, height), how))
+        square = np.full((self.size, self.size, *values.shape[2:]), IGNORED, dtype=np.uint8)
         if not is_mask:
             square[:] = np.round(255 * np.array(MEAN))
-        square[:height, :width] = image
+        square[:height, :width] = values
         tensor = torch.from_numpy(square)
         return tensor if is_mask else tensor.permute(2, 0, 1)
 
@@ -248,6 +255,7 @@ def voc_colours() -> dict[tuple[int, int, int], int]:
     """
 
     def colour(i: int) -> tuple[int, int, int]:
-        return tuple(sum((i >> (3 * bit + channel) & 1) << (7 - bit) for bit in range(3)) for channel in range(3))
+        red, green, blue = (sum((i >> (3 * bit + c) & 1) << (7 - bit) for bit in range(3)) for c in range(3))
+        return red, green, blue
 
     return {colour(i): i for i in (*range(21), IGNORED)}

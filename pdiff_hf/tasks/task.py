@@ -5,15 +5,15 @@ import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import torch
 from accelerate.utils import send_to_device
 from safetensors.torch import load_model, save_model
 from torch import nn
-from torch.utils.data import Dataset
 from transformers import PreTrainedModel
 
+from ..networks.adapters import load_network, save_network, without_wrapper
 from ..networks.batched import BatchedModels
 from ..utils.memory import halve, is_out_of_memory
 
@@ -22,6 +22,14 @@ Batch = Mapping[str, Any]
 EVAL_BATCH_SIZE = 500
 
 logger = logging.getLogger(__name__)
+
+
+class Examples(Protocol):
+    """A map-style data set. Where it has `__getitems__(indices)`, that is how several examples are taken."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int, /) -> Any: ...
 
 
 class Task(ABC):
@@ -47,7 +55,7 @@ class Task(ABC):
         """
 
     @abstractmethod
-    def load_split(self, split: Split) -> Dataset:
+    def load_split(self, split: Split) -> Examples:
         """A map-style data set. Validation selects, test reports; no two splits share an example."""
 
     @abstractmethod
@@ -72,15 +80,15 @@ class Task(ABC):
     def save_base_model(self, model: nn.Module, folder: str | os.PathLike) -> None:
         """Writes the network into the existing folder; a task may add what it prepares its inputs with."""
         if isinstance(model, PreTrainedModel):
-            model.save_pretrained(folder)
+            save_network(model, folder)
         else:
             save_model(model, str(Path(folder) / "model.safetensors"))
 
     def load_saved(self, folder: str | os.PathLike) -> nn.Module:
         """What `save_base_model` wrote."""
-        model = self.load_base_model()
+        model = without_wrapper(self.load_base_model())
         if isinstance(model, PreTrainedModel):
-            return type(model).from_pretrained(folder)
+            return load_network(folder, type(model))
         load_model(model, Path(folder) / "model.safetensors")
         return model
 
@@ -99,11 +107,13 @@ class MeasuredTask(Task):
     similarity of wrong predictions then: reports say how good networks are and how near to the snapshots they lie.
 
     Attributes:
-        metric (`str`): Name of the number, with its unit if it has one.
+        metric (`str`): Name of the number.
+        unit (`str`): Of the number, such as `%`; empty if it has none.
         higher_is_better (`bool`): Whether the best network is the one with the largest number.
     """
 
     metric: str
+    unit: str = ""
     higher_is_better: bool = True
 
     @abstractmethod
@@ -138,7 +148,7 @@ def check_head(task: Task, is_trained: bool) -> None:
         logger.warning("%s", task.new_head)
 
 
-def take(split: Dataset, indices: Sequence[int]) -> Any:
+def take(split: Examples, indices: Sequence[int]) -> Any:
     """The examples at `indices`, in one call where the data set can do that."""
     return split.__getitems__(indices) if hasattr(split, "__getitems__") else [split[i] for i in indices]
 
@@ -171,7 +181,11 @@ def predict_logits(
         examples = slice(start, min(start + size, len(indices)))
         try:
             batch = send_to_device(task.collate(take(split_examples, indices[examples])), device)
-            for rows, logits in models(lambda call, batch=batch: task.predict(call, batch), parameters):
+
+            def forward(call: Callable, batch: Batch = batch) -> torch.Tensor:
+                return task.predict(call, batch)
+
+            for rows, logits in models(forward, parameters):
                 yield rows, examples, logits, batch["labels"]
             start = examples.stop
             continue

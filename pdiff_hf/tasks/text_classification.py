@@ -25,6 +25,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from ..networks.adapters import load_network
 from .dataset import load_raw, take_columns
 from .labels import LabelledTask, bad_labels, find_weights, name_classes, without_unlabelled_test
 from .registry import register_task
@@ -52,14 +53,12 @@ class TextClassificationTask(LabelledTask):
     text_column: str | None = None
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         self._check_sizes("max_length")
         config, self._has_weights = find_weights(self.model)
         raw = load_raw(self.dataset)
         features = raw["train"].features
-        try:
-            names = {self._choose_text(features): "text", self._choose_label(features): "label"}
-        except ValueError as error:
-            raise ValueError(f"dataset '{self.dataset}' does not fit text classification: {error}") from error
+        names = {self._choose_text(features): "text", self._choose_label(features): "label"}
         raw = without_unlabelled_test({name: take_columns(rows, names) for name, rows in raw.items()})
         for name, rows in raw.items():
             empty = {i: ("text", "it is empty") for i, text in enumerate(rows["text"][:]) if not (text or "").strip()}
@@ -71,8 +70,8 @@ class TextClassificationTask(LabelledTask):
         name = self.text_column or "text"
         if name not in texts:
             raise ValueError(
-                f"it has no column {name} of strings; its columns of strings are {', '.join(texts) or 'none'}: choose "
-                "one with text_column"
+                f"dataset '{self.dataset}' has no column {name} of strings; its columns of strings are "
+                f"{', '.join(texts) or 'none'}: choose one with text_column"
             )
         return name
 
@@ -91,7 +90,7 @@ class TextClassificationTask(LabelledTask):
 
     def load_saved(self, folder: str | os.PathLike) -> PreTrainedModel:
         """What `save_base_model` wrote."""
-        return AutoModelForSequenceClassification.from_pretrained(folder)
+        return load_network(folder, AutoModelForSequenceClassification)
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:

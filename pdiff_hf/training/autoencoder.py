@@ -1,6 +1,5 @@
 """Trains the parameter autoencoder (paper, section 2.3)."""
 
-import logging
 import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -11,13 +10,9 @@ from accelerate import Accelerator
 
 from ..layout import ParameterLayout
 from ..models import ParameterAutoencoder
+from ..models.autoencoder import BATCH_SIZE
 from ..utils.seeds import derive_seed
 from .loop import LoopArguments, train
-
-logger = logging.getLogger(__name__)
-
-# So many snapshots are turned into tokens at once.
-BATCH_SIZE = 64
 
 
 @dataclass(frozen=True)
@@ -39,6 +34,7 @@ def train_autoencoder(
     args: LoopArguments,
     noise: NoiseArguments,
     *,
+    seen: torch.Tensor | None = None,
     latent_dim: int,
     architecture: Mapping[str, Any],
     normalization: str = "coordinate",
@@ -48,13 +44,16 @@ def train_autoencoder(
     resume: bool = False,
 ) -> tuple[ParameterAutoencoder, torch.Tensor]:
     """
-    Trains an autoencoder on `snapshots`, shape `(N, D)`, to return the clean vector for a noisy one, and sets its
-    statistics from them.
+    Trains an autoencoder on snapshots to return the clean vector for a noisy one, and sets its statistics from them.
+    Memory grows with D as the autoencoder does: the snapshots stay where they lie, the bases of tokens are kept once,
+    outside of the optimizer and of checkpoints.
 
     With `kl_weight` above 0 it is a variational one. At 1 its loss is the negative evidence lower bound of a decoder
     with unit variance in normalised units (times 2 / D, plus a constant).
 
     Args:
+        snapshots (`torch.Tensor`): Shape `(K, D)`; it may be mapped from a file.
+        seen (`torch.Tensor`, *optional*): Indices of the snapshots to train on, shape `(N,)`; all by default.
         architecture (`Mapping[str, Any]`): More arguments of [`ParameterAutoencoder`], see
             [`autoencoder_architecture`]. Without convolutions there is nothing to train, and no step is taken.
         normalization (`str`, *optional*, defaults to `"coordinate"`): Of `fit_parameter_statistics`.
@@ -67,9 +66,11 @@ def train_autoencoder(
     autoencoder = ParameterAutoencoder(
         layout.to_dict(), latent_dim=latent_dim, variational=kl_weight > 0, **architecture
     )
-    autoencoder.fit_parameter_statistics(snapshots, normalization)
+    seen = torch.arange(len(snapshots)) if seen is None else seen
+    autoencoder.fit_parameter_statistics(snapshots, normalization, rows=seen)
     with torch.no_grad():  # what comes before the network never changes, so it is computed once
-        tokens = torch.cat([autoencoder.tokenize(batch) for batch in snapshots.split(BATCH_SIZE)])
+        tokens = torch.cat([autoencoder.tokenize(snapshots, rows) for rows in seen.split(BATCH_SIZE)])
+    basis = getattr(autoencoder, "token_basis", None)
 
     def loss_function(model, indices, generator):
         output = model(tokens[indices].to(accelerator.device), **asdict(noise), generator=generator)
@@ -78,6 +79,8 @@ def train_autoencoder(
 
     losses = torch.empty(0)
     if any(True for _ in autoencoder.parameters()):
+        if basis is not None:  # training needs tokens alone
+            autoencoder.token_basis = None
         losses = train(
             accelerator,
             autoencoder,
@@ -89,6 +92,8 @@ def train_autoencoder(
             description="VAE" if kl_weight > 0 else "autoencoder",
             resume=resume,
         )
+    if basis is not None:
+        autoencoder.token_basis = basis
     autoencoder.to("cpu").eval()
     autoencoder.fit_latent_statistics(tokens)
     return autoencoder, losses

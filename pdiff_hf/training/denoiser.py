@@ -1,4 +1,4 @@
-"""Trains the latent denoiser (paper, section 2.4)."""
+"""Trains the latent denoiser (paper, section 2.4), with or without conditions."""
 
 import os
 
@@ -6,14 +6,53 @@ import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 from diffusers import DDPMScheduler
+from torch import nn
 
-from ..models import LatentDenoiser
+from ..models import ConditionEncoder, LatentDenoiser
 from ..utils.seeds import derive_seed
 from .loop import LoopArguments, train
 
 
-def make_training_scheduler(num_train_timesteps: int = 1000) -> DDPMScheduler:
-    """The paper's (Table 5d): linear betas from 1e-4 to 2e-2. Latents are unbounded, so nothing is clipped."""
+class LatentGenerator(nn.Module):
+    """
+    A denoiser, and the encoder of its conditions where it has them, as one network.
+
+    Args:
+        denoiser (`LatentDenoiser`): With the `condition_dim` of the encoder.
+        encoder (`ConditionEncoder`, *optional*): Without it, conditions are not looked at.
+    """
+
+    def __init__(self, denoiser: LatentDenoiser, encoder: ConditionEncoder | None = None):
+        super().__init__()
+        self.denoiser, self.encoder = denoiser, encoder
+
+    def forward(
+        self,
+        sample: torch.Tensor,
+        timestep: torch.Tensor | int,
+        table: torch.Tensor | None = None,
+        dropped: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """
+        Args:
+            sample (`torch.Tensor`): Noisy latents, shape `(N, L)`.
+            timestep (`torch.Tensor` or `int`): One for all, or one for each: shape `(N,)`.
+            table (`torch.Tensor`, *optional*): Conditions without unknown fields, shape `(N, width)`.
+            dropped (`torch.Tensor`, *optional*): Which of them are replaced by "no condition", bool of shape `(N,)`.
+        """
+        condition = None
+        if self.encoder is not None:
+            condition = self.encoder(table)  # (N, E)
+            if dropped is not None:
+                condition = torch.where(dropped.unsqueeze(1), self.denoiser.null_condition, condition)
+        return self.denoiser(sample, timestep, condition).sample
+
+
+def make_training_scheduler(num_train_timesteps: int = 1000, prediction_type: str = "epsilon") -> DDPMScheduler:
+    """
+    The paper's (Table 5d): linear betas from 1e-4 to 2e-2, and a denoiser that predicts the noise. Latents are
+    unbounded, so nothing is clipped.
+    """
     return DDPMScheduler(
         num_train_timesteps=num_train_timesteps,
         beta_schedule="linear",
@@ -21,6 +60,7 @@ def make_training_scheduler(num_train_timesteps: int = 1000) -> DDPMScheduler:
         beta_end=2e-2,
         clip_sample=False,
         timestep_spacing="trailing",
+        prediction_type=prediction_type,
     )
 
 
@@ -32,13 +72,23 @@ def train_denoiser(
     scheduler: DDPMScheduler,
     block_out_channels: tuple[int, ...],
     bottleneck_dim: int,
+    encoder: ConditionEncoder | None = None,
+    table: torch.Tensor | None = None,
+    condition_dropout: float = 0.0,
     seed: int,
     checkpoint_dir: str | os.PathLike,
     resume: bool = False,
 ) -> tuple[LatentDenoiser, torch.Tensor]:
     """
     Trains a denoiser on the standardised latents of snapshots, shape `(N, L)`, to predict the noise in them (paper,
-    equation 6).
+    equation 6), or what else the scheduler's `prediction_type` says.
+
+    Args:
+        encoder (`ConditionEncoder`, *optional*): Of conditions; it is trained along, in place.
+        table (`torch.Tensor`, *optional*): With an encoder, the conditions of the snapshots, shape `(N, width)`.
+            Unknown fields are drawn anew at every step.
+        condition_dropout (`float`, *optional*, defaults to 0): Share of conditions that are replaced by "no condition",
+            for classifier-free guidance.
 
     Returns:
         `tuple`: The denoiser in eval mode on the CPU, with averaged weights if `args.ema_decay` is set, and the loss at
@@ -50,19 +100,24 @@ def train_denoiser(
         latents.shape[1],
         block_out_channels=block_out_channels,
         bottleneck_dim=bottleneck_dim,
+        condition_dim=None if encoder is None else encoder.config.embedding_dim,
     )
+    # What does not take part in the training has no gradients, which DistributedDataParallel would wait for.
+    if encoder is not None:
+        denoiser.null_condition.requires_grad_(condition_dropout > 0)
 
     def loss_function(model, indices, generator):
         clean = latents[indices.to(latents.device)]  # (B, L)
-        noise = torch.randn(clean.shape, generator=generator, device=clean.device)
-        timesteps = torch.randint(
-            scheduler.config.num_train_timesteps, (len(clean),), generator=generator, device=clean.device
-        )
-        return F.mse_loss(model(scheduler.add_noise(clean, noise, timesteps), timesteps).sample, noise)
+        rows, dropped = None, None
+        if encoder is not None:
+            draws = torch.rand(2, len(clean), generator=generator, device=clean.device)
+            rows = encoder.complete(table[indices].to(clean.device), draws[0])
+            dropped = draws[1] < condition_dropout if condition_dropout > 0 else None
+        return denoising_loss(model, scheduler, clean, generator, rows, dropped)
 
     losses = train(
         accelerator,
-        denoiser,
+        LatentGenerator(denoiser, encoder),
         loss_function,
         len(latents),
         args,
@@ -71,4 +126,26 @@ def train_denoiser(
         description="denoiser",
         resume=resume,
     )
+    if encoder is not None:
+        denoiser.null_condition.requires_grad_(True)
+        encoder.to("cpu").eval()
     return denoiser.to("cpu").eval(), losses
+
+
+def denoising_loss(
+    model: nn.Module,
+    scheduler: DDPMScheduler,
+    clean: torch.Tensor,
+    generator: torch.Generator,
+    table: torch.Tensor | None = None,
+    dropped: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """The loss of a [`LatentGenerator`] on latents `(N, L)` with random noise at random timesteps, a scalar."""
+    noise = torch.randn(clean.shape, generator=generator, device=clean.device)
+    timesteps = torch.randint(
+        scheduler.config.num_train_timesteps, (len(clean),), generator=generator, device=clean.device
+    )
+    target = {"epsilon": noise, "sample": clean}.get(scheduler.config.prediction_type)
+    if target is None:
+        target = scheduler.get_velocity(clean, noise, timesteps)
+    return F.mse_loss(model(scheduler.add_noise(clean, noise, timesteps), timesteps, table, dropped), target)

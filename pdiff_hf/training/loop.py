@@ -97,6 +97,7 @@ def train(
     checkpoint_dir: str | os.PathLike,
     description: str,
     resume: bool = False,
+    after_step: Callable[[int], bool] | None = None,
 ) -> torch.Tensor:
     """
     Trains `model` in place.
@@ -116,9 +117,11 @@ def train(
         checkpoint_dir (`str` or `os.PathLike`): Where `checkpoint-N` folders are kept.
         description (`str`): For the progress bar and the trackers.
         resume (`bool`, *optional*, defaults to `False`): Go on from the latest checkpoint in `checkpoint_dir`, if any.
+        after_step (`Callable`, *optional*): Called as `after_step(n)` after step n, counted from 1; True ends the
+            training. What it must remember goes into buffers of `model`, which are part of a checkpoint.
 
     Returns:
-        `torch.Tensor`: The loss at every step, shape `(args.num_steps,)`.
+        `torch.Tensor`: The loss at every step that was taken, shape `(args.num_steps,)` unless it ended early.
 
     Raises:
         ValueError: if the batch cannot be cut into equal parts.
@@ -158,6 +161,7 @@ def train(
         total=args.num_steps,
         desc=description,
         disable=not accelerator.is_local_main_process,
+        leave=False,
         mininterval=1.0,
     )
     for step in progress:
@@ -183,7 +187,8 @@ def train(
         if ema is not None:
             ema.step(model.parameters())
         losses[step] = accelerator.reduce(step_loss, "mean")
-        last = step == args.num_steps - 1
+        ends = after_step is not None and after_step(step + 1)
+        last = ends or step == args.num_steps - 1
         saves = bool(args.checkpointing_steps) and (step + 1) % args.checkpointing_steps == 0 and not last
         if (step + 1) % CHECK_EVERY == 0 or last or saves:
             weights = largest(model.parameters()) if last or saves else None  # nothing else looks at them again
@@ -195,6 +200,9 @@ def train(
             )
         if saves:
             _save(accelerator, checkpoint_dir, step + 1, ema, losses, args.checkpoints_total_limit)
+        if ends:
+            losses = losses[: step + 1]
+            break
     if ema is not None:
         ema.copy_to(model.parameters())
     return losses
@@ -213,7 +221,9 @@ def _checkpoints(checkpoint_dir: Path) -> list[Path]:
 
 def largest(tensors: Iterable[torch.Tensor]) -> torch.Tensor:
     """The largest magnitude in some tensors, a scalar on their device; NaN if there is one in them."""
-    return torch.nn.utils.get_total_norm([tensor.detach() for tensor in tensors], norm_type=math.inf)
+    # Several times faster than a norm on a CPU, and NaN stays NaN.
+    extremes = [torch.stack(tensor.detach().aminmax()).float() for tensor in tensors if tensor.numel()]
+    return torch.stack(extremes).abs().amax() if extremes else torch.tensor(0.0)
 
 
 def _check_finite(

@@ -1,4 +1,4 @@
-"""What keeps a file of a few bytes from asking for all of the machine."""
+"""Errors of the machine in one line, and limits for what a file may ask of it."""
 
 import contextlib
 from collections.abc import Iterator
@@ -6,7 +6,7 @@ from pathlib import Path
 
 from torch import nn
 
-from .files import is_disk_full
+from .files import is_disk_full, is_write_protected
 from .memory import is_out_of_memory
 
 # The largest networks of transformers have some ten thousand.
@@ -47,7 +47,7 @@ class ResourceError(RuntimeError):
 
 
 @contextlib.contextmanager
-def explaining(what: str, folder: Path, go_on: str, save_memory: str = "Make memory free") -> Iterator[None]:
+def resource_errors(what: str, folder: Path, go_on: str, save_memory: str = "Make memory free") -> Iterator[None]:
     """
     Says in words, as a `ResourceError`, what libraries say in many ways when the machine has too little of something.
 
@@ -65,6 +65,8 @@ def explaining(what: str, folder: Path, go_on: str, save_memory: str = "Make mem
                 f"{what}: a file in '{folder}' could not be written whole, because the disk is full or a quota is "
                 f"reached. Make space: {go_on}"
             ) from error
+        if is_write_protected(error):
+            raise ResourceError(f"{what}: '{folder}' cannot be written to ({first_line(error)}): {go_on}") from error
         if is_out_of_memory(error):
             raise ResourceError(f"{what}: out of memory ({first_line(error)}). {save_memory}: {go_on}") from error
         raise

@@ -6,6 +6,7 @@ import json
 import math
 import os
 import shutil
+import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -75,6 +76,11 @@ def _sync_one(path: Path) -> None:
         os.close(descriptor)
 
 
+def is_write_protected(error: BaseException) -> bool:
+    """Whether an error says that a file may not be written, of a folder or disk that is read-only or another's."""
+    return isinstance(error, OSError) and error.errno in (errno.EROFS, errno.EACCES, errno.EPERM)
+
+
 def is_disk_full(error: BaseException | None) -> bool:
     """Whether an error, or the one that it came from, says that a file could not be written whole."""
     while error is not None:
@@ -84,6 +90,16 @@ def is_disk_full(error: BaseException | None) -> bool:
             return True
         error = error.__cause__ or error.__context__
     return False
+
+
+def check_writable(folder: Path) -> None:
+    """Raises a `ValueError` if no file can be written to `folder`, or, where it does not exist, to what it would be
+    made in. Nothing is left there."""
+    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    try:
+        tempfile.TemporaryFile(dir=existing).close()
+    except OSError as error:
+        raise ValueError(f"nothing can be written to '{folder}': {error.strerror}") from error
 
 
 def write_json(path: str | os.PathLike, values) -> None:

@@ -10,3 +10,8 @@ def derive_seed(*numbers: int) -> int:
         state = (state ^ (state >> 27)) * 0x94D049BB133111EB % 2**64
         state ^= state >> 31
     return state % 2**63
+
+
+def named_seed(seed: int, name: str) -> int:
+    """The seed of the purpose `name` within a run of that seed: a new purpose leaves all others as they are."""
+    return derive_seed(seed, *name.encode())

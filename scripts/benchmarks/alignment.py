@@ -19,8 +19,8 @@ import torch
 from accelerate import Accelerator
 from torch.func import functional_call, grad, vmap
 
-from pdiff_hf.evaluation.metrics import r2_score
-from pdiff_hf.evaluation.report import format_table
+from pdiff_hf.evaluation.geometry import r2_score
+from pdiff_hf.evaluation.render import table
 from pdiff_hf.layout import ParameterLayout
 from pdiff_hf.models import autoencoder_architecture
 from pdiff_hf.networks.batched import BatchedModels
@@ -164,7 +164,7 @@ def main() -> None:
     models = BatchedModels(model, layout)
     variants = {"as trained": independent, "aligned to the first": to_first, "aligned": aligned}
     rows = [measure(name, task, models, parameters, args) for name, parameters in variants.items()]
-    print("\n".join(format_table(HEADER, rows)))
+    print(table(HEADER, rows))
 
 
 if __name__ == "__main__":

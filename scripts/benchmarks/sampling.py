@@ -22,8 +22,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from pdiff_hf import PDiffPipeline
 from pdiff_hf.evaluation.metrics import accuracy, iou_within
-from pdiff_hf.evaluation.report import format_table
-from pdiff_hf.evaluation.scoring import Scorer
+from pdiff_hf.evaluation.render import table
+from pdiff_hf.evaluation.scoring import make_scorer
 from pdiff_hf.models import DENOISER_PRESETS, LatentDenoiser
 from pdiff_hf.run.recipe import RecipeParser
 from pdiff_hf.run.run import Run
@@ -58,7 +58,7 @@ def main() -> None:
     run = Run(recipe)
     pipe = run.pipeline
     pipe.set_progress_bar_config(disable=True)
-    scorer = Scorer(run.task, run.base_model, run.layout, cache_dir=run.folder / "scores")
+    scorer = make_scorer(run.task, run.base_model, run.layout, cache_dir=run.folder / "scores")
     latents = torch.zeros(args.num_models, pipe.denoiser.config.latent_dim)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         pipe.denoiser(latents, 0)
@@ -93,7 +93,7 @@ def main() -> None:
         f"{args.num_models} networks of {run.layout.num_parameters:,} parameters, {torch.get_num_threads()} threads\n"
     )
     header = ["sampler", "steps", "accuracy", "IoU within", "seconds", "GFLOP of the denoiser"]
-    print("\n".join(format_table(header, rows)))
+    print(table(header, rows))
     few = min(args.steps, key=lambda steps: abs(steps - recipe.num_inference_steps))
     here = seconds_of["DPM-Solver++", few]
     pipe.scheduler = samplers["ancestral"]

@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader
 from torch.utils.flop_counter import FlopCounterMode
 
 import pdiff_hf.networks  # noqa: F401  registers the minis with timm
-from pdiff_hf.evaluation.scoring import Scorer
+from pdiff_hf.evaluation.scoring import make_scorer
 from pdiff_hf.layout import ParameterLayout
 from pdiff_hf.networks.batched import BatchedModels
 from pdiff_hf.selection import select_parameters
@@ -135,7 +135,7 @@ def main() -> None:
         f"torch {torch.__version__}\n"
     )
 
-    scorer = Scorer(task, model, layout)
+    scorer = make_scorer(task, model, layout)
     scorer.score("test", parameters[:2])  # so that nothing is timed for the first time
     lower = bound(task, model, layout)
     start = time.process_time()

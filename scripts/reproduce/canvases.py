@@ -21,10 +21,12 @@ from torchvision.transforms.functional import pil_to_tensor
 
 from pdiff_hf.tasks.image_classification import ImageClassificationTask
 from pdiff_hf.tasks.images import ImageColumn
+from pdiff_hf.tasks.task import Split
 from pdiff_hf.utils.files import replacing
 from pdiff_hf.utils.seeds import derive_seed
 
-SPLITS = ("train", "validation", "test")
+SPLITS: tuple[Split, ...] = ("train", "validation", "test")
+Box = tuple[int, int, int, int]  # left, top, right and bottom
 # Pixels of an image that are brighter than this, of 255, belong to its object.
 THRESHOLD = 32
 # The texture of a canvas is no brighter than this, and is covered by noise of this standard deviation.
@@ -96,14 +98,16 @@ def write_canvases(
             canvases.to_parquet(part / f"{split}.parquet")
 
 
-def _canvases(images: ImageColumn, classes: torch.Tensor, split: str, size: int) -> Iterator[dict[str, Any]]:
+def _canvases(images: ImageColumn, classes: torch.Tensor, split: Split, size: int) -> Iterator[dict[str, Any]]:
     """The rows of a split."""
     seed = SPLITS.index(split)
     order = torch.randperm(len(images), generator=_generator(seed)).tolist()
     for i in range(len(images) // MAX_OBJECTS):
         generator = _generator(seed, i)
         chosen = order[MAX_OBJECTS * i :][: int(_uniform(generator, 1, MAX_OBJECTS + 1))]
-        canvas, boxes, labels = _background(size, generator), [], []
+        canvas = _background(size, generator)
+        boxes: list[Box] = []
+        labels: list[int] = []
         mask = torch.zeros(size, size, dtype=torch.uint8)
         for j in chosen:
             image = pil_to_tensor(images[j].convert("RGB")).float()
@@ -118,7 +122,7 @@ def _canvases(images: ImageColumn, classes: torch.Tensor, split: str, size: int)
             ys, xs = (visible.any(dim).nonzero().squeeze(1) for dim in (1, 0))
             crop = (slice(int(ys[0]), int(ys[-1]) + 1), slice(int(xs[0]), int(xs[-1]) + 1))
             visible, image = visible[crop], image[:, *crop]
-            box = _place(visible.shape, size, boxes, generator)
+            box = _place(visible.shape[0], visible.shape[1], size, boxes, generator)
             if box is None:  # no room is left
                 continue
             boxes.append(box)
@@ -149,11 +153,8 @@ def _background(size: int, generator: torch.Generator) -> torch.Tensor:
     return (canvas + NOISE * torch.randn(canvas.shape, generator=generator)).clamp(0, 255)
 
 
-def _place(
-    shape: tuple[int, int], size: int, boxes: list[tuple[int, ...]], generator: torch.Generator
-) -> tuple[int, int, int, int] | None:
+def _place(height: int, width: int, size: int, boxes: list[Box], generator: torch.Generator) -> Box | None:
     """A box of this height and width that hardly overlaps `boxes`, or None if chance finds none."""
-    height, width = shape
     for _ in range(20):
         left = int(_uniform(generator, 0, size - width + 1))
         top = int(_uniform(generator, 0, size - height + 1))
@@ -163,7 +164,7 @@ def _place(
     return None
 
 
-def _overlap(a: tuple[int, ...], b: tuple[int, ...]) -> float:
+def _overlap(a: Box, b: Box) -> float:
     """Of the smaller box, the share that both have in common."""
     width, height = (min(a[i + 2], b[i + 2]) - max(a[i], b[i]) for i in (0, 1))
     smaller = min((box[2] - box[0]) * (box[3] - box[1]) for box in (a, b))

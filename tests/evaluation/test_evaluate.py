@@ -14,9 +14,11 @@ from transformers import AutoModelForImageClassification
 
 from pdiff_hf import LatentDenoiser, ParameterAutoencoder, PDiffPipeline
 from pdiff_hf.layout import ParameterLayout
+from pdiff_hf.run.folder import RunError
 from pdiff_hf.run.recipe import Recipe
-from pdiff_hf.run.run import Run, RunError, make_sampling_scheduler
+from pdiff_hf.run.run import Run
 from pdiff_hf.run.saved import evaluate_saved
+from pdiff_hf.run.stages import make_sampling_scheduler
 from pdiff_hf.selection import select_parameters
 from pdiff_hf.snapshots import SnapshotWriter, read_networks
 from pdiff_hf.tasks import ImageClassificationTask
@@ -188,7 +190,7 @@ def test_the_stage_trains_a_vae_once_and_draws_every_figure(tmp_path):
     settings = Recipe(**TINY, output_dir=str(tmp_path / "run"))
     run = Run(settings)
     with run.lock():
-        run.carry_out()
+        run.execute()
     report = json.loads((run.folder / "evaluation/report.json").read_text())
     assert {row["name"]: row["n"] for row in report["groups"]}["vae"] == 1
     assert "VAE" in {row["family"] for row in report["frontier"]["rows"]}
@@ -200,7 +202,7 @@ def test_the_stage_trains_a_vae_once_and_draws_every_figure(tmp_path):
     times = {path: path.stat().st_mtime_ns for path in (run.folder / "vae").iterdir()}
     again = Run(dataclasses.replace(settings, num_models=4, overwrite_output_dir=True))
     with again.lock():
-        again.carry_out()
+        again.execute()
     assert {path: path.stat().st_mtime_ns for path in (run.folder / "vae").iterdir()} == times
     assert json.loads((run.folder / "evaluation/report.json").read_text())["groups"][3]["n"] == 4
     with pytest.raises(RunError, match="autoencoder_steps"):

@@ -5,12 +5,12 @@ import json
 
 import pytest
 import torch
-from reproduce.experiments import reproduce
-from support.recipes import RECIPES
+from pdiff_hf.evaluation.generator import evaluate_generator
+from pdiff_hf.evaluation.report import format_summary
+from reproduce.runner import reproduce
 from support.recipes import TINY_ROW as TINY
 
 from pdiff_hf import ParameterAutoencoder
-from pdiff_hf.evaluation.generator import evaluate_generator
 from pdiff_hf.evaluation.hyper_representations import (
     NAMES,
     best_snapshots,
@@ -19,7 +19,6 @@ from pdiff_hf.evaluation.hyper_representations import (
     sane_kde30,
     sane_sub,
 )
-from pdiff_hf.evaluation.report import format_summary
 from pdiff_hf.evaluation.scoring import Scorer
 from pdiff_hf.layout import ParameterLayout
 from pdiff_hf.run.recipe import Recipe
@@ -171,10 +170,10 @@ def test_errors(snapshots, accuracies, autoencoder):
 def finished(tmp_path_factory) -> tuple[Run, dict]:
     """A run with the three, and no other baselines."""
     folder = tmp_path_factory.mktemp("run")
-    changes = {"hyper_representations": True, "baseline_models": 0, "base_epochs": 1, "heldout_fraction": 0.2}
+    changes = {"hyper_representations": True, "baseline_models": 0, "base_epochs": 1, "heldout_snapshots": 0.2}
     run = Run(Recipe(**TINY | changes, output_dir=str(folder / "out")))
     with run.lock():
-        run.carry_out()
+        run.execute()
     return run, json.loads((run.folder / "evaluation" / "report.json").read_text())
 
 
@@ -192,28 +191,32 @@ def test_a_report_has_a_group_for_each(finished):
 def test_groups_of_a_report_learn_from_what_the_generator_saw(finished):
     run, report = finished
     scorer = Scorer(run.task, run.base_model, run.layout, cache_dir=run.folder / "scores")
-    for group in sample_hyper_representations(scorer, run.seen, run.pipeline.autoencoder, 10, run.recipe.seed):
+    for group in sample_hyper_representations(
+        scorer, run.parameters[run.seen], run.pipeline.autoencoder, 10, run.recipe.seed
+    ):
         assert group.parameters.shape == (10, run.layout.num_parameters)
         scores = scorer.score("test", group.parameters)
         accuracies = 100 * (~scores.wrong).double().mean(1)
         row = next(row for row in report["groups"] if row["name"] == group.name)
         assert accuracies.tolist() == pytest.approx(row["accuracies"])
     with pytest.raises(ValueError, match=r"SANE_KDE30 need [\d,]+ bytes.*--num_models \d+ at most"):
-        sample_hyper_representations(scorer, run.seen, run.pipeline.autoencoder, 10**12, 0)
+        sample_hyper_representations(scorer, run.parameters[run.seen], run.pipeline.autoencoder, 10**12, 0)
 
 
 def test_networks_alone_have_no_codes(finished, tmp_path):
     run, _ = finished
     scorer = Scorer(run.task, run.base_model, run.layout)
     with pytest.raises(ValueError, match="hyper_representations needs a pipeline"):
-        evaluate_generator(scorer, run.parameters, run.seen[:2], tmp_path / "out", hyper_representations=True)
+        evaluate_generator(
+            scorer, run.parameters, run.parameters[run.seen][:2], tmp_path / "out", hyper_representations=True
+        )
     assert not (tmp_path / "out").exists()
 
 
 def test_table_7_has_a_column_for_each(tmp_path):
     changes = {key: value for key, value in TINY.items() if key not in ("model", "image_size")}
     changes |= {"num_models": 3, "num_snapshots": 12, "max_train_samples": 200, "max_eval_samples": 40}
-    folder = reproduce("table7", RECIPES, tmp_path, dataset="digits", changes=changes)
+    folder = reproduce("table7", tmp_path, dataset="digits", changes=changes)
     (row,) = csv.DictReader((folder / "table.csv").open())
     (run,) = (tmp_path / "runs").iterdir()
     groups = json.loads((run / "evaluation" / "report.json").read_text())["groups"]

@@ -6,10 +6,10 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import nn
-
 from pdiff_hf.evaluation.measured import CHUNK_SIZE, Measurer, evaluate_measured
 from pdiff_hf.evaluation.report import Group, format_summary
+from torch import nn
+
 from pdiff_hf.hub.push import make_model_card
 from pdiff_hf.run.recipe import Recipe
 from pdiff_hf.run.run import Run
@@ -92,7 +92,7 @@ def run(tmp_path_factory) -> Run:
         baseline_models=2,
     )
     run = Run(recipe, task=Regression())
-    run.carry_out()
+    run.execute()
     return run
 
 

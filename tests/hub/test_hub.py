@@ -64,7 +64,7 @@ def pipe() -> PDiffPipeline:
 def run(tmp_path_factory) -> Run:
     run = Run(Recipe(**TINY, output_dir=str(tmp_path_factory.mktemp("run") / "out"), hub_token="alice-token"))
     with run.lock():
-        run.carry_out()
+        run.execute()
     return run
 
 

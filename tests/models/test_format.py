@@ -109,7 +109,7 @@ def test_weights_that_are_not_those_of_the_config(saved, component):
         ("denoiser", {"latent_dim": 10**9}),
         ("denoiser", {"block_out_channels": [10**6, 10**6]}),
         ("denoiser", {"embedding_dim": 10**7}),
-        ("denoiser", {"num_class_embeds": 10**12}),
+        ("denoiser", {"condition_dim": 10**12}),
         ("autoencoder", {"block_out_channels": [10**6, 10**6]}),
         ("autoencoder", {"layout": {"names": ["w"], "shapes": [[10**6, 10**6]], "dtypes": ["float32"]}}),
     ],

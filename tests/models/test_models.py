@@ -1,11 +1,13 @@
 """Autoencoder and denoiser: shapes for any size, statistics, determinism, saving, and what they refuse."""
 
+import copy
+
 import pytest
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler, HeunDiscreteScheduler
 
 from pdiff_hf import LatentDenoiser, LayoutError, ParameterAutoencoder, ParameterLayout
-from pdiff_hf.models import AUTOENCODER_PRESETS, DENOISER_PRESETS
+from pdiff_hf.models import AUTOENCODER_PRESETS, DENOISER_PRESETS, encode_in_batches
 
 
 def make_layout(*sizes: int) -> ParameterLayout:
@@ -16,7 +18,8 @@ def make_layout(*sizes: int) -> ParameterLayout:
 def make_autoencoder(*sizes: int, latent_dim: int = 4, **arguments) -> ParameterAutoencoder:
     torch.manual_seed(0)
     layout = make_layout(*sizes).to_dict()
-    return ParameterAutoencoder(layout, latent_dim=latent_dim, block_out_channels=(4, 6, 6, 8, 4), **arguments).eval()
+    arguments = {"latent_dim": latent_dim, "block_out_channels": (4, 6, 6, 8, 4)} | arguments
+    return ParameterAutoencoder(layout, **arguments).eval()
 
 
 @pytest.mark.parametrize(("sizes", "latent_dim"), [((1,), 1), ((7,), 3), ((30, 1, 33), 5), ((100, 28), 128)])
@@ -138,7 +141,7 @@ def test_bases_are_the_same_however_the_vector_is_read(monkeypatch):
 
     tokens = {"block_out_channels": (4,), "token_size": 16, "token_dim": 3}
     whole = fit(**tokens), fit(block_out_channels=())
-    monkeypatch.setattr("pdiff_hf.models.autoencoder.BLOCK_SIZE", 4 * 20)
+    monkeypatch.setattr("pdiff_hf.models.tokens.BLOCK_SIZE", 4 * 20)
     for autoencoder, expected in zip((fit(**tokens), fit(block_out_channels=())), whole, strict=True):
         got = autoencoder.tokenize(parameters)
         # The sign of a principal direction is free.
@@ -147,6 +150,24 @@ def test_bases_are_the_same_however_the_vector_is_read(monkeypatch):
         torch.testing.assert_close(
             reconstructed, expected.detokenize(expected.tokenize(parameters)), rtol=1e-4, atol=1e-4
         )
+
+
+@pytest.mark.parametrize("architecture", [{"token_size": 16, "token_dim": 3}, {"block_out_channels": ()}, {}])
+def test_snapshots_are_chosen_by_index(architecture):
+    """The rest of the file may hold anything: it is not looked at."""
+    parameters, rows = correlated(80, 100, 40), torch.arange(0, 80, 8)
+    parameters = torch.where(torch.isin(torch.arange(80), rows).unsqueeze(1), parameters, torch.nan)
+    chosen, whole = (make_autoencoder(100, 40, **architecture) for _ in range(2))
+    chosen.fit_parameter_statistics(parameters, rows=rows)
+    whole.fit_parameter_statistics(parameters[rows].clone())
+    for name, tensor in whole.state_dict().items():
+        assert torch.equal(chosen.state_dict()[name], tensor), name
+    assert torch.equal(chosen.tokenize(parameters, rows), whole.tokenize(parameters[rows]))
+    with torch.no_grad():
+        assert torch.equal(encode_in_batches(chosen, parameters, rows), whole.encode(parameters[rows]).latents)
+        many = correlated(150, 100, 40)
+        expected = torch.cat([whole.encode(batch).latents for batch in many.split(64)])
+        assert torch.equal(encode_in_batches(whole, many), expected)
 
 
 def test_without_convolutions_it_is_principal_component_analysis():
@@ -192,15 +213,18 @@ def test_save_and_load_keep_every_bit_and_statistics_stay_float32(token_size, tm
     half = ParameterAutoencoder.from_pretrained(tmp_path, torch_dtype=torch.bfloat16)
     assert half.encoder[0].weight.dtype == torch.bfloat16
     assert torch.equal(half.parameter_mean, autoencoder.parameter_mean)
-    for network in (half, loaded.to(torch.bfloat16)):  # the latter has its statistics in bfloat16 as well
+    for network in (half, loaded.to(torch.bfloat16), copy.deepcopy(autoencoder).double()):
+        for name in ("parameter_mean", "parameter_std", "latent_mean", "latent_std"):
+            assert torch.equal(getattr(network, name), getattr(autoencoder, name)), name
         latents = network.encode(torch.randn(2, 33)).latents
         assert network.decode(latents).sample.dtype == torch.float32
 
-    denoiser = LatentDenoiser(8, block_out_channels=(4, 4), bottleneck_dim=8, embedding_dim=16, num_class_embeds=3)
+    denoiser = LatentDenoiser(8, block_out_channels=(4, 4), bottleneck_dim=8, embedding_dim=16)
+    torch.nn.init.normal_(denoiser.conv_out.weight)
     denoiser.save_pretrained(tmp_path / "denoiser")
     loaded = LatentDenoiser.from_pretrained(tmp_path / "denoiser").eval()
-    sample, labels = torch.randn(2, 8), torch.tensor([0, 2])
-    assert torch.equal(loaded(sample, 5, labels).sample, denoiser.eval()(sample, 5, labels).sample)
+    sample = torch.randn(2, 8)
+    assert torch.equal(loaded(sample, 5).sample, denoiser.eval()(sample, 5).sample)
 
 
 @pytest.mark.parametrize(
@@ -254,7 +278,9 @@ def test_errors():
         make_autoencoder(10, latent_dim=0)
     with pytest.raises(LayoutError, match="token_size and token_dim must be at least 1, got 0 and 32"):
         make_autoencoder(10, token_size=0)
-    with pytest.raises(LayoutError, match="token_size=1 cuts 1,000,000,000,000 numbers into 1,000,000,000,000 tokens"):
+    with pytest.raises(
+        LayoutError, match="token_size=1 cuts 1,000,000,000,000 parameters into 1,000,000,000,000 tokens"
+    ):
         ParameterAutoencoder(make_layout(10**12).to_dict(), latent_dim=2, token_size=1)
     with pytest.raises(LayoutError, match="needs convolutions"):
         ParameterAutoencoder(make_layout(10).to_dict(), latent_dim=2, block_out_channels=(), variational=True)
@@ -263,7 +289,5 @@ def test_errors():
     denoiser = LatentDenoiser(8, block_out_channels=(4, 4), bottleneck_dim=8, embedding_dim=16)
     with pytest.raises(ValueError, match=r"\(N, 8\), got \(2, 7\)"):
         denoiser(torch.zeros(2, 7), 0)
-    with pytest.raises(ValueError, match="no num_class_embeds"):
-        denoiser(torch.zeros(2, 8), 0, torch.tensor([0, 1]))
-    with pytest.raises(ValueError, match="class_labels are needed"):
-        LatentDenoiser(8, block_out_channels=(4, 4), bottleneck_dim=8, num_class_embeds=2)(torch.zeros(2, 8), 0)
+    with pytest.raises(ValueError, match="no condition_dim"):
+        denoiser(torch.zeros(2, 8), 0, torch.zeros(2, 4))

@@ -96,7 +96,7 @@ def finished(folder) -> dict[str, str]:
 
 def test_memory_that_runs_out_in_training_is_told_in_one_line(tmp_path):
     run = Run(Recipe(**RECIPE | {"output_dir": str(tmp_path / "out")}))
-    with pytest.raises(ResourceError) as caught, run._explaining("stage base"):
+    with pytest.raises(ResourceError) as caught, run.resource_errors("stage base"):
         torch.empty(2**50)
     message = str(caught.value)
     assert message.startswith("stage base: out of memory (") and "can't allocate memory" in message
@@ -134,7 +134,7 @@ def test_sampling_goes_on_with_fewer_networks_at_once(tmp_path):
     program = """
 from safetensors.torch import save_file
 from pdiff_hf import LatentDenoiser, ParameterAutoencoder, ParameterLayout, PDiffPipeline
-from pdiff_hf.run.run import make_sampling_scheduler
+from pdiff_hf.run.stages import make_sampling_scheduler
 from pdiff_hf.training import make_training_scheduler
 
 torch.manual_seed(0)

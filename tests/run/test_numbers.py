@@ -7,14 +7,16 @@ import pytest
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
+from pdiff_hf.evaluation.generator import evaluate_generator
 from safetensors.torch import load_file
 from torch import nn
 
 from pdiff_hf import ParameterLayout, PDiffPipeline
-from pdiff_hf.evaluation.generator import evaluate_generator
 from pdiff_hf.evaluation.scoring import Scorer
+from pdiff_hf.run.folder import RunError
 from pdiff_hf.run.recipe import Recipe
-from pdiff_hf.run.run import Run, RunError, make_sampling_scheduler
+from pdiff_hf.run.run import Run
+from pdiff_hf.run.stages import make_sampling_scheduler
 from pdiff_hf.snapshots import CollectArguments, SnapshotError, SnapshotWriter, collect_snapshots
 from pdiff_hf.snapshots.dataset import load_snapshots, parameter_matrix
 from pdiff_hf.tasks import ClassificationTask
@@ -324,7 +326,7 @@ def test_a_run_that_diverges_keeps_what_was_finished(tmp_path):
     )
     run = Run(recipe, task=Points())
     with pytest.raises(TrainingError, match=r"autoencoder: the loss is (nan|inf) at step \d"), run.lock():
-        run.carry_out()
+        run.execute()
     assert run.is_finished("base") and run.is_finished("collect") and not run.is_finished("autoencoder")
     assert not (tmp_path / "autoencoder").exists()
     assert Run(recipe, task=Points()).parameters.shape == (10, 9)  # what was collected is whole

@@ -18,8 +18,9 @@ from transformers import AutoModelForImageClassification, ViTConfig, ViTImagePro
 
 from pdiff_hf import PDiffPipeline
 from pdiff_hf.layout import LayoutError
+from pdiff_hf.run.folder import RunError
 from pdiff_hf.run.recipe import Recipe
-from pdiff_hf.run.run import Run, RunError
+from pdiff_hf.run.run import Run
 from pdiff_hf.snapshots import SnapshotError, load_snapshots, parameter_matrix
 from pdiff_hf.tasks import ImageClassificationTask, Task
 
@@ -46,7 +47,7 @@ TINY = {
 def carry_out(folder, **changes) -> Run:
     run = Run(Recipe(**TINY | {"output_dir": str(folder)} | changes))
     with run.lock():
-        run.carry_out()
+        run.execute()
     return run
 
 
@@ -137,7 +138,7 @@ def test_other_settings_are_refused_unless_asked_for(finished, tmp_path):
     with pytest.raises(RunError, match="denoiser_steps: 60 there, 61 asked for"):
         carry_out(finished.folder, denoiser_steps=61)
     carry_out(tmp_path, stages=["base", "collect"])
-    with pytest.raises(RunError, match="stage evaluate needs autoencoder, denoiser first"):
+    with pytest.raises(RunError, match="stage evaluate needs autoencoder, denoiser, vae first"):
         carry_out(tmp_path, stages=["evaluate"])
     base = (tmp_path / "stages" / "base.json").stat().st_mtime_ns
     carry_out(tmp_path, stages=["base", "collect"], num_snapshots=12, overwrite_output_dir=True)
@@ -152,19 +153,18 @@ def test_the_saved_generator_makes_working_networks(finished, tmp_path):
         check=True,
     )  # fmt: skip
     pipe = PDiffPipeline.from_pretrained(finished.folder / "pipeline")
-    state_dicts = pipe(3, num_inference_steps=5, generator=torch.Generator().manual_seed(5)).parameters
+    networks = pipe(
+        3, num_inference_steps=5, generator=torch.Generator().manual_seed(5), output_type="model"
+    ).parameters
     split = finished.task.load_split("test")
     batch = split.__getitems__(list(range(len(split))))
-    for i, state_dict in enumerate(state_dicts):
+    for i, expected in enumerate(networks):
         folder = tmp_path / "networks" / f"network-{i:05d}"
         written = load_file(folder / "model.safetensors")
         network = AutoModelForImageClassification.from_pretrained(folder).eval()
-        for name, tensor in state_dict.items():
-            assert torch.equal(network.state_dict()[name], tensor)
         assert len(written) == len(network.state_dict())
         with torch.no_grad():
-            accuracy = (network(batch["pixel_values"]).logits.argmax(-1) == batch["labels"]).float().mean()
-        assert accuracy > 0.5  # 0.1 is chance
+            assert torch.equal(network(batch["pixel_values"]).logits, expected(batch["pixel_values"]).logits)
 
 
 @pytest.mark.parametrize(
@@ -330,7 +330,7 @@ def test_adapters_of_a_peft_model_are_generated(tmp_path):
         **TINY | {"model": str(tmp_path / "vit"), "select": ["*.lora_*"], "output_dir": str(tmp_path / "run")}
     )
     run = Run(recipe, task=Adapted(recipe.model, image_size=16, max_train_samples=600, max_eval_samples=100))
-    run.carry_out()
+    run.execute()
     pipe = run.pipeline
     assert pipe.autoencoder.layout.num_parameters == 2 * 2 * 2 * (2 * 16)  # layers, projections, A and B, r x 16
     network = run.base_model

@@ -55,7 +55,7 @@ def app():
 def run(tmp_path_factory) -> Run:
     run = Run(Recipe(**TINY, output_dir=str(tmp_path_factory.mktemp("app") / "out")))
     with run.lock():
-        run.carry_out()
+        run.execute()
     return run
 
 

@@ -18,6 +18,7 @@ from pdiff_hf.layout import ParameterLayout
 from pdiff_hf.networks.batched import BatchedModels
 from pdiff_hf.run.recipe import Recipe
 from pdiff_hf.run.run import Run
+from pdiff_hf.run.stages import collect_from_files
 from pdiff_hf.selection import select_layout
 from pdiff_hf.snapshots import (
     AlignmentError,
@@ -27,8 +28,8 @@ from pdiff_hf.snapshots import (
     load_snapshots,
     parameter_matrix,
 )
-from pdiff_hf.snapshots.alignment import Axis
 from pdiff_hf.snapshots.barrier import choose_pairs, measure_barrier
+from pdiff_hf.snapshots.tracing import Axis
 from pdiff_hf.tasks import ClassificationTask, ImageClassificationTask, Task
 from pdiff_hf.training.loop import epoch_indices
 
@@ -379,8 +380,8 @@ def imported(folder, paths, align=False) -> dict:
     )
     run = Run(recipe)
     with run.lock():
-        run.carry_out()
-        run.import_snapshots([str(path) for path in paths], align=align)
+        run.execute()
+        collect_from_files(run, [str(path) for path in paths], align=align)
     record = json.loads((folder / "stages" / "collect.json").read_text())["results"]
     assert record["aligned"] == align and len(record["barrier"]["accuracies"]) == 5
     return record["barrier"]
@@ -424,9 +425,9 @@ def test_a_network_that_cannot_be_aligned_is_refused_before_files_are_read(tmp_p
     recipe = Recipe(output_dir=str(tmp_path / "out"), model="test_resnet", base_epochs=0, latent_dim=2, stages=["base"])
     run = Run(recipe)
     with run.lock():
-        run.carry_out()
+        run.execute()
     with pytest.raises(AlignmentError, match="combines several tensors"):
-        run.import_snapshots([str(tmp_path / "not_there")], align=True)
+        collect_from_files(run, [str(tmp_path / "not_there")], align=True)
     assert not run.is_finished("collect")
 
 

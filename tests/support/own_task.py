@@ -35,4 +35,4 @@ class Clouds(ClassificationTask):
 if __name__ == "__main__":
     run = Run(RecipeParser().parse_recipe(), task=Clouds())
     with run.lock():
-        run.carry_out()
+        run.execute()

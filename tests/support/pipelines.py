@@ -4,7 +4,7 @@ import torch
 from transformers import AutoConfig, AutoModelForImageClassification, PreTrainedModel
 
 from pdiff_hf import LatentDenoiser, ParameterAutoencoder, ParameterLayout, PDiffPipeline, select_parameters
-from pdiff_hf.run.run import make_sampling_scheduler
+from pdiff_hf.run.stages import make_sampling_scheduler
 from pdiff_hf.training import make_training_scheduler
 
 LATENT_DIM = 6

@@ -216,6 +216,9 @@ def test_wrong_data_sets(tmp_path):
         ObjectDetectionTask(DETECTOR, sizes, skip_bad_examples=True)  # one of eight images has no boxes
     images = datasets.Dataset.from_dict({"image": [Image.new("L", (8, 8))] * 4, "label": [0, 1] * 2})
     images.to_parquet(tmp_path / "train.parquet")
+    with pytest.raises(ValueError, match="the files of dataset .* cannot be read: .* column names don't match"):
+        ObjectDetectionTask(DETECTOR, str(tmp_path))
+    (tmp_path / "val.parquet").unlink()
     with pytest.raises(ValueError, match="needs a column objects with the lists bbox and category"):
         ObjectDetectionTask(DETECTOR, str(tmp_path))
 
@@ -270,7 +273,7 @@ def test_the_whole_job(tmp_path, canvases):
     )
     run = Run(recipe)
     with run.lock():
-        run.carry_out()
+        run.execute()
     run = Run(recipe)  # all of it read from the folder
     generated = run.pipeline(num_models=2, num_inference_steps=2, output_type="pt").parameters
     parameters = torch.cat([run.parameters, generated.cpu().float()])

@@ -15,8 +15,9 @@ from transformers import AutoModelForImageClassification, ViTConfig, ViTForImage
 
 from pdiff_hf import PDiffPipeline
 from pdiff_hf.networks.batched import BatchedModels, PrefixCache
+from pdiff_hf.run.folder import RunError
 from pdiff_hf.run.recipe import Recipe
-from pdiff_hf.run.run import Run, RunError
+from pdiff_hf.run.run import Run
 from pdiff_hf.selection import select_layout
 from pdiff_hf.snapshots import load_snapshots, parameter_matrix
 from pdiff_hf.tasks import ImageClassificationTask, ImageGenerationTask, take
@@ -101,7 +102,7 @@ def make_recipe(folder, output_dir, **changes) -> Recipe:
 @pytest.fixture(scope="module")
 def finished(folder) -> Run:
     run = Run(make_recipe(folder, folder / "run"))
-    run.carry_out()
+    run.execute()
     return run
 
 
@@ -240,7 +241,7 @@ def test_wrong_folders_are_named(folder, tmp_path, monkeypatch):
     rows = datasets.Dataset.from_dict({"label": [0, 1] * 9})
     (tmp_path / "words").mkdir()
     rows.to_parquet(tmp_path / "words" / "train.parquet")
-    with pytest.raises(ValueError, match="fit image generation: it has no image column; its columns are label"):
+    with pytest.raises(ValueError, match="has no image column; its columns are label"):
         make_task(folder, dataset=str(tmp_path / "words"))
     for name in ("torch_fidelity", "torch_fidelity.feature_extractor_inceptionv3"):  # another test may have loaded both
         monkeypatch.setitem(sys.modules, name, None)
@@ -370,9 +371,9 @@ def test_the_whole_job(finished, folder):
 
 def test_snapshots_do_not_depend_on_what_the_process_did_before(finished, folder, tmp_path):
     torch.manual_seed(99)
-    Run(make_recipe(folder, tmp_path, stages=["base"])).carry_out()
+    Run(make_recipe(folder, tmp_path, stages=["base"])).execute()
     torch.manual_seed(100)
-    Run(make_recipe(folder, tmp_path)).carry_out()
+    Run(make_recipe(folder, tmp_path)).execute()
     for name in ("base_model", "pipeline"):
         assert bits(tmp_path / name) == bits(finished.folder / name)
 
@@ -394,8 +395,8 @@ def test_stopped_and_resumed_it_ends_with_the_same_bits(finished, folder, tmp_pa
         fid_features=recipe.fid_features,
     )
     with pytest.raises(KeyboardInterrupt):
-        Run(recipe, task).carry_out()
+        Run(recipe, task).execute()
     assert (tmp_path / "checkpoints" / "base" / "checkpoint-100").is_dir()
     torch.manual_seed(99)
-    Run(make_recipe(folder, tmp_path, stages=["base"], resume_from_checkpoint="latest")).carry_out()
+    Run(make_recipe(folder, tmp_path, stages=["base"], resume_from_checkpoint="latest")).execute()
     assert bits(tmp_path / "base_model") == bits(finished.folder / "base_model")

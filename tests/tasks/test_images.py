@@ -114,7 +114,7 @@ def write_bad_images(path):
         ("damaged", r"split train, column image, row 27 \(file '.*b/07.jpg'\): it cannot be read \(.*truncated"),
         ("text", r"split train, column image, row 27 \(file '.*b/07.jpg'\): it cannot be read \(.*cannot identify"),
         ("unlabelled", r"split train, column label, row 38: it is empty \(and 1 more rows\)"),
-        ("unsorted", "no label column; its columns are image; images in a folder get their classes from its sub"),
+        ("unsorted", "has images and no label column; images in a folder get their classes from its sub-folders"),
         (
             "unsorted_too",
             "split train, column label, row 0: it is empty, and no other .* from its sub-folders",
@@ -237,7 +237,7 @@ def test_training_and_collection_augment_and_nothing_else_does(tmp_path, monkeyp
             latent_dim=8,
         )
         run = Run(recipe)
-        run.carry_out()
+        run.execute()
         weight = run.base_model.state_dict()["timm_model.fc.weight"]
         return run.task, weight, parameter_matrix(*load_snapshots(tmp_path / name / "snapshots"))
 

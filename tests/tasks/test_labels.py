@@ -168,11 +168,11 @@ def test_measurements_are_no_classes(tmp_path):
         ({"labels": datasets.Value("int64"), "site": ABC}, {}, ["0", "1", "2"]),
         ({"animal": ABC, "note": datasets.Value("string")}, {}, ["a", "b", "c"]),
         ({"fine_label": ABC, "coarse_label": ABC}, {}, "fine_label and coarse_label could each .* label_column"),
-        ({"label": ABC, "labels": ABC}, {}, "label and labels could each be its label column"),
+        ({"label": ABC, "labels": ABC}, {}, "label and labels could each be the label column"),
         ({"fine_label": ABC, "coarse_label": ABC}, {"label_column": "coarse_label"}, ["a", "b", "c"]),
         ({"note": datasets.Value("string")}, {"label_column": "note"}, ["0", "1", "2"]),
-        ({"note": datasets.Value("string")}, {}, "it has no label column; its columns are image, note"),
-        ({"label": ABC}, {"label_column": "kind"}, "no label column kind; its columns are image, label"),
+        ({"note": datasets.Value("string")}, {}, "has no label column; its columns are image, note"),
+        ({"label": ABC}, {"label_column": "kind"}, "has no column kind; its columns are image, label"),
         ({"label": datasets.List(datasets.Value("int64"))}, {}, "column label holds .*, not one class for each"),
         ({"label": ABC, "photo": datasets.Image()}, {"image_column": "photo"}, ["a", "b", "c"]),
         ({"label": ABC}, {"image_column": "label"}, "column label holds .*, not images"),
@@ -207,8 +207,16 @@ def test_the_column_of_texts(tmp_path):
 
 def test_a_head_of_another_size_is_refused_or_said(tmp_path, caplog):
     def run(model, epochs):
-        recipe = {"output_dir": str(tmp_path / "out"), "stages": ["base"], "latent_dim": 4, "image_size": 8}
-        return Run(Recipe(model=model, base_epochs=epochs, **recipe))
+        recipe = Recipe(
+            output_dir=str(tmp_path / "out"),
+            stages=["base"],
+            latent_dim=4,
+            model=model,
+            dataset="digits",
+            image_size=8,
+            base_epochs=epochs,
+        )
+        return Run(recipe)
 
     twelve = save_vit(tmp_path / "twelve", num_labels=12)
     message = r"classifier.bias, classifier.weight of model .*the data have 10 classes.*the network has 12 outputs"

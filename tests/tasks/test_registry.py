@@ -86,6 +86,6 @@ def test_a_run_of_a_task_in_a_file_outside_the_package(tmp_path):
         num_inference_steps=3,
         baseline_models=0,
     )
-    Run(recipe).carry_out()
+    Run(recipe).execute()
     report = json.loads((tmp_path / "evaluation" / "report.json").read_text())
     assert any(group["name"] == "generated" and group["n"] == 3 for group in report["groups"])

@@ -233,7 +233,7 @@ def test_the_whole_job(tmp_path, canvases):
     )
     run = Run(recipe)
     with run.lock():
-        run.carry_out()
+        run.execute()
     run = Run(recipe)  # all of it read from the folder
     generated = run.pipeline(num_models=2, num_inference_steps=2, output_type="pt").parameters
     parameters = torch.cat([run.parameters, generated.cpu().float()])

@@ -1,0 +1,287 @@
+"""Compares generated networks with the snapshots and with trivial generators: groups of networks to one report."""
+
+import dataclasses
+import logging
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ..pipelines import PDiffPipeline
+from ..utils.files import replacing, without_nan, write_json
+from ..utils.reports import REPORT_VERSION
+from .audit import audit_group, audit_verdict
+from .baselines import BaselineContext
+from .figures import draw_figures
+from .frontier import Bootstrap, FrontierGroup, frontier_sentence
+from .geometry import Rows, Yardstick, mean_of
+from .hyper_representations import NAMES, sample_hyper_representations
+from .metrics import METRICS, Evidence, ensemble_metrics, nearest_in_predictions
+from .render import format_report, summarise
+from .sampling import (
+    Group,
+    Reconstruction,
+    decode,
+    encode,
+    named_generator,
+    reconstruct,
+    reverse_process,
+    sample_baselines,
+    supported_baselines,
+)
+from .scoring import CHUNK_BYTES, Scorer, Scores
+from .verdict import find_warnings, write_verdict
+
+logger = logging.getLogger(__name__)
+
+MORE_STEPS = 5  # times as many denoising steps are tried where generated networks are worse than snapshots
+MORE_STEPS_MODELS = 20
+
+
+def compare_generator(
+    scorer: Scorer,
+    snapshots: Tensor,
+    generator: PDiffPipeline | Tensor,
+    folder: str | os.PathLike,
+    *,
+    heldout: Tensor | None = None,
+    num_models: int = 200,
+    score_models: int | None = None,
+    num_inference_steps: int = 20,
+    baseline_models: int = 20,
+    hyper_representations: bool = False,
+    vae: Tensor | None = None,
+    losses: Mapping[str, Mapping[str, Sequence[float]]] | None = None,
+    latents: Tensor | None = None,
+    seed: int = 0,
+) -> dict:
+    """
+    Compares generated networks with the snapshots and with trivial generators, and writes the report and its figures.
+
+    Args:
+        scorer (`Scorer`): For the base model and its task, from `scoring.make_scorer`.
+        snapshots (`torch.Tensor`): Shape `(K, D)`, K at least 2; may lie in a file, and is not copied.
+        generator (`PDiffPipeline` or `torch.Tensor`): A pipeline to sample, or the parameters of generated networks,
+            shape `(N, D)`. What needs latents (reconstructions, the kernel density, figures) needs a pipeline.
+        folder (`str` or `os.PathLike`): Receives `report.json`, `report.md` and figures.
+        heldout (`torch.Tensor`, *optional*): bool of shape `(K,)`: snapshots that no generator has seen. Baselines are
+            not made from them either.
+        num_models (`int`, *optional*, defaults to 200): Networks to sample from a pipeline.
+        score_models (`int`, *optional*): Compare no more than so many of the generated networks, drawn at random.
+        num_inference_steps (`int`, *optional*, defaults to 20): Denoising steps of a pipeline.
+        baseline_models (`int`, *optional*, defaults to 20): Networks of each baseline setting; 0 for no baselines.
+        hyper_representations (`bool`, *optional*, defaults to `False`): Whether to add groups of as many networks as
+            are generated for each of S_KDE30, SANE_SUB and SANE_KDE30 (paper, Table 7), with the autoencoder of a
+            pipeline.
+        vae (`torch.Tensor`, *optional*): Parameters from a variational autoencoder, shape `(n, D)`, for a group `vae`.
+        losses (`Mapping`, *optional*): For the figure of losses, see `draw_figures`.
+        latents (`torch.Tensor`, *optional*): Shape `(K, L)`, the snapshots' latents if they are known already.
+        seed (`int`, *optional*, defaults to 0): Of sampling, baselines and bootstrap.
+
+    Returns:
+        `dict`: What `report.json` holds, see `report_schema.json`.
+
+    Raises:
+        ValueError: if the networks of a baseline or the scores would not fit into memory, or `hyper_representations`
+            is asked for without a pipeline.
+    """
+    pipeline = generator if isinstance(generator, PDiffPipeline) else None
+    if hyper_representations and pipeline is None:
+        raise ValueError("hyper_representations needs a pipeline, for its autoencoder; networks alone were given")
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    heldout = torch.zeros(len(snapshots), dtype=torch.bool) if heldout is None else heldout
+    seen = Rows(snapshots, ~heldout)
+    if pipeline is not None and latents is None:
+        latents = encode(pipeline, snapshots)
+    context = BaselineContext(
+        seen,
+        scorer.layout.sizes,
+        latents=None if pipeline is None else latents[~heldout],
+        decode=None if pipeline is None else pipeline.decode_latents,
+    )
+    num_generated = num_models if pipeline is not None else len(generator)
+    num_scored = min(num_generated, score_models or num_generated)
+    baselines = sample_baselines(context, baseline_models, seed) if baseline_models else iter(())
+    _announce(
+        scorer,
+        2 * len(snapshots)
+        + 1
+        + num_scored * (1 + len(NAMES) * hyper_representations)
+        + baseline_models * len(supported_baselines(context)),
+    )
+    chosen = torch.randperm(num_generated, generator=named_generator(seed, "score_models"))[:num_scored].sort().values
+    generated_latents = reconstruction = None
+    if pipeline is None:
+        generated = generator[chosen] if num_scored < num_generated else generator
+    else:
+        generated_latents = pipeline(
+            num_models,
+            num_inference_steps=num_inference_steps,
+            generator=named_generator(seed, "generated"),
+            output_type="latent",
+        ).parameters[chosen]
+        generated = decode(pipeline, generated_latents, folder)
+        reconstruction = reconstruct(pipeline, snapshots, latents, heldout, folder)
+
+    def groups() -> Iterator[Group]:
+        yield Group("snapshots", snapshots)
+        yield Group("mean", mean_of(snapshots).float()[None])
+        if reconstruction is not None:
+            yield Group("reconstructed", reconstruction.parameters)
+        yield Group("generated", generated)
+        if vae is not None:
+            yield Group("vae", vae, family="VAE")
+        yield from baselines
+        if hyper_representations:
+            yield from sample_hyper_representations(scorer, seen, pipeline.autoencoder, num_scored, seed)
+
+    report = compare(scorer, groups(), reconstruction, seed)
+    report["num_generated"] = num_generated
+    if pipeline is not None and scorer.classifies:
+        report["reverse_process"] = reverse_process(scorer, pipeline, num_inference_steps, folder, seed)
+    if pipeline is not None and report["difference"]["verdict"] == "worse":
+        report["more_steps"] = _try_more_steps(scorer, pipeline, num_inference_steps, seed)
+    report = without_nan(report)
+    report["warnings"] = find_warnings(report)
+    report["verdict"] = write_verdict(report)
+    report["summary"] = summarise(report)
+    report = without_nan(report)
+    draw_figures(
+        report,
+        folder,
+        snapshots=snapshots,
+        generated=generated,
+        tensor_sizes=scorer.layout.sizes,
+        latents=None if pipeline is None else {"snapshots": latents, "generated": generated_latents},
+        losses=losses,
+    )
+    write_report(report, folder)
+    return report
+
+
+def compare(
+    scorer: Scorer, groups: Iterable[Group], reconstruction: Reconstruction | None = None, seed: int = 0
+) -> dict:
+    """
+    Scores groups of networks on the validation and the test split, and compares the generated one with the others.
+
+    Args:
+        scorer (`Scorer`): For the base model and its task.
+        groups (`Iterable[Group]`): `snapshots` first; made and let go one after the other.
+        reconstruction (`Reconstruction`, *optional*): Of the group `reconstructed`.
+        seed (`int`, *optional*, defaults to 0): Of the bootstrap.
+
+    Returns:
+        `dict`: The numbers of a report, which may be nan.
+    """
+    rows, audits, places = [], [], {}
+    yardstick = snapshots_iou = wrong_snapshots = None
+    num_parameters = scorer.layout.num_parameters
+    for group, validation, test in _scored(scorer, groups):
+        own = yardstick is None
+        if own:
+            yardstick = Yardstick(group.parameters)
+            wrong_snapshots = test.wrong if scorer.classifies else None
+        place = yardstick.place(None if own else group.parameters)
+        similarity = nearest_in_predictions(test.wrong, wrong_snapshots, own) if scorer.classifies else None
+        snapshots_iou = similarity[0] if own and scorer.classifies else snapshots_iou
+        audits.append(audit_group(group.name, place, yardstick.nearest, similarity, snapshots_iou))
+        iou = similarity[0] if similarity is not None else torch.empty(0)
+        evidence = Evidence(test.values, validation, scorer.metric.sign, test, iou, place)
+        row = {"name": group.name, "family": group.family, "value": group.value, "n": len(test.values)}
+        row["num_undefined"] = int(test.undefined.sum())
+        row |= {m.key: m.function(evidence) for m in METRICS if scorer.classifies or not m.classifiers_only}
+        row["scores"] = evidence.values.tolist()
+        if scorer.classifies:
+            row["ensembles"] = ensemble_metrics(test.log_probs, test.labels)
+        rows.append(row)
+        wrong = test.wrong if scorer.classifies else None
+        places[group.name] = FrontierGroup(group.name, evidence.values, wrong, group.family, group.value)
+
+    bootstrap = Bootstrap(wrong_snapshots, scorer.metric.sign, named_generator(seed, "bootstrap"))
+    baselines = [place for place in places.values() if place.family is not None]
+    frontier_rows = bootstrap.frontier(places["generated"], baselines)
+    generated_audit = next(audit for audit in audits if audit.name == "generated")
+    baseline_audits = [audit for audit in audits if places[audit.name].family is not None]
+    explained = None
+    if reconstruction is not None:
+        same = places["snapshots"].values[reconstruction.rows]
+        lost = places["reconstructed"].values.nanmean() - same.nanmean()
+        explained = reconstruction.explained | {"score_difference": lost.item()}
+    return {
+        "version": REPORT_VERSION,
+        "metric": dataclasses.asdict(scorer.metric),
+        "num_parameters": num_parameters,
+        "splits": {split: len(scorer.task.load_split(split)) for split in ("validation", "test")},
+        "groups": rows,
+        "difference": dataclasses.asdict(bootstrap.difference(places["generated"], places["snapshots"])),
+        "reconstruction": explained,
+        "frontier": {
+            "sentence": frontier_sentence(frontier_rows),
+            "rows": [dataclasses.asdict(row) for row in frontier_rows],
+        },
+        "audit": {
+            "verdict": audit_verdict(generated_audit, baseline_audits),
+            "rows": [dataclasses.asdict(audit) | {"copies": audit.copies} for audit in audits],
+        },
+    }
+
+
+def _scored(scorer: Scorer, groups: Iterable[Group]) -> Iterator[tuple[Group, Tensor, Scores]]:
+    """Each group with its metric on validation data and its scores on test data; as many groups as fit go together,
+    because every pass over the data computes the frozen part of the network anew."""
+
+    def flush(batch: list[Group]) -> Iterator[tuple[Group, Tensor, Scores]]:
+        vectors = [row for group in batch for row in group.parameters]
+        validation = scorer.score("validation", vectors).values
+        test = scorer.score("test", vectors)
+        start = 0
+        for group in batch:
+            part = slice(start, start + len(group.parameters))
+            start = part.stop
+            yield group, validation[part], test[part]
+
+    most = min(scorer.chunk_size, CHUNK_BYTES // (4 * scorer.layout.num_parameters))
+    batch: list[Group] = []
+    for group in groups:
+        if batch and sum(len(g.parameters) for g in [*batch, group]) > most:
+            yield from flush(batch)
+            batch = []
+        batch.append(group)
+    yield from flush(batch)
+
+
+def _announce(scorer: Scorer, num_networks: int) -> None:
+    seconds = scorer.estimate(num_networks)
+    units = ((7200, 3600, "h"), (120, 60, "min"), (0, 1, "s"))
+    time = next(f"{seconds / size:.0f} {unit}" for least, size, unit in units if seconds >= least)
+    logger.info(
+        "scoring: about %s for up to %s networks, less those that were scored before%s",
+        time,
+        f"{num_networks:,}",
+        "; --score_models and --baseline_models take fewer" if seconds > 600 else "",
+    )
+
+
+def _try_more_steps(scorer: Scorer, pipeline: PDiffPipeline, num_inference_steps: int, seed: int) -> dict:
+    """The score of some networks that were sampled in more denoising steps."""
+    steps = min(MORE_STEPS * num_inference_steps, pipeline.scheduler.config.num_train_timesteps)
+    sampled = pipeline(
+        MORE_STEPS_MODELS,
+        num_inference_steps=steps,
+        generator=named_generator(seed, "generated"),
+        output_type="pt",
+    ).parameters
+    values = scorer.score("test", sampled).values
+    return {"num_inference_steps": steps, "n": len(values), "score_mean": values.nanmean().item()}
+
+
+def write_report(report: dict, folder: str | os.PathLike) -> None:
+    """Writes `report.json` and `report.md` into `folder`; the latter shows the figures that are there."""
+    folder = Path(folder)
+    write_json(folder / "report.json", report)
+    with replacing(folder / "report.md") as part:
+        part.write_text(format_report(report, [path.name for path in folder.glob("*.png")]))

@@ -1,0 +1,199 @@
+"""The networks that a report compares: what a pipeline generates and reconstructs, and what baselines make."""
+
+import mmap
+import os
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+import torch
+from torch import Tensor
+
+from ..pipelines import PDiffPipeline
+from ..utils.memory import InParts
+from ..utils.seeds import derive_seed
+from .baselines import Baseline, BaselineContext, standard_baselines
+from .geometry import Rows, mean_of, pca_r2_score
+from .scoring import CHUNK_BYTES, Scorer
+
+NUM_TRAJECTORIES = 5  # the paper's figure 5b has as many
+MAX_TRAJECTORY_STEPS = 20  # of a longer process so many are scored
+BLOCK_NUMBERS = 2**26  # that are encoded or decoded at once
+
+
+@dataclass(frozen=True)
+class Group:
+    """
+    Networks that are reported together.
+
+    Args:
+        name (`str`): Unique; `snapshots` comes first, and `generated` has to be there.
+        parameters (`torch.Tensor`): Shape `(N, D)`.
+        family (`str`, *optional*): Of a baseline: what the settings of one sweep have in common.
+        value (`float | str`, *optional*): Of a baseline: its setting.
+    """
+
+    name: str
+    parameters: Tensor
+    family: str | None = None
+    value: float | str | None = None
+
+
+@dataclass(frozen=True)
+class Reconstruction:
+    """
+    What the autoencoder makes of the snapshots.
+
+    Args:
+        parameters (`torch.Tensor`): Shape `(n, D)`: of the held-out snapshots, or of all if none is held out.
+        rows (`torch.Tensor`): int64 of shape `(n,)`, which snapshots these are.
+        explained (`dict`): Shares of the variance around the mean of the seen snapshots: `r2_train` and `r2_heldout`
+            of the autoencoder, `linear_r2_train` and `linear_r2_heldout` of as many principal components.
+    """
+
+    parameters: Tensor
+    rows: Tensor
+    explained: dict[str, float | None]
+
+
+def room_for(count: int, num_parameters: int, folder: Path) -> Tensor:
+    """
+    A float32 tensor `(count, num_parameters)` with arbitrary values. A large one lies in a file in `folder` that goes
+    when the tensor does, so that it takes no memory that could not be given back.
+    """
+    size = 4 * count * num_parameters
+    if size <= CHUNK_BYTES // 4:
+        return torch.empty(count, num_parameters)
+    with tempfile.TemporaryFile(dir=folder) as file:
+        os.posix_fallocate(file.fileno(), 0, size)  # a full disk is an error here, and would end the process later
+        memory = mmap.mmap(file.fileno(), size)
+    return torch.frombuffer(memory, dtype=torch.float32).view(count, num_parameters)
+
+
+@torch.no_grad()
+def encode(pipeline: PDiffPipeline, parameters: Tensor | Rows) -> Tensor:
+    """Parameters of shape `(N, D)` to latents of shape `(N, L)`, on the CPU."""
+    autoencoder, in_parts = pipeline.autoencoder, InParts("networks")
+
+    def encode_rows(rows: Tensor) -> Tensor:
+        return autoencoder.encode(rows.to(autoencoder.device)).latents.cpu()
+
+    return torch.cat([in_parts(encode_rows, parameters[rows]) for rows in _blocks(*parameters.shape)])
+
+
+def decode(pipeline: PDiffPipeline, latents: Tensor, folder: Path) -> Tensor:
+    """Latents of shape `(N, L)` to parameters of shape `(N, D)`; a large result lies in a file in `folder`."""
+    parameters = room_for(len(latents), pipeline.autoencoder.layout.num_parameters, folder)
+    for rows in _blocks(*parameters.shape):
+        parameters[rows] = pipeline.decode_latents(latents[rows])
+    return parameters
+
+
+def _blocks(count: int, num_parameters: int) -> Iterator[slice]:
+    # Up to 256, and a multiple of what the pipeline decodes at once, so that the bits are those that it gives.
+    step = 256 if 256 * num_parameters <= BLOCK_NUMBERS else 16 * max(1, 2**22 // num_parameters)
+    return (slice(start, min(start + step, count)) for start in range(0, count, step))
+
+
+def reconstruct(
+    pipeline: PDiffPipeline, snapshots: Tensor, latents: Tensor, heldout: Tensor, folder: Path
+) -> Reconstruction:
+    """
+    Decodes the latents of all snapshots, and keeps those of the held-out ones.
+
+    Args:
+        snapshots (`torch.Tensor`): Shape `(K, D)`.
+        latents (`torch.Tensor`): Shape `(K, L)`.
+        heldout (`torch.Tensor`): bool of shape `(K,)`.
+        folder (`Path`): For what is too large for memory.
+    """
+    seen = Rows(snapshots, ~heldout)
+    mean, length = mean_of(seen), pipeline.autoencoder.config.latent_dim
+    rows = heldout.nonzero().flatten() if heldout.any() else torch.arange(len(snapshots))
+    kept = room_for(len(rows), snapshots.shape[1], folder)
+    place = torch.full((len(snapshots),), -1)
+    place[rows] = torch.arange(len(rows))
+    error, total = torch.zeros(2, len(snapshots), dtype=torch.float64)
+    for block in _blocks(*snapshots.shape):
+        for i, decoded in zip(range(block.start, block.stop), pipeline.decode_latents(latents[block]), strict=True):
+            if place[i] >= 0:
+                kept[place[i]] = decoded
+            error[i] = (snapshots[i] - decoded).double().square().sum()
+            total[i] = (snapshots[i] - mean).square().sum()
+
+    def share(which: Tensor) -> float:
+        return (1 - error[which].sum() / total[which].sum()).item()  # nan or infinite where nothing varies
+
+    explained: dict[str, float | None] = {
+        "r2_train": share(~heldout),
+        "r2_heldout": share(heldout) if heldout.any() else None,
+        "linear_r2_train": pca_r2_score(seen, seen, length),
+        "linear_r2_heldout": pca_r2_score(seen, Rows(snapshots, heldout), length) if heldout.any() else None,
+    }
+    return Reconstruction(kept, rows, explained)
+
+
+def sample_baselines(context: BaselineContext, num_models: int, seed: int) -> Iterator[Group]:
+    """
+    `num_models` networks of every standard baseline that `context` supports, one group at a time.
+
+    Raises:
+        ValueError: if those of one baseline would take more than half of the free memory, before any is made.
+    """
+    needed = 4 * num_models * context.snapshots.shape[1]
+    free = psutil.virtual_memory().available
+    if needed > free / 2:
+        raise ValueError(
+            f"{num_models} networks of a baseline need {needed:,} bytes, more than half of the {free:,} bytes of free "
+            f"memory; use --baseline_models {num_models * free // 2 // needed} at most"
+        )
+    return (
+        # The seed follows from the name, so that a new baseline leaves the networks (and scores) of the others alone.
+        Group(
+            baseline.name,
+            baseline.sample(context, num_models, named_generator(seed, baseline.name)),
+            baseline.family,
+            baseline.value,
+        )
+        for baseline in supported_baselines(context)
+    )
+
+
+def supported_baselines(context: BaselineContext) -> list[Baseline]:
+    """The standard baselines that a context has all that is needed for."""
+    return [baseline for baseline in standard_baselines() if baseline.supports(context)]
+
+
+def reverse_process(scorer: Scorer, pipeline: PDiffPipeline, num_inference_steps: int, folder: Path, seed: int) -> dict:
+    """
+    Test scores of the networks that the noisy latents of several samples decode to along the way, in one pass over the
+    data (paper, figure 5b): `steps` that were taken, and `scores`, a row a sample and a column a step.
+    """
+    generator = named_generator(seed, "trajectories")
+    noise = torch.randn(NUM_TRAJECTORIES, pipeline.denoiser.config.latent_dim, generator=generator)
+    along = [noise * pipeline.scheduler.init_noise_sigma]
+
+    def keep(pipe, step, timestep, tensors):
+        along.append(tensors["latents"].cpu())
+        return tensors
+
+    pipeline(
+        NUM_TRAJECTORIES,
+        num_inference_steps=num_inference_steps,
+        generator=generator,
+        latents=noise,
+        output_type="latent",
+        callback_on_step_end=keep,
+    )
+    last = len(along) - 1
+    steps = torch.linspace(0, last, min(last, MAX_TRAJECTORY_STEPS) + 1).round().int().tolist()
+    parameters = decode(pipeline, torch.cat([along[step] for step in steps]), folder)  # (S x samples, D)
+    scores = scorer.score("test", parameters).values.view(-1, NUM_TRAJECTORIES).T
+    return {"steps": steps, "scores": scores.tolist()}
+
+
+def named_generator(seed: int, name: str) -> torch.Generator:
+    """A source of randomness of its own for everything that has a name."""
+    return torch.Generator().manual_seed(derive_seed(seed, *name.encode()))

@@ -1,0 +1,114 @@
+"""What a report says in words: two sentences, and warnings."""
+
+from collections import Counter
+
+from .frontier import CONFIDENCE
+from .render import number
+
+FEW_ERRORS = 20  # with fewer, one error more or less moves an IoU by 5 points
+EXPLAINS_LITTLE = 0.5  # of the variance: reconstructions are little but the mean
+LATENT_TOO_SHORT = 0.9  # of the variance: what principal components of the latent's length should explain
+ALMOST_LINEAR = 0.05  # an autoencoder within this of the principal components cannot do much better
+
+
+def write_verdict(report: dict) -> str:
+    """
+    Two sentences: whether the generated networks are as good as the snapshots, and what to change if they are not; and
+    how they compare with the baselines.
+    """
+    return f"{_against_snapshots(report)} {_against_baselines(report)}"
+
+
+def _against_snapshots(report: dict) -> str:
+    groups = {row["name"]: row for row in report["groups"]}
+    metric, difference = report["metric"], report["difference"]
+    means = [groups[name]["score_mean"] for name in ("generated", "snapshots")]
+    if None in means:
+        return f"The mean {metric['name']} of the generated networks or of the snapshots is not defined."
+    relation = {
+        "better": "better than the snapshots",
+        "worse": "worse than the snapshots",
+        "undecided": "as good as the snapshots within the sampling error",
+    }[difference["verdict"]]
+    low, high = difference["interval"]
+    unit = f" {metric['unit']}" if metric["unit"] else ""
+    direction = "" if metric["higher_is_better"] else ", lower is better"
+    sentence = (
+        f"The generated networks are {relation}: mean {metric['name']} {means[0]:.2f} against {means[1]:.2f}{unit}"
+        f"{direction} (difference {difference['difference']:+.2f}, {CONFIDENCE:.0%} interval {low:+.2f} to {high:+.2f})"
+    )
+    return sentence + (f"; {_what_to_change(report)}." if difference["verdict"] == "worse" else ".")
+
+
+def _what_to_change(report: dict) -> str:
+    """Of networks that are worse than the snapshots: where it is lost, as far as the report has measured it."""
+    explained = report["reconstruction"]
+    if explained is None:
+        return "a report on networks alone cannot say where it is lost"
+    sign = 1 if report["metric"]["higher_is_better"] else -1
+    lost, by_autoencoder = -sign * report["difference"]["difference"], -sign * (explained["score_difference"] or 0.0)
+    if by_autoencoder >= lost / 2:
+        heldout = explained["r2_heldout"] is not None
+        r2, linear = (explained[f"{kind}r2_{'heldout' if heldout else 'train'}"] for kind in ("", "linear_"))
+        where = (
+            f"the autoencoder loses {by_autoencoder:.2f} of it (it explains {number(r2, '.0%')} of the variance of "
+            f"{'held-out' if heldout else 'the'} snapshots, as many principal components {number(linear, '.0%')}): "
+        )
+        if None not in (r2, linear) and linear < LATENT_TOO_SHORT and r2 > linear - ALMOST_LINEAR:
+            return where + "raise --latent_dim"
+        return where + "raise --autoencoder_steps or --autoencoder_learning_rate"
+    where = f"the autoencoder loses {max(0.0, by_autoencoder):.2f} of it, the denoiser the rest: "
+    more = report.get("more_steps")
+    if more is not None and more["score_mean"] is not None:
+        generated = next(row for row in report["groups"] if row["name"] == "generated")
+        gained = sign * (more["score_mean"] - generated["score_mean"])
+        if gained > lost / 2:
+            return where + f"raise --num_inference_steps ({more['num_inference_steps']} reach {more['score_mean']:.2f})"
+        where = where[:-2] + f", and {more['num_inference_steps']} denoising steps reach {more['score_mean']:.2f}: "
+    return where + "raise --denoiser_steps"
+
+
+def _against_baselines(report: dict) -> str:
+    rows = report["frontier"]["rows"]
+    if len(rows) == 1:
+        return "They were compared with no baseline."
+    counts = Counter(row["verdict"] for row in rows[1:])
+    measure = report["metric"]["name"] + (" and novelty together" if rows[0]["max_iou"] is not None else "")
+    return (
+        f"Of {len(rows) - 1} settings of trivial generators they are better than {counts['better']} and worse than "
+        f"{counts['worse']}, and {counts['undecided']} are undecided ({measure}, at {CONFIDENCE:.0%} confidence)."
+    )
+
+
+def find_warnings(report: dict) -> list[str]:
+    """What a reader has to know before believing the numbers."""
+    groups = {row["name"]: row for row in report["groups"]}
+    warnings = []
+    undefined, count = groups["generated"]["num_undefined"], groups["generated"]["n"]
+    if undefined:
+        what = "predictions that are not finite" if "nll" in groups["generated"] else "no score"
+        warnings.append(f"{undefined} of {count} generated networks have {what}.")
+    generated_audit = next(row for row in report["audit"]["rows"] if row["name"] == "generated")
+    if generated_audit["copies"]:
+        warnings.append(
+            f"Copies of snapshots are among the {count} generated networks: too near to a snapshot are "
+            f"{generated_audit['num_too_near']} (by chance may be {generated_audit['num_allowed']}), nearly identical "
+            f"to one {generated_audit['num_near_identical']}."
+        )
+    if "nll" in groups["snapshots"]:
+        num_test = report["splits"]["test"]
+        errors = num_test * (1 - groups["snapshots"]["score_mean"] / 100)  # an accuracy is always defined
+        if errors < FEW_ERRORS:
+            warnings.append(
+                f"A snapshot errs on only {errors:.1f} of {num_test} test examples: the similarity of wrong "
+                "predictions can hardly tell networks apart here. For more than a try-out, take a harder task or more "
+                "test data."
+            )
+    explained = report["reconstruction"]
+    if explained is not None and (explained["r2_train"] or 0.0) < EXPLAINS_LITTLE:
+        warnings.append(
+            f"The autoencoder explains only {max(0.0, explained['r2_train'] or 0.0):.0%} of what differs between the "
+            "snapshots: it returns little but their mean, so that every generated network is close to an average. "
+            "Train it longer or with a higher learning rate."
+        )
+    return warnings

@@ -1,0 +1,156 @@
+"""The model card of a generator, from what its folders hold."""
+
+import json
+import os
+import re
+from importlib.metadata import metadata
+from pathlib import Path
+
+import yaml
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+
+from ..layout import ParameterLayout
+from ..utils.reports import FIGURES, load_report
+
+TEMPLATE = Path(__file__).with_name("card.md.jinja")
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+# Settings of a run that say where it lives, on which machine, and who pushed it.
+PRIVATE_KEYS = (
+    "output_dir",
+    "stages",
+    "resume_from_checkpoint",
+    "overwrite_output_dir",
+    "checkpointing_steps",
+    "checkpoints_total_limit",
+    "report_to",
+    "push_to_hub",
+    "hub_model_id",
+    "hub_token",
+    "hub_private_repo",
+    "hub_license",
+)
+MAX_LISTED_TENSORS = 20
+
+
+class HubError(RuntimeError):
+    """Something cannot be pushed; the message says why, and what to do. A repository never holds half of a push."""
+
+
+def make_model_card(
+    pipeline: str | os.PathLike,
+    repo_id: str,
+    *,
+    run: str | os.PathLike | None = None,
+    license: str = "apache-2.0",
+) -> ModelCard:
+    """
+    The card of a generator. `pipeline_tag` is `other`: the Hub has no tag for the generation of networks, and those of
+    images or of classification would offer the repository for what it cannot do.
+
+    Args:
+        pipeline (`str` or `os.PathLike`): Folder of the saved pipeline.
+        repo_id (`str`): Where it is published, `namespace/name`.
+        run (`str` or `os.PathLike`, *optional*): The run's folder, for results, figures and recipe.
+        license (`str`, *optional*, defaults to `"apache-2.0"`): An identifier of the Hub's list.
+
+    Raises:
+        HubError: if the run's report is of another version of this library.
+    """
+    pipeline = Path(pipeline)
+    layout = ParameterLayout.from_dict(json.loads((pipeline / "autoencoder" / "config.json").read_text())["layout"])
+    base = pipeline / "base_model" / "config.json"
+    base_config = json.loads(base.read_text()) if base.is_file() else {}
+    recipe, report, figures = {}, None, []
+    if run is not None:
+        recipe = published_recipe(Path(run)) if Path(run, "recipe.yaml").is_file() else {}
+        report, figures = _read_report(Path(run, "evaluation"))
+
+    name = repo_id.rpartition("/")[2]
+    measured = {}
+    if report is not None:
+        measured = {"metrics": [report["metric"]["name"]], "model_name": name}
+        measured["eval_results"] = _eval_results(report, recipe)
+    data = ModelCardData(
+        license=license,
+        library_name="pdiff_hf",
+        pipeline_tag="other",
+        tags=["diffusers", "pdiff-hf", "neural-network-diffusion", "neural-network-weights", "arxiv:2402.13144"],
+        base_model=_hub_id(recipe.get("model") or ""),
+        datasets=_hub_id((recipe.get("dataset") or "").partition(":")[0]),
+        **measured,
+    )
+    network = recipe.get("model") or base_config.get("architecture") or base_config.get("model_type")
+    dataset = recipe.get("dataset")
+    tensors = list(zip(layout.names, layout.shapes, strict=True))
+    return ModelCard.from_template(
+        data,
+        template_path=str(TEMPLATE),
+        name=name,
+        repo_id=repo_id,
+        network=f"`{network}`" if network else "a network that is not part of it",
+        trained_on="scikit-learn's digits" if dataset == "digits" else f"`{dataset}`",
+        recipe=yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True) if recipe else "",
+        repository=metadata("pdiff_hf").get("Home-page"),
+        complete=bool(base_config),
+        report=report,
+        figures=figures,
+        num_parameters=layout.num_parameters,
+        tensors=tensors[:MAX_LISTED_TENSORS],
+        num_left_out=max(0, len(tensors) - MAX_LISTED_TENSORS),
+    )
+
+
+def published_recipe(folder: Path) -> dict:
+    """The recipe of a run without what concerns this machine or the push; local folders by their names only."""
+    recipe = yaml.safe_load((folder / "recipe.yaml").read_text(encoding="utf-8"))
+    recipe = {key: value for key, value in recipe.items() if key not in PRIVATE_KEYS}
+    return {key: Path(value).name if _is_local(value) else value for key, value in recipe.items()}
+
+
+def _is_local(value: object) -> bool:
+    return isinstance(value, str) and (value.startswith(("/", ".", "~")) or os.path.exists(value))
+
+
+def _hub_id(name: str) -> str | None:
+    """`name` if it can be an id of the Hub. Local folders have been cut to their last part, which has no slash."""
+    return name if HUB_ID.fullmatch(name) else None
+
+
+def _read_report(folder: Path) -> tuple[dict | None, list[dict]]:
+    """The report, and title and path in the repository of every figure that there is."""
+    if not (folder / "report.json").is_file():
+        return None, []
+    try:
+        report = load_report(folder / "report.json")
+    except ValueError as error:
+        raise HubError(str(error)) from error
+    present = [name for name in FIGURES if (folder / name).is_file()]
+    return report, [{"title": FIGURES[name], "path": f"evaluation/{name}"} for name in present]
+
+
+def _eval_results(report: dict, recipe: dict) -> list[EvalResult]:
+    generated = next(group for group in report["groups"] if group["name"] == "generated")
+    task = recipe.get("task", "image_classification").replace("_", "-")
+    dataset = recipe.get("dataset") or "unknown"
+    metric = report["metric"]["name"]
+    title = f"{metric} ({report['metric']['unit']})" if report["metric"]["unit"] else metric
+    values = {
+        f"Mean {title} of {generated['n']} networks": (metric, generated["score_mean"]),
+        f"{title} of the network chosen on validation data": (metric, generated["score_best"]),
+        "Mean over the networks of the largest IoU of errors with a snapshot": ("iou", generated.get("max_iou")),
+    }
+    return [
+        EvalResult(
+            task_type=task,
+            task_name=f"{task.replace('-', ' ').capitalize()} by the generated networks",
+            dataset_type=dataset.partition(":")[0],
+            dataset_name=dataset,
+            dataset_config=dataset.partition(":")[2] or None,
+            dataset_split="test",
+            metric_type=kind,
+            metric_value=round(value, 4),
+            metric_name=name,
+        )
+        for name, (kind, value) in values.items()
+        if value is not None
+    ]

@@ -1,0 +1,232 @@
+"""Parameter vectors as the autoencoder's network sees them: normalised, and in tokens of a few principal components."""
+
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Sequence
+
+import torch
+import torch.nn.functional as F
+
+from ..layout import LayoutError, ParameterLayout
+from .saved import SavedModel
+
+NORMALIZATIONS = ["coordinate", "tensor"]
+# So many parameters of each vector are worked on at once where not all of them need to be.
+BLOCK_SIZE = 2**18
+MAX_TOKENS = 10**7
+
+
+class TokenModel(SavedModel):
+    """
+    A model of parameter vectors that sees them as a signal of C channels and length S, `token_shape`.
+
+    Its buffers hold the mean of every parameter, the standard deviation of every tensor, and the bases of tokens, which
+    [`fit_parameter_statistics`] sets and training leaves as they are.
+    """
+
+    # What is stored in them is lost in half precision: the spread of a tensor is a small part of its mean.
+    _keep_in_fp32_modules = ["parameter_mean", "parameter_std", "token_basis", "latent_mean", "latent_std"]
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> "TokenModel":
+        """Moves and casts, by `to` and `half` for example, all but the types of these."""
+        kept = {name: buffer for name, buffer in self._buffers.items() if name in self._keep_in_fp32_modules}
+        super()._apply(fn, recurse)
+        for name, buffer in kept.items():
+            if buffer is not None and self._buffers[name].dtype != buffer.dtype:
+                self._buffers[name] = buffer.to(self._buffers[name].device)
+        return self
+
+    def _init_tokens(
+        self,
+        layout: ParameterLayout,
+        latent_dim: int,
+        block_out_channels: Sequence[int],
+        token_size: int | None,
+        token_dim: int,
+    ) -> None:
+        """Sets `token_lengths`, how many parameters each token holds, `token_shape`, and room for their bases."""
+        self.layout, num_parameters = layout, layout.num_parameters
+        pieces: tuple[int, ...] = layout.sizes
+        if not block_out_channels:
+            token_size, token_dim, pieces = num_parameters, latent_dim, (num_parameters,)
+        self.token_lengths: list[int] | None = None
+        self.token_shape = (1, num_parameters)
+        if token_size is None:
+            return
+        num_tokens = sum(-(-size // token_size) for size in pieces)
+        if num_tokens > MAX_TOKENS:  # before a list of them is made: a config may ask for anything
+            raise LayoutError(
+                f"token_size={token_size} cuts {num_parameters:,} parameters into {num_tokens:,} tokens, more than "
+                f"{MAX_TOKENS:,}; use larger tokens"
+            )
+        self.token_lengths = [min(token_size, size - start) for size in pieces for start in range(0, size, token_size)]
+        self.token_shape = (token_dim, len(self.token_lengths))
+        # Row i are the entries of the principal directions of its token that belong to parameter i.
+        self.register_buffer("token_basis", torch.zeros(num_parameters, token_dim))
+        # Divides the components, so that each of them has about unit variance: together they have that of the token.
+        lengths = torch.tensor(self.token_lengths)
+        self.register_buffer("token_scale", (lengths.float() / token_dim).sqrt(), persistent=False)
+        self.register_buffer("token_num_parameters", lengths, persistent=False)
+
+    @torch.no_grad()
+    def fit_parameter_statistics(
+        self, parameters: torch.Tensor, normalization: str = "coordinate", rows: torch.Tensor | None = None
+    ) -> None:
+        """
+        Sets everything that training leaves as it is, from snapshots: mean, standard deviation, and bases of tokens.
+
+        Args:
+            parameters (`torch.Tensor`): Shape `(K, D)`. It is read in blocks of columns, and may be larger than memory.
+            normalization (`str`, *optional*, defaults to `"coordinate"`): `"coordinate"` takes the mean of every
+                parameter over the snapshots, and for every tensor the standard deviation around it: the network need
+                not learn the mean network, and explains more of what differs between snapshots. `"tensor"` takes one
+                mean and standard deviation a tensor, as the published implementation does.
+            rows (`torch.Tensor`, *optional*): Indices of the snapshots to take, all by default.
+        """
+        rows = torch.arange(len(parameters)) if rows is None else rows
+        for i, (start, size) in enumerate(zip(self.layout.offsets, self.layout.sizes, strict=True)):
+            step = BLOCK_SIZE // 4
+            pieces = [slice(j, min(j + step, start + size)) for j in range(start, start + size, step)]
+            for piece in pieces:
+                self.parameter_mean[piece] = parameters[rows, piece].double().mean(0)
+            if normalization == "tensor":
+                self.parameter_mean[start : start + size] = self.parameter_mean[start : start + size].double().mean()
+            squares = sum((parameters[rows, p].double() - self.parameter_mean[p]).square().sum() for p in pieces)
+            # A tensor that never changes, or an empty one, is left in its natural units.
+            self.parameter_std[i] = (squares / (len(rows) * size)).sqrt() if size and squares > 0 else 1.0
+        if self.token_lengths is not None:
+            self._fit_bases(parameters, rows)
+
+    def _fit_bases(self, parameters: torch.Tensor, rows: torch.Tensor) -> None:
+        num_components = self.token_shape[0]
+        scale = self._scale()
+
+        def vectors(start: int, stop: int, num_tokens: int) -> torch.Tensor:
+            """Normalised parameters, shape `(n, N, t)`."""
+            block = (parameters[rows, start:stop] - self.parameter_mean[start:stop]) / scale[start:stop]
+            return block.view(len(block), num_tokens, -1).transpose(0, 1)
+
+        # A token that is longer than a block comes in several.
+        for _, group in itertools.groupby(
+            split_into_blocks(self.token_lengths, BLOCK_SIZE // 4), key=lambda block: block[2]
+        ):
+            blocks = [(start, stop, n) for start, stop, _, n in group]
+            if len(blocks) == 1:
+                directions = [principal_directions(vectors(*blocks[0]), num_components)]
+            else:
+                weights = direction_weights(gram_matrix(vectors(*block) for block in blocks), num_components)
+                directions = (vectors(*block).double().mT @ weights for block in blocks)
+            for (start, stop, _), columns in zip(blocks, directions, strict=True):  # (n, t, C)
+                self.token_basis[start:stop] = columns.reshape(-1, num_components)
+
+    def _scale(self) -> torch.Tensor:
+        """Standard deviation that belongs to every parameter, shape `(D,)`."""
+        sizes = torch.tensor(self.layout.sizes, device=self.parameter_std.device)
+        return self.parameter_std.repeat_interleave(sizes, output_size=self.layout.num_parameters)
+
+    def normalize(self, parameters: torch.Tensor) -> torch.Tensor:
+        """Natural to normalised units, shape `(N, D)`."""
+        return (parameters - self.parameter_mean) / self._scale()
+
+    def tokenize(self, parameters: torch.Tensor, rows: torch.Tensor | None = None) -> torch.Tensor:
+        """
+        Parameters in natural units, shape `(K, D)`, on any device, to what the network sees of them, shape `(N, C, S)`:
+        of the rows with the indices `rows`, shape `(N,)`, or of all.
+        """
+        rows = torch.arange(len(parameters)) if rows is None else rows
+        if self.token_lengths is None:
+            return self.normalize(parameters[rows].to(self.parameter_mean.device)).unsqueeze(1)
+        num_models, (num_components, num_tokens) = len(rows), self.token_shape
+        scale, device = self._scale(), self.parameter_mean.device
+        tokens = torch.zeros(num_models, num_tokens, num_components, device=device)
+        for start, stop, token, n in split_into_blocks(self.token_lengths, BLOCK_SIZE):
+            block = (parameters[rows, start:stop].to(device) - self.parameter_mean[start:stop]) / scale[start:stop]
+            basis = self.token_basis[start:stop].view(n, -1, num_components)
+            block = block.view(num_models, n, -1).transpose(0, 1)  # (N, n t) -> (n, N, t)
+            tokens[:, token : token + n] += (block.float() @ basis.float()).transpose(0, 1)  # (n, N, C) -> (N, n, C)
+        return (tokens / self.token_scale.unsqueeze(1)).mT.contiguous()
+
+    def detokenize(self, tokens: torch.Tensor) -> torch.Tensor:
+        """The way back: tokens of shape `(N, C, S)` to parameters in natural units, shape `(N, D)`, float32."""
+        tokens = tokens.float()
+        if self.token_lengths is None:
+            return tokens.squeeze(1) * self._scale() + self.parameter_mean
+        num_models, num_components = len(tokens), self.token_shape[0]
+        scale = self._scale()
+        components = tokens.permute(2, 0, 1) * self.token_scale.float().view(-1, 1, 1)  # (S, N, C)
+        parameters = tokens.new_empty(num_models, self.layout.num_parameters)
+        for start, stop, token, n in split_into_blocks(self.token_lengths, BLOCK_SIZE):
+            basis = self.token_basis[start:stop].view(n, -1, num_components)
+            block = components[token : token + n] @ basis.float().mT  # (n, N, t)
+            block = block.transpose(0, 1).reshape(num_models, -1)
+            parameters[:, start:stop] = block * scale[start:stop] + self.parameter_mean[start:stop]
+        return parameters
+
+
+def split_into_blocks(token_lengths: Sequence[int], size: int) -> Iterator[tuple[int, int, int, int]]:
+    """
+    A vector in blocks of about `size` parameters: where each starts and stops, and the index and number of its tokens,
+    which are equally long. A token of more than `size` parameters comes in several blocks.
+    """
+    start = token = 0
+    for length, group in itertools.groupby(token_lengths):
+        count = len(list(group))
+        if length > size:
+            for _ in range(count):
+                for offset in range(0, length, size):
+                    yield start + offset, start + min(offset + size, length), token, 1
+                start, token = start + length, token + 1
+            continue
+        per_block = size // length
+        for first in range(0, count, per_block):
+            n = min(per_block, count - first)
+            yield start, start + n * length, token, n
+            start, token = start + n * length, token + n
+
+
+def gram_matrix(parts: Iterable[torch.Tensor]) -> torch.Tensor:
+    """
+    Inner products between K vectors that come in parts, so that they need not be in memory as float64 at once.
+
+    Args:
+        parts (`Iterable[torch.Tensor]`): Shape `(..., K, d)` each: some of the vectors' coordinates, for all of them.
+
+    Returns:
+        `torch.Tensor`: Shape `(..., K, K)`, float64.
+    """
+    gram = 0
+    for part in parts:
+        part = part.double()
+        gram = gram + part @ part.mT
+    return gram
+
+
+def direction_weights(gram: torch.Tensor, num_components: int) -> torch.Tensor:
+    """
+    What turns K centred vectors into their orthonormal principal directions.
+
+    K vectors span no more than K directions, so those of the d×d covariance follow from the K×K Gram matrix X Xᵀ: for
+    its eigenvectors u and eigenvalues λ, they are Xᵀ u / √λ.
+
+    Args:
+        gram (`torch.Tensor`): Shape `(..., K, K)`, of [`gram_matrix`].
+        num_components (`int`): r.
+
+    Returns:
+        `torch.Tensor`: Shape `(..., K, r)`, the largest direction first: the columns of `x.mT @ weights` are the
+        directions. Columns are zero where there is no such direction.
+    """
+    values, vectors = torch.linalg.eigh(gram)  # ascending
+    values, vectors = values.flip(-1)[..., :num_components], vectors.flip(-1)[..., :num_components]
+    # Eigenvalues that are zero but for rounding have no direction.
+    smallest = values[..., :1].clamp_min(torch.finfo(values.dtype).tiny) * gram.shape[-1] * 1e-14
+    weights = vectors * torch.where(values > smallest, values.clamp_min(smallest).rsqrt(), 0).unsqueeze(-2)
+    return F.pad(weights, (0, num_components - weights.shape[-1]))
+
+
+def principal_directions(vectors: torch.Tensor, num_components: int) -> torch.Tensor:
+    """The first `num_components` directions of K centred vectors, `(..., K, d)`, as columns: `(..., d, r)`, float64."""
+    vectors = vectors.double()
+    if vectors.shape[-1] > vectors.shape[-2]:
+        return vectors.mT @ direction_weights(gram_matrix([vectors]), num_components)
+    directions = torch.linalg.eigh(vectors.mT @ vectors).eigenvectors.flip(-1)[..., :num_components]
+    return F.pad(directions, (0, num_components - directions.shape[-1]))

@@ -1,0 +1,76 @@
+"""What can be known to fail is found out before any work is done."""
+
+import os
+from typing import TYPE_CHECKING
+
+from ..evaluation.scoring import make_scorer
+from ..networks.adapters import without_wrapper
+from ..utils.files import check_writable
+from .folder import RunError, difference
+from .stages import STAGES
+
+if TYPE_CHECKING:
+    from .run import Run
+
+
+def check_run(run: "Run") -> None:
+    """
+    Raises:
+        RunError: if the run cannot be executed as asked.
+        ValueError: where what it starts from cannot be used.
+    """
+    r = run.recipe
+    if r.latent_dim > run.layout.num_parameters:
+        raise RunError(
+            f"latent_dim is {r.latent_dim}, but only {run.layout.num_parameters} parameters are selected; a latent "
+            "cannot be longer than the vector"
+        )
+    num_snapshots = r.num_snapshots if r.snapshots is None else len(run.snapshots[0])
+    if round(num_snapshots * (1 - r.heldout_snapshots)) < 2:
+        raise RunError(f"{num_snapshots} snapshots leave fewer than 2 to train on")
+    if r.num_inference_steps > r.num_train_timesteps:
+        raise RunError(
+            f"num_inference_steps is {r.num_inference_steps}, more than num_train_timesteps={r.num_train_timesteps}"
+        )
+    parts = r.gradient_accumulation_steps * int(os.environ.get("WORLD_SIZE", 1))
+    for key in ("autoencoder_batch_size", "denoiser_batch_size"):
+        if getattr(r, key) % parts:
+            raise RunError(
+                f"{key}={getattr(r, key)} cannot be cut into {parts} equal parts (processes × "
+                "gradient_accumulation_steps)"
+            )
+    if r.push_to_hub and "denoiser" not in r.stages and not run.is_finished("denoiser"):
+        raise RunError("push_to_hub needs a finished generator, which the chosen stages do not make")
+    check_writable(run.folder)
+    if not r.overwrite_output_dir:
+        _check_folder(run)
+    if "evaluate" in r.stages and not run.is_finished("evaluate"):
+        _check_memory(run, num_snapshots)
+
+
+def _check_folder(run: "Run") -> None:
+    """What the folder holds must belong to the recipe."""
+    for name, stage in STAGES.items():
+        settings, record = run.settings(name), run.files.record(stage)
+        if record is not None and record["settings"] != settings:
+            raise RunError(
+                f"'{run.folder}' holds a run with other settings "
+                f"({difference(record['settings'], settings)}); choose another --output_dir, or execute the "
+                "changed stages again with --overwrite_output_dir"
+            )
+        unfinished = run.files.checkpoint_settings(stage)
+        if run.recipe.resume_from_checkpoint is not None and unfinished not in (None, settings):
+            raise RunError(
+                f"the checkpoints of stage {name} in '{run.folder}' are those of a run with other settings "
+                f"({difference(unfinished, settings)}); go on with those, or begin the stage anew without "
+                "--resume_from_checkpoint"
+            )
+
+
+def _check_memory(run: "Run", num_snapshots: int) -> None:
+    """The scores of all networks must fit into memory."""
+    r = run.recipe
+    model = run.base_model if run.is_finished("base") else without_wrapper(run.task.load_base_model())
+    scorer = make_scorer(run.task, model, run.layout)
+    for split in ("validation", "test"):
+        scorer.check_memory(split, max(num_snapshots, r.score_models or r.num_models, r.baseline_models))

@@ -1,0 +1,93 @@
+"""Writes the networks of a saved generator as files that other libraries load."""
+
+import shutil
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file, save_model
+from torch import nn
+from tqdm.auto import tqdm
+from transformers import TimmWrapperForImageClassification
+
+from ..names import adapter_file_names
+from ..networks.adapters import has_adapters, save_adapter
+from ..pipelines import PDiffPipeline
+from ..utils.files import check_writable, replacing
+
+
+def write_networks(
+    source: str,
+    folder: Path,
+    *,
+    num_models: int,
+    num_inference_steps: int,
+    seed: int,
+    batch_size: int,
+    only_generated: bool,
+) -> None:
+    """
+    Samples networks and writes each to a folder that `from_pretrained` loads, or, with `only_generated`, its generated
+    tensors to one safetensors file.
+
+    Args:
+        source (`str`): Folder or Hub id of a saved `PDiffPipeline`.
+        folder (`Path`): Must not hold generated networks yet.
+
+    Raises:
+        ValueError: if the folder cannot be used, or has too little space, or the generator has no base model to
+            complete its networks with.
+    """
+    check_writable(folder)
+    if any(folder.glob("network-*")):
+        raise ValueError(f"'{folder}' already holds generated networks; choose another --output_dir")
+    pipe = PDiffPipeline.from_pretrained(source)
+    pipe.to("cuda" if torch.cuda.is_available() else "cpu")
+    pipe.set_progress_bar_config(desc="sampling", leave=False)
+    if pipe.base_model is None and not only_generated:
+        raise ValueError("this generator has no base model to complete its networks with; use --only_generated")
+    size = 4 * pipe.autoencoder.layout.num_parameters
+    if not only_generated:
+        size = sum(t.numel() * t.element_size() for t in pipe.base_model.state_dict().values())
+    free = shutil.disk_usage(next(path for path in (folder, *folder.absolute().parents) if path.exists())).free
+    if size * num_models > free:
+        raise ValueError(
+            f"{num_models} networks of {size / 1e6:.1f} MB need {size * num_models / 1e9:.1f} GB, and '{folder}' has "
+            f"{free / 1e9:.1f} GB free; generate fewer, or use --only_generated"
+        )
+    parameters = pipe(
+        num_models,
+        num_inference_steps=num_inference_steps,
+        generator=torch.Generator().manual_seed(seed),
+        batch_size=batch_size,
+        output_type="pt",
+    ).parameters
+    folder.mkdir(parents=True, exist_ok=True)
+    layout = pipe.autoencoder.layout
+    names = adapter_file_names(layout)
+    for i, row in enumerate(tqdm(parameters, "writing")):
+        # Copies, because safetensors does not write views of a larger tensor.
+        state_dict = {name: tensor.clone() for name, tensor in layout.unflatten(row).items()}
+        name = f"network-{i:05d}"
+        with replacing(folder / (f"{name}.safetensors" if only_generated else name)) as part:
+            if only_generated:
+                save_file({names.get(name, name): tensor for name, tensor in state_dict.items()}, part)
+            else:
+                save_network(pipe.make_model(state_dict), part)
+
+
+def save_network(model: nn.Module, folder: Path) -> None:
+    """
+    Such that `from_pretrained` loads it, and timm as well if it is a network of timm. Of a network with adapters of
+    PEFT, the adapters, for `PeftModel.from_pretrained`.
+    """
+    if has_adapters(model):
+        save_adapter(model, folder)
+        return
+    if not isinstance(model, TimmWrapperForImageClassification):
+        model.save_pretrained(folder)
+        return
+    # transformers reads weights under timm's own names as well as under its own; timm reads no others. Nor does it read
+    # a null in the place of arguments.
+    model.config.model_args = model.config.model_args or {}
+    model.config.save_pretrained(folder)
+    save_model(model.timm_model, str(folder / "model.safetensors"), metadata={"format": "pt"})

@@ -1,0 +1,165 @@
+"""A run's folder: which stages are finished and with which settings, their checkpoints, and what runs share."""
+
+import contextlib
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from filelock import FileLock, Timeout
+
+from ..utils import names
+from ..utils.files import part_of, remove, replacing, write_json
+
+if TYPE_CHECKING:
+    from .recipe import Recipe
+    from .run import Run
+
+CHECKPOINT_SETTINGS = "settings.json"
+
+
+class RunError(ValueError):
+    """A run cannot be executed as asked; nothing was changed."""
+
+
+@dataclass(frozen=True)
+class Stage:
+    """
+    A step of a run whose result is kept in the run's folder.
+
+    Args:
+        name (`str`): In recipes, flags and records.
+        folder (`str`): What it leaves, inside the run's folder.
+        needs (`tuple[str, ...]`): Stages whose results it reads.
+        sections (`tuple[type, ...]`): Sections of a recipe that it depends on, beside those of the stages it needs.
+        about (`str`): What it does, for people, with keys of the recipe in braces.
+        execute (`Callable`): `execute(run)` does the work, and returns what the record keeps beside the settings.
+        is_wanted (`Callable`, *optional*): `is_wanted(recipe)` says whether a run has the stage at all.
+    """
+
+    name: str
+    folder: str
+    needs: tuple[str, ...]
+    sections: tuple[type, ...]
+    about: str
+    execute: "Callable[[Run], None]"
+    is_wanted: "Callable[[Recipe], bool]" = lambda recipe: True
+
+
+class RunFolder:
+    """
+    What is on the disk of a run. Everything is written such that a kill at any moment leaves it whole: a record never
+    stands beside a result that it does not describe.
+
+    Args:
+        path (`str` or `os.PathLike`): The run's `output_dir`; it need not exist.
+
+    Raises:
+        RunError: if it is a file.
+    """
+
+    def __init__(self, path: str | os.PathLike):
+        self.path = Path(path)
+        if self.path.exists() and not self.path.is_dir():
+            raise RunError(f"output_dir '{self.path}' is a file")
+
+    def __truediv__(self, name: str) -> Path:
+        return self.path / name
+
+    def record(self, stage: Stage) -> dict | None:
+        """`settings` and `results` of the stage's last end; None if it has not been finished."""
+        return _read(self._record(stage))
+
+    def is_finished(self, stage: Stage, settings: Mapping[str, Any]) -> bool:
+        """Whether the stage was finished with these settings, and its result is there."""
+        record = self.record(stage)
+        return (
+            record is not None
+            and record["settings"] == settings
+            # Snapshots from elsewhere stay there.
+            and ((self / stage.folder).is_dir() or bool(settings.get("snapshots")) and stage.folder == names.SNAPSHOTS)
+        )
+
+    def finish(self, stage: Stage, settings: Mapping[str, Any], results: Mapping[str, Any]) -> None:
+        """Records the end of a stage; its checkpoints are no longer needed."""
+        write_json(self._record(stage), {"settings": settings, "results": results})
+        remove(self.checkpoints(stage))
+
+    @contextlib.contextmanager
+    def replacing(self, stage: Stage) -> Iterator[Path]:
+        """A new folder for the result of a stage; the record of an older result goes before that result does."""
+        with replacing(self / stage.folder) as folder:
+            folder.mkdir()
+            yield folder
+            remove(self._record(stage))
+
+    def checkpoints(self, stage: Stage) -> Path:
+        """The folder of a stage's `checkpoint-N`."""
+        return self / names.CHECKPOINTS / stage.name
+
+    def checkpoint_settings(self, stage: Stage) -> dict | None:
+        """What the stage's checkpoints were written with; None if there are none."""
+        return _read(self.checkpoints(stage) / CHECKPOINT_SETTINGS)
+
+    def open_checkpoints(self, stage: Stage, settings: Mapping[str, Any], resume: bool) -> None:
+        """Removes the stage's checkpoints unless they are to be gone on with and have the same settings."""
+        if not resume or self.checkpoint_settings(stage) != settings:
+            remove(self.checkpoints(stage))
+            write_json(self.checkpoints(stage) / CHECKPOINT_SETTINGS, settings)
+
+    def clean_up(self, stage: Stage) -> None:
+        """Removes what a kill may have left of a finished stage."""
+        remove(self.checkpoints(stage))
+        remove(part_of(self / stage.folder))
+
+    @contextlib.contextmanager
+    def lock(self) -> Iterator[None]:
+        """Keeps a second run out of the folder."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        try:
+            with FileLock(self / ".lock", timeout=0):
+                yield
+        except Timeout as error:
+            raise RunError(f"another run is at work in '{self.path}'; choose another --output_dir, or wait") from error
+
+    def take_over(self, stage: Stage, settings: Mapping[str, Any]) -> Path | None:
+        """
+        Gives this run, as a link, the result of a run beside it that has finished the stage with the same settings.
+
+        Returns:
+            `Path`: The other run's folder; None if there is none, or the stage is finished here.
+        """
+        if self.is_finished(stage, settings):
+            return None
+        own = self / stage.folder
+        if own.is_symlink():
+            own.unlink()  # a link to what is gone, or one whose record was not written yet
+        for path in sorted(self.path.parent.iterdir()):
+            other = RunFolder(path) if path.is_dir() and path != self.path else None
+            if other is not None and other.is_finished(stage, settings):
+                remove(own)  # the rest of a stage that was killed
+                link(own, other / stage.folder)
+                write_json(self._record(stage), other.record(stage))
+                return path
+        return None
+
+    def _record(self, stage: Stage) -> Path:
+        return self / names.STAGES / f"{stage.name}.json"
+
+
+def link(path: Path, target: Path) -> None:
+    """A relative link from `path` to the folder `target`, so that both can be moved together."""
+    if not path.is_symlink():
+        path.symlink_to(os.path.relpath(target.resolve(), path.parent.resolve()), target_is_directory=True)
+
+
+def difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
+    """In which settings two differ, in words."""
+    changed = [f"{key}: {old.get(key)!r} there, {new[key]!r} asked for" for key in new if old.get(key) != new[key]]
+    return "; ".join(changed[:4]) + (f"; and {len(changed) - 4} more" if len(changed) > 4 else "")
+
+
+def _read(path: Path) -> dict | None:
+    return json.loads(path.read_text()) if path.is_file() else None

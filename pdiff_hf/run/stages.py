@@ -1,0 +1,373 @@
+"""The stages of a run: one function for each, and the table that names them all."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from accelerate import PartialState
+from diffusers import DDPMScheduler, DPMSolverMultistepScheduler, ModelMixin
+from transformers import PreTrainedModel
+
+from ..evaluation.compare import compare_generator
+from ..evaluation.scoring import make_scorer
+from ..models import DENOISER_PRESETS, ParameterAutoencoder, autoencoder_architecture
+from ..networks.adapters import without_wrapper
+from ..networks.batched import BatchedModels
+from ..pipelines import PDiffPipeline
+from ..snapshots import (
+    CollectArguments,
+    SnapshotWriter,
+    align_snapshots,
+    collect_snapshots,
+    find_hidden_units,
+    import_snapshots,
+    load_snapshots,
+    parameter_matrix,
+    train_base_model,
+)
+from ..snapshots.barrier import check_basins
+from ..snapshots.frozen import FrozenCheck
+from ..tasks import ClassificationTask
+from ..training import NoiseArguments, make_training_scheduler, train_autoencoder, train_denoiser
+from ..utils import names
+from ..utils.files import remove
+from ..utils.seeds import named_seed
+from .folder import RunError, Stage
+from .recipe import (
+    AutoencoderSection,
+    BaseSection,
+    CollectSection,
+    DenoiserSection,
+    EvaluateSection,
+    Recipe,
+    TaskSection,
+)
+
+if TYPE_CHECKING:
+    from .run import Run
+
+
+def train_base(run: "Run") -> None:
+    """The network that everything else starts from: trained, or as the task gives it."""
+    r, stage = run.recipe, STAGES["base"]
+    torch.manual_seed(named_seed(r.seed, "base weights"))
+    model = without_wrapper(run.task.load_base_model())
+    results = {}
+    if r.base_epochs:
+        steps = max(1, r.base_epochs * len(run.task.load_split("train")) // r.base_batch_size)
+        with run.accelerator() as accelerator:
+            losses = train_base_model(
+                accelerator,
+                run.task,
+                model,
+                **run.loop(
+                    stage.name,
+                    num_steps=steps,
+                    batch_size=r.base_batch_size,
+                    learning_rate=r.base_learning_rate,
+                    weight_decay=r.base_weight_decay,
+                ),
+            )
+        results["losses"] = losses.tolist()
+    if not PartialState().is_main_process:
+        return
+    model = model.to("cpu").eval()
+    with run.files.replacing(stage) as folder:
+        run.task.save_base_model(model, folder)
+    run.finish(stage.name, results)
+
+
+def collect(run: "Run") -> None:
+    """Snapshots: fine-tuning, or the data set that the recipe names, which stays where it is."""
+    r, stage = run.recipe, STAGES["collect"]
+    if not PartialState().is_main_process:
+        return
+    if r.snapshots is not None:
+        run.finish(stage.name, {"num_snapshots": len(run.snapshots[0]), "barrier": _check_basins(run)})
+        return
+    with run.accelerator() as accelerator, run.files.replacing(stage) as target:
+        target.rmdir()
+        collect_snapshots(
+            accelerator,
+            run.task,
+            run.base_model,
+            run.layout,
+            target,
+            CollectArguments(
+                num_snapshots=r.num_snapshots,
+                num_runs=r.num_runs,
+                every_n_steps=r.collect_every,
+                optimizer=r.collect_optimizer,
+                learning_rate=r.collect_learning_rate,
+                weight_decay=r.collect_weight_decay,
+                batch_size=r.collect_batch_size,
+            ),
+            seed=named_seed(r.seed, "collect"),
+        )
+    run.base_model.to("cpu")
+    run.finish(stage.name, {"barrier": _check_basins(run)})
+
+
+def collect_from_files(run: "Run", paths: Sequence[str], align: bool = False) -> None:
+    """
+    Takes the place of the stage collect: snapshots from files, as `import_snapshots` reads them, and with `align`
+    reordered as `align_snapshots` does.
+
+    Raises:
+        RunError: if there are snapshots already.
+    """
+    stage = STAGES["collect"]
+    if run.files.record(stage) is not None and not run.recipe.overwrite_output_dir:
+        raise RunError(
+            f"'{run.folder}' has snapshots already; choose another --output_dir, or replace them with "
+            "--overwrite_output_dir"
+        )
+    if align:  # an error, if they cannot be, comes before the files are read
+        find_hidden_units(run.task, run.base_model, run.layout)
+    check = FrozenCheck(run.base_model, run.layout, require_same=run.recipe.require_same_frozen)
+    with run.resource_errors("import"), run.files.replacing(stage) as folder:
+        folder.rmdir()
+        import_snapshots(paths, run.layout, folder, check=check)
+        if align:
+            _align(run, folder)
+    results = {
+        "imported_from": [str(path) for path in paths],
+        "aligned": align,
+        "frozen": check.report(run.task),
+        "barrier": _check_basins(run),
+    }
+    run.finish(stage.name, results)
+
+
+def _align(run: "Run", folder: Path) -> None:
+    """Replaces the parameter data set `folder` by an aligned one."""
+    dataset, layout = load_snapshots(folder)
+    seeds, steps = dataset["seed"][:], dataset["step"][:]
+    aligned = align_snapshots(run.task, run.base_model, layout, parameter_matrix(dataset, layout))
+    remove(folder)
+    with SnapshotWriter(folder, layout) as writer:
+        for row, seed, step in zip(aligned, seeds, steps, strict=True):
+            writer.write(row, seed=seed, step=step)
+
+
+def _check_basins(run: "Run") -> dict | None:
+    """Warns of snapshots that one generator can hardly learn; see `check_basins`. For classifiers."""
+    if not isinstance(run.task, ClassificationTask):
+        return None
+    dataset = run.snapshots[0]
+    models = BatchedModels(run.base_model.to(PartialState().device), run.layout)
+    # Data sets from elsewhere may have the parameters alone.
+    seeds, steps = (
+        dataset[name][:] if name in dataset.column_names else [0] * len(dataset) for name in ("seed", "step")
+    )
+    barrier = check_basins(run.task, models, run.parameters, seeds, steps)
+    run.base_model.to("cpu")
+    return barrier
+
+
+def fit_autoencoder(run: "Run") -> None:
+    """The autoencoder that turns snapshots into latents."""
+    r = run.recipe
+    noise = NoiseArguments(parameter_noise=r.parameter_noise, latent_noise=r.latent_noise)
+    _fit_autoencoder(run, STAGES["autoencoder"], noise=noise)
+
+
+def fit_vae(run: "Run") -> None:
+    """The VAE of the paper's Table 8, a baseline: trained as the autoencoder is, but with the KL term."""
+    noise = NoiseArguments(parameter_noise=run.recipe.parameter_noise, latent_noise=0.0)
+    _fit_autoencoder(run, STAGES["vae"], noise=noise, kl_weight=1.0)
+
+
+def _fit_autoencoder(run: "Run", stage: Stage, **kwargs: Any) -> None:
+    r = run.recipe
+    with run.accelerator() as accelerator:
+        autoencoder, losses = train_autoencoder(
+            accelerator,
+            run.parameters,
+            run.layout,
+            seen=run.seen,
+            latent_dim=r.latent_dim,
+            architecture=autoencoder_architecture(r.autoencoder_preset, run.layout.num_parameters, r.token_size),
+            normalization=r.normalization,
+            **run.loop(
+                stage.name,
+                num_steps=r.autoencoder_steps,
+                batch_size=r.autoencoder_batch_size,
+                learning_rate=r.autoencoder_learning_rate,
+                lr_warmup_steps=r.autoencoder_warmup_steps,
+                max_grad_norm=r.max_grad_norm,
+            ),
+            **kwargs,
+        )
+    if not PartialState().is_main_process:
+        return
+    with run.files.replacing(stage) as folder:
+        autoencoder.save_pretrained(folder)
+    run.finish(stage.name, {"losses": losses.tolist()})
+
+
+def fit_denoiser(run: "Run") -> None:
+    """The denoiser, and with it the whole pipeline."""
+    r, stage = run.recipe, STAGES["denoiser"]
+    scheduler = make_training_scheduler(r.num_train_timesteps)
+    with run.accelerator() as accelerator:
+        denoiser, losses = train_denoiser(
+            accelerator,
+            run.latents[run.seen],
+            scheduler=scheduler,
+            **DENOISER_PRESETS[r.denoiser_preset],
+            **run.loop(
+                stage.name,
+                num_steps=r.denoiser_steps,
+                batch_size=r.denoiser_batch_size,
+                learning_rate=r.denoiser_learning_rate,
+                lr_warmup_steps=r.denoiser_warmup_steps,
+                max_grad_norm=r.max_grad_norm,
+                ema_decay=r.ema_decay,
+            ),
+        )
+    if not PartialState().is_main_process:
+        return
+    # A network of no library that can save it does not go with its generator.
+    base_model = run.base_model if isinstance(run.base_model, PreTrainedModel | ModelMixin) else None
+    pipeline = PDiffPipeline(run.autoencoder, denoiser, make_sampling_scheduler(scheduler), base_model=base_model)
+    with run.files.replacing(stage) as folder:
+        pipeline.save_pretrained(folder)
+    run.finish(stage.name, {"losses": losses.tolist()})
+
+
+def make_sampling_scheduler(scheduler: DDPMScheduler) -> DPMSolverMultistepScheduler:
+    """The scheduler that a pipeline is saved with: DPM-Solver++, which needs 20 steps where DDPM needs 1000."""
+    return DPMSolverMultistepScheduler.from_config(
+        scheduler.config, algorithm_type="dpmsolver++", final_sigmas_type="zero"
+    )
+
+
+def evaluate(run: "Run") -> None:
+    """The report on the generated networks, beside the snapshots and trivial generators."""
+    r, stage = run.recipe, STAGES["evaluate"]
+    device = PartialState().device
+    scorer = make_scorer(run.task, run.base_model.to(device), run.layout, cache_dir=run.folder / names.SCORES)
+    if not PartialState().is_main_process:
+        scorer.help()
+        return
+    vae = None
+    if STAGES["vae"].is_wanted(r):
+        generator = torch.Generator().manual_seed(named_seed(r.seed, "vae"))
+        autoencoder = ParameterAutoencoder.from_pretrained(run.folder / names.VAE).eval()
+        vae = autoencoder.sample_prior(r.baseline_models, generator)
+    with run.files.replacing(stage) as folder, scorer.with_help():
+        compare_generator(
+            scorer,
+            run.parameters,
+            run.pipeline.to(device),
+            folder,
+            heldout=run.heldout,
+            num_models=r.num_models,
+            score_models=r.score_models,
+            num_inference_steps=r.num_inference_steps,
+            baseline_models=r.baseline_models,
+            hyper_representations=r.hyper_representations,
+            vae=vae,
+            losses=_losses(run),
+            seed=r.seed,
+        )
+    run.base_model.to("cpu")
+    run.finish(stage.name, {})
+
+
+def _losses(run: "Run") -> dict[str, dict[str, list[float]]]:
+    """The losses of the networks that were trained, for a figure."""
+    panels = {
+        "base model": {"base": "base model"},
+        "autoencoder": {"autoencoder": "autoencoder", "vae": "VAE, with its KL term"},
+        "denoiser": {"denoiser": "denoiser"},
+    }
+    results = {name: run.files.record(stage)["results"] for name, stage in STAGES.items() if run.is_finished(name)}
+    losses = {
+        title: {label: results[name]["losses"] for name, label in curves.items() if results.get(name, {}).get("losses")}
+        for title, curves in panels.items()
+    }
+    return {title: curves for title, curves in losses.items() if curves}
+
+
+def _has_vae(recipe: Recipe) -> bool:
+    """A linear autoencoder with noise has no VAE beside it but the low-rank Gaussian, which is a baseline already."""
+    return recipe.baseline_models > 0 and recipe.autoencoder_preset != "pca"
+
+
+# In the order in which they are executed.
+STAGES = {
+    stage.name: stage
+    for stage in (
+        Stage(
+            "base",
+            names.BASE_MODEL,
+            (),
+            (TaskSection, BaseSection),
+            "the base model, {base_epochs} epochs of training",
+            train_base,
+        ),
+        Stage(
+            "collect",
+            names.SNAPSHOTS,
+            ("base",),
+            (CollectSection,),
+            "{num_snapshots} snapshots",
+            collect,
+        ),
+        Stage(
+            "autoencoder",
+            names.AUTOENCODER,
+            ("collect",),
+            (AutoencoderSection,),
+            "{autoencoder_steps} steps, to latents of {latent_dim}",
+            fit_autoencoder,
+        ),
+        Stage(
+            "denoiser",
+            names.PIPELINE,
+            ("autoencoder",),
+            (DenoiserSection,),
+            "{denoiser_steps} steps, on the latents",
+            fit_denoiser,
+        ),
+        Stage(
+            "vae",
+            names.VAE,
+            ("collect",),
+            (AutoencoderSection,),
+            "{autoencoder_steps} steps, for a baseline",
+            fit_vae,
+            _has_vae,
+        ),
+        Stage(
+            "evaluate",
+            names.EVALUATION,
+            ("denoiser", "vae"),
+            (EvaluateSection,),
+            "{num_models} generated networks, and {baseline_models} of each baseline",
+            evaluate,
+        ),
+    )
+}
+
+
+def stages_before(name: str) -> list[str]:
+    """All stages that a stage follows from, in the order in which they are executed."""
+    found: set[str] = set()
+    pending = {name}
+    while pending:
+        pending = {need for stage in pending for need in STAGES[stage].needs}
+        found |= pending
+    return [stage for stage in STAGES if stage in found]
+
+
+def stage_settings(recipe: Recipe, name: str) -> dict[str, Any]:
+    """All of a recipe that the outcome of a stage follows from: two runs that have it in common can share the stage."""
+    sections = [section for stage in (*stages_before(name), name) for section in STAGES[stage].sections]
+    keys = ("seed", "mixed_precision", "gradient_accumulation_steps")
+    settings = {key: getattr(recipe, key) for key in keys} | recipe.section(*sections)
+    return json.loads(json.dumps(settings))

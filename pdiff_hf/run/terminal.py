@@ -1,0 +1,51 @@
+"""What the scripts say on a terminal, and how they end."""
+
+import contextlib
+import logging
+import shlex
+import sys
+from collections.abc import Iterator
+
+import datasets
+from diffusers.utils import logging as diffusers_logging
+from huggingface_hub.errors import HTTPError
+from transformers.utils import logging as transformers_logging
+
+from ..hub.push import HubError
+from ..training.loop import TrainingError
+from ..utils.errors import ResourceError
+
+INSTALLED = "python -m pdiff_hf "
+
+
+def quiet_libraries(is_main_process: bool = True) -> None:
+    """Only this package says what it does, and only in one process; other libraries say what goes wrong."""
+    logging.basicConfig(level=logging.INFO if is_main_process else logging.ERROR, format="%(message)s")
+    for library in ("accelerate", "datasets", "httpx", "matplotlib", "timm", "torch"):
+        logging.getLogger(library).setLevel(logging.WARNING)
+    transformers_logging.disable_progress_bar()
+    diffusers_logging.disable_progress_bar()
+    datasets.disable_progress_bars()
+
+
+@contextlib.contextmanager
+def one_line_errors() -> Iterator[None]:
+    """Ends the program with one line for everything that its user can put right."""
+    try:
+        yield
+    except (ValueError, OSError, TrainingError, HubError, HTTPError, ResourceError) as error:
+        sys.exit(f"error: {error}")
+
+
+def command(script: str, *arguments: object, launcher: str = "python") -> str:
+    """How to call one of the scripts, the way in which the one at work was called."""
+    name = {"push_to_hub": "push"}.get(script, script)
+    start = f"-m pdiff_hf {name}" if sys.argv[0].startswith(INSTALLED) else f"scripts/{script}.py"
+    return f"{launcher} {start} {shlex.join(map(str, arguments))}"
+
+
+def duration(seconds: float) -> str:
+    """Seconds in the unit that a person would use."""
+    if seconds < 120:
+        return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"

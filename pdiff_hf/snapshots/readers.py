@@ -1,0 +1,264 @@
+"""The tensors of one saved network: safetensors, files of `torch.save`, folders of transformers and of PEFT."""
+
+import json
+import pickle
+import re
+import zipfile
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from safetensors import SafetensorError, safe_open
+from transformers import AutoConfig
+
+from ..layout import EXACT_DTYPES, LayoutError, ParameterLayout, some_names
+from ..names import ADAPTER, match_names, plain_name
+from ..utils.errors import first_line, limited_modules
+from .dataset import SnapshotError
+
+SUFFIXES = (".safetensors", ".pt", ".pth", ".bin")
+# Where a folder has several of these, the first is read.
+WEIGHT_FILES = ("model.safetensors.index.json", "model.safetensors", "pytorch_model.bin")
+ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
+ADAPTER_CONFIG = "adapter_config.json"
+# Where training scripts keep the state dict among other things; of several, the first.
+NESTED = ("state_dict", "model_state_dict", "model", "state_dict_ema", "model_ema", "ema_state_dict", "ema", "module")
+MAX_DEPTH = 4
+# How torch.load names what it refuses to make.
+_REFUSED = re.compile(r"(?:GLOBAL|class|Type) ([\w.]+)")
+
+
+@contextmanager
+def open_network(path: Path, layout: ParameterLayout) -> Iterator[Mapping[str, torch.Tensor]]:
+    """
+    The tensors of a file, or of the folder of a network, by name; those of safetensors files are read when they are
+    asked for. Tensors of PEFT's adapters have the names that [`~pdiff_hf.names.adapter_names`] gives them. Where a
+    folder of transformers lacks tensors of the layout, its network is loaded, because transformers gives some tensors
+    other names in its files.
+
+    Raises:
+        SnapshotError: if a file cannot be read, or is a pickle with more than tensors in it.
+    """
+    with ExitStack() as stack:
+        tensors: Mapping[str, torch.Tensor] = _open_folder(path, stack) if path.is_dir() else _open_file(path, stack)
+        if len(match_tensors(tensors, layout)) < len(layout.names) and (path / "config.json").is_file():
+            tensors = _load_pretrained(path)
+        yield tensors
+
+
+def read_tensors(tensors: Mapping[str, torch.Tensor], layout: ParameterLayout) -> dict[str, torch.Tensor]:
+    """
+    Those of `tensors` that the layout names, in its types, if that changes no value.
+
+    Raises:
+        LayoutError: names the first tensor that is missing, or has another shape or type.
+    """
+    matched = match_tensors(tensors, layout)
+    read = {name: tensors[key] for name, key in matched.items()}
+    layout.check_fits(dict.fromkeys(tensors) | read, "this file")
+    dtypes = (EXACT_DTYPES[dtype] for dtype in layout.dtypes)
+    return {name: _convert(name, read[name], dtype) for name, dtype in zip(layout.names, dtypes, strict=True)}
+
+
+def match_tensors(keys: Iterable[str], layout: ParameterLayout) -> dict[str, str]:
+    """For each name of the layout that a file has, by itself or by one of its aliases, the name in the file."""
+    keys = list(keys)
+    matched = match_names(layout.names, keys)
+    theirs = {_split(key)[0] for key in keys if key.startswith(ADAPTER)}
+    ours = {_split(alias)[0] for aliases in layout.aliases for alias in aliases if alias.startswith(ADAPTER)}
+
+    def in_file(alias: str) -> str:
+        if not alias.startswith(ADAPTER):
+            return alias
+        adapter, name = _split(alias)
+        if not theirs:  # the file of an adapter without its folder
+            return name
+        # What an adapter is called is up to who loads it.
+        return f"{ADAPTER}{next(iter(theirs)) if len(ours) == len(theirs) == 1 else adapter}/{name}"
+
+    missing = {
+        in_file(alias): name
+        for name, aliases in zip(layout.names, layout.aliases, strict=True)
+        for alias in aliases
+        if name not in matched
+    }
+    return matched | {missing[alias]: key for alias, key in match_names(missing, keys).items()}
+
+
+def find_adapters(folder: Path) -> dict[str, Path]:
+    """The folders of PEFT's adapters in the folder of a network, by their names."""
+    folders = {"default": folder} | {child.name: child for child in sorted(folder.iterdir())}
+    return {name: child for name, child in folders.items() if (child / ADAPTER_CONFIG).is_file()}
+
+
+def _split(name: str) -> tuple[str, str]:
+    """The adapter and the name in its file, of a name in the terms of `adapter_names`."""
+    adapter, _, file_name = name.removeprefix(ADAPTER).partition("/")
+    return adapter, file_name
+
+
+class _LazyTensors(Mapping[str, torch.Tensor]):
+    """Tensors that are read from safetensors files when they are asked for."""
+
+    def __init__(self, sources: dict[str, tuple[Any, str]]):
+        self.sources = sources  # the file, or what it holds, and the name there
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        source, key = self.sources[name]
+        if isinstance(source, Mapping):
+            return source[key]
+        try:
+            return source.get_tensor(key)
+        except SafetensorError as error:
+            raise SnapshotError(f"tensor '{name}' cannot be read ({error})") from error
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.sources)
+
+    def __len__(self) -> int:
+        return len(self.sources)
+
+
+def _open_folder(folder: Path, stack: ExitStack) -> _LazyTensors:
+    sources: dict[str, tuple[Any, str]] = {}
+    if file := _first(folder, WEIGHT_FILES):
+        sources |= _open_file(file, stack).sources
+    for adapter, place in find_adapters(folder).items():
+        if (file := _first(place, ADAPTER_FILES)) is None:
+            raise SnapshotError(f"'{place}' has an {ADAPTER_CONFIG}, but no {' or '.join(ADAPTER_FILES)}")
+        opened = _open_file(file, stack).sources
+        sources |= {f"{ADAPTER}{adapter}/{plain_name(name)}": source for name, source in opened.items()}
+    if not sources:
+        raise SnapshotError(f"the folder has no {', '.join(WEIGHT_FILES + ADAPTER_FILES)}")
+    return _LazyTensors(sources)
+
+
+def _first(folder: Path, names: Iterable[str]) -> Path | None:
+    return next((folder / name for name in names if (folder / name).is_file()), None)
+
+
+def _open_file(file: Path, stack: ExitStack) -> _LazyTensors:
+    if not file.is_file():  # a broken link, or what would wait for ever for someone to write into it
+        raise SnapshotError("it is not a file")
+    if file.suffix == ".json":
+        return _open_shards(file, stack)
+    if file.suffix == ".safetensors":
+        return _open_safetensors(file, stack)
+    tensors = _load_pickle(file)
+    return _LazyTensors({name: (tensors, name) for name in tensors})
+
+
+def _open_safetensors(file: Path, stack: ExitStack) -> _LazyTensors:
+    try:
+        opened = stack.enter_context(safe_open(file, framework="pt"))
+        names = opened.keys()
+        return _LazyTensors({name: (opened, name) for name in names})
+    except (SafetensorError, OSError) as error:
+        raise SnapshotError(f"{file.name} is not a whole safetensors file ({error})") from error
+
+
+def _open_shards(index: Path, stack: ExitStack) -> _LazyTensors:
+    try:
+        # Names alone: a path would lead out of the folder.
+        shards = {index.with_name(Path(shard).name) for shard in json.loads(index.read_text())["weight_map"].values()}
+    except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
+        raise SnapshotError(f"{index.name} is not the index of a sharded network ({error!r})") from error
+    sources: dict[str, tuple[Any, str]] = {}
+    for shard in sorted(shards):
+        sources |= _open_safetensors(shard, stack).sources
+    return _LazyTensors(sources)
+
+
+def _load_pickle(file: Path) -> Mapping[str, torch.Tensor]:
+    try:
+        _check_not_compressed(file)
+        content = torch.load(file, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        refused = _REFUSED.search(str(error))
+        what = f" ('{refused[1]}')" if refused else ""
+        raise SnapshotError(
+            f"{file.name} holds more than tensors{what}, and reading it could run code. If you trust it, load it "
+            "yourself and save its state dict with safetensors"
+        ) from error
+    except SnapshotError:
+        raise
+    except Exception as error:  # what a damaged file makes the parts of torch.load raise has no common type
+        raise SnapshotError(f"{file.name} is not a whole file of torch.save ({first_line(error)})") from error
+    return _find_tensors(content, file.name)
+
+
+def _find_tensors(content: Any, what: str, depth: int = MAX_DEPTH) -> Mapping[str, torch.Tensor]:
+    """The state dict that `content` is, or holds under one of its keys."""
+    tensors = _tensors(content)
+    nested = [key for key in content if _holds_tensors(content[key], depth - 1)] if isinstance(content, Mapping) else []
+    chosen = next((key for key in NESTED if key in nested), None)
+    if chosen is None and not tensors and len(nested) == 1:
+        chosen = nested[0]
+    if chosen is not None:
+        return _find_tensors(content[chosen], f"{what} under '{chosen}'", depth - 1)
+    if not tensors and nested:
+        raise SnapshotError(
+            f"{what} holds several state dicts, under {some_names(list(map(str, nested)), 20)}; save the right one of "
+            f"them alone, or under '{NESTED[0]}'"
+        )
+    if not tensors:
+        keys = f" with the keys {some_names(list(map(str, content)), 20)}" if isinstance(content, Mapping) else ""
+        raise SnapshotError(f"{what} holds a {type(content).__name__}{keys}, not a state dict")
+    return tensors
+
+
+def _tensors(content: Any) -> dict[str, torch.Tensor]:
+    items = content.items() if isinstance(content, Mapping) else ()
+    return {name: value for name, value in items if isinstance(name, str) and isinstance(value, torch.Tensor)}
+
+
+def _holds_tensors(content: Any, depth: int) -> bool:
+    """Whether a mapping holds tensors, or mappings of tensors and so on, all under names."""
+    if not isinstance(content, Mapping) or not depth:
+        return False
+    return bool(_tensors(content)) or any(
+        isinstance(key, str) and _holds_tensors(value, depth - 1) for key, value in content.items()
+    )
+
+
+def _check_not_compressed(file: Path) -> None:
+    """`torch.save` stores its records as they are. A zip archive that grows when it is read was not written by it."""
+    if zipfile.is_zipfile(file):
+        with zipfile.ZipFile(file) as archive:
+            size = sum(record.file_size for record in archive.infolist())
+        if size > file.stat().st_size:
+            raise SnapshotError(
+                f"{file.name} would take {size:,} bytes of memory, and is a file of {file.stat().st_size:,}; files of "
+                "torch.save are not compressed"
+            )
+
+
+def _load_pretrained(folder: Path) -> dict[str, torch.Tensor]:
+    """The state dict of a network of transformers."""
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        model_class = getattr(transformers, config.architectures[0])
+        if not issubclass(model_class, transformers.PreTrainedModel):
+            raise TypeError(f"{config.architectures[0]} is not a network")
+        with limited_modules():
+            model, info = model_class.from_pretrained(
+                folder, dtype="auto", output_loading_info=True, use_safetensors=True
+            )
+    except Exception as error:  # what damaged files make transformers raise has no common type
+        raise SnapshotError(f"transformers cannot load it ({first_line(error)})") from error
+    return {name: tensor for name, tensor in model.state_dict().items() if name not in info["missing_keys"]}
+
+
+def _convert(name: str, tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """`tensor` in the layout's type, if that changes no value."""
+    if tensor.layout != torch.strided or tensor.is_quantized or tensor.is_meta:
+        raise LayoutError(
+            f"tensor '{name}' is sparse, quantized or without values there; only dense tensors can be read"
+        )
+    known = tensor.dtype in EXACT_DTYPES.values() and tensor.dtype.is_floating_point == dtype.is_floating_point
+    if not known or torch.promote_types(tensor.dtype, dtype) != dtype:
+        raise LayoutError(f"tensor '{name}' is {tensor.dtype} there, which {dtype}, the layout's type, cannot hold")
+    return tensor.to(dtype)

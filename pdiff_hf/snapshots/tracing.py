@@ -1,0 +1,285 @@
+"""Which units of a network's hidden layers may be reordered, and what has to be reordered with them."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, NoReturn
+
+import torch
+from accelerate.utils import send_to_device
+from torch import nn
+from torch.fx import Node
+
+from ..layout import ParameterLayout
+from ..tasks import ClassificationTask, take
+from ..utils.errors import first_line
+
+aten = torch.ops.aten
+# With the dimension in which these have their channels, in what goes in and what comes out.
+WEIGHTED = {
+    aten.linear.default: -1,
+    aten.conv1d.default: 1,
+    aten.conv1d.padding: 1,
+    aten.conv2d.default: 1,
+    aten.conv2d.padding: 1,
+}
+# With the number of dimensions that they need if the second is to be that of the channels.
+POOLING = {
+    aten.max_pool1d.default: 3,
+    aten.avg_pool1d.default: 3,
+    aten.adaptive_avg_pool1d.default: 3,
+    aten.max_pool2d.default: 4,
+    aten.avg_pool2d.default: 4,
+    aten.adaptive_avg_pool2d.default: 4,
+}
+RESHAPING = {
+    aten.flatten.using_ints,
+    aten.view.default,
+    aten.reshape.default,
+    aten.unflatten.int,
+    aten.unsqueeze.default,
+    aten.squeeze.default,
+    aten.squeeze.dim,
+    aten.squeeze.dims,
+}
+# Work on each number alone, but are not tagged as `pointwise`.
+POINTWISE = {
+    aten.dropout.default,
+    aten.feature_dropout.default,
+    aten.clone.default,
+    aten.contiguous.default,
+    aten.to.device,
+    aten.to.dtype,
+}
+
+
+class AlignmentError(ValueError):
+    """The hidden units of a network cannot be reordered; the message names the module or the tensor."""
+
+
+@dataclass(frozen=True)
+class Axis:
+    """
+    A dimension of a tensor that belongs to the hidden units of a layer.
+
+    Args:
+        name (`str`): Of the tensor.
+        dim (`int`): Of its dimensions.
+        block (`int`): So many entries in a row belong to one unit: after a `Flatten`, one for each position.
+    """
+
+    name: str
+    dim: int
+    block: int
+
+
+@dataclass(eq=False)
+class HiddenUnits:
+    """
+    The units of a hidden layer (its channels, if it is a convolution), which may be reordered.
+
+    Args:
+        size (`int`): How many there are.
+        axes (`list[Axis]`): Everything that has to be reordered with them.
+    """
+
+    size: int
+    axes: list[Axis] = field(default_factory=list)
+
+
+class _Captured(Exception):
+    """Carries the arguments of the first call of a network."""
+
+
+def _arguments(task: ClassificationTask, device: torch.device) -> tuple[tuple, dict[str, Any]]:
+    """What the task calls its network with, for a batch of two examples."""
+    batch = send_to_device(task.collate(take(task.load_split("validation"), [0, 1])), device)
+
+    def capture(*args, **kwargs) -> NoReturn:
+        raise _Captured(args, kwargs)
+
+    try:
+        task.predict(capture, batch)
+    except _Captured as captured:
+        return captured.args
+    raise AlignmentError(f"{type(task).__name__}.predict does not call the network")
+
+
+def find_hidden_units(task: ClassificationTask, model: nn.Module, layout: ParameterLayout) -> list[HiddenUnits]:
+    """
+    The hidden units of a network that may be reordered, layer by layer, found by tracing it with `torch.export`.
+
+    Args:
+        task (`ClassificationTask`): Says what goes into the network. Examples are stacked in the first dimension.
+        model (`nn.Module`): The network; it is put in eval mode.
+        layout (`ParameterLayout`): The tensors that can be reordered.
+
+    Raises:
+        AlignmentError: names the module whose part in this is not known, or the tensor that is used twice or that the
+            layout lacks.
+        LayoutError: if the layout does not fit the model.
+    """
+    layout.check_fits(model.state_dict())
+    args, kwargs = _arguments(task, next(model.parameters()).device)
+    try:
+        program = torch.export.export(model.eval(), args, kwargs)
+    except Exception as error:  # whatever a network's code may raise while it is traced
+        raise AlignmentError(f"torch.export cannot trace {type(model).__name__}: {first_line(error)}") from error
+    buffers = program.graph_signature.inputs_to_buffers
+    tracer = _Tracer({**program.graph_signature.inputs_to_parameters, **buffers})
+    for node in program.graph.nodes:
+        if node.op == "call_function":
+            tracer.call(node)
+    # The order of the outputs is given.
+    (output,) = program.graph.find_nodes(op="output")
+    fixed = [tracer.carried[node][0] for node in output.all_input_nodes if node in tracer.carried]
+    units = [group for group in tracer.units if group not in fixed]
+    if not units:
+        raise AlignmentError(f"{type(model).__name__} has no hidden layer whose units could be reordered")
+    missing = [axis.name for group in units for axis in group.axes if axis.name not in layout.names]
+    if statistics := [name for name in missing if name in buffers.values()]:
+        raise AlignmentError(
+            f"'{statistics[0]}' is a statistic of one network, which has to be reordered with the units of its layer, "
+            "but is not generated: all networks would get the base model's. Networks with batch normalization cannot "
+            "be aligned"
+        )
+    if missing:
+        raise AlignmentError(
+            f"the snapshots do not hold '{missing[0]}', which has to be reordered with the units of its layer, but "
+            "would stay in the order of the base model; select all tensors (--select all)"
+        )
+    return units
+
+
+class _Tracer:
+    """
+    Follows hidden units from the layer that makes them to those that use them.
+
+    Args:
+        names (`dict[str, str]`): The names of parameters and buffers, by the names of the graph's inputs.
+    """
+
+    def __init__(self, names: dict[str, str]):
+        self.names = names
+        self.units: list[HiddenUnits] = []
+        # The units that a result holds, and in which of its dimensions. What is not here has a fixed order.
+        self.carried: dict[Node, tuple[HiddenUnits, int]] = {}
+
+    def call(self, node: Node) -> None:
+        """Notes what the call of an operator does to units."""
+        if not isinstance(node.meta.get("val"), torch.Tensor | tuple | list):
+            return  # an assertion
+        inputs = [source for source in node.all_input_nodes if source in self.carried]
+        if node.target in WEIGHTED:
+            self._weighted(node)
+        elif not inputs:
+            return
+        elif handler := self._handler(node.target):
+            units, dim = self.carried[inputs[0]]
+            self.carried[node] = (units, handler(node, inputs[0], units, dim))
+        else:
+            self._refuse(node, "it is not known how it treats the order of its inputs")
+
+    def _handler(self, target: Any) -> Callable | None:
+        if target is aten.layer_norm.default:
+            return self._layer_norm
+        if target is aten.batch_norm.default:
+            return self._batch_norm
+        if target is aten.mean.dim:
+            return self._mean
+        if target in POOLING:
+            return self._pool
+        if target in RESHAPING:
+            return self._reshape
+        if target in POINTWISE or torch.Tag.pointwise in getattr(target, "tags", ()):
+            return self._pointwise
+        return None
+
+    def _weighted(self, node: Node) -> None:
+        arguments = _bind(node)
+        source, weight = arguments["input"], arguments["weight"]
+        if arguments.get("groups", 1) != 1:
+            self._refuse(node, "its channels form groups")
+        dim = WEIGHTED[node.target] % len(_shape(node))
+        if source in self.carried:
+            units, source_dim = self.carried[source]
+            if source_dim != dim:
+                self._refuse(node, "it is not applied to the dimension of the hidden units")
+            self._add(node, units, weight, 1, _shape(source)[dim] // units.size)
+        made = HiddenUnits(_shape(node)[dim])
+        self._add(node, made, weight, 0, 1)
+        self._add(node, made, arguments["bias"], 0, 1)
+        self.units.append(made)
+        self.carried[node] = (made, dim)
+
+    def _layer_norm(self, node: Node, source: Node, units: HiddenUnits, dim: int) -> int:
+        arguments = _bind(node)
+        own_dim = dim - (len(_shape(source)) - len(arguments["normalized_shape"]))
+        if own_dim >= 0:  # otherwise each unit is normalised by itself, and all with the same weights
+            for name in ("weight", "bias"):
+                self._add(node, units, arguments[name], own_dim, _shape(source)[dim] // units.size)
+        return dim
+
+    def _batch_norm(self, node: Node, source: Node, units: HiddenUnits, dim: int) -> int:
+        if dim != 1:
+            self._refuse(node, "it is not applied to the dimension of the hidden units")
+        arguments = _bind(node)
+        for name in ("weight", "bias", "running_mean", "running_var"):
+            self._add(node, units, arguments[name], 0, _shape(source)[1] // units.size)
+        return dim
+
+    def _mean(self, node: Node, source: Node, units: HiddenUnits, dim: int) -> int:
+        arguments = _bind(node)
+        ndim = len(_shape(source))
+        reduced = set(range(ndim)) if arguments["dim"] is None else {d % ndim for d in arguments["dim"]}
+        if dim in reduced:
+            self._refuse(node, "it averages over the hidden units")
+        return dim if arguments["keepdim"] else dim - sum(d < dim for d in reduced)
+
+    def _pool(self, node: Node, source: Node, units: HiddenUnits, dim: int) -> int:
+        if dim != 1 or len(_shape(source)) != POOLING[node.target]:
+            self._refuse(node, "it pools over the hidden units")
+        return dim
+
+    def _reshape(self, node: Node, source: Node, units: HiddenUnits, dim: int) -> int:
+        before, after = _shape(source), _shape(node)
+        for new_dim, size in enumerate(after):
+            # As many rows of units as before, and each of them is still one run of all units.
+            if math.prod(after[:new_dim]) == math.prod(before[:dim]) and size % units.size == 0:
+                return new_dim
+        self._refuse(node, f"it breaks up the hidden units in the change of shape from {before} to {after}")
+
+    def _pointwise(self, node: Node, source: Node, units: HiddenUnits, dim: int) -> int:
+        for other in node.all_input_nodes:
+            if self.carried.get(other) != (units, dim) or _shape(other) != _shape(source):
+                self._refuse(node, "it combines several tensors, as a residual connection does")
+        return dim
+
+    def _add(self, node: Node, units: HiddenUnits, tensor: Node | None, dim: int, block: int) -> None:
+        if tensor is None:
+            return
+        if tensor.name not in self.names:
+            self._refuse(node, "its weights are computed from others")
+        if len(tensor.users) > 1:
+            self._refuse(node, f"its tensor '{self.names[tensor.name]}' is used more than once")
+        units.axes.append(Axis(self.names[tensor.name], dim, block))
+
+    def _refuse(self, node: Node, reason: str) -> NoReturn:
+        stack = list((node.meta.get("nn_module_stack") or {"": ("", "the network")}).values())
+        name, kind = stack[-1]
+        module = f"module '{name}' ({kind.rpartition('.')[2]})" if name else kind.rpartition(".")[2]
+        raise AlignmentError(
+            f"the hidden units cannot be aligned because of {node.target} in {module}: {reason}. Networks of linear "
+            "and convolutional layers in a row, with activations, pooling and normalization, can be aligned"
+        )
+
+
+def _shape(node: Node) -> tuple[int, ...]:
+    return tuple(node.meta["val"].shape)
+
+
+def _bind(node: Node) -> dict[str, Any]:
+    """The arguments of the call of an operator by name, with its defaults."""
+    arguments = {a.name: a.default_value for a in node.target._schema.arguments if a.has_default_value()}
+    names = [a.name for a in node.target._schema.arguments]
+    return arguments | dict(zip(names, node.args, strict=False)) | dict(node.kwargs)

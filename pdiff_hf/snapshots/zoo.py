@@ -1,0 +1,144 @@
+"""A zoo: the specialists of many tasks of a family, fine-tuned from one base model side by side."""
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+from torch import nn
+
+from ..models.condition import Condition
+from ..networks.stacked import StackedNetworks
+from ..tasks.families import Family
+from ..training.loop import LoopArguments, train
+from .dataset import SnapshotWriter
+
+
+@dataclass(frozen=True)
+class ZooArguments:
+    """
+    Args:
+        num_steps (`int`, *optional*, defaults to 400): Optimizer steps of each specialist.
+        num_snapshots (`int`, *optional*, defaults to 2): Of each specialist, the last one after its last step.
+        every_n_steps (`int`, *optional*, defaults to 50): Steps between two snapshots.
+        batch_size (`int`, *optional*, defaults to 32): Examples in a step of one specialist.
+        learning_rate (`float`, *optional*, defaults to 3e-3): Of AdamW.
+        lr_scheduler (`str`, *optional*, defaults to `"cosine"`): A schedule of diffusers' `get_scheduler`.
+        weight_decay (`float`, *optional*, defaults to 0).
+        checkpointing_steps (`int`, *optional*): Save a checkpoint every so many steps.
+    """
+
+    num_steps: int = 400
+    num_snapshots: int = 2
+    every_n_steps: int = 50
+    batch_size: int = 32
+    learning_rate: float = 3e-3
+    lr_scheduler: str = "cosine"
+    weight_decay: float = 0.0
+    checkpointing_steps: int | None = None
+
+    @property
+    def snapshot_steps(self) -> list[int]:
+        return [self.num_steps - i * self.every_n_steps for i in reversed(range(self.num_snapshots))]
+
+
+class Specialists(nn.Module):
+    """The parameters of T networks while they are trained, `(T, D)`, and S snapshots of each, `(S, T, D)`."""
+
+    def __init__(self, start: torch.Tensor, num_tasks: int, num_snapshots: int):
+        super().__init__()
+        self.values = nn.Parameter(start.repeat(num_tasks, 1))
+        self.register_buffer("snapshots", torch.zeros(num_snapshots, *self.values.shape))
+
+    def forward(self, networks: StackedNetworks, family: Family, batch: Any) -> torch.Tensor:
+        return networks(family.predict, self.values, batch)
+
+
+def train_specialists(
+    accelerator: Accelerator,
+    family: Family,
+    networks: StackedNetworks,
+    table: torch.Tensor,
+    args: ZooArguments,
+    *,
+    seed: int,
+    checkpoint_dir: str | os.PathLike,
+    resume: bool = False,
+    start: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """
+    Fine-tunes one network for each of T tasks, all from one start and with the same examples in the same order, in one
+    batched pass forward and backward a step. They do not influence each other.
+
+    Args:
+        table (`torch.Tensor`): The conditions of the tasks, shape `(T, width)`.
+        start (`torch.Tensor`, *optional*): Shape `(D,)`; the base model's own parameters by default.
+
+    Returns:
+        `torch.Tensor`: Parameters after `args.snapshot_steps`, shape `(S, T, D)`.
+    """
+    networks.model.to(accelerator.device)
+    start = networks.base_parameters() if start is None else start
+    specialists = Specialists(start, len(table), args.num_snapshots)
+    table = table.to(accelerator.device)
+
+    def loss_function(model, indices, generator):
+        torch.manual_seed(generator.initial_seed())  # of what a network draws by chance
+        batch = family.batch("train", table, indices)
+        logits = model(networks, family, batch)  # (T, B, C)
+        # The sum over tasks of the mean over examples: each network gets the gradient of its own loss.
+        return F.cross_entropy(logits.flatten(0, 1), batch["labels"].flatten()) * len(table)
+
+    def after_step(step: int) -> bool:
+        if step in args.snapshot_steps:
+            specialists.snapshots[args.snapshot_steps.index(step)] = specialists.values.detach()
+        return False
+
+    train(
+        accelerator,
+        specialists,
+        loss_function,
+        family.num_examples("train"),
+        LoopArguments(
+            args.num_steps,
+            args.batch_size,
+            args.learning_rate,
+            weight_decay=args.weight_decay,
+            lr_scheduler=args.lr_scheduler,
+            checkpointing_steps=args.checkpointing_steps,
+        ),
+        seed=seed,
+        checkpoint_dir=checkpoint_dir,
+        description=f"{len(table)} specialists",
+        resume=resume,
+        after_step=after_step,
+    )
+    return specialists.snapshots.cpu()
+
+
+def collect_zoo(
+    accelerator: Accelerator,
+    family: Family,
+    networks: StackedNetworks,
+    conditions: Sequence[Condition],
+    folder: str | os.PathLike,
+    args: ZooArguments,
+    *,
+    seed: int,
+    checkpoint_dir: str | os.PathLike,
+    resume: bool = False,
+) -> None:
+    """Writes the specialists of `conditions` to the parameter data set `folder`, with their conditions."""
+    table = family.fields.table(conditions)
+    snapshots = train_specialists(
+        accelerator, family, networks, table, args, seed=seed, checkpoint_dir=checkpoint_dir, resume=resume
+    )
+    if accelerator.is_main_process:
+        with SnapshotWriter(folder, networks.layout, fields=family.fields) as writer:
+            for step, parameters in zip(args.snapshot_steps, snapshots, strict=True):
+                for row, condition in zip(parameters, conditions, strict=True):
+                    writer.write(row, step=step, seed=seed, condition=condition)
+    accelerator.wait_for_everyone()

@@ -1,0 +1,381 @@
+"""Families of tasks: what a condition ranges over, with the data of many tasks in one batch."""
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.data import Dataset
+
+from ..models.condition import AngleField, CategoryField, Condition, ConditionError, Fields
+from ..utils.seeds import derive_seed
+from .image_classification import ImageClassificationTask
+from .task import Batch, ClassificationTask, Split
+
+# So many draws without a new task mean that there are no more.
+MAX_DRAWS = 1000
+
+
+class Family(ABC):
+    """
+    Tasks that differ by a condition. Their examples come from one data set, so that example i of every task follows
+    from example i of that.
+
+    Attributes:
+        fields (`Fields`): Of a condition.
+        test_sets (`dict[str, str]`): Regions of conditions that are kept for tests, by name, with what they are.
+    """
+
+    fields: Fields
+    test_sets: ClassVar[dict[str, str]] = {}
+
+    @abstractmethod
+    def draw(self, generator: torch.Generator) -> dict[str, Any]:
+        """One random condition."""
+
+    @abstractmethod
+    def load_base_model(self) -> nn.Module:
+        """The network that all tasks share the architecture of; fresh weights depend on torch's global seed."""
+
+    @abstractmethod
+    def num_examples(self, split: Split) -> int:
+        """Of a split, the same for all tasks."""
+
+    @abstractmethod
+    def batch(self, split: Split, table: torch.Tensor, indices: torch.Tensor) -> Batch:
+        """
+        Examples of many tasks.
+
+        Args:
+            table (`torch.Tensor`): The conditions, of `fields.table`, shape `(T, width)`.
+            indices (`torch.Tensor`): Of the examples: shape `(B,)`, for all tasks the same, or `(T, B)`.
+
+        Returns:
+            `dict`: What `predict` needs, tensors of shape `(T, B, ...)`, and `labels` of shape `(T, B)`.
+        """
+
+    @staticmethod
+    @abstractmethod
+    def predict(call: Callable, batch: Batch) -> torch.Tensor:
+        """Logits of one network on the examples of its task, shape `(B, C)`."""
+
+    @abstractmethod
+    def task(self, condition: Condition) -> ClassificationTask:
+        """One task by itself."""
+
+    def region(self, condition: Condition) -> str | None:
+        """Which of the `test_sets` a condition belongs to; None for the others."""
+        return None
+
+    def key(self, condition: Condition) -> Hashable:
+        """Equal for conditions of the same task."""
+        return tuple(self.fields.table([condition])[0].tolist())
+
+    def conditions(
+        self, num: int, seed: int, *, region: str | None = None, without: Collection[Hashable] = ()
+    ) -> list[dict[str, Any]]:
+        """
+        Random conditions of different tasks.
+
+        Args:
+            region (`str`, *optional*): One of `test_sets`; by default, what is in none of them.
+            without (`Collection`, *optional*): The keys of tasks that must not be among them.
+
+        Raises:
+            ValueError: if there are not as many tasks.
+        """
+        generator = torch.Generator().manual_seed(seed)
+        keys: set[Hashable] = set(without)
+        conditions: list[dict[str, Any]] = []
+        for _ in range(MAX_DRAWS * (num + 1)):
+            if len(conditions) == num:
+                return conditions
+            condition = self.draw(generator)
+            key = self.key(condition)
+            if self.region(condition) == region and key not in keys:
+                keys.add(key)
+                conditions.append(condition)
+        raise ValueError(
+            f"the family has fewer than {num} tasks {f'in {region!r}' if region else 'outside its test sets'} "
+            f"besides {len(without)} others: found {len(conditions)}"
+        )
+
+    def split(self, sizes: Mapping[str, int], seed: int) -> dict[str, list[dict[str, Any]]]:
+        """
+        Conditions of tasks for `train`, `validation`, `test` and any of `test_sets`; no task is in two of them.
+
+        Raises:
+            ValueError: for another name, or if there are not as many tasks.
+        """
+        names = ("train", "validation", "test", *self.test_sets)
+        unknown = [name for name in sizes if name not in names]
+        if unknown:
+            raise ValueError(f"there is no set of tasks {unknown[0]!r}; there are {', '.join(names)}")
+        taken: set[Hashable] = set()
+        result = {}
+        for i, name in enumerate(names):
+            if sizes.get(name):
+                region = name if name in self.test_sets else None
+                result[name] = self.conditions(sizes[name], derive_seed(seed, i), region=region, without=taken)
+                taken |= {self.key(condition) for condition in result[name]}
+        return result
+
+
+@dataclass
+class ImageFamily(Family):
+    """
+    A family over the images of a task.
+
+    Args:
+        base (`ImageClassificationTask`): Its data and its network.
+    """
+
+    base: ImageClassificationTask
+    _pixels: dict = field(default_factory=dict, init=False, repr=False)
+
+    def num_examples(self, split: Split) -> int:
+        return len(self.base.load_split(split))
+
+    def pixels(self, split: Split) -> tuple[torch.Tensor, torch.Tensor]:
+        """All images of a split, uint8 of shape `(M, C, H, W)`, and their labels."""
+        if split not in self._pixels:
+            examples = self.base.load_split(split)
+            parts = [examples.__getitems__(rows.tolist()) for rows in torch.arange(len(examples)).split(1000)]
+            values = torch.cat([(p["pixel_values"] * examples.std + examples.mean).round().byte() for p in parts])
+            self._pixels[split] = values, torch.cat([part["labels"] for part in parts])
+        return self._pixels[split]
+
+    def batch(self, split: Split, table: torch.Tensor, indices: torch.Tensor) -> Batch:
+        pixels, labels = self.pixels(split)
+        images = pixels[indices].to(table.device).float() / 255  # (B, C, H, W) or (T, B, C, H, W)
+        images = images.expand(len(table), *images.shape[-4:])
+        labels = labels[indices].to(table.device).expand(len(table), indices.shape[-1])
+        images, labels = self.change(table, images, labels)
+        examples = self.base.load_split(split)
+        mean, std = (value.to(table.device) / 255 for value in (examples.mean, examples.std))
+        return {"pixel_values": (images - mean) / std, "labels": labels}
+
+    @abstractmethod
+    def change(
+        self, table: torch.Tensor, images: torch.Tensor, labels: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """
+        What a condition does to examples of the data set.
+
+        Args:
+            table (`torch.Tensor`): Shape `(T, width)`.
+            images (`torch.Tensor`): Between 0 and 1, shape `(T, B, C, H, W)`.
+            labels (`torch.Tensor`): Shape `(T, B)`.
+        """
+
+    @staticmethod
+    def predict(call: Callable, batch: Batch) -> torch.Tensor:
+        return ImageClassificationTask.predict(call, batch)
+
+    def load_base_model(self) -> nn.Module:
+        return self.base.load_base_model()
+
+    def task(self, condition: Condition) -> "MemberTask":
+        return MemberTask(self, dict(condition))
+
+
+TRANSFORMED_FIELDS = {
+    "angle": {"type": "angle", "period": 360.0},
+    "blur": {"type": "scalar", "low": 0.0, "high": 1.5},
+    "invert": {"type": "category", "values": ["no", "yes"]},
+    "occlude": {"type": "category", "values": ["none", "left", "right", "top", "bottom"]},
+}
+OCCLUDED = 0.4  # of the image
+
+
+@dataclass
+class TransformedFamily(ImageFamily):
+    """
+    The images of a task rotated by `angle` degrees, blurred with a Gaussian of `blur` pixels, inverted, and with a part
+    of them blackened.
+
+    Args:
+        ranges (`dict`, *optional*): Another range of a field: `[low, high]`, or the words that may stand there (two of
+            them at least); None for a field that there is not.
+    """
+
+    ranges: dict[str, Sequence | None] = field(default_factory=dict)
+    test_sets: ClassVar[dict[str, str]] = {
+        "combinations": "inverted images with a part on the right or at the bottom blackened",
+        "extrapolation": "blur in the upper fifth of its range",
+    }
+    # A region is kept from training only where it is tested.
+    hold_out: Sequence[str] = ()
+
+    def __post_init__(self):
+        specs = {name: dict(spec) for name, spec in TRANSFORMED_FIELDS.items()}
+        for name, values in self.ranges.items():
+            if name not in specs:
+                raise ConditionError(f"a transformed family has no field {name!r}; it has {', '.join(specs)}")
+            if values is None:
+                del specs[name]
+            elif specs[name]["type"] == "category":
+                wrong = [value for value in values if value not in specs[name]["values"]]
+                if wrong:
+                    raise ConditionError(f"'{name}' can be {', '.join(specs[name]['values'])}, not {wrong[0]!r}")
+                specs[name]["values"] = list(values)
+            elif specs[name]["type"] == "angle":
+                specs[name] = {"type": "scalar", "low": values[0], "high": values[1]}
+            else:
+                specs[name] |= {"low": values[0], "high": values[1]}
+        self.fields = Fields(specs)
+
+    def draw(self, generator: torch.Generator) -> dict[str, Any]:
+        values: dict[str, Any] = {}
+        draws = torch.rand(len(self.fields), generator=generator).tolist()
+        for u, (name, spec) in zip(draws, self.fields.items(), strict=True):
+            if isinstance(spec, CategoryField):
+                values[name] = spec.values[int(u * len(spec.values))]
+            elif isinstance(spec, AngleField):
+                values[name] = u * spec.period
+            else:
+                values[name] = spec.low + u * (spec.high - spec.low)
+        return values
+
+    def region(self, condition: Condition) -> str | None:
+        combination = condition.get("invert") == "yes" and condition.get("occlude") in ("right", "bottom")
+        if "combinations" in self.hold_out and combination:
+            return "combinations"
+        if "extrapolation" in self.hold_out and "blur" in self.fields:
+            blur = self.fields["blur"]
+            if condition["blur"] > 0.2 * blur.low + 0.8 * blur.high:
+                return "extrapolation"
+        return None
+
+    def change(
+        self, table: torch.Tensor, images: torch.Tensor, labels: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        num_tasks, _, _, height, width = images.shape
+        columns = {name: table[:, part].squeeze(1) for name, part in self.fields.columns.items()}  # (T,) each
+        flat = images.reshape(num_tasks, -1, height, width)  # all images of a task are moved alike
+        if "angle" in columns:
+            radians = columns["angle"] * (math.pi / 180)
+            sin, cos, zero = radians.sin(), radians.cos(), torch.zeros_like(radians)
+            maps = torch.stack([cos, -sin * height / width, zero, sin * width / height, cos, zero], dim=1)
+            grid = F.affine_grid(maps.view(-1, 2, 3), (num_tasks, 1, height, width), align_corners=False)
+            flat = F.grid_sample(flat, grid, align_corners=False)
+        if "blur" in columns:
+            # One product a task and direction: all images of a task are blurred alike.
+            flat = flat.reshape(num_tasks, -1, width) @ blur_matrix(columns["blur"], width).mT  # (T, B C H, W)
+            flat = flat.view(num_tasks, -1, height, width).transpose(1, 2).reshape(num_tasks, height, -1)
+            flat = blur_matrix(columns["blur"], height) @ flat  # (T, H, B C W)
+            flat = flat.view(num_tasks, height, -1, width).transpose(1, 2)
+        images = flat.reshape(images.shape)
+        factor = torch.ones(num_tasks, 1, 1, height, width, device=table.device)
+        offset = torch.zeros_like(factor)
+        if "invert" in columns:
+            inverted = torch.tensor([value == "yes" for value in self.fields["invert"].values], device=table.device)
+            inverted = inverted[columns["invert"].long()].view(-1, 1, 1, 1, 1).float()
+            factor, offset = factor - 2 * inverted, offset + inverted
+        if "occlude" in columns:
+            y = ((torch.arange(height, device=table.device) + 0.5) / height).view(-1, 1).expand(height, width)
+            x = ((torch.arange(width, device=table.device) + 0.5) / width).expand(height, width)
+            visible = {
+                "none": y > 0,
+                "left": x > OCCLUDED,
+                "right": x < 1 - OCCLUDED,
+                "top": y > OCCLUDED,
+                "bottom": y < 1 - OCCLUDED,
+            }
+            masks = torch.stack([visible[value] for value in self.fields["occlude"].values])
+            mask = masks[columns["occlude"].long()].view(num_tasks, 1, 1, height, width)
+            factor, offset = factor * mask, offset * mask
+        images = torch.addcmul(offset, images, factor)  # in one pass: this is most of what a small network costs
+        return images, labels
+
+
+def blur_matrix(sigma: torch.Tensor, size: int) -> torch.Tensor:
+    """Gaussians of width `sigma`, `(T,)`, in pixels, as matrices on a line of pixels: shape `(T, size, size)`."""
+    pixels = torch.arange(size, device=sigma.device)
+    distance = pixels - pixels.unsqueeze(1)
+    weights = torch.exp(-0.5 * (distance / sigma.clamp_min(0.05).view(-1, 1, 1)).square())
+    return weights / weights.sum(-1, keepdim=True)
+
+
+@dataclass
+class GroupedFamily(ImageFamily):
+    """
+    Binary tasks over a data set of C classes: which of them are positive. A task and its complement, which is the same
+    with the two answers swapped, are one task to `conditions` and `split`; 2^(C-1) - 1 tasks are left.
+    """
+
+    def __post_init__(self):
+        self.num_classes = len(self.base.class_names)
+        self.fields = Fields({"positive": {"type": "vector", "length": self.num_classes}})
+
+    def draw(self, generator: torch.Generator) -> dict[str, Any]:
+        while True:
+            bits = torch.randint(2, (self.num_classes,), generator=generator)
+            if 0 < bits.sum() < self.num_classes:
+                return {"positive": bits.float().tolist()}
+
+    def key(self, condition: Condition) -> Hashable:
+        bits = tuple(bit > 0.5 for bit in condition["positive"])
+        return min(bits, tuple(not bit for bit in bits))
+
+    def change(
+        self, table: torch.Tensor, images: torch.Tensor, labels: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        return images, (table > 0.5).long().gather(1, labels)
+
+    def load_base_model(self) -> nn.Module:
+        """With two outputs."""
+        names = self.base.class_names
+        self.base.class_names = ["negative", "positive"]
+        try:
+            return self.base.load_base_model()
+        finally:
+            self.base.class_names = names
+
+
+@dataclass
+class MemberTask(ClassificationTask):
+    """One task of a family; what `Family.task` returns."""
+
+    family: ImageFamily
+    condition: dict[str, Any]
+
+    def __post_init__(self):
+        self.table = self.family.fields.table([self.condition])
+
+    def load_base_model(self) -> nn.Module:
+        return self.family.load_base_model()
+
+    def load_split(self, split: Split) -> "MemberSplit":
+        return MemberSplit(self, split)
+
+    def fingerprint(self, split: Split) -> str:
+        return f"{self.family.base.fingerprint(split)} {self.family.fields.to_dict()} {self.condition}"
+
+    def collate(self, examples: Batch) -> Batch:
+        """`MemberSplit` returns whole batches."""
+        return examples
+
+    def loss(self, call: Callable, batch: Batch) -> torch.Tensor:
+        return F.cross_entropy(self.predict(call, batch), batch["labels"])
+
+    def predict(self, call: Callable, batch: Batch) -> torch.Tensor:
+        return self.family.predict(call, batch)
+
+
+class MemberSplit(Dataset):
+    """The examples of one task of a family; `__getitems__(indices)` returns a batch."""
+
+    def __init__(self, task: MemberTask, split: Split):
+        self.task, self.split = task, split
+
+    def __len__(self) -> int:
+        return self.task.family.num_examples(self.split)
+
+    def __getitems__(self, indices: Sequence[int]) -> Batch:
+        batch = self.task.family.batch(self.split, self.task.table, torch.as_tensor(indices))
+        return {name: values[0] for name, values in batch.items()}

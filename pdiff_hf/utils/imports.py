@@ -1,0 +1,58 @@
+"""Imports that wait until they are needed: torch and the libraries above it take seconds."""
+
+import importlib
+import importlib.abc
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+from typing import Any
+
+
+def lazy_attributes(package: str, modules: Mapping[str, str]) -> Callable[[str], Any]:
+    """
+    A `__getattr__` for the `__init__.py` of `package` (PEP 562).
+
+    Args:
+        modules (`Mapping[str, str]`): For each name the module that has it; one that begins with a dot is relative.
+    """
+
+    def get(name: str) -> Any:
+        if name not in modules:
+            raise AttributeError(f"module {package!r} has no attribute {name!r}")
+        return getattr(importlib.import_module(modules[name], package), name)
+
+    return get
+
+
+def when_imported(module: str, function: Callable[[ModuleType], Any]) -> None:
+    """Calls `function(module)` as soon as a module of another library has been imported: now, or when it is."""
+    if module in sys.modules:
+        function(sys.modules[module])
+    else:
+        sys.meta_path.insert(0, _Finder(module, function))
+
+
+class _Finder(importlib.abc.MetaPathFinder):
+    """Finds one module as the other finders do, and sees to it that a function is called after its import."""
+
+    def __init__(self, module: str, function: Callable[[ModuleType], Any]):
+        self.module, self.function = module, function
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        if fullname != self.module:
+            return None
+        others = (finder for finder in sys.meta_path if finder is not self)
+        spec = next(filter(None, (finder.find_spec(fullname, path, target) for finder in others)), None)
+        if spec is not None and spec.loader is not None:
+            execute = spec.loader.exec_module
+
+            def execute_and_call(module: ModuleType) -> None:
+                execute(module)
+                sys.meta_path.remove(self)
+                self.function(module)
+
+            spec.loader.exec_module = execute_and_call  # type: ignore[method-assign]
+        return spec

@@ -1,0 +1,15 @@
+"""Names inside a run's folder, for everything that writes or reads one."""
+
+RECIPE = "recipe.yaml"
+BASE_MODEL = "base_model"
+SNAPSHOTS = "snapshots"
+AUTOENCODER = "autoencoder"
+VAE = "vae"
+PIPELINE = "pipeline"
+EVALUATION = "evaluation"
+REPORT = "report.json"
+# Records of finished stages, checkpoints of the one at work, scores of networks, and what trackers write.
+STAGES = "stages"
+CHECKPOINTS = "checkpoints"
+SCORES = "scores"
+LOGS = "logs"

@@ -1,0 +1,1 @@
+"""Commands; `python -m pdiff_hf` runs them from an installed package."""

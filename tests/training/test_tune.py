@@ -1,0 +1,132 @@
+"""Tuning on the task loss: it lowers that loss, keeps the best weights, ends early, and needs no condition."""
+
+import pytest
+import torch
+from accelerate import Accelerator
+from diffusers import DPMSolverMultistepScheduler
+from support.families import make_family, make_networks
+
+from pdiff_hf import LatentDenoiser, ParameterAutoencoder
+from pdiff_hf.models import ConditionEncoder
+from pdiff_hf.training import make_training_scheduler
+from pdiff_hf.training.denoiser import LatentGenerator, train_denoiser
+from pdiff_hf.training.loop import LoopArguments
+from pdiff_hf.training.tune import GeneratedNetworks, TuneArguments, fresh_tasks, seen_tasks, single_task, tune
+
+CPU = torch.device("cpu")
+ARGS = TuneArguments(num_steps=120, learning_rate=0.01, num_tasks=8, num_examples=8, ema_decay=0.9, validate_every=10)
+
+
+def make_generated(family, networks, conditional: bool, deterministic: bool = False) -> GeneratedNetworks:
+    torch.manual_seed(0)
+    snapshots = networks.base_parameters() + 0.3 * torch.randn(12, networks.layout.num_parameters)
+    autoencoder = ParameterAutoencoder(networks.layout.to_dict(), latent_dim=8, block_out_channels=())
+    autoencoder.fit_parameter_statistics(snapshots)
+    autoencoder.fit_latent_statistics(autoencoder.tokenize(snapshots))
+    encoder = ConditionEncoder(family.fields.to_dict(), embedding_dim=8) if conditional else None
+    denoiser = LatentDenoiser(
+        8, block_out_channels=(), bottleneck_dim=16, embedding_dim=16, condition_dim=8 if conditional else None
+    )
+    sampler = DPMSolverMultistepScheduler.from_config(
+        make_training_scheduler(prediction_type="v_prediction").config, final_sigmas_type="zero"
+    )
+    sampler = None if deterministic else sampler
+    return GeneratedNetworks(LatentGenerator(denoiser, encoder), autoencoder, sampler, 3, networks, family.predict)
+
+
+@pytest.mark.parametrize("kind", ["fresh", "seen", "unconditional", "deterministic"])
+def test_tuning_lowers_the_loss_of_the_networks(tmp_path, kind):
+    family = make_family(ranges={"angle": None, "occlude": None})
+    networks = make_networks(family)
+    generated = make_generated(family, networks, kind != "unconditional", kind == "deterministic")
+    table = family.fields.table(family.conditions(6, seed=0))
+    frozen = [networks.base_parameters().clone(), generated.autoencoder.token_basis.clone()]
+    if kind == "unconditional":
+        batches = single_task(family.task({"blur": 0.0, "invert": "no"}), ARGS, CPU)
+    elif kind == "seen":
+        batches = seen_tasks(family, ARGS, table, CPU)
+    else:
+        batches = fresh_tasks(family, ARGS, (), CPU)
+    history = tune(Accelerator(cpu=True), generated, batches, 6, ARGS, seed=0, checkpoint_dir=tmp_path)
+    losses = history["losses"]
+    assert len(losses) == ARGS.num_steps
+    first, last = (torch.tensor(part).mean() for part in (losses[:5], losses[-5:]))
+    assert last < first - 0.05
+    assert torch.equal(networks.base_parameters(), frozen[0])
+    assert torch.equal(generated.autoencoder.token_basis, frozen[1])
+
+
+def test_the_best_weights_are_kept_and_training_ends_when_validation_gets_worse(tmp_path):
+    family = make_family()
+    generated = make_generated(family, make_networks(family), True)
+    kept, results = [], iter([3.0, 1.0, 2.0, 1.5])
+
+    def validate() -> float:
+        kept.append(generated.generator.denoiser.layer_out.weight.detach().clone())
+        return next(results)
+
+    args = TuneArguments(**{**vars(ARGS), "num_steps": 100, "validate_every": 3, "patience": 2})
+    history = tune(
+        Accelerator(cpu=True),
+        generated,
+        fresh_tasks(family, args, (), CPU),
+        4,
+        args,
+        validate=validate,
+        seed=0,
+        checkpoint_dir=tmp_path,
+    )
+    assert history["steps"] == [3, 6, 9, 12] and len(history["losses"]) == 12
+    assert history["validation_losses"] == [3.0, 1.0, 2.0, 1.5]
+    assert torch.equal(generated.generator.denoiser.layer_out.weight, kept[1])
+    assert not torch.equal(kept[0], kept[1])
+
+
+def test_fresh_tasks_leave_out_what_is_tested():
+    family = make_family("grouped")
+    conditions = family.split({"train": 500, "test": 11}, seed=0)
+    tested = {family.key(condition) for condition in conditions["test"]}
+    draw = fresh_tasks(family, ARGS, tested, CPU)
+    for seed in range(20):
+        table, batch = draw(torch.arange(8), torch.Generator().manual_seed(seed))
+        assert batch["labels"].shape == (8, ARGS.num_examples)
+        assert not tested & {family.key(condition) for condition in family.fields.conditions(table)}
+
+
+def test_only_the_last_step_of_the_sampler_has_gradients():
+    family = make_family()
+    generated = make_generated(family, make_networks(family), True)
+    table = family.fields.table(family.conditions(2, seed=0))
+    calls = []
+    generated.generator.register_forward_hook(lambda module, inputs, output: calls.append(output.requires_grad))
+    latents = generated.sample_latents(table, torch.Generator().manual_seed(0), 2)
+    assert calls == [False, False, True] and latents.requires_grad
+
+
+def test_a_denoiser_learns_what_follows_from_a_condition(tmp_path):
+    """Latents that are the condition: those of a condition that was not seen come out right."""
+    encoder = ConditionEncoder({"x": {"type": "scalar", "low": -2.0, "high": 2.0}}, embedding_dim=16)
+    values = torch.linspace(-1.5, 1.5, 64).view(-1, 1)
+    encoder.remember(values)
+    scheduler = make_training_scheduler(prediction_type="v_prediction")
+    denoiser, _ = train_denoiser(
+        Accelerator(cpu=True),
+        torch.cat([values, -values], dim=1),
+        LoopArguments(300, 32, 5e-3),
+        scheduler=scheduler,
+        block_out_channels=(),
+        bottleneck_dim=32,
+        encoder=encoder,
+        table=values,
+        condition_dropout=0.1,
+        seed=0,
+        checkpoint_dir=tmp_path,
+    )
+    sampler = DPMSolverMultistepScheduler.from_config(scheduler.config, final_sigmas_type="zero")
+    sampler.set_timesteps(10)
+    latents = torch.randn(3, 2, generator=torch.Generator().manual_seed(0))
+    generator, asked = LatentGenerator(denoiser, encoder), torch.tensor([[-1.03], [0.04], [1.27]])
+    with torch.no_grad():
+        for timestep in sampler.timesteps:
+            latents = sampler.step(generator(latents, timestep, asked), timestep, latents).prev_sample
+    torch.testing.assert_close(latents, torch.cat([asked, -asked], dim=1), atol=0.25, rtol=0)
