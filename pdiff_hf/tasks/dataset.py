@@ -78,19 +78,23 @@ class DatasetTask(Task):
 
     def _usable(self, rows: datasets.Dataset, split: str, bad: BadRows) -> datasets.Dataset:
         """
-        All rows, if none is bad, or without the bad ones with `skip_bad_examples`.
+        All rows, if none is bad, or the others with `skip_bad_examples`.
 
         Raises:
-            ValueError: for the first bad row, otherwise.
+            ValueError: for the first bad row, otherwise; and if all are bad.
         """
         if not bad:
             return rows
         first = min(bad)
-        where = describe_row(self.dataset, split, bad[first][0], first)
+        column, what = bad[first]
+        message = f"{describe_row(self.dataset, split, column, first)}: {what}"
+        if len(bad) == len(rows):
+            hint = "; images in a folder get their classes from its sub-folders" if column == "label" else ""
+            raise ValueError(f"{message}, and no other of the {len(rows)} rows can be used either{hint}")
         if not self.skip_bad_examples:
             more = f" (and {len(bad) - 1} more rows)" if len(bad) > 1 else ""
-            raise ValueError(f"{where}: {bad[first][1]}{more}; mend it, or leave it out with skip_bad_examples")
-        logger.warning("%d of %d examples are left out, the first is %s: %s", len(bad), len(rows), where, bad[first][1])
+            raise ValueError(f"{message}{more}; fix it, or leave it out with skip_bad_examples")
+        logger.warning("%d of %d examples are left out, the first is %s", len(bad), len(rows), message)
         return rows.select([i for i in range(len(rows)) if i not in bad])
 
 
@@ -119,8 +123,8 @@ def load_raw(dataset: str, others: str = "") -> dict[str, datasets.Dataset]:
             raw = datasets.load_dataset(path, config or None)
     except (OSError, ValueError, datasets.exceptions.DatasetGenerationError) as error:
         raise ValueError(
-            f"dataset '{dataset}' is neither {others}a local data set folder nor a file of {', '.join(FILE_TYPES)} nor "
-            f"a Hub id that can be reached: {error}"
+            f"dataset '{dataset}' is neither {others}a local data set folder nor a Hub id that can be "
+            f"reached, nor a file that ends in {', '.join(FILE_TYPES)}: {error}"
         ) from error
     if "train" not in raw:
         raise ValueError(f"dataset '{dataset}' needs a split named train, got {sorted(raw)}")
@@ -150,9 +154,8 @@ def choose_column(columns: Iterable[str], candidates: Sequence[str], chosen: str
         return chosen
     kind = setting.removesuffix("_column")
     if chosen is not None or not candidates:
-        raise ValueError(
-            f"it has no {kind} column{f' {chosen}' if chosen else ''}; its columns are {', '.join(columns)}"
-        )
+        name = f" {chosen}" if chosen else ""
+        raise ValueError(f"it has no {kind} column{name}; its columns are {', '.join(columns)}")
     if len(candidates) > 1:
         raise ValueError(f"{' and '.join(candidates)} could each be its {kind} column; choose one with {setting}")
     return candidates[0]

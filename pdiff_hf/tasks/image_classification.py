@@ -60,7 +60,8 @@ class ImageClassificationTask(ImageTask, LabelledTask):
         try:
             names = {self._choose_image(features): "image", self._choose_label(features): "label"}
         except ValueError as error:
-            raise ValueError(f"dataset '{self.dataset}' does not fit image classification: {error}") from error
+            hint = "; images in a folder get their classes from its sub-folders" if list(features) == ["image"] else ""
+            raise ValueError(f"dataset '{self.dataset}' does not fit image classification: {error}{hint}") from error
         raw = without_unlabelled_test({name: take_columns(rows, names) for name, rows in raw.items()})
         for name, rows in raw.items():
             raw[name] = self._usable(rows, name, {**self._bad_images(rows), **bad_labels(rows)})

@@ -1,6 +1,5 @@
 """Unconditional image generation: any U-Net of diffusers' DDPM on any image data set, judged by FID."""
 
-import inspect
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -11,7 +10,8 @@ import datasets
 import numpy as np
 import torch
 import torch.nn.functional as F
-from diffusers import DDIMScheduler, DDPMPipeline, DDPMScheduler, UNet2DModel
+from diffusers import DDIMScheduler, DDPMPipeline
+from torch import nn
 from torchvision.transforms import CenterCrop, Compose, PILToTensor, Resize
 
 from ..networks.batched import BatchedModels
@@ -22,8 +22,8 @@ from .images import ImageColumn, ImageSplit, ImageTask, Preparation, load_image_
 from .labels import bad_labels, label_candidates, number_labels
 from .registry import register_task
 from .task import Batch, MeasuredTask, Split, take
+from .unet import FRESH_MODEL, find_unet, load_weights, without_path
 
-FRESH_MODEL = "unet2d"
 # Images that a network generates at once.
 BATCH_SIZE = 128
 # Images, as uint8, that wait to be compared with those of a split.
@@ -69,12 +69,9 @@ class ImageGenerationTask(ImageTask, MeasuredTask):
 
     def __post_init__(self) -> None:
         self._check_sizes("num_steps")
-        self._subfolder: str | None = None
-        if self.model == FRESH_MODEL:
-            config, self.scheduler = self.model_args, DDPMScheduler()
-        else:
-            config, self.scheduler = self._find_model()
-        self._config, self.image_size = self._check_model(config)
+        self._network = find_unet(self.model, self.model_args, self.image_size)
+        self.scheduler, self._shape = self._network.scheduler, self._network.shape
+        self.image_size = self._shape[-1]
         if self.num_steps > self.scheduler.config.num_train_timesteps:
             raise ValueError(
                 f"num_steps must be at most the {self.scheduler.config.num_train_timesteps} steps of the model's "
@@ -107,111 +104,29 @@ class ImageGenerationTask(ImageTask, MeasuredTask):
             }
         return number_labels(raw, self.dataset)[1]
 
-    def _find_model(self) -> tuple[dict, DDPMScheduler]:
-        """The configuration of a saved U-Net, and the schedule that it was trained with."""
-        if self.model_args:
-            raise ValueError(f"model_args belong to a fresh model ({FRESH_MODEL}), not to '{self.model}'")
-        is_folder = os.path.isdir(self.model)
-        try:
-            if is_folder:
-                found = os.path.isfile(os.path.join(self.model, UNet2DModel.config_name))
-                self._subfolder = None if found else "unet"
-                config = UNet2DModel.load_config(self.model, subfolder=self._subfolder)
-            else:
-                config = self._load_config_from_hub()
-        except (OSError, ValueError) as error:
-            raise ValueError(
-                f"model '{self.model}' is neither '{FRESH_MODEL}' nor a folder or Hub id with the config.json of a "
-                f"UNet2DModel, at its top or in a subfolder unet: {error}"
-            ) from error
-        subfolder = None if self._subfolder is None else "scheduler"
-        path = os.path.join(self.model, subfolder or "", DDPMScheduler.config_name)
-        if is_folder and not os.path.isfile(path):
-            return config, DDPMScheduler()
-        try:
-            scheduler = DDPMScheduler.from_pretrained(self.model, subfolder=subfolder)
-        except (OSError, ValueError) as error:
-            raise ValueError(
-                f"the scheduler_config.json beside the U-Net of '{self.model}' is needed: {error}"
-            ) from error
-        if scheduler.config.prediction_type != "epsilon":
-            raise ValueError(
-                f"model '{self.model}' predicts {scheduler.config.prediction_type}; DDPM's loss is for networks that "
-                "predict the noise (prediction_type epsilon)"
-            )
-        return config, scheduler
-
-    def _load_config_from_hub(self) -> dict:
-        try:
-            return UNet2DModel.load_config(self.model)
-        except OSError:
-            self._subfolder = "unet"
-            return UNet2DModel.load_config(self.model, subfolder="unet")
-
-    def _check_model(self, config: dict) -> tuple[dict, int]:
-        """The arguments of the network, and the size of its images."""
-        name = config.get("_class_name", UNet2DModel.__name__)
-        if name != UNet2DModel.__name__:
-            raise ValueError(f"model '{self.model}' is a {name}, not a UNet2DModel")
-        known = inspect.signature(UNet2DModel.__init__).parameters
-        unknown = [key for key in config if key not in known and not key.startswith("_")]
-        if unknown:
-            raise ValueError(f"a UNet2DModel does not take the model_args {unknown}; it takes {sorted(known)[:-1]}")
-        config = {key: value for key, value in config.items() if key in known}
-        size = self.image_size or config.get("sample_size")
-        if not isinstance(size, int):
-            raise ValueError(f"model '{self.model}' has no size of its own; set image_size, got {size!r}")
-        config = {"sample_size": size} | config
-        if config.get("class_embed_type") is not None or config.get("num_class_embeds") is not None:
-            raise ValueError(f"model '{self.model}' is conditional (it has a class embedding)")
-        try:
-            with torch.device("meta"):
-                network = UNet2DModel(**config)
-                images = torch.empty(1, network.config.in_channels, size, size)
-                output = network(images, torch.tensor([0]))[0]
-        except Exception as error:  # what a wrong configuration makes torch raise has no common type
-            raise ValueError(
-                f"model '{self.model}' with model_args {self.model_args} does not work on images of {size}x{size}: "
-                f"{error}"
-            ) from error
-        if output.shape != images.shape or images.shape[1] not in (1, 3):
-            raise ValueError(
-                f"model '{self.model}' must predict the noise of images with 1 or 3 channels, got in_channels="
-                f"{network.config.in_channels} and out_channels={network.config.out_channels}"
-            )
-        self.num_channels: int = images.shape[1]
-        return config, size
-
-    def load_base_model(self) -> UNet2DModel:
+    def load_base_model(self) -> nn.Module:
         """The network. Fresh weights depend on torch's global seed."""
-        if self.model == FRESH_MODEL:
-            return UNet2DModel(**self._config)
-        return self._load(self.model, self._subfolder)
+        return self._network.load()
 
-    @staticmethod
-    def _load(folder: str | os.PathLike, subfolder: str | None) -> UNet2DModel:
-        model = UNet2DModel.from_pretrained(folder, subfolder=subfolder, torch_dtype=torch.float32)
-        return _without_path(model)
-
-    def save_base_model(self, model: UNet2DModel, folder: str | os.PathLike) -> None:
+    def save_base_model(self, model: nn.Module, folder: str | os.PathLike) -> None:
         """A `DDPMPipeline`, which generates images as it is: the network with its scheduler."""
-        DDPMPipeline(_without_path(model), self.scheduler).save_pretrained(folder)
+        DDPMPipeline(without_path(model), self.scheduler).save_pretrained(folder)
 
-    def load_saved(self, folder: str | os.PathLike) -> UNet2DModel:
+    def load_saved(self, folder: str | os.PathLike) -> nn.Module:
         """What `save_base_model` wrote."""
-        return self._load(folder, "unet")
+        return load_weights(folder, "unet")
 
     def _prepare(self, split: Split) -> ImageSplit:
         """Images with values from -1 to 1, and labels, which nothing uses."""
-        half = [0.5] * self.num_channels
+        half = [0.5] * self._shape[0]
         transform = Compose([Resize(self.image_size), CenterCrop(self.image_size), PILToTensor()])
-        preparation = Preparation(transform, half, half, "L" if self.num_channels == 1 else "RGB", "")
+        preparation = Preparation(transform, half, half, "L" if self._shape[0] == 1 else "RGB", "")
         raw = self._raw[split]
         return ImageSplit(ImageColumn(raw, "image", self.dataset), torch.as_tensor(raw["label"][:]), preparation)
 
     def fingerprint(self, split: Split) -> str:
         """Follows the images, how they are prepared, and all that the metric depends on."""
-        prepared = f"{self.num_channels}x{self.image_size}x{self.image_size}"
+        prepared = "x".join(map(str, self._shape))
         schedule = sorted((key, value) for key, value in self.scheduler.config.items() if not key.startswith("_"))
         metric = f"{self._features.fingerprint} {self.num_steps} {schedule}"
         return self._digest(split, ["image"], [], f"{prepared} {metric}")
@@ -250,8 +165,7 @@ class ImageGenerationTask(ImageTask, MeasuredTask):
         device = next(models.model.parameters()).device
         parameters, features = parameters.to(device), self._features.to(device)
         num_images = len(self.load_split(split))
-        shape = (num_images, self.num_channels, self.image_size, self.image_size)
-        noise = torch.randn(shape, generator=torch.Generator().manual_seed(NOISE_SEEDS[split]))
+        noise = torch.randn(num_images, *self._shape, generator=torch.Generator().manual_seed(NOISE_SEEDS[split]))
         in_parts = InParts("images")
         distances = []
         for rows in parameters.split(max(1, IMAGE_BUDGET // noise.numel())):
@@ -270,12 +184,6 @@ class ImageGenerationTask(ImageTask, MeasuredTask):
         images = self.load_split(split)
         for indices in torch.arange(len(images)).split(BATCH_SIZE):
             yield to_uint8(take(images, indices.tolist())["pixel_values"]).to(device)
-
-
-def _without_path(model: UNet2DModel) -> UNet2DModel:
-    """Where a network was read from would be saved with it."""
-    model.register_to_config(_name_or_path="")
-    return model
 
 
 def to_uint8(images: torch.Tensor) -> torch.Tensor:

@@ -70,7 +70,7 @@ class ImageTask(DatasetTask):
             for i in range(len(rows)):
                 try:
                     if i not in bad:
-                        images.decode(i)
+                        images.check(i)
                 except ValueError as error:
                     bad[i] = (column, str(error))
         return bad
@@ -120,7 +120,7 @@ def load_image_data(dataset: str) -> dict[str, datasets.Dataset]:
     return load_raw(dataset, "'digits', 'moving_digits', ")
 
 
-class ImageColumn(Sequence[Image.Image]):
+class ImageColumn(Sequence[Any]):
     """
     The images of a split, decoded when they are asked for.
 
@@ -128,15 +128,22 @@ class ImageColumn(Sequence[Image.Image]):
         rows (`datasets.Dataset`): With the columns `column` and `row`.
         column (`str`): A column of images.
         dataset (`str`): What the data set is called in messages.
+        convert (`Callable`, *optional*, defaults to `to_8_bits`): From an image to what is given out.
 
     Raises:
         ValueError: by what asks for an image that cannot be read; it names data set, split, column and row.
     """
 
-    def __init__(self, rows: datasets.Dataset, column: str, dataset: str):
+    def __init__(
+        self,
+        rows: datasets.Dataset,
+        column: str,
+        dataset: str,
+        convert: Callable[[Image.Image], Any] | None = None,
+    ) -> None:
         # What a column says about the mode of its images is not heeded: it would clip those of more than 8 bits.
         self.rows = rows.select_columns([column, "row"]).cast_column(column, datasets.Image(decode=False))
-        self.column, self.dataset = column, dataset
+        self.column, self.dataset, self.convert = column, dataset, convert or to_8_bits
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -144,16 +151,16 @@ class ImageColumn(Sequence[Image.Image]):
     def __getitem__(self, i: Any) -> Any:
         return next(self.read([i]))
 
-    def read(self, indices: Sequence[int]) -> Iterator[Image.Image]:
+    def read(self, indices: Sequence[int]) -> Iterator[Any]:
         """Several images, in turn."""
         batch = self.rows[list(indices)]
         for stored, row in zip(batch[self.column], batch["row"], strict=True):
             try:
-                yield decode(stored)
+                yield self.convert(decode(stored))
             except ValueError as error:
                 where = describe_row(self.dataset, str(self.rows.split or "train"), self.column, row)
                 file = f" (file '{stored['path']}')" if stored and stored["path"] else ""
-                raise ValueError(f"{where}{file}: {error}; mend it, or leave it out with skip_bad_examples") from error
+                raise ValueError(f"{where}{file}: {error}; fix it, or leave it out with skip_bad_examples") from error
 
     def stored(self, indices: Sequence[int]) -> Iterator[bytes]:
         """The files of several images."""
@@ -161,9 +168,9 @@ class ImageColumn(Sequence[Image.Image]):
             stored = self.rows[int(i)][self.column]
             yield Path(stored["path"]).read_bytes() if stored["bytes"] is None else stored["bytes"]
 
-    def decode(self, i: int) -> Image.Image:
+    def check(self, i: int) -> Any:
         """One image; errors say only what is wrong with it."""
-        return decode(self.rows[i][self.column])
+        return self.convert(decode(self.rows[i][self.column]))
 
 
 def decode(stored: Mapping[str, Any] | None) -> Image.Image:
@@ -171,17 +178,16 @@ def decode(stored: Mapping[str, Any] | None) -> Image.Image:
     The image of a file, turned as its Exif data say.
 
     Raises:
-        ValueError: if there is none, or it cannot be read, or its numbers have no known range.
+        ValueError: if there is none, or it cannot be read.
     """
     if stored is None:
         raise ValueError("it is empty")
     try:
-        image = datasets.Image().decode_example(dict(stored))
+        return datasets.Image().decode_example(dict(stored))
     except Exception as error:  # what a broken file makes the parts of Pillow raise has no common type
         if is_out_of_memory(error):
             raise
         raise ValueError(f"it cannot be read ({first_line(error)})") from error
-    return to_8_bits(image)
 
 
 def to_8_bits(image: Image.Image) -> Image.Image:
@@ -197,9 +203,7 @@ def to_8_bits(image: Image.Image) -> Image.Image:
     if image.mode == "F" or (image.mode == "I" and not 0 <= min(image.getextrema()) <= max(image.getextrema()) <= 255):
         low, high = image.getextrema()
         kind = "floats" if image.mode == "F" else "32-bit integers"
-        raise ValueError(
-            f"it holds {kind} from {low:g} to {high:g}, whose range is not known; save it with 8 or 16 bits"
-        )
+        raise ValueError(f"it holds {kind} from {low:g} to {high:g}, of unknown range; save it with 8 or 16 bits")
     return image.convert("L") if image.mode == "I" else image
 
 

@@ -24,6 +24,8 @@ logger = logging.getLogger(__name__)
 # place, for the rest to be taken for other spellings of the same.
 ALMOST_ALL = 0.9
 NUMBER = re.compile(r"[+-]?\d+(\.\d+)?")
+# Files of weights, whole or in parts.
+WEIGHTS = re.compile(r"(pytorch_)?model.*\.(safetensors|bin)(\.index\.json)?")
 # What transformers calls classes that nobody has named.
 NO_NAME = re.compile(r"LABEL_\d+")
 
@@ -81,7 +83,10 @@ class LabelledTask(DatasetTask, ClassificationTask):
         """
         outputs = align_labels(self._data_names, config, "the network", self.dataset)
         if outputs is None:
-            raise ValueError(_both_sides("the network", config, self._data_names, self.dataset))
+            raise ValueError(
+                f"the network is not for the classes of dataset '{self.dataset}': "
+                f"{_both_sides(config, self._data_names)}"
+            )
         self.class_names, self._outputs = output_names(config) or self._data_names, torch.tensor(outputs)
         self._splits.clear()
 
@@ -101,9 +106,8 @@ class LabelledTask(DatasetTask, ClassificationTask):
         fresh = sorted({*found["missing_keys"], *(mismatch[0] for mismatch in found["mismatched_keys"])})
         self.new_head = ""
         if fresh:
-            self.new_head = f"{', '.join(fresh)} of model '{self.model}' must be drawn anew, because " + _both_sides(
-                "the model", self._config, self.class_names, self.dataset
-            )
+            reason = _both_sides(self._config, self._data_names) if found["mismatched_keys"] else "its files lack them"
+            self.new_head = f"{', '.join(fresh)} of model '{self.model}' must be drawn anew: {reason}"
         name_classes(model.config, self.class_names)
         return load_adapter(model, self.adapter) if self.adapter else model
 
@@ -130,9 +134,7 @@ def find_weights(model: str) -> tuple[PreTrainedConfig, bool]:
             f"{error}"
         ) from error
     files = os.listdir(model) if os.path.isdir(model) else ["model.safetensors"]
-    return config, any(
-        re.fullmatch(r"(model|pytorch_model).*\.(safetensors|bin)(\.index\.json)?", name) for name in files
-    )
+    return config, any(map(WEIGHTS.fullmatch, files))
 
 
 def number_labels(raw: Mapping[str, datasets.Dataset], dataset: str) -> tuple[list[str], dict[str, datasets.Dataset]]:
@@ -252,8 +254,9 @@ def align_labels(names: Sequence[str], config: PreTrainedConfig, model: str, dat
         )
         return list(range(len(names)))
     raise ValueError(
-        f"{_both_sides(model, config, names, dataset)}. Rename the classes of one of them; to train the network for "
-        "other classes, take id2label and label2id out of its config.json"
+        f"the classes of dataset '{dataset}' cannot be aligned with those of model '{model}': "
+        f"{_both_sides(config, names)}. Rename the classes of one of them; to train the network for other classes, "
+        "take id2label and label2id out of its config.json"
     )
 
 
@@ -273,13 +276,10 @@ def _by_name(own: Sequence[str], config: PreTrainedConfig, model: str) -> dict[s
     return {name: ids.pop() for name, ids in found.items() if len(ids) == 1}
 
 
-def _both_sides(model: str, config: PreTrainedConfig, names: Sequence[str], dataset: str) -> str:
+def _both_sides(config: PreTrainedConfig, names: Sequence[str]) -> str:
     own = output_names(config)
     outputs = f"{config.num_labels} outputs" + (f" ({_shorten(own)})" if own else ", which it does not name")
-    return (
-        f"the classes of dataset '{dataset}' cannot be aligned with those of {model}: the data have {len(names)} "
-        f"({_shorten(names)}), the network has {outputs}"
-    )
+    return f"the data have {len(names)} classes ({_shorten(names)}), the network has {outputs}"
 
 
 def _shorten(names: Sequence[Any], limit: int = 12) -> str:

@@ -66,7 +66,7 @@ class ObjectDetectionTask(ImageTask, MeasuredTask):
         columns = {self._choose_image(raw["train"].features): "image", "objects": "objects"}
         for name, rows in raw.items():
             rows = take_columns(rows, columns)
-            raw[name] = self._usable(rows, name, {**self._bad_images(rows), **self._bad_objects(rows)})
+            raw[name] = self._usable(rows, name, {**self._bad_images(rows), **bad_objects(rows)})
         self._set_splits(raw)
         categories = [None if name is None else name.casefold() for name in self._architecture.categories]
         names = [name.casefold() for name in self.class_names]
@@ -90,25 +90,6 @@ class ObjectDetectionTask(ImageTask, MeasuredTask):
                 f"bbox and category, of class labels; its columns are {', '.join(features)}"
             )
         return category.names
-
-    def _bad_objects(self, rows: datasets.Dataset) -> BadRows:
-        """The rows whose objects a detector cannot be trained with."""
-        bad = {}
-        for i, objects in enumerate(rows["objects"]):
-            boxes, categories = (objects or {}).get("bbox"), (objects or {}).get("category")
-            if boxes is None or categories is None or len(boxes) != len(categories):
-                bad[i] = ("objects", "there is not one box and one category for each object")
-                continue
-            wrong = [box for box in boxes if len(box) != 4 or None in box or box[2] < box[0] or box[3] < box[1]]
-            if wrong:
-                bad[i] = (
-                    "objects",
-                    f"it has the box {wrong[0]}; boxes are left, top, right and bottom in pixels. If these are left, "
-                    "top, width and height, convert them",
-                )
-            elif any(label is None or label < 0 for label in categories):
-                bad[i] = ("objects", "the category of an object is empty")
-        return bad
 
     def load_base_model(self) -> "Detector":
         """The network. Fresh weights depend on torch's global seed."""
@@ -184,6 +165,26 @@ class ObjectDetectionTask(ImageTask, MeasuredTask):
             metric.update(detections, targets)
             results.append(100 * metric.compute()["map"].double())
         return torch.stack(results)
+
+
+def bad_objects(rows: datasets.Dataset) -> BadRows:
+    """The rows whose objects a detector cannot be trained with."""
+    bad: dict[int, tuple[str, str]] = {}
+    for i, objects in enumerate(rows["objects"]):
+        boxes, categories = (objects or {}).get("bbox"), (objects or {}).get("category")
+        if boxes is None or categories is None or len(boxes) != len(categories):
+            bad[i] = ("objects", "there is not one box and one category for each object")
+            continue
+        wrong = [box for box in boxes if len(box) != 4 or None in box or box[2] < box[0] or box[3] < box[1]]
+        if wrong:
+            bad[i] = (
+                "objects",
+                f"it has the box {wrong[0]}; boxes are left, top, right and bottom in pixels. If these are left, "
+                "top, width and height, convert them",
+            )
+        elif any(label is None or label < 0 for label in categories):
+            bad[i] = ("objects", "the category of an object is empty")
+    return bad
 
 
 def _unpack(rows: torch.Tensor) -> dict[str, torch.Tensor]:

@@ -108,13 +108,9 @@ def make_task(settings: Mapping[str, Any], task_args: Mapping[str, Any] | None =
             f"task '{name}' does not take the task_args {', '.join(unknown)}; it takes {', '.join(parameters)}"
         )
     args = {key: settings[key] for key in parameters if settings.get(key) is not None} | dict(task_args)
-    missing = [
-        key
-        for key, parameter in parameters.items()
-        if parameter.default is parameter.empty
-        and parameter.kind is parameter.POSITIONAL_OR_KEYWORD
-        and key not in args
-    ]
+    variable = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    needed = [key for key, value in parameters.items() if value.default is value.empty and value.kind not in variable]
+    missing = [key for key in needed if key not in args]
     if missing:
         raise ValueError(f"task '{name}' needs {', '.join(missing)}")
     if isinstance(args.get("model_args"), str):

@@ -94,14 +94,14 @@ class SemanticSegmentationTask(ImageTask, MeasuredTask):
 
     def _read_masks(self, rows: datasets.Dataset) -> tuple[BadRows, int]:
         """The rows whose mask cannot be used, and the largest class id of the others, or -1."""
-        masks, bad, highest = ImageColumn(rows, "mask", self.dataset), {}, -1
+        masks, bad, highest = ImageColumn(rows, "mask", self.dataset, read_mask), {}, -1
         for i in range(len(rows)):
             try:
-                ids = read_mask(masks.decode(i))
+                ids = masks.check(i)
             except ValueError as error:
                 bad[i] = ("mask", str(error))
             else:
-                highest = max(highest, int(ids[ids != IGNORED].max(initial=-1)))
+                highest = max([highest, *np.unique(ids[ids != IGNORED]).tolist()])
         return bad, highest
 
     def load_base_model(self) -> nn.Module:
@@ -112,7 +112,8 @@ class SemanticSegmentationTask(ImageTask, MeasuredTask):
     def _prepare(self, split: Split) -> "SegmentationSplit":
         """Images and masks of one size."""
         raw = self._raw[split]
-        images, masks = (_Scaled(ImageColumn(raw, name, self.dataset), self._size) for name in ("image", "mask"))
+        images = _Scaled(ImageColumn(raw, "image", self.dataset), self._size)
+        masks = _Scaled(ImageColumn(raw, "mask", self.dataset, read_mask), self._size)
         if 4 * len(raw) * self._size**2 <= MEMORY_BUDGET:
             return SegmentationSplit(torch.stack(list(images)), torch.stack(list(masks)))
         return SegmentationSplit(images, masks)
@@ -124,14 +125,12 @@ class SemanticSegmentationTask(ImageTask, MeasuredTask):
     def _augment(self, batch: Batch) -> Batch:
         """Masks follow their images."""
         transform = self._random_transform(batch["pixel_values"].shape[-2:])
-        pairs = [
-            transform(tv_tensors.Image(image), tv_tensors.Mask(mask))
-            for image, mask in zip(batch["pixel_values"], batch["masks"], strict=True)
-        ]
-        images, masks = (
-            torch.stack([item.as_subclass(torch.Tensor) for item in part]) for part in zip(*pairs, strict=True)
-        )
-        return {"pixel_values": images, "masks": masks}
+        images, masks = [], []
+        for image, mask in zip(batch["pixel_values"], batch["masks"], strict=True):
+            image, mask = transform(tv_tensors.Image(image), tv_tensors.Mask(mask))
+            images.append(image.as_subclass(torch.Tensor))
+            masks.append(mask.as_subclass(torch.Tensor))
+        return {"pixel_values": torch.stack(images), "masks": torch.stack(masks)}
 
     def loss(self, call: Callable, batch: Batch) -> torch.Tensor:
         """The mean cross-entropy of the pixels that count, with that of the auxiliary head if there is one."""
@@ -207,7 +206,7 @@ class _Scaled(Sequence[torch.Tensor]):
 
     def __getitem__(self, i: Any) -> Any:
         image, is_mask = self.images[i], self.images.column == "mask"
-        image = Image.fromarray(read_mask(image)) if is_mask else image.convert("RGB")
+        image = Image.fromarray(image) if is_mask else image.convert("RGB")
         scale = self.size / max(image.size)
         width, height = (max(1, round(scale * side)) for side in image.size)
         image = image.resize((width, height), Image.Resampling.NEAREST if is_mask else Image.Resampling.BILINEAR)
@@ -224,9 +223,11 @@ def read_mask(mask: Image.Image) -> np.ndarray:
     The class ids of a mask, uint8 of shape `(H, W)`, from an image of ids or one in the colours of Pascal VOC.
 
     Raises:
-        ValueError: for other colours, and for ids that are none.
+        ValueError: for other colours, for ids beyond 255, and for floats.
     """
     values = np.asarray(mask)
+    if mask.mode == "F":
+        raise ValueError("class ids are whole numbers, but it holds floats")
     if values.ndim == 2:
         if values.min(initial=0) < 0 or values.max(initial=0) > 255:
             raise ValueError(f"class ids lie between 0 and 255, got {values.min()} to {values.max()}")

@@ -1,4 +1,4 @@
-"""The object-detection task: canvases, data sets of boxes, losses in both modes, AP, and the whole job on it."""
+"""The object-detection task: data sets of boxes, losses in both modes, AP, and the whole job on it."""
 
 import json
 
@@ -6,7 +6,6 @@ import datasets
 import numpy as np
 import pytest
 import torch
-from pdiff_hf.tasks.canvases import MAX_OVERLAP, Canvases, _overlap, find_sources
 from PIL import Image
 from torch import nn
 from torch.func import functional_call
@@ -24,10 +23,8 @@ PROPOSALS = {"rpn_post_nms_top_n_test": 20, "rpn_score_thresh": 0.0}
 
 
 @pytest.fixture(scope="module")
-def task():
-    return ObjectDetectionTask(
-        DETECTOR, "canvas:digits", image_size=32, model_args=PROPOSALS, max_train_samples=8, max_eval_samples=6
-    )
+def task(canvases):
+    return ObjectDetectionTask(DETECTOR, canvases, image_size=32, model_args=PROPOSALS, max_train_samples=8)
 
 
 @pytest.fixture(scope="module")
@@ -57,37 +54,10 @@ def write_boxes(folder, names=("cat", "person"), convert=lambda box: box):
     return str(folder)
 
 
-def test_canvases_follow_from_their_images_and_share_none():
-    sources = find_sources("canvas:digits", 0.2, 10, 10)
-    images = {name: {np.asarray(image).tobytes() for image in split["image"]} for name, split in sources.items()}
-    assert all(len(split) == 30 for split in sources.values())
-    names = list(images)
-    assert not any(images[a] & images[b] for i, a in enumerate(names) for b in names[:i])
-    canvases, again = (Canvases(sources["train"], "train", 40) for _ in range(2))
-    assert torch.equal(canvases.images, again.images) and torch.equal(canvases.masks, again.masks)
-    assert not torch.equal(canvases.images, Canvases(sources["train"], "test", 40).images)
-    assert canvases.images.shape == (10, 3, 40, 40) and canvases.images.dtype == torch.uint8
-    assert {len(labels) for labels in canvases.labels} == {1, 2, 3}
-    for image, mask, boxes, labels in zip(
-        canvases.images, canvases.masks, canvases.boxes, canvases.labels, strict=True
-    ):
-        assert boxes.shape == (len(labels), 4) and (boxes >= 0).all() and (boxes <= 40).all()
-        assert set(mask.unique().tolist()) == {0, *labels.tolist()}
-        pairs = [(a, b) for i, a in enumerate(boxes.tolist()) for b in boxes.tolist()[:i]]
-        assert all(_overlap(a, b) <= MAX_OVERLAP for a, b in pairs)
-        inside = torch.zeros_like(mask, dtype=torch.bool)
-        for left, top, right, bottom in boxes.int().tolist():
-            inside[top:bottom, left:right] = True
-        assert not mask[~inside].any() and image.float().amax(0)[mask > 0].min() >= 32
-        ys, xs = (mask == labels[-1]).nonzero().T  # nothing lies on the last one
-        if (labels == labels[-1]).sum() == 1:
-            assert boxes[-1].tolist() == [xs.min(), ys.min(), xs.max() + 1, ys.max() + 1]
-
-
 @pytest.mark.parametrize("model", [DETECTOR, "fasterrcnn_resnet50_fpn", "fcos_resnet50_fpn"])
-def test_losses_in_both_modes(model):
+def test_losses_in_both_modes(model, canvases):
     torch.manual_seed(0)
-    task = ObjectDetectionTask(model, "canvas:digits", image_size=32, max_train_samples=2)
+    task = ObjectDetectionTask(model, canvases, image_size=32, max_train_samples=2)
     detector = task.load_base_model()
     names = [name for name, _ in detector.named_parameters()]
     assert names == [name for name, _ in get_model_builder(model)(weights_backbone=None).named_parameters()]
@@ -220,58 +190,69 @@ def test_pretrained_weights(tmp_path, monkeypatch):
         task.load_base_model()
 
 
-def test_wrong_models():
-    with pytest.raises(ValueError, match="'fasterrcnn_resnet50' is not one of torchvision's for detection.*_fpn"):
-        ObjectDetectionTask("fasterrcnn_resnet50", "canvas:digits", image_size=32)
-    with pytest.raises(ValueError, match="'fcn_resnet50' is not one of torchvision's for detection"):
-        ObjectDetectionTask("fcn_resnet50", "canvas:digits", image_size=32)
-    with pytest.raises(ValueError, match="no weights 'COCO' of fcos_resnet50_fpn; it has COCO_V1"):
-        ObjectDetectionTask("fcos_resnet50_fpn:COCO", "canvas:digits", image_size=32)
-    with pytest.raises(ValueError, match="does not take the model_args depth; it takes.*min_size"):
-        ObjectDetectionTask("fcos_resnet50_fpn", "canvas:digits", image_size=32, model_args={"depth": 3})
-    with pytest.raises(ValueError, match="cannot be built with the model_args .*weights_backbone"):
-        ObjectDetectionTask(DETECTOR, "canvas:digits", image_size=32, model_args={"weights_backbone": "NONE"})
+@pytest.mark.parametrize(
+    ("model", "model_args", "message"),
+    [
+        ("fasterrcnn_resnet50", {}, "'fasterrcnn_resnet50' is not one of torchvision's for detection.*_fpn"),
+        ("fcn_resnet50", {}, "'fcn_resnet50' is not one of torchvision's for detection"),
+        ("fcos_resnet50_fpn:COCO", {}, "no weights 'COCO' of fcos_resnet50_fpn; it has COCO_V1"),
+        ("fcos_resnet50_fpn", {"depth": 3}, "does not take the model_args depth; it takes.*min_size"),
+        (DETECTOR, {"weights_backbone": "NONE"}, "cannot be built with the model_args .*weights_backbone"),
+    ],
+)
+def test_wrong_models(model, model_args, message, canvases):
+    with pytest.raises(ValueError, match=message):
+        ObjectDetectionTask(model, canvases, image_size=32, model_args=model_args)
 
 
 def test_wrong_data_sets(tmp_path):
-    with pytest.raises(ValueError, match="needs image_size, the side of its canvases"):
-        ObjectDetectionTask(DETECTOR, "canvas:digits")
-    with pytest.raises(ValueError, match="'nowhere' is neither 'digits', a local data set folder nor a Hub id"):
-        ObjectDetectionTask(DETECTOR, "canvas:nowhere", image_size=32)
-    with pytest.raises(ValueError, match="'nowhere' is neither canvas:..., a local data set folder nor a Hub id"):
+    with pytest.raises(ValueError, match="'nowhere' is neither a local data set folder nor a Hub id"):
         ObjectDetectionTask(DETECTOR, "nowhere")
-    with pytest.raises(ValueError, match="box .*15.*left, top, width and height, convert"):
-        (tmp_path / "sizes").mkdir()
-        sizes = write_boxes(tmp_path / "sizes", convert=lambda box: [*box[:2], box[2] - box[0], box[3] - box[1]])
+    sizes = write_boxes(tmp_path, convert=lambda box: [*box[:2], box[2] - box[0], box[3] - box[1]])
+    message = "split train, column objects, row 0: it has the box .*15.*left, top, width and height, convert"
+    with pytest.raises(ValueError, match=message):
         ObjectDetectionTask(DETECTOR, sizes)
-    many = datasets.Features(image=datasets.Image(), label=datasets.ClassLabel(num_classes=255))
-    (tmp_path / "many").mkdir()
-    rows = {"image": [Image.new("L", (8, 8))] * 20, "label": [0, 1] * 10}
-    datasets.Dataset.from_dict(rows, features=many).to_parquet(tmp_path / "many" / "train.parquet")
-    with pytest.raises(ValueError, match="has 255 classes; canvases can have 254"):
-        ObjectDetectionTask(DETECTOR, f"canvas:{tmp_path / 'many'}", image_size=32)
-    black = datasets.Dataset.from_dict(
-        {"image": [Image.fromarray(np.full((8, 8), i % 3, dtype=np.uint8)) for i in range(60)], "label": [0, 1] * 30},
-        features=datasets.Features(image=datasets.Image(), label=datasets.ClassLabel(names=["a", "b"])),
-    )
-    (tmp_path / "black").mkdir()
-    black.to_parquet(tmp_path / "black" / "train.parquet")
-    with pytest.raises(ValueError, match="needs a column image and a column objects with the lists bbox and category"):
-        ObjectDetectionTask(DETECTOR, str(tmp_path / "black"))
-    with pytest.raises(ValueError, match="of the train images cannot be placed on a canvas: none of its pixels"):
-        ObjectDetectionTask(DETECTOR, f"canvas:{tmp_path / 'black'}", image_size=32).load_split("train")
-    black.select(range(12)).to_parquet(tmp_path / "black" / "train.parquet")
-    with pytest.raises(ValueError, match="the validation split of dataset .* has 2 images; a canvas needs 3"):
-        ObjectDetectionTask(DETECTOR, f"canvas:{tmp_path / 'black'}", image_size=32)
+    with pytest.raises(ValueError, match="too small to hold out 20% of its 1 training examples"):
+        ObjectDetectionTask(DETECTOR, sizes, skip_bad_examples=True)  # one of eight images has no boxes
+    images = datasets.Dataset.from_dict({"image": [Image.new("L", (8, 8))] * 4, "label": [0, 1] * 2})
+    images.to_parquet(tmp_path / "train.parquet")
+    with pytest.raises(ValueError, match="needs a column objects with the lists bbox and category"):
+        ObjectDetectionTask(DETECTOR, str(tmp_path))
 
 
-def test_the_whole_job(tmp_path):
+def test_augmentation_moves_boxes_with_their_objects(task, canvases):
+    """Every pixel of an object is brighter than the canvas, so a box tells where it is."""
+    torch.manual_seed(0)
+    changed = ObjectDetectionTask(DETECTOR, canvases, image_size=32, augmentation="flip")
+    batch = task.load_split("train").__getitems__(range(8))
+    flipped = changed.augment(batch)
+    mirrored = 0
+    for before, after, old, new in zip(
+        batch["images"], flipped["images"], batch["targets"], flipped["targets"], strict=True
+    ):
+        assert torch.equal(old["labels"], new["labels"]) and type(new["boxes"]) is torch.Tensor
+        if torch.equal(after, before.flip(-1)):
+            mirrored += 1
+            assert torch.equal(
+                new["boxes"],
+                32 - old["boxes"][:, [2, 1, 0, 3]] * torch.tensor([1, -1, 1, -1]) + torch.tensor([0, -32, 0, -32]),
+            )
+        else:
+            assert torch.equal(after, before) and torch.equal(new["boxes"], old["boxes"])
+    assert 0 < mirrored < 8
+    cropped = ObjectDetectionTask(DETECTOR, canvases, image_size=32, augmentation="crop_flip").augment(batch)
+    for image, target in zip(cropped["images"], cropped["targets"], strict=True):
+        assert image.shape == (3, 32, 32) and len(target["boxes"]) == len(target["labels"])
+        assert (target["boxes"] >= 0).all() and (target["boxes"] <= 32).all()
+
+
+def test_the_whole_job(tmp_path, canvases):
     recipe = Recipe(
         output_dir=str(tmp_path / "out"),
         stages=["base", "collect", "autoencoder", "denoiser"],
         task="object_detection",
         model=DETECTOR,
-        dataset="canvas:digits",
+        dataset=canvases,
         image_size=32,
         model_args=json.dumps(PROPOSALS),
         max_train_samples=8,

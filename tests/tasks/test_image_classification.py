@@ -8,7 +8,7 @@ from PIL import Image
 from transformers import AutoImageProcessor, ConvNextConfig, ConvNextImageProcessor, ViTConfig, ViTImageProcessor
 
 from pdiff_hf.tasks import ImageClassificationTask
-from pdiff_hf.tasks import image_classification as module
+from pdiff_hf.tasks import images as module
 
 
 def all_of(split):
@@ -54,7 +54,7 @@ def test_timm_preprocessing_is_that_of_the_model_and_saved_with_it(tmp_path):
     batch = all_of(task.load_split("test"))
     assert batch["pixel_values"].shape == (899, 3, 24, 24)
     task.load_base_model().save_pretrained(tmp_path)
-    raw = task._raw["test"][5]["image"].convert("RGB")
+    raw = task.raw_examples("test")[0][5].convert("RGB")
     pixels = AutoImageProcessor.from_pretrained(tmp_path)(raw)["pixel_values"][0]
     torch.testing.assert_close(batch["pixel_values"][5], pixels, atol=1e-5, rtol=1e-5)
     again = ImageClassificationTask(str(tmp_path))
@@ -109,7 +109,7 @@ def test_transformers_models_fresh_and_saved(name, tmp_path):
     model = task.load_base_model().eval()
     batch = task.load_split("test").__getitems__([0, 1, 2])
     assert task.predict(model, batch).shape == (3, 10)
-    raw = task._raw["test"][1]["image"].convert("RGB")
+    raw = task.raw_examples("test")[0][1].convert("RGB")
     pixels = processor(raw, return_tensors="pt")["pixel_values"][0]
     torch.testing.assert_close(batch["pixel_values"][1], pixels, atol=1e-4, rtol=1e-4)
     model.save_pretrained(tmp_path / "saved")
@@ -124,7 +124,7 @@ def test_local_folders_with_and_without_a_validation_or_test_split(tmp_path):
     assert [len(task.load_split(s)) for s in ("train", "validation", "test")] == [60, 9, 12]
     assert task.class_names == ["a", "b", "c"]
     make_folder(tmp_path / "two", {"train": 60, "test": 12})
-    task = ImageClassificationTask("test_resnet", str(tmp_path / "two"), image_size=8, holdout_fraction=0.25)
+    task = ImageClassificationTask("test_resnet", str(tmp_path / "two"), image_size=8, validation_fraction=0.25)
     assert [len(task.load_split(s)) for s in ("train", "validation", "test")] == [45, 15, 12]
     # A validation split alone is what is reported, and another one is made to select on.
     make_folder(tmp_path / "one", {"train": 60, "validation": 9})
@@ -135,12 +135,11 @@ def test_local_folders_with_and_without_a_validation_or_test_split(tmp_path):
 @pytest.mark.parametrize(
     ("image", "labels"),
     [  # columns as data sets of the paper have them, and a number of classes for each
-        ("img", {"fine_label": 6, "coarse_label": 2}),  # CIFAR-100
         ("image", {"label": 5, "image_id": None, "label_cat_dog": 2}),  # Oxford-IIIT Pet
         ("img", {"label": 3}),  # CIFAR-10
     ],
 )
-def test_the_image_column_and_the_most_detailed_labels_are_found(image, labels, tmp_path):
+def test_the_columns_are_found(image, labels, tmp_path):
     numbers = np.arange(60)
     pixels = [Image.fromarray(np.full((8, 8, 3), n, dtype=np.uint8)) for n in numbers]
     columns, features = {image: pixels}, {image: datasets.Image()}
@@ -171,8 +170,9 @@ def test_labels_that_are_plain_numbers_and_limits(tmp_path):
         ({"model": "some/where/nothing"}, "neither a folder .* nor a Hub id"),
         ({"model_args": {"depths": 3}}, "does not take the model_args"),
         ({"dataset": "no_such_data_set"}, "neither 'digits', a local data set folder nor a Hub id"),
-        ({"holdout_fraction": 0.7}, "holdout_fraction must lie between 0 and 0.5, got 0.7"),
-        ({"image_size": 0}, "image_size must be at least 1, got 0"),
+        ({"validation_fraction": 0.7}, "validation_fraction must lie between 0 and 0.5, got 0.7"),
+        ({"image_size": -1}, "image_size must be at least 1, got -1"),
+        ({"augmentation": "crop"}, "augmentation must be one of none, flip, crop_flip, got 'crop'"),
         ({"max_eval_samples": 0}, "max_eval_samples must be at least 1, got 0"),
     ],
 )
@@ -186,7 +186,7 @@ def test_wrong_arguments(arguments, message, monkeypatch):
 def test_data_sets_that_do_not_fit(tmp_path):
     (tmp_path / "text").mkdir()
     (tmp_path / "text" / "train.csv").write_text("words,label\nhello,0\nbye,1\n")
-    with pytest.raises(ValueError, match="needs one image column and a label column"):
+    with pytest.raises(ValueError, match="it has no image column; its columns are words, label"):
         ImageClassificationTask("test_resnet", str(tmp_path / "text"))
     make_folder(tmp_path / "tiny", {"train": 4, "test": 3})
     with pytest.raises(ValueError, match="too small to hold out 20% of its 4"):

@@ -241,7 +241,7 @@ def test_wrong_folders_are_named(folder, tmp_path, monkeypatch):
     rows = datasets.Dataset.from_dict({"label": [0, 1] * 9})
     (tmp_path / "words").mkdir()
     rows.to_parquet(tmp_path / "words" / "train.parquet")
-    with pytest.raises(ValueError, match="needs one image column, got"):
+    with pytest.raises(ValueError, match="fit image generation: it has no image column; its columns are label"):
         make_task(folder, dataset=str(tmp_path / "words"))
     for name in ("torch_fidelity", "torch_fidelity.feature_extractor_inceptionv3"):  # another test may have loaded both
         monkeypatch.setitem(sys.modules, name, None)
@@ -388,7 +388,11 @@ def test_stopped_and_resumed_it_ends_with_the_same_bits(finished, folder, tmp_pa
 
     recipe = make_recipe(folder, tmp_path, stages=["base"])
     task = Stopped(
-        "unet2d", recipe.dataset, 8, UNET, max_eval_samples=100, fid_features=recipe.fid_features, num_steps=10
+        dataset=recipe.dataset,
+        image_size=8,
+        model_args=UNET,
+        max_eval_samples=100,
+        fid_features=recipe.fid_features,
     )
     with pytest.raises(KeyboardInterrupt):
         Run(recipe, task).execute()

@@ -20,8 +20,8 @@ SMALL = "lraspp_mobilenet_v3_large"
 
 
 @pytest.fixture(scope="module")
-def task():
-    return SemanticSegmentationTask(SMALL, "canvas:digits", image_size=32, max_train_samples=8, max_eval_samples=6)
+def task(canvases):
+    return SemanticSegmentationTask(SMALL, canvases, image_size=32, max_train_samples=8)
 
 
 @pytest.fixture(scope="module")
@@ -52,10 +52,10 @@ def write_masks(folder, mask=lambda ids: Image.fromarray(ids), classes=3):
 
 
 @pytest.mark.parametrize("model", [SMALL, "fcn_resnet50"])
-def test_losses_in_both_modes(model):
+def test_losses_in_both_modes(model, canvases):
     torch.manual_seed(0)
     args = {"aux_loss": True} if model == "fcn_resnet50" else {}
-    task = SemanticSegmentationTask(model, "canvas:digits", image_size=32, max_train_samples=2, model_args=args)
+    task = SemanticSegmentationTask(model, canvases, image_size=32, max_train_samples=2, model_args=args)
     network = task.load_base_model()
     batch = task.collate(task.load_split("train").__getitems__([0, 1]))
     assert batch["pixel_values"].shape == (2, 3, 32, 32) and batch["masks"].shape == (2, 32, 32)
@@ -158,19 +158,44 @@ def test_pretrained_weights(tmp_path, monkeypatch):
     torch.save(pretrained, cached)
     network = SemanticSegmentationTask(model, write_masks(tmp_path / "masks"), image_size=16).load_base_model()
     assert all(torch.equal(tensor, pretrained[key]) for key, tensor in network.state_dict().items())
-    network = SemanticSegmentationTask(model, "canvas:digits", image_size=16).load_base_model()
+    task = SemanticSegmentationTask(
+        model,
+        write_masks(tmp_path / "more", lambda ids: Image.fromarray(np.where(ids < 255, 15 * ids, ids))),
+        image_size=16,
+    )
+    network = task.load_base_model()
+    assert "classifier" in task.new_head and "31 classes" in task.new_head
     other = [key for key, tensor in network.state_dict().items() if not torch.equal(tensor, pretrained[key])]
     assert other and all("classifier" in key for key in other)
 
 
-def test_wrong_data_sets(tmp_path):
+def test_masks_of_16_bits_are_not_scaled(tmp_path):
+    folder = write_masks(tmp_path / "deep", lambda ids: Image.fromarray(ids.astype(np.uint16)))
+    masks = SemanticSegmentationTask(SMALL, folder, image_size=16).load_split("test").masks
+    assert torch.equal(
+        masks, SemanticSegmentationTask(SMALL, write_masks(tmp_path / "ids"), image_size=16).load_split("test").masks
+    )
+
+
+def test_augmentation_moves_masks_with_their_images(task, canvases):
+    torch.manual_seed(0)
+    batch = task.load_split("train").__getitems__(range(8))
+    for augmentation in ("flip", "crop_flip"):
+        changed = SemanticSegmentationTask(SMALL, canvases, image_size=32, augmentation=augmentation).augment(batch)
+        assert changed["masks"].shape == (8, 32, 32) and changed["masks"].dtype == torch.int64
+        assert not torch.equal(changed["masks"], batch["masks"])
+        # Objects are brighter than the canvas, wherever they have gone.
+        inside = changed["masks"] > 0
+        brightness = changed["pixel_values"].mean(1)
+        assert brightness[inside].mean() > brightness[~inside].mean() + 0.5
+
+
+def test_wrong_data_sets(tmp_path, canvases):
     with pytest.raises(ValueError, match="'fasterrcnn_resnet50_fpn' is not one of torchvision's for segmentation"):
-        SemanticSegmentationTask("fasterrcnn_resnet50_fpn", "canvas:digits", image_size=32)
+        SemanticSegmentationTask("fasterrcnn_resnet50_fpn", canvases, image_size=32)
     with pytest.raises(ValueError, match="does not take the model_args depth; it takes aux_loss, weights_backbone"):
-        SemanticSegmentationTask("fcn_resnet50", "canvas:digits", image_size=32, model_args={"depth": 1})
-    with pytest.raises(ValueError, match="needs image_size, the side of its canvases"):
-        SemanticSegmentationTask(SMALL, "canvas:digits")
-    with pytest.raises(ValueError, match=r"mask 0 of the split train .* not \(1, 2, 3\)"):
+        SemanticSegmentationTask("fcn_resnet50", canvases, image_size=32, model_args={"depth": 1})
+    with pytest.raises(ValueError, match=r"split train, column mask, row 0: .* not \(1, 2, 3\)"):
         paint = np.array([1, 2, 3], dtype=np.uint8)
         folder = write_masks(tmp_path / "paint", lambda ids: Image.fromarray(np.tile(paint, (10, 20, 1))))
         SemanticSegmentationTask(SMALL, folder, image_size=16)
@@ -186,13 +211,13 @@ def test_wrong_data_sets(tmp_path):
         SemanticSegmentationTask(SMALL, str(tmp_path / "labels"), image_size=16)
 
 
-def test_the_whole_job(tmp_path):
+def test_the_whole_job(tmp_path, canvases):
     recipe = Recipe(
         output_dir=str(tmp_path / "out"),
         stages=["base", "collect", "autoencoder", "denoiser"],
         task="semantic_segmentation",
         model=SMALL,
-        dataset="canvas:digits",
+        dataset=canvases,
         image_size=32,
         max_train_samples=16,
         max_eval_samples=4,

@@ -1,0 +1,129 @@
+"""U-Nets of diffusers that generate images: fresh ones, and saved ones with the schedule they were trained with."""
+
+import inspect
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from diffusers import DDPMScheduler, UNet2DModel
+
+FRESH_MODEL = "unet2d"
+
+
+@dataclass(frozen=True)
+class UNet:
+    """
+    A network that can be loaded.
+
+    Args:
+        model (`str`): Local folder or Hub id, or `FRESH_MODEL`.
+        subfolder (`str`, *optional*): Where it lies in there.
+        config (`Mapping`): Its arguments.
+        scheduler (`DDPMScheduler`): Of its training.
+        shape (`tuple[int, int, int]`): Of its images: channels, height and width.
+    """
+
+    model: str
+    subfolder: str | None
+    config: Mapping[str, Any]
+    scheduler: DDPMScheduler
+    shape: tuple[int, int, int]
+
+    def load(self) -> UNet2DModel:
+        """The network. Fresh weights depend on torch's global seed."""
+        return UNet2DModel(**self.config) if self.model == FRESH_MODEL else load_weights(self.model, self.subfolder)
+
+
+def load_weights(folder: str | os.PathLike, subfolder: str | None) -> UNet2DModel:
+    """A saved network, in float32."""
+    return without_path(UNet2DModel.from_pretrained(folder, subfolder=subfolder, torch_dtype=torch.float32))
+
+
+def without_path(model: UNet2DModel) -> UNet2DModel:
+    """The network itself, which no longer says where it was read from: that would be saved with it."""
+    model.register_to_config(_name_or_path="")
+    return model
+
+
+def find_unet(model: str, model_args: Mapping[str, Any], image_size: int | None) -> UNet:
+    """
+    Args:
+        model (`str`): Local folder or Hub id of a saved `UNet2DModel`, or `FRESH_MODEL`.
+        model_args (`Mapping`): The configuration of a fresh one.
+        image_size (`int`, *optional*): Side of its images; its own by default.
+
+    Raises:
+        ValueError: if there is no such network, or it does not predict the noise of grey or coloured images of the
+            size.
+    """
+    subfolder, scheduler, config = None, DDPMScheduler(), dict(model_args)
+    if model != FRESH_MODEL:
+        if model_args:
+            raise ValueError(f"model_args belong to a fresh model ({FRESH_MODEL}), not to '{model}'")
+        subfolder, config = _find_config(model)
+        scheduler = _find_scheduler(model, None if subfolder is None else "scheduler")
+    name = config.get("_class_name", UNet2DModel.__name__)
+    if name != UNet2DModel.__name__:
+        raise ValueError(f"model '{model}' is a {name}, not a UNet2DModel")
+    known = inspect.signature(UNet2DModel.__init__).parameters
+    unknown = [key for key in config if key not in known and not key.startswith("_")]
+    if unknown:
+        raise ValueError(f"a UNet2DModel does not take the model_args {unknown}; it takes {sorted(known)[:-1]}")
+    config = {key: value for key, value in config.items() if key in known}
+    size = image_size or config.get("sample_size")
+    if not isinstance(size, int):
+        raise ValueError(f"model '{model}' has no size of its own; set image_size, got {size!r}")
+    if config.get("class_embed_type") is not None or config.get("num_class_embeds") is not None:
+        raise ValueError(f"model '{model}' is conditional (it has a class embedding)")
+    config = {"sample_size": size} | config
+    return UNet(model, subfolder, config, scheduler, (_count_channels(model, config, size), size, size))
+
+
+def _find_config(model: str) -> tuple[str | None, dict[str, Any]]:
+    try:
+        try:
+            return None, UNet2DModel.load_config(model)
+        except OSError:
+            return "unet", UNet2DModel.load_config(model, subfolder="unet")
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"model '{model}' is neither '{FRESH_MODEL}' nor a folder or Hub id with the config.json of a UNet2DModel, "
+            f"at its top or in a subfolder unet: {error}"
+        ) from error
+
+
+def _find_scheduler(model: str, subfolder: str | None) -> DDPMScheduler:
+    path = os.path.join(model, subfolder or "", DDPMScheduler.config_name)
+    if os.path.isdir(model) and not os.path.isfile(path):
+        return DDPMScheduler()
+    try:
+        scheduler = DDPMScheduler.from_pretrained(model, subfolder=subfolder)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"the scheduler_config.json beside the U-Net of '{model}' is needed: {error}") from error
+    if scheduler.config.prediction_type != "epsilon":
+        raise ValueError(
+            f"model '{model}' predicts {scheduler.config.prediction_type}; DDPM's loss is for networks that predict "
+            "the noise (prediction_type epsilon)"
+        )
+    return scheduler
+
+
+def _count_channels(model: str, config: Mapping[str, Any], size: int) -> int:
+    """The channels of the images whose noise the network predicts; it is tried without memory."""
+    try:
+        with torch.device("meta"):
+            network = UNet2DModel(**config)
+            images = torch.empty(1, network.config.in_channels, size, size)
+            output = network(images, torch.tensor([0]))[0]
+    except Exception as error:  # what a wrong configuration makes torch raise has no common type
+        raise ValueError(
+            f"model '{model}' with the configuration {dict(config)} does not work on images of {size}x{size}: {error}"
+        ) from error
+    if output.shape != images.shape or images.shape[1] not in (1, 3):
+        raise ValueError(
+            f"model '{model}' must predict the noise of images with 1 or 3 channels, got in_channels="
+            f"{network.config.in_channels} and out_channels={network.config.out_channels}"
+        )
+    return images.shape[1]
