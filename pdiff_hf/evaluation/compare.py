@@ -91,7 +91,6 @@ def compare_generator(
     if hyper_representations and pipeline is None:
         raise ValueError("hyper_representations needs a pipeline, for its autoencoder; networks alone were given")
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
     heldout = torch.zeros(len(snapshots), dtype=torch.bool) if heldout is None else heldout
     seen = Rows(snapshots, ~heldout)
     if pipeline is not None and latents is None:
@@ -104,7 +103,10 @@ def compare_generator(
     )
     num_generated = num_models if pipeline is not None else len(generator)
     num_scored = min(num_generated, score_models or num_generated)
-    baselines = sample_baselines(context, baseline_models, seed) if baseline_models else iter(())
+    baselines = [sample_baselines(context, baseline_models, seed)] if baseline_models else []
+    if hyper_representations:
+        baselines.append(sample_hyper_representations(scorer, seen, pipeline.autoencoder, num_scored, seed))
+    folder.mkdir(parents=True, exist_ok=True)
     _announce(
         scorer,
         2 * len(snapshots)
@@ -134,9 +136,8 @@ def compare_generator(
         yield Group("generated", generated)
         if vae is not None:
             yield Group("vae", vae, family="VAE")
-        yield from baselines
-        if hyper_representations:
-            yield from sample_hyper_representations(scorer, seen, pipeline.autoencoder, num_scored, seed)
+        for family in baselines:
+            yield from family
 
     report = compare(scorer, groups(), reconstruction, seed)
     report["num_generated"] = num_generated

@@ -67,15 +67,14 @@ def test_the_report(finished):
     assert report["num_parameters"] == finished.layout.num_parameters
     assert report["splits"] == {"validation": 100, "test": 100}
     groups = {group["name"]: group for group in report["groups"]}
-    sizes = {name: groups[name]["n"] for name in ("original", "ensemble", "reconstructed", "generated")}
-    assert sizes == {"original": 30, "ensemble": 1, "reconstructed": 30, "generated": 8}
+    sizes = {name: groups[name]["n"] for name in ("snapshots", "mean", "reconstructed", "generated")}
+    assert sizes == {"snapshots": 30, "mean": 1, "reconstructed": 3, "generated": 8}
     for group in groups.values():
-        assert 0 <= group["accuracy_best"] <= group["accuracy_best_on_test"] <= 100
-        assert 0 <= group["iou_max"] <= 1
-    assert groups["ensemble"]["iou_self"] is None
-    assert set(report["reconstruction"]) == {"r2_train", "r2_heldout", "linear_r2_train", "linear_r2_heldout"}
+        assert 0 <= group["score_best"] <= group["score_best_on_test"] <= 100
+        assert 0 <= group["max_iou"] <= 1
+    assert groups["mean"]["iou_within"] is None
     text = (finished.folder / "evaluation" / "report.md").read_text()
-    assert f"{groups['generated']['accuracy_mean']:.2f}" in text
+    assert f"{groups['generated']['score_mean']:.2f}" in text
 
 
 def test_the_report_is_what_a_plain_loop_over_the_networks_finds(finished):
@@ -93,17 +92,17 @@ def test_the_report_is_what_a_plain_loop_over_the_networks_finds(finished):
         accuracies.append(100 - 100 * wrong[-1].float().mean().item())
     report = json.loads((finished.folder / "evaluation" / "report.json").read_text())
     original = report["groups"][0]
-    assert original["accuracy_mean"] == pytest.approx(sum(accuracies) / 30, abs=1e-4)
-    assert original["accuracy_best_on_test"] == pytest.approx(max(accuracies), abs=1e-4)
+    assert original["score_mean"] == pytest.approx(sum(accuracies) / 30, abs=1e-4)
+    assert original["score_best_on_test"] == pytest.approx(max(accuracies), abs=1e-4)
     best = max(range(30), key=lambda i: dataset[i]["validation_accuracy"])
-    assert original["accuracy_best"] == pytest.approx(accuracies[best], abs=1e-4)
+    assert original["score_best"] == pytest.approx(accuracies[best], abs=1e-4)
     iou = [
         (a & b).sum().item() / (a | b).sum().item() if (a | b).any() else 1.0
         for i, a in enumerate(wrong)
         for j, b in enumerate(wrong)
         if i != j
     ]
-    assert original["iou_self"] == pytest.approx(sum(iou) / len(iou), abs=1e-6)
+    assert original["iou_within"] == pytest.approx(sum(iou) / len(iou), abs=1e-6)
 
 
 def test_snapshots_differ_only_in_the_selected_tensors(finished):

@@ -71,7 +71,7 @@ def test_the_example_of_the_readme(tmp_path):
     )  # fmt: skip
     report = json.loads((tmp_path / "evaluation" / "report.json").read_text())
     assert report["num_parameters"] == 146
-    assert report["groups"][0]["accuracy_mean"] > 75  # chance is 50
+    assert report["groups"][0]["score_mean"] > 75  # chance is 50
 
 
 def test_a_task_says_how_networks_are_judged(tmp_path):
@@ -124,7 +124,7 @@ def test_from_a_trainer_run_to_generated_networks(recorded, tmp_path):
     assert len({layout.flatten(state_dict).numpy().tobytes() for state_dict in made}) == 20
     assert not (tmp_path / "out" / "snapshots").exists()  # they stay where they are
     report = json.loads((tmp_path / "out" / "evaluation" / "report.json").read_text())
-    assert next(group["n"] for group in report["groups"] if group["name"] == "original") == 12
+    assert next(group["n"] for group in report["groups"] if group["name"] == "snapshots") == 12
 
 
 def test_snapshots_of_another_network_are_refused(recorded, tmp_path):
