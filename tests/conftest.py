@@ -58,7 +58,7 @@ def hub():
 
 @pytest.fixture(scope="session")
 def run_server(tmp_path_factory):
-    """Carries out `scripts/train.py` in forks of one process."""
+    """Runs scripts and programs in forks of one process that has imported what they need."""
     with RunServer(tmp_path_factory.mktemp("server")) as server:
         yield server
 
