@@ -52,8 +52,8 @@ def main() -> None:
     parser.add_argument("--zoo_learning_rate", type=float, default=0.01)
     parser.add_argument("--latent_dim", type=int, default=160)
     parser.add_argument("--denoiser_preset", default="mlp", choices=DENOISER_PRESETS)
-    parser.add_argument("--denoiser_steps", type=int, default=3000)
-    parser.add_argument("--tune_steps", type=int, default=2400)
+    parser.add_argument("--denoiser_steps", type=int, default=2000)
+    parser.add_argument("--tune_steps", type=int, default=1800)
     parser.add_argument("--tune_learning_rate", type=float, default=1e-3)
     parser.add_argument("--weight_loss", type=float, default=0.0, help="Weight of the denoiser's own loss in tuning.")
     parser.add_argument("--condition_noise", type=float, default=0.0, help="Of the seen conditions, in tuning.")
@@ -147,9 +147,9 @@ def run(args, clock: Clock, checkpoints: str) -> dict:
 
     # The base model: one network for all tasks, from which all others start.
     generic = GenericNetwork(networks, family.predict, networks.base_parameters())
-    tuned(generic, TuneArguments(num_steps=args.base_steps, learning_rate=0.01), "base model")
+    tuned(generic, TuneArguments(num_steps=args.base_steps, learning_rate=0.01, num_examples=32), "base model")
     start = generic.values.detach().clone()
-    base_passes = args.base_steps * per_step
+    base_passes = args.base_steps * 32 * 32
 
     # The zoo: a specialist for each seen task.
     zoo_args = ZooArguments(num_steps=args.zoo_steps, learning_rate=args.zoo_learning_rate)
@@ -224,7 +224,7 @@ def run(args, clock: Clock, checkpoints: str) -> dict:
     clock("oracles")
 
     # Opponents that are trained in the same regime, for as many steps, or as many passes as zoo and tuning together.
-    opponent = TuneArguments(num_steps=args.tune_steps + zoo_passes // per_step, learning_rate=0.01)
+    opponent = TuneArguments(num_steps=args.tune_steps + zoo_passes // per_step, learning_rate=0.01, validate_every=200)
     if "generic" not in args.skip:
         for name, fields in (("generic network", None), ("generic network with condition", family.fields)):
             module = GenericNetwork(networks, family.predict, start, fields, family.pixels("train")[0].shape[1:])
