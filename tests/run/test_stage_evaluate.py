@@ -6,8 +6,9 @@ import json
 import pytest
 
 from pdiff_hf import ParameterAutoencoder
+from pdiff_hf.run.folder import RunError
 from pdiff_hf.run.recipe import Recipe
-from pdiff_hf.run.run import Run, RunError
+from pdiff_hf.run.run import Run
 
 TINY = {
     "model": "mlp_mini",
