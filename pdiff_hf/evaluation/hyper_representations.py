@@ -30,6 +30,7 @@ accuracy. What differs here:
 
 import math
 from collections.abc import Callable, Iterator
+from functools import partial
 
 import psutil
 import torch
@@ -172,9 +173,9 @@ def sample_hyper_representations(
 
     def groups() -> Iterator[Group]:
         scores = score(snapshots)
-        samplers = ((s_kde30, {}), (sane_sub, {"score": score}), (sane_kde30, {}))
-        for name, (function, more) in zip(NAMES, samplers, strict=True):
-            sampled = function(snapshots, scores, autoencoder, num_models, named_generator(seed, name), **more)
+        samplers: tuple[Callable[..., Tensor], ...] = (s_kde30, partial(sane_sub, score=score), sane_kde30)
+        for name, sample in zip(NAMES, samplers, strict=True):
+            sampled = sample(snapshots, scores, autoencoder, num_models, named_generator(seed, name))
             yield Group(name, sampled, FAMILY, name)
 
     return groups()
