@@ -224,8 +224,7 @@ def whole_chain(
     return json.loads((folder / "evaluation" / "report.json").read_text())
 
 
-@pytest.mark.parametrize("num_snapshots", [2, 10])
-@pytest.mark.parametrize("num_parameters", [1, 3, 7])
+@pytest.mark.parametrize(("num_parameters", "num_snapshots"), [(1, 2), (7, 10)])
 @pytest.mark.parametrize("architecture", ARCHITECTURES.values(), ids=ARCHITECTURES)
 def test_few_snapshots_of_few_numbers_go_through_the_whole_chain(tmp_path, num_parameters, num_snapshots, architecture):
     layout = layout_of(num_parameters)

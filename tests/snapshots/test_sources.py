@@ -58,22 +58,6 @@ def test_a_task_of_ones_own(tmp_path):
     assert torch.equal(saved["norm.running_mean"], run.base_model.norm.running_mean)
 
 
-@pytest.mark.slow
-def test_the_example_of_the_readme(tmp_path):
-    """A user's own task, in under 40 lines, with the flags of scripts/train.py."""
-    script = ROOT / "tests" / "support" / "own_task.py"
-    assert len(script.read_text().splitlines()) < 40
-    flags = [f"--{key}={value}" for key, value in TINY.items()]
-    subprocess.run(
-        [sys.executable, script, "--select=all", "--base_epochs=5", "--num_snapshots=20",
-         "--collect_learning_rate=0.01", *flags, "--output_dir", tmp_path],
-        check=True,
-    )  # fmt: skip
-    report = json.loads((tmp_path / "evaluation" / "report.json").read_text())
-    assert report["num_parameters"] == 146
-    assert report["groups"][0]["score_mean"] > 75  # chance is 50
-
-
 def test_a_task_says_how_networks_are_judged(tmp_path):
     class Neither(Task):
         load_base_model, load_split, fingerprint = Blobs.load_base_model, Blobs.load_split, Blobs.fingerprint
