@@ -39,9 +39,6 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--num_models", type=int, default=10, help="How many networks to generate.")
     parser.add_argument("--num_inference_steps", type=int, default=20, help="Denoising steps.")
     parser.add_argument("--seed", type=int, default=0, help="The same seed gives the same networks.")
-    parser.add_argument(
-        "--batch_size", type=int, default=256, help="Networks that wait in the memory of a GPU at once."
-    )
     parser.add_argument("--output_dir", default="outputs/networks", help="Must not hold generated networks yet.")
     parser.add_argument("--only_generated", action="store_true", help="Write only the generated tensors.")
     return parser.parse_args()
@@ -81,7 +78,6 @@ def main() -> None:
         args.num_models,
         num_inference_steps=args.num_inference_steps,
         generator=torch.Generator().manual_seed(args.seed),
-        batch_size=args.batch_size,
         output_type="pt",
     ).parameters
     folder.mkdir(parents=True, exist_ok=True)
