@@ -169,6 +169,9 @@ def single_task(task: ClassificationTask, args: TuneArguments, device: torch.dev
 class _Tuned(nn.Module):
     """What is tuned, its averaged weights, the best of those so far, and how they were validated."""
 
+    best_loss: torch.Tensor
+    num_worse: torch.Tensor
+
     def __init__(self, model: nn.Module, extra_loss: Callable[[torch.Generator], torch.Tensor] | None):
         super().__init__()
         self.model, self.extra_loss = model, extra_loss

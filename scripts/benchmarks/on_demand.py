@@ -9,6 +9,7 @@ python scripts/benchmarks/on_demand.py --dataset path/to/fashion_mnist --image_s
 import argparse
 import json
 import resource
+import shutil
 import tempfile
 import time
 from pathlib import Path
@@ -22,7 +23,8 @@ from pdiff_hf.evaluation.conditional_baselines import BasisNetworks, GenericNetw
 from pdiff_hf.layout import ParameterLayout
 from pdiff_hf.models import DENOISER_PRESETS, ConditionEncoder, LatentDenoiser, ParameterAutoencoder
 from pdiff_hf.networks.stacked import StackedNetworks
-from pdiff_hf.snapshots.zoo import ZooArguments, train_specialists
+from pdiff_hf.snapshots.dataset import condition_table, load_fields, load_snapshots, parameter_matrix
+from pdiff_hf.snapshots.zoo import ZooArguments, collect_zoo, train_specialists
 from pdiff_hf.tasks import ImageClassificationTask
 from pdiff_hf.tasks.families import GroupedFamily, TransformedFamily
 from pdiff_hf.training import make_training_scheduler
@@ -159,8 +161,22 @@ def run(args, clock: Clock, checkpoints: str) -> dict:
             accelerator, family, networks, table, arguments, seed=seed, checkpoint_dir=checkpoints, start=start
         )
 
-    zoo = specialists(tables["train"], zoo_args, derive_seed(args.seed, 3))  # (S, T, D)
-    snapshots, table = zoo.flatten(0, 1), tables["train"].repeat(len(zoo), 1)
+    folder = Path(args.output_dir)
+    shutil.rmtree(folder / "zoo", ignore_errors=True)
+    collect_zoo(
+        accelerator,
+        family,
+        networks,
+        conditions["train"],
+        folder / "zoo",
+        zoo_args,
+        seed=derive_seed(args.seed, 3),
+        checkpoint_dir=checkpoints,
+        start=start,
+    )
+    # From here on it is any folder of networks with conditions.
+    dataset, layout = load_snapshots(folder / "zoo")
+    snapshots, table = parameter_matrix(dataset, layout), condition_table(dataset, load_fields(folder / "zoo"))
     zoo_passes = base_passes + args.num_seen * args.zoo_steps * zoo_args.batch_size
     clock("zoo")
 
@@ -213,10 +229,13 @@ def run(args, clock: Clock, checkpoints: str) -> dict:
             return args.weight_loss * denoising_loss(generated.generator, scheduler, latents[rows], noise, table[rows])
 
     history = tuned(generated, tune_args, "tuning", extra)
+    for name, part in {"autoencoder": autoencoder, "denoiser": denoiser, "condition_encoder": encoder}.items():
+        part.save_pretrained(folder / name)
+    sampler.save_pretrained(folder / "scheduler")
     tune_passes = len(history["losses"]) * per_step
     audit.add(GENERATOR, "generator", sample, Cost(zoo_passes + tune_passes))
     audit.add("generator, shuffled conditions", "control", lambda name, t: sample(name, t.roll(1, 0)), Cost())
-    write_json(Path(args.output_dir, "tuning.json"), history)
+    write_json(folder / "tuning.json", history)
 
     audit.add_closed_form(snapshots, table, tables["validation"], Cost(zoo_passes))
     clock("closed form")
