@@ -49,6 +49,7 @@ class Specialists(nn.Module):
     """The parameters of T networks while they are trained, `(T, D)`, and S snapshots of each, `(S, T, D)`."""
 
     snapshots: torch.Tensor
+    _ddp_params_and_buffers_to_ignore = ["snapshots"]  # long, and the same on every process
 
     def __init__(self, start: torch.Tensor, num_tasks: int, num_snapshots: int):
         super().__init__()

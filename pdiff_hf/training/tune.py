@@ -182,6 +182,8 @@ class _Tuned(nn.Module):
                 self.register_buffer(f"{kind}_{i}", value.clone())
         self.register_buffer("best_loss", torch.tensor(math.inf))
         self.register_buffer("num_worse", torch.tensor(0))
+        # They are the same on every process, and not to be sent at every step.
+        self._ddp_params_and_buffers_to_ignore = [name for name, _ in self.named_buffers(recurse=False)]
 
     def kept(self, kind: str) -> dict[str, torch.Tensor]:
         return {name: getattr(self, f"{kind}_{i}") for i, name in enumerate(self.names)}

@@ -35,7 +35,7 @@ def test_columns_of_every_type(tmp_path):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("network\na\n", "needs a header, a first column that names networks, and one for each field"),
+        ("network\na\n", "needs a header, a first column that names networks, and a column for each field"),
         ("n,x\na,1\na,2\n", "names 'a' more than once"),
         ("n,x\na,1\nb\n", "row 3 has 1 cells, and the header has 2"),
         ("n,x:angle\na,north\n", "column 'x:angle' of .* must hold numbers"),
