@@ -58,9 +58,8 @@ class Family(ABC):
             `dict`: What `predict` needs, tensors of shape `(T, B, ...)`, and `labels` of shape `(T, B)`.
         """
 
-    @staticmethod
     @abstractmethod
-    def predict(call: Callable, batch: Batch) -> torch.Tensor:
+    def predict(self, call: Callable, batch: Batch) -> torch.Tensor:
         """Logits of one network on the examples of its task, shape `(B, C)`."""
 
     @abstractmethod
@@ -172,9 +171,8 @@ class ImageFamily(Family):
             labels (`torch.Tensor`): Shape `(T, B)`.
         """
 
-    @staticmethod
-    def predict(call: Callable, batch: Batch) -> torch.Tensor:
-        return ImageClassificationTask.predict(call, batch)
+    def predict(self, call: Callable, batch: Batch) -> torch.Tensor:
+        return self.base.predict(call, batch)
 
     def load_base_model(self) -> nn.Module:
         return self.base.load_base_model()
