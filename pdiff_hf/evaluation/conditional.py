@@ -116,18 +116,15 @@ class ConditionalAudit:
     def score(self, table: torch.Tensor, parameters: torch.Tensor, split: Split) -> tuple[torch.Tensor, torch.Tensor]:
         """Accuracy and loss of networks `(T, D)`, or of n for each task, `(T, n, D)`, averaged over them."""
         samples = parameters.unsqueeze(1) if parameters.ndim == 2 else parameters
-        scores = [
-            score_tasks(
-                self.family,
-                lambda rows, batch, i=i: self.networks(self.family.predict, samples[rows, i], batch),
-                table,
-                split,
-                self.num_examples,
-            )
-            for i in range(samples.shape[1])
-        ]
-        accuracies, losses = zip(*scores, strict=True)
-        return torch.stack(accuracies).mean(0), torch.stack(losses).mean(0)
+
+        def score(sample: torch.Tensor) -> torch.Tensor:
+            def respond(rows: torch.Tensor, batch: Any) -> torch.Tensor:
+                return self.networks(self.family.predict, sample[rows], batch)
+
+            return torch.stack(score_tasks(self.family, respond, table, split, self.num_examples))
+
+        accuracy, loss = torch.stack([score(sample) for sample in samples.unbind(1)]).mean(0)
+        return accuracy, loss
 
     def score_module(
         self, table: torch.Tensor, module: torch.nn.Module, split: Split, num_examples: int
@@ -165,7 +162,7 @@ class ConditionalAudit:
     def _add(self, name: str, kind: str, score: Callable, cost: Cost, note: str) -> None:
         if kind not in KINDS:
             raise ValueError(f"kind must be one of {', '.join(KINDS)}, got {kind!r}")
-        sets = {}
+        sets: dict[str, dict[str, list[float]]] = {}
         for set_name, table in self.test_sets.items():
             accuracy, loss = score(set_name, table)
             sets[set_name] = {"accuracy": accuracy.tolist(), "loss": loss.tolist()}
@@ -264,7 +261,7 @@ def pool_reports(reports: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         "rows": {},
     }
     for name, row in first["rows"].items():
-        sets = {
+        sets: dict[str, dict[str, list[float]]] = {
             set_name: {
                 key: sum((report["rows"][name]["sets"][set_name][key] for report in reports), []) for key in scores
             }

@@ -89,9 +89,11 @@ class GeneratedNetworks(nn.Module):
     def sample_latents(
         self, table: torch.Tensor | None, generator: torch.Generator, num_networks: int | None = None
     ) -> torch.Tensor:
-        """Latents for T conditions, shape `(T, L)`; without conditions, of `num_networks`."""
+        """Latents for T conditions, shape `(T, L)`; without conditions, of `num_networks` (1 by default)."""
         device = next(self.generator.parameters()).device
-        shape = (num_networks if table is None else len(table), self.autoencoder.config.latent_dim)
+        if table is not None:
+            num_networks = len(table)
+        shape = (num_networks or 1, self.autoencoder.config.latent_dim)
         if self.scheduler is None:
             return self.generator(torch.zeros(shape, device=device), 0, table)
         scheduler = copy.deepcopy(self.scheduler)
