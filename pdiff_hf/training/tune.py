@@ -89,9 +89,11 @@ class GeneratedNetworks(nn.Module):
     def sample_latents(
         self, table: torch.Tensor | None, generator: torch.Generator, num_networks: int | None = None
     ) -> torch.Tensor:
-        """Latents for T conditions, shape `(T, L)`; without conditions, of `num_networks`."""
+        """Latents for T conditions, shape `(T, L)`; without conditions, of `num_networks` (1 by default)."""
         device = next(self.generator.parameters()).device
-        shape = (num_networks if table is None else len(table), self.autoencoder.config.latent_dim)
+        if table is not None:
+            num_networks = len(table)
+        shape = (num_networks or 1, self.autoencoder.config.latent_dim)
         if self.scheduler is None:
             return self.generator(torch.zeros(shape, device=device), 0, table)
         scheduler = copy.deepcopy(self.scheduler)
@@ -169,6 +171,9 @@ def single_task(task: ClassificationTask, args: TuneArguments, device: torch.dev
 class _Tuned(nn.Module):
     """What is tuned, its averaged weights, the best of those so far, and how they were validated."""
 
+    best_loss: torch.Tensor
+    num_worse: torch.Tensor
+
     def __init__(self, model: nn.Module, extra_loss: Callable[[torch.Generator], torch.Tensor] | None):
         super().__init__()
         self.model, self.extra_loss = model, extra_loss
@@ -179,6 +184,8 @@ class _Tuned(nn.Module):
                 self.register_buffer(f"{kind}_{i}", value.clone())
         self.register_buffer("best_loss", torch.tensor(math.inf))
         self.register_buffer("num_worse", torch.tensor(0))
+        # They are the same on every process, and not to be sent at every step.
+        self._ddp_params_and_buffers_to_ignore = [name for name, _ in self.named_buffers(recurse=False)]
 
     def kept(self, kind: str) -> dict[str, torch.Tensor]:
         return {name: getattr(self, f"{kind}_{i}") for i, name in enumerate(self.names)}
