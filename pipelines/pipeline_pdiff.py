@@ -3,9 +3,9 @@
 import copy
 import inspect
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import SupportsIndex
+from typing import Any, SupportsIndex
 
 import torch
 from diffusers import DiffusionPipeline, SchedulerMixin
@@ -14,7 +14,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import nn
 
 from pdiff_hf.hub.pipeline import SavedPipeline
-from pdiff_hf.models import LatentDenoiser, ParameterAutoencoder
+from pdiff_hf.models import ConditionEncoder, LatentDenoiser, ParameterAutoencoder
 from pdiff_hf.models.scheduler import check_scheduler
 from pdiff_hf.networks.ensemble import EnsembleModel
 from pdiff_hf.networks.replacement import Replacement
@@ -22,6 +22,8 @@ from pdiff_hf.utils.blocks import in_blocks
 from pdiff_hf.utils.memory import InParts
 
 OUTPUT_TYPES = ("state_dict", "pt", "latent", "model")
+# What is known of a task: the values of some fields by name.
+Condition = Mapping[str, Any]
 
 
 @dataclass
@@ -53,10 +55,12 @@ class PDiffPipeline(SavedPipeline, DiffusionPipeline):
             [`DDIMScheduler`] or [`DPMSolverMultistepScheduler`]; see [`check_scheduler`].
         base_model (`PreTrainedModel` or [`ModelMixin`], *optional*):
             The network whose other tensors complete the generated ones.
+        condition_encoder ([`ConditionEncoder`], *optional*):
+            Of a generator for a family of tasks: turns what is known of a task into what the denoiser takes.
     """
 
-    model_cpu_offload_seq = "denoiser->autoencoder"
-    _optional_components = ["base_model"]
+    model_cpu_offload_seq = "condition_encoder->denoiser->autoencoder"
+    _optional_components = ["base_model", "condition_encoder"]
     _exclude_from_cpu_offload = ["base_model"]
     _callback_tensor_inputs = ["latents"]
 
@@ -66,6 +70,7 @@ class PDiffPipeline(SavedPipeline, DiffusionPipeline):
         denoiser: LatentDenoiser,
         scheduler: SchedulerMixin,
         base_model: nn.Module | None = None,
+        condition_encoder: ConditionEncoder | None = None,
     ):
         super().__init__()
         # Components may be None while a pipeline is put together from parts.
@@ -79,9 +84,23 @@ class PDiffPipeline(SavedPipeline, DiffusionPipeline):
                 f"the autoencoder has latents of length {lengths[0]} and the denoiser of length {lengths[1]}; they "
                 "were not trained together"
             )
+        if denoiser is not None:
+            taken = denoiser.config.condition_dim
+            given = None if condition_encoder is None else condition_encoder.config.embedding_dim
+            if taken != given:
+                raise ValueError(
+                    f"the denoiser takes embeddings of length {taken} and the condition_encoder gives {given} (None: "
+                    "no conditions); they were not trained together"
+                )
         if autoencoder is not None and base_model is not None:
             autoencoder.layout.check_fits(base_model.state_dict())
-        self.register_modules(autoencoder=autoencoder, denoiser=denoiser, scheduler=scheduler, base_model=base_model)
+        self.register_modules(
+            autoencoder=autoencoder,
+            denoiser=denoiser,
+            scheduler=scheduler,
+            base_model=base_model,
+            condition_encoder=condition_encoder,
+        )
 
     def check_inputs(
         self,
@@ -117,6 +136,52 @@ class PDiffPipeline(SavedPipeline, DiffusionPipeline):
         if unknown:
             raise ValueError(f"callbacks can have {self._callback_tensor_inputs}, not {unknown}")
 
+    def prepare_conditions(
+        self, condition: Condition | Sequence[Condition] | torch.Tensor | None, num_models: int
+    ) -> torch.Tensor | None:
+        """
+        What is known of the task of each network.
+
+        Args:
+            condition (`Mapping`, list of them, or `torch.Tensor`, *optional*): As in the call.
+            num_models (`int`): Networks for each condition.
+
+        Returns:
+            `torch.Tensor` or `None`: A table of shape `(N, width)`, NaN where a field is unknown; embeddings as they
+            were given, of shape `(N, E)`; None for a pipeline without conditions.
+
+        Raises:
+            ValueError: for a pipeline without conditions, no conditions, and for what [`Fields.table`] refuses.
+        """
+        encoder = self.condition_encoder
+        if encoder is None:
+            if condition is not None:
+                raise ValueError("this generator was trained without conditions; call it without condition")
+            return None
+        if isinstance(condition, torch.Tensor):
+            length = encoder.config.embedding_dim
+            if condition.ndim != 2 or condition.shape[1] != length or len(condition) == 0:
+                raise ValueError(f"embeddings must have shape (M, {length}), got {tuple(condition.shape)}")
+            return condition.repeat_interleave(num_models, 0)
+        conditions = [condition or {}] if condition is None or isinstance(condition, Mapping) else list(condition)
+        if not conditions:
+            raise ValueError("condition is an empty list; give at least one condition, or none at all")
+        return encoder.fields.table(conditions).repeat_interleave(num_models, 0)
+
+    def embed_conditions(self, table: torch.Tensor, generators: list[torch.Generator]) -> torch.Tensor:
+        """
+        Embeddings of shape `(N, E)` of the conditions in a table of shape `(N, width)`. Fields that are not known are
+        drawn from the seen conditions, for each network with its own generator.
+        """
+        encoder, device = self.condition_encoder, self._execution_device
+        draws = torch.stack([torch.rand((1,), generator=one, device=one.device) for one in generators])
+        rows = torch.cat([table.to(device), draws.to(device)], dim=1)  # (N, width + 1)
+
+        def embed(rows: torch.Tensor) -> torch.Tensor:
+            return encoder(encoder.complete(rows[:, :-1], rows[:, -1]))
+
+        return torch.cat(list(in_blocks(embed, rows, encoder.config.embedding_dim, InParts("networks"))))
+
     def prepare_generators(
         self, num_models: int, generator: torch.Generator | list[torch.Generator] | None
     ) -> list[torch.Generator]:
@@ -147,6 +212,8 @@ class PDiffPipeline(SavedPipeline, DiffusionPipeline):
         num_inference_steps: SupportsIndex = 20,
         generator: torch.Generator | list[torch.Generator] | None = None,
         latents: torch.Tensor | None = None,
+        condition: Condition | Sequence[Condition] | torch.Tensor | None = None,
+        guidance_scale: float = 1.0,
         output_type: str = "state_dict",
         return_dict: bool = True,
         callback_on_step_end: Callable[["PDiffPipeline", int, int, dict], dict] | None = None,
@@ -159,13 +226,21 @@ class PDiffPipeline(SavedPipeline, DiffusionPipeline):
 
         Args:
             num_models (`int`, *optional*, defaults to 1):
-                N, the number of networks to generate.
+                How many networks to generate, N; of a list of conditions, for each.
             num_inference_steps (`int`, *optional*, defaults to 20):
                 The number of denoising steps.
             generator (`torch.Generator` or `list[torch.Generator]`, *optional*):
                 One, or one for each network, to make generation deterministic.
             latents (`torch.Tensor`, *optional*):
                 Starting noise of shape `(N, L)`, instead of noise from `generator`.
+            condition (`Mapping`, `list` of them or `torch.Tensor`, *optional*):
+                What is known of the task, such as `{"angle": 37.0, "blur": 0.4}`; `pipe.condition_encoder.fields` says
+                what there is. Fields that are left out or None are drawn from the conditions seen in training. For a
+                list, `num_models` networks for the first condition come first, and so on. A tensor has embeddings of
+                the condition encoder, shape `(M, E)`.
+            guidance_scale (`float`, *optional*, defaults to 1):
+                Scale of classifier-free guidance: above 1, away from what the denoiser predicts without a condition,
+                which takes twice the time. It needs a denoiser that was trained with `condition_dropout`.
             output_type (`str`, *optional*, defaults to `"state_dict"`):
                 `"state_dict"` for a list of state dicts that hold the generated tensors; `"pt"` for all parameters as a
                 tensor of shape `(N, D)`; `"latent"` for their latents of shape `(N, L)`; `"model"` for a list of
@@ -188,11 +263,18 @@ class PDiffPipeline(SavedPipeline, DiffusionPipeline):
         """
         num_models = _whole_number("num_models", num_models)
         num_inference_steps = _whole_number("num_inference_steps", num_inference_steps)
+        known = self.prepare_conditions(condition, num_models)
+        if known is None and guidance_scale != 1:
+            raise ValueError("guidance_scale needs a generator with conditions, and this one was trained without")
+        num_models = num_models if known is None else len(known)
         self.check_inputs(
             num_models, num_inference_steps, generator, latents, output_type, callback_on_step_end_tensor_inputs
         )
         scheduler = copy.deepcopy(self.scheduler)  # it keeps state from step to step, and calls may overlap
         generators = self.prepare_generators(num_models, generator)
+        embedding = known
+        if known is not None and not isinstance(condition, torch.Tensor):
+            embedding = self.embed_conditions(known, generators)
         latents = self.prepare_latents(num_models, generators, latents)
         _schedule(scheduler, "set_timesteps", num_inference_steps, device=latents.device)
         latents = latents * scheduler.init_noise_sigma
@@ -203,11 +285,19 @@ class PDiffPipeline(SavedPipeline, DiffusionPipeline):
         in_parts = InParts("networks")
         for step, timestep in enumerate(self.progress_bar(scheduler.timesteps)):
             scaled = _schedule(scheduler, "scale_model_input", latents, timestep).to(self.denoiser.dtype)
+            length = scaled.shape[1]
+            if embedding is not None:  # side by side, so that both are cut into the same blocks
+                scaled = torch.cat([scaled, embedding.to(scaled)], dim=1)  # (N, L + E)
 
-            def denoise(rows: torch.Tensor, timestep=timestep) -> torch.Tensor:
-                return self.denoiser(rows, timestep).sample
+            def denoise(rows: torch.Tensor, timestep=timestep, length=length) -> torch.Tensor:
+                rows, given = rows[:, :length], rows[:, length:] if rows.shape[1] > length else None
+                predicted = self.denoiser(rows, timestep, given).sample
+                if guidance_scale == 1:
+                    return predicted
+                without = self.denoiser(rows, timestep).sample
+                return without + guidance_scale * (predicted - without)
 
-            prediction = torch.cat(list(in_blocks(denoise, scaled, scaled.shape[1], in_parts)))
+            prediction = torch.cat(list(in_blocks(denoise, scaled, length, in_parts)))
             # The step itself is taken for all networks at once, because schedulers keep state from step to step.
             latents = _schedule(scheduler, "step", prediction.float(), timestep, latents, **extra).prev_sample
             if callback_on_step_end is not None:
@@ -256,6 +346,7 @@ class PDiffPipeline(SavedPipeline, DiffusionPipeline):
         num_models: SupportsIndex = 10,
         num_inference_steps: SupportsIndex = 20,
         generator: torch.Generator | list[torch.Generator] | None = None,
+        condition: Condition | Sequence[Condition] | torch.Tensor | None = None,
     ) -> EnsembleModel:
         """
         New networks as one `nn.Module` that returns the mean of their probabilities, on the base model's device.
@@ -266,7 +357,7 @@ class PDiffPipeline(SavedPipeline, DiffusionPipeline):
         """
         if self.base_model is None:
             raise ValueError("an ensemble needs a base model, and this pipeline has none; pass base_model=...")
-        parameters = self(num_models, num_inference_steps, generator, output_type="pt").parameters
+        parameters = self(num_models, num_inference_steps, generator, condition=condition, output_type="pt").parameters
         return EnsembleModel(self.base_model, self.autoencoder.layout, parameters)
 
 
