@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     from diffusers import ModelMixin
 
     from .layout import LayoutError, ParameterLayout
-    from .models import LatentDenoiser, ParameterAutoencoder
+    from .models import ConditionEncoder, LatentDenoiser, ParameterAutoencoder
     from .networks.ensemble import EnsembleModel
     from .pipelines import PDiffPipeline, PDiffPipelineOutput
     from .selection import select_parameters
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 __version__ = "0.2.0"
 
 __all__ = [
+    "ConditionEncoder",
     "EnsembleModel",
     "LatentDenoiser",
     "LayoutError",
@@ -31,6 +32,7 @@ __all__ = [
 __getattr__ = lazy_attributes(
     __name__,
     {
+        "ConditionEncoder": ".models",
         "EnsembleModel": ".networks.ensemble",
         "LatentDenoiser": ".models",
         "LayoutError": ".layout",

@@ -1,42 +1,29 @@
-"""Samples new sets of parameters of a network. Self-contained: this file is also a Hub repository's `pipeline.py`."""
+"""Samples new sets of parameters of a network. This file is also a Hub repository's `pipeline.py`."""
 
+import copy
 import inspect
-import json
-import os
-import shutil
-import tempfile
-from collections.abc import Callable
+import operator
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from typing import Any, SupportsIndex
 
 import torch
-import torch.nn.functional as F
-import transformers
 from diffusers import DiffusionPipeline, SchedulerMixin
 from diffusers.utils import BaseOutput
 from diffusers.utils.torch_utils import randn_tensor
-from huggingface_hub.errors import HTTPError
 from torch import nn
-from transformers import AutoConfig
 
-from pdiff_hf.hub.push import PIPELINE_FILE, push_pipeline_to_hub
-from pdiff_hf.models import LatentDenoiser, ParameterAutoencoder
-from pdiff_hf.networks.adapters import ADAPTER_FOLDER, has_adapters, load_network, save_network
+from pdiff_hf.hub.pipeline import SavedPipeline
+from pdiff_hf.models import ConditionEncoder, LatentDenoiser, ParameterAutoencoder
+from pdiff_hf.models.scheduler import check_scheduler
 from pdiff_hf.networks.ensemble import EnsembleModel
 from pdiff_hf.networks.replacement import Replacement
-from pdiff_hf.utils.errors import first_line, limited_modules
+from pdiff_hf.utils.blocks import in_blocks
 from pdiff_hf.utils.memory import InParts
 
 OUTPUT_TYPES = ("state_dict", "pt", "latent", "model")
-# Schedulers take memory for so many steps when they are made; the longest schedules in use have 1000.
-MAX_SCHEDULER_NUMBER = 1_000_000
-# The last bits of a matrix product depend on its shape. So networks are computed in blocks whose sizes depend on
-# nothing that a caller chooses, and the last block is filled up. On a CPU the first ones are small, which keeps one
-# network cheap, and the others large, which keeps 200 within a tenth of the time that they take all at once.
-CPU_BLOCKS, CPU_BLOCK = (8, 32), 40
-DEVICE_BLOCK = 256
-# Nor has a block more numbers than this, which bounds its memory: that of long vectors has fewer rows.
-MAX_BLOCK_NUMBERS = 2**22
+# What is known of a task: the values of some fields by name.
+Condition = Mapping[str, Any]
 
 
 @dataclass
@@ -51,7 +38,7 @@ class PDiffPipelineOutput(BaseOutput):
     parameters: list[dict[str, torch.Tensor]] | torch.Tensor | list[nn.Module]
 
 
-class PDiffPipeline(DiffusionPipeline):
+class PDiffPipeline(SavedPipeline, DiffusionPipeline):
     r"""
     Pipeline for generating network parameters by latent diffusion (Neural Network Diffusion, arXiv 2402.13144).
 
@@ -64,13 +51,16 @@ class PDiffPipeline(DiffusionPipeline):
         denoiser ([`LatentDenoiser`]):
             Denoises latents.
         scheduler ([`SchedulerMixin`]):
-            Any scheduler of diffusers.
+            A scheduler of diffusers for the process that the denoiser was trained with, such as [`DDPMScheduler`],
+            [`DDIMScheduler`] or [`DPMSolverMultistepScheduler`]; see [`check_scheduler`].
         base_model (`PreTrainedModel` or [`ModelMixin`], *optional*):
             The network whose other tensors complete the generated ones.
+        condition_encoder ([`ConditionEncoder`], *optional*):
+            Of a generator for a family of tasks: turns what is known of a task into what the denoiser takes.
     """
 
-    model_cpu_offload_seq = "denoiser->autoencoder"
-    _optional_components = ["base_model"]
+    model_cpu_offload_seq = "condition_encoder->denoiser->autoencoder"
+    _optional_components = ["base_model", "condition_encoder"]
     _exclude_from_cpu_offload = ["base_model"]
     _callback_tensor_inputs = ["latents"]
 
@@ -80,6 +70,7 @@ class PDiffPipeline(DiffusionPipeline):
         denoiser: LatentDenoiser,
         scheduler: SchedulerMixin,
         base_model: nn.Module | None = None,
+        condition_encoder: ConditionEncoder | None = None,
     ):
         super().__init__()
         # Components may be None while a pipeline is put together from parts.
@@ -93,98 +84,23 @@ class PDiffPipeline(DiffusionPipeline):
                 f"the autoencoder has latents of length {lengths[0]} and the denoiser of length {lengths[1]}; they "
                 "were not trained together"
             )
+        if denoiser is not None:
+            taken = denoiser.config.condition_dim
+            given = None if condition_encoder is None else condition_encoder.config.embedding_dim
+            if taken != given:
+                raise ValueError(
+                    f"the denoiser takes embeddings of length {taken} and the condition_encoder gives {given} (None: "
+                    "no conditions); they were not trained together"
+                )
         if autoencoder is not None and base_model is not None:
             autoencoder.layout.check_fits(base_model.state_dict())
-        self.register_modules(autoencoder=autoencoder, denoiser=denoiser, scheduler=scheduler, base_model=base_model)
-
-    @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs) -> "PDiffPipeline":
-        """
-        Like diffusers' own, but weights are read from safetensors files unless `use_safetensors=False`.
-
-        Raises:
-            OSError: if there is no such folder or repository, or a file is missing or cannot be read.
-            HTTPError: of `huggingface_hub.errors`, if the connection to the Hub fails.
-            ValueError: if files are damaged, do not belong together, or are of a newer format than this release reads.
-        """
-        folder = Path(pretrained_model_name_or_path, "base_model")
-        if "base_model" not in kwargs and (folder / ADAPTER_FOLDER).is_dir():
-            architecture = AutoConfig.from_pretrained(folder).architectures[0]
-            kwargs["base_model"] = load_network(folder, getattr(transformers, architecture))
-        try:
-            with limited_modules():
-                return super().from_pretrained(pretrained_model_name_or_path, **{"use_safetensors": True} | kwargs)
-        except (OSError, ValueError, HTTPError):
-            raise
-        except Exception as error:  # what damaged files make diffusers and transformers raise has no common type
-            what = f"the pipeline in '{pretrained_model_name_or_path}' cannot be used"
-            raise ValueError(f"{what}: {first_line(error)}") from error
-
-    @classmethod
-    def load_config(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs):
-        """The index of a saved pipeline, as diffusers asks for it before it loads the components."""
-        config = super().load_config(pretrained_model_name_or_path, **kwargs)
-        scheduler = Path(pretrained_model_name_or_path, "scheduler", SchedulerMixin.config_name)
-        if scheduler.is_file():
-            try:
-                settings = json.loads(scheduler.read_text(encoding="utf-8"))
-            except ValueError as error:
-                raise ValueError(f"'{scheduler}' is not JSON: {error}") from error
-            for name, value in settings.items():
-                if isinstance(value, int | float) and value > MAX_SCHEDULER_NUMBER:
-                    raise ValueError(f"'{scheduler}' has {name}={value}, which is above {MAX_SCHEDULER_NUMBER:,}")
-        return config
-
-    def save_pretrained(
-        self,
-        save_directory: str | os.PathLike,
-        safe_serialization: bool = True,
-        variant: str | None = None,
-        max_shard_size: int | str | None = None,
-        push_to_hub: bool = False,
-        **kwargs,
-    ) -> None:
-        """
-        Like diffusers' own, but this file goes with the components, as `pipeline.py`. With `push_to_hub=True`, `kwargs`
-        are those of [`push_to_hub`], and `repo_id` is the folder's name by default.
-        """
-        super().save_pretrained(save_directory, safe_serialization, variant, max_shard_size)
-        if has_adapters(self.base_model):  # diffusers has written its tensors under the names that they have with those
-            shutil.rmtree(Path(save_directory, "base_model"))
-            save_network(self.base_model, Path(save_directory, "base_model"))
-        shutil.copyfile(__file__, Path(save_directory, PIPELINE_FILE))
-        if push_to_hub:
-            push_pipeline_to_hub(save_directory, **{"repo_id": Path(save_directory).name} | kwargs)
-
-    def push_to_hub(
-        self,
-        repo_id: str,
-        commit_message: str = "Upload PDiffPipeline",
-        private: bool | None = None,
-        token: str | None = None,
-        create_pr: bool = False,
-        safe_serialization: bool = True,
-        variant: str | None = None,
-        revision: str | None = None,
-    ) -> str:
-        """
-        Like diffusers' own, but in one commit with this file, as `pipeline.py`, and with a model card that says what
-        the pipeline generates. A card that the repository has already is kept. Returns the commit's address.
-
-        Raises:
-            HubError: if it cannot be pushed; nothing is published by halves, and the push can be repeated.
-        """
-        with tempfile.TemporaryDirectory() as folder:
-            self.save_pretrained(folder, safe_serialization, variant)
-            return push_pipeline_to_hub(
-                folder,
-                repo_id,
-                private=private,
-                revision=revision,
-                token=token,
-                create_pr=create_pr,
-                commit_message=commit_message,
-            )
+        self.register_modules(
+            autoencoder=autoencoder,
+            denoiser=denoiser,
+            scheduler=scheduler,
+            base_model=base_model,
+            condition_encoder=condition_encoder,
+        )
 
     def check_inputs(
         self,
@@ -192,17 +108,10 @@ class PDiffPipeline(DiffusionPipeline):
         num_inference_steps: int,
         generator: torch.Generator | list[torch.Generator] | None,
         latents: torch.Tensor | None,
-        batch_size: int,
         output_type: str,
-        callback_on_step_end_tensor_inputs: list[str],
+        callback_on_step_end_tensor_inputs: Sequence[str],
     ) -> None:
-        for name, value in (
-            ("num_models", num_models),
-            ("num_inference_steps", num_inference_steps),
-            ("batch_size", batch_size),
-        ):
-            if not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}")
+        check_scheduler(self.scheduler)
         most = self.scheduler.config.num_train_timesteps
         if num_inference_steps > most:
             raise ValueError(f"num_inference_steps must be at most the {most} of training, got {num_inference_steps}")
@@ -210,6 +119,12 @@ class PDiffPipeline(DiffusionPipeline):
             raise ValueError(f"output_type must be one of {', '.join(OUTPUT_TYPES)}, got {output_type!r}")
         if output_type == "model" and self.base_model is None:
             raise ValueError("output_type='model' needs a base model, and this pipeline has none; pass base_model=...")
+        generators = generator if isinstance(generator, list) else [] if generator is None else [generator]
+        if not all(isinstance(one, torch.Generator) for one in generators):
+            raise ValueError(
+                "generator must be a torch.Generator, such as torch.Generator().manual_seed(0), or a list with one for "
+                f"each model, got {generator!r}"
+            )
         if isinstance(generator, list) and len(generator) != num_models:
             raise ValueError(
                 f"a list of generators needs one for each of the {num_models} models, got {len(generator)}"
@@ -221,12 +136,58 @@ class PDiffPipeline(DiffusionPipeline):
         if unknown:
             raise ValueError(f"callbacks can have {self._callback_tensor_inputs}, not {unknown}")
 
+    def prepare_conditions(
+        self, condition: Condition | Sequence[Condition] | torch.Tensor | None, num_models: int
+    ) -> torch.Tensor | None:
+        """
+        What is known of the task of each network.
+
+        Args:
+            condition (`Mapping`, list of them, or `torch.Tensor`, *optional*): As in the call.
+            num_models (`int`): Networks for each condition.
+
+        Returns:
+            `torch.Tensor` or `None`: A table of shape `(N, width)`, NaN where a field is unknown; embeddings as they
+            were given, of shape `(N, E)`; None for a pipeline without conditions.
+
+        Raises:
+            ValueError: for a pipeline without conditions, no conditions, and for what [`Fields.table`] refuses.
+        """
+        encoder = self.condition_encoder
+        if encoder is None:
+            if condition is not None:
+                raise ValueError("this generator was trained without conditions; call it without condition")
+            return None
+        if isinstance(condition, torch.Tensor):
+            length = encoder.config.embedding_dim
+            if condition.ndim != 2 or condition.shape[1] != length or len(condition) == 0:
+                raise ValueError(f"embeddings must have shape (M, {length}), got {tuple(condition.shape)}")
+            return condition.repeat_interleave(num_models, 0)
+        conditions = [condition or {}] if condition is None or isinstance(condition, Mapping) else list(condition)
+        if not conditions:
+            raise ValueError("condition is an empty list; give at least one condition, or none at all")
+        return encoder.fields.table(conditions).repeat_interleave(num_models, 0)
+
+    def embed_conditions(self, table: torch.Tensor, generators: list[torch.Generator]) -> torch.Tensor:
+        """
+        Embeddings of shape `(N, E)` of the conditions in a table of shape `(N, width)`. Fields that are not known are
+        drawn from the seen conditions, for each network with its own generator.
+        """
+        encoder, device = self.condition_encoder, self._execution_device
+        draws = torch.stack([torch.rand((1,), generator=one, device=one.device) for one in generators])
+        rows = torch.cat([table.to(device), draws.to(device)], dim=1)  # (N, width + 1)
+
+        def embed(rows: torch.Tensor) -> torch.Tensor:
+            return encoder(encoder.complete(rows[:, :-1], rows[:, -1]))
+
+        return torch.cat(list(in_blocks(embed, rows, encoder.config.embedding_dim, InParts("networks"))))
+
     def prepare_generators(
         self, num_models: int, generator: torch.Generator | list[torch.Generator] | None
     ) -> list[torch.Generator]:
         """
         One generator a model, all from `generator`. So the noise of a model depends on its index alone, and the first
-        models of a larger sample are those of a smaller one, whatever the batch size.
+        models of a larger sample are those of a smaller one.
         """
         if isinstance(generator, list):
             return generator
@@ -237,47 +198,53 @@ class PDiffPipeline(DiffusionPipeline):
     def prepare_latents(
         self, num_models: int, generators: list[torch.Generator], latents: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """Starting noise of shape `(num_models, L)`, scaled as the scheduler wants it."""
+        """Starting noise of shape `(num_models, L)`, with a standard deviation of 1."""
         shape = (num_models, self.denoiser.config.latent_dim)
         device = self._execution_device
         if latents is None:
             latents = randn_tensor(shape, generator=generators, device=device, dtype=torch.float32)
-        return latents.to(device, torch.float32) * self.scheduler.init_noise_sigma
+        return latents.to(device, torch.float32)
 
     @torch.no_grad()
     def __call__(
         self,
-        num_models: int = 1,
-        num_inference_steps: int = 20,
+        num_models: SupportsIndex = 1,
+        num_inference_steps: SupportsIndex = 20,
         generator: torch.Generator | list[torch.Generator] | None = None,
         latents: torch.Tensor | None = None,
-        batch_size: int = 256,
+        condition: Condition | Sequence[Condition] | torch.Tensor | None = None,
+        guidance_scale: float = 1.0,
         output_type: str = "state_dict",
         return_dict: bool = True,
         callback_on_step_end: Callable[["PDiffPipeline", int, int, dict], dict] | None = None,
-        callback_on_step_end_tensor_inputs: list[str] | tuple[str, ...] = ("latents",),
+        callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
     ) -> PDiffPipelineOutput | tuple:
         r"""
-        The call function to the pipeline for generation.
+        Generates networks. They are computed in blocks of fixed sizes, in bounded memory; where a block does not fit,
+        it is computed in parts, with a warning, and the last bits may then differ. Several threads may call one
+        pipeline at the same time: each call steps with a copy of the scheduler.
 
         Args:
             num_models (`int`, *optional*, defaults to 1):
-                N, the number of networks to generate.
+                How many networks to generate, N; of a list of conditions, for each.
             num_inference_steps (`int`, *optional*, defaults to 20):
                 The number of denoising steps.
             generator (`torch.Generator` or `list[torch.Generator]`, *optional*):
                 One, or one for each network, to make generation deterministic.
             latents (`torch.Tensor`, *optional*):
                 Starting noise of shape `(N, L)`, instead of noise from `generator`.
-            batch_size (`int`, *optional*, defaults to 256):
-                How many decoded networks at most wait on the device to be moved to the CPU (at least one block: up to
-                40 networks on a CPU, 256 elsewhere). The result does not depend on it, bit for bit: networks are
-                computed in blocks of fixed sizes. Only where a block does not fit into memory is it computed in parts,
-                with a warning, and the last bits may then differ.
+            condition (`Mapping`, `list` of them or `torch.Tensor`, *optional*):
+                What is known of the task, such as `{"angle": 37.0, "blur": 0.4}`; `pipe.condition_encoder.fields` says
+                what there is. Fields that are left out or None are drawn from the conditions seen in training. For a
+                list, `num_models` networks for the first condition come first, and so on. A tensor has embeddings of
+                the condition encoder, shape `(M, E)`.
+            guidance_scale (`float`, *optional*, defaults to 1):
+                Scale of classifier-free guidance: above 1, away from what the denoiser predicts without a condition,
+                which takes twice the time. It needs a denoiser that was trained with `condition_dropout`.
             output_type (`str`, *optional*, defaults to `"state_dict"`):
                 `"state_dict"` for a list of state dicts that hold the generated tensors; `"pt"` for all parameters as a
                 tensor of shape `(N, D)`; `"latent"` for their latents of shape `(N, L)`; `"model"` for a list of
-                networks, which share the tensors that were not generated.
+                networks, which share the tensors that were not generated, in the base model's types.
             return_dict (`bool`, *optional*, defaults to `True`):
                 Whether or not to return a [`PDiffPipelineOutput`] instead of a plain tuple.
             callback_on_step_end (`Callable`, *optional*):
@@ -291,46 +258,58 @@ class PDiffPipeline(DiffusionPipeline):
                 The generated parameters, on the CPU.
 
         Raises:
-            ValueError: for any argument that is out of range, before anything is computed; for scheduler settings
-                that cannot be used; for a result that is not finite.
+            ValueError: for any argument that is out of range, and a scheduler that cannot sample latents or would give
+                them another spread, before anything is computed; for a result that is not finite.
         """
+        num_models = _whole_number("num_models", num_models)
+        num_inference_steps = _whole_number("num_inference_steps", num_inference_steps)
+        known = self.prepare_conditions(condition, num_models)
+        if known is None and guidance_scale != 1:
+            raise ValueError("guidance_scale needs a generator with conditions, and this one was trained without")
+        num_models = num_models if known is None else len(known)
         self.check_inputs(
-            num_models,
-            num_inference_steps,
-            generator,
-            latents,
-            batch_size,
-            output_type,
-            callback_on_step_end_tensor_inputs,
+            num_models, num_inference_steps, generator, latents, output_type, callback_on_step_end_tensor_inputs
         )
+        scheduler = copy.deepcopy(self.scheduler)  # it keeps state from step to step, and calls may overlap
         generators = self.prepare_generators(num_models, generator)
+        embedding = known
+        if known is not None and not isinstance(condition, torch.Tensor):
+            embedding = self.embed_conditions(known, generators)
         latents = self.prepare_latents(num_models, generators, latents)
-        self._schedule("set_timesteps", num_inference_steps, device=latents.device)
+        _schedule(scheduler, "set_timesteps", num_inference_steps, device=latents.device)
+        latents = latents * scheduler.init_noise_sigma
         # Schedulers of ordinary differential equations add no noise, and some of them take no generator.
-        takes_generator = "generator" in inspect.signature(self.scheduler.step).parameters
+        takes_generator = "generator" in inspect.signature(scheduler.step).parameters
         extra = {"generator": generators} if takes_generator else {}
 
-        blocks = _blocks(num_models, latents.shape[1], latents.device)
         in_parts = InParts("networks")
-        for step, timestep in enumerate(self.progress_bar(self.scheduler.timesteps)):
-            scaled = self._schedule("scale_model_input", latents, timestep).to(self.denoiser.dtype)
+        for step, timestep in enumerate(self.progress_bar(scheduler.timesteps)):
+            scaled = _schedule(scheduler, "scale_model_input", latents, timestep).to(self.denoiser.dtype)
+            length = scaled.shape[1]
+            if embedding is not None:  # side by side, so that both are cut into the same blocks
+                scaled = torch.cat([scaled, embedding.to(scaled)], dim=1)  # (N, L + E)
 
-            def denoise(rows: torch.Tensor, timestep=timestep) -> torch.Tensor:
-                return self.denoiser(rows, timestep).sample
+            def denoise(rows: torch.Tensor, timestep=timestep, length=length) -> torch.Tensor:
+                rows, given = rows[:, :length], rows[:, length:] if rows.shape[1] > length else None
+                predicted = self.denoiser(rows, timestep, given).sample
+                if guidance_scale == 1:
+                    return predicted
+                without = self.denoiser(rows, timestep).sample
+                return without + guidance_scale * (predicted - without)
 
-            prediction = torch.cat([_compute_block(denoise, scaled, block, in_parts) for block in blocks])
+            prediction = torch.cat(list(in_blocks(denoise, scaled, length, in_parts)))
             # The step itself is taken for all networks at once, because schedulers keep state from step to step.
-            latents = self._schedule("step", prediction.float(), timestep, latents, **extra).prev_sample
+            latents = _schedule(scheduler, "step", prediction.float(), timestep, latents, **extra).prev_sample
             if callback_on_step_end is not None:
                 values = {"latents": latents}
                 values = {name: values[name] for name in callback_on_step_end_tensor_inputs}
                 latents = (callback_on_step_end(self, step, timestep, values) or {}).get("latents", latents)
 
-        output = latents.cpu() if output_type == "latent" else self.decode_latents(latents, batch_size)
+        output = latents.cpu() if output_type == "latent" else self.decode_latents(latents)
         if not output.isfinite().all():
             raise ValueError(
-                "the generated numbers are not finite: do the settings of the scheduler belong to this denoiser, and "
-                "is the precision high enough?"
+                "the generated parameters are not finite: do the settings of the scheduler belong to this denoiser, "
+                "and is the precision high enough?"
             )
         if output_type in ("state_dict", "model"):
             output = [self.autoencoder.layout.unflatten(parameters) for parameters in output]
@@ -339,46 +318,35 @@ class PDiffPipeline(DiffusionPipeline):
         self.maybe_free_model_hooks()
         return PDiffPipelineOutput(parameters=output) if return_dict else (output,)
 
-    def _schedule(self, method: str, *args, **kwargs):
-        """What a method of the scheduler returns. Its own errors do not say that its settings are at fault."""
-        try:
-            return getattr(self.scheduler, method)(*args, **kwargs)
-        except Exception as error:
-            name = type(self.scheduler).__name__
-            raise ValueError(f"{name} cannot sample latents with the settings that it has: {error!r}") from error
-
     @torch.no_grad()
-    def decode_latents(self, latents: torch.Tensor, batch_size: int = 256) -> torch.Tensor:
-        """Latents of shape `(N, L)` to parameters of shape `(N, D)`, on the CPU; `batch_size` as in the call."""
-        device, num_parameters = self._execution_device, self.autoencoder.layout.num_parameters
-        parameters = torch.empty(len(latents), num_parameters)
-        latents, in_parts = latents.to(device), InParts("networks")
-        waiting, first = [], 0
-        # Moves from a GPU are worth putting together.
-        batch_size = 1 if device.type == "cpu" else batch_size
+    def decode_latents(self, latents: torch.Tensor) -> torch.Tensor:
+        """Latents of shape `(N, L)` to parameters of shape `(N, D)`, on the CPU."""
+        num_parameters = self.autoencoder.layout.num_parameters
+        parameters, start = torch.empty(len(latents), num_parameters), 0
 
         def decode(rows: torch.Tensor) -> torch.Tensor:
             return self.autoencoder.decode(rows).sample
 
-        for block in _blocks(len(latents), num_parameters, device):
-            waiting.append(_compute_block(decode, latents, block, in_parts))
-            if block.stop - first >= batch_size or block.stop >= len(latents):
-                parameters[first : block.stop] = torch.cat(waiting).cpu()
-                waiting, first = [], block.stop
+        for block in in_blocks(decode, latents.to(self._execution_device), num_parameters, InParts("networks")):
+            parameters[start : start + len(block)] = block
+            start += len(block)
         return parameters
 
     def make_model(self, state_dict: dict[str, torch.Tensor]) -> nn.Module:
-        """The base model with the tensors of `state_dict`; all others are shared with it, not copied."""
+        """
+        The base model with the tensors of `state_dict`, in its own types and under all names of their memory. All other
+        tensors are shared with it, not copied.
+        """
         if self.base_model is None:
             raise ValueError("this pipeline has no base model that the generated tensors could be put into")
         return Replacement(self.base_model, state_dict).network(self.base_model, state_dict)
 
     def ensemble(
         self,
-        num_models: int = 10,
-        num_inference_steps: int = 20,
+        num_models: SupportsIndex = 10,
+        num_inference_steps: SupportsIndex = 20,
         generator: torch.Generator | list[torch.Generator] | None = None,
-        batch_size: int = 256,
+        condition: Condition | Sequence[Condition] | torch.Tensor | None = None,
     ) -> EnsembleModel:
         """
         New networks as one `nn.Module` that returns the mean of their probabilities, on the base model's device.
@@ -389,28 +357,22 @@ class PDiffPipeline(DiffusionPipeline):
         """
         if self.base_model is None:
             raise ValueError("an ensemble needs a base model, and this pipeline has none; pass base_model=...")
-        parameters = self(
-            num_models, num_inference_steps, generator, batch_size=batch_size, output_type="pt"
-        ).parameters
+        parameters = self(num_models, num_inference_steps, generator, condition=condition, output_type="pt").parameters
         return EnsembleModel(self.base_model, self.autoencoder.layout, parameters)
 
 
-def _blocks(num_models: int, length: int, device: torch.device) -> list[slice]:
-    """Cuts models with vectors of so many numbers into blocks; the last one may reach beyond the last model."""
-    first, later = (CPU_BLOCKS, CPU_BLOCK) if device.type == "cpu" else ((), DEVICE_BLOCK)
-    most = max(1, MAX_BLOCK_NUMBERS // length)
-    blocks, start = [], 0
-    while start < num_models:
-        size = min(most, first[len(blocks)] if len(blocks) < len(first) else later)
-        blocks.append(slice(start, start + size))
-        start += size
-    return blocks
+def _whole_number(name: str, value: SupportsIndex) -> int:
+    """`value`, of any type of whole numbers, as an `int` of at least 1."""
+    number = 0 if isinstance(value, bool) or not hasattr(value, "__index__") else operator.index(value)
+    if number < 1:
+        raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}")
+    return number
 
 
-def _compute_block(
-    function: Callable[[torch.Tensor], torch.Tensor], rows: torch.Tensor, block: slice, in_parts: InParts
-) -> torch.Tensor:
-    """`function` of a block of the rows `(N, L)`, computed with as many rows as the block is long."""
-    inside = rows[block]
-    filled = F.pad(inside, (0, 0, 0, block.stop - block.start - len(inside)))  # (n, L) -> (size of the block, L)
-    return in_parts(function, filled)[: len(inside)]
+def _schedule(scheduler: SchedulerMixin, method: str, *args, **kwargs):
+    """What a method of the scheduler returns. Its own errors do not say that its settings are at fault."""
+    try:
+        return getattr(scheduler, method)(*args, **kwargs)
+    except Exception as error:
+        name = type(scheduler).__name__
+        raise ValueError(f"{name} cannot sample latents with the settings that it has: {error!r}") from error

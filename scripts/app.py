@@ -122,10 +122,13 @@ def load_source(name: str) -> Source:
     pipe = PDiffPipeline.from_pretrained(pipeline, use_safetensors=True)
     pipe.to("cuda" if torch.cuda.is_available() else "cpu")
     source = Source(pipe)
-    source.report = _load_report(folder if is_local else name)
-    if source.report is None:
-        source.missing.append("its report: it has not been evaluated")
-    elif "max_iou" not in source.report["groups"][0]:
+    try:
+        source.report = _load_report(folder if is_local else name)
+        if source.report is None:
+            source.missing.append("its report: it has not been evaluated")
+    except ValueError as error:
+        source.missing.append(f"its report: {_one_line(error)}")
+    if source.report is not None and "max_iou" not in source.report["groups"][0]:
         source.report = None
         source.missing.append("its report, which is not one of classifiers: see report.md beside the pipeline")
     if not is_local:

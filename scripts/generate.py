@@ -27,9 +27,6 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--num_models", type=int, default=10, help="How many networks to generate.")
     parser.add_argument("--num_inference_steps", type=int, default=20, help="Denoising steps.")
     parser.add_argument("--seed", type=int, default=0, help="The same seed gives the same networks.")
-    parser.add_argument(
-        "--batch_size", type=int, default=256, help="Networks that wait in the memory of a GPU at once."
-    )
     parser.add_argument("--output_dir", default="outputs/networks", help="Must not hold generated networks yet.")
     parser.add_argument("--only_generated", action="store_true", help="Write only the generated tensors.")
     return parser.parse_args()
@@ -50,7 +47,6 @@ def main() -> None:
             num_models=args.num_models,
             num_inference_steps=args.num_inference_steps,
             seed=args.seed,
-            batch_size=args.batch_size,
             only_generated=args.only_generated,
         )
     print(f"{args.num_models} networks are in {folder}.")

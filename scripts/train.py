@@ -21,6 +21,7 @@ def main() -> None:
     from pdiff_hf.hub.push import push_run_to_hub, resolve_repo_id
     from pdiff_hf.run.run import Run, start_processes
     from pdiff_hf.run.terminal import command, one_line_errors, quiet_libraries
+    from pdiff_hf.utils import names
     from pdiff_hf.utils.reports import load_report
 
     state = start_processes()
@@ -49,10 +50,10 @@ def main() -> None:
         again += ["--resume_from_checkpoint", "latest"]
         sys.exit(f"\nstopped; go on with: {command('train', *again, launcher='accelerate launch')}")
     if state.is_main_process and run.is_finished("evaluate"):
-        report = run.folder / "evaluation" / "report.json"
+        report = run.folder / names.EVALUATION / names.REPORT
         print(format_summary(load_report(report)))
-        print(f"The generator is in {run.folder / 'pipeline'}, the report in {report.parent}. Next:")
-        print(f"  {command('generate', run.folder / 'pipeline', '--num_models', 10)}")
+        print(f"The generator is in {run.folder / names.PIPELINE}, the report in {report.parent}. Next:")
+        print(f"  {command('generate', run.folder / names.PIPELINE, '--num_models', 10)}")
         print(f"  {command('app', run.folder)}")
     state.destroy_process_group()  # its threads would otherwise be ended, at times with an error, by the interpreter
 

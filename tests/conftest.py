@@ -8,6 +8,8 @@ tests start inherit them.
 import os
 import sys
 import tempfile
+from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from support.hub_server import HubServer, User
@@ -58,7 +60,7 @@ def hub():
 
 @pytest.fixture(scope="session")
 def run_server(tmp_path_factory):
-    """Carries out `scripts/train.py` in forks of one process."""
+    """Runs scripts and programs in forks of one process that has imported what they need."""
     with RunServer(tmp_path_factory.mktemp("server")) as server:
         yield server
 
@@ -71,3 +73,29 @@ def whole_run(run_server, tmp_path_factory):
     assert result.status == 0, result.errors
     assert set(result.operations) >= set(STAGES)
     return folder, result.operations
+
+
+@pytest.fixture
+def room(tmp_path, monkeypatch) -> Iterator[Path]:
+    """The folder in which a test works. Nothing may appear beside it, and no file may call itself `canary`."""
+    (tmp_path / "room").mkdir()
+    monkeypatch.chdir(tmp_path / "room")
+    yield tmp_path / "room"
+    assert [path.name for path in tmp_path.iterdir()] == ["room"]
+    assert not list(tmp_path.rglob("canary*")) and not Path("/tmp/canary").exists()
+
+
+@pytest.fixture
+def quiet() -> Iterator[None]:
+    """diffusers and transformers have a lot to say about odd files."""
+    import diffusers
+    import transformers
+
+    levels = diffusers.utils.logging.get_verbosity(), transformers.utils.logging.get_verbosity()
+    for library in (diffusers, transformers):
+        library.utils.logging.set_verbosity(50)
+        library.utils.logging.disable_progress_bar()
+    yield
+    for library, level in zip((diffusers, transformers), levels, strict=True):
+        library.utils.logging.set_verbosity(level)
+        library.utils.logging.enable_progress_bar()

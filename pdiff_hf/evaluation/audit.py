@@ -17,6 +17,8 @@ import torch
 from scipy.stats import binom
 from torch import Tensor
 
+from .render import number
+
 TOO_NEAR_PERCENTILE = 0.05  # of the snapshots' own distances: what as many independent draws would be nearer than
 CHANCE = 0.99  # of a binomial with that probability: more models than this are too many
 NEAR_IDENTICAL = 0.5  # times the smallest of the snapshots' own distances: one model is enough
@@ -123,15 +125,16 @@ def audit_verdict(generated: AuditRow, baselines: Sequence[AuditRow] = ()) -> st
         f"nearer to a snapshot than to the snapshots' mean and than {1 - TOO_NEAR_PERCENTILE:.0%} of the snapshots lie "
         f"to their nearest neighbour (chance allows {row.num_allowed}), {row.num_near_identical} within "
         f"{NEAR_IDENTICAL:g} times the smallest such distance (none may); the median distance to the nearest snapshot "
-        f"is {row.distance_relative:.2f} times the snapshots' own, that to their mean {row.to_mean_relative:.2f} times"
+        f"is {number(row.distance_relative, '.2f')} times the snapshots' own, that to their mean "
+        f"{number(row.to_mean_relative, '.2f')} times"
     )
     if not row.copies and row.to_mean_relative < CONTRACTED:
         sentence += ", a contraction towards the mean, so the distance to the snapshots is not novelty"
     sentence += f"; {row.fraction_nearer_than_mean:.0%} are nearer to a snapshot than to the mean"
     if row.iou:
         sentence += (
-            f"; in predictions, {row.fraction_alike:.0%} are more like a snapshot than {1 - TOO_NEAR_PERCENTILE:.0%} "
-            "of the snapshots are to another"
+            f"; in predictions, {number(row.fraction_alike, '.0%')} are more like a snapshot than "
+            f"{1 - TOO_NEAR_PERCENTILE:.0%} of the snapshots are to another"
         )
     if baselines:
         copying = [baseline.name for baseline in baselines if baseline.copies]

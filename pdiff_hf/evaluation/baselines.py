@@ -131,7 +131,7 @@ def low_rank_gaussian(
         std, mean = torch.std_mean(part, dim=0)
         deviation = weights @ (part[-rank:] - mean)
         if with_diagonal:
-            deviation = math.sqrt(0.5) * (deviation + std * _normal(*deviation.shape, generator))
+            deviation = math.sqrt(0.5) * (deviation + std * _normal(num_models, part.shape[1], generator))
         return mean + temperature * deviation
 
     return _by_columns(snapshots, num_models, sample)
@@ -337,6 +337,7 @@ def _sample_noise(context: BaselineContext, num_models: int, generator: Generato
 def _sample_latent_kde(
     context: BaselineContext, num_models: int, generator: Generator, bandwidth: float | None
 ) -> Tensor:
+    assert context.latents is not None and context.decode is not None  # `Baseline.supports`
     return context.decode(latent_kde(context.latents, num_models, bandwidth, generator))
 
 

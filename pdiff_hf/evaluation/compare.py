@@ -5,6 +5,7 @@ import logging
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,13 +13,13 @@ from torch import Tensor
 from ..pipelines import PDiffPipeline
 from ..utils.files import replacing, without_nan, write_json
 from ..utils.reports import REPORT_VERSION
-from .audit import audit_group, audit_verdict
+from .audit import AuditRow, audit_group, audit_verdict
 from .baselines import BaselineContext
 from .figures import draw_figures
 from .frontier import Bootstrap, FrontierGroup, frontier_sentence
 from .geometry import Rows, Yardstick, mean_of
 from .hyper_representations import NAMES, sample_hyper_representations
-from .metrics import METRICS, Evidence, ensemble_metrics, nearest_in_predictions
+from .metrics import METRICS, Evidence, ensemble_metrics, max_iou, nearest_in_predictions
 from .render import format_report, summarise
 from .sampling import (
     Group,
@@ -31,7 +32,8 @@ from .sampling import (
     sample_baselines,
     supported_baselines,
 )
-from .scoring import CHUNK_BYTES, Scorer, Scores
+from .scores import ClassifierScores, Metric, Scores
+from .scoring import CHUNK_BYTES, Scorer
 from .verdict import find_warnings, write_verdict
 
 logger = logging.getLogger(__name__)
@@ -88,10 +90,7 @@ def compare_generator(
             is asked for without a pipeline.
     """
     pipeline = generator if isinstance(generator, PDiffPipeline) else None
-    if hyper_representations and pipeline is None:
-        raise ValueError("hyper_representations needs a pipeline, for its autoencoder; networks alone were given")
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
     heldout = torch.zeros(len(snapshots), dtype=torch.bool) if heldout is None else heldout
     seen = Rows(snapshots, ~heldout)
     if pipeline is not None and latents is None:
@@ -99,32 +98,39 @@ def compare_generator(
     context = BaselineContext(
         seen,
         scorer.layout.sizes,
-        latents=None if pipeline is None else latents[~heldout],
+        latents=None if latents is None else latents[~heldout],
         decode=None if pipeline is None else pipeline.decode_latents,
     )
-    num_generated = num_models if pipeline is not None else len(generator)
+    num_generated = len(generator) if isinstance(generator, Tensor) else num_models
     num_scored = min(num_generated, score_models or num_generated)
-    baselines = sample_baselines(context, baseline_models, seed) if baseline_models else iter(())
-    _announce(
-        scorer,
-        2 * len(snapshots)
-        + 1
-        + num_scored * (1 + len(NAMES) * hyper_representations)
-        + baseline_models * len(supported_baselines(context)),
-    )
+    families: list[Iterator[Group]] = []
+    if baseline_models:
+        families.append(sample_baselines(context, baseline_models, seed))
+    if hyper_representations:
+        if pipeline is None:
+            raise ValueError("hyper_representations needs a pipeline, for its autoencoder; networks alone were given")
+        families.append(sample_hyper_representations(scorer, seen, pipeline.autoencoder, num_scored, seed))
     chosen = torch.randperm(num_generated, generator=named_generator(seed, "score_models"))[:num_scored].sort().values
-    generated_latents = reconstruction = None
-    if pipeline is None:
-        generated = generator[chosen] if num_scored < num_generated else generator
+    figures: dict[str, Tensor] | None = None
+    reconstruction = None
+    if isinstance(generator, Tensor):
+        generated = generator if num_scored == num_generated else generator[chosen]
     else:
-        generated_latents = pipeline(
+        assert latents is not None
+        generated_latents = generator(
             num_models,
             num_inference_steps=num_inference_steps,
             generator=named_generator(seed, "generated"),
             output_type="latent",
         ).parameters[chosen]
-        generated = decode(pipeline, generated_latents, folder)
-        reconstruction = reconstruct(pipeline, snapshots, latents, heldout, folder)
+        figures = {"snapshots": latents, "generated": generated_latents}
+    folder.mkdir(parents=True, exist_ok=True)  # nothing before this has left anything behind
+    in_baselines = baseline_models * len(supported_baselines(context))
+    in_representations = num_scored * len(NAMES) * hyper_representations
+    _announce(scorer, 2 * len(snapshots) + 1 + num_scored + in_baselines + in_representations)
+    if isinstance(generator, PDiffPipeline) and latents is not None:
+        generated = decode(generator, generated_latents, folder)
+        reconstruction = reconstruct(generator, snapshots, latents, heldout, folder)
 
     def groups() -> Iterator[Group]:
         yield Group("snapshots", snapshots)
@@ -134,9 +140,8 @@ def compare_generator(
         yield Group("generated", generated)
         if vae is not None:
             yield Group("vae", vae, family="VAE")
-        yield from baselines
-        if hyper_representations:
-            yield from sample_hyper_representations(scorer, seen, pipeline.autoencoder, num_scored, seed)
+        for family in families:
+            yield from family
 
     report = compare(scorer, groups(), reconstruction, seed)
     report["num_generated"] = num_generated
@@ -148,15 +153,9 @@ def compare_generator(
     report["warnings"] = find_warnings(report)
     report["verdict"] = write_verdict(report)
     report["summary"] = summarise(report)
-    report = without_nan(report)
+    sizes = scorer.layout.sizes
     draw_figures(
-        report,
-        folder,
-        snapshots=snapshots,
-        generated=generated,
-        tensor_sizes=scorer.layout.sizes,
-        latents=None if pipeline is None else {"snapshots": latents, "generated": generated_latents},
-        losses=losses,
+        report, folder, snapshots=snapshots, generated=generated, tensor_sizes=sizes, latents=figures, losses=losses
     )
     write_report(report, folder)
     return report
@@ -177,33 +176,13 @@ def compare(
     Returns:
         `dict`: The numbers of a report, which may be nan.
     """
-    rows, audits, places = [], [], {}
-    yardstick = snapshots_iou = wrong_snapshots = None
-    num_parameters = scorer.layout.num_parameters
-    for group, validation, test in _scored(scorer, groups):
-        own = yardstick is None
-        if own:
-            yardstick = Yardstick(group.parameters)
-            wrong_snapshots = test.wrong if scorer.classifies else None
-        place = yardstick.place(None if own else group.parameters)
-        similarity = nearest_in_predictions(test.wrong, wrong_snapshots, own) if scorer.classifies else None
-        snapshots_iou = similarity[0] if own and scorer.classifies else snapshots_iou
-        audits.append(audit_group(group.name, place, yardstick.nearest, similarity, snapshots_iou))
-        iou = similarity[0] if similarity is not None else torch.empty(0)
-        evidence = Evidence(test.values, validation, scorer.metric.sign, test, iou, place)
-        row = {"name": group.name, "family": group.family, "value": group.value, "n": len(test.values)}
-        row["num_undefined"] = int(test.undefined.sum())
-        row |= {m.key: m.function(evidence) for m in METRICS if scorer.classifies or not m.classifiers_only}
-        row["scores"] = evidence.values.tolist()
-        if scorer.classifies:
-            row["ensembles"] = ensemble_metrics(test.log_probs, test.labels)
-        rows.append(row)
-        wrong = test.wrong if scorer.classifies else None
-        places[group.name] = FrontierGroup(group.name, evidence.values, wrong, group.family, group.value)
-
-    bootstrap = Bootstrap(wrong_snapshots, scorer.metric.sign, named_generator(seed, "bootstrap"))
-    baselines = [place for place in places.values() if place.family is not None]
-    frontier_rows = bootstrap.frontier(places["generated"], baselines)
+    scored = _scored(scorer, groups)
+    groups_of_report = _Groups(scorer.metric, *next(scored))
+    for group, validation, test in scored:
+        groups_of_report.add(group, validation, test)
+    rows, audits, places = groups_of_report.rows, groups_of_report.audits, groups_of_report.places
+    bootstrap = Bootstrap(groups_of_report.wrong_snapshots, scorer.metric.sign, named_generator(seed, "bootstrap"))
+    frontier_rows = bootstrap.frontier(places["generated"], [p for p in places.values() if p.family is not None])
     generated_audit = next(audit for audit in audits if audit.name == "generated")
     baseline_audits = [audit for audit in audits if places[audit.name].family is not None]
     explained = None
@@ -214,8 +193,8 @@ def compare(
     return {
         "version": REPORT_VERSION,
         "metric": dataclasses.asdict(scorer.metric),
-        "num_parameters": num_parameters,
-        "splits": {split: len(scorer.task.load_split(split)) for split in ("validation", "test")},
+        "num_parameters": scorer.layout.num_parameters,
+        "splits": {split: scorer.num_examples(split) for split in ("validation", "test")},
         "groups": rows,
         "difference": dataclasses.asdict(bootstrap.difference(places["generated"], places["snapshots"])),
         "reconstruction": explained,
@@ -228,6 +207,47 @@ def compare(
             "rows": [dataclasses.asdict(audit) | {"copies": audit.copies} for audit in audits],
         },
     }
+
+
+class _Groups:
+    """What is kept of every group, and what all groups are compared with: the snapshots, the first of them."""
+
+    def __init__(self, metric: Metric, snapshots: Group, validation: Tensor, test: Scores):
+        self.metric = metric
+        self.rows: list[dict[str, Any]] = []
+        self.audits: list[AuditRow] = []
+        self.places: dict[str, FrontierGroup] = {}
+        self.yardstick = Yardstick(snapshots.parameters)
+        self.wrong_snapshots = self.snapshots_iou = None
+        if isinstance(test, ClassifierScores):
+            self.wrong_snapshots = test.wrong
+            self.snapshots_iou = max_iou(test.wrong, test.wrong, exclude_self=True)
+        self.add(snapshots, validation, test)
+
+    def add(self, group: Group, validation: Tensor, test: Scores) -> None:
+        own = not self.rows
+        place = self.yardstick.place(None if own else group.parameters)
+        wrong = similarity = None
+        if isinstance(test, ClassifierScores) and self.wrong_snapshots is not None:
+            wrong = test.wrong
+            similarity = nearest_in_predictions(wrong, self.wrong_snapshots, own)
+        audit = audit_group(group.name, place, self.yardstick.nearest, similarity, self.snapshots_iou)
+        iou = torch.empty(0) if similarity is None else similarity[0]
+        evidence = Evidence(test.values, validation, self.metric.sign, test, iou, place)
+        row: dict[str, Any] = {
+            "name": group.name,
+            "family": group.family,
+            "value": group.value,
+            "n": len(evidence.values),
+        }
+        row |= {"num_undefined": int(test.undefined.sum())}
+        row |= {m.key: m.function(evidence) for m in METRICS if wrong is not None or not m.classifiers_only}
+        row |= {"scores": evidence.values.tolist()}
+        if isinstance(test, ClassifierScores):
+            row |= {"ensembles": ensemble_metrics(test.log_probs, test.labels)}
+        self.rows.append(row)
+        self.audits.append(audit)
+        self.places[group.name] = FrontierGroup(group.name, evidence.values, wrong, group.family, group.value)
 
 
 def _scored(scorer: Scorer, groups: Iterable[Group]) -> Iterator[tuple[Group, Tensor, Scores]]:

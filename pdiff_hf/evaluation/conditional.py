@@ -116,18 +116,15 @@ class ConditionalAudit:
     def score(self, table: torch.Tensor, parameters: torch.Tensor, split: Split) -> tuple[torch.Tensor, torch.Tensor]:
         """Accuracy and loss of networks `(T, D)`, or of n for each task, `(T, n, D)`, averaged over them."""
         samples = parameters.unsqueeze(1) if parameters.ndim == 2 else parameters
-        scores = [
-            score_tasks(
-                self.family,
-                lambda rows, batch, i=i: self.networks(self.family.predict, samples[rows, i], batch),
-                table,
-                split,
-                self.num_examples,
-            )
-            for i in range(samples.shape[1])
-        ]
-        accuracies, losses = zip(*scores, strict=True)
-        return torch.stack(accuracies).mean(0), torch.stack(losses).mean(0)
+
+        def score(sample: torch.Tensor) -> torch.Tensor:
+            def respond(rows: torch.Tensor, batch: Any) -> torch.Tensor:
+                return self.networks(self.family.predict, sample[rows], batch)
+
+            return torch.stack(score_tasks(self.family, respond, table, split, self.num_examples))
+
+        accuracy, loss = torch.stack([score(sample) for sample in samples.unbind(1)]).mean(0)
+        return accuracy, loss
 
     def score_module(
         self, table: torch.Tensor, module: torch.nn.Module, split: Split, num_examples: int
@@ -165,7 +162,7 @@ class ConditionalAudit:
     def _add(self, name: str, kind: str, score: Callable, cost: Cost, note: str) -> None:
         if kind not in KINDS:
             raise ValueError(f"kind must be one of {', '.join(KINDS)}, got {kind!r}")
-        sets = {}
+        sets: dict[str, dict[str, list[float]]] = {}
         for set_name, table in self.test_sets.items():
             accuracy, loss = score(set_name, table)
             sets[set_name] = {"accuracy": accuracy.tolist(), "loss": loss.tolist()}
@@ -217,7 +214,7 @@ class ConditionalAudit:
             lambda _, t: snapshots[last[torch.cdist(fields.features(t), features).argmin(1)]],
             cost,
         )
-        self.add(f"mean of the {best} nearest", "closed form", lambda _, t: neighbors(best)(t), cost)
+        self.add("mean of nearest seen tasks", "closed form", lambda _, t: neighbors(best)(t), cost, f"{best} tasks")
         note = f"ridge {ridge.ridge:g}, scales {', '.join(f'{scale:g}' for scale in ridge.scales)}"
         self.add("kernel ridge", "closed form", lambda _, t: ridge(t), cost, note)
         self.add(
@@ -230,24 +227,49 @@ class ConditionalAudit:
         Everything as JSON has it: the conditions, every score of every task, comparisons with the generator on each
         set, and the verdict.
         """
-        comparisons = {
-            set_name: {
-                name: paired_bootstrap(
-                    self.rows[GENERATOR]["sets"][set_name]["accuracy"], row["sets"][set_name]["accuracy"]
-                )
-                for name, row in self.rows.items()
-                if name != GENERATOR
-            }
-            for set_name in self.test_sets
-        }
         report = {
             "settings": dict(settings),
             "fields": self.family.fields.to_dict(),
             "conditions": {name: self.family.fields.conditions(table) for name, table in self.test_sets.items()},
             "rows": self.rows,
-            "comparisons": comparisons,
         }
-        return report | {"verdict": verdict(report)}
+        return _compared(report)
+
+
+def _compared(report: dict[str, Any]) -> dict[str, Any]:
+    """The report with comparisons and verdict."""
+    rows = report["rows"]
+    comparisons = {
+        set_name: {
+            name: paired_bootstrap(rows[GENERATOR]["sets"][set_name]["accuracy"], row["sets"][set_name]["accuracy"])
+            for name, row in rows.items()
+            if name != GENERATOR
+        }
+        for set_name in report["conditions"]
+    }
+    report = report | {"comparisons": comparisons}
+    return report | {"verdict": verdict(report)}
+
+
+def pool_reports(reports: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """One report of several runs with other tasks and seeds, as if their tasks had been those of one run."""
+    first = reports[0]
+    pooled: dict[str, Any] = {
+        "settings": {"runs": [report["settings"] for report in reports]},
+        "fields": first["fields"],
+        "conditions": {name: sum((r["conditions"][name] for r in reports), []) for name in first["conditions"]},
+        "rows": {},
+    }
+    for name, row in first["rows"].items():
+        sets: dict[str, dict[str, list[float]]] = {
+            set_name: {
+                key: sum((report["rows"][name]["sets"][set_name][key] for report in reports), []) for key in scores
+            }
+            for set_name, scores in row["sets"].items()
+        }
+        notes = "; ".join(dict.fromkeys(report["rows"][name]["note"] for report in reports))
+        pooled["rows"][name] = {**row, "note": notes, "sets": sets}
+    return _compared(pooled)
 
 
 def mean_accuracy(report: Mapping[str, Any], name: str, set_name: str = "test") -> float:

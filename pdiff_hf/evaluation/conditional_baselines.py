@@ -1,7 +1,7 @@
 """What a conditional generator must beat: closed-form answers to a condition, and networks that are trained for it."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import nn
@@ -113,7 +113,7 @@ class GenericNetwork(nn.Module):
         predict: Callable,
         start: torch.Tensor,
         fields: Fields | None = None,
-        image_shape: torch.Size | None = None,
+        image_shape: Sequence[int] = (),
     ):
         super().__init__()
         self.values = nn.Parameter(start.clone())
@@ -143,7 +143,7 @@ class BasisNetworks(nn.Module):
         super().__init__()
         self.basis = nn.Parameter(start.repeat(num_basis, 1))  # (K, D)
         with torch.no_grad():  # they must differ for their weights to have gradients
-            self.basis += 0.3 * start.std() * torch.randn(self.basis.shape)
+            self.basis.add_(0.3 * start.std() * torch.randn(self.basis.shape))
         self.coefficients = nn.Sequential(nn.Linear(fields.num_features, 128), nn.ReLU(), nn.Linear(128, num_basis))
         self.fields, self.networks, self.predict = fields, networks, predict
 

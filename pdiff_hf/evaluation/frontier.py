@@ -13,6 +13,7 @@ from torch import Generator, Tensor
 
 from .geometry import chunks
 from .metrics import nearest_in_predictions
+from .render import number
 
 CONFIDENCE = 0.95
 VERDICTS = ("better", "worse", "undecided")
@@ -176,11 +177,11 @@ def frontier_sentence(rows: Sequence[FrontierRow]) -> str:
         count = sum(row.verdict == verdict for row in baselines)
         listed.append(f"{count}" + (f": {', '.join(names)}" if names else ""))
     better, worse, undecided = listed
-    similarity = "" if reference.max_iou is None else f", max IoU {reference.max_iou:.3f}"
+    similarity = "" if reference.max_iou is None else f", max IoU {number(reference.max_iou)}"
     return (
-        f"{reference.name} (score {reference.score:.2f}{similarity}) is better than {better}; worse than {worse}; "
-        f"undecided against {undecided}; of {len(baselines)} baseline settings, at {CONFIDENCE:.0%} of a bootstrap "
-        f"over networks{' and test examples' if similarity else ''}."
+        f"{reference.name} (score {number(reference.score, '.2f')}{similarity}) is better than {better}; worse than "
+        f"{worse}; undecided against {undecided}; of {len(baselines)} baseline settings, at {CONFIDENCE:.0%} of a "
+        f"bootstrap over networks{' and test examples' if similarity else ''}."
     )
 
 

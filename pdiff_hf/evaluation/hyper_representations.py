@@ -30,6 +30,7 @@ accuracy. What differs here:
 
 import math
 from collections.abc import Callable, Iterator
+from functools import partial
 
 import psutil
 import torch
@@ -170,10 +171,14 @@ def sample_hyper_representations(
         values = scorer.metric.sign * scorer.score("validation", parameters).values
         return values.nan_to_num(nan=-math.inf)
 
-    scores = score(snapshots)
-    for name, function, more in zip(NAMES, (s_kde30, sane_sub, sane_kde30), ({}, {"score": score}, {}), strict=True):
-        sampled = function(snapshots, scores, autoencoder, num_models, named_generator(seed, name), **more)
-        yield Group(name, sampled, FAMILY, name)
+    def groups() -> Iterator[Group]:
+        scores = score(snapshots)
+        samplers: tuple[Callable[..., Tensor], ...] = (s_kde30, partial(sane_sub, score=score), sane_kde30)
+        for name, sample in zip(NAMES, samplers, strict=True):
+            sampled = sample(snapshots, scores, autoencoder, num_models, named_generator(seed, name))
+            yield Group(name, sampled, FAMILY, name)
+
+    return groups()
 
 
 def best_snapshots(snapshots: Matrix, scores: Tensor) -> Tensor:

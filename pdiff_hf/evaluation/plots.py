@@ -115,11 +115,11 @@ def _draw_scatter(
         drawn = places if family not in fixed else [*zip(groups[0].max_iou, groups[0].accuracy, strict=True)]
         outside += sum(not all(lo <= m <= hi for m, (lo, hi) in zip(point, limits, strict=True)) for point in drawn)
         if family in fixed:
-            points = [
+            x, y = [
                 values.numpy() + JITTER * (hi - lo) * jitter.uniform(-1, 1, len(values))
                 for values, (lo, hi) in zip((groups[0].max_iou, groups[0].accuracy), limits, strict=True)
             ]
-            axes.scatter(*points, s=8, color=colour, alpha=0.35, linewidths=0)
+            axes.scatter(x, y, s=8, color=colour, alpha=0.35, linewidths=0)
         axes.plot(
             *zip(*places, strict=True),
             color=colour,
@@ -200,7 +200,8 @@ def plot_distribution(
             continue
         if np.ptp(shown) > 0:
             violin = axes.violinplot([shown], [row], orientation="horizontal", widths=0.8, showextrema=False)
-            violin["bodies"][0].set(facecolor=colour, edgecolor=colour, alpha=0.3)
+            for body in violin["bodies"]:  # type: ignore[attr-defined]  # its type is too wide
+                body.set(facecolor=colour, edgecolor=colour, alpha=0.3)
         axes.scatter(shown, row + jitter.uniform(-0.2, 0.2, len(shown)), s=6, color=colour, alpha=0.4, linewidths=0)
         axes.scatter(np.median(shown), row, s=110, marker="|", color=colour, linewidths=2.5)
     low, high = _limits(min_range, *groups.values())
@@ -304,10 +305,10 @@ def plot_loss_curves(
     """
     figure = Figure(figsize=(WIDTH, 0.4 + 2.6 * len(panels)), layout="constrained")
     for axes, (title, curves) in zip(figure.subplots(len(panels), squeeze=False)[:, 0], panels.items(), strict=True):
-        for (name, (steps, losses)), colour, style in zip(
+        for (name, curve), colour, style in zip(
             curves.items(), cycle((OTHERS[0], GENERATED, *OTHERS[1:])), cycle(("-", "--", "-.", ":")), strict=False
         ):
-            steps, losses = np.asarray(steps), np.asarray(losses, dtype=float)
+            steps, losses = np.asarray(curve[0]), np.asarray(curve[1], dtype=float)
             window = len(losses) // 50
             if len(losses) > 100:
                 axes.plot(steps, losses, color=colour, alpha=0.25, linewidth=0.8)
@@ -347,7 +348,7 @@ def plot_memory(path: str | Path, sizes: Sequence[int], curves: Mapping[str, tup
 
 
 def _log_scale_if_positive(axes: Axes) -> None:
-    if all((line.get_ydata() > 0).all() for line in axes.lines):
+    if all((np.asarray(line.get_ydata()) > 0).all() for line in axes.lines):
         axes.set_yscale("log")
 
 

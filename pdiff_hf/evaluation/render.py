@@ -1,5 +1,6 @@
 """A report as Markdown: the summary that a terminal, a page and a model card show, and the whole of `report.md`."""
 
+import math
 from collections.abc import Iterable, Sequence
 
 from ..utils.reports import FIGURES
@@ -236,7 +237,9 @@ def spread_of(row: dict) -> str:
 
 def number(value: float | None, format: str = ".3f") -> str:
     """A number, or a dash where there is none; a huge one, of a network that has diverged, in few digits."""
-    return "–" if value is None else f"{value:{format}}" if abs(value) < 1e6 else f"{value:.1e}"
+    if value is None or not math.isfinite(value):
+        return "–"
+    return f"{value:{format}}" if abs(value) < 1e6 else f"{value:.1e}"
 
 
 def _interval(bounds: Sequence[float | None] | None, format: str) -> str:

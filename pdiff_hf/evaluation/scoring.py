@@ -7,7 +7,7 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import ClassVar, Generic, TypeVar
+from typing import Any, ClassVar, Generic, TypeVar
 
 import psutil
 import torch
@@ -23,6 +23,7 @@ from ..networks.batched import BatchedModels
 from ..tasks import ClassificationTask, MeasuredTask, Task, predict_logits, take
 from ..tasks.task import EVAL_BATCH_SIZE, Split
 from ..utils.files import replacing
+from .geometry import Matrix
 from .scores import ClassifierScores, MeasuredScores, Metric, Scores
 
 # The parameters of networks that are scored in one pass are no more than this.
@@ -76,22 +77,26 @@ class Scorer(ABC, Generic[S]):
     def estimate(self, num_networks: int) -> float:
         """Seconds that so many networks will about take on the validation and the test split, from a short trial."""
 
-    def score(self, split: Split, parameters: Tensor | Sequence[Tensor]) -> S:
+    def num_examples(self, split: Split) -> int:
+        """How many examples a split has."""
+        return len(self.task.load_split(split))  # type: ignore[arg-type]  # map-style, so that it has a length
+
+    def score(self, split: Split, parameters: Matrix | Sequence[Tensor]) -> S:
         """
         Scores of networks on a split of the task.
 
         Args:
             split (`str`): `train`, `validation` or `test`.
-            parameters (`torch.Tensor` or `Sequence[torch.Tensor]`): Shape `(N, D)`, or N rows of shape `(D,)`, which
-                saves a copy of what lies in several tensors.
+            parameters (`torch.Tensor`, `Rows` or `Sequence[torch.Tensor]`): Shape `(N, D)`, or N rows of shape
+                `(D,)`, which saves a copy of what lies in several tensors.
 
         Raises:
             ValueError: if the scores would not fit into memory; nothing is computed before.
         """
         self.check_memory(split, len(parameters))
         rows: dict[str, list[int]] = {}  # the same network may be asked for several times
-        for row, vector in enumerate(parameters):
-            rows.setdefault(_content_hash(vector), []).append(row)
+        for row in range(len(parameters)):
+            rows.setdefault(_content_hash(parameters[row]), []).append(row)
         scores = self._empty(split, len(parameters))
         missing = dict(rows)
         for known, chunk in self._read(split):
@@ -133,7 +138,7 @@ class Scorer(ABC, Generic[S]):
         state = PartialState()
         share = parameters.tensor_split(state.num_processes)[state.process_index]  # the first ones are not empty
         own = self._run(split, share) if len(share) else self._empty(split, 0)
-        gathered = [None] * state.num_processes if state.is_main_process else None
+        gathered: list[Any] | None = [None] * state.num_processes if state.is_main_process else None
         torch.distributed.gather_object(own, gathered, dst=0)
         if gathered is None:
             return None
@@ -188,10 +193,10 @@ class ClassifierScorer(Scorer[ClassifierScores]):
     _classes: int | None = None
 
     def check_memory(self, split: Split, num_networks: int) -> None:
-        check_memory(num_networks, len(self.task.load_split(split)), self._num_classes(split))
+        check_memory(num_networks, self.num_examples(split), self._num_classes(split))
 
     def _batch(self, split: Split, size: int) -> dict:
-        indices = list(range(min(size, len(self.task.load_split(split)))))
+        indices = list(range(min(size, self.num_examples(split))))
         device = next(self.models.model.parameters()).device
         return send_to_device(self.task.collate(take(self.task.load_split(split), indices)), device)
 
@@ -204,7 +209,7 @@ class ClassifierScorer(Scorer[ClassifierScores]):
         return self._classes
 
     def _empty(self, split: Split, num_networks: int) -> ClassifierScores:
-        num_examples = len(self.task.load_split(split))
+        num_examples = self.num_examples(split)
         return ClassifierScores(
             torch.empty(num_networks, num_examples, dtype=torch.int16),
             torch.empty(num_networks, num_examples, self._num_classes(split), dtype=torch.float16),
@@ -236,8 +241,8 @@ class ClassifierScorer(Scorer[ClassifierScores]):
         few, more = seconds(2), seconds(6)
         each = max(0.0, more - few) / 4
         passes = -(-num_networks // self.chunk_size)
-        examples = sum(len(self.task.load_split(split)) for split in ("validation", "test"))
-        batches = examples / min(EVAL_BATCH_SIZE, len(self.task.load_split("test")))
+        examples = self.num_examples("validation") + self.num_examples("test")
+        batches = examples / min(EVAL_BATCH_SIZE, self.num_examples("test"))
         return batches * (num_networks * each + passes * max(0.0, few - 2 * each))
 
 
@@ -277,9 +282,10 @@ def make_scorer(
     Raises:
         ValueError: if the task does not say how networks are judged.
     """
-    for kind, scorer in ((ClassificationTask, ClassifierScorer), (MeasuredTask, MeasuredScorer)):
-        if isinstance(task, kind):
-            return scorer(task, model, layout, cache_dir)
+    if isinstance(task, ClassificationTask):
+        return ClassifierScorer(task, model, layout, cache_dir)
+    if isinstance(task, MeasuredTask):
+        return MeasuredScorer(task, model, layout, cache_dir)
     raise ValueError(
         f"{type(task).__name__} must be a ClassificationTask or a MeasuredTask: it has to say how networks are judged"
     )

@@ -30,12 +30,13 @@ def _against_snapshots(report: dict) -> str:
         "worse": "worse than the snapshots",
         "undecided": "as good as the snapshots within the sampling error",
     }[difference["verdict"]]
-    low, high = difference["interval"]
+    low, high = difference["interval"] or (None, None)
     unit = f" {metric['unit']}" if metric["unit"] else ""
     direction = "" if metric["higher_is_better"] else ", lower is better"
+    interval = f"{number(low, '+.2f')} to {number(high, '+.2f')}"
     sentence = (
         f"The generated networks are {relation}: mean {metric['name']} {means[0]:.2f} against {means[1]:.2f}{unit}"
-        f"{direction} (difference {difference['difference']:+.2f}, {CONFIDENCE:.0%} interval {low:+.2f} to {high:+.2f})"
+        f"{direction} (difference {number(difference['difference'], '+.2f')}, {CONFIDENCE:.0%} interval {interval})"
     )
     return sentence + (f"; {_what_to_change(report)}." if difference["verdict"] == "worse" else ".")
 
@@ -46,7 +47,8 @@ def _what_to_change(report: dict) -> str:
     if explained is None:
         return "a report on networks alone cannot say where it is lost"
     sign = 1 if report["metric"]["higher_is_better"] else -1
-    lost, by_autoencoder = -sign * report["difference"]["difference"], -sign * (explained["score_difference"] or 0.0)
+    lost = -sign * (report["difference"]["difference"] or 0.0)
+    by_autoencoder = -sign * (explained["score_difference"] or 0.0)
     if by_autoencoder >= lost / 2:
         heldout = explained["r2_heldout"] is not None
         r2, linear = (explained[f"{kind}r2_{'heldout' if heldout else 'train'}"] for kind in ("", "linear_"))
@@ -61,7 +63,7 @@ def _what_to_change(report: dict) -> str:
     more = report.get("more_steps")
     if more is not None and more["score_mean"] is not None:
         generated = next(row for row in report["groups"] if row["name"] == "generated")
-        gained = sign * (more["score_mean"] - generated["score_mean"])
+        gained = sign * (more["score_mean"] - (generated["score_mean"] or 0.0))
         if gained > lost / 2:
             return where + f"raise --num_inference_steps ({more['num_inference_steps']} reach {more['score_mean']:.2f})"
         where = where[:-2] + f", and {more['num_inference_steps']} denoising steps reach {more['score_mean']:.2f}: "
@@ -97,7 +99,7 @@ def find_warnings(report: dict) -> list[str]:
         )
     if "nll" in groups["snapshots"]:
         num_test = report["splits"]["test"]
-        errors = num_test * (1 - groups["snapshots"]["score_mean"] / 100)  # an accuracy is always defined
+        errors = num_test * (1 - (groups["snapshots"]["score_mean"] or 0.0) / 100)
         if errors < FEW_ERRORS:
             warnings.append(
                 f"A snapshot errs on only {errors:.1f} of {num_test} test examples: the similarity of wrong "

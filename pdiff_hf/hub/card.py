@@ -60,16 +60,13 @@ def make_model_card(
     layout = ParameterLayout.from_dict(json.loads((pipeline / "autoencoder" / "config.json").read_text())["layout"])
     base = pipeline / "base_model" / "config.json"
     base_config = json.loads(base.read_text()) if base.is_file() else {}
-    recipe, report, figures = {}, None, []
+    recipe: dict = {}
+    report, figures = None, list[dict]()
     if run is not None:
         recipe = published_recipe(Path(run)) if Path(run, "recipe.yaml").is_file() else {}
         report, figures = _read_report(Path(run, "evaluation"))
 
     name = repo_id.rpartition("/")[2]
-    measured = {}
-    if report is not None:
-        measured = {"metrics": [report["metric"]["name"]], "model_name": name}
-        measured["eval_results"] = _eval_results(report, recipe)
     data = ModelCardData(
         license=license,
         library_name="pdiff_hf",
@@ -77,7 +74,9 @@ def make_model_card(
         tags=["diffusers", "pdiff-hf", "neural-network-diffusion", "neural-network-weights", "arxiv:2402.13144"],
         base_model=_hub_id(recipe.get("model") or ""),
         datasets=_hub_id((recipe.get("dataset") or "").partition(":")[0]),
-        **measured,
+        metrics=None if report is None else [report["metric"]["name"]],
+        model_name=None if report is None else name,
+        eval_results=None if report is None else _eval_results(report, recipe),
     )
     network = recipe.get("model") or base_config.get("architecture") or base_config.get("model_type")
     dataset = recipe.get("dataset")
@@ -90,7 +89,7 @@ def make_model_card(
         network=f"`{network}`" if network else "a network that is not part of it",
         trained_on="scikit-learn's digits" if dataset == "digits" else f"`{dataset}`",
         recipe=yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True) if recipe else "",
-        repository=metadata("pdiff_hf").get("Home-page"),
+        repository=metadata("pdiff_hf").json.get("home_page"),
         complete=bool(base_config),
         report=report,
         figures=figures,

@@ -105,7 +105,7 @@ def push_snapshots_to_hub(
     Arguments and errors are those of [`push_run_to_hub`].
     """
     folder = Path(folder)
-    files = {
+    files: dict[str, Path | bytes] = {
         path.relative_to(folder).as_posix(): path
         for pattern in ("README.md", "data/*.arrow", "layout/*.arrow")
         for path in sorted(folder.glob(pattern))
@@ -178,8 +178,9 @@ def _push(
     """One commit that adds `files` and deletes what earlier pushes left in their folders."""
     api = HfApi(token=token)
     try:
-        if repo_type == "model":
-            ModelCard(files["README.md"].decode()).validate()
+        card = files["README.md"]
+        if isinstance(card, bytes):  # that of a model, which was made here
+            ModelCard(card.decode()).validate()
         api.create_repo(repo_id, repo_type=repo_type, private=private, exist_ok=True)
         info = api.repo_info(repo_id, repo_type=repo_type)
         if private and not info.private:
@@ -187,7 +188,7 @@ def _push(
         if revision is not None and not revision.startswith("refs/"):
             api.create_branch(repo_id, repo_type=repo_type, branch=revision, exist_ok=True)
             info = api.repo_info(repo_id, repo_type=repo_type, revision=revision)
-        present = {sibling.rfilename for sibling in info.siblings}
+        present = {sibling.rfilename for sibling in info.siblings or ()}  # type: ignore[union-attr]
         files = {path: file for path, file in files.items() if path not in keep or path not in present}
         folders = {path.partition("/")[0] for path in files if "/" in path}
         stale = [path for path in sorted(present) if path.partition("/")[0] in folders and path not in files]

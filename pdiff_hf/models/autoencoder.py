@@ -78,6 +78,29 @@ def autoencoder_architecture(preset: str, num_parameters: int, token_size: int |
     return AUTOENCODER_PRESETS[preset] | {"token_size": token_size or default}
 
 
+def check_settings(
+    num_parameters: int,
+    latent_dim: int,
+    block_out_channels: Sequence[int],
+    kernel_size: int,
+    token_size: int | None,
+    token_dim: int,
+    variational: bool,
+) -> None:
+    """Raises a `LayoutError` for settings of no [`ParameterAutoencoder`]."""
+    if not 1 <= latent_dim <= num_parameters:
+        raise LayoutError(
+            f"latent_dim must lie between 1 and the {num_parameters} selected parameters, got {latent_dim}: a "
+            "latent that is longer than the vector compresses nothing"
+        )
+    if kernel_size % 2 == 0 or kernel_size < 1:
+        raise LayoutError(f"kernel_size must be odd, so that a convolution keeps the length, got {kernel_size}")
+    if token_size is not None and (token_size < 1 or token_dim < 1):
+        raise LayoutError(f"token_size and token_dim must be at least 1, got {token_size} and {token_dim}")
+    if variational and not block_out_channels:
+        raise LayoutError("a variational autoencoder needs convolutions, got block_out_channels=()")
+
+
 def make_encoder_and_decoder(
     shape: tuple[int, int],
     latent_dim: int,
@@ -161,9 +184,8 @@ class ParameterAutoencoder(TokenModel, ConfigMixin):
     - Without convolutions (`block_out_channels=()`) the vector is one token, and the latents are its first `latent_dim`
       principal components: the exact linear autoencoder, a control for the learned ones. Nothing is trained.
 
-    This model inherits from [`ModelMixin`]. Its buffers hold what the trained weights need to be of use: the mean of
-    every parameter and the standard deviation of every tensor, the bases of tokens, and the mean and standard deviation
-    of every latent coordinate.
+    This model inherits from [`ModelMixin`]. Its buffers hold what the trained weights need to be of use: those of
+    `TokenModel`, and the mean and standard deviation of every latent coordinate.
 
     Args:
         layout (`dict`): The tensors that make up a vector of D parameters, as [`ParameterLayout.to_dict`] gives them.
@@ -199,20 +221,10 @@ class ParameterAutoencoder(TokenModel, ConfigMixin):
         super().__init__()
         check_format_version(format_version)
         parsed = ParameterLayout.from_dict(layout)
-        num_parameters = parsed.num_parameters
-        if not 1 <= latent_dim <= num_parameters:
-            raise LayoutError(
-                f"latent_dim must lie between 1 and the {num_parameters} selected parameters, got {latent_dim}: a "
-                "latent that is longer than the vector compresses nothing"
-            )
-        if kernel_size % 2 == 0 or kernel_size < 1:
-            raise LayoutError(f"kernel_size must be odd, so that a convolution keeps the length, got {kernel_size}")
-        if token_size is not None and (token_size < 1 or token_dim < 1):
-            raise LayoutError(f"token_size and token_dim must be at least 1, got {token_size} and {token_dim}")
-        if variational and not block_out_channels:
-            raise LayoutError("a variational autoencoder needs convolutions, got block_out_channels=()")
+        check_settings(
+            parsed.num_parameters, latent_dim, block_out_channels, kernel_size, token_size, token_dim, variational
+        )
         self._init_tokens(parsed, latent_dim, block_out_channels, token_size, token_dim)
-        # Of the signal with the zeros that make it divisible by the strides.
         stride = 2 ** len(block_out_channels)
         self.padded_length = -(-self.token_shape[1] // stride) * stride
         self.encoder, self.decoder = make_encoder_and_decoder(
@@ -223,7 +235,7 @@ class ParameterAutoencoder(TokenModel, ConfigMixin):
             norm_num_groups,
             2 * latent_dim if variational else latent_dim,
         )
-        self.register_buffer("parameter_mean", torch.zeros(num_parameters))
+        self.register_buffer("parameter_mean", torch.zeros(self.layout.num_parameters))
         self.register_buffer("parameter_std", torch.ones(len(self.layout.names)))
         self.register_buffer("latent_mean", torch.zeros(latent_dim))
         self.register_buffer("latent_std", torch.ones(latent_dim))
@@ -247,10 +259,7 @@ class ParameterAutoencoder(TokenModel, ConfigMixin):
         return self.decoder(latents.to(self.dtype))[:, :, : self.token_shape[1]]
 
     def encode(self, parameters: torch.Tensor, rows: torch.Tensor | None = None) -> ParameterEncoderOutput:
-        """
-        Parameters in natural units, shape `(K, D)`, to standardised latents, shape `(N, L)`: of the rows with the
-        indices `rows`, shape `(N,)`, or of all.
-        """
+        """Parameters `(K, D)` in natural units to standardised latents `(N, L)`: of the rows `rows`, `(N,)`, or all."""
         latents = self._encode(self.tokenize(parameters, rows))[0].float()
         return ParameterEncoderOutput(latents=(latents - self.latent_mean) / self.latent_std)
 

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import numpy as np
@@ -28,8 +28,14 @@ class Field:
     """
 
     type: ClassVar[str]
-    width: int = 1
-    num_features: int = 1
+
+    @property
+    def width(self) -> int:
+        return 1
+
+    @property
+    def num_features(self) -> int:
+        return 1
 
     def parse(self, value: Any) -> list[float]:
         """A value as the `width` numbers of a table. Raises a `ValueError` or `TypeError` for what cannot be one."""
@@ -86,7 +92,6 @@ class AngleField(Field):
 
     period: float = 360.0
     type: ClassVar[str] = "angle"
-    num_features: ClassVar[int] = 2
 
     def __post_init__(self):
         if not 0 < self.period < math.inf:
@@ -94,6 +99,10 @@ class AngleField(Field):
 
     def __str__(self) -> str:
         return f"an angle with period {self.period:g}"
+
+    @property
+    def num_features(self) -> int:
+        return 2
 
     def perturb(self, columns: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
         return columns + noise * self.period / math.sqrt(12)
@@ -224,7 +233,7 @@ class Fields(Mapping[str, Field]):
 
     def to_dict(self) -> dict[str, dict]:
         """As JSON has it; `Fields` reads it again."""
-        return {name: {"type": field.type} | asdict(field) for name, field in self.items()}
+        return {name: {"type": field.type} | vars(field) for name, field in self.items()}
 
     def table(self, conditions: Iterable[Condition]) -> torch.Tensor:
         """
@@ -334,8 +343,8 @@ class ConditionEncoder(SavedModel, ConfigMixin):
             table (`torch.Tensor`): Shape `(N, width)`, NaN where a field is unknown.
             draws (`torch.Tensor`): Shape `(N,)`, uniform in [0, 1): which of the seen conditions each row takes all of
                 its unknown fields from.
-            num_neighbors (`int`, *optional*): Of the seen conditions, only the nearest in the known fields; all by
-                default, as for fields that do not depend on each other.
+            num_neighbors (`int`, *optional*): Only from so many of the seen conditions, the nearest in the known
+                fields; all by default, which is right for fields that do not depend on each other.
 
         Raises:
             ConditionError: if there are unknown fields, and no seen condition to draw them from.
@@ -352,11 +361,10 @@ class ConditionEncoder(SavedModel, ConfigMixin):
         of_seen, of_rows = features[: len(seen)], features[len(seen) :]
         weights = known[:, self.fields.feature_fields().to(known.device)].to(features.dtype)  # (N, F)
         distances = ((of_rows.unsqueeze(1) - of_seen).square() * weights.unsqueeze(1)).sum(-1)  # (N, S)
-        size = min(num_neighbors or len(seen), len(seen))
-        order = distances.argsort(dim=1, stable=True)[:, :size] if size < len(seen) else None
-        chosen = (draws * size).long().clamp_max(size - 1)  # (N,)
-        if order is not None:
-            chosen = order.gather(1, chosen.unsqueeze(1)).squeeze(1)
+        # Where nothing is known, all are equally near.
+        sizes = torch.where(known.any(1), min(num_neighbors or len(seen), len(seen)), len(seen))
+        chosen = (draws * sizes).long().minimum(sizes - 1)  # (N,)
+        chosen = distances.argsort(dim=1, stable=True).gather(1, chosen.unsqueeze(1)).squeeze(1)
         return torch.where(table.isnan(), seen[chosen], table)
 
     def forward(self, table: torch.Tensor) -> torch.Tensor:

@@ -46,8 +46,12 @@ class ConvBlock(nn.Module):
         self.norm = nn.GroupNorm(1, in_channels)
         self.embedding = nn.Linear(embedding_dim, in_channels)
         self.modulation = None if condition_dim is None else zero_linear(condition_dim, 2 * in_channels)
-        arguments = {"stride": 2, "padding": kernel_size // 2} | ({"output_padding": 1} if up else {})
-        self.conv = (nn.ConvTranspose1d if up else nn.Conv1d)(in_channels, out_channels, kernel_size, **arguments)
+        channels, padding = (in_channels, out_channels), kernel_size // 2
+        self.conv = (
+            nn.ConvTranspose1d(*channels, kernel_size, stride=2, padding=padding, output_padding=1)
+            if up
+            else nn.Conv1d(*channels, kernel_size, stride=2, padding=padding)
+        )
 
     def forward(self, hidden: torch.Tensor, embedding: torch.Tensor, condition: torch.Tensor | None) -> torch.Tensor:
         hidden = self.norm(hidden)
@@ -74,8 +78,8 @@ class MLPBlock(nn.Module):
 def zero_linear(in_features: int, out_features: int) -> nn.Linear:
     """A linear layer that gives 0 until it is trained."""
     layer = nn.Linear(in_features, out_features)
-    nn.init.zeros_(layer.weight)
-    nn.init.zeros_(layer.bias)
+    for parameter in layer.parameters():
+        nn.init.zeros_(parameter)
     return layer
 
 
@@ -160,8 +164,8 @@ class LatentDenoiser(SavedModel, ConfigMixin):
         )
         self.conv_out = nn.Conv1d(2 * channels[0], 1, kernel_size, padding=padding)
         # It starts by predicting no noise, whatever the input.
-        nn.init.zeros_(self.conv_out.weight)
-        nn.init.zeros_(self.conv_out.bias)
+        for parameter in self.conv_out.parameters():
+            nn.init.zeros_(parameter)
 
     def forward(
         self,
@@ -196,7 +200,7 @@ class LatentDenoiser(SavedModel, ConfigMixin):
         return LatentDenoiserOutput(sample=prediction) if return_dict else (prediction,)
 
     def _connect(self, sample: torch.Tensor, embedding: torch.Tensor, condition: torch.Tensor | None) -> torch.Tensor:
-        if condition is not None:
+        if self.condition_embedding is not None:
             embedding = embedding + self.condition_embedding(condition)
         embedding = F.silu(embedding)
         hidden = self.layer_in(sample)  # (N, L) -> (N, width)
@@ -214,7 +218,7 @@ class LatentDenoiser(SavedModel, ConfigMixin):
             hidden = block(hidden, embedding, condition)  # the length halves
             skips.append(hidden)
         mid = self.mid_in(F.silu(hidden.flatten(1))) + self.mid_embedding(embedding)  # (N, bottleneck_dim)
-        if condition is not None:
+        if self.mid_condition is not None:
             mid = mid + self.mid_condition(condition)
         hidden = hidden + self.mid_out(F.silu(mid)).view_as(hidden)
         for block in self.up_blocks:

@@ -1,6 +1,9 @@
 """What the autoencoder and the denoiser have in common when they are saved and loaded."""
 
+import contextlib
 import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import psutil
@@ -10,6 +13,7 @@ from huggingface_hub.errors import HTTPError
 
 from ..layout import LayoutError
 from ..utils.errors import first_line
+from ..utils.files import remove
 
 # Goes up when a release can no longer read what an older one has written, or the other way round. Files without a
 # version are of format 1.
@@ -25,8 +29,56 @@ def check_format_version(version: int) -> None:
         )
 
 
+@contextlib.contextmanager
+def replaced_files(folder: Path, *patterns: str) -> Iterator[Path]:
+    """
+    An empty folder to write into. When the block ends without an exception, what is in it comes to `folder`, after all
+    that matches one of `patterns` there has been removed: files of another format would be loaded in place of new ones.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    part = folder / ".part"
+    remove(part)
+    part.mkdir()
+    try:
+        yield part
+        for pattern in patterns:
+            for old in folder.glob(pattern):
+                remove(old)
+        for new in part.iterdir():
+            new.replace(folder / new.name)
+    finally:
+        remove(part)
+
+
 class SavedModel(ModelMixin):
-    """A `ModelMixin` that is loaded whole or not at all."""
+    """A `ModelMixin` that is saved and loaded whole or not at all."""
+
+    # A pipeline looks at this signature to learn what it can ask for.
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike,
+        is_main_process: bool = True,
+        save_function: Callable | None = None,
+        safe_serialization: bool = True,
+        variant: str | None = None,
+        max_shard_size: int | str = "10GB",
+        push_to_hub: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        """Like diffusers' own, but an earlier model in the folder goes, whatever format it was saved in."""
+        if push_to_hub:
+            kwargs = {"repo_id": Path(save_directory).name} | kwargs
+        with replaced_files(Path(save_directory), "diffusion_pytorch_model*", self.config_name) as part:
+            super().save_pretrained(
+                part,
+                is_main_process,
+                save_function,
+                safe_serialization,
+                variant,
+                max_shard_size,
+                push_to_hub=push_to_hub,
+                **kwargs,
+            )
 
     @classmethod
     def from_config(cls, config: dict, **kwargs: Any):
@@ -65,6 +117,14 @@ class SavedModel(ModelMixin):
             ValueError: if they are damaged, do not belong together, or are of a newer format than this release reads.
         """
         wants_info = kwargs.pop("output_loading_info", False)
+        folder = Path(pretrained_model_name_or_path, kwargs.get("subfolder") or "")
+        if folder.is_dir() and not any(folder.glob("*.safetensors")) and any(folder.glob("*.bin")):
+            if kwargs.get("use_safetensors"):
+                raise OSError(
+                    f"no file named diffusion_pytorch_model.safetensors in '{folder}', but .bin files, which are read "
+                    "with use_safetensors=False only: they are pickled"
+                )
+            kwargs["use_safetensors"] = False
         try:
             model, info = super().from_pretrained(pretrained_model_name_or_path, output_loading_info=True, **kwargs)
         except (OSError, HTTPError):

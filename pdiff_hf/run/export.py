@@ -22,7 +22,6 @@ def write_networks(
     num_models: int,
     num_inference_steps: int,
     seed: int,
-    batch_size: int,
     only_generated: bool,
 ) -> None:
     """
@@ -58,7 +57,6 @@ def write_networks(
         num_models,
         num_inference_steps=num_inference_steps,
         generator=torch.Generator().manual_seed(seed),
-        batch_size=batch_size,
         output_type="pt",
     ).parameters
     folder.mkdir(parents=True, exist_ok=True)

@@ -15,8 +15,9 @@ from ..pipelines import PDiffPipeline
 from ..snapshots import load_snapshots, parameter_matrix, read_networks
 from ..tasks import Task
 from ..tasks.labels import LabelledTask
+from ..utils import names
 from ..utils.errors import resource_errors
-from ..utils.files import remove
+from ..utils.files import check_writable, remove
 from .recipe import Recipe
 from .task import make_task
 
@@ -28,7 +29,7 @@ def evaluate_saved(source: str, recipe: Recipe) -> dict:
 
     Args:
         source (`str`): Folder or Hub id of a saved `PDiffPipeline`, or a folder of networks as
-            [`~pdiff_hf.checkpoints.read_networks`] reads it.
+            [`~pdiff_hf.snapshots.read_networks`] reads it.
         recipe (`Recipe`): Its `snapshots`, its task (`dataset`, `model`, ...) and its section for the evaluation.
             `model` may be `None` for a pipeline that carries its base model.
 
@@ -39,7 +40,7 @@ def evaluate_saved(source: str, recipe: Recipe) -> dict:
         ValueError: for everything that can be seen to be wrong before any work is done.
         ResourceError: where disk or memory run out.
     """
-    for key in ("snapshots", "dataset"):
+    for key in ("snapshots", "dataset") if ":" not in recipe.task else ("snapshots",):
         if getattr(recipe, key) is None:
             raise ValueError(f"--{key} is needed: the {key} that the networks were made from")
     snapshots, layout = load_snapshots(recipe.snapshots)
@@ -49,7 +50,7 @@ def evaluate_saved(source: str, recipe: Recipe) -> dict:
     if recipe.model is None:
         if carried is None:
             raise ValueError(f"--model is needed: '{source}' does not carry the network that its tensors belong to")
-        recipe = dataclasses.replace(recipe, model=str(Path(folder, "base_model")))
+        recipe = dataclasses.replace(recipe, model=str(Path(folder, names.BASE_MODEL)))
     task = make_task(recipe)
     model = _load_model(task, recipe.model, layout) if carried is None else carried
     layout.check_fits(model.state_dict())
@@ -57,11 +58,12 @@ def evaluate_saved(source: str, recipe: Recipe) -> dict:
         task.align(model.config)
     device = PartialState().device
     output = Path(recipe.output_dir)
+    check_writable(output)
     part = output / ".report.part"
     remove(part)
     with resource_errors("evaluation", output, "what is scored is kept; go on with the same command"):
         report = compare_generator(
-            make_scorer(task, model.to(device), layout, cache_dir=output / "scores"),
+            make_scorer(task, model.to(device), layout, cache_dir=output / names.SCORES),
             parameter_matrix(snapshots, layout),
             read_networks(folder, layout) if pipeline is None else pipeline.to(device),
             part,

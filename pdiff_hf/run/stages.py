@@ -272,6 +272,7 @@ def evaluate(run: "Run") -> None:
             hyper_representations=r.hyper_representations,
             vae=vae,
             losses=_losses(run),
+            latents=run.latents,
             seed=r.seed,
         )
     run.base_model.to("cpu")

@@ -48,6 +48,9 @@ class ZooArguments:
 class Specialists(nn.Module):
     """The parameters of T networks while they are trained, `(T, D)`, and S snapshots of each, `(S, T, D)`."""
 
+    snapshots: torch.Tensor
+    _ddp_params_and_buffers_to_ignore = ["snapshots"]  # long, and the same on every process
+
     def __init__(self, start: torch.Tensor, num_tasks: int, num_snapshots: int):
         super().__init__()
         self.values = nn.Parameter(start.repeat(num_tasks, 1))
@@ -130,11 +133,22 @@ def collect_zoo(
     seed: int,
     checkpoint_dir: str | os.PathLike,
     resume: bool = False,
+    start: torch.Tensor | None = None,
 ) -> None:
-    """Writes the specialists of `conditions` to the parameter data set `folder`, with their conditions."""
-    table = family.fields.table(conditions)
+    """
+    Writes the specialists of `conditions` to the parameter data set `folder`, with their conditions; see
+    [`train_specialists`].
+    """
     snapshots = train_specialists(
-        accelerator, family, networks, table, args, seed=seed, checkpoint_dir=checkpoint_dir, resume=resume
+        accelerator,
+        family,
+        networks,
+        family.fields.table(conditions),
+        args,
+        seed=seed,
+        checkpoint_dir=checkpoint_dir,
+        resume=resume,
+        start=start,
     )
     if accelerator.is_main_process:
         with SnapshotWriter(folder, networks.layout, fields=family.fields) as writer:

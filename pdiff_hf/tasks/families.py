@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.data import Dataset
 
-from ..models.condition import AngleField, CategoryField, Condition, ConditionError, Fields
+from ..models.condition import AngleField, CategoryField, Condition, ConditionError, Fields, ScalarField
 from ..utils.seeds import derive_seed
 from .image_classification import ImageClassificationTask
 from .task import Batch, ClassificationTask, Split
@@ -58,9 +58,8 @@ class Family(ABC):
             `dict`: What `predict` needs, tensors of shape `(T, B, ...)`, and `labels` of shape `(T, B)`.
         """
 
-    @staticmethod
     @abstractmethod
-    def predict(call: Callable, batch: Batch) -> torch.Tensor:
+    def predict(self, call: Callable, batch: Batch) -> torch.Tensor:
         """Logits of one network on the examples of its task, shape `(B, C)`."""
 
     @abstractmethod
@@ -172,9 +171,8 @@ class ImageFamily(Family):
             labels (`torch.Tensor`): Shape `(T, B)`.
         """
 
-    @staticmethod
-    def predict(call: Callable, batch: Batch) -> torch.Tensor:
-        return ImageClassificationTask.predict(call, batch)
+    def predict(self, call: Callable, batch: Batch) -> torch.Tensor:
+        return self.base.predict(call, batch)
 
     def load_base_model(self) -> nn.Module:
         return self.base.load_base_model()
@@ -183,7 +181,7 @@ class ImageFamily(Family):
         return MemberTask(self, dict(condition))
 
 
-TRANSFORMED_FIELDS = {
+TRANSFORMED_FIELDS: dict[str, dict[str, Any]] = {
     "angle": {"type": "angle", "period": 360.0},
     "blur": {"type": "scalar", "low": 0.0, "high": 1.5},
     "invert": {"type": "category", "values": ["no", "yes"]},
@@ -212,7 +210,7 @@ class TransformedFamily(ImageFamily):
     hold_out: Sequence[str] = ()
 
     def __post_init__(self):
-        specs = {name: dict(spec) for name, spec in TRANSFORMED_FIELDS.items()}
+        specs: dict[str, dict[str, Any]] = {name: dict(spec) for name, spec in TRANSFORMED_FIELDS.items()}
         for name, values in self.ranges.items():
             if name not in specs:
                 raise ConditionError(f"a transformed family has no field {name!r}; it has {', '.join(specs)}")
@@ -237,19 +235,23 @@ class TransformedFamily(ImageFamily):
                 values[name] = spec.values[int(u * len(spec.values))]
             elif isinstance(spec, AngleField):
                 values[name] = u * spec.period
-            else:
+            elif isinstance(spec, ScalarField):
                 values[name] = spec.low + u * (spec.high - spec.low)
         return values
+
+    def _words(self, name: str) -> tuple[str, ...]:
+        field = self.fields[name]
+        assert isinstance(field, CategoryField)
+        return field.values
 
     def region(self, condition: Condition) -> str | None:
         combination = condition.get("invert") == "yes" and condition.get("occlude") in ("right", "bottom")
         if "combinations" in self.hold_out and combination:
             return "combinations"
-        if "extrapolation" in self.hold_out and "blur" in self.fields:
-            blur = self.fields["blur"]
-            if condition["blur"] > 0.2 * blur.low + 0.8 * blur.high:
-                return "extrapolation"
-        return None
+        blur = self.fields.get("blur")
+        if "extrapolation" not in self.hold_out or not isinstance(blur, ScalarField):
+            return None
+        return "extrapolation" if condition["blur"] > 0.2 * blur.low + 0.8 * blur.high else None
 
     def change(
         self, table: torch.Tensor, images: torch.Tensor, labels: torch.Tensor
@@ -261,7 +263,7 @@ class TransformedFamily(ImageFamily):
             radians = columns["angle"] * (math.pi / 180)
             sin, cos, zero = radians.sin(), radians.cos(), torch.zeros_like(radians)
             maps = torch.stack([cos, -sin * height / width, zero, sin * width / height, cos, zero], dim=1)
-            grid = F.affine_grid(maps.view(-1, 2, 3), (num_tasks, 1, height, width), align_corners=False)
+            grid = F.affine_grid(maps.view(-1, 2, 3), [num_tasks, 1, height, width], align_corners=False)
             flat = F.grid_sample(flat, grid, align_corners=False)
         if "blur" in columns:
             # One product a task and direction: all images of a task are blurred alike.
@@ -273,7 +275,7 @@ class TransformedFamily(ImageFamily):
         factor = torch.ones(num_tasks, 1, 1, height, width, device=table.device)
         offset = torch.zeros_like(factor)
         if "invert" in columns:
-            inverted = torch.tensor([value == "yes" for value in self.fields["invert"].values], device=table.device)
+            inverted = torch.tensor([word == "yes" for word in self._words("invert")], device=table.device)
             inverted = inverted[columns["invert"].long()].view(-1, 1, 1, 1, 1).float()
             factor, offset = factor - 2 * inverted, offset + inverted
         if "occlude" in columns:
@@ -286,7 +288,7 @@ class TransformedFamily(ImageFamily):
                 "top": y > OCCLUDED,
                 "bottom": y < 1 - OCCLUDED,
             }
-            masks = torch.stack([visible[value] for value in self.fields["occlude"].values])
+            masks = torch.stack([visible[word] for word in self._words("occlude")])
             mask = masks[columns["occlude"].long()].view(num_tasks, 1, 1, height, width)
             factor, offset = factor * mask, offset * mask
         images = torch.addcmul(offset, images, factor)  # in one pass: this is most of what a small network costs

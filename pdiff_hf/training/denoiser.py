@@ -109,7 +109,7 @@ def train_denoiser(
     def loss_function(model, indices, generator):
         clean = latents[indices.to(latents.device)]  # (B, L)
         rows, dropped = None, None
-        if encoder is not None:
+        if encoder is not None and table is not None:
             draws = torch.rand(2, len(clean), generator=generator, device=clean.device)
             rows = encoder.complete(table[indices].to(clean.device), draws[0])
             dropped = draws[1] < condition_dropout if condition_dropout > 0 else None

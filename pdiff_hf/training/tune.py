@@ -32,7 +32,7 @@ class TuneArguments:
         num_steps (`int`, *optional*, defaults to 1200).
         learning_rate (`float`, *optional*, defaults to 3e-4): Peak of AdamW's; it falls as a cosine.
         num_tasks (`int`, *optional*, defaults to 32): In a step, each with a network of its own.
-        num_examples (`int`, *optional*, defaults to 32): Of each task in a step.
+        num_examples (`int`, *optional*, defaults to 128): Of each task in a step.
         ema_decay (`float`, *optional*, defaults to 0.99): Of the averaged weights, which are validated and kept.
         validate_every (`int`, *optional*, defaults to 100): Steps between two looks at the validation tasks.
         patience (`int`, *optional*, defaults to 5): End after so many looks without a lower loss.
@@ -43,7 +43,7 @@ class TuneArguments:
     num_steps: int = 1200
     learning_rate: float = 3e-4
     num_tasks: int = 32
-    num_examples: int = 32
+    num_examples: int = 128
     ema_decay: float = 0.99
     validate_every: int = 100
     patience: int = 5
@@ -75,6 +75,8 @@ class GeneratedNetworks(nn.Module):
     ):
         super().__init__()
         self.generator = generator
+        if generator.encoder is not None:
+            generator.denoiser.null_condition.requires_grad_(False)  # it takes no part
         # As a list, it is no part of this module: frozen, and not in its checkpoints.
         self._frozen = [autoencoder.eval().requires_grad_(False)]
         self.networks, self.predict = networks, predict
@@ -84,10 +86,14 @@ class GeneratedNetworks(nn.Module):
     def autoencoder(self) -> ParameterAutoencoder:
         return self._frozen[0]
 
-    def sample_latents(self, table: torch.Tensor | None, generator: torch.Generator, num_networks: int) -> torch.Tensor:
-        """Latents for T conditions, shape `(T, L)`."""
+    def sample_latents(
+        self, table: torch.Tensor | None, generator: torch.Generator, num_networks: int | None = None
+    ) -> torch.Tensor:
+        """Latents for T conditions, shape `(T, L)`; without conditions, of `num_networks` (1 by default)."""
         device = next(self.generator.parameters()).device
-        shape = (num_networks, self.autoencoder.config.latent_dim)
+        if table is not None:
+            num_networks = len(table)
+        shape = (num_networks or 1, self.autoencoder.config.latent_dim)
         if self.scheduler is None:
             return self.generator(torch.zeros(shape, device=device), 0, table)
         scheduler = copy.deepcopy(self.scheduler)
@@ -100,9 +106,9 @@ class GeneratedNetworks(nn.Module):
         return latents
 
     def sample_parameters(
-        self, table: torch.Tensor | None, generator: torch.Generator, num_networks: int
+        self, table: torch.Tensor | None, generator: torch.Generator, num_networks: int | None = None
     ) -> torch.Tensor:
-        """Parameters for T conditions, shape `(T, D)`."""
+        """Parameters for T conditions, shape `(T, D)`; without conditions, of `num_networks`."""
         return self.autoencoder.decode(self.sample_latents(table, generator, num_networks)).sample
 
     def forward(self, table: torch.Tensor | None, batch: Batch, generator: torch.Generator) -> torch.Tensor:
@@ -165,9 +171,12 @@ def single_task(task: ClassificationTask, args: TuneArguments, device: torch.dev
 class _Tuned(nn.Module):
     """What is tuned, its averaged weights, the best of those so far, and how they were validated."""
 
-    def __init__(self, model: nn.Module):
+    best_loss: torch.Tensor
+    num_worse: torch.Tensor
+
+    def __init__(self, model: nn.Module, extra_loss: Callable[[torch.Generator], torch.Tensor] | None):
         super().__init__()
-        self.model = model
+        self.model, self.extra_loss = model, extra_loss
         state = {name: value.detach().clone() for name, value in model.named_parameters() if value.requires_grad}
         self.names = list(state)
         for kind in ("average", "best"):
@@ -175,12 +184,17 @@ class _Tuned(nn.Module):
                 self.register_buffer(f"{kind}_{i}", value.clone())
         self.register_buffer("best_loss", torch.tensor(math.inf))
         self.register_buffer("num_worse", torch.tensor(0))
+        # They are the same on every process, and not to be sent at every step.
+        self._ddp_params_and_buffers_to_ignore = [name for name, _ in self.named_buffers(recurse=False)]
 
     def kept(self, kind: str) -> dict[str, torch.Tensor]:
         return {name: getattr(self, f"{kind}_{i}") for i, name in enumerate(self.names)}
 
-    def forward(self, *args) -> torch.Tensor:
-        return self.model(*args)
+    def forward(self, table: torch.Tensor | None, batch: Batch, generator: torch.Generator) -> torch.Tensor:
+        """The mean loss over tasks and examples, a scalar, plus the other one."""
+        logits = self.model(table, batch, generator)
+        loss = F.cross_entropy(logits.flatten(0, 1), batch["labels"].flatten())
+        return loss if self.extra_loss is None else loss + self.extra_loss(generator)
 
 
 def tune(
@@ -213,16 +227,14 @@ def tune(
         `dict`: `losses` at every step, and the validation losses with the steps after which they were taken.
     """
     model.to(accelerator.device)
-    tuned = _Tuned(model)
+    tuned = _Tuned(model, extra_loss)
     parameters = dict(model.named_parameters())
     history: dict[str, list[float]] = {"steps": [], "validation_losses": []}
 
     def loss_function(wrapped, indices, generator):
         torch.manual_seed(derive_seed(generator.initial_seed(), 1))  # of what a network draws by chance
         table, batch = batches(indices, generator)
-        logits = wrapped(table, batch, generator)
-        loss = F.cross_entropy(logits.flatten(0, 1), batch["labels"].flatten())
-        return loss if extra_loss is None else loss + extra_loss(generator)
+        return wrapped(table, batch, generator)
 
     @torch.no_grad()
     def swap_average() -> None:

@@ -33,8 +33,8 @@ def when_imported(module: str, function: Callable[[ModuleType], Any]) -> None:
         sys.meta_path.insert(0, _Finder(module, function))
 
 
-class _Finder(importlib.abc.MetaPathFinder):
-    """Finds one module as the other finders do, and sees to it that a function is called after its import."""
+class _Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
+    """Finds one module as the other finders do, and loads it as they do, but calls a function afterwards."""
 
     def __init__(self, module: str, function: Callable[[ModuleType], Any]):
         self.module, self.function = module, function
@@ -47,12 +47,15 @@ class _Finder(importlib.abc.MetaPathFinder):
         others = (finder for finder in sys.meta_path if finder is not self)
         spec = next(filter(None, (finder.find_spec(fullname, path, target) for finder in others)), None)
         if spec is not None and spec.loader is not None:
-            execute = spec.loader.exec_module
-
-            def execute_and_call(module: ModuleType) -> None:
-                execute(module)
-                sys.meta_path.remove(self)
-                self.function(module)
-
-            spec.loader.exec_module = execute_and_call  # type: ignore[method-assign]
+            self.loader, spec.loader = spec.loader, self
         return spec
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType | None:
+        return self.loader.create_module(spec)
+
+    def exec_module(self, module: ModuleType) -> None:
+        assert module.__spec__ is not None  # of a module that is being imported
+        module.__loader__ = module.__spec__.loader = self.loader
+        self.loader.exec_module(module)
+        sys.meta_path.remove(self)
+        self.function(module)

@@ -9,6 +9,7 @@ python scripts/benchmarks/on_demand.py --dataset path/to/fashion_mnist --image_s
 import argparse
 import json
 import resource
+import shutil
 import tempfile
 import time
 from pathlib import Path
@@ -17,12 +18,13 @@ import torch
 from accelerate import Accelerator
 from diffusers import DPMSolverMultistepScheduler
 
-from pdiff_hf.evaluation.conditional import GENERATOR, ConditionalAudit, Cost, plot_field, render_markdown
+from pdiff_hf.evaluation.conditional import GENERATOR, ConditionalAudit, Cost, plot_field, pool_reports, render_markdown
 from pdiff_hf.evaluation.conditional_baselines import BasisNetworks, GenericNetwork
 from pdiff_hf.layout import ParameterLayout
 from pdiff_hf.models import DENOISER_PRESETS, ConditionEncoder, LatentDenoiser, ParameterAutoencoder
 from pdiff_hf.networks.stacked import StackedNetworks
-from pdiff_hf.snapshots.zoo import ZooArguments, train_specialists
+from pdiff_hf.snapshots.dataset import condition_table, load_fields, load_snapshots, parameter_matrix
+from pdiff_hf.snapshots.zoo import ZooArguments, collect_zoo, train_specialists
 from pdiff_hf.tasks import ImageClassificationTask
 from pdiff_hf.tasks.families import GroupedFamily, TransformedFamily
 from pdiff_hf.training import make_training_scheduler
@@ -52,29 +54,35 @@ def main() -> None:
     parser.add_argument("--zoo_learning_rate", type=float, default=0.01)
     parser.add_argument("--latent_dim", type=int, default=160)
     parser.add_argument("--denoiser_preset", default="mlp", choices=DENOISER_PRESETS)
-    parser.add_argument("--denoiser_steps", type=int, default=3000)
-    parser.add_argument("--tune_steps", type=int, default=2400)
+    parser.add_argument("--denoiser_steps", type=int, default=2000)
+    parser.add_argument("--tune_steps", type=int, default=1800)
     parser.add_argument("--tune_learning_rate", type=float, default=1e-3)
     parser.add_argument("--weight_loss", type=float, default=0.0, help="Weight of the denoiser's own loss in tuning.")
     parser.add_argument("--condition_noise", type=float, default=0.0, help="Of the seen conditions, in tuning.")
     parser.add_argument("--num_inference_steps", type=int, default=10)
     parser.add_argument("--skip", nargs="*", default=[], help="oracle5, hypernetwork, generic, basis")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--output_dir", default="outputs/on_demand")
     args = parser.parse_args()
     folder = Path(args.output_dir)
-    folder.mkdir(parents=True, exist_ok=True)
-    clock = Clock()
-    with tempfile.TemporaryDirectory() as checkpoints:
-        report = run(args, clock, checkpoints)
-    report["settings"]["cpu_seconds"] = clock.seconds
-    report["settings"]["peak_memory_gb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    reports = []
+    for seed in args.seeds:
+        clock = Clock()
+        with tempfile.TemporaryDirectory() as checkpoints:
+            report = run(args, seed, folder / f"seed{seed}", clock, checkpoints)
+        report["settings"] |= {"seed": seed, "cpu_seconds": clock.seconds}
+        report["settings"]["peak_memory_gb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+        write_json(folder / f"seed{seed}" / "report.json", report)
+        if "angles" in report["conditions"]:
+            shown = [GENERATOR, "trained on the task", "nearest seen task", "generic network"]
+            shown = [name for name in shown if name in report["rows"]]
+            plot_field(report, "angle", "angles", shown, folder / f"seed{seed}" / "angles.png")
+        reports.append(report)
+        print(render_markdown(report), json.dumps(clock.seconds), sep="\n", flush=True)
+    report = pool_reports(reports)
     write_json(folder / "report.json", report)
     (folder / "report.md").write_text(render_markdown(report))
-    if "angles" in report["conditions"]:
-        shown = [GENERATOR, "trained on the task", "nearest seen task", "generic network"]
-        plot_field(report, "angle", "angles", [n for n in shown if n in report["rows"]], folder / "angles.png")
-    print(render_markdown(report), json.dumps(clock.seconds), sep="\n")
+    print(render_markdown(report))
 
 
 class Clock:
@@ -91,7 +99,7 @@ class Clock:
         print(f"{what}: {self.seconds[what]} s", flush=True)
 
 
-def run(args, clock: Clock, checkpoints: str) -> dict:
+def run(args, seed: int, folder: Path, clock: Clock, checkpoints: str) -> dict:
     accelerator, device = Accelerator(cpu=True), torch.device("cpu")
     model_args = {"img_size": args.image_size, "in_chans": 1} if args.model == "perceptron_mini" else {}
     model_args |= {"hidden_size": args.hidden_size} if args.model == "perceptron_mini" else {}
@@ -100,7 +108,7 @@ def run(args, clock: Clock, checkpoints: str) -> dict:
     )
     family = TransformedFamily(base) if args.family == "transformed" else GroupedFamily(base)
     sizes = {"train": args.num_seen, "validation": args.num_validation, "test": args.num_unseen}
-    conditions = family.split(sizes, derive_seed(args.seed, 0))
+    conditions = family.split(sizes, derive_seed(seed, 0))
     tables = {name: family.fields.table(rows) for name, rows in conditions.items()}
     unseen = {family.key(condition) for name in ("validation", "test") for condition in conditions[name]}
     test_sets = {"test": tables["test"]}
@@ -109,7 +117,7 @@ def run(args, clock: Clock, checkpoints: str) -> dict:
         curve = [other | {"angle": 360 * i / CURVE} for i in range(CURVE)]
         test_sets["angles"] = family.fields.table(curve)
         unseen |= {family.key(condition) for condition in curve}
-    torch.manual_seed(derive_seed(args.seed, 1))
+    torch.manual_seed(derive_seed(seed, 1))
     model = family.load_base_model()
     layout = ParameterLayout.from_state_dict(model.state_dict(), [name for name, _ in model.named_parameters()])
     networks = StackedNetworks(model, layout)
@@ -138,7 +146,7 @@ def run(args, clock: Clock, checkpoints: str) -> dict:
             arguments,
             validate=validate,
             extra_loss=extra_loss,
-            seed=derive_seed(args.seed, 2),
+            seed=derive_seed(seed, 2),
             checkpoint_dir=checkpoints,
             description=what,
         )
@@ -147,9 +155,9 @@ def run(args, clock: Clock, checkpoints: str) -> dict:
 
     # The base model: one network for all tasks, from which all others start.
     generic = GenericNetwork(networks, family.predict, networks.base_parameters())
-    tuned(generic, TuneArguments(num_steps=args.base_steps, learning_rate=0.01), "base model")
+    tuned(generic, TuneArguments(num_steps=args.base_steps, learning_rate=0.01, num_examples=32), "base model")
     start = generic.values.detach().clone()
-    base_passes = args.base_steps * per_step
+    base_passes = args.base_steps * 32 * 32
 
     # The zoo: a specialist for each seen task.
     zoo_args = ZooArguments(num_steps=args.zoo_steps, learning_rate=args.zoo_learning_rate)
@@ -159,8 +167,21 @@ def run(args, clock: Clock, checkpoints: str) -> dict:
             accelerator, family, networks, table, arguments, seed=seed, checkpoint_dir=checkpoints, start=start
         )
 
-    zoo = specialists(tables["train"], zoo_args, derive_seed(args.seed, 3))  # (S, T, D)
-    snapshots, table = zoo.flatten(0, 1), tables["train"].repeat(len(zoo), 1)
+    shutil.rmtree(folder / "zoo", ignore_errors=True)
+    collect_zoo(
+        accelerator,
+        family,
+        networks,
+        conditions["train"],
+        folder / "zoo",
+        zoo_args,
+        seed=derive_seed(seed, 3),
+        checkpoint_dir=checkpoints,
+        start=start,
+    )
+    # From here on it is any folder of networks with conditions.
+    dataset, layout = load_snapshots(folder / "zoo")
+    snapshots, table = parameter_matrix(dataset, layout), condition_table(dataset, load_fields(folder / "zoo"))
     zoo_passes = base_passes + args.num_seen * args.zoo_steps * zoo_args.batch_size
     clock("zoo")
 
@@ -182,7 +203,7 @@ def run(args, clock: Clock, checkpoints: str) -> dict:
         scheduler=scheduler,
         encoder=encoder,
         table=table,
-        seed=derive_seed(args.seed, 4),
+        seed=derive_seed(seed, 4),
         checkpoint_dir=checkpoints,
         **DENOISER_PRESETS[args.denoiser_preset],
     )
@@ -200,7 +221,7 @@ def run(args, clock: Clock, checkpoints: str) -> dict:
 
     @torch.no_grad()
     def sample(_, rows: torch.Tensor) -> torch.Tensor:
-        noise = torch.Generator().manual_seed(derive_seed(args.seed, 5))
+        noise = torch.Generator().manual_seed(derive_seed(seed, 5))
         parameters = generated.sample_parameters(rows.repeat_interleave(NUM_SAMPLES, 0), noise)
         return parameters.unflatten(0, (len(rows), NUM_SAMPLES))
 
@@ -213,34 +234,41 @@ def run(args, clock: Clock, checkpoints: str) -> dict:
             return args.weight_loss * denoising_loss(generated.generator, scheduler, latents[rows], noise, table[rows])
 
     history = tuned(generated, tune_args, "tuning", extra)
+    for name, part in {"autoencoder": autoencoder, "denoiser": denoiser, "condition_encoder": encoder}.items():
+        part.save_pretrained(folder / name)
+    sampler.save_pretrained(folder / "scheduler")
     tune_passes = len(history["losses"]) * per_step
     audit.add(GENERATOR, "generator", sample, Cost(zoo_passes + tune_passes))
     audit.add("generator, shuffled conditions", "control", lambda name, t: sample(name, t.roll(1, 0)), Cost())
-    write_json(Path(args.output_dir, "tuning.json"), history)
+    write_json(folder / "tuning.json", history)
 
     audit.add_closed_form(snapshots, table, tables["validation"], Cost(zoo_passes))
     clock("closed form")
-    add_oracles(args, audit, specialists, zoo_args, base_passes)
+    add_oracles(args, seed, audit, specialists, zoo_args, base_passes)
     clock("oracles")
 
     # Opponents that are trained in the same regime, for as many steps, or as many passes as zoo and tuning together.
-    opponent = TuneArguments(num_steps=args.tune_steps + zoo_passes // per_step, learning_rate=0.01)
+    opponent = TuneArguments(num_steps=args.tune_steps + zoo_passes // per_step, learning_rate=0.01, validate_every=200)
     if "generic" not in args.skip:
         for name, fields in (("generic network", None), ("generic network with condition", family.fields)):
             module = GenericNetwork(networks, family.predict, start, fields, family.pixels("train")[0].shape[1:])
             tuned(module, opponent, name)
             audit.add_module(name, "trained", module, Cost(base_passes + opponent.num_steps * per_step))
     if "basis" not in args.skip:
-        torch.manual_seed(derive_seed(args.seed, 6))
+        torch.manual_seed(derive_seed(seed, 6))
         basis = BasisNetworks(networks, family.predict, start, family.fields)
         tuned(basis, opponent, "basis networks")
         audit.add_module("basis networks", "trained", basis, Cost(base_passes + opponent.num_steps * per_step))
     if "hypernetwork" not in args.skip:
-        add_hypernetwork(args, audit, make, autoencoder, latents, table, encoder, tuned, tune_args, zoo_passes, clock)
-    return audit.report({name: value for name, value in vars(args).items() if name != "output_dir"})
+        add_hypernetwork(
+            args, seed, audit, make, autoencoder, latents, table, encoder, tuned, tune_args, zoo_passes, clock
+        )
+    return audit.report({name: value for name, value in vars(args).items() if name not in ("output_dir", "seeds")})
 
 
-def add_oracles(args, audit: ConditionalAudit, specialists, zoo_args: ZooArguments, base_passes: int) -> None:
+def add_oracles(
+    args, seed: int, audit: ConditionalAudit, specialists, zoo_args: ZooArguments, base_passes: int
+) -> None:
     """Networks that are trained on the unseen tasks themselves, as long as the zoo and five times longer."""
     for name, factor in (("trained on the task", 1), ("trained on the task, 5 times longer", 5)):
         if factor > 1 and "oracle5" in args.skip:
@@ -250,16 +278,16 @@ def add_oracles(args, audit: ConditionalAudit, specialists, zoo_args: ZooArgumen
         )
 
         def train(_, table: torch.Tensor, arguments=arguments) -> torch.Tensor:
-            return specialists(table, arguments, derive_seed(args.seed, 7))[-1]
+            return specialists(table, arguments, derive_seed(seed, 7))[-1]
 
         audit.add(name, "oracle", train, Cost(base_passes, arguments.num_steps * zoo_args.batch_size))
 
 
 def add_hypernetwork(
-    args, audit, make, autoencoder, latents, table, encoder, tuned, tune_args, zoo_passes, clock
+    args, seed: int, audit, make, autoencoder, latents, table, encoder, tuned, tune_args, zoo_passes, clock
 ) -> None:
     """The same network as the denoiser, without noise: by weight loss, then by task loss."""
-    torch.manual_seed(derive_seed(args.seed, 8))
+    torch.manual_seed(derive_seed(seed, 8))
     own = ConditionEncoder(encoder.config.fields)
     own.remember(encoder.seen)
     network = LatentDenoiser(
@@ -268,7 +296,7 @@ def add_hypernetwork(
     module = make(LatentGenerator(network, own), None)
     optimizer = torch.optim.AdamW(module.parameters(), lr=1e-3, weight_decay=0)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, args.denoiser_steps)
-    noise = torch.Generator().manual_seed(derive_seed(args.seed, 9))
+    noise = torch.Generator().manual_seed(derive_seed(seed, 9))
     for _ in range(args.denoiser_steps):
         rows = torch.randint(len(latents), (64,), generator=noise)
         loss = (module.sample_latents(table[rows], noise) - latents[rows]).square().mean()

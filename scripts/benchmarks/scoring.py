@@ -5,11 +5,13 @@
     OMP_NUM_THREADS=1 python scripts/benchmarks/scoring.py --model mlp_mini --select all --image_size 64
 
 The bound is what any program has to compute: the frozen prefix once for each example, and the rest of the network once
-for each example and network, with the batch size at which that is fastest. All times are CPU seconds of this process:
-other programs on the machine do not count.
+for each example and network, with the batch size at which that is fastest, and convolutions without the products with
+padding that no output needs. `whole kernels` is the same program with those products. All times are CPU seconds of this
+process: other programs on the machine do not count.
 """
 
 import argparse
+import contextlib
 import itertools
 import resource
 import statistics
@@ -22,7 +24,9 @@ from torch.utils.flop_counter import FlopCounterMode
 import pdiff_hf.networks  # noqa: F401  registers the minis with timm
 from pdiff_hf.evaluation.scoring import make_scorer
 from pdiff_hf.layout import ParameterLayout
+from pdiff_hf.networks import cropping
 from pdiff_hf.networks.batched import BatchedModels
+from pdiff_hf.networks.cropping import CroppedConvolutions
 from pdiff_hf.selection import select_parameters
 from pdiff_hf.tasks import ImageClassificationTask, take
 from pdiff_hf.tasks.task import EVAL_BATCH_SIZE
@@ -69,8 +73,19 @@ def one_at_a_time(task, model, layout, parameters) -> torch.Tensor:
     return torch.stack(predictions)
 
 
+@contextlib.contextmanager
+def whole_kernels():
+    """In the block no convolution is cropped."""
+    useful_taps = cropping.useful_taps
+    cropping.useful_taps = lambda size, kernel, *others: (0, kernel)
+    try:
+        yield
+    finally:
+        cropping.useful_taps = useful_taps
+
+
 def flops(function) -> int:
-    with FlopCounterMode(display=False) as counter:
+    with FlopCounterMode(display=False) as counter, CroppedConvolutions():
         function()
     return counter.get_total_flops()
 
@@ -99,8 +114,11 @@ def bound(task, model, layout) -> dict:
         tails[size] = seconds(lambda tail=tail: [tail() for _ in range(8)], REPEATS) / 8 / size
     whole_flops = flops(lambda: task.predict(model, batch)) // size
     prefix_flops = flops(lambda: models.record(lambda call: task.predict(call, batch))) // size
+    with whole_kernels():
+        naive_flops = flops(lambda: task.predict(model, batch)) // size
     best = min(tails, key=tails.get)
     return {
+        "naive_flops": naive_flops,
         "prefix_seconds": prefix_seconds,
         "prefix_flops": prefix_flops,
         "tail_seconds": tails[best],
@@ -130,7 +148,7 @@ def main() -> None:
     num_examples, labels = len(task.load_split("test")), task.load_split("test").labels
     num_naive = min(args.num_naive, args.num_models)
     print(
-        f"{args.model}, {layout.num_parameters:,} numbers differ; {args.num_models:,} networks x {num_examples:,} "
+        f"{args.model}, {layout.num_parameters:,} parameters differ; {args.num_models:,} networks x {num_examples:,} "
         f"examples of {args.dataset} ({args.image_size} pixels); {torch.get_num_threads()} threads, "
         f"torch {torch.__version__}\n"
     )
@@ -142,15 +160,20 @@ def main() -> None:
     expected = one_at_a_time(task, model, layout, parameters[:num_naive])
     naive = (time.process_time() - start) / num_naive * args.num_models
     start = time.process_time()
+    with whole_kernels():
+        before = scorer.score("test", parameters)
+    whole = time.process_time() - start
+    start = time.process_time()
     scores = scorer.score("test", parameters)
     ours = time.process_time() - start
     again = bound(task, model, layout)  # before and after: the load of a shared machine changes
     prefix = (lower["prefix_seconds"] + again["prefix_seconds"]) / 2 * num_examples
     tail = (lower["tail_seconds"] + again["tail_seconds"]) / 2 * num_examples * args.num_models
     same = (scores.predictions[:num_naive] == expected).double().mean()
+    same_as_whole = (scores.predictions == before.predictions).double().mean()
 
     whole_flops = lower["prefix_flops"] + lower["tail_flops"]
-    naive_flops = whole_flops * num_examples * args.num_models
+    naive_flops = lower["naive_flops"] * num_examples * args.num_models
     bound_flops = (lower["prefix_flops"] + lower["tail_flops"] * args.num_models) * num_examples
     print(
         f"operations for one example: {whole_flops:,}, of which {lower['prefix_flops'] / whole_flops:.1%} in the prefix"
@@ -159,12 +182,15 @@ def main() -> None:
     print("| | CPU seconds | TFLOP | speed-up | share of the bound |\n|---|---|---|---|---|")
     for name, time_s, tera in (
         (f"one at a time ({num_naive} measured, extrapolated)", naive, naive_flops / 1e12),
+        ("whole kernels", whole, None),
         ("ours", ours, None),
         ("bound", prefix + tail, bound_flops / 1e12),
     ):
         tera = "" if tera is None else f"{tera:.2f}"
         print(f"| {name} | {time_s:.1f} | {tera} | {naive / time_s:.1f} | {(prefix + tail) / time_s:.0%} |")
-    print(f"\nidentical predictions: {same:.4%} of {expected.numel():,}")
+    print(f"\n{whole / ours:.1f} times faster than with whole kernels")
+    print(f"predictions as one at a time: {same:.4%} of {expected.numel():,}; ", end="")
+    print(f"as with whole kernels: {same_as_whole:.4%} of {scores.predictions.numel():,}")
     print(f"accuracy: {100 * (expected == labels).double().mean():.2f} one at a time, ", end="")
     print(f"{100 * (scores.predictions[:num_naive] == labels).double().mean():.2f} ours")
     print(f"peak memory: {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.2f} GiB")

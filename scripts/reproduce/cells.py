@@ -23,14 +23,15 @@ def find_group(report: dict, name: str) -> dict:
     return next(row for row in report["groups"] if row["name"] == name)
 
 
-def max_iou(report: dict, group: str) -> list[float | None]:
-    """Maximum IoU of each network to the originals, None where it is not defined."""
-    return next(row["iou"] for row in report["audit"]["rows"] if row["name"] == group)
+def _max_iou(report: dict, group: str) -> list[float]:
+    """Maximum IoU with a snapshot, of each network for which it is defined."""
+    iou = next(row["iou"] for row in report["audit"]["rows"] if row["name"] == group)
+    return [value for value in iou if value is not None]
 
 
 def _best(report: dict, group: str) -> dict[str, float]:
-    row, score = find_group(report, group), _score(report)
-    return {"": row[f"{score}_best"], "selected on test": row[f"{score}_best_on_test"]}
+    row = find_group(report, group)
+    return {"": row["score_best"], "selected on test": row["score_best_on_test"]}
 
 
 def _best_on_all(report: dict, group: str) -> dict[str, float]:
@@ -40,16 +41,12 @@ def _best_on_all(report: dict, group: str) -> dict[str, float]:
 
 
 def _average(report: dict, group: str) -> dict[str, float]:
-    row, score = find_group(report, group), _score(report)
-    return {"": row[f"{score}_mean"], "std over networks": row[f"{score}_std"], "networks": row["n"]}
-
-
-def _score(report: dict) -> str:
-    return "score" if "metric" in report else "accuracy"
+    row = find_group(report, group)
+    return {"": row["score_mean"], "std over networks": row["score_std"], "networks": row["n"]}
 
 
 def _similarity(report: dict, group: str) -> dict[str, float]:
-    values = [value for value in max_iou(report, group) if value is not None]
+    values = _max_iou(report, group)
     return {
         "": statistics.mean(values) if values else math.nan,
         "std over networks": statistics.stdev(values) if len(values) > 1 else 0.0 if values else math.nan,
@@ -58,7 +55,7 @@ def _similarity(report: dict, group: str) -> dict[str, float]:
 
 
 def _range(report: dict, group: str) -> dict[str, float]:
-    values = [value for value in max_iou(report, group) if value is not None] or [math.nan]
+    values = _max_iou(report, group) or [math.nan]
     return {"": min(values), "highest": max(values)}
 
 
@@ -121,7 +118,7 @@ def compare(statistic: str, reports: Sequence[dict], group: str, against: str) -
         return f"{mean:+.{digits}f}, one seed", {"": "one seed", "difference": mean}
     std = statistics.stdev(differences)
     margin = student.ppf((1 + CONFIDENCE) / 2, len(reports) - 1) * std / math.sqrt(len(reports))
-    gain = mean if reports[0].get("metric", {}).get("higher_is_better", True) else -mean
+    gain = mean if reports[0]["metric"]["higher_is_better"] else -mean
     verdict = "better" if gain > margin else "worse" if gain < -margin else "equal within noise"
     text = f"{verdict} ({mean:+.{digits}f} ± {std:.{digits}f} over {len(reports)} seeds)"
     return text, {"": verdict, "difference": mean, "std over seeds": std}

@@ -7,28 +7,11 @@ from typing import Any
 
 import torch
 
-from pdiff_hf.evaluation.plots import (
-    GENERATED,
-    ORIGINAL,
-    ScatterGroup,
-    plot_accuracy_vs_similarity_panels,
-    plot_max_similarity_distribution,
-    plot_memory,
-    plot_reverse_process,
-)
+from pdiff_hf.evaluation import plots
+from pdiff_hf.evaluation.figures import scatter_group
 
-from .cells import find_group, max_iou
+from .cells import find_group
 from .tables import Row
-
-
-def _max_iou(report: dict, group: str) -> torch.Tensor:
-    values = [math.nan if value is None else value for value in max_iou(report, group)]
-    return torch.tensor(values, dtype=torch.float64)
-
-
-def _scatter(report: dict, group: str, family: str) -> ScatterGroup:
-    accuracies = torch.tensor(find_group(report, group)["accuracies"], dtype=torch.float64)
-    return ScatterGroup(family, accuracies, _max_iou(report, group))
 
 
 def _draw_against_noise(path: Path, rows: Sequence[Row], reports: Sequence[dict]) -> None:
@@ -36,30 +19,35 @@ def _draw_against_noise(path: Path, rows: Sequence[Row], reports: Sequence[dict]
     panels = {}
     for row, report in zip(rows, reports, strict=True):
         if row.group == "generated":
-            noise = [_scatter(report, r.group, "noise") for r in rows if r.run == row.run and "noise" in r.group]
-            shown = (_scatter(report, "original", "originals"), _scatter(report, "generated", "generated"), noise)
-            panels[row.label.partition(":")[0]] = shown
-    plot_accuracy_vs_similarity_panels(path, panels)
+            noise = [scatter_group(report, r.group, "noise") for r in rows if r.run == row.run and "noise" in r.group]
+            shown = [scatter_group(report, name, name) for name in ("snapshots", "generated")]
+            panels[row.label.partition(":")[0]] = (*shown, noise)
+    plots.plot_accuracy_vs_similarity(path, panels, reports[0]["splits"]["test"])
 
 
 def _draw_augmentation(path: Path, rows: Sequence[Row], reports: Sequence[dict]) -> None:
-    """Figure 5a: the generated networks of all runs in one panel. Their originals are the same."""
-    generated = [_scatter(report, "generated", row.label) for row, report in zip(rows, reports, strict=True)]
-    originals = _scatter(reports[-1], "original", "originals")
-    plot_accuracy_vs_similarity_panels(path, {"noise augmentation": (originals, generated[-1], generated[:-1])})
+    """Figure 5a: the generated networks of all runs in one panel. Their snapshots are the same."""
+    generated = [scatter_group(report, "generated", row.label) for row, report in zip(rows, reports, strict=True)]
+    snapshots = scatter_group(reports[-1], "snapshots", "snapshots")
+    panels = {"noise augmentation": (snapshots, generated[-1], generated[:-1])}
+    plots.plot_accuracy_vs_similarity(path, panels, reports[0]["splits"]["test"])
 
 
 def _draw_trajectories(path: Path, rows: Sequence[Row], reports: Sequence[dict]) -> None:
     """Figure 5b."""
-    process, originals = reports[0]["reverse_process"], find_group(reports[0], "original")
-    plot_reverse_process(path, process["steps"], torch.tensor(process["accuracy"]), originals["accuracy_mean"])
+    process, snapshots = reports[0]["reverse_process"], find_group(reports[0], "snapshots")
+    scores, num_examples = torch.tensor(process["scores"]), reports[0]["splits"]["test"]
+    plots.plot_reverse_process(path, process["steps"], scores, snapshots["score_mean"], num_examples)
 
 
 def _draw_similarities(path: Path, rows: Sequence[Row], reports: Sequence[dict]) -> None:
     """Figure 5c."""
-    shown = {row.label: _max_iou(report, row.group) for row, report in zip(rows, reports, strict=True)}
-    colours = [ORIGINAL if row.group == "original" else GENERATED for row in rows]
-    plot_max_similarity_distribution(path, shown, colours)
+    shown = {
+        row.label: scatter_group(report, row.group, row.label).max_iou
+        for row, report in zip(rows, reports, strict=True)
+    }
+    colours = [plots.SNAPSHOTS if row.group == "snapshots" else plots.GENERATED for row in rows]
+    plots.plot_distribution(path, shown, "maximum IoU with a snapshot", colours, min_range=plots.MIN_IOU_RANGE)
 
 
 def _draw_memory(path: Path, rows: Sequence[Row], reports: Sequence[dict]) -> None:
@@ -69,7 +57,7 @@ def _draw_memory(path: Path, rows: Sequence[Row], reports: Sequence[dict]) -> No
         measured = [report["memory"][network] for report in reports]
         here = [m.memory / 1e6 if m.fits else math.nan for m in measured]
         curves[network] = (here, [float(row.paper[column]) for row in rows])
-    plot_memory(path, [row.varies["num_parameters"] for row in rows], curves)
+    plots.plot_memory(path, [row.varies["num_parameters"] for row in rows], curves)
 
 
 FIGURES: Mapping[str, Callable[[Path, Sequence[Row], Sequence[dict]], Any]] = {

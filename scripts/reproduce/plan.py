@@ -74,6 +74,12 @@ def expand(
     return plan
 
 
+def canvases_folder(architecture: str, output_dir: str | os.PathLike, dataset: str) -> Path:
+    """Of the canvases that `architecture` needs at the small scale, made of the images of `dataset`."""
+    sizes = "-".join(map(str, (ARCHITECTURES[architecture].canvases or {}).values()))
+    return Path(output_dir, f"canvases-{Path(dataset).name.partition(':')[0]}-{sizes}")
+
+
 def features_recipe(architecture: str, output_dir: str | os.PathLike, dataset: str) -> Recipe | None:
     """
     Of the classifier on whose features FID is measured, if `architecture` needs one: the same for all seeds, because
@@ -122,7 +128,9 @@ def _row_settings(row: Row, scale: str, dataset: str | None, output_dir: str | o
     assert dataset is not None
     if architecture.minutes is None:  # recipes of other tasks are small
         settings |= SCALE_SETTINGS["small"]
-    settings |= {**architecture.small, "dataset": architecture.small_dataset.format(dataset)}
+    settings |= {**architecture.small, "dataset": dataset}
+    if architecture.canvases is not None:
+        settings["dataset"] = str(canvases_folder(row.architecture, output_dir, dataset))
     classifier = features_recipe(row.architecture, output_dir, dataset)
     if classifier is not None:
         settings["fid_features"] = str(Path(classifier.output_dir, names.BASE_MODEL))

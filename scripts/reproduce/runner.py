@@ -19,19 +19,23 @@ import torch
 from benchmarks.training import measure_training
 from filelock import FileLock, Timeout
 
-from pdiff_hf.evaluation.scoring import Scorer
+from pdiff_hf.evaluation.render import metric_title
+from pdiff_hf.evaluation.sampling import named_generator
+from pdiff_hf.evaluation.scoring import make_scorer
+from pdiff_hf.run.folder import link
 from pdiff_hf.run.recipe import Recipe, TaskSection
 from pdiff_hf.run.run import Run
+from pdiff_hf.run.stages import STAGES
 from pdiff_hf.run.task import make_task
 from pdiff_hf.tasks import Task
 from pdiff_hf.utils import names
 from pdiff_hf.utils.files import write_json
-from pdiff_hf.utils.seeds import derive_seed
+from pdiff_hf.utils.reports import load_report
 
+from .canvases import write_canvases
 from .cells import make_cell, write_table
 from .figures import FIGURES
-from .plan import SMALL_DATASET, Plan, expand, features_recipe
-from .sharing import share_stages
+from .plan import SMALL_DATASET, Plan, canvases_folder, expand, features_recipe
 from .tables import ARCHITECTURES, DATASETS, ExperimentError, Row, find_experiment
 
 logger = logging.getLogger(__name__)
@@ -69,15 +73,20 @@ def reproduce(
                 _measure_rows(name, [row for row, _ in plan], folder, scale, changes or {})
             else:
                 if scale == "small":
-                    _train_features(plan, output_dir, arguments.get("dataset") or SMALL_DATASET)
+                    prepare(plan, output_dir, arguments.get("dataset") or SMALL_DATASET)
                 _run_rows(name, plan, folder)
     except Timeout as error:
         raise ExperimentError(f"another experiment is at work in '{output_dir}'; wait, or choose another") from error
     return folder
 
 
-def _train_features(plan: Plan, output_dir: str | os.PathLike, dataset: str) -> None:
+def prepare(plan: Plan, output_dir: str | os.PathLike, dataset: str) -> None:
+    """Makes what the networks of a plan need at the small scale: canvases, and a classifier for FID."""
     for architecture in {row.architecture for row, _ in plan}:
+        canvases, folder = ARCHITECTURES[architecture].canvases, canvases_folder(architecture, output_dir, dataset)
+        if canvases is not None and not folder.is_dir():
+            logger.info("canvases: %s", folder.name)
+            write_canvases(dataset, folder, **canvases)
         recipe = features_recipe(architecture, output_dir, dataset)
         if recipe is not None:
             logger.info("features for FID: %s", Path(recipe.output_dir).name)
@@ -94,10 +103,25 @@ def _run_rows(name: str, plan: Plan, folder: Path) -> None:
             share_stages(run)
             _execute(run)
         if on_all and recipe.max_eval_samples is not None and not Path(path, SELECTED).is_file():
-            write_json(Path(path, SELECTED), score_selected(recipe))
+            write_json(Path(path, SELECTED), score_selected(run))
         reports_of = [read_reports(recipes) for _, recipes in plan]
         about = _describe(plan, reports_of, {column.statistic for column in find_experiment(name).columns})
         write_tables(name, [row for row, _ in plan], reports_of, folder, about)
+
+
+def share_stages(run: Run) -> None:
+    """
+    Gives a run, as links, every stage that a run beside it has finished with the same settings, and the scores of all
+    runs beside it.
+    """
+    run.folder.mkdir(parents=True, exist_ok=True)
+    scores = run.folder.parent.parent / names.SCORES
+    scores.mkdir(exist_ok=True)
+    link(run.folder / names.SCORES, scores)
+    for name, stage in STAGES.items():
+        other = run.files.take_over(stage, run.settings(name))
+        if other is not None:
+            logger.info("%s: taken over from %s", name, other.name)
 
 
 def _execute(run: Run) -> None:
@@ -112,34 +136,32 @@ def _load_task(recipe: Recipe) -> Task:
 
 @lru_cache(maxsize=2)
 def _make_task(settings: str) -> Task:
-    return make_task(json.loads(settings))
+    return make_task(Recipe(**json.loads(settings)))
 
 
-def score_selected(recipe: Recipe) -> dict[str, float]:
+def score_selected(run: Run) -> dict[str, float]:
     """
     Scores the networks of a finished run that validation selects once more, on all test images.
 
     Returns:
-        `dict`: Accuracy in percent of the best original and of the best generated network, and the number of `images`.
+        `dict`: Accuracy in percent of the best snapshot and of the best generated network, and the number of `images`.
     """
-    run = Run(recipe, task=_load_task(recipe))
-    run_scorer = Scorer(run.task, run.base_model, run.layout, cache_dir=run.folder / "scores")
+    recipe, everything = run.recipe, dataclasses.replace(run.recipe, max_eval_samples=None)
     generated = run.pipeline(
         recipe.num_models,
         num_inference_steps=recipe.num_inference_steps,
-        generator=torch.Generator().manual_seed(derive_seed(recipe.seed, 4)),  # as `evaluate_generator` samples them
+        generator=named_generator(recipe.seed, "generated"),  # as `compare_generator` samples them
         output_type="pt",
     ).parameters
-    groups = {"original": run.parameters, "generated": generated}
+    some, whole = (
+        make_scorer(task, run.base_model, run.layout, cache_dir=run.folder / names.SCORES)
+        for task in (run.task, _load_task(everything))
+    )
     best = {}
-    for name, parameters in groups.items():
-        wrong = run_scorer.score("validation", list(parameters)).wrong  # from the cache of the run
-        best[name] = parameters[wrong.sum(1).argmin()]
-    task = _load_task(dataclasses.replace(recipe, max_eval_samples=None))
-    scorer = Scorer(task, run.base_model, run.layout, cache_dir=run.folder / "scores")
-    wrong = scorer.score("test", list(best.values())).wrong
-    accuracies = (100 * (~wrong).double().mean(1)).tolist()
-    return {**dict(zip(best, accuracies, strict=True)), "images": wrong.shape[1]}
+    for name, parameters in (("snapshots", run.parameters), ("generated", generated)):
+        best[name] = parameters[some.score("validation", list(parameters)).values.argmax()]  # known from the run
+    scores = whole.score("test", list(best.values())).values.tolist()
+    return {**dict(zip(best, scores, strict=True)), "images": len(whole.task.load_split("test"))}
 
 
 def read_reports(recipes: Sequence[Recipe]) -> list[dict]:
@@ -149,7 +171,7 @@ def read_reports(recipes: Sequence[Recipe]) -> list[dict]:
         path, selected = Path(recipe.output_dir, names.EVALUATION, names.REPORT), Path(recipe.output_dir, SELECTED)
         if path.is_file():
             more = {"selected": json.loads(selected.read_text())} if selected.is_file() else {}
-            reports.append(json.loads(path.read_text()) | more)
+            reports.append(load_report(path) | more)
     return reports
 
 
@@ -177,7 +199,7 @@ def _describe(plan: Plan, reports_of: Sequence[Sequence[dict]], statistics: set[
     runs = {Path(recipe.output_dir).name: row.run for row, recipe in recipes}
     splits = {(r["splits"]["validation"], r["splits"]["test"]): None for r in reports}
     images = " or ".join(f"{test:,} test images (validation: {validation:,})" for validation, test in splits)
-    metrics = {r["metric"]["name"] if "metric" in r else "Accuracies in percent": None for r in reports}
+    metrics = {metric_title(r["metric"]): None for r in reports}
     about = [
         f"Paper: {', '.join(sources)}. Here: {', '.join(settings)}.",
         f"{' and '.join(metrics)} on {images}; ± is the standard deviation over n networks, or over seeds of all "
@@ -193,7 +215,7 @@ def _describe(plan: Plan, reports_of: Sequence[Sequence[dict]], statistics: set[
         counts = " or ".join(f"{count:,}" for count in on_all)
         about.append(f"The two networks that validation selects are scored once more on all {counts} test images.")
     if statistics & {"similarity", "range"}:
-        about.append("Similarity is the maximum IoU of wrong predictions to the originals, other than itself.")
+        about.append("Similarity is the maximum IoU of wrong predictions to a snapshot, other than itself.")
     return [*about, "Runs, in `../runs`: " + "; ".join(f"{run}: `{path}`" for path, run in runs.items()) + "."]
 
 

@@ -37,7 +37,7 @@ class Architecture:
     recipe: str
     small: Mapping[str, Any] = field(default_factory=dict)
     paper: Mapping[str, Any] = field(default_factory=dict)
-    small_dataset: str = "{}"
+    canvases: Mapping[str, int] | None = None
     minutes: float | None = None
     features: str | None = None
 

@@ -1,6 +1,7 @@
 """Each generator against the moments that it should have, with fixed seeds."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -8,7 +9,7 @@ import torch
 from scipy.stats import gaussian_kde
 from sklearn.decomposition import PCA
 
-from pdiff_hf.evaluation import baselines, metrics
+from pdiff_hf.evaluation import baselines, geometry
 from pdiff_hf.evaluation.baselines import BaselineContext, standard_baselines
 
 MANY = 40_000
@@ -115,9 +116,9 @@ def test_few_snapshots_span_few_directions(sample):
 
 
 @pytest.mark.parametrize("num_components", [1, 3, 6])
-@pytest.mark.parametrize("chunk_bytes", [metrics.CHUNK_BYTES, 2 * 8 * 12], ids=["one chunk", "three chunks"])
+@pytest.mark.parametrize("chunk_bytes", [geometry.CHUNK_BYTES, 2 * 8 * 12], ids=["one chunk", "three chunks"])
 def test_pca_gaussian_moments(snapshots, num_components, chunk_bytes, monkeypatch):
-    monkeypatch.setattr(metrics, "CHUNK_BYTES", chunk_bytes)
+    monkeypatch.setattr(geometry, "CHUNK_BYTES", chunk_bytes)
     samples = baselines.pca_gaussian(snapshots, MANY, num_components, 1.5, seeded())
     pca = PCA(num_components).fit(snapshots.double().numpy())
     expected = pca.components_.T @ np.diag(pca.explained_variance_) @ pca.components_
@@ -188,6 +189,21 @@ def test_standard_baselines_all_run_and_are_reproducible(context):
     assert len(distinct) == len(every)  # no setting is lost on the way
 
 
+@pytest.mark.parametrize("chunk_bytes", [geometry.CHUNK_BYTES, 8 * 80 * 7], ids=["one chunk", "five chunks"])
+def test_snapshots_that_are_held_out_need_not_be_copied_away(context, chunk_bytes, monkeypatch):
+    monkeypatch.setattr(geometry, "CHUNK_BYTES", chunk_bytes)
+    seen = torch.arange(70) % 9 != 0
+    copied, chosen = (
+        replace(context, snapshots=rows, latents=context.latents[seen])
+        for rows in (context.snapshots[seen], geometry.Rows(context.snapshots, seen))
+    )
+    for baseline in standard_baselines():
+        if baseline.supports(copied):
+            assert torch.equal(baseline.sample(chosen, 3, seeded()), baseline.sample(copied, 3, seeded())), (
+                baseline.name
+            )
+
+
 def test_standard_baselines_are_those_of_the_report():
     families = {}
     for baseline in standard_baselines():
@@ -221,7 +237,7 @@ def test_baselines_say_what_they_need(context):
     [
         (lambda s: baselines.gaussian_noise(s, [6], 3, -0.1, seeded()), "`scale`.*-0.1"),
         (lambda s: baselines.gaussian_noise(s, [6], 3, math.nan, seeded()), "`scale`.*nan"),
-        (lambda s: baselines.gaussian_noise(s, [2, 3], 3, 0.1, seeded()), "add up to 5.* 6 numbers"),
+        (lambda s: baselines.gaussian_noise(s, [2, 3], 3, 0.1, seeded()), "add up to 5.* 6 parameters"),
         (lambda s: baselines.soup(s, 3, 13, seeded()), "k=13.* 12 snapshots"),
         (lambda s: baselines.soup(s, 3, 0, seeded()), "k=0"),
         (lambda s: baselines.soup(s, 0, 2, seeded()), "`num_models`.*0"),

@@ -13,6 +13,7 @@ from pdiff_hf.evaluation.conditional import (
     Cost,
     paired_bootstrap,
     plot_field,
+    pool_reports,
     render_markdown,
     score_tasks,
     verdict,
@@ -123,6 +124,11 @@ def test_a_whole_audit(tmp_path):
     expected = audit.score(tables["test"], snapshots[12 + nearest], "test")[0].tolist()
     assert report["rows"]["nearest seen task"]["sets"]["test"]["accuracy"] == pytest.approx(expected)
     assert report["conditions"]["test"][0]["occlude"] == sets["test"][0]["occlude"]
+    pooled = pool_reports([report, report])
+    assert len(pooled["conditions"]["test"]) == 12
+    assert pooled["comparisons"]["test"]["kernel ridge"]["difference"] == pytest.approx(
+        report["comparisons"]["test"]["kernel ridge"]["difference"]
+    )
     text = render_markdown(report)
     assert "| kernel ridge |" in text and "| 2.00M | 10 |" in text
     plot_field(report, "angle", "test", ["generator", "generic"], tmp_path / "angle.png")

@@ -1,16 +1,11 @@
 """The generators of the paper's Table 7: whom they learn from, what they draw and keep, and their place in a report."""
 
-import csv
-import json
-
 import pytest
 import torch
-from pdiff_hf.evaluation.generator import evaluate_generator
-from pdiff_hf.evaluation.report import format_summary
-from reproduce.runner import reproduce
-from support.recipes import TINY_ROW as TINY
+from support.evaluation import digits, digits_pipeline, digits_snapshots
 
 from pdiff_hf import ParameterAutoencoder
+from pdiff_hf.evaluation.compare import compare_generator
 from pdiff_hf.evaluation.hyper_representations import (
     NAMES,
     best_snapshots,
@@ -19,10 +14,7 @@ from pdiff_hf.evaluation.hyper_representations import (
     sane_kde30,
     sane_sub,
 )
-from pdiff_hf.evaluation.scoring import Scorer
 from pdiff_hf.layout import ParameterLayout
-from pdiff_hf.run.recipe import Recipe
-from pdiff_hf.run.run import Run
 
 LAYOUT = ParameterLayout(("a", "b"), ((10,), (2, 3)), ("float32", "float32"))
 ARCHITECTURES = {
@@ -94,14 +86,15 @@ def test_networks_follow_from_the_generator_and_from_the_best_snapshots_alone(
 
 
 def test_the_best_snapshots(snapshots, accuracies):
-    assert torch.equal(best_snapshots(snapshots, accuracies), snapshots[accuracies >= 14])
+    assert best_snapshots(snapshots, accuracies).tolist() == (accuracies >= 14).nonzero().flatten().tolist()
     assert len(best_snapshots(snapshots, torch.full((20,), 90.0))) == 20  # none is better than another
-    two = best_snapshots(snapshots[:3], torch.tensor([1.0, 3.0, 2.0]))  # 30% would be one
-    assert torch.equal(two, snapshots[1:3])
+    assert best_snapshots(snapshots[:3], torch.tensor([1.0, 3.0, 2.0])).tolist() == [1, 2]  # 30% would be one
+    without = torch.where(accuracies < 19, -torch.inf, accuracies)  # only one has a score at all
+    assert (accuracies == 19).nonzero() in best_snapshots(snapshots, without)
 
 
 def test_without_bandwidth_every_token_is_one_of_a_snapshot(snapshots, accuracies, autoencoder):
-    best = best_snapshots(snapshots, accuracies)
+    best = snapshots[best_snapshots(snapshots, accuracies)]
     networks = sane_kde30(snapshots, accuracies, autoencoder, 50, seeded(), bandwidth=0.0)
     chosen = []
     for start, stop in ((0, 4), (4, 8), (8, 10), (10, 14), (14, 16)):  # tokens of at most 4, cut at the tensors' end
@@ -116,7 +109,9 @@ def test_without_bandwidth_every_token_is_one_of_a_snapshot(snapshots, accuracie
 def test_without_bandwidth_every_latent_coordinate_is_one_of_a_snapshot(snapshots, accuracies):
     autoencoder = fitted(snapshots, ARCHITECTURES["linear"])  # whose decoder can be undone
     networks = s_kde30(snapshots, accuracies, autoencoder, 50, seeded(), bandwidth=0.0)
-    latents, best = (autoencoder.encode(rows).latents for rows in (networks, best_snapshots(snapshots, accuracies)))
+    latents, best = (
+        autoencoder.encode(rows).latents for rows in (networks, snapshots[best_snapshots(snapshots, accuracies)])
+    )
     distance = (latents.unsqueeze(1) - best).abs()  # (50, 6, L)
     assert distance.min(1).values.max() < 1e-3
     assert len(distance.argmin(1).unique(dim=0)) > 40
@@ -124,7 +119,7 @@ def test_without_bandwidth_every_latent_coordinate_is_one_of_a_snapshot(snapshot
 
 def test_a_bandwidth_is_a_part_of_the_spread(snapshots, accuracies, autoencoder):
     """The variance of a kernel density is that of its points, and the kernel's."""
-    best = best_snapshots(snapshots, accuracies)
+    best = snapshots[best_snapshots(snapshots, accuracies)]
     expected = best.var(0, correction=0) + 0.5**2 * best.var(0)
     networks = sane_kde30(snapshots, accuracies, autoencoder, 20_000, seeded(), bandwidth=0.5)
     # Coordinates are principal components: their variances add up to that of the token.
@@ -155,7 +150,7 @@ def test_subsampling_keeps_what_scores_best(snapshots, accuracies, autoencoder):
 
 def test_errors(snapshots, accuracies, autoencoder):
     for sample in SAMPLERS.values():
-        with pytest.raises(ValueError, match=r"an accuracy for each, got shapes \(20, 16\) and \(19,\)"):
+        with pytest.raises(ValueError, match=r"a score for each, got shapes \(20, 16\) and \(19,\)"):
             sample(snapshots, accuracies[1:], autoencoder, 3, seeded())
         with pytest.raises(ValueError, match=r"at least 2 snapshots .* got shapes \(1, 16\) and \(1,\)"):
             sample(snapshots[:1], accuracies[:1], autoencoder, 3, seeded())
@@ -166,60 +161,22 @@ def test_errors(snapshots, accuracies, autoencoder):
             sane_sub(snapshots, accuracies, autoencoder, 3, seeded(), first_numbers, **wrong)
 
 
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory) -> tuple[Run, dict]:
-    """A run with the three, and no other baselines."""
-    folder = tmp_path_factory.mktemp("run")
-    changes = {"hyper_representations": True, "baseline_models": 0, "base_epochs": 1, "heldout_snapshots": 0.2}
-    run = Run(Recipe(**TINY | changes, output_dir=str(folder / "out")))
-    with run.lock():
-        run.execute()
-    return run, json.loads((run.folder / "evaluation" / "report.json").read_text())
-
-
-def test_a_report_has_a_group_for_each(finished):
-    run, report = finished
+def test_groups_of_a_report_learn_from_validation_data(tmp_path):
+    scorer, snapshots = digits(), digits_snapshots()
+    pipeline = digits_pipeline(scorer, snapshots)
+    heldout = torch.arange(len(snapshots)) % 4 == 0
+    settings = {"num_models": 4, "num_inference_steps": 2, "baseline_models": 0, "hyper_representations": True}
+    report = compare_generator(scorer, snapshots, pipeline, tmp_path, heldout=heldout, **settings)
     groups = {row["name"]: row for row in report["groups"] if row["name"] in NAMES}
     assert list(groups) == list(NAMES)
-    assert all(row["n"] == 10 and row["family"] == "hyper-representations" for row in groups.values())
+    assert all(row["n"] == 4 and row["family"] == "hyper-representations" for row in groups.values())
     assert [row["name"] for row in report["frontier"]["rows"]] == ["generated", *NAMES]
     assert "hyper-representations (" in report["frontier"]["sentence"]
-    assert all(f"| {name} " in format_summary(report) for name in NAMES)
-    assert len(list((run.folder / "evaluation").glob("*.png"))) == 6
-
-
-def test_groups_of_a_report_learn_from_what_the_generator_saw(finished):
-    run, report = finished
-    scorer = Scorer(run.task, run.base_model, run.layout, cache_dir=run.folder / "scores")
-    for group in sample_hyper_representations(
-        scorer, run.parameters[run.seen], run.pipeline.autoencoder, 10, run.recipe.seed
-    ):
-        assert group.parameters.shape == (10, run.layout.num_parameters)
-        scores = scorer.score("test", group.parameters)
-        accuracies = 100 * (~scores.wrong).double().mean(1)
-        row = next(row for row in report["groups"] if row["name"] == group.name)
-        assert accuracies.tolist() == pytest.approx(row["accuracies"])
+    seen = snapshots[~heldout]
+    for group in sample_hyper_representations(scorer, seen, pipeline.autoencoder, 4, seed=0):
+        assert scorer.score("test", group.parameters).values.tolist() == groups[group.name]["scores"]
     with pytest.raises(ValueError, match=r"SANE_KDE30 need [\d,]+ bytes.*--num_models \d+ at most"):
-        sample_hyper_representations(scorer, run.parameters[run.seen], run.pipeline.autoencoder, 10**12, 0)
-
-
-def test_networks_alone_have_no_codes(finished, tmp_path):
-    run, _ = finished
-    scorer = Scorer(run.task, run.base_model, run.layout)
+        sample_hyper_representations(scorer, seen, pipeline.autoencoder, 10**12, 0)
     with pytest.raises(ValueError, match="hyper_representations needs a pipeline"):
-        evaluate_generator(
-            scorer, run.parameters, run.parameters[run.seen][:2], tmp_path / "out", hyper_representations=True
-        )
+        compare_generator(scorer, snapshots, seen[:2], tmp_path / "out", hyper_representations=True)
     assert not (tmp_path / "out").exists()
-
-
-def test_table_7_has_a_column_for_each(tmp_path):
-    changes = {key: value for key, value in TINY.items() if key not in ("model", "image_size")}
-    changes |= {"num_models": 3, "num_snapshots": 12, "max_train_samples": 200, "max_eval_samples": 40}
-    folder = reproduce("table7", tmp_path, dataset="digits", changes=changes)
-    (row,) = csv.DictReader((folder / "table.csv").open())
-    (run,) = (tmp_path / "runs").iterdir()
-    groups = json.loads((run / "evaluation" / "report.json").read_text())["groups"]
-    means = {group["name"]: group["accuracy_mean"] for group in groups}
-    assert {name: float(row[name]) for name in NAMES} == {name: means[name] for name in NAMES}
-    assert row["S_KDE30 (paper)"] == "68.6" and row["SANE_SUB networks"] == "3"

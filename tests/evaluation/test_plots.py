@@ -16,7 +16,7 @@ def picture(path):
     """(height, width, 3) in [0, 1], after the checks that hold for each figure."""
     assert path.read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
     pixels = imread(path)[..., :3]
-    assert min(pixels.shape[:2]) > 300
+    assert pixels.shape[0] > 200 and pixels.shape[1] == 960  # 10 points are 13 pixels where it is 600 wide
     assert pixels.std() > 0.05
     return pixels
 
@@ -35,88 +35,119 @@ def path(tmp_path):
     return tmp_path / "figure.png"
 
 
+def draw(path, snapshots, generated, others=(), panels=1, num_examples=1000):
+    return plots.plot_accuracy_vs_similarity(
+        path, {f"panel {i}": (snapshots, generated, others) for i in range(panels)}, num_examples
+    )
+
+
 @pytest.mark.parametrize("count", [1, 30])
 def test_accuracy_vs_similarity(path, count):
-    originals = ScatterGroup("originals", 91 + rows(count), 0.93 + 0.01 * rows(count, seed=1))
+    snapshots = ScatterGroup("snapshots", 91 + rows(count), 0.93 + 0.01 * rows(count, seed=1))
     generated = ScatterGroup("p-diff", 92 + rows(count), 0.89 + 0.01 * rows(count, seed=1))
-    families = [f"family {index}" for index in range(11)]
     sweep = [
-        ScatterGroup(family, 90 - value + rows(count), 0.8 + 0.01 * value + 0.01 * rows(count, seed=2))
-        for family in families
+        ScatterGroup(f"family {family}", 91.5 + 0.1 * value + rows(count), 0.9 + 0.01 * value + 0.001 * rows(count))
+        for family in range(11)
         for value in range(3)
     ]
-    assert plots.plot_accuracy_vs_similarity(str(path), originals, generated, sweep) == path
+    assert draw(str(path), snapshots, generated, sweep) == path
     full = picture(path)
     for colour in (plots.GENERATED, *plots.OTHERS):
         assert has(full, colour)
-    plots.plot_accuracy_vs_similarity(path, originals, generated)
+    draw(path, snapshots, generated, panels=3)
     alone = picture(path)
     assert has(alone, plots.GENERATED) and not any(has(alone, colour) for colour in plots.OTHERS)
+    assert full.shape[1] == alone.shape[1]  # both are as wide as a page
 
 
-def test_accuracy_vs_similarity_shows_the_region_of_interest(path):
-    """One bad group squeezes the left panel; in the right one the generated models stay in the middle."""
-    generated = ScatterGroup("p-diff", 91 + rows(30), 0.9 + 0.01 * rows(30, seed=1))
-    originals = ScatterGroup("originals", generated.accuracy, generated.max_iou)
-    bad = ScatterGroup("noise", torch.tensor([10.0]), torch.tensor([0.1]))
-    plots.plot_accuracy_vs_similarity(path, originals, generated, [bad])
+def marks(path, colour=plots.GENERATED):
+    """How many pixels of the upper two thirds, where the plot is, have a colour, and their places."""
     pixels = picture(path)
-    height, width = pixels.shape[:2]
-    marks = np.abs(pixels - to_rgb(plots.GENERATED)).max(-1) < 0.02
-    left, right = marks[:, : int(0.4 * width)], marks[:, int(0.45 * width) : int(0.8 * width)]
-    assert np.nonzero(left)[0].mean() / height < 0.2
-    assert 0.3 < np.nonzero(right)[0].mean() / height < 0.6
+    found = np.abs(pixels[: int(0.65 * len(pixels))] - to_rgb(colour)).max(-1) < 0.02
+    return found.sum(), np.nonzero(found)
+
+
+def test_outliers_and_bad_baselines_do_not_squeeze_the_region_of_interest(path):
+    accuracy, iou = 91 + 0.2 * rows(30), 0.9 + 0.01 * rows(30, seed=1)
+    generated, snapshots = ScatterGroup("p-diff", accuracy, iou), ScatterGroup("snapshots", accuracy + 1, iou - 0.02)
+    draw(path, snapshots, generated)
+    count, (height, width) = marks(path)
+    outlier = ScatterGroup("p-diff", torch.cat([accuracy, torch.tensor([80.0])]), torch.cat([iou, torch.tensor([0.5])]))
+    draw(path, snapshots, outlier, [ScatterGroup("noise", torch.tensor([10.0]), torch.tensor([0.1]))])
+    again, (new_height, new_width) = marks(path)
+    assert again > 0.5 * count
+    assert np.ptp(new_width) > 0.4 * np.ptp(width)
+
+
+def test_points_that_coincide_can_be_told_apart_from_one(path):
+    """And an axis on which all is equal spans the sampling error."""
+    one, many = (ScatterGroup("p-diff", torch.full((n,), 99.0), torch.ones(n)) for n in (1, 200))
+    snapshots = ScatterGroup("snapshots", torch.full((5,), 99.0), torch.full((5,), 0.99))
+    counts = []
+    for group in (one, many):
+        draw(path, snapshots, group)
+        pixels = picture(path)
+        reddish = (pixels[..., 0] - pixels[..., 2] > 0.1).sum()
+        counts.append(reddish)
+    assert counts[1] > 1.1 * counts[0]
+    assert plots.sampling_error(99.0, 1000) == pytest.approx(0.617, abs=0.001)
+    assert plots.sampling_error(100.0, 1000) > 0.15
 
 
 def test_accuracy_vs_similarity_without_similarity(path):
-    """One original has no other one to be similar to: its maximum IoU is nan, and the rest is drawn all the same."""
-    originals = ScatterGroup("originals", torch.tensor([91.0]), torch.tensor([math.nan]))
-    generated = ScatterGroup("p-diff", torch.tensor([92.0]), torch.tensor([0.9]))
-    plots.plot_accuracy_vs_similarity(path, originals, generated)
+    """One snapshot has no other one to be similar to: its maximum IoU is nan, and the rest is drawn all the same."""
+    snapshots = ScatterGroup("snapshots", torch.tensor([91.0]), torch.tensor([math.nan]))
+    draw(path, snapshots, ScatterGroup("p-diff", torch.tensor([92.0]), torch.tensor([0.9])))
     assert has(picture(path), plots.GENERATED)
-    plots.plot_accuracy_vs_similarity(
-        path, originals, ScatterGroup("p-diff", torch.tensor([92.0]), torch.tensor([math.nan]))
-    )
+    draw(path, snapshots, ScatterGroup("p-diff", torch.tensor([92.0]), torch.tensor([math.nan])))
     picture(path)
 
 
 @pytest.mark.parametrize(("seeds", "steps"), [(5, [0, 1, 5, 20]), (1, [0]), (7, list(range(1000)))])
 def test_reverse_process(path, seeds, steps):
-    assert plots.plot_reverse_process(path, steps, 90 + rows(seeds, len(steps)), 91.0) == path
-    pixels = picture(path)
-    assert has(pixels, plots.GENERATED)
-    assert has(pixels, plots.OTHERS[0]) == (seeds > 1)
+    accuracies = 90 + rows(seeds, len(steps))
+    assert plots.plot_reverse_process(path, steps, accuracies, 91.0, 500) == path
+    assert has(picture(path), plots.GENERATED)
 
 
-def test_max_similarity_distribution(path):
+def test_the_reverse_process_of_few_examples_does_not_look_like_progress(path):
+    """Three of 500 examples are less than the sampling error, and less than half of the axis."""
+    heights = []
+    for change in (0.6, 6.0):
+        plots.plot_reverse_process(path, [0, 1, 2], torch.tensor([[90.0, 90.0 + change, 90.0]]), 90.0, 500)
+        heights.append(np.ptp(marks(path)[1][0]) / len(picture(path)))
+    assert heights[0] < 0.2 < heights[1]
+
+
+def test_distribution(path):
     nothing, one, equal = torch.tensor([math.nan, math.nan]), torch.tensor([0.9]), torch.full((20,), 0.9)
     values = 0.9 + 0.01 * rows(40)
-    groups = {"originals": values, "p-diff": values - 0.05, "soup all": one, "equal": equal, "none": nothing}
-    assert plots.plot_max_similarity_distribution(path, groups) == path
+    groups = {"snapshots": values, "p-diff": values - 0.05, "soup all": one, "equal": equal, "none": nothing}
+    assert plots.plot_distribution(path, groups, "maximum IoU", min_range=0.02) == path
     pixels = picture(path)
     assert has(pixels, plots.GENERATED) and has(pixels, plots.OTHERS[0])
-    one_row = picture(plots.plot_max_similarity_distribution(path, {"originals": values}))
+    one_row = picture(plots.plot_distribution(path, {"snapshots": values}, "maximum IoU"))
     assert len(one_row) < len(pixels) and not has(one_row, plots.GENERATED)
-    plots.plot_max_similarity_distribution(path, {"originals": torch.cat([values, nothing])})
+    plots.plot_distribution(path, {"snapshots": torch.cat([values, nothing])}, "maximum IoU")
     np.testing.assert_array_equal(picture(path), one_row)
 
 
 @pytest.mark.parametrize(
-    ("num_originals", "num_generated", "sizes"),
+    ("num_snapshots", "num_generated", "sizes"),
     [(60, 55, (700, 700, 700)), (1, 1, (3, 2)), (4, 1, (1,)), (3, 3, (2,) * 40 + (500,))],
 )
-def test_parameter_heatmap(path, num_originals, num_generated, sizes):
-    originals, generated = rows(num_originals, sum(sizes)), rows(num_generated, sum(sizes), seed=1)
-    assert plots.plot_parameter_heatmap(path, originals, generated, sizes) == path
+def test_parameter_heatmap(path, num_snapshots, num_generated, sizes):
+    snapshots, generated = rows(num_snapshots, sum(sizes)), rows(num_generated, sum(sizes), seed=1)
+    assert plots.plot_parameter_heatmap(path, snapshots, generated, sizes) == path
     assert len(np.unique(picture(path).reshape(-1, 3), axis=0)) > 50
 
 
 def test_parameter_heatmap_shows_a_contraction(path):
     """The lower right panel (deviations of the generated) pales as they approach the mean."""
-    originals = 5 + rows(50, 200)
+    snapshots = 5 + rows(50, 200)
 
     def colourfulness(generated):
-        pixels = picture(plots.plot_parameter_heatmap(path, originals, generated, (100, 100)))
+        pixels = picture(plots.plot_parameter_heatmap(path, snapshots, generated, (100, 100)))
         height, width = pixels.shape[:2]
         panel = pixels[int(0.6 * height) : int(0.85 * height), int(0.6 * width) : int(0.9 * width)]
         return np.ptp(panel, axis=-1).mean()
@@ -126,14 +157,12 @@ def test_parameter_heatmap_shows_a_contraction(path):
 
 
 def test_latent_pca(path):
-    originals = rows(20, 6)
-    assert plots.plot_latent_pca(path, originals, rows(1, 6, seed=1)) == path
+    snapshots = rows(20, 6)
+    assert plots.plot_latent_pca(path, snapshots, rows(30, 6, seed=1)) == path
     pixels = picture(path)
-    assert not has(pixels, plots.OTHERS[0])
-    plots.plot_latent_pca(path, originals, rows(30, 6, seed=1), originals + 0.5)
-    assert (np.abs(picture(path) - pixels).max(-1) > 0.1).mean() > 1e-3
+    assert (pixels[..., 0] - pixels[..., 2] > 0.3).mean() > 1e-3  # stars, half transparent
     with pytest.raises(ValueError, match=r"\(1, 6\)"):
-        plots.plot_latent_pca(path, originals[:1], originals)
+        plots.plot_latent_pca(path, snapshots[:1], snapshots)
 
 
 def test_loss_curves(path):
@@ -147,7 +176,7 @@ def test_loss_curves(path):
     both = picture(path)
     assert has(both, plots.OTHERS[0]) and has(both, plots.GENERATED)
     one = picture(plots.plot_loss_curves(path, {"denoiser": {"training": (steps, losses)}}))
-    assert one.shape[1] < 0.6 * both.shape[1]
+    assert len(one) < 0.7 * len(both)
 
 
 def test_memory(path):
@@ -155,7 +184,7 @@ def test_memory(path):
     curves = {"autoencoder": ([45.0, math.nan], [658.0, 44_882.0]), "denoiser": ([78.0, 360.0], [530.0, 12_942.0])}
     assert plots.plot_memory(str(path), [2_048, 300_288], curves) == path
     pixels = picture(path)
-    assert has(pixels, plots.GENERATED) and has(pixels, plots.ORIGINAL)
+    assert has(pixels, plots.GENERATED) and has(pixels, plots.SNAPSHOTS)
     plots.plot_memory(path, [2_048, 300_288], {"autoencoder": ([math.nan, math.nan], [658.0, 44_882.0])})
     none = picture(path)
     plots.plot_memory(path, [2_048, 300_288], {"autoencoder": ([45.0, 629.0], [658.0, 44_882.0])})

@@ -1,15 +1,16 @@
 """Scores: equal to a plain loop over whole networks; kept by content; one pass in chunks; bounded memory."""
 
 import copy
+import math
 
 import pytest
 import torch
+from support.evaluation import Regression, regression, snapshots_around
 from torch import nn
 
-from pdiff_hf.evaluation import scoring
-from pdiff_hf.evaluation.scoring import Scorer, check_memory
+from pdiff_hf.evaluation.scoring import ClassifierScorer, Metric, check_memory, make_scorer
 from pdiff_hf.layout import ParameterLayout
-from pdiff_hf.selection import select_parameters
+from pdiff_hf.selection import select_layout
 from pdiff_hf.tasks import ImageClassificationTask
 
 
@@ -28,7 +29,7 @@ def made() -> tuple[nn.Module, ParameterLayout, torch.Tensor]:
     """An MLP for digits, the layout of its last two norms, and 7 networks around it."""
     torch.manual_seed(0)
     model = make_task().load_base_model().eval()
-    layout = ParameterLayout.from_state_dict(model.state_dict(), select_parameters(model, "norm[-2:]"))
+    layout = select_layout(model, ["norm[-2:]"], [])
     parameters = layout.flatten(model.state_dict()) + 0.5 * torch.randn(7, layout.num_parameters)
     return model, layout, parameters
 
@@ -40,26 +41,38 @@ def make_task(**changes) -> CountingTask:
 def test_scores_are_those_of_a_plain_loop_over_whole_networks(made):
     model, layout, parameters = made
     task = make_task()
-    scores = Scorer(task, copy.deepcopy(model), layout).score("test", parameters)
+    scorer = make_scorer(task, copy.deepcopy(model), layout)
+    assert scorer.metric == Metric("accuracy", "%", higher_is_better=True) and scorer.classifies
+    scores = scorer.score("test", parameters)
     split = task.load_split("test")
     batch = split.__getitems__(list(range(len(split))))
     assert scores.predictions.shape == (7, 60) and scores.log_probs.shape == (7, 60, 10)
-    assert torch.equal(scores.labels, batch["labels"])
+    assert torch.equal(scores.labels, batch["labels"]) and not scores.undefined.any()
     for i, row in enumerate(parameters):
         network = copy.deepcopy(model)
         network.load_state_dict(layout.unflatten(row), strict=False)
         with torch.no_grad():
             logits = network(pixel_values=batch["pixel_values"]).logits
         assert torch.equal(scores.predictions[i].long(), logits.argmax(-1))
-        assert torch.equal(scores.wrong[i], logits.argmax(-1) != batch["labels"])
+        wrong = logits.argmax(-1) != batch["labels"]
+        assert torch.equal(scores.wrong[i], wrong)
+        assert scores.values[i] == pytest.approx(100 - 100 * wrong.double().mean().item())
         torch.testing.assert_close(scores.log_probs[i].float(), logits.log_softmax(-1), rtol=1e-3, atol=1e-3)
+
+
+def test_predictions_that_are_not_finite_are_never_right(made):
+    model, layout, parameters = made
+    scores = make_scorer(make_task(), model, layout).score("test", torch.stack([parameters[0], parameters[1] * 1e38]))
+    assert scores.undefined.tolist() == [False, True]
+    assert (scores.predictions[1] == -1).any() and scores.wrong[1][scores.predictions[1] == -1].all()
+    assert scores.values[1].isfinite() and not scores.log_probs.isinf().any()
 
 
 def test_rows_of_several_tensors_repeated_networks_and_chunks(made, monkeypatch):
     model, layout, parameters = made
-    scorer = Scorer(make_task(), model, layout)
+    scorer = make_scorer(make_task(), model, layout)
     expected = scorer.score("test", parameters)
-    monkeypatch.setattr(scoring, "CHUNK_SIZE", 3)
+    monkeypatch.setattr(ClassifierScorer, "chunk_size", 3)
     rows = [*parameters[4:], parameters[0], *parameters[:4], parameters[0]]
     scores = scorer.score("test", rows)
     order = [4, 5, 6, 0, 0, 1, 2, 3, 0]
@@ -67,28 +80,10 @@ def test_rows_of_several_tensors_repeated_networks_and_chunks(made, monkeypatch)
     torch.testing.assert_close(scores.log_probs, expected.log_probs[order], rtol=2e-3, atol=2e-3)
 
 
-def test_what_was_scored_is_not_scored_again(made, tmp_path):
+def test_what_was_scored_is_not_scored_again_and_a_kill_loses_no_more_than_a_chunk(made, tmp_path, monkeypatch):
     model, layout, parameters = made
-    task = make_task()
-    first = Scorer(task, model, layout, tmp_path).score("test", parameters[:5])
-    calls = task.calls
-    assert calls > 0
-    again = Scorer(task, model, layout, tmp_path).score("test", parameters[[3, 1]])
-    assert torch.equal(again.log_probs, first.log_probs[[3, 1]]) and torch.equal(again.labels, first.labels)
-    assert task.calls == calls + 1  # one example, for the number of classes
-    written = []
-    scorer = Scorer(task, model, layout, tmp_path)
-    compute = scorer._compute
-    scorer._compute = lambda split, new, keys: written.append(len(new)) or compute(split, new, keys)
-    scorer.score("test", parameters)
-    assert written == [2]
-
-
-def test_a_kill_loses_no_more_than_a_chunk(made, tmp_path, monkeypatch):
-    model, layout, parameters = made
-    monkeypatch.setattr(scoring, "CHUNK_SIZE", 2)
-    task = make_task()
-    scorer = Scorer(task, model, layout, tmp_path)
+    monkeypatch.setattr(ClassifierScorer, "chunk_size", 2)
+    scorer = make_scorer(make_task(), model, layout, tmp_path)
     compute, chunks = scorer._compute, []
 
     def killed_in_the_third(split, new, keys):
@@ -100,17 +95,20 @@ def test_a_kill_loses_no_more_than_a_chunk(made, tmp_path, monkeypatch):
     scorer._compute = killed_in_the_third
     with pytest.raises(KeyboardInterrupt):
         scorer.score("test", parameters)
-    chunks.clear()
-    scorer._compute = lambda split, new, keys: chunks.append(len(new)) or compute(split, new, keys)
+    task = make_task()
+    scorer = make_scorer(task, model, layout, tmp_path)
+    first = scorer.score("test", parameters[[3, 1]])
+    assert task.calls == 1  # one example, for the number of classes: 4 of the 7 had been written
     scores = scorer.score("test", parameters)
-    assert chunks == [2, 1]  # 4 of the 7 had been written
-    assert torch.equal(scores.predictions, Scorer(task, model, layout).score("test", parameters).predictions)
+    plain = make_scorer(make_task(), model, layout).score("test", parameters)
+    assert torch.equal(scores.predictions, plain.predictions) and torch.equal(scores.labels, plain.labels)
+    assert torch.equal(first.predictions, plain.predictions[[3, 1]])
 
 
 @pytest.mark.parametrize("what", ("base model", "data", "split", "parameters"))
 def test_the_cache_does_not_mistake_one_thing_for_another(made, tmp_path, what):
     model, layout, parameters = made
-    Scorer(make_task(), model, layout, tmp_path).score("test", parameters[:2])
+    make_scorer(make_task(), model, layout, tmp_path).score("test", parameters[:2])
     model, task, split, parameters = copy.deepcopy(model), make_task(), "test", parameters[:2].clone()
     if what == "base model":
         frozen = next(name for name in model.state_dict() if name not in layout.names)
@@ -121,10 +119,8 @@ def test_the_cache_does_not_mistake_one_thing_for_another(made, tmp_path, what):
         split = "validation"
     else:
         parameters[:, 0] += 1e-3
-    scorer = Scorer(task, model, layout, tmp_path)
-    calls = task.calls
-    scorer.score(split, parameters)
-    assert task.calls > calls + 1
+    make_scorer(task, model, layout, tmp_path).score(split, parameters)
+    assert task.calls > 1
 
 
 def test_what_does_not_fit_into_memory_is_refused_before_any_work(made):
@@ -133,7 +129,47 @@ def test_what_does_not_fit_into_memory_is_refused_before_any_work(made):
         check_memory(1100, 1_000_000_000, 1000)
     model, layout, _ = made
     task = make_task()
-    scorer = Scorer(task, model, layout)
     with pytest.raises(ValueError, match="more than half of the"):
-        scorer.check_memory("test", 10**12)
+        make_scorer(task, model, layout).check_memory("test", 10**12)
     assert task.calls == 1
+
+
+def test_an_estimate_scores_next_to_nothing(made, tmp_path):
+    model, layout, _ = made
+    assert 0 < make_scorer(make_task(), model, layout, tmp_path).estimate(1000) < math.inf
+    assert not list(tmp_path.iterdir())
+    scorer = regression()
+    assert 0 < scorer.estimate(1000) < math.inf
+    assert scorer.task.measured == [("validation", 1), ("test", 1)]
+
+
+def test_every_network_is_measured_once_and_kept_by_content(tmp_path):
+    scorer = regression(tmp_path)
+    task, size = scorer.task, scorer.chunk_size
+    assert scorer.metric == Metric("MSE", "", higher_is_better=False) and not scorer.classifies
+    parameters = snapshots_around(scorer, size + 6)
+    rows = [*parameters, parameters[3], parameters[3] + 1e6]
+    values = scorer.score("test", rows).values
+    assert values[3] == values[size + 6] and values[-1].isnan() and not values[:-1].isnan().any()
+    assert task.measured == [("test", size), ("test", 7)]
+    again = regression(tmp_path)
+    assert torch.equal(again.score("test", parameters[5:9]).values, values[5:9])
+    assert again.score("test", rows[-1:]).undefined.all() and not again.task.measured  # not measured again
+    again.score("validation", parameters[:1])
+    assert again.task.measured == [("validation", 1)]
+    model = scorer.models.model
+    for i in (0, size + 5):
+        with torch.no_grad():
+            model.load_state_dict(scorer.layout.unflatten(parameters[i]), strict=False)
+            batch = task.collate(list(task.load_split("test")))
+            torch.testing.assert_close(task.loss(model, batch).double(), values[i], rtol=1e-5, atol=1e-6)
+
+
+def test_a_task_that_does_not_say_how_networks_are_judged(made):
+    model, layout, _ = made
+
+    class Task(Regression.__mro__[2]):
+        load_base_model = load_split = fingerprint = collate = loss = None
+
+    with pytest.raises(ValueError, match="Task must be a ClassificationTask or a MeasuredTask"):
+        make_scorer(Task(), model, layout)

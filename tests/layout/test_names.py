@@ -6,7 +6,7 @@ from torch import nn
 from transformers import BartConfig, BartForSequenceClassification
 
 from pdiff_hf.layout import LayoutError, ParameterLayout
-from pdiff_hf.names import complete, match_names, plain_name, shared_tensors, tied_names
+from pdiff_hf.names import complete, match_names, other_names, plain_name, shared_tensors
 from pdiff_hf.selection import fit_layout, select_layout, select_parameters
 
 
@@ -64,7 +64,7 @@ def test_shared_tensors_and_views_of_one_another():
     model = Shared()
     layout = select_layout(model, "all")
     assert layout.names == ("head.weight", "alone.weight", "alone.bias")
-    assert tied_names(model) == {"head.weight": ("tied.weight",)}
+    assert other_names(model) == {"head.weight": ("tied.weight",)}
     assert layout.aliases == (("tied.weight",), (), ())
     new = layout.unflatten(torch.randn(3, layout.num_parameters))
     completed = complete(new, shared_tensors(model))

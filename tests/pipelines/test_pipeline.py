@@ -1,18 +1,16 @@
 """PDiffPipeline: outputs, determinism, schedulers, callbacks, complete folders, and what it refuses."""
 
 import copy
+from concurrent.futures import ThreadPoolExecutor
 
+import numpy as np
 import pytest
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler
 from support.pipelines import LATENT_DIM, make_network, make_pipeline, sample
 from transformers import AutoConfig, AutoModelForImageClassification
 
-from pdiff_hf import (
-    LatentDenoiser,
-    LayoutError,
-    PDiffPipeline,
-)
+from pdiff_hf import LatentDenoiser, LayoutError, ParameterAutoencoder, PDiffPipeline
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +60,6 @@ def test_a_model_depends_on_its_index_alone(base_model, scheduler_class):
     assert torch.equal(many, sample(pipe, 7))
     assert not torch.equal(many, sample(pipe, 7, seed=1))
     assert torch.equal(sample(pipe, 3), many[:3])
-    assert torch.equal(sample(pipe, 7, batch_size=2), many)
     assert not torch.allclose(many[0], many[1])
 
 
@@ -111,6 +108,103 @@ def test_without_a_base_model(base_model, tmp_path):
         loaded(1, output_type="model")
 
 
+def test_any_type_of_whole_numbers(pipe):
+    expected = sample(pipe, 2)
+    for two in (np.int64(2), np.uint8(2), torch.tensor(2)):
+        assert torch.equal(sample(pipe, two), expected)
+        assert sample(pipe, two, num_inference_steps=two, output_type="latent").shape == (2, LATENT_DIM)
+
+
+@pytest.mark.parametrize("how", ["loaded", "moved"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_networks_have_the_precision_of_the_base_model(base_model, dtype, how, tmp_path):
+    pipe = make_pipeline(copy.deepcopy(base_model))
+    statistics = {name: tensor.clone() for name, tensor in pipe.autoencoder.named_buffers()}
+    if how == "loaded":
+        pipe.save_pretrained(tmp_path)
+        pipe = PDiffPipeline.from_pretrained(tmp_path, dtype=dtype)
+        pipe.set_progress_bar_config(disable=True)
+    else:
+        pipe.to(dtype)
+    for name, tensor in pipe.autoencoder.named_buffers():
+        assert tensor.dtype == torch.float32 and torch.equal(tensor, statistics[name]), name
+    assert pipe.denoiser.dtype == pipe.autoencoder.dtype == dtype
+    images = torch.randn(2, 3, 32, 32).to(dtype)
+    network = sample(pipe, 1, output_type="model")[0]
+    assert {parameter.dtype for parameter in network.parameters()} == {dtype}
+    assert sample(pipe, 1).dtype == torch.float32
+    with torch.no_grad():
+        assert network(images).logits.dtype == dtype
+        ensemble = pipe.ensemble(3, 2, torch.Generator().manual_seed(0))
+        assert ensemble(images).logits.isfinite().all()
+
+
+def test_threads_share_a_pipeline(base_model):
+    """A scheduler that keeps what earlier steps gave."""
+    pipe = make_pipeline(base_model)
+    expected = [sample(pipe, 5, seed=seed, num_inference_steps=20) for seed in range(4)]
+    with ThreadPoolExecutor(4) as threads:
+        got = list(threads.map(lambda seed: sample(pipe, 5, seed=seed, num_inference_steps=20), range(4)))
+    assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+
+
+FORMATS = {
+    "safetensors": {},
+    "shards": {"max_shard_size": "2KB"},
+    "variant": {"variant": "fp16"},
+    "shards of a variant": {"variant": "fp16", "max_shard_size": "2KB"},
+    ".bin": {"safe_serialization": False},
+    ".bin shards": {"safe_serialization": False, "max_shard_size": "2KB"},
+}
+
+
+def test_every_format_is_loaded_as_it_was_saved_and_leaves_nothing_of_the_one_before(base_model, tmp_path):
+    pipes = [make_pipeline(base_model, seed=seed) for seed in range(len(FORMATS))]
+    (tmp_path / "notes.txt").write_text("not of a pipeline")
+    order = [*FORMATS, *reversed(FORMATS), "shards", "safetensors", ".bin shards", "variant", ".bin"]  # one on another
+    for i, name in enumerate(order):
+        pipe, settings = pipes[i % len(pipes)], FORMATS[name]
+        pipe.save_pretrained(tmp_path, **settings)
+        if ".bin" in name:
+            with pytest.raises(OSError, match="no file named .*, but .bin files, .* use_safetensors=False only"):
+                PDiffPipeline.from_pretrained(tmp_path)
+        loading = {"variant": "fp16"} if "variant" in settings else {}
+        loading |= {"use_safetensors": False} if ".bin" in name else {}
+        loaded = PDiffPipeline.from_pretrained(tmp_path, **loading)
+        loaded.set_progress_bar_config(disable=True)
+        assert torch.equal(sample(loaded), sample(pipe)), (name, order[i - 1])
+        weights = [path.name for path in (tmp_path / "autoencoder").iterdir() if path.name != "config.json"]
+        assert (len(weights) > 1) == ("shards" in name)
+    assert {path.name for path in tmp_path.iterdir()} == {
+        *("autoencoder", "denoiser", "scheduler", "base_model", "model_index.json", "pipeline.py", "notes.txt")
+    }
+    make_pipeline(base_model, base_model=None).save_pretrained(tmp_path)
+    assert not (tmp_path / "base_model").exists()
+
+
+def test_an_autoencoder_alone_replaces_the_one_before(base_model, tmp_path):
+    first, second = (make_pipeline(base_model, seed=seed).autoencoder for seed in range(2))
+    first.save_pretrained(tmp_path)
+    second.save_pretrained(tmp_path, safe_serialization=False)
+    loaded = ParameterAutoencoder.from_pretrained(tmp_path)
+    assert all(torch.equal(tensor, second.state_dict()[name]) for name, tensor in loaded.state_dict().items())
+
+
+def test_a_failed_save_leaves_the_pipeline_before(base_model, tmp_path, monkeypatch):
+    pipe = make_pipeline(base_model)
+    pipe.save_pretrained(tmp_path)
+
+    def fail(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(LatentDenoiser, "save_pretrained", fail)
+    with pytest.raises(OSError, match="No space"):
+        make_pipeline(base_model, seed=1).save_pretrained(tmp_path)
+    monkeypatch.undo()
+    assert torch.equal(sample(PDiffPipeline.from_pretrained(tmp_path)), sample(pipe))
+    assert not (tmp_path / ".part").exists()
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -118,7 +212,9 @@ def test_without_a_base_model(base_model, tmp_path):
         ({"num_models": 2.0}, "num_models must be .* got 2.0"),
         ({"num_inference_steps": 0}, "num_inference_steps must be .* got 0"),
         ({"num_inference_steps": 1001}, "at most the 1000 of training, got 1001"),
-        ({"batch_size": 0}, "batch_size must be"),
+        ({"num_models": True}, "num_models must be .* got True"),
+        ({"generator": 0}, r"generator must be a torch.Generator, such as .*manual_seed\(0\).*, got 0"),
+        ({"generator": [0]}, r"generator must be a torch.Generator.* got \[0\]"),
         ({"output_type": "np"}, "output_type must be one of state_dict, pt, latent, model, got 'np'"),
         ({"num_models": 3, "generator": [torch.Generator()]}, "one for each of the 3 models, got 1"),
         ({"num_models": 2, "latents": torch.zeros(2, 5)}, r"shape \(2, 6\), got \(2, 5\)"),

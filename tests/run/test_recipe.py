@@ -7,7 +7,7 @@ import pytest
 import yaml
 
 from pdiff_hf.models import AUTOENCODER_PRESETS, DENOISER_PRESETS
-from pdiff_hf.models.autoencoder import NORMALIZATIONS
+from pdiff_hf.models.tokens import NORMALIZATIONS
 from pdiff_hf.run.recipe import STAGES as STAGE_NAMES
 from pdiff_hf.run.recipe import Recipe, RecipeParser, load_recipe
 from pdiff_hf.run.stages import STAGES

@@ -233,7 +233,7 @@ def test_a_report_of_another_version_is_left_out(app, run, tmp_path):
     (tmp_path / "evaluation" / "report.json").write_text('{"groups": [{"name": "original"}]}')
     source = app.load_source(str(tmp_path))
     assert source.report is None
-    assert "its report: it was written by another version" in app.describe("it", source)
+    assert "is a report of format 1" in app.describe("it", source)
     assert app.compare(source) == ({}, "There is nothing to compare: there is no report.")
 
 

@@ -23,7 +23,7 @@ from benchmarks.training import _measure, measure_training
 from reproduce.cells import compare, summarise
 from reproduce.listing import list_experiments, list_runs
 from reproduce.plan import RECIPES, SCALES, SMALL_DATASET, expand
-from reproduce.runner import reproduce
+from reproduce.runner import prepare, reproduce
 from reproduce.tables import ARCHITECTURES, DATASETS, EXPERIMENTS, ExperimentError
 from support.recipes import TINY_ROW as TINY
 
@@ -54,7 +54,8 @@ def test_rows_differ_in_what_is_varied_and_in_nothing_else(name, scale):
         rest = {key: value for key, value in settings.items() if key not in row.varies}
         shared[row.architecture, row.dataset, tuple(sorted(row.varies))].add(json.dumps(rest))
         runs[row.run].add(recipes[0].output_dir)
-        small_dataset = ARCHITECTURES[row.architecture].small_dataset.format(SMALL_DATASET)
+        on_canvases = ARCHITECTURES[row.architecture].canvases is not None
+        small_dataset = "out/canvases-fashion_mnist-3200-100" if on_canvases else SMALL_DATASET
         assert recipes[0].dataset == (DATASETS[row.dataset].id if scale == "paper" else small_dataset)
     assert all(len(different) == 1 for different in (*shared.values(), *runs.values()))
     assert len({folder for (folder,) in runs.values()}) == len(runs)
@@ -144,9 +145,13 @@ def test_recipes_generate_the_numbers_of_table_6(name):
 
 def report(accuracies, best) -> dict:
     mean = sum(accuracies) / len(accuracies)
-    group = {"name": "generated", "n": len(accuracies), "accuracy_mean": mean, "accuracy_std": 1.0}
-    group |= {"accuracy_best": best, "accuracy_best_on_test": max(accuracies)}
-    return {"groups": [group], "audit": {"rows": [{"name": "generated", "iou": [0.25, None, 0.75]}]}}
+    group = {"name": "generated", "n": len(accuracies), "score_mean": mean, "score_std": 1.0}
+    group |= {"score_best": best, "score_best_on_test": max(accuracies)}
+    return {
+        "metric": {"higher_is_better": True},
+        "groups": [group],
+        "audit": {"rows": [{"name": "generated", "iou": [0.25, None, 0.75]}]},
+    }
 
 
 def test_cells_over_networks_and_over_seeds():
@@ -163,26 +168,19 @@ def test_cells_over_networks_and_over_seeds():
 
 
 def test_a_group_is_better_worse_or_equal_within_the_noise_of_the_seeds():
-    def reports(differences, **metric):
+    def verdict(differences, higher_is_better=True):
         pairs = [report([90, 92], 90)["groups"] + report([90 + d, 92 + d], 90)["groups"] for d in differences]
-        return [{"groups": [a | {"name": "original"}, b]} | metric for a, b in pairs]
-
-    def verdict(differences, **metric):
-        return compare("average", reports(differences, **metric), "generated", "original")
+        metric = {"higher_is_better": higher_is_better}
+        reports = [{"groups": [a | {"name": "snapshots"}, b], "metric": metric} for a, b in pairs]
+        return compare("average", reports, "generated", "snapshots")
 
     # Student's t at 95% and 2 degrees of freedom is 4.303: a mean of 1 is beyond it up to a deviation of 0.402.
     text, numbers = verdict([0.61, 1.0, 1.39])
     assert text == "better (+1.00 ± 0.39 over 3 seeds)" and numbers["difference"] == pytest.approx(1)
     assert verdict([0.59, 1.0, 1.41])[1][""] == "equal within noise"
     assert verdict([-0.61, -1.0, -1.39])[1][""] == "worse"
+    assert verdict([-0.61, -1.0, -1.39], higher_is_better=False)[1][""] == "better"
     assert verdict([1.0])[0] == "+1.00, one seed"
-
-
-def test_where_lower_is_better_a_lower_score_is():
-    metric = {"name": "FID", "higher_is_better": False}
-    groups = [{"name": "original", "score_mean": 3.0}, {"name": "generated", "score_mean": 2.0}]
-    groups = [group | {"score_std": 0.0, "n": 2} for group in groups]
-    assert compare("average", [{"groups": groups, "metric": metric}] * 2, "generated", "original")[1][""] == "better"
 
 
 def test_a_table_that_was_killed_goes_on_and_its_rows_share_their_stages(tmp_path, caplog):
@@ -213,10 +211,10 @@ def test_a_table_that_was_killed_goes_on_and_its_rows_share_their_stages(tmp_pat
     for row, run in zip(rows, (first, second), strict=True):
         groups = json.loads((run / "evaluation" / "report.json").read_text())["groups"]
         generated = next(group for group in groups if group["name"] == "generated")
-        assert float(row["average"]) == generated["accuracy_mean"] and float(row["best"]) == generated["accuracy_best"]
+        assert float(row["average"]) == generated["score_mean"] and float(row["best"]) == generated["score_best"]
         assert int(row["average networks"]) == 10 and row["seeds"] == "1"
     table = (folder / "table.md").read_text()
-    assert f"| parameter and latent noise |        77.9 |      {generated['accuracy_best']:.2f} " in table
+    assert f"| parameter and latent noise |        77.9 |      {generated['score_best']:.2f} " in table
     assert table.count("\n| ") == 4 and first.name in table and "test_resnet on digits" in table
 
     # Nothing is left to do, and figures of the same runs only have to be drawn.
@@ -236,7 +234,7 @@ def test_a_table_that_was_killed_goes_on_and_its_rows_share_their_stages(tmp_pat
     models = BatchedModels(run.base_model, run.layout)
     best = run.parameters[accuracy(run.task, models, "validation", run.parameters).argmax()]
     expected = accuracy(everything, models, "test", best[None]).item()
-    assert float(row["original on all test images"]) == pytest.approx(expected)
+    assert float(row["snapshots on all test images"]) == pytest.approx(expected)
     images = json.loads((second / "selected.json").read_text())["images"]
     assert images == len(everything.load_split("test")) > recipe.max_eval_samples
 
@@ -247,6 +245,14 @@ def test_fid_is_measured_on_the_same_features_for_all_seeds():
     assert re.fullmatch(r"out/runs/cnn3_mini-fashion_mnist-seed0-\w+/base_model", recipes[0].fid_features)
     ((_, recipes),) = expand("table12", "out", scale="paper")
     assert recipes[0].fid_features == "inception"
+
+
+def test_detectors_get_canvases_of_the_data_set_that_was_asked_for(tmp_path):
+    plan = expand("table10", tmp_path, dataset="digits")
+    prepare(plan, tmp_path, "digits")
+    folders = {recipe.dataset for _, recipes in plan for recipe in recipes}
+    assert folders == {str(tmp_path / "canvases-digits-3200-100")}
+    assert {path.name for path in Path(*folders).iterdir()} == {"train.parquet", "validation.parquet", "test.parquet"}
 
 
 @pytest.mark.slow

@@ -1,10 +1,8 @@
-# A task of your own: the example of the README, run by test_sources.py.
+# A task of your own: the example of the README, run by test_own_task.py.
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from pdiff_hf.run.recipe import RecipeParser
-from pdiff_hf.run.run import Run
 from pdiff_hf.tasks import ClassificationTask
 
 
@@ -30,9 +28,3 @@ class Clouds(ClassificationTask):
 
     def predict(self, call, batch):
         return call(batch["points"])
-
-
-if __name__ == "__main__":
-    run = Run(RecipeParser().parse_recipe(), task=Clouds())
-    with run.lock():
-        run.execute()

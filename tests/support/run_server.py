@@ -1,7 +1,7 @@
 """
-Carries out `scripts/train.py` again and again, and does something to it at a moment that a test chooses.
+Runs the scripts again and again, and does something to `scripts/train.py` at a moment that a test chooses.
 
-Most of the time of a short run is spent on imports. So a server process imports what the script does and nothing else,
+Most of the time of a short run is spent on imports. So a server process imports what the scripts do and nothing else,
 and forks for every run; the fork becomes the script, with its own arguments, output and signals.
 
 A moment is a stage and a number n: when the stage is the first that is not finished, and the run is about to make its
@@ -76,7 +76,7 @@ class Result:
 
 
 class RunServer:
-    """A context manager; `run` carries out the script."""
+    """A context manager; `run` runs a script, `program` some code."""
 
     def __init__(self, folder: Path):
         self.folder = folder
@@ -105,22 +105,39 @@ class RunServer:
         at: tuple[str, int] | str | None = None,
         action: str = "kill",
         delay: float = 0.0,
+        script: str = "train",
+        environment: dict[str, str] | None = None,
     ) -> Result:
         """
+        Runs a script with `--output_dir`.
+
         Args:
             at (`tuple[str, int]` or `str`, *optional*): The moment: a stage and a number from 1, or the end of a path.
             action (`str`): `kill` and `interrupt` send SIGKILL and SIGINT; `fill` fills the file system that the output
                 folder is on, with a file `ballast` beside it; `limit` allows no file above 4 KiB any more.
             delay (`float`): Seconds from the moment to the signal.
+            script (`str`): Name of the script.
+            environment (`dict[str, str]`, *optional*): More variables.
         """
-        job = {
-            "output_dir": str(output_dir),
-            "arguments": [f"--output_dir={output_dir}", *arguments],
-            "at": at,
-            "action": action,
-            "delay": delay,
-            "folder": str(self.folder),
-        }
+        return self._send(
+            path=str(ROOT / "scripts" / f"{script}.py"),
+            output_dir=str(output_dir),
+            arguments=[*map(str, arguments), f"--output_dir={output_dir}"],
+            at=at,
+            action=action,
+            delay=delay,
+            environment=environment or {},
+        )
+
+    def program(self, code: str, *arguments: object) -> Result:
+        """Runs some code, with arguments in `sys.argv[1:]`."""
+        path = self.folder / "program.py"
+        path.write_text(code)
+        return self._send(path=str(path), arguments=list(map(str, arguments)))
+
+    def _send(self, **job: object) -> Result:
+        nothing = {"output_dir": "/nowhere", "at": None, "action": "kill", "delay": 0.0, "environment": {}}
+        job = nothing | job | {"folder": str(self.folder)}
         self._process.stdin.write(json.dumps(job) + "\n")
         self._process.stdin.flush()
         answer = json.loads(self._process.stdout.readline())
@@ -129,8 +146,10 @@ class RunServer:
 
 
 def serve() -> None:
-    import pdiff_hf.hub.push  # noqa: F401
+    import pdiff_hf.run.export  # noqa: F401
+    import pdiff_hf.run.listing  # noqa: F401
     import pdiff_hf.run.run  # noqa: F401
+    import pdiff_hf.run.saved  # noqa: F401
 
     for line in sys.stdin:
         job = json.loads(line)
@@ -156,7 +175,8 @@ def _become_the_script(job: dict, pipe: int) -> None:
     for descriptor, name in ((1, "output"), (2, "errors")):
         file = os.open(folder / name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND)
         os.dup2(file, descriptor)
-    sys.argv = [str(ROOT / "scripts" / "train.py"), *job["arguments"]]
+    os.environ |= job["environment"]
+    sys.argv = [job["path"], *job["arguments"]]
     sys.addaudithook(_watch(job, pipe))
     status = 0
     try:

@@ -1,10 +1,6 @@
 """The training loop: what it trains, that a resumed run repeats an uninterrupted one bit for bit, and how it fails."""
 
 import math
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -112,25 +108,6 @@ def test_a_diverging_loss_stops_and_keeps_the_last_good_state(tmp_path):
     assert latest_checkpoint(tmp_path) is None  # no checkpoint holds weights of a loss that is not finite
     with pytest.raises(TrainingError, match="loss is nan at step 0"):
         run(tmp_path, scale=math.nan)
-
-
-def test_two_processes_do_what_one_does_in_two_parts(tmp_path):
-    """Each process takes one half of every batch, with the noise that belongs to that half."""
-    script = tmp_path / "script.py"
-    script.write_text(
-        f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})\n"
-        "import torch; from test_loop import run; from accelerate import PartialState\n"
-        f"weights, losses, _ = run({str(tmp_path / 'two')!r}, num_steps=12, checkpointing_steps=5, dropout=0.0)\n"
-        f"if PartialState().is_main_process: torch.save([weights, losses], {str(tmp_path / 'result.pt')!r})\n"
-    )
-    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", script]
-    subprocess.run(command, check=True, env=environment, timeout=300)
-    weights, losses = torch.load(tmp_path / "result.pt", weights_only=True)
-    expected_weights, expected_losses, _ = run(tmp_path / "one", num_steps=12, accumulation=2, dropout=0.0)
-    torch.testing.assert_close(weights, expected_weights, atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(losses, expected_losses, atol=1e-5, rtol=1e-5)
-    assert sorted(p.name for p in (tmp_path / "two").iterdir()) == ["checkpoint-10", "checkpoint-5"]
 
 
 def test_a_batch_must_come_in_equal_parts(tmp_path):

@@ -1,0 +1,129 @@
+"""How a pipeline is saved, loaded and pushed."""
+
+import inspect
+import json
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Self
+
+import transformers
+from diffusers import SchedulerMixin
+from huggingface_hub.errors import HTTPError
+from transformers import AutoConfig
+
+from ..models.saved import replaced_files
+from ..networks.adapters import ADAPTER_FOLDER, has_adapters, load_network, save_network
+from ..utils.errors import first_line, limited_modules
+from .push import PIPELINE_FILE, push_pipeline_to_hub
+
+# Schedulers take memory for so many steps when they are made; the longest schedules in use have 1000.
+MAX_SCHEDULER_NUMBER = 1_000_000
+
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline as Base
+else:  # diffusers takes a `pipeline.py` only if there is one class of pipelines in it
+    Base = object
+
+
+class SavedPipeline(Base):
+    """A pipeline that is saved and loaded whole or not at all; it comes before `DiffusionPipeline` among the bases."""
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs) -> Self:
+        """
+        Like diffusers' own, but weights are read from safetensors files alone, unless `use_safetensors=False`: then
+        from `.bin` files where there are no others.
+
+        Raises:
+            OSError: if there is no such folder or repository, or a file is missing or cannot be read.
+            HTTPError: of `huggingface_hub.errors`, if the connection to the Hub fails.
+            ValueError: if files are damaged, do not belong together, or are of a newer format than this release reads.
+        """
+        # Not False for all: transformers writes no `.bin` files any more. Every component finds out what there is.
+        folder = Path(pretrained_model_name_or_path, "base_model")
+        if "base_model" not in kwargs and (folder / ADAPTER_FOLDER).is_dir():
+            architecture = AutoConfig.from_pretrained(folder).architectures[0]
+            kwargs["base_model"] = load_network(folder, getattr(transformers, architecture))
+        use_safetensors = kwargs.pop("use_safetensors", True) or None
+        try:
+            with limited_modules():
+                return super().from_pretrained(pretrained_model_name_or_path, use_safetensors=use_safetensors, **kwargs)
+        except (OSError, ValueError, HTTPError):
+            raise
+        except Exception as error:  # what damaged files make diffusers and transformers raise has no common type
+            what = f"the pipeline in '{pretrained_model_name_or_path}' cannot be used"
+            raise ValueError(f"{what}: {first_line(error)}") from error
+
+    @classmethod
+    def load_config(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs):
+        """The index of a saved pipeline, as diffusers asks for it before it loads the components."""
+        config = super().load_config(pretrained_model_name_or_path, **kwargs)
+        scheduler = Path(pretrained_model_name_or_path, "scheduler", SchedulerMixin.config_name)
+        if scheduler.is_file():
+            try:
+                settings = json.loads(scheduler.read_text(encoding="utf-8"))
+            except ValueError as error:
+                raise ValueError(f"'{scheduler}' is not JSON: {error}") from error
+            for name, value in settings.items():
+                if isinstance(value, int | float) and value > MAX_SCHEDULER_NUMBER:
+                    raise ValueError(f"'{scheduler}' has {name}={value}, which is above {MAX_SCHEDULER_NUMBER:,}")
+        return config
+
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike,
+        safe_serialization: bool = True,
+        variant: str | None = None,
+        max_shard_size: int | str | None = None,
+        push_to_hub: bool = False,
+        **kwargs,
+    ) -> None:
+        """
+        Like diffusers' own, but the file of the pipeline's class goes with the components, as `pipeline.py`, and an
+        earlier pipeline in the folder is replaced whole, whatever format and variant it was saved in. With
+        `push_to_hub=True`, `kwargs` are those of [`push_to_hub`], and `repo_id` is the folder's name by default.
+        """
+        with replaced_files(Path(save_directory), *self.components, self.config_name, PIPELINE_FILE) as part:
+            super().save_pretrained(part, safe_serialization, variant, max_shard_size)
+            if has_adapters(
+                self.base_model
+            ):  # diffusers has written its tensors under the names that they have with those
+                shutil.rmtree(part / "base_model")
+                save_network(self.base_model, part / "base_model")
+            shutil.copyfile(inspect.getfile(type(self)), part / PIPELINE_FILE)
+        if push_to_hub:
+            push_pipeline_to_hub(save_directory, **{"repo_id": Path(save_directory).name} | kwargs)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        commit_message: str = "Upload PDiffPipeline",
+        private: bool | None = None,
+        token: str | None = None,
+        create_pr: bool = False,
+        safe_serialization: bool = True,
+        variant: str | None = None,
+        revision: str | None = None,
+    ) -> str:
+        """
+        Like diffusers' own, but in one commit with the file of the pipeline's class, as `pipeline.py`, and with a model
+        card that says what the pipeline generates. A card that the repository has already is kept. Returns the commit's
+        address.
+
+        Raises:
+            HubError: if it cannot be pushed; nothing is published by halves, and the push can be repeated.
+        """
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(folder, safe_serialization, variant)
+            return push_pipeline_to_hub(
+                folder,
+                repo_id,
+                private=private,
+                revision=revision,
+                token=token,
+                create_pr=create_pr,
+                commit_message=commit_message,
+            )

@@ -1,0 +1,38 @@
+"""The variational autoencoder, a baseline."""
+
+import pytest
+import torch
+
+from pdiff_hf import ParameterAutoencoder
+from pdiff_hf.layout import ParameterLayout
+
+
+def test_the_divergence_of_a_variational_autoencoder():
+    layout = ParameterLayout(("a", "b"), ((6,), (2, 5)), ("float32", "float32"))
+    torch.manual_seed(0)
+    vae = ParameterAutoencoder(layout.to_dict(), latent_dim=4, block_out_channels=(4, 4), variational=True)
+    parameters = torch.randn(9, 16)
+    mean, log_variance = vae._encode(vae.tokenize(parameters))
+    output = vae(vae.tokenize(parameters), generator=torch.Generator().manual_seed(0))
+    posterior = torch.distributions.Normal(mean, (0.5 * log_variance).exp())
+    expected = torch.distributions.kl_divergence(posterior, torch.distributions.Normal(0.0, 1.0)).sum(1)
+    torch.testing.assert_close(output.kl, expected)
+    again = vae(vae.tokenize(parameters), generator=torch.Generator().manual_seed(1))
+    assert not torch.equal(again.sample, output.sample)  # it samples
+    torch.testing.assert_close(vae.encode(parameters).latents, mean)  # the statistics are 0 and 1 so far
+
+
+def test_the_prior_is_sampled_in_the_networks_own_latent():
+    layout = ParameterLayout(("a",), ((16,),), ("float32",))
+    torch.manual_seed(0)
+    vae = ParameterAutoencoder(layout.to_dict(), latent_dim=4, block_out_channels=(4, 4), variational=True)
+    vae.fit_parameter_statistics(5 + 2 * torch.randn(20, 16))
+    vae.latent_mean += 3
+    vae.latent_std *= 2
+    sample = vae.sample_prior(6, torch.Generator().manual_seed(0))
+    own = torch.randn(6, 4, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(sample, vae.decode((own - 3) / 2).sample)
+    plain = ParameterAutoencoder(layout.to_dict(), latent_dim=4, block_out_channels=(4, 4))
+    with pytest.raises(ValueError, match="only a variational autoencoder"):
+        plain.sample_prior(1)
+    assert plain(torch.randn(2, 1, 16)).kl is None

@@ -1,0 +1,156 @@
+"""A pipeline with conditions: what it takes, what it draws, guidance, saved folders, and what it refuses."""
+
+import pytest
+import torch
+from support.pipelines import LATENT_DIM, make_network, make_pipeline, sample
+
+from pdiff_hf import LatentDenoiser, PDiffPipeline
+from pdiff_hf.models import ConditionEncoder
+
+FIELDS = {
+    "angle": {"type": "angle"},
+    "blur": {"type": "scalar", "low": 0.0, "high": 2.0},
+    "kind": {"type": "category", "values": ["plain", "inverted"]},
+    "bits": {"type": "vector", "length": 3},
+}
+KNOWN = {"angle": 37.0, "blur": 0.4, "kind": "plain", "bits": [0, 1, 1]}
+EMBEDDING_DIM = 12
+
+
+def make_conditional_pipeline() -> PDiffPipeline:
+    torch.manual_seed(1)
+    encoder = ConditionEncoder(FIELDS, embedding_dim=EMBEDDING_DIM)
+    generator = torch.Generator().manual_seed(0)
+    seen = [
+        {
+            "angle": 360 * torch.rand((), generator=generator).item(),
+            "blur": 2 * torch.rand((), generator=generator).item(),
+            "kind": ["plain", "inverted"][i % 2],
+            "bits": [i % 2, i // 2 % 2, 1],
+        }
+        for i in range(8)
+    ]
+    encoder.remember(encoder.fields.table(seen))
+    denoiser = LatentDenoiser(
+        LATENT_DIM, block_out_channels=(4, 4), bottleneck_dim=8, embedding_dim=16, condition_dim=EMBEDDING_DIM
+    )
+    for parameter in denoiser.parameters():  # some start at zero, so that a condition would make no difference
+        torch.nn.init.normal_(parameter, std=0.2)
+    return make_pipeline(make_network(), denoiser=denoiser.eval(), condition_encoder=encoder.eval())
+
+
+@pytest.fixture(scope="module")
+def pipe() -> PDiffPipeline:
+    return make_conditional_pipeline()
+
+
+def test_one_condition_a_list_of_them_and_embeddings(pipe):
+    other = KNOWN | {"angle": 211.0}
+    both = sample(pipe, 3, condition=[KNOWN, other])
+    assert both.shape == (6, pipe.autoencoder.layout.num_parameters)
+    assert torch.equal(both[:3], sample(pipe, 3, condition=KNOWN))
+    generators = [torch.Generator().manual_seed(i) for i in range(2)]
+    again = [torch.Generator().manual_seed(i) for i in range(2)]
+    one, two = (
+        pipe(2, 3, generators, condition=KNOWN, output_type="pt").parameters,
+        pipe(2, 3, again, condition=other, output_type="pt").parameters,
+    )
+    assert not torch.equal(one, two)  # the same noise, another task
+    with torch.no_grad():
+        embeddings = pipe.condition_encoder(pipe.condition_encoder.fields.table([KNOWN]))
+    latents = torch.randn(2, LATENT_DIM, generator=torch.Generator().manual_seed(5))
+    settings = {"latents": latents, "num_inference_steps": 3, "output_type": "pt"}
+    given = pipe(2, condition=embeddings, **settings).parameters
+    torch.testing.assert_close(given, pipe(2, condition=KNOWN, **settings).parameters)
+
+
+def test_the_same_bits_whatever_the_number_of_networks(pipe):
+    partly = {"angle": 37.0, "blur": None}
+    many = sample(pipe, 50, condition=partly)
+    for count in (1, 9, 41):
+        assert torch.equal(sample(pipe, count, condition=partly), many[:count])
+
+
+def test_what_is_not_known_is_drawn_from_the_seen_conditions(pipe):
+    encoder = pipe.condition_encoder
+    generators = [torch.Generator().manual_seed(i) for i in range(64)]
+    table = pipe.prepare_conditions({"angle": 5.0}, 64)
+    drawn = []
+    draw = encoder.complete
+    encoder.complete = lambda *args: drawn.append(draw(*args)) or drawn[-1]  # what the pipeline uses
+    try:
+        pipe.embed_conditions(table, generators)
+    finally:
+        del encoder.complete
+    rows = [row for block in drawn for row in encoder.fields.conditions(block)][:64]
+    seen = encoder.fields.conditions(encoder.seen)
+    assert all(row["angle"] == pytest.approx(5.0) for row in rows)
+    others = [{key: value for key, value in row.items() if key != "angle"} for row in rows]
+    known = [{key: value for key, value in row.items() if key != "angle"} for row in seen]
+    assert all(other in known for other in others)
+    assert len({str(other) for other in others}) == len(seen)  # all of them come up
+    assert not torch.equal(sample(pipe, 2), sample(pipe, 2, condition=KNOWN))  # nothing known at all
+
+
+def test_guidance_moves_away_from_the_prediction_without_a_condition(pipe):
+    latents = torch.randn(3, LATENT_DIM, generator=torch.Generator().manual_seed(0))
+    timestep = pipe.scheduler.config.num_train_timesteps - 1
+    with torch.no_grad():
+        embedding = pipe.condition_encoder(pipe.condition_encoder.fields.table([KNOWN] * 3))
+        given = pipe.denoiser(latents, timestep, embedding).sample
+        without = pipe.denoiser(latents, timestep).sample
+    seen = []
+
+    class Kept(type(pipe.scheduler)):
+        def step(self, prediction, *args, **kwargs):
+            seen.append(prediction)
+            return super().step(prediction, *args, **kwargs)
+
+    kept = PDiffPipeline(**pipe.components | {"scheduler": Kept.from_config(pipe.scheduler.config)})
+    kept.set_progress_bar_config(disable=True)
+    kept(3, 1, latents=latents, condition=KNOWN, guidance_scale=2.5, output_type="latent")
+    torch.testing.assert_close(seen[-1], without + 2.5 * (given - without))
+    plain = sample(pipe, 3, condition=KNOWN)
+    assert torch.equal(sample(pipe, 3, condition=KNOWN, guidance_scale=1.0), plain)
+    assert not torch.equal(sample(pipe, 3, condition=KNOWN, guidance_scale=2.0), plain)
+
+
+def test_a_saved_folder_knows_its_conditions(pipe, tmp_path):
+    pipe.save_pretrained(tmp_path)
+    loaded = PDiffPipeline.from_pretrained(tmp_path)
+    loaded.set_progress_bar_config(disable=True)
+    for condition in (KNOWN, {"blur": 1.0}, None):
+        assert torch.equal(sample(loaded, condition=condition), sample(pipe, condition=condition))
+    networks = loaded(2, 3, torch.Generator().manual_seed(0), condition=KNOWN, output_type="model").parameters
+    ensemble = loaded.ensemble(2, 3, torch.Generator().manual_seed(0), condition=KNOWN)
+    images = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        mean = torch.stack([network(images).logits.softmax(-1) for network in networks]).mean(0)
+        torch.testing.assert_close(ensemble(images).logits.softmax(-1), mean)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"condition": {"angel": 3.0}}, "angel"),
+        ({"condition": {"blur": "much"}}, "blur"),
+        ({"condition": {"blur": 3.0}}, "blur"),
+        ({"condition": {"kind": "blurred"}}, "plain, inverted"),
+        ({"condition": {"bits": [1, 0]}}, "bits"),
+        ({"condition": []}, "at least one condition"),
+        ({"condition": torch.zeros(2, 5)}, r"embeddings must have shape \(M, 12\), got \(2, 5\)"),
+    ],
+)
+def test_wrong_conditions(pipe, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        pipe(2, **arguments)
+
+
+def test_a_generator_without_conditions_takes_none(pipe):
+    plain = make_pipeline(make_network())
+    with pytest.raises(ValueError, match="without conditions"):
+        plain(2, condition=KNOWN)
+    with pytest.raises(ValueError, match="guidance_scale needs a generator with conditions"):
+        plain(2, guidance_scale=2.0)
+    with pytest.raises(ValueError, match="not trained together"):
+        PDiffPipeline(**pipe.components | {"condition_encoder": None})

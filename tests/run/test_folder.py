@@ -1,0 +1,86 @@
+"""A run's folder: what runs share, and stages as one table."""
+
+import shutil
+
+import pytest
+from support.run_server import RECIPE
+
+from pdiff_hf.run.folder import RunError, RunFolder
+from pdiff_hf.run.recipe import Recipe
+from pdiff_hf.run.stages import STAGES, stage_settings, stages_before
+from pdiff_hf.utils.files import replacing, write_json
+from pdiff_hf.utils.seeds import derive_seed, named_seed
+
+
+def test_stages_are_linked_and_links_to_what_is_gone_are_not_kept(tmp_path):
+    runs = tmp_path / "here" / "runs"
+    settings = {name: stage_settings(Recipe(**RECIPE), name) for name in ("base", "autoencoder")}
+    first, second = RunFolder(runs / "a"), RunFolder(runs / "b")
+    for name, values in settings.items():
+        with first.replacing(STAGES[name]) as folder:
+            (folder / "weights").write_text(name)
+        first.finish(STAGES[name], values, {})
+    (second / "base_model").mkdir(parents=True)  # what a kill has left
+    assert second.take_over(STAGES["base"], settings["base"]) == first.path
+    assert (second / "base_model").is_symlink() and (second / "base_model" / "weights").read_text() == "base"
+    assert second.is_finished(STAGES["base"], settings["base"])
+    assert second.take_over(STAGES["base"], settings["base"]) is None  # it has it now
+    other = settings["autoencoder"] | {"latent_noise": 1.0}
+    assert second.take_over(STAGES["autoencoder"], other) is None and not (second / "autoencoder").exists()
+
+    (tmp_path / "here").rename(tmp_path / "there")  # links are relative
+    first, second = (RunFolder(tmp_path / "there" / "runs" / name) for name in ("a", "b"))
+    assert (second / "base_model" / "weights").is_file()
+    with replacing(second / "base_model") as new:
+        new.mkdir()
+        (new / "weights").write_text("new")
+    assert not (second / "base_model").is_symlink()
+    assert (first / "base_model" / "weights").read_text() == "base"  # what another run has stays as it is
+
+    (second / "stages" / "base.json").unlink()
+    assert second.take_over(STAGES["base"], settings["base"]) == first.path
+    shutil.rmtree(first.path)
+    assert second.take_over(STAGES["base"], settings["base"]) is None and not (second / "base_model").is_symlink()
+
+
+def test_checkpoints_are_gone_on_with_only_if_they_have_the_same_settings(tmp_path):
+    folder, stage = RunFolder(tmp_path / "run"), STAGES["denoiser"]
+    folder.open_checkpoints(stage, {"a": 1}, resume=True)
+    write_json(folder.checkpoints(stage) / "checkpoint-3" / "state.json", {})
+    folder.open_checkpoints(stage, {"a": 1}, resume=True)
+    assert (folder.checkpoints(stage) / "checkpoint-3").is_dir() and folder.checkpoint_settings(stage) == {"a": 1}
+    folder.open_checkpoints(stage, {"a": 2}, resume=True)
+    assert not (folder.checkpoints(stage) / "checkpoint-3").exists()
+    folder.finish(stage, {"a": 2}, {})
+    assert not folder.checkpoints(stage).exists() and folder.checkpoint_settings(stage) is None
+
+
+def test_one_run_at_a_time(tmp_path):
+    with (
+        RunFolder(tmp_path / "run").lock(),
+        pytest.raises(RunError, match="another run is at work in"),
+        RunFolder(tmp_path / "run").lock(),
+    ):
+        pass
+    (tmp_path / "file").touch()
+    with pytest.raises(RunError, match="output_dir '.*file' is a file"):
+        RunFolder(tmp_path / "file")
+
+
+def test_a_stage_depends_on_its_own_settings_and_on_those_of_the_stages_before_it():
+    assert stages_before("evaluate") == ["base", "collect", "autoencoder", "denoiser", "vae"]
+    assert stages_before("vae") == ["base", "collect"] and stages_before("base") == []
+    of = {name: set(stage_settings(Recipe(), name)) for name in STAGES}
+    assert of["base"] < of["collect"] < of["vae"] == of["autoencoder"] < of["denoiser"] < of["evaluate"]
+    # How a run is executed is no part of what comes out.
+    assert not {"output_dir", "stages", "report_to", "hub_token", "checkpointing_steps"} & of["evaluate"]
+
+
+def test_a_new_stage_is_one_entry_and_changes_no_other(monkeypatch, tmp_path):
+    """Neither settings nor seeds of other stages follow from where a stage stands in the table."""
+    before = {name: stage_settings(Recipe(), name) for name in STAGES}
+    stages = dict(reversed(STAGES.items()))
+    new = STAGES["vae"].__class__("new", "new", ("base",), (), "something else", lambda run: None)
+    monkeypatch.setattr("pdiff_hf.run.stages.STAGES", {"new": new} | stages)
+    assert {name: stage_settings(Recipe(), name) for name in stages} == before
+    assert named_seed(7, "vae") == derive_seed(7, *b"vae") != named_seed(7, "collect") != named_seed(8, "collect")

@@ -1,0 +1,59 @@
+"""The stage `evaluate` of a run."""
+
+import dataclasses
+import json
+
+import pytest
+
+from pdiff_hf import ParameterAutoencoder
+from pdiff_hf.run.folder import RunError
+from pdiff_hf.run.recipe import Recipe
+from pdiff_hf.run.run import Run
+
+TINY = {
+    "model": "mlp_mini",
+    "max_train_samples": 100,
+    "max_eval_samples": 50,
+    "base_epochs": 1,
+    "num_snapshots": 12,
+    "latent_dim": 8,
+    "autoencoder_steps": 4,
+    "autoencoder_batch_size": 4,
+    "denoiser_steps": 4,
+    "denoiser_batch_size": 4,
+    "num_models": 3,
+    "num_inference_steps": 2,
+    "baseline_models": 1,
+    "image_size": 64,
+}
+
+
+def test_the_stage_trains_a_vae_once_and_draws_every_figure(tmp_path):
+    settings = Recipe(**TINY, output_dir=str(tmp_path / "run"))
+    run = Run(settings)
+    with run.lock():
+        run.carry_out()
+    report = json.loads((run.folder / "evaluation/report.json").read_text())
+    assert {row["name"]: row["n"] for row in report["groups"]}["vae"] == 1
+    assert "VAE" in {row["family"] for row in report["frontier"]["rows"]}
+    assert len(list((run.folder / "evaluation").glob("*.png"))) == 6
+    assert ParameterAutoencoder.from_pretrained(run.folder / "vae").config.variational
+    assert "variational" in json.loads((run.folder / "autoencoder/config.json").read_text())
+    assert not run.autoencoder.config.variational
+
+    times = {path: path.stat().st_mtime_ns for path in (run.folder / "vae").iterdir()}
+    again = Run(dataclasses.replace(settings, num_models=4, overwrite_output_dir=True))
+    with again.lock():
+        again.carry_out()
+    assert {path: path.stat().st_mtime_ns for path in (run.folder / "vae").iterdir()} == times
+    assert json.loads((run.folder / "evaluation/report.json").read_text())["groups"][3]["n"] == 4
+    with pytest.raises(RunError, match="autoencoder_steps"):
+        Run(dataclasses.replace(settings, autoencoder_steps=5))
+
+
+def test_scores_that_will_not_fit_into_memory_are_refused_before_anything_is_trained(tmp_path):
+    with pytest.raises(
+        ValueError, match=r"more than half of the [\d,]+ bytes of free memory; use .*--max_eval_samples"
+    ):
+        Run(Recipe(**TINY | {"num_models": 10**11}, output_dir=str(tmp_path / "run")))
+    assert not (tmp_path / "run").exists()

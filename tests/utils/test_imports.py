@@ -1,0 +1,60 @@
+"""What is imported when: quick scripts, and entries in the tables of other libraries."""
+
+import importlib.util
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import timm
+from diffusers import ModelMixin
+from diffusers.pipelines.pipeline_loading_utils import LOADABLE_CLASSES
+
+import pdiff_hf
+from pdiff_hf.utils.imports import when_imported
+
+SCRIPTS = Path(__file__).parents[2] / "scripts"
+
+
+def test_scripts_do_not_wait_for_torch_to_say_what_is_wrong():
+    """`--help` and a mistyped flag need none of the libraries that take seconds to import."""
+    program = """
+import contextlib, io, runpy, sys
+for script in ("train", "collect", "evaluate", "generate", "push_to_hub", "reproduce"):
+    for argument, code in (("--help", 0), ("--no_such_flag", 2)):
+        sys.argv = [f"{sys.path[-1]}/{script}.py", argument]
+        output = io.StringIO()
+        try:
+            with contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
+                runpy.run_path(sys.argv[0], run_name="__main__")
+        except SystemExit as end:
+            assert end.code == code and output.getvalue(), (script, end.code)
+        heavy = {"torch", "diffusers", "datasets", "accelerate", "timm", "matplotlib"} & set(sys.modules)
+        assert not heavy, (script, heavy)
+"""
+    program = f"import sys; sys.path.append({str(SCRIPTS)!r})\n{program}"
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+
+
+def test_names_of_the_package_are_found_when_they_are_asked_for():
+    assert all(getattr(pdiff_hf, name).__name__ == name for name in pdiff_hf.__all__)
+    assert pdiff_hf.ModelMixin is ModelMixin and LOADABLE_CLASSES["pdiff_hf"]
+    assert timm.is_model("mlp_mini")
+    with pytest.raises(AttributeError, match="module 'pdiff_hf' has no attribute 'nothing'"):
+        pdiff_hf.nothing  # noqa: B018
+
+
+def test_a_function_is_called_once_after_the_import_of_a_module(tmp_path, monkeypatch):
+    (tmp_path / "module_for_a_test.py").write_text("value = 3\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    called = []
+    when_imported("module_for_a_test", lambda module: called.append(module.value))
+    assert importlib.util.find_spec("module_for_a_test") is not None  # to look for it is not to import it
+    assert called == []
+    import module_for_a_test  # noqa: F401
+
+    assert called == [3]
+    when_imported("module_for_a_test", lambda module: called.append(2 * module.value))
+    assert called == [3, 6]
+    assert not [finder for finder in sys.meta_path if type(finder).__module__ == "pdiff_hf.utils.imports"]
