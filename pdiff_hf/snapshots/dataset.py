@@ -233,8 +233,10 @@ def load_snapshots(path: str | os.PathLike, **kwargs: Any) -> tuple[datasets.Dat
     try:
         # Data sets of version 0.1 have no aliases.
         layout = ParameterLayout(
-            *([row[key] for row in rows] for key in ("name", "shape", "dtype")),
-            aliases=[row.get("aliases") or () for row in rows],
+            tuple(row["name"] for row in rows),
+            tuple(row["shape"] for row in rows),
+            tuple(row["dtype"] for row in rows),
+            tuple(row.get("aliases") or () for row in rows),
         )
     except (KeyError, LayoutError) as error:
         raise SnapshotError(f"the layout of '{path}' cannot be used: {error}") from error
