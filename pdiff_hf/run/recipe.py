@@ -354,7 +354,8 @@ class RecipeParser(HfArgumentParser):
         HfArgumentParser._parse_dataclass_field(parser, option)
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: error: {' '.join(message.split())} (--help lists every key)\n")
+        print(f"{self.prog}: error: {' '.join(message.split())} (--help lists every key)", file=sys.stderr)
+        sys.exit(2)
 
     def parse_recipe(self, argv: list[str] | None = None) -> Recipe:
         """The recipe that the file and the flags give; flags take precedence."""
