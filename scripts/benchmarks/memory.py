@@ -17,11 +17,11 @@ import tempfile
 import time
 from pathlib import Path
 
-from pdiff_hf.evaluation.report import format_table
+from pdiff_hf.evaluation.render import table
 
 SCRIPTS = Path(__file__).parents[1]
 INTERVAL = 0.02
-STAGES = ["base", "collect", "autoencoder", "denoiser", "evaluate"]
+STAGES = ["base", "collect", "autoencoder", "denoiser", "vae", "evaluate"]
 # Few steps: memory does not depend on their number.
 SETTINGS = {
     "select": "all",
@@ -30,7 +30,7 @@ SETTINGS = {
     "latent_dim": 64,
     "autoencoder_steps": 100,
     "denoiser_steps": 100,
-    "heldout_fraction": 0.1,
+    "heldout_snapshots": 0.1,
     "num_models": 20,
     "baseline_models": 2,
 }
@@ -79,7 +79,7 @@ def main() -> None:
             seconds = after.children_user + after.children_system - before.children_user - before.children_system
             rows.append([stage, f"{peak / 1e9:.2f}", f"{seconds:.0f}"])
     print(f"{args.num_snapshots} snapshots of {args.model}; imports alone: {imports / 1e9:.2f} GB\n")
-    print("\n".join(format_table(["stage", "peak GB", "CPU seconds"], rows)))
+    print(table(["stage", "peak GB", "CPU seconds"], rows))
 
 
 if __name__ == "__main__":
