@@ -1,7 +1,7 @@
 """How much memory each stage takes where the whole of a ResNet-18 (11.2 million parameters) is generated.
 
     OMP_NUM_THREADS=1 python scripts/benchmarks/memory.py
-    OMP_NUM_THREADS=1 python scripts/benchmarks/memory.py --num_snapshots 20 --model cnn3_mini --image_size 16
+    OMP_NUM_THREADS=1 python scripts/benchmarks/memory.py --num_snapshots 20 --model test_resnet --image_size 16
 
 Every stage of scripts/train.py runs in a process of its own, on real snapshots: consecutive steps of training on
 scikit-learn's digits, which lie in a file of 4 bytes for each parameter of each snapshot. Memory is the peak of what
@@ -60,7 +60,7 @@ def main() -> None:
     parser.add_argument("--stages", nargs="+", default=STAGES)
     parser.add_argument("--output_dir", help="Of the run, which is kept; by default it is removed at the end.")
     args = parser.parse_args()
-    imports = peak_memory([sys.executable, "-c", "import pdiff_hf.run.run"])
+    imports = peak_memory([sys.executable, "-c", "import pdiff_hf.run.stages"])
     with tempfile.TemporaryDirectory() as temporary:
         folder = args.output_dir or temporary
         settings = SETTINGS | {
