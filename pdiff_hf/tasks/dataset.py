@@ -122,8 +122,9 @@ def load_raw(dataset: str, others: str = "") -> dict[str, datasets.Dataset]:
                 path, _, config = dataset.partition(":")
             raw = datasets.load_dataset(path, config or None)
     except datasets.exceptions.DatasetGenerationError as error:  # its files are there, but do not belong together
-        reason = " ".join(str(error.__cause__ or error).split())
-        raise ValueError(f"the files of dataset '{dataset}' cannot be read: {reason[:500]}") from error
+        words = str(error.__cause__ or error).split()
+        reason = " ".join(words if len(words) <= 60 else [*words[:30], "...", *words[-20:]])
+        raise ValueError(f"the files of dataset '{dataset}' cannot be read: {reason}") from error
     except (OSError, ValueError) as error:
         raise ValueError(
             f"dataset '{dataset}' is neither {others}a local data set folder nor a Hub id that can be "

@@ -171,6 +171,5 @@ class ImageClassificationTask(ImageTask, LabelledTask):
     def loss(self, call: Callable, batch: Batch) -> torch.Tensor:
         return F.cross_entropy(self.predict(call, batch), batch["labels"])
 
-    @staticmethod
-    def predict(call: Callable, batch: Batch) -> torch.Tensor:
+    def predict(self, call: Callable, batch: Batch) -> torch.Tensor:
         return call(pixel_values=batch["pixel_values"]).logits
