@@ -75,7 +75,7 @@ def main() -> None:
     options = parser.parse_args()
 
     torch.manual_seed(0)
-    task = ImageClassificationTask(options.model, options.dataset, options.image_size)
+    task = ImageClassificationTask(options.model, options.dataset, image_size=options.image_size)
     model = task.load_base_model()
     train_briefly(task, model)
     layout = ParameterLayout.from_state_dict(model.state_dict(), select_parameters(model, options.select))
