@@ -357,7 +357,9 @@ class PDiffPipeline(SavedPipeline, DiffusionPipeline):
         """
         if self.base_model is None:
             raise ValueError("an ensemble needs a base model, and this pipeline has none; pass base_model=...")
-        parameters = self(num_models, num_inference_steps, generator, condition=condition, output_type="pt").parameters
+        (parameters,) = self(
+            num_models, num_inference_steps, generator, condition=condition, output_type="pt", return_dict=False
+        )
         return EnsembleModel(self.base_model, self.autoencoder.layout, parameters)
 
 

@@ -49,6 +49,8 @@ class EnsembleModel(nn.Module):
         LayoutError: if layout, base model and parameters do not fit together.
     """
 
+    parameters_of_networks: torch.Tensor
+
     def __init__(self, base_model: nn.Module, layout: ParameterLayout, parameters: torch.Tensor):
         super().__init__()
         layout.check_fits(base_model.state_dict())

@@ -83,7 +83,7 @@ def main() -> None:
     num_naive = min(options.num_naive, args.num_snapshots)
     task.load_split("validation")  # prepares the images once
     print(
-        f"{options.model}, {layout.num_parameters:,} numbers trained; {args.num_snapshots} snapshots from "
+        f"{options.model}, {layout.num_parameters:,} parameters trained; {args.num_snapshots} snapshots from "
         f"{len(task.load_split('train')):,} examples of {options.dataset} in batches of {args.batch_size}, scored on "
         f"{len(task.load_split('validation')):,}; {torch.get_num_threads()} threads, torch {torch.__version__}\n"
     )
