@@ -50,7 +50,9 @@ class NetworkMixin(Base):
         """
         if self.base_model is None:
             raise ValueError("an ensemble needs a base model, and this pipeline has none; pass base_model=...")
-        parameters = self(num_models, num_inference_steps, generator, condition=condition, output_type="pt").parameters
+        (parameters,) = self(
+            num_models, num_inference_steps, generator, condition=condition, output_type="pt", return_dict=False
+        )
         return EnsembleModel(self.base_model, self.autoencoder.layout, parameters)
 
     def posterior(
@@ -89,7 +91,9 @@ class NetworkMixin(Base):
             raise ValueError("a posterior needs a base model, and this pipeline has none; pass base_model=...")
         if "labels" not in examples or temperature <= 0:
             raise ValueError("examples need labels, and the temperature must be above 0")
-        sampled = self(num_candidates, num_inference_steps, generator, condition=condition, output_type="pt").parameters
+        (sampled,) = self(
+            num_candidates, num_inference_steps, generator, condition=condition, output_type="pt", return_dict=False
+        )
         layout = self.autoencoder.layout
         output = select_by_likelihood(
             self.base_model,

@@ -56,7 +56,8 @@ def convolve(
     ]
     if all(last - first == k for (first, last), k in zip(taps, kernel, strict=True)):
         return function(input, weight, bias, stride, padding, dilation, groups)
-    weight = weight[(..., *(slice(*tap) for tap in taps))]
+    for axis, (first, last) in enumerate(taps, start=2):
+        weight = weight.narrow(axis, first, last - first)
     paddings = tuple(p - first * d for p, (first, _), d in zip(paddings, taps, dilations, strict=True))
     covers_input = not any(paddings) and all(
         isinstance(size, int) and size == last - first and (size == 1 or d == 1)

@@ -68,6 +68,9 @@ class EnsembleModel(nn.Module):
         LayoutError: if layout, base model, parameters and weights do not fit together.
     """
 
+    parameters_of_networks: torch.Tensor
+    weights: torch.Tensor
+
     def __init__(
         self,
         base_model: nn.Module,
