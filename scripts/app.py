@@ -116,7 +116,7 @@ def load_source(name: str) -> Source:
     if is_local and (folder / PDiffPipeline.config_name).is_file():
         pipeline, folder = folder, folder.resolve().parent
     else:
-        pipeline = folder / names.PIPELINE if is_local else name
+        pipeline = names.generator_folder(folder) if is_local else name
     if is_local and not (Path(pipeline) / PDiffPipeline.config_name).is_file():
         raise ValueError(f"'{name}' holds neither a pipeline nor a run with a finished one")
     pipe = PDiffPipeline.from_pretrained(pipeline, use_safetensors=True)

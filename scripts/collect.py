@@ -15,7 +15,7 @@ from pdiff_hf.run.recipe import RecipeParser
 
 
 def main() -> None:
-    parser = RecipeParser(description=__doc__.strip().split("\n\n")[0])
+    parser = RecipeParser("digits.yaml", description=__doc__.strip().split("\n\n")[0])
     parser.add_argument("--list", action="store_true", help="Only print tensors, selection, and estimated cost.")
     parser.add_argument(
         "--import", dest="paths", nargs="+", metavar="PATH", help="Files, folders or Hub ids to take snapshots from."

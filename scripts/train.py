@@ -15,7 +15,7 @@ from pdiff_hf.run.recipe import RecipeParser
 
 
 def main() -> None:
-    recipe = RecipeParser(description=__doc__.split("\n\n")[0]).parse_recipe()
+    recipe = RecipeParser("digits.yaml", description=__doc__.split("\n\n")[0]).parse_recipe()
     # These take seconds to import, which a mistyped flag should not wait for.
     from pdiff_hf.evaluation.render import format_summary
     from pdiff_hf.hub.push import push_run_to_hub, resolve_repo_id
@@ -52,8 +52,9 @@ def main() -> None:
     if state.is_main_process and run.is_finished("evaluate"):
         report = run.folder / names.EVALUATION / names.REPORT
         print(format_summary(load_report(report)))
-        print(f"The generator is in {run.folder / names.PIPELINE}, the report in {report.parent}. Next:")
-        print(f"  {command('generate', run.folder / names.PIPELINE, '--num_models', 10)}")
+        generator = names.generator_folder(run.folder)
+        print(f"The generator is in {generator}, the report in {report.parent}. Next:")
+        print(f"  {command('generate', generator, '--num_models', 10)}")
         print(f"  {command('app', run.folder)}")
     state.destroy_process_group()  # its threads would otherwise be ended, at times with an error, by the interpreter
 

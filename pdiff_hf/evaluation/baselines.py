@@ -267,11 +267,32 @@ class Baseline:
         return len(context.snapshots) >= self.min_snapshots and (has_latents or not self.needs_latents)
 
 
-def standard_baselines() -> list[Baseline]:
-    """The baselines of a report, family by family and each family in the order of its values.
+# One setting of each family, in the middle of its sweep, and the mean of all snapshots.
+FEW = (
+    "noise 0.05",
+    "soup 4",
+    "soup all",
+    "diagonal Gaussian 1.0",
+    "low-rank Gaussian 1.0",
+    "low-rank + diagonal Gaussian 1.0",
+    "interpolation 0 to 1",
+    "extrapolation 1 to 1.25",
+    "PCA Gaussian 16",
+    "latent KDE 0.25",
+)
+
+
+def standard_baselines(which: str = "all") -> list[Baseline]:
+    """
+    The baselines of a report, family by family and each family in the order of its values.
 
     Not every context supports each (few snapshots, no latents): ask `Baseline.supports` first.
+
+    Args:
+        which (`str`, *optional*, defaults to `"all"`): `few` for those of `FEW` alone.
     """
+    if which == "few":
+        return [baseline for baseline in standard_baselines() if baseline.name in FEW]
     temperatures = (0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 2.0)
     return [
         *(

@@ -53,6 +53,7 @@ def compare_generator(
     score_models: int | None = None,
     num_inference_steps: int = 20,
     baseline_models: int = 20,
+    baselines: str = "all",
     hyper_representations: bool = False,
     vae: Tensor | None = None,
     losses: Mapping[str, Mapping[str, Sequence[float]]] | None = None,
@@ -74,6 +75,7 @@ def compare_generator(
         score_models (`int`, *optional*): Compare no more than so many of the generated networks, drawn at random.
         num_inference_steps (`int`, *optional*, defaults to 20): Denoising steps of a pipeline.
         baseline_models (`int`, *optional*, defaults to 20): Networks of each baseline setting; 0 for no baselines.
+        baselines (`str`, *optional*, defaults to `"all"`): Or `few`, one setting of each family.
         hyper_representations (`bool`, *optional*, defaults to `False`): Whether to add groups of as many networks as
             are generated for each of S_KDE30, SANE_SUB and SANE_KDE30 (paper, Table 7), with the autoencoder of a
             pipeline.
@@ -105,7 +107,7 @@ def compare_generator(
     num_scored = min(num_generated, score_models or num_generated)
     families: list[Iterator[Group]] = []
     if baseline_models:
-        families.append(sample_baselines(context, baseline_models, seed))
+        families.append(sample_baselines(context, baseline_models, seed, baselines))
     if hyper_representations:
         if pipeline is None:
             raise ValueError("hyper_representations needs a pipeline, for its autoencoder; networks alone were given")
@@ -117,15 +119,17 @@ def compare_generator(
         generated = generator if num_scored == num_generated else generator[chosen]
     else:
         assert latents is not None
-        generated_latents = generator(
+        (generated_latents,) = generator(
             num_models,
             num_inference_steps=num_inference_steps,
             generator=named_generator(seed, "generated"),
             output_type="latent",
-        ).parameters[chosen]
+            return_dict=False,
+        )
+        generated_latents = generated_latents[chosen]
         figures = {"snapshots": latents, "generated": generated_latents}
     folder.mkdir(parents=True, exist_ok=True)  # nothing before this has left anything behind
-    in_baselines = baseline_models * len(supported_baselines(context))
+    in_baselines = baseline_models * len(supported_baselines(context, baselines))
     in_representations = num_scored * len(NAMES) * hyper_representations
     _announce(scorer, 2 * len(snapshots) + 1 + num_scored + in_baselines + in_representations)
     if isinstance(generator, PDiffPipeline) and latents is not None:
@@ -289,12 +293,13 @@ def _announce(scorer: Scorer, num_networks: int) -> None:
 def _try_more_steps(scorer: Scorer, pipeline: PDiffPipeline, num_inference_steps: int, seed: int) -> dict:
     """The score of some networks that were sampled in more denoising steps."""
     steps = min(MORE_STEPS * num_inference_steps, pipeline.scheduler.config.num_train_timesteps)
-    sampled = pipeline(
+    (sampled,) = pipeline(
         MORE_STEPS_MODELS,
         num_inference_steps=steps,
         generator=named_generator(seed, "generated"),
         output_type="pt",
-    ).parameters
+        return_dict=False,
+    )
     values = scorer.score("test", sampled).values
     return {"num_inference_steps": steps, "n": len(values), "score_mean": values.nanmean().item()}
 

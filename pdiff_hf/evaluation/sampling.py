@@ -135,7 +135,7 @@ def reconstruct(
     return Reconstruction(kept, rows, explained)
 
 
-def sample_baselines(context: BaselineContext, num_models: int, seed: int) -> Iterator[Group]:
+def sample_baselines(context: BaselineContext, num_models: int, seed: int, which: str = "all") -> Iterator[Group]:
     """
     `num_models` networks of every standard baseline that `context` supports, one group at a time.
 
@@ -157,13 +157,13 @@ def sample_baselines(context: BaselineContext, num_models: int, seed: int) -> It
             baseline.family,
             baseline.value,
         )
-        for baseline in supported_baselines(context)
+        for baseline in supported_baselines(context, which)
     )
 
 
-def supported_baselines(context: BaselineContext) -> list[Baseline]:
-    """The standard baselines that a context has all that is needed for."""
-    return [baseline for baseline in standard_baselines() if baseline.supports(context)]
+def supported_baselines(context: BaselineContext, which: str = "all") -> list[Baseline]:
+    """The standard baselines (`all` or `few`) that a context has all that is needed for."""
+    return [baseline for baseline in standard_baselines(which) if baseline.supports(context)]
 
 
 def reverse_process(scorer: Scorer, pipeline: PDiffPipeline, num_inference_steps: int, folder: Path, seed: int) -> dict:

@@ -19,6 +19,7 @@ from huggingface_hub import (
 )
 from huggingface_hub.errors import HfHubHTTPError, HTTPError
 
+from ..utils.names import TUNED, generator_folder
 from .card import HubError, make_model_card, published_recipe
 
 PIPELINE_FILE = "pipeline.py"
@@ -57,7 +58,7 @@ def push_run_to_hub(
             repository is public, or the Hub refuses or cannot be reached. A failed push can be repeated.
     """
     folder = Path(folder)
-    pipeline = folder / "pipeline"
+    pipeline = generator_folder(folder)
     files = pipeline_files(pipeline)
     if (folder / "recipe.yaml").is_file():
         files["recipe.yaml"] = yaml.safe_dump(published_recipe(folder), sort_keys=False, allow_unicode=True).encode()
@@ -158,7 +159,8 @@ def pipeline_files(folder: Path) -> dict[str, Path | bytes]:
 
 def _check_report_is_of_pipeline(folder: Path) -> None:
     """The settings of a later stage hold those of all earlier ones; a stage that was interrupted has none."""
-    records = [folder / "stages" / f"{stage}.json" for stage in ("denoiser", "evaluate")]
+    generator = "tune" if generator_folder(folder).name == TUNED else "denoiser"
+    records = [folder / "stages" / f"{stage}.json" for stage in (generator, "evaluate")]
     pipeline, report = (json.loads(path.read_text())["settings"] if path.is_file() else {} for path in records)
     if any(report.get(key) != value for key, value in pipeline.items()):
         raise HubError(f"the report in '{folder}' is of a pipeline with other settings; run the stage evaluate again")

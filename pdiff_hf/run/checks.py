@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 
 from ..evaluation.scoring import make_scorer
 from ..networks.adapters import without_wrapper
+from ..tasks import ClassificationTask
 from ..utils.files import check_writable
 from .folder import RunError, difference
 from .stages import STAGES
@@ -39,6 +40,10 @@ def check_run(run: "Run") -> None:
                 f"{key}={getattr(r, key)} cannot be cut into {parts} equal parts (processes × "
                 "gradient_accumulation_steps)"
             )
+    if r.tune_steps and not isinstance(run.task, ClassificationTask):
+        raise RunError(f"tune_steps={r.tune_steps} needs a task of classification, whose loss networks are tuned on")
+    if r.tune_steps and r.tune_models % parts:
+        raise RunError(f"tune_models={r.tune_models} cannot be cut into {parts} equal parts")
     if r.push_to_hub and "denoiser" not in r.stages and not run.is_finished("denoiser"):
         raise RunError("push_to_hub needs a finished generator, which the chosen stages do not make")
     check_writable(run.folder)

@@ -44,7 +44,7 @@ def write_networks(
     if pipe.base_model is None and not only_generated:
         raise ValueError("this generator has no base model to complete its networks with; use --only_generated")
     size = 4 * pipe.autoencoder.layout.num_parameters
-    if not only_generated:
+    if pipe.base_model is not None and not only_generated:
         size = sum(t.numel() * t.element_size() for t in pipe.base_model.state_dict().values())
     free = shutil.disk_usage(next(path for path in (folder, *folder.absolute().parents) if path.exists())).free
     if size * num_models > free:
@@ -52,12 +52,13 @@ def write_networks(
             f"{num_models} networks of {size / 1e6:.1f} MB need {size * num_models / 1e9:.1f} GB, and '{folder}' has "
             f"{free / 1e9:.1f} GB free; generate fewer, or use --only_generated"
         )
-    parameters = pipe(
+    (parameters,) = pipe(
         num_models,
         num_inference_steps=num_inference_steps,
         generator=torch.Generator().manual_seed(seed),
         output_type="pt",
-    ).parameters
+        return_dict=False,
+    )
     folder.mkdir(parents=True, exist_ok=True)
     layout = pipe.autoencoder.layout
     names = adapter_file_names(layout)

@@ -9,6 +9,7 @@ import argparse
 import copy
 import dataclasses
 import difflib
+import importlib.util
 import json
 import os
 import sys
@@ -23,11 +24,12 @@ from ..utils.paths import expand_path
 from .options import check_value, is_list, is_nullable, option
 
 SECRETS = ("hub_token",)
-STAGES = ("base", "collect", "autoencoder", "denoiser", "vae", "evaluate")
+STAGES = ("base", "collect", "autoencoder", "denoiser", "tune", "vae", "evaluate")
 DEFAULT_DATASET = "digits"
 AUGMENTATIONS = ("none", "flip", "crop_flip")
-# Those of `scripts/recipes`, in an installed package; a name alone is enough for them.
-PACKAGED = Path(__file__).parents[1] / "scripts" / "recipes"
+# Those of `scripts/recipes`, in a clone or an installed package; a name alone is enough for them.
+_SCRIPTS = importlib.util.find_spec("pdiff_hf.scripts")
+PACKAGED = Path(*(_SCRIPTS.submodule_search_locations or ())[:1] if _SCRIPTS else "") / "recipes"
 RENAMED = {"holdout_fraction": "validation_fraction", "heldout_fraction": "heldout_snapshots"}
 
 
@@ -174,8 +176,20 @@ class DenoiserSection:
     ema_decay: float = option(
         0.999, "Decay of the moving average of the denoiser's weights, which is what is kept.", min=0, below=1
     )
+    prediction_type: str = option("epsilon", "What is predicted.", choices=("epsilon", "v_prediction"))
     # A pipeline with a longer schedule is not loaded.
     num_train_timesteps: int = option(1000, "T, the length of the diffusion.", min=1, max=10**6)
+
+
+@dataclass
+class TuneSection:
+    """Fine-tuning of the denoiser on the loss of the networks that it generates."""
+
+    tune_steps: int = option(0, "Optimizer steps; 0 for none. For classifiers.", min=0)
+    tune_learning_rate: float = option(3e-4, "Peak learning rate, with cosine decay.", above=0)
+    tune_models: int = option(32, "Networks in a step, each on examples of its own.", min=1)
+    tune_batch_size: int = option(32, "Training examples of each network in a step.", min=1)
+    tune_inference_steps: int = option(10, "Denoising steps, the last of which is trained through.", min=1)
 
 
 @dataclass
@@ -191,6 +205,7 @@ class EvaluateSection:
         path=True,
     )
     baseline_models: int = option(20, "Networks of each setting of the baselines, and of the VAE; 0 for none.", min=0)
+    baselines: str = option("all", "Settings of the baselines: `few` is one of each family.", choices=("all", "few"))
     hyper_representations: bool = option(
         False, "Also compare with S_KDE30, SANE_SUB and SANE_KDE30 (paper, Table 7), with num_models networks each."
     )
@@ -198,7 +213,14 @@ class EvaluateSection:
 
 @dataclass
 class Recipe(
-    RunSection, TaskSection, BaseSection, CollectSection, AutoencoderSection, DenoiserSection, EvaluateSection
+    RunSection,
+    TaskSection,
+    BaseSection,
+    CollectSection,
+    AutoencoderSection,
+    DenoiserSection,
+    TuneSection,
+    EvaluateSection,
 ):
     """
     Everything that a run is made of; flags of `scripts/train.py` and keys of a recipe file have these names.
@@ -243,17 +265,25 @@ class Recipe(
 
     def save(self, path: str | os.PathLike) -> None:
         """Writes a recipe file that gives this recipe again."""
-        lines = []
-        for section in SECTIONS:
-            lines.append(f"# {section.__doc__}")
-            lines.append(yaml.safe_dump(self.without_secrets(section), sort_keys=False, allow_unicode=True))
-        Path(path).write_text("\n".join(lines), encoding="utf-8")
+        parts = (
+            f"# {section.__doc__}\n{yaml.safe_dump(self.without_secrets(section), sort_keys=False, allow_unicode=True)}"
+            for section in SECTIONS
+        )
+        Path(path).write_text("\n".join(parts), encoding="utf-8")
 
 
-SECTIONS = (RunSection, TaskSection, BaseSection, CollectSection, AutoencoderSection, DenoiserSection, EvaluateSection)
-for _section, _title in zip(
-    SECTIONS, ("run", "task", "base model", "snapshots", "autoencoder", "denoiser", "evaluation"), strict=True
-):
+SECTIONS = (
+    RunSection,
+    TaskSection,
+    BaseSection,
+    CollectSection,
+    AutoencoderSection,
+    DenoiserSection,
+    TuneSection,
+    EvaluateSection,
+)
+TITLES = ("run", "task", "base model", "snapshots", "autoencoder", "denoiser", "tuning", "evaluation")
+for _section, _title in zip(SECTIONS, TITLES, strict=True):
     _section._argument_group_name = _title  # type: ignore[attr-defined]  # the heading in --help
 
 
@@ -272,9 +302,12 @@ class RecipeParser(HfArgumentParser):
     program.
     """
 
-    def __init__(self, **kwargs: Any):
+    def __init__(self, default_recipe: str | None = None, **kwargs: Any):
         super().__init__(SECTIONS, allow_abbrev=False, **kwargs)
-        self.add_argument("recipe", nargs="?", metavar="RECIPE.yaml", help="A recipe file; flags take precedence.")
+        self.default_recipe = default_recipe
+        default = f" Without one, and without --model and --task, {default_recipe}." if default_recipe else ""
+        about = f"A recipe file; flags take precedence.{default}"
+        self.add_argument("recipe", nargs="?", metavar="RECIPE.yaml", help=about)
         self.keys = {key.name: key for key in dataclasses.fields(Recipe)}
 
     @staticmethod
@@ -295,8 +328,11 @@ class RecipeParser(HfArgumentParser):
         namespace, unknown = self.parse_known_args(argv)
         if unknown:  # before the value that follows an unknown flag is taken for the recipe file
             self._refuse(unknown[0])
-        if namespace.recipe is not None:
-            self.set_defaults(**self._read(namespace.recipe))
+        recipe = namespace.recipe
+        if recipe is None and not any(flag.partition("=")[0] in ("--model", "--task") for flag in argv):
+            recipe = self.default_recipe
+        if recipe is not None:
+            self.set_defaults(**self._read(recipe))
             namespace = self.parse_known_args(argv)[0]
         try:
             return Recipe(**{key: value for key, value in vars(namespace).items() if key in self.keys})

@@ -110,7 +110,8 @@ class RunResults:
 
     @cached_property
     def pipeline(self) -> PDiffPipeline:
-        """What the stage denoiser has saved."""
-        pipeline = PDiffPipeline.from_pretrained(self.folder / names.PIPELINE)
+        """What the stage denoiser has saved, or the stage tune."""
+        tuned = STAGES["tune"].is_wanted(self.recipe)
+        pipeline = PDiffPipeline.from_pretrained(self.folder / (names.TUNED if tuned else names.PIPELINE))
         pipeline.set_progress_bar_config(desc="sampling", leave=False)
         return pipeline

@@ -71,6 +71,7 @@ def evaluate_saved(source: str, recipe: Recipe) -> dict:
             score_models=recipe.score_models,
             num_inference_steps=recipe.num_inference_steps,
             baseline_models=recipe.baseline_models,
+            baselines=recipe.baselines,
             hyper_representations=recipe.hyper_representations,
             seed=recipe.seed,
         )

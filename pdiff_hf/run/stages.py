@@ -43,7 +43,9 @@ from .recipe import (
     EvaluateSection,
     Recipe,
     TaskSection,
+    TuneSection,
 )
+from .tuning import tune_denoiser
 
 if TYPE_CHECKING:
     from .run import Run
@@ -218,7 +220,7 @@ def _fit_autoencoder(run: "Run", stage: Stage, **kwargs: Any) -> None:
 def fit_denoiser(run: "Run") -> None:
     """The denoiser, and with it the whole pipeline."""
     r, stage = run.recipe, STAGES["denoiser"]
-    scheduler = make_training_scheduler(r.num_train_timesteps)
+    scheduler = make_training_scheduler(r.num_train_timesteps, r.prediction_type)
     with run.accelerator() as accelerator:
         denoiser, losses = train_denoiser(
             accelerator,
@@ -243,6 +245,11 @@ def fit_denoiser(run: "Run") -> None:
     with run.files.replacing(stage) as folder:
         pipeline.save_pretrained(folder)
     run.finish(stage.name, {"losses": losses.tolist()})
+
+
+def tune(run: "Run") -> None:
+    """The denoiser fine-tuned on the loss of the networks that it generates."""
+    tune_denoiser(run, STAGES["tune"])
 
 
 def make_sampling_scheduler(scheduler: DDPMScheduler) -> DPMSolverMultistepScheduler:
@@ -276,6 +283,7 @@ def evaluate(run: "Run") -> None:
             score_models=r.score_models,
             num_inference_steps=r.num_inference_steps,
             baseline_models=r.baseline_models,
+            baselines=r.baselines,
             hyper_representations=r.hyper_representations,
             vae=vae,
             losses=_losses(run),
@@ -292,6 +300,7 @@ def _losses(run: "Run") -> dict[str, dict[str, list[float]]]:
         "base model": {"base": "base model"},
         "autoencoder": {"autoencoder": "autoencoder", "vae": "VAE, with its KL term"},
         "denoiser": {"denoiser": "denoiser"},
+        "tuning": {"tune": "task loss"},
     }
     records = {name: run.files.record(stage) for name, stage in STAGES.items() if run.is_finished(name)}
     results = {name: record["results"] for name, record in records.items() if record is not None}
@@ -344,6 +353,15 @@ STAGES = {
             fit_denoiser,
         ),
         Stage(
+            "tune",
+            names.TUNED,
+            ("denoiser",),
+            (TuneSection,),
+            "{tune_steps} steps on the loss of generated networks",
+            tune,
+            lambda recipe: recipe.tune_steps > 0,
+        ),
+        Stage(
             "vae",
             names.VAE,
             ("collect",),
@@ -355,7 +373,7 @@ STAGES = {
         Stage(
             "evaluate",
             names.EVALUATION,
-            ("denoiser", "vae"),
+            ("denoiser", "tune", "vae"),
             (EvaluateSection,),
             "{num_models} generated networks, and {baseline_models} of each baseline",
             evaluate,

@@ -3,6 +3,7 @@
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -162,7 +163,7 @@ def collect_snapshots(
                 buffer.append((layout.flatten(model.state_dict()), step, run_seed))
                 num_taken += 1
                 if len(buffer) == num_buffered or num_taken == args.num_snapshots:
-                    metrics: list[dict[str, float]] = [{}] * len(buffer)
+                    metrics: list[dict[str, Any]] = [{}] * len(buffer)
                     if isinstance(task, ClassificationTask):
                         scores = accuracy(task, models, "validation", torch.stack([row[0] for row in buffer]))
                         metrics = [{"validation_accuracy": score} for score in scores.tolist()]

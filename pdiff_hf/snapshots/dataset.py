@@ -121,7 +121,7 @@ class SnapshotWriter:
         return self
 
     def write(
-        self, parameters: torch.Tensor, *, step: int, seed: int, condition: Condition | None = None, **metrics: float
+        self, parameters: torch.Tensor, *, step: int, seed: int, condition: Condition | None = None, **metrics: Any
     ) -> None:
         """
         Adds one row.
@@ -140,7 +140,7 @@ class SnapshotWriter:
             )
         values = parameters.detach().to("cpu", torch.float32).contiguous().numpy()
         check_finite(values[None], self.layout, first_row=row)
-        digest = hashlib.blake2b(values, digest_size=16).digest()
+        digest = hashlib.blake2b(values.tobytes(), digest_size=16).digest()
         if digest in self._rows_by_digest:
             raise SnapshotError(
                 f"snapshot {row} (step {step}) equals snapshot {self._rows_by_digest[digest]} in every parameter; are "

@@ -16,7 +16,7 @@ from torch import nn
 from ..models import ParameterAutoencoder
 from ..networks.stacked import StackedNetworks
 from ..tasks.families import Family
-from ..tasks.task import Batch, ClassificationTask, take
+from ..tasks.task import Batch, ClassificationTask, Split, take
 from ..utils.seeds import derive_seed
 from .denoiser import LatentGenerator
 from .loop import LoopArguments, train
@@ -155,9 +155,11 @@ def _examples(family: Family, table: torch.Tensor, args: TuneArguments, generato
     return family.batch("train", table, indices.cpu())
 
 
-def single_task(task: ClassificationTask, args: TuneArguments, device: torch.device) -> TaskBatches:
+def single_task(
+    task: ClassificationTask, args: TuneArguments, device: torch.device, split_name: Split = "train"
+) -> TaskBatches:
     """One task for all networks, each on other examples: for a generator without conditions."""
-    split = task.load_split("train")
+    split = task.load_split(split_name)
 
     def draw(indices: torch.Tensor, generator: torch.Generator) -> tuple[None, Batch]:
         size = len(indices) * args.num_examples
