@@ -139,7 +139,7 @@ class ParameterLayout:
         Raises:
             LayoutError: names the first tensor that is missing, or has another shape or type.
         """
-        batch = None
+        batch: tuple[int, ...] = ()
         for index, (name, shape, dtype) in enumerate(zip(self.names, self.shapes, self.dtypes, strict=True)):
             if name not in state_dict:
                 raise LayoutError(f"the state dict has no tensor '{name}'; {closest_names(name, state_dict)}")

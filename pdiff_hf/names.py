@@ -71,14 +71,18 @@ class View:
     order: tuple[int, ...] | None
 
 
+def named_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
+    """All parameters and buffers under all their names."""
+    parameters: dict[str, torch.Tensor] = dict(model.named_parameters(remove_duplicate=False))
+    return parameters | dict(model.named_buffers(remove_duplicate=False))
+
+
 def shared_tensors(model: nn.Module) -> dict[str, View]:
     """
     Where a network shares memory between tensors: for each name of a parameter or buffer that lies in the memory of
     another, where it lies. Of several that hold the same values, the first parameter is the source of the others.
     """
-    tensors = dict(model.named_parameters(remove_duplicate=False))
-    is_parameter = set(tensors)
-    tensors |= dict(model.named_buffers(remove_duplicate=False))
+    tensors = named_tensors(model)
     by_storage: dict[int, list[str]] = {}
     for name, tensor in tensors.items():
         if tensor.layout == torch.strided and tensor.numel():
@@ -99,9 +103,9 @@ def shared_tensors(model: nn.Module) -> dict[str, View]:
                 (first, last), (own_first, own_last) = _extent(tensors[source]), _extent(tensor)
                 fits = first <= own_first and own_last <= last and tensor.dtype == tensors[source].dtype
                 order = _memory_order(tensors[source]) if fits else None
-            if name in is_parameter and source not in is_parameter:  # what is generated cannot be put into the buffer
-                order = None
-            offset = tensor.storage_offset() - tensors[source].storage_offset()
+            if isinstance(tensor, nn.Parameter) and not isinstance(tensors[source], nn.Parameter):
+                order = None  # what is generated cannot be put into the buffer
+            offset = int(tensor.storage_offset() - tensors[source].storage_offset())
             views[name] = View(source, *_geometry(tensor)[:2], offset, order)
     return views
 
@@ -115,40 +119,20 @@ def other_names(model: nn.Module) -> dict[str, tuple[str, ...]]:
     return tied
 
 
-def complete(tensors: Mapping[str, torch.Tensor], views: Mapping[str, View]) -> dict[str, torch.Tensor]:
-    """
-    `tensors`, and with them all that lies in their memory in a network with the shared tensors `views`, under every
-    name: the same tensor where it is one and the same, otherwise a view of it. Tensors may have a leading dimension N.
-    """
-    completed = dict(tensors)
-    for name, view in views.items():
-        if view.source not in tensors or view.order is None:
-            continue
-        tensor = tensors[view.source]
-        if view.order:
-            batch = tensor.shape[: tensor.ndim - len(view.order)]
-            order = [*range(len(batch)), *(len(batch) + dim for dim in view.order)]
-            memory = tensor.permute(order).reshape(*batch, -1)  # (D of the source) or (N, D of the source)
-            memory = memory.contiguous()
-            stride = (*memory.stride()[:-1], *view.stride)
-            tensor = memory.as_strided((*batch, *view.shape), stride, memory.storage_offset() + view.offset)
-        completed[name] = tensor
-    return completed
-
-
 def _geometry(tensor: torch.Tensor) -> tuple[tuple[int, ...], tuple[int, ...], int]:
-    return tuple(tensor.shape), tuple(tensor.stride()), tensor.storage_offset()
+    return tuple(tensor.shape), tensor.stride(), int(tensor.storage_offset())
 
 
 def _extent(tensor: torch.Tensor) -> tuple[int, int]:
     """The first and the last place in memory that a tensor uses."""
     length = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
-    return tensor.storage_offset(), tensor.storage_offset() + length
+    return int(tensor.storage_offset()), int(tensor.storage_offset() + length)
 
 
 def _memory_order(tensor: torch.Tensor) -> tuple[int, ...] | None:
     """The dimensions of a tensor, the slowest first, or None if it has gaps or uses a place twice."""
-    order = sorted(range(tensor.ndim), key=lambda dim: (-tensor.stride(dim), -tensor.shape[dim]))
+    stride = tensor.stride()
+    order = sorted(range(tensor.ndim), key=lambda dim: (-stride[dim], -tensor.shape[dim]))
     return tuple(order) if tensor.permute(order).is_contiguous() else None
 
 
@@ -183,13 +167,17 @@ def adapter_names(model: nn.Module) -> dict[str, tuple[str, ...]]:
         # Embeddings that PEFT saves along have their own names.
         saved = get_peft_model_state_dict(wrapper, adapter_name=adapter, save_embedding_layers=False)
         for file_name, tensor in saved.items():
-            name = by_memory.get((tensor.untyped_storage()._cdata, *_geometry(tensor)))
-            if name is None:  # PEFT copies the embeddings of prompts
-                equal = [n for n, t in own.items() if t.shape == tensor.shape and torch.equal(t, tensor)]
-                name = equal[0] if len(equal) == 1 else None
-            if name is not None:
-                names[name] = (*names.get(name, ()), f"{ADAPTER}{adapter}/{plain_name(file_name)}")
+            found = by_memory.get((tensor.untyped_storage()._cdata, *_geometry(tensor)))
+            if found is None:  # PEFT copies the embeddings of prompts
+                equal = [name for name, own_one in own.items() if _is_equal(own_one, tensor)]
+                found = equal[0] if len(equal) == 1 else None
+            if found is not None:
+                names[found] = (*names.get(found, ()), f"{ADAPTER}{adapter}/{plain_name(file_name)}")
     return names
+
+
+def _is_equal(tensor: torch.Tensor, other: torch.Tensor) -> bool:
+    return tensor.shape == other.shape and torch.equal(tensor, other)
 
 
 def adapter_file_names(layout: ParameterLayout) -> dict[str, str]:

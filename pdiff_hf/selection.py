@@ -5,7 +5,6 @@ import itertools
 import re
 from collections.abc import Sequence
 
-import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 
@@ -30,8 +29,6 @@ MODULE_KINDS = {
 }
 KINDS = ("all", "bias", *MODULE_KINDS, "attention", "blocks", "head")
 _KIND = re.compile(rf"({'|'.join(KINDS)})(?:\[(-?\d{{0,18}})(:?)(-?\d{{0,18}})\])?")
-
-
 STATISTICS = ("running_mean", "running_var")
 
 
@@ -138,46 +135,6 @@ def select_parameters(
     return tuple(name for name in selectable if name in chosen)
 
 
-def tied_names(model: nn.Module) -> dict[str, tuple[str, ...]]:
-    """
-    The names under which the same memory is reached, for every parameter and buffer of `model`.
-
-    Returns:
-        `dict[str, tuple[str, ...]]`: For each name, all names of its memory: first the one that stands for them, whose
-        tensor holds all the others (the same tensor, or views of it), then the others in the model's order.
-    """
-    tensors = named_tensors(model)
-    by_storage: dict[int, list[str]] = {}
-    for name, tensor in tensors.items():
-        by_storage.setdefault(tensor.untyped_storage()._cdata, []).append(name)
-    members: dict[str, list[str]] = {}
-    for names in by_storage.values():
-        for name in names:
-            holders = [other for other in names if is_part(tensors[name], tensors[other])]
-            if isinstance(tensors[name], nn.Parameter):  # it is trained; a buffer around it is not
-                holders = [other for other in holders if isinstance(tensors[other], nn.Parameter)]
-            owner = max(holders, key=lambda other: (tensors[other].numel(), tensors[other].is_contiguous()))
-            members.setdefault(owner, []).append(name)
-    groups = {owner: (owner, *(name for name in names if name != owner)) for owner, names in members.items()}
-    return {name: group for group in groups.values() for name in group}
-
-
-def named_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
-    """All parameters and buffers under all their names."""
-    return dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
-
-
-def is_part(part: torch.Tensor, whole: torch.Tensor) -> bool:
-    """Whether all values of `part`, a tensor in the same storage as `whole`, are values of `whole`."""
-    if part.dtype != whole.dtype:
-        return False
-    first = part.storage_offset() - whole.storage_offset()
-    if first == 0 and part.shape == whole.shape and part.stride() == whole.stride():
-        return True
-    last = first + sum((size - 1) * stride for size, stride in zip(part.shape, part.stride(), strict=True))
-    return part.numel() > 0 and whole.is_contiguous() and first >= 0 and last < whole.numel()
-
-
 def _match(model: nn.Module, parameters: list[str], patterns: str | Sequence[str]) -> set[str]:
     patterns = [patterns] if isinstance(patterns, str) else list(patterns)
     if not patterns:
@@ -264,6 +221,6 @@ def _find_blocks(model: nn.Module) -> list[str]:
 
     def rank(names: list[str]) -> tuple[bool, int]:
         matrices = sum(parameter.ndim > 1 for parameter in model.get_submodule(names[0]).parameters())
-        return matrices > 1, len(names)
+        return bool(matrices > 1), len(names)
 
     return max(found.values(), key=rank)

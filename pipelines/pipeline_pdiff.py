@@ -2,28 +2,26 @@
 
 import copy
 import inspect
-import operator
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, SupportsIndex
+from typing import SupportsIndex
 
 import torch
 from diffusers import DiffusionPipeline, SchedulerMixin
 from diffusers.utils import BaseOutput
 from diffusers.utils.torch_utils import randn_tensor
+from pdiff_hf.pipelines.conditions import embed_conditions, prepare_conditions
+from pdiff_hf.pipelines.networks import NetworkMixin, whole_number
 from torch import nn
 
 from pdiff_hf.hub.pipeline import SavedPipeline
 from pdiff_hf.models import ConditionEncoder, LatentDenoiser, ParameterAutoencoder
+from pdiff_hf.models.condition import Condition
 from pdiff_hf.models.scheduler import check_scheduler
-from pdiff_hf.networks.ensemble import EnsembleModel
-from pdiff_hf.networks.replacement import Replacement
 from pdiff_hf.utils.blocks import in_blocks
 from pdiff_hf.utils.memory import InParts
 
 OUTPUT_TYPES = ("state_dict", "pt", "latent", "model")
-# What is known of a task: the values of some fields by name.
-Condition = Mapping[str, Any]
 
 
 @dataclass
@@ -38,7 +36,7 @@ class PDiffPipelineOutput(BaseOutput):
     parameters: list[dict[str, torch.Tensor]] | torch.Tensor | list[nn.Module]
 
 
-class PDiffPipeline(SavedPipeline, DiffusionPipeline):
+class PDiffPipeline(SavedPipeline, NetworkMixin, DiffusionPipeline):
     r"""
     Pipeline for generating network parameters by latent diffusion (Neural Network Diffusion, arXiv 2402.13144).
 
@@ -136,52 +134,6 @@ class PDiffPipeline(SavedPipeline, DiffusionPipeline):
         if unknown:
             raise ValueError(f"callbacks can have {self._callback_tensor_inputs}, not {unknown}")
 
-    def prepare_conditions(
-        self, condition: Condition | Sequence[Condition] | torch.Tensor | None, num_models: int
-    ) -> torch.Tensor | None:
-        """
-        What is known of the task of each network.
-
-        Args:
-            condition (`Mapping`, list of them, or `torch.Tensor`, *optional*): As in the call.
-            num_models (`int`): Networks for each condition.
-
-        Returns:
-            `torch.Tensor` or `None`: A table of shape `(N, width)`, NaN where a field is unknown; embeddings as they
-            were given, of shape `(N, E)`; None for a pipeline without conditions.
-
-        Raises:
-            ValueError: for a pipeline without conditions, no conditions, and for what [`Fields.table`] refuses.
-        """
-        encoder = self.condition_encoder
-        if encoder is None:
-            if condition is not None:
-                raise ValueError("this generator was trained without conditions; call it without condition")
-            return None
-        if isinstance(condition, torch.Tensor):
-            length = encoder.config.embedding_dim
-            if condition.ndim != 2 or condition.shape[1] != length or len(condition) == 0:
-                raise ValueError(f"embeddings must have shape (M, {length}), got {tuple(condition.shape)}")
-            return condition.repeat_interleave(num_models, 0)
-        conditions = [condition or {}] if condition is None or isinstance(condition, Mapping) else list(condition)
-        if not conditions:
-            raise ValueError("condition is an empty list; give at least one condition, or none at all")
-        return encoder.fields.table(conditions).repeat_interleave(num_models, 0)
-
-    def embed_conditions(self, table: torch.Tensor, generators: list[torch.Generator]) -> torch.Tensor:
-        """
-        Embeddings of shape `(N, E)` of the conditions in a table of shape `(N, width)`. Fields that are not known are
-        drawn from the seen conditions, for each network with its own generator.
-        """
-        encoder, device = self.condition_encoder, self._execution_device
-        draws = torch.stack([torch.rand((1,), generator=one, device=one.device) for one in generators])
-        rows = torch.cat([table.to(device), draws.to(device)], dim=1)  # (N, width + 1)
-
-        def embed(rows: torch.Tensor) -> torch.Tensor:
-            return encoder(encoder.complete(rows[:, :-1], rows[:, -1]))
-
-        return torch.cat(list(in_blocks(embed, rows, encoder.config.embedding_dim, InParts("networks"))))
-
     def prepare_generators(
         self, num_models: int, generator: torch.Generator | list[torch.Generator] | None
     ) -> list[torch.Generator]:
@@ -261,9 +213,9 @@ class PDiffPipeline(SavedPipeline, DiffusionPipeline):
             ValueError: for any argument that is out of range, and a scheduler that cannot sample latents or would give
                 them another spread, before anything is computed; for a result that is not finite.
         """
-        num_models = _whole_number("num_models", num_models)
-        num_inference_steps = _whole_number("num_inference_steps", num_inference_steps)
-        known = self.prepare_conditions(condition, num_models)
+        num_models = whole_number("num_models", num_models)
+        num_inference_steps = whole_number("num_inference_steps", num_inference_steps)
+        known = prepare_conditions(self.condition_encoder, condition, num_models)
         if known is None and guidance_scale != 1:
             raise ValueError("guidance_scale needs a generator with conditions, and this one was trained without")
         num_models = num_models if known is None else len(known)
@@ -274,7 +226,7 @@ class PDiffPipeline(SavedPipeline, DiffusionPipeline):
         generators = self.prepare_generators(num_models, generator)
         embedding = known
         if known is not None and not isinstance(condition, torch.Tensor):
-            embedding = self.embed_conditions(known, generators)
+            embedding = embed_conditions(self.condition_encoder, known.to(self._execution_device), generators)
         latents = self.prepare_latents(num_models, generators, latents)
         _schedule(scheduler, "set_timesteps", num_inference_steps, device=latents.device)
         latents = latents * scheduler.init_noise_sigma
@@ -331,42 +283,6 @@ class PDiffPipeline(SavedPipeline, DiffusionPipeline):
             parameters[start : start + len(block)] = block
             start += len(block)
         return parameters
-
-    def make_model(self, state_dict: dict[str, torch.Tensor]) -> nn.Module:
-        """
-        The base model with the tensors of `state_dict`, in its own types and under all names of their memory. All other
-        tensors are shared with it, not copied.
-        """
-        if self.base_model is None:
-            raise ValueError("this pipeline has no base model that the generated tensors could be put into")
-        return Replacement(self.base_model, state_dict).network(self.base_model, state_dict)
-
-    def ensemble(
-        self,
-        num_models: SupportsIndex = 10,
-        num_inference_steps: SupportsIndex = 20,
-        generator: torch.Generator | list[torch.Generator] | None = None,
-        condition: Condition | Sequence[Condition] | torch.Tensor | None = None,
-    ) -> EnsembleModel:
-        """
-        New networks as one `nn.Module` that returns the mean of their probabilities, on the base model's device.
-        Arguments and errors are those of the call; the networks are those that it gives for the same arguments.
-
-        Raises:
-            ValueError: if the pipeline has no base model.
-        """
-        if self.base_model is None:
-            raise ValueError("an ensemble needs a base model, and this pipeline has none; pass base_model=...")
-        parameters = self(num_models, num_inference_steps, generator, condition=condition, output_type="pt").parameters
-        return EnsembleModel(self.base_model, self.autoencoder.layout, parameters)
-
-
-def _whole_number(name: str, value: SupportsIndex) -> int:
-    """`value`, of any type of whole numbers, as an `int` of at least 1."""
-    number = 0 if isinstance(value, bool) or not hasattr(value, "__index__") else operator.index(value)
-    if number < 1:
-        raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}")
-    return number
 
 
 def _schedule(scheduler: SchedulerMixin, method: str, *args, **kwargs):

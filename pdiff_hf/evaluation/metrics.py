@@ -231,7 +231,8 @@ class GroupMetric:
         key (`str`): In a group's entry.
         title (`str`): Of its column.
         format (`str`): How it is written, such as `.3f`.
-        function (`Callable`): From the evidence to the number; what is not finite is None in the report.
+        function (`Callable`): From the evidence to the number. What is not finite is None in the report: a mean over
+            networks leaves out those that have none (nan), and is infinite where one of them is.
         table (`str`): Which table of the report shows it: `scores` or `coverage`; empty for none.
         classifiers_only (`bool`): Whether it is of predictions.
     """
@@ -244,13 +245,8 @@ class GroupMetric:
     classifiers_only: bool = False
 
 
-def finite_mean(values: Tensor) -> float:
-    """The mean of the values that are finite; nan if none is."""
-    return values[values.isfinite()].mean().item()
-
-
 def _std(e: Evidence) -> float:
-    defined = e.values[e.values.isfinite()]
+    defined = e.values[~e.values.isnan()]
     return defined.std().item() if len(defined) > 1 else 0.0
 
 
@@ -267,25 +263,25 @@ def _placed(name: str) -> Callable[[Evidence], float]:
 
 
 METRICS = [
-    GroupMetric("score_mean", "mean", ".2f", lambda e: finite_mean(e.values)),
+    GroupMetric("score_mean", "mean", ".2f", lambda e: e.values.nanmean().item()),
     GroupMetric("score_std", "std", ".2f", _std),
     GroupMetric("score_best", "best", ".2f", _best),
     GroupMetric("score_best_on_test", "best on test", ".2f", _best_on_test),
-    GroupMetric("validation_score_mean", "validation", ".2f", lambda e: finite_mean(e.validation)),
+    GroupMetric("validation_score_mean", "validation", ".2f", lambda e: e.validation.nanmean().item()),
     GroupMetric("iou_within", "IoU within", ".3f", lambda e: iou_within(e.scores.wrong), classifiers_only=True),
-    GroupMetric("max_iou", "max IoU", ".3f", lambda e: finite_mean(e.max_iou), classifiers_only=True),
+    GroupMetric("max_iou", "max IoU", ".3f", lambda e: e.max_iou.nanmean().item(), classifiers_only=True),
     GroupMetric(
         "nll",
         "NLL",
         ".3f",
-        lambda e: finite_mean(negative_log_likelihood(e.scores.log_probs, e.scores.labels)),
+        lambda e: negative_log_likelihood(e.scores.log_probs, e.scores.labels).nanmean().item(),
         classifiers_only=True,
     ),
     GroupMetric(
         "ece",
         "ECE",
         ".3f",
-        lambda e: finite_mean(expected_calibration_error(e.scores.log_probs, e.scores.labels)),
+        lambda e: expected_calibration_error(e.scores.log_probs, e.scores.labels).nanmean().item(),
         classifiers_only=True,
     ),
     # The median, and the root mean square that the yardstick is too.

@@ -105,8 +105,9 @@ def _tables(report: dict) -> Iterable[tuple[str, str, str]]:
         "All groups",
         "Best on test is selected on the examples that it is reported on, as the paper does, and so flatters every "
         "group, the larger ones more. IoU is the similarity of wrong predictions; NLL is in nats; NLL and ECE are "
-        "means over networks. Distances are L2, in units of the snapshots' own: to the nearest snapshot (median) and "
-        "to their mean (root mean square). `mean` is one network, the mean of all snapshots.",
+        "means over networks, with a dash where they are not finite. Distances are L2, in units of the snapshots' own: "
+        "to the nearest snapshot (median) and to their mean (root mean square). `mean` is one network, the mean of all "
+        "snapshots.",
         _group_table("scores", groups, report["metric"]),
     )
     if explained is not None:

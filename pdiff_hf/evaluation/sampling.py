@@ -64,7 +64,7 @@ def room_for(count: int, num_parameters: int, folder: Path) -> Tensor:
     when the tensor does, so that it takes no memory that could not be given back.
     """
     size = 4 * count * num_parameters
-    if size <= CHUNK_BYTES // 4:
+    if size <= CHUNK_BYTES // 2:
         return torch.empty(count, num_parameters)
     with tempfile.TemporaryFile(dir=folder) as file:
         os.posix_fallocate(file.fileno(), 0, size)  # a full disk is an error here, and would end the process later

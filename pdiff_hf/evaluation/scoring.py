@@ -27,7 +27,7 @@ from .geometry import Matrix
 from .scores import ClassifierScores, MeasuredScores, Metric, Scores
 
 # The parameters of networks that are scored in one pass are no more than this.
-CHUNK_BYTES = 2**30
+CHUNK_BYTES = 2**29
 CACHE_FORMAT = b"2"
 
 
@@ -218,12 +218,11 @@ class ClassifierScorer(Scorer[ClassifierScores]):
 
     def _run(self, split: Split, parameters: Tensor) -> ClassifierScores:
         scores = self._empty(split, len(parameters))
-        smallest = torch.finfo(torch.float16).min
         for rows, examples, logits, labels in predict_logits(self.task, self.models, split, parameters):
             log_probs = logits.float().log_softmax(-1)
             predictions = logits.argmax(-1).masked_fill(log_probs.isnan().any(-1), -1)
             scores.predictions[rows, examples] = predictions.to("cpu", torch.int16)
-            scores.log_probs[rows, examples] = log_probs.clamp(min=smallest).to("cpu", torch.float16)
+            scores.log_probs[rows, examples] = log_probs.to("cpu", torch.float16)
             scores.labels[examples] = labels.cpu()
         return scores
 

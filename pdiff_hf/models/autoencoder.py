@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -18,7 +19,7 @@ from .tokens import TokenModel
 
 # `tokens` explains more of the variance of the snapshots than the published widths of `paper`, at a small part of their
 # operations and memory. `pca` is the linear control.
-AUTOENCODER_PRESETS = {
+AUTOENCODER_PRESETS: dict[str, dict[str, Any]] = {
     "tokens": {"block_out_channels": (128,), "norm_num_groups": None, "token_dim": 32},
     "paper": {"block_out_channels": (64, 128, 256, 256, 32)},
     "pca": {"block_out_channels": ()},
@@ -38,7 +39,7 @@ class ParameterAutoencoderOutput(BaseOutput):
     """
 
     sample: torch.Tensor
-    target: torch.Tensor | None = None  # always given; Accelerate's mixed precision makes outputs from one dict
+    target: torch.Tensor = None  # type: ignore[assignment]  # always given; Accelerate makes outputs from one dict
     kl: torch.Tensor | None = None
 
 
@@ -62,7 +63,7 @@ class ParameterDecoderOutput(BaseOutput):
     sample: torch.Tensor
 
 
-def autoencoder_architecture(preset: str, num_parameters: int, token_size: int | None = None) -> dict:
+def autoencoder_architecture(preset: str, num_parameters: int, token_size: int | None = None) -> dict[str, Any]:
     """
     Arguments of [`ParameterAutoencoder`] for a preset.
 
@@ -303,12 +304,13 @@ class ParameterAutoencoder(TokenModel, ConfigMixin):
                 noise = noise / self.token_scale * (numbers < self.token_num_parameters)
             noisy = tokens + parameter_noise * noise
         latents, log_variance = self._encode(noisy)
+        scale: torch.Tensor | float = latent_noise
         kl = None
         if log_variance is not None:
-            latent_noise = (0.5 * log_variance).exp()
+            scale = (0.5 * log_variance).exp()
             kl = 0.5 * (latents.square() + log_variance.exp() - 1 - log_variance).float().sum(1)  # (N, L) -> (N,)
         if log_variance is not None or latent_noise > 0:
-            latents = latents + latent_noise * torch.randn(latents.shape, generator=generator, device=latents.device)
+            latents = latents + scale * torch.randn(latents.shape, generator=generator, device=latents.device)
         return ParameterAutoencoderOutput(sample=self._decode(latents).float(), target=tokens, kl=kl)
 
     def reconstruction_loss(self, output: ParameterAutoencoderOutput) -> torch.Tensor:

@@ -1,6 +1,7 @@
 """The denoiser (paper, section 2.4): predicts the noise in a latent, given what is known of the task."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -13,7 +14,7 @@ from torch import nn
 from .saved import FORMAT_VERSION, SavedModel, check_format_version
 
 # `paper` has the widths of the published denoiser, which never shortens its signal. `mlp` has no convolutions.
-DENOISER_PRESETS = {
+DENOISER_PRESETS: dict[str, dict[str, Any]] = {
     "paper": {"block_out_channels": (64, 128, 256, 512, 512), "bottleneck_dim": 512},
     "small": {"block_out_channels": (16, 32, 64, 64), "bottleneck_dim": 512},
     "mlp": {"block_out_channels": (), "bottleneck_dim": 384},

@@ -29,7 +29,7 @@ def check_scheduler(scheduler: SchedulerMixin) -> None:
     """
     name = type(scheduler).__name__
     try:
-        spreads = _spreads(type(scheduler), scheduler.to_json_string())
+        spreads = _spreads(type(scheduler), scheduler.to_json_string())  # type: ignore[arg-type]  # classes are hashable
     except Exception as error:  # what schedulers raise where they are used in another way has no common type
         raise ValueError(f"{name} cannot sample latents with the settings that it has: {error!r}") from error
     for (std, tolerance), spread in zip(TOLERANCES.items(), spreads, strict=True):

@@ -1,5 +1,6 @@
 """Parameter vectors as the autoencoder's network sees them: normalised, and in tokens of a few principal components."""
 
+import functools
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
@@ -106,10 +107,10 @@ class TokenModel(SavedModel):
             return block.view(len(block), num_tokens, -1).transpose(0, 1)
 
         # A token that is longer than a block comes in several.
-        for _, group in itertools.groupby(
-            split_into_blocks(self.token_lengths, BLOCK_SIZE // 4), key=lambda block: block[2]
-        ):
+        parts = split_into_blocks(self.token_lengths or (), BLOCK_SIZE // 4)
+        for _, group in itertools.groupby(parts, key=lambda block: block[2]):
             blocks = [(start, stop, n) for start, stop, _, n in group]
+            directions: Iterable[torch.Tensor]
             if len(blocks) == 1:
                 directions = [principal_directions(vectors(*blocks[0]), num_components)]
             else:
@@ -193,11 +194,12 @@ def gram_matrix(parts: Iterable[torch.Tensor]) -> torch.Tensor:
     Returns:
         `torch.Tensor`: Shape `(..., K, K)`, float64.
     """
-    gram = 0
-    for part in parts:
+
+    def products(part: torch.Tensor) -> torch.Tensor:
         part = part.double()
-        gram = gram + part @ part.mT
-    return gram
+        return part @ part.mT
+
+    return functools.reduce(torch.add, map(products, parts))
 
 
 def direction_weights(gram: torch.Tensor, num_components: int) -> torch.Tensor:

@@ -11,8 +11,8 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
 
 from ..layout import ParameterLayout
-from ..names import complete, shared_tensors
 from .batched import Forward
+from .replacement import Replacement
 
 logger = logging.getLogger(__name__)
 
@@ -54,7 +54,7 @@ def recompute_batch_norm(
     layers = find_batch_norms(model)
     if not layers:
         return {}
-    views = shared_tensors(model)
+    replacement = Replacement(model, layout.names)
     owners = {name.rpartition(".")[0] for name in layout.names}
     side_by_side = not any(isinstance(model.get_submodule(owner), _ConvNd) for owner in owners)
     names = [f"{layer}.{statistic}" for layer in layers for statistic in ("running_mean", "running_var")]
@@ -64,8 +64,8 @@ def recompute_batch_norm(
     def statistics_of(tensors: dict[str, torch.Tensor], statistics: dict[str, torch.Tensor], forward: Forward):
         # A momentum of 1 leaves the statistics of this batch alone in the running ones.
         counts = {name: b.clone() for name, b in buffers.items() if name.endswith("num_batches_tracked")}
-        state = complete(tensors, views) | statistics | counts
-        forward(lambda *args, **kwargs: functional_call(model, state, args, kwargs))
+        state = replacement.tensors(model, tensors) | statistics | counts
+        forward(lambda *args, **kwargs: functional_call(model, state, args, kwargs, tie_weights=False))
         return statistics
 
     num_batches = 0

@@ -2,7 +2,7 @@
 
 import contextlib
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import nn
@@ -53,7 +53,7 @@ class BatchedModels:
         self.layout = layout
         self._has_prefix = True
         self._written: list[int] = []
-        self._side_by_side: int | None = None
+        self._side_by_side = 0  # not known yet
 
     @torch.no_grad()
     def __call__(self, forward: Forward, parameters: torch.Tensor) -> Iterator[tuple[slice, torch.Tensor]]:
@@ -66,7 +66,7 @@ class BatchedModels:
         Yields:
             `tuple[slice, torch.Tensor]`: Consecutive networks, and their outputs stacked: shape `(n, *output)`.
         """
-        if self._side_by_side is None:
+        if not self._side_by_side:
             self._probe(forward)
         prefix = self.record(forward)
         start = 0
@@ -133,7 +133,7 @@ class BatchedModels:
         """Parameters unlike those that prefixes are recorded with: a prefix must not depend on them."""
         return 1.1 * self._own_row() + 0.1  # (D,)
 
-    def _call(self, forward: Forward, tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    def _call(self, forward: Forward, tensors: dict[str, torch.Tensor]) -> torch.Tensor:
         return forward(lambda *args, **kwargs: functional_call(self.model, tensors, args, kwargs, tie_weights=False))
 
     def record(self, forward: Forward) -> Prefix:
@@ -196,7 +196,8 @@ class PrefixCache:
             `PrefixCache` or `None`: None if it would exceed `CACHE_BUDGET`, or if the prefix of a batch is more than
             one row for each example, or depends on chance (augmentation).
         """
-        first, rows = None, {}
+        first: Prefix | None = None
+        rows: dict[int, torch.Tensor] = {}
         for start in range(0, num_examples, batch_size):
             # The last batch is filled up, so that shapes stay the same and no kernel computes in another order.
             indices = torch.arange(start, start + batch_size) % num_examples
@@ -215,6 +216,8 @@ class PrefixCache:
                 elif not torch.equal(tensor, like):
                     return None
         # Other companions than in the batches above: what depends on them, or on chance, comes out differently.
+        if first is None:
+            return None
         shuffled = torch.randperm(num_examples, generator=torch.Generator().manual_seed(0))
         indices = shuffled[torch.arange(batch_size) % num_examples]
         check, cache = forward(indices), cls(first, rows)

@@ -1,4 +1,4 @@
-"""Many networks as one, whose prediction is the mean of theirs."""
+"""Many networks as one, whose prediction is the weighted mean of theirs, and what they disagree about."""
 
 import copy
 import logging
@@ -28,6 +28,23 @@ class EnsembleOutput(BaseOutput):
     logits: torch.Tensor
 
 
+@dataclass
+class EnsemblePrediction(BaseOutput):
+    """
+    What an ensemble says about B examples, and how sure it is.
+
+    Args:
+        probabilities (`torch.Tensor`): Mean probability of every class, shape `(B, C)`.
+        total_uncertainty (`torch.Tensor`): Entropy of the mean, in nats, shape `(B,)`.
+        mutual_information (`torch.Tensor`): The part of it that the networks disagree about, in nats, shape `(B,)`:
+            what a label would say about which of them is right, so that it is high where labels are worth most.
+    """
+
+    probabilities: torch.Tensor
+    total_uncertainty: torch.Tensor
+    mutual_information: torch.Tensor
+
+
 class EnsembleModel(nn.Module):
     """
     N networks that differ in the tensors of `layout` and share everything else, as one network. It can be moved to a
@@ -44,12 +61,23 @@ class EnsembleModel(nn.Module):
         base_model (`nn.Module`): A classifier that returns logits, or an output that has them. It is copied.
         layout (`ParameterLayout`): The tensors that differ.
         parameters (`torch.Tensor`): Shape `(N, D)`, N at least 1.
+        weights (`torch.Tensor`, *optional*): Of the networks, shape `(N,)`, not negative; their sum becomes 1. All the
+            same by default.
 
     Raises:
-        LayoutError: if layout, base model and parameters do not fit together.
+        LayoutError: if layout, base model, parameters and weights do not fit together.
     """
 
-    def __init__(self, base_model: nn.Module, layout: ParameterLayout, parameters: torch.Tensor):
+    parameters_of_networks: torch.Tensor
+    weights: torch.Tensor
+
+    def __init__(
+        self,
+        base_model: nn.Module,
+        layout: ParameterLayout,
+        parameters: torch.Tensor,
+        weights: torch.Tensor | None = None,
+    ):
         super().__init__()
         layout.check_fits(base_model.state_dict())
         self._replacement = Replacement(base_model, layout.names)
@@ -58,17 +86,39 @@ class EnsembleModel(nn.Module):
                 f"an ensemble needs parameters of shape (N, {layout.num_parameters}) with N at least 1, got "
                 f"{tuple(parameters.shape)}"
             )
+        weights = torch.ones(len(parameters)) if weights is None else weights
+        if weights.shape != (len(parameters),) or not (weights >= 0).all() or not 0 < weights.sum() < torch.inf:
+            raise LayoutError(
+                f"an ensemble of {len(parameters)} networks needs as many weights, not negative and not all 0, got "
+                f"{weights.tolist()!r:.100}"
+            )
         self.layout = layout
         # A copy, because moving or casting the ensemble must not move or cast somebody else's network.
         self.base_model = copy.deepcopy(base_model)
         device = next(base_model.parameters()).device
         self.register_buffer("parameters_of_networks", parameters.detach().to(device, torch.float32, copy=True))
+        self.register_buffer("weights", (weights.detach() / weights.sum()).to(device, torch.float32))
         owners = {name.rpartition(".")[0] for name in layout.names}
         self._side_by_side = not any(isinstance(self.base_model.get_submodule(owner), _ConvNd) for owner in owners)
         self.eval()
 
     def forward(self, *args, **kwargs) -> EnsembleOutput:
         """Takes what the base model takes."""
+        log_probs = self._log_probs(*args, **kwargs)
+        return EnsembleOutput(logits=(log_probs + self.weights.log().view(-1, 1, 1)).logsumexp(0))
+
+    @torch.no_grad()
+    def predict(self, *args, **kwargs) -> EnsemblePrediction:
+        """Takes what the base model takes; probabilities and uncertainty in place of logits."""
+        log_probs = self._log_probs(*args, **kwargs)  # (N, B, C)
+        weights = self.weights.view(-1, 1, 1)
+        mean = (weights * log_probs.exp()).sum(0)  # (B, C)
+        total = torch.special.entr(mean).sum(-1)
+        own = (weights * torch.special.entr(log_probs.exp())).sum((0, 2))  # (B,): mean entropy of the networks
+        return EnsemblePrediction(mean, total, (total - own).clamp(min=0))
+
+    def _log_probs(self, *args, **kwargs) -> torch.Tensor:
+        """Log-probabilities of every network, shape `(N, B, C)`."""
         rows = self.layout.unflatten(self.parameters_of_networks)
         stacked = self._replacement.tensors(self.base_model, rows)  # (N, *shape) each
 
@@ -88,4 +138,4 @@ class EnsembleModel(nn.Module):
             log_probs = torch.stack([call({name: t[i] for name, t in stacked.items()}) for i in range(num_networks)])
             # Only now: what failed for one network as well, such as a wrong input, says nothing about `vmap`.
             self._side_by_side = False
-        return EnsembleOutput(logits=log_probs.logsumexp(0) - torch.tensor(len(log_probs)).log())
+        return log_probs

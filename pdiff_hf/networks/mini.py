@@ -42,6 +42,10 @@ class MiniNet(nn.Module):
         min_size (`int`, *optional*, defaults to `stride`): The smallest side that leaves something to classify.
     """
 
+    stages: nn.Module
+    pre_logits: nn.Module
+    head: nn.Module
+
     def __init__(
         self,
         in_chans: int,
@@ -215,6 +219,8 @@ class TransformerBlock(nn.Module):
 class ViTMini(MiniNet):
     """ViT-mini: normalised 8x8 patches, fixed 2-D sin-cos positions, four transformer blocks, mean of the tokens."""
 
+    pos_embed: torch.Tensor
+
     def __init__(self, num_classes: int = 10, in_chans: int = 3, img_size: int | tuple[int, int] = 64):
         super().__init__(in_chans, img_size, num_features=64, head_hidden_size=64, stride=8)
         self.grid_size = (self.img_size[0] // 8, self.img_size[1] // 8)
@@ -233,7 +239,7 @@ class ViTMini(MiniNet):
 
     def init_non_persistent_buffers(self) -> None:
         """Called by timm and transformers after they have built the model on the meta device."""
-        self.pos_embed.copy_(build_sincos2d_pos_embed(self.grid_size, dim=64, device=self.pos_embed.device))
+        self.pos_embed.copy_(build_sincos2d_pos_embed(list(self.grid_size), dim=64, device=self.pos_embed.device))
 
     def forward_features(self, x: torch.Tensor) -> torch.Tensor:
         """(B, C, H, W) -> (B, N, 64), with N = H/8 * W/8"""

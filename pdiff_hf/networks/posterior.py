@@ -1,18 +1,45 @@
 """Which of many networks fit a few labelled examples: likelihoods, weights, resampling, and refinement."""
 
+import logging
 import math
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from diffusers.utils import BaseOutput
 from torch import nn
 from torch.func import functional_call, vmap
 
 from ..layout import ParameterLayout
 from .batched import BatchedModels
+from .replacement import Replacement
+
+logger = logging.getLogger(__name__)
+
+# With an effective sample size below this, a few candidates decide everything.
+FEW = 5.0
 
 Predict = Callable[[Callable, Mapping[str, Any]], torch.Tensor]
+
+
+@dataclass
+class PosteriorOutput(BaseOutput):
+    """
+    Networks that fit some labelled examples.
+
+    Args:
+        parameters (`torch.Tensor`): Shape `(n, D)`: the different networks among those that were drawn.
+        weights (`torch.Tensor`): How often each was drawn, as a share, shape `(n,)`; their sum is 1.
+        effective_sample_size (`float`): Of all candidates, 1 / Σ w².
+        log_likelihoods (`torch.Tensor`): Of the networks, before refinement, in nats, shape `(n,)`.
+    """
+
+    parameters: torch.Tensor
+    weights: torch.Tensor
+    effective_sample_size: float
+    log_likelihoods: torch.Tensor
 
 
 def predict_logits(call: Callable, examples: Mapping[str, Any]) -> torch.Tensor:
@@ -99,12 +126,47 @@ def refine(
     rows = parameters.to(device, torch.float32, copy=True).requires_grad_()
     optimizer = torch.optim.AdamW([rows], lr=learning_rate, weight_decay=0.0)
 
+    replacement = Replacement(model, layout.names)
+
     def loss(tensors: dict[str, torch.Tensor]) -> torch.Tensor:
-        logits = predict(lambda *args, **kwargs: functional_call(model, tensors, args, kwargs), examples)
-        return F.cross_entropy(logits.float(), labels)
+        def call(*args, **kwargs):
+            return functional_call(model, tensors, args, kwargs, tie_weights=False)
+
+        return F.cross_entropy(predict(call, examples).float(), labels)
 
     for _ in range(num_steps):
         optimizer.zero_grad()
-        vmap(loss)(layout.unflatten(rows)).sum().backward()  # the networks do not meet, so that the sum trains each
+        tensors = replacement.tensors(model, layout.unflatten(rows))
+        vmap(loss, randomness="different")(tensors).sum().backward()  # each gets its own gradient
         optimizer.step()
     return rows.detach().cpu()
+
+
+def select_by_likelihood(
+    model: nn.Module,
+    layout: ParameterLayout,
+    candidates: torch.Tensor,
+    examples: Mapping[str, Any],
+    num_models: int,
+    *,
+    temperature: float = 1.0,
+    generator: torch.Generator | None = None,
+    predict: Predict = predict_logits,
+) -> PosteriorOutput:
+    """
+    Draws `num_models` of the candidates, `(N, D)`, in proportion to likelihood^(1 / temperature) on the examples: a
+    sample of the posterior, of which the candidates are the prior. A warning says if few of them decide.
+    """
+    log_likelihood = log_likelihoods(BatchedModels(model, layout), examples, candidates, predict)
+    weights = posterior_weights(log_likelihood, temperature)
+    size = effective_sample_size(weights)
+    if size < FEW:
+        logger.warning(
+            "the effective sample size is %.1f of %d candidates: take more candidates, a condition that says more, or "
+            "a temperature above %g",
+            size,
+            len(candidates),
+            temperature,
+        )
+    chosen, counts = resample(weights, num_models, generator).unique_consecutive(return_counts=True)
+    return PosteriorOutput(candidates[chosen], counts / num_models, size, log_likelihood[chosen])

@@ -1,12 +1,13 @@
 """Tensors of a parameter vector in the place of a network's own."""
 
 import copy
+import dataclasses
 from collections.abc import Iterable, Mapping
 
 import torch
 from torch import nn
 
-from ..selection import is_part, named_tensors, tied_names
+from ..names import View, named_tensors, shared_tensors
 
 
 class Replacement:
@@ -20,8 +21,7 @@ class Replacement:
     """
 
     def __init__(self, model: nn.Module, names: Iterable[str]):
-        tensors, tied = named_tensors(model), tied_names(model)
-        modules = dict(model.named_modules(remove_duplicate=False))
+        modules, views = dict(model.named_modules(remove_duplicate=False)), shared_tensors(model)
         taken: set[tuple[int, str]] = set()  # a module under two names has one place for a tensor
 
         def take(name: str) -> bool:
@@ -32,20 +32,21 @@ class Replacement:
             return is_free
 
         self._names: list[str] = []
-        # Other names of these, and where their values lie: shape, strides and offset of a view, or None for all of it.
-        self._aliases: list[tuple[str, str, tuple[tuple[int, ...], tuple[int, ...], int] | None]] = []
-        # The name that stands for its memory comes first: its values count where several names are given.
-        for name in sorted(names, key=lambda name: tied[name][0] != name):
-            whole = tensors[name]
-            if not take(name):
+        chosen: dict[str, str] = {}  # by the source of some memory, the name whose values count
+        for name in sorted(names, key=lambda name: name in views):  # sources first
+            view = views.get(name)
+            source = name if view is None else view.source
+            if source in chosen or not take(name):
                 continue
             self._names.append(name)
-            for other in tied[name]:
-                part = tensors[other]
-                if is_part(part, whole) and take(other):
-                    view = (tuple(part.shape), part.stride(), part.storage_offset() - whole.storage_offset())
-                    same = view == (tuple(whole.shape), whole.stride(), 0)
-                    self._aliases.append((other, name, None if same else view))
+            if view is None or not view.order:
+                chosen[source] = name
+        sources = {source: View(source, (), (), 0, ()) for source in chosen}
+        self._views = {
+            name: dataclasses.replace(view, source=chosen[view.source])
+            for name, view in (sources | views).items()
+            if view.source in chosen and view.order is not None and take(name)
+        }
 
     def tensors(self, model: nn.Module, state_dict: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """
@@ -55,15 +56,19 @@ class Replacement:
             model (`nn.Module`): The base model, or a copy of it. The tensors get the types and devices of its own.
             state_dict (`Mapping[str, torch.Tensor]`): The tensors, or those of N networks with a leading N.
         """
-        own = {name: _get(model, name) for name in self._names}
-        new = {name: state_dict[name].to(tensor) for name, tensor in own.items()}
-        for name, of, view in self._aliases:
-            whole = new[of] = new[name] = new[of].contiguous()
-            if view is not None:
-                shape, stride, first = view
-                lead = whole.ndim - own[of].ndim
-                shape, stride = (*whole.shape[:lead], *shape), (*whole.stride()[:lead], *stride)
-                new[name] = whole.as_strided(shape, stride, whole.storage_offset() + first)
+        new = {name: state_dict[name].to(_get(model, name)) for name in self._names}
+        memories: dict[str, torch.Tensor] = {}  # in which the views of each source lie
+        for source, order in {view.source: view.order for view in self._views.values() if view.order}.items():
+            lead = new[source].ndim - len(order)
+            dims = [*range(lead), *(lead + dim for dim in order)]
+            memories[source] = new[source].permute(dims).contiguous()
+            new[source] = memories[source].permute([dims.index(dim) for dim in range(len(dims))])
+        for name, view in self._views.items():
+            new[name] = new[view.source]
+            if view.order:
+                memory, lead = memories[view.source], new[name].ndim - len(view.order)
+                shape, stride = (*memory.shape[:lead], *view.shape), (*memory.stride()[:lead], *view.stride)
+                new[name] = memory.as_strided(shape, stride, memory.storage_offset() + view.offset)
         return new
 
     def network(self, model: nn.Module, state_dict: Mapping[str, torch.Tensor]) -> nn.Module:

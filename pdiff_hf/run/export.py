@@ -5,9 +5,8 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import save_file, save_model
-from torch import nn
 from tqdm.auto import tqdm
-from transformers import TimmWrapperForImageClassification
+from transformers import PreTrainedModel, TimmWrapperForImageClassification
 
 from ..names import adapter_file_names
 from ..networks.adapters import has_adapters, save_adapter
@@ -73,7 +72,7 @@ def write_networks(
                 save_network(pipe.make_model(state_dict), part)
 
 
-def save_network(model: nn.Module, folder: Path) -> None:
+def save_network(model: PreTrainedModel, folder: Path) -> None:
     """
     Such that `from_pretrained` loads it, and timm as well if it is a network of timm. Of a network with adapters of
     PEFT, the adapters, for `PeftModel.from_pretrained`.

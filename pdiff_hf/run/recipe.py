@@ -10,11 +10,9 @@ import copy
 import dataclasses
 import difflib
 import json
-import math
 import os
 import sys
-import typing
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -22,6 +20,7 @@ import yaml
 from transformers import HfArgumentParser
 
 from ..utils.paths import expand_path
+from .options import check_value, is_list, is_nullable, option
 
 SECRETS = ("hub_token",)
 STAGES = ("base", "collect", "autoencoder", "denoiser", "vae", "evaluate")
@@ -32,178 +31,167 @@ PACKAGED = Path(__file__).parents[1] / "scripts" / "recipes"
 RENAMED = {"holdout_fraction": "validation_fraction", "heldout_fraction": "heldout_snapshots"}
 
 
-def _option(default: Any, help: str, **bounds: Any) -> Any:
-    """
-    A key of a recipe. `bounds` are what `_check_value` looks at: `min` and `max`, `above` and `below` (which exclude
-    the number itself), `choices`, `path` (`~` and environment variables are expanded) and `json` (a mapping).
-    """
-    metadata = {"help": help, **bounds}
-    if isinstance(default, list):
-        return field(default_factory=lambda: list(default), metadata=metadata)
-    return field(default=default, metadata=metadata)
-
-
 @dataclass
 class RunSection:
     """Where the run lives, and how it is executed."""
 
-    output_dir: str = _option("outputs/digits", "Folder that receives everything.", path=True)
-    stages: list[str] = _option(list(STAGES), "Which stages to execute.", choices=STAGES)
-    seed: int = _option(0, "Seed of the whole run.", min=0)
-    resume_from_checkpoint: str | None = _option(None, "An unfinished stage goes on where it was.", choices=("latest",))
-    overwrite_output_dir: bool = _option(False, "Execute stages again whose settings have changed.")
-    require_same_frozen: bool = _option(
+    output_dir: str = option("outputs/digits", "Folder that receives everything.", path=True)
+    stages: list[str] = option(list(STAGES), "Which stages to execute.", choices=STAGES)
+    seed: int = option(0, "Seed of the whole run.", min=0)
+    resume_from_checkpoint: str | None = option(None, "An unfinished stage goes on where it was.", choices=("latest",))
+    overwrite_output_dir: bool = option(False, "Execute stages again whose settings have changed.")
+    require_same_frozen: bool = option(
         False, "Refuse to import networks that differ from the base model in tensors that are not selected."
     )
-    checkpointing_steps: int = _option(500, "Training stages save a checkpoint every so many steps.", min=1)
-    checkpoints_total_limit: int = _option(2, "Keep no more than this many checkpoints of a stage.", min=1)
-    mixed_precision: str | None = _option(
+    checkpointing_steps: int = option(500, "Training stages save a checkpoint every so many steps.", min=1)
+    checkpoints_total_limit: int = option(2, "Keep no more than this many checkpoints of a stage.", min=1)
+    mixed_precision: str | None = option(
         None, "By default what the launcher is set to.", choices=("no", "fp16", "bf16")
     )
-    gradient_accumulation_steps: int = _option(1, "A training batch is computed in so many parts.", min=1)
-    report_to: str | None = _option(None, "Tracker of Accelerate: tensorboard, wandb, trackio, ...")
-    push_to_hub: bool = _option(False, "Push the finished generator to the Hub, with its report as the model card.")
-    hub_model_id: str | None = _option(None, "Repository, `user/name` or `organization/name`; else output_dir's name.")
-    hub_private_repo: bool = _option(False, "Create the repository as a private one.")
-    hub_token: str | None = _option(None, "Token that can write; by default that of `hf auth login`. It is not stored.")
-    hub_license: str = _option("apache-2.0", "Licence for the model card; mind those of the base model and the data.")
+    gradient_accumulation_steps: int = option(1, "A training batch is computed in so many parts.", min=1)
+    report_to: str | None = option(None, "Tracker of Accelerate: tensorboard, wandb, trackio, ...")
+    push_to_hub: bool = option(False, "Push the finished generator to the Hub, with its report as the model card.")
+    hub_model_id: str | None = option(None, "Repository, `user/name` or `organization/name`; else output_dir's name.")
+    hub_private_repo: bool = option(False, "Create the repository as a private one.")
+    hub_token: str | None = option(None, "Token that can write; by default that of `hf auth login`. It is not stored.")
+    hub_license: str = option("apache-2.0", "Licence for the model card; mind those of the base model and the data.")
 
 
 @dataclass
 class TaskSection:
     """The base model and its data: see the classes of `pdiff_hf.tasks`, `ImageClassificationTask` and its like."""
 
-    task: str = _option(
+    task: str = option(
         "image_classification",
         "A task of this package (its modules in pdiff_hf/tasks have these names), or a class of your own, module:Class "
         "or path/to/file.py:Class. Of the other keys your class gets those that you set and that it has arguments for.",
         path=True,
     )
-    task_args: str = _option("{}", "More arguments of the task's class, as JSON.", json=True)
-    model: str | None = _option(
+    task_args: str = option("{}", "More arguments of the task's class, as JSON.", json=True)
+    model: str | None = option(
         "resnet18",
         "timm architecture, or local folder or Hub id of a timm or transformers model; for detection and segmentation, "
         "torchvision's builder or builder:WEIGHTS; `unet2d` for a fresh UNet2DModel that generates images.",
         path=True,
     )
-    dataset: str | None = _option(
+    dataset: str | None = option(
         None,
         f"`digits`, `moving_digits`, or local folder, file or Hub id of a data set. `{DEFAULT_DATASET}` by "
         "default, but for a model of your own there is no default.",
         path=True,
     )
-    image_size: int = _option(8, "Side of the square that images are scaled to; 0 for the model's own.", min=0)
-    model_args: str = _option(
+    image_size: int = option(8, "Side of the square that images are scaled to; 0 for the model's own.", min=0)
+    model_args: str = option(
         "{}",
         "More arguments of a timm architecture or torchvision builder, or the config of a UNet2DModel, as JSON.",
         json=True,
     )
-    max_length: int = _option(128, "Texts are cut to so many tokens.", min=1)
-    validation_fraction: float = _option(
+    max_length: int = option(128, "Texts are cut to so many tokens.", min=1)
+    validation_fraction: float = option(
         0.2, "Share of the training data for a validation (and test) split it lacks.", above=0, below=0.5
     )
-    max_train_samples: int | None = _option(None, "Use no more training examples than this.", min=1)
-    max_eval_samples: int | None = _option(None, "Use no more validation and test examples than this.", min=1)
-    label_column: str | None = _option(None, "Column of the classes; else `label`, `labels` or the only ClassLabel.")
-    image_column: str | None = _option(None, "Column of the images; else `image` or the only one.")
-    text_column: str | None = _option(None, "Column of the texts; else `text`.")
-    skip_bad_examples: bool = _option(False, "Leave out examples that are empty or cannot be read, and count them.")
-    augmentation: str = _option("none", "Of images in training, at every step by chance.", choices=AUGMENTATIONS)
+    max_train_samples: int | None = option(None, "Use no more training examples than this.", min=1)
+    max_eval_samples: int | None = option(None, "Use no more validation and test examples than this.", min=1)
+    label_column: str | None = option(None, "Column of the classes; else `label`, `labels` or the only ClassLabel.")
+    image_column: str | None = option(None, "Column of the images; else `image` or the only one.")
+    text_column: str | None = option(None, "Column of the texts; else `text`.")
+    skip_bad_examples: bool = option(False, "Leave out examples that are empty or cannot be read, and count them.")
+    augmentation: str = option("none", "Of images in training, at every step by chance.", choices=AUGMENTATIONS)
 
 
 @dataclass
 class BaseSection:
     """Training of the base model (paper, Table 5a)."""
 
-    base_epochs: int = _option(20, "Epochs; 0 takes the model as it is.", min=0)
-    base_batch_size: int = _option(64, "Images in a step.", min=2)
-    base_learning_rate: float = _option(1e-3, "Peak learning rate, with cosine decay.", above=0)
-    base_weight_decay: float = _option(5e-4, "Weight decay.", min=0)
+    base_epochs: int = option(20, "Epochs; 0 takes the model as it is.", min=0)
+    base_batch_size: int = option(64, "Images in a step.", min=2)
+    base_learning_rate: float = option(1e-3, "Peak learning rate, with cosine decay.", above=0)
+    base_weight_decay: float = option(5e-4, "Weight decay.", min=0)
 
 
 @dataclass
 class CollectSection:
     """Snapshots: an existing data set of them, or fine-tuning (paper, Table 5b)."""
 
-    snapshots: str | None = _option(
+    snapshots: str | None = option(
         None, "Folder or Hub id of a parameter data set to use as it is; all below is moot.", path=True
     )
-    select: list[str] = _option(["norm[-2:]"], "Tensors to generate: kinds, globs, or `re:` expressions.")
-    exclude: list[str] = _option([], "Tensors to leave out of those.")
-    batch_norm_statistics: str = _option(
+    select: list[str] = option(["norm[-2:]"], "Tensors to generate: kinds, globs, or `re:` expressions.")
+    exclude: list[str] = option([], "Tensors to leave out of those.")
+    batch_norm_statistics: str = option(
         "base",
         "Running statistics of batch norm: those of the `base` model, or `generated` with their layers.",
         choices=("base", "generated"),
     )
-    num_snapshots: int = _option(300, "K, over all runs together.", min=2)
-    num_runs: int = _option(1, "Fine-tune so many times from the base model, each in another order of the data.", min=1)
-    collect_every: int = _option(1, "Take a snapshot every so many steps.", min=1)
-    collect_optimizer: str = _option("adamw", "Optimizer.", choices=("adamw", "adam", "sgd"))
-    collect_learning_rate: float = _option(0.03, "Constant learning rate.", above=0)
-    collect_weight_decay: float = _option(5e-4, "Weight decay.", min=0)
-    collect_batch_size: int = _option(128, "Images in a step.", min=1)
+    num_snapshots: int = option(300, "K, over all runs together.", min=2)
+    num_runs: int = option(1, "Fine-tune so many times from the base model, each in another order of the data.", min=1)
+    collect_every: int = option(1, "Take a snapshot every so many steps.", min=1)
+    collect_optimizer: str = option("adamw", "Optimizer.", choices=("adamw", "adam", "sgd"))
+    collect_learning_rate: float = option(0.03, "Constant learning rate.", above=0)
+    collect_weight_decay: float = option(5e-4, "Weight decay.", min=0)
+    collect_batch_size: int = option(128, "Images in a step.", min=1)
 
 
 @dataclass
 class AutoencoderSection:
     """Training of the autoencoder (paper, Table 5c)."""
 
-    autoencoder_preset: str = _option("tokens", "See ParameterAutoencoder.", choices=("tokens", "paper", "pca"))
-    token_size: int | None = _option(
+    autoencoder_preset: str = option("tokens", "See ParameterAutoencoder.", choices=("tokens", "paper", "pca"))
+    token_size: int | None = option(
         None, "Parameters in a token, for the preset `tokens`; by default the next power of two from 2 √D.", min=1
     )
-    normalization: str = _option(
+    normalization: str = option(
         "coordinate",
         "Mean of every parameter (`coordinate`), or of every `tensor` as the paper has it.",
         choices=("coordinate", "tensor"),
     )
-    latent_dim: int = _option(128, "L, the length of a latent.", min=1)
-    heldout_snapshots: float = _option(
+    latent_dim: int = option(128, "L, the length of a latent.", min=1)
+    heldout_snapshots: float = option(
         0.1, "Share of the snapshots that generators never see, to measure R² on.", min=0, below=0.5
     )
-    autoencoder_steps: int = _option(300, "Optimizer steps.", min=1)
-    autoencoder_batch_size: int = _option(50, "Snapshots in a step.", min=1)
-    autoencoder_learning_rate: float = _option(
+    autoencoder_steps: int = option(300, "Optimizer steps.", min=1)
+    autoencoder_batch_size: int = option(50, "Snapshots in a step.", min=1)
+    autoencoder_learning_rate: float = option(
         4e-3, "Peak learning rate, with cosine decay (the paper's widths: 2e-5).", above=0
     )
-    autoencoder_warmup_steps: int = _option(30, "Steps over which the learning rate rises to its peak.", min=0)
-    max_grad_norm: float = _option(1.0, "Gradients, the denoiser's too, are clipped to this norm.", above=0)
-    parameter_noise: float = _option(1e-3, "σ_v, noise on the normalised parameters.", min=0)
-    latent_noise: float = _option(0.1, "σ_z, noise on the latent.", min=0)
+    autoencoder_warmup_steps: int = option(30, "Steps over which the learning rate rises to its peak.", min=0)
+    max_grad_norm: float = option(1.0, "Gradients, the denoiser's too, are clipped to this norm.", above=0)
+    parameter_noise: float = option(1e-3, "σ_v, noise on the normalised parameters.", min=0)
+    latent_noise: float = option(0.1, "σ_z, noise on the latent.", min=0)
 
 
 @dataclass
 class DenoiserSection:
     """Training of the denoiser (paper, Table 5d)."""
 
-    denoiser_preset: str = _option("small", "Widths.", choices=("paper", "small", "mlp"))
-    denoiser_steps: int = _option(1000, "Optimizer steps.", min=1)
-    denoiser_batch_size: int = _option(50, "Latents in a step.", min=1)
-    denoiser_learning_rate: float = _option(
+    denoiser_preset: str = option("small", "Widths.", choices=("paper", "small", "mlp"))
+    denoiser_steps: int = option(1000, "Optimizer steps.", min=1)
+    denoiser_batch_size: int = option(50, "Latents in a step.", min=1)
+    denoiser_learning_rate: float = option(
         1e-3, "Peak learning rate, with cosine decay (the paper's widths: 1e-4).", above=0
     )
-    denoiser_warmup_steps: int = _option(0, "Steps over which the learning rate rises to its peak.", min=0)
-    ema_decay: float = _option(
+    denoiser_warmup_steps: int = option(0, "Steps over which the learning rate rises to its peak.", min=0)
+    ema_decay: float = option(
         0.999, "Decay of the moving average of the denoiser's weights, which is what is kept.", min=0, below=1
     )
     # A pipeline with a longer schedule is not loaded.
-    num_train_timesteps: int = _option(1000, "T, the length of the diffusion.", min=1, max=10**6)
+    num_train_timesteps: int = option(1000, "T, the length of the diffusion.", min=1, max=10**6)
 
 
 @dataclass
 class EvaluateSection:
     """Generation and scoring."""
 
-    num_models: int = _option(200, "How many networks to generate.", min=1)
-    score_models: int | None = _option(None, "Score no more than so many of them, drawn at random.", min=1)
-    num_inference_steps: int = _option(20, "Denoising steps.", min=1)
-    fid_features: str = _option(
+    num_models: int = option(200, "How many networks to generate.", min=1)
+    score_models: int | None = option(None, "Score no more than so many of them, drawn at random.", min=1)
+    num_inference_steps: int = option(20, "Denoising steps.", min=1)
+    fid_features: str = option(
         "inception",
         "FID is measured on these features: `inception`, or folder or Hub id of an image classifier.",
         path=True,
     )
-    baseline_models: int = _option(20, "Networks of each setting of the baselines, and of the VAE; 0 for none.", min=0)
-    hyper_representations: bool = _option(
+    baseline_models: int = option(20, "Networks of each setting of the baselines, and of the VAE; 0 for none.", min=0)
+    hyper_representations: bool = option(
         False, "Also compare with S_KDE30, SANE_SUB and SANE_KDE30 (paper, Table 7), with num_models networks each."
     )
 
@@ -220,8 +208,8 @@ class Recipe(
     """
 
     def __post_init__(self) -> None:
-        for option in dataclasses.fields(self):
-            setattr(self, option.name, _check_value(option, getattr(self, option.name)))
+        for key in dataclasses.fields(self):
+            setattr(self, key.name, check_value(key, getattr(self, key.name)))
         if self.num_snapshots % self.num_runs:
             raise ValueError(f"num_runs must be a divisor of num_snapshots={self.num_snapshots}, got {self.num_runs}")
         if self.token_size is not None and self.autoencoder_preset != "tokens":
@@ -269,62 +257,6 @@ for _section, _title in zip(
     _section._argument_group_name = _title  # type: ignore[attr-defined]  # the heading in --help
 
 
-def _kind(option: dataclasses.Field) -> tuple[type, bool]:
-    """The type of a key's values (of the items, for a list), and whether it may be None."""
-    types = [t for t in typing.get_args(option.type) if t is not type(None)] or [option.type]
-    return types[0], option.default is None or type(None) in typing.get_args(option.type)
-
-
-def _is_list(option: dataclasses.Field) -> bool:
-    return typing.get_origin(option.type) is list
-
-
-def _check_value(option: dataclasses.Field, value: Any) -> Any:
-    """`value` as it is to be used; a `ValueError` that begins with the key unless it is possible."""
-    kind, is_nullable = _kind(option)
-    bounds = option.metadata
-    if value is None and is_nullable:
-        return None
-    if _is_list(option) != isinstance(value, list):
-        raise ValueError(f"{option.name} must {'' if _is_list(option) else 'not '}be a list, got {value!r}")
-    checked = [_check_one(option.name, kind, bounds, item) for item in (value if _is_list(option) else [value])]
-    return checked if _is_list(option) else checked[0]
-
-
-def _check_one(name: str, kind: type, bounds: typing.Mapping[str, Any], value: Any) -> Any:
-    def require(condition: bool, what: str) -> None:
-        if not condition:
-            raise ValueError(f"{name} must be {what}, got {value!r}")
-
-    if kind is float and type(value) is int:
-        value = float(value)
-    words = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
-    require(type(value) is kind, words[kind])
-    if kind is float:
-        require(math.isfinite(value), "finite")
-    tests = {
-        "min": ("at least {}", lambda bound: value >= bound),
-        "above": ("above {}", lambda bound: value > bound),
-        "max": ("at most {}", lambda bound: value <= bound),
-        "below": ("below {}", lambda bound: value < bound),
-    }
-    given = [(text.format(bounds[key]), test(bounds[key])) for key, (text, test) in tests.items() if key in bounds]
-    require(all(holds for _, holds in given), " and ".join(text for text, _ in given))
-    if "choices" in bounds:
-        require(value in bounds["choices"], f"one of {', '.join(bounds['choices'])}")
-    if bounds.get("json"):
-        try:
-            require(isinstance(json.loads(value), dict), "a mapping, as JSON")
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{name} must be JSON, got {value!r}: {error}") from error
-    if bounds.get("path"):
-        try:
-            value = expand_path(value)
-        except ValueError as error:
-            raise ValueError(f"{name}: {error}") from error
-    return value
-
-
 class _RecipeLoader(yaml.SafeLoader):
     """YAML without references: a few lines of them can stand for more text than any memory holds."""
 
@@ -343,18 +275,19 @@ class RecipeParser(HfArgumentParser):
     def __init__(self, **kwargs: Any):
         super().__init__(SECTIONS, allow_abbrev=False, **kwargs)
         self.add_argument("recipe", nargs="?", metavar="RECIPE.yaml", help="A recipe file; flags take precedence.")
-        self.options = {option.name: option for option in dataclasses.fields(Recipe)}
+        self.keys = {key.name: key for key in dataclasses.fields(Recipe)}
 
     @staticmethod
     def _parse_dataclass_field(parser: argparse.ArgumentParser, field: dataclasses.Field) -> None:
-        option = copy.copy(field)  # the parser of transformers changes its type
+        key = copy.copy(field)  # the parser of transformers changes its type
         choices = field.metadata.get("choices")
         text = field.metadata["help"] + (f" One of {', '.join(choices)}." if choices else "")
-        option.metadata = {"help": text}  # type: ignore[assignment]  # the rest is no argument of add_argument
-        HfArgumentParser._parse_dataclass_field(parser, option)
+        key.metadata = {"help": text}  # type: ignore[assignment]  # the rest is no argument of add_argument
+        HfArgumentParser._parse_dataclass_field(parser, key)
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: error: {' '.join(message.split())} (--help lists every key)\n")
+        print(f"{self.prog}: error: {' '.join(message.split())} (--help lists every key)", file=sys.stderr)
+        sys.exit(2)
 
     def parse_recipe(self, argv: list[str] | None = None) -> Recipe:
         """The recipe that the file and the flags give; flags take precedence."""
@@ -366,17 +299,17 @@ class RecipeParser(HfArgumentParser):
             self.set_defaults(**self._read(namespace.recipe))
             namespace = self.parse_known_args(argv)[0]
         try:
-            return Recipe(**{key: value for key, value in vars(namespace).items() if key in self.options})
+            return Recipe(**{key: value for key, value in vars(namespace).items() if key in self.keys})
         except ValueError as error:
             self.error(str(error))
 
     def parse_changes(self, argv: list[str]) -> dict[str, Any]:
         """The values of the keys that `argv` has flags for, and of no others."""
         unset = object()
-        namespace, unknown = self.parse_known_args(argv, argparse.Namespace(**dict.fromkeys(self.options, unset)))
+        namespace, unknown = self.parse_known_args(argv, argparse.Namespace(**dict.fromkeys(self.keys, unset)))
         if unknown or namespace.recipe is not None:
             self._refuse(unknown[0] if unknown else namespace.recipe)
-        return {key: value for key, value in vars(namespace).items() if key in self.options and value is not unset}
+        return {key: value for key, value in vars(namespace).items() if key in self.keys and value is not unset}
 
     def _read(self, path: str) -> dict[str, Any]:
         """The file's values such that they can be defaults: those that are text are read as flags are."""
@@ -395,13 +328,12 @@ class RecipeParser(HfArgumentParser):
         return {key: self._as_default(path, key, value) for key, value in values.items()}
 
     def _as_default(self, path: str, key: Any, value: Any) -> Any:
-        if key not in self.options:
+        if key not in self.keys:
             self.error(f"recipe '{path}' has the unknown key '{key}'{self._suggest(str(key))}")
-        option = self.options[key]
-        if value is None and not _kind(option)[1]:
+        if value is None and not is_nullable(self.keys[key]):
             self.error(f"recipe '{path}' has no value for the key '{key}'")
-        if isinstance(value, list) != _is_list(option):
-            if not _is_list(option):
+        if isinstance(value, list) != is_list(self.keys[key]):
+            if not is_list(self.keys[key]):
                 self.error(f"recipe '{path}' has a list for the key '{key}', which takes one value")
             value = [value]
         if isinstance(value, list):
@@ -414,7 +346,7 @@ class RecipeParser(HfArgumentParser):
     def _suggest(self, key: str) -> str:
         if key in RENAMED:
             return f"; it is called {RENAMED[key]} now"
-        close = difflib.get_close_matches(key, self.options, n=3)
+        close = difflib.get_close_matches(key, self.keys, n=3)
         return f"; did you mean {' or '.join(close)}?" if close else ""
 
 

@@ -40,19 +40,19 @@ def evaluate_saved(source: str, recipe: Recipe) -> dict:
         ValueError: for everything that can be seen to be wrong before any work is done.
         ResourceError: where disk or memory run out.
     """
-    for key in ("snapshots", "dataset") if ":" not in recipe.task else ("snapshots",):
-        if getattr(recipe, key) is None:
-            raise ValueError(f"--{key} is needed: the {key} that the networks were made from")
+    if recipe.snapshots is None:
+        raise ValueError("--snapshots is needed: the snapshots that the networks were made from")
+    if recipe.dataset is None and ":" not in recipe.task:
+        raise ValueError("--dataset is needed: the data set that the networks were made for")
     snapshots, layout = load_snapshots(recipe.snapshots)
     folder = source if os.path.exists(source) else _download(source)
     pipeline = _load_pipeline(folder, layout) if Path(folder, PDiffPipeline.config_name).is_file() else None
     carried = None if pipeline is None else pipeline.base_model
-    if recipe.model is None:
-        if carried is None:
-            raise ValueError(f"--model is needed: '{source}' does not carry the network that its tensors belong to")
-        recipe = dataclasses.replace(recipe, model=str(Path(folder, names.BASE_MODEL)))
-    task = make_task(recipe)
-    model = _load_model(task, recipe.model, layout) if carried is None else carried
+    if recipe.model is None and carried is None:
+        raise ValueError(f"--model is needed: '{source}' does not carry the network that its tensors belong to")
+    name = recipe.model or str(Path(folder, names.BASE_MODEL))
+    task = make_task(dataclasses.replace(recipe, model=name))
+    model = _load_model(task, name, layout) if carried is None else carried
     layout.check_fits(model.state_dict())
     if isinstance(task, LabelledTask):
         task.align(model.config)

@@ -56,7 +56,8 @@ def train_base(run: "Run") -> None:
     model = without_wrapper(run.task.load_base_model())
     results = {}
     if r.base_epochs:
-        steps = max(1, r.base_epochs * len(run.task.load_split("train")) // r.base_batch_size)
+        num_examples = len(run.task.load_split("train"))  # type: ignore[arg-type]  # a map-style data set
+        steps = max(1, r.base_epochs * num_examples // r.base_batch_size)
         with run.accelerator() as accelerator:
             losses = train_base_model(
                 accelerator,
@@ -125,7 +126,7 @@ def collect_from_files(run: "Run", paths: Sequence[str], align: bool = False) ->
             "--overwrite_output_dir"
         )
     if align:  # an error, if they cannot be, comes before the files are read
-        find_hidden_units(run.task, run.base_model, run.layout)
+        find_hidden_units(_classifier(run), run.base_model, run.layout)
     check = FrozenCheck(run.base_model, run.layout, require_same=run.recipe.require_same_frozen)
     with run.resource_errors("import"), run.files.replacing(stage) as folder:
         folder.rmdir()
@@ -141,11 +142,17 @@ def collect_from_files(run: "Run", paths: Sequence[str], align: bool = False) ->
     run.finish(stage.name, results)
 
 
+def _classifier(run: "Run") -> ClassificationTask:
+    if not isinstance(run.task, ClassificationTask):
+        raise RunError(f"networks are aligned by what classifiers predict, and {type(run.task).__name__} is not of any")
+    return run.task
+
+
 def _align(run: "Run", folder: Path) -> None:
     """Replaces the parameter data set `folder` by an aligned one."""
     dataset, layout = load_snapshots(folder)
     seeds, steps = dataset["seed"][:], dataset["step"][:]
-    aligned = align_snapshots(run.task, run.base_model, layout, parameter_matrix(dataset, layout))
+    aligned = align_snapshots(_classifier(run), run.base_model, layout, parameter_matrix(dataset, layout))
     remove(folder)
     with SnapshotWriter(folder, layout) as writer:
         for row, seed, step in zip(aligned, seeds, steps, strict=True):
@@ -286,7 +293,8 @@ def _losses(run: "Run") -> dict[str, dict[str, list[float]]]:
         "autoencoder": {"autoencoder": "autoencoder", "vae": "VAE, with its KL term"},
         "denoiser": {"denoiser": "denoiser"},
     }
-    results = {name: run.files.record(stage)["results"] for name, stage in STAGES.items() if run.is_finished(name)}
+    records = {name: run.files.record(stage) for name, stage in STAGES.items() if run.is_finished(name)}
+    results = {name: record["results"] for name, record in records.items() if record is not None}
     losses = {
         title: {label: results[name]["losses"] for name, label in curves.items() if results.get(name, {}).get("losses")}
         for title, curves in panels.items()

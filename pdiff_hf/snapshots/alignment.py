@@ -88,11 +88,11 @@ def match_weights(
     for _ in range(MAX_SWEEPS):
         changed = False
         for i in rng.permutation(len(units)):
-            similarity = sum(
-                _units_first(targets[axis.name], axis, units[i].size)  # (1, n, m)
-                @ _units_first(tensors[axis.name], axis, units[i].size).mT  # (K, m, n)
-                for axis in units[i].axes
-            )  # (K, n, n)
+            size = units[i].size
+            similarity = torch.zeros(len(parameters), size, size, device=parameters.device)  # (K, n, n)
+            for axis in units[i].axes:
+                target = _units_first(targets[axis.name], axis, size)  # (1, n, m)
+                similarity += target @ _units_first(tensors[axis.name], axis, size).mT  # (K, m, n)
             order = _best_orders(similarity.double())
             if order is not None:
                 changed = any_change = True

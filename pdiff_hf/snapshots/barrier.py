@@ -91,12 +91,12 @@ def choose_pairs(parameters: torch.Tensor, seeds: Sequence[int]) -> list[tuple[i
     farthest = _farthest(parameters, parameters[far])
     last = list({seed: row for row, seed in enumerate(seeds)}.values())
     pairs = [(far, farthest), *((last[0], other) for other in last[1:])]
-    return list(dict.fromkeys(tuple(sorted(pair)) for pair in pairs))[:MAX_PAIRS]
+    return list(dict.fromkeys((min(pair), max(pair)) for pair in pairs))[:MAX_PAIRS]
 
 
 def _farthest(parameters: torch.Tensor, place: torch.Tensor) -> int:
     # Row by row, because a difference of all rows would take as much memory as the snapshots.
-    return torch.stack([torch.dist(row, place) for row in parameters]).argmax().item()
+    return int(torch.stack([torch.dist(row, place) for row in parameters]).argmax())
 
 
 def _describe(row: int, seeds: Sequence[int], steps: Sequence[int]) -> str:

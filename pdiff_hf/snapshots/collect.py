@@ -162,8 +162,8 @@ def collect_snapshots(
                 buffer.append((layout.flatten(model.state_dict()), step, run_seed))
                 num_taken += 1
                 if len(buffer) == num_buffered or num_taken == args.num_snapshots:
-                    metrics = [{}] * len(buffer)
-                    if classifies:
+                    metrics: list[dict[str, float]] = [{}] * len(buffer)
+                    if isinstance(task, ClassificationTask):
                         scores = accuracy(task, models, "validation", torch.stack([row[0] for row in buffer]))
                         metrics = [{"validation_accuracy": score} for score in scores.tolist()]
                     for (parameters, row_step, row_seed), columns in zip(buffer, metrics, strict=True):

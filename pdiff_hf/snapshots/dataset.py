@@ -143,8 +143,8 @@ class SnapshotWriter:
         digest = hashlib.blake2b(values, digest_size=16).digest()
         if digest in self._rows_by_digest:
             raise SnapshotError(
-                f"snapshot {row} (step {step}) equals snapshot {self._rows_by_digest[digest]} in every number; are the "
-                "selected tensors being trained, and is the learning rate above 0?"
+                f"snapshot {row} (step {step}) equals snapshot {self._rows_by_digest[digest]} in every parameter; are "
+                "the selected tensors being trained, and is the learning rate above 0?"
             )
         self._rows_by_digest[digest] = row
         columns = {}
@@ -233,16 +233,18 @@ def load_snapshots(path: str | os.PathLike, **kwargs: Any) -> tuple[datasets.Dat
     try:
         # Data sets of version 0.1 have no aliases.
         layout = ParameterLayout(
-            *([row[key] for row in rows] for key in ("name", "shape", "dtype")),
-            aliases=[row.get("aliases") or () for row in rows],
+            tuple(row["name"] for row in rows),
+            tuple(row["shape"] for row in rows),
+            tuple(row["dtype"] for row in rows),
+            tuple(row.get("aliases") or () for row in rows),
         )
     except (KeyError, LayoutError) as error:
         raise SnapshotError(f"the layout of '{path}' cannot be used: {error}") from error
     feature = dataset.features.get("parameters")
     if feature != datasets.List(datasets.Value("float32"), length=layout.num_parameters):
         raise SnapshotError(
-            f"the rows of '{path}' do not fit their layout of {layout.num_parameters} numbers: the column `parameters` "
-            f"is {feature}"
+            f"the rows of '{path}' do not fit their layout of {layout.num_parameters} parameters: the column "
+            f"`parameters` is {feature}"
         )
     return dataset, layout
 
@@ -306,7 +308,7 @@ def parameter_matrix(dataset: datasets.Dataset, layout: ParameterLayout, minimum
     for row, values in enumerate(matrix):
         earlier = rows_by_digest.setdefault(hashlib.blake2b(values, digest_size=16).digest(), row)
         if earlier != row:
-            raise SnapshotError(f"snapshot {row} equals snapshot {earlier} in every number")
+            raise SnapshotError(f"snapshot {row} equals snapshot {earlier} in every parameter")
     return torch.from_numpy(matrix)
 
 

@@ -14,7 +14,7 @@ import transformers
 from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig
 
-from ..layout import EXACT_DTYPES, LayoutError, ParameterLayout, some_names
+from ..layout import EXACT_DTYPES, LayoutError, ParameterLayout, closest_names, some_names
 from ..names import ADAPTER, match_names, plain_name
 from ..utils.errors import first_line, limited_modules
 from .dataset import SnapshotError
@@ -58,7 +58,10 @@ def read_tensors(tensors: Mapping[str, torch.Tensor], layout: ParameterLayout) -
     """
     matched = match_tensors(tensors, layout)
     read = {name: tensors[key] for name, key in matched.items()}
-    layout.check_fits(dict.fromkeys(tensors) | read, "this file")
+    missing = [name for name in layout.names if name not in read]
+    if missing:
+        raise LayoutError(f"this file has no tensor '{missing[0]}'; {closest_names(missing[0], tensors)}")
+    layout.check_fits(read, "this file")
     dtypes = (EXACT_DTYPES[dtype] for dtype in layout.dtypes)
     return {name: _convert(name, read[name], dtype) for name, dtype in zip(layout.names, dtypes, strict=True)}
 
@@ -178,9 +181,9 @@ def _load_pickle(file: Path) -> Mapping[str, torch.Tensor]:
         content = torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         refused = _REFUSED.search(str(error))
-        what = f" ('{refused[1]}')" if refused else ""
+        what = f": it refers to '{refused[1]}'" if refused else ""
         raise SnapshotError(
-            f"{file.name} holds more than tensors{what}, and reading it could run code. If you trust it, load it "
+            f"{file.name} holds more than tensors, and reading it could run code{what}. If you trust it, load it "
             "yourself and save its state dict with safetensors"
         ) from error
     except SnapshotError:

@@ -193,6 +193,7 @@ class SnapshotCallback(TrainerCallback):
         )
 
     def on_step_end(self, args, state, control, **kwargs):
+        assert self.recorder is not None
         if state.global_step >= self.first_step and state.global_step % self.every_n_steps == 0:
             self.recorder.snapshot(state.global_step)
 
@@ -206,6 +207,7 @@ class SnapshotCallback(TrainerCallback):
             self.recorder.add_metrics(state.global_step, useful)
 
     def on_train_end(self, args, state, control, **kwargs):
+        assert self.recorder is not None
         self.recorder.finish()
         self.recorder = None
 

@@ -16,7 +16,7 @@ from ..utils.errors import first_line
 
 aten = torch.ops.aten
 # With the dimension in which these have their channels, in what goes in and what comes out.
-WEIGHTED = {
+WEIGHTED: dict[Any, int] = {
     aten.linear.default: -1,
     aten.conv1d.default: 1,
     aten.conv1d.padding: 1,
@@ -24,7 +24,7 @@ WEIGHTED = {
     aten.conv2d.padding: 1,
 }
 # With the number of dimensions that they need if the second is to be that of the channels.
-POOLING = {
+POOLING: dict[Any, int] = {
     aten.max_pool1d.default: 3,
     aten.avg_pool1d.default: 3,
     aten.adaptive_avg_pool1d.default: 3,
@@ -280,6 +280,7 @@ def _shape(node: Node) -> tuple[int, ...]:
 
 def _bind(node: Node) -> dict[str, Any]:
     """The arguments of the call of an operator by name, with its defaults."""
-    arguments = {a.name: a.default_value for a in node.target._schema.arguments if a.has_default_value()}
-    names = [a.name for a in node.target._schema.arguments]
+    operator: Any = node.target
+    arguments = {a.name: a.default_value for a in operator._schema.arguments if a.has_default_value()}
+    names = [a.name for a in operator._schema.arguments]
     return arguments | dict(zip(names, node.args, strict=False)) | dict(node.kwargs)

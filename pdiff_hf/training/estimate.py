@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -50,7 +51,7 @@ def estimate_autoencoder(
         architecture = autoencoder_architecture(preset, length, token_size)
         return ParameterAutoencoder(layout.to_dict(), min(latent_dim, length), **architecture)
 
-    def loss(model: nn.Module, batch_size: int) -> torch.Tensor:
+    def loss(model: Any, batch_size: int) -> torch.Tensor:
         return model.reconstruction_loss(model(torch.zeros(batch_size, *model.token_shape, device=model.device)))
 
     return _estimate(build, loss, num_parameters, num_steps, batch_size, device, copies=4)
@@ -64,7 +65,7 @@ def estimate_denoiser(
     def build(length: int) -> nn.Module:
         return LatentDenoiser(length, **DENOISER_PRESETS[preset])
 
-    def loss(model: nn.Module, batch_size: int) -> torch.Tensor:
+    def loss(model: Any, batch_size: int) -> torch.Tensor:
         sample = torch.zeros(batch_size, model.config.latent_dim, device=model.device)
         return model(sample, torch.zeros(batch_size, device=model.device)).sample.square().mean()
 
@@ -111,7 +112,7 @@ def _count(build: Callable, loss: Callable, length: int, batch_size: int) -> tup
     return counter.get_total_flops(), sum(kept.values()) + fixed, weights
 
 
-def _time_step(model: nn.Module, loss: Callable, batch_size: int) -> float:
+def _time_step(model: Any, loss: Callable, batch_size: int) -> float:
     """Seconds of a training step: the shorter of two, after one to warm up."""
     optimizer = torch.optim.AdamW(model.parameters())
     times = []

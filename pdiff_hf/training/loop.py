@@ -71,9 +71,9 @@ def epoch_indices(num_examples: int, batch_size: int, seed: int, first_step: int
     Endless batches of indices, shape `(batch_size,)`: every example once an epoch, in an order that depends on the seed
     and the epoch only, so that a run can begin at any step.
     """
-    position, epoch, order = first_step * batch_size, -1, None
+    position, epoch, order = first_step * batch_size, -1, torch.empty(0)
     while True:
-        batch = []
+        batch: list[int] = []
         while len(batch) < batch_size:
             if position // num_examples != epoch:
                 epoch = position // num_examples

@@ -75,7 +75,7 @@ def main() -> None:
     options = parser.parse_args()
 
     torch.manual_seed(0)
-    task = ImageClassificationTask(options.model, options.dataset, options.image_size)
+    task = ImageClassificationTask(options.model, options.dataset, image_size=options.image_size)
     model = task.load_base_model()
     train_briefly(task, model)
     layout = ParameterLayout.from_state_dict(model.state_dict(), select_parameters(model, options.select))
@@ -83,7 +83,7 @@ def main() -> None:
     num_naive = min(options.num_naive, args.num_snapshots)
     task.load_split("validation")  # prepares the images once
     print(
-        f"{options.model}, {layout.num_parameters:,} numbers trained; {args.num_snapshots} snapshots from "
+        f"{options.model}, {layout.num_parameters:,} parameters trained; {args.num_snapshots} snapshots from "
         f"{len(task.load_split('train')):,} examples of {options.dataset} in batches of {args.batch_size}, scored on "
         f"{len(task.load_split('validation')):,}; {torch.get_num_threads()} threads, torch {torch.__version__}\n"
     )

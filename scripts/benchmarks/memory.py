@@ -1,7 +1,7 @@
 """How much memory each stage takes where the whole of a ResNet-18 (11.2 million parameters) is generated.
 
     OMP_NUM_THREADS=1 python scripts/benchmarks/memory.py
-    OMP_NUM_THREADS=1 python scripts/benchmarks/memory.py --num_snapshots 20 --model cnn3_mini --image_size 16
+    OMP_NUM_THREADS=1 python scripts/benchmarks/memory.py --num_snapshots 20 --model test_resnet --image_size 16
 
 Every stage of scripts/train.py runs in a process of its own, on real snapshots: consecutive steps of training on
 scikit-learn's digits, which lie in a file of 4 bytes for each parameter of each snapshot. Memory is the peak of what
@@ -17,11 +17,11 @@ import tempfile
 import time
 from pathlib import Path
 
-from pdiff_hf.evaluation.report import format_table
+from pdiff_hf.evaluation.render import table
 
 SCRIPTS = Path(__file__).parents[1]
 INTERVAL = 0.02
-STAGES = ["base", "collect", "autoencoder", "denoiser", "evaluate"]
+STAGES = ["base", "collect", "autoencoder", "denoiser", "vae", "evaluate"]
 # Few steps: memory does not depend on their number.
 SETTINGS = {
     "select": "all",
@@ -30,7 +30,7 @@ SETTINGS = {
     "latent_dim": 64,
     "autoencoder_steps": 100,
     "denoiser_steps": 100,
-    "heldout_fraction": 0.1,
+    "heldout_snapshots": 0.1,
     "num_models": 20,
     "baseline_models": 2,
 }
@@ -60,7 +60,7 @@ def main() -> None:
     parser.add_argument("--stages", nargs="+", default=STAGES)
     parser.add_argument("--output_dir", help="Of the run, which is kept; by default it is removed at the end.")
     args = parser.parse_args()
-    imports = peak_memory([sys.executable, "-c", "import pdiff_hf.run.run"])
+    imports = peak_memory([sys.executable, "-c", "import pdiff_hf.run.stages"])
     with tempfile.TemporaryDirectory() as temporary:
         folder = args.output_dir or temporary
         settings = SETTINGS | {
@@ -79,7 +79,7 @@ def main() -> None:
             seconds = after.children_user + after.children_system - before.children_user - before.children_system
             rows.append([stage, f"{peak / 1e9:.2f}", f"{seconds:.0f}"])
     print(f"{args.num_snapshots} snapshots of {args.model}; imports alone: {imports / 1e9:.2f} GB\n")
-    print("\n".join(format_table(["stage", "peak GB", "CPU seconds"], rows)))
+    print(table(["stage", "peak GB", "CPU seconds"], rows))
 
 
 if __name__ == "__main__":

@@ -139,7 +139,7 @@ def main() -> None:
     args = parser.parse_args()
 
     torch.manual_seed(0)
-    task = ImageClassificationTask(args.model, args.dataset, args.image_size)
+    task = ImageClassificationTask(args.model, args.dataset, image_size=args.image_size)
     model = task.load_base_model()
     train_briefly(task, model)
     layout = ParameterLayout.from_state_dict(model.state_dict(), select_parameters(model, args.select))

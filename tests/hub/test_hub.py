@@ -460,7 +460,8 @@ def test_the_card_of_a_run(hub, run):
 def test_what_is_private_about_a_run_is_known():
     """Of the settings that are about the run itself, these may be published; a new one has to be decided on."""
     keys = {field.name for field in dataclasses.fields(RunSection)}
-    assert keys == set(PRIVATE_KEYS) | {"seed", "mixed_precision", "gradient_accumulation_steps"}
+    published = {"seed", "mixed_precision", "gradient_accumulation_steps", "require_same_frozen"}
+    assert keys == set(PRIVATE_KEYS) | published
 
 
 def test_a_report_of_another_version_is_not_published(hub, run, tmp_path):

@@ -6,7 +6,8 @@ from torch import nn
 from transformers import BartConfig, BartForSequenceClassification
 
 from pdiff_hf.layout import LayoutError, ParameterLayout
-from pdiff_hf.names import complete, match_names, other_names, plain_name, shared_tensors
+from pdiff_hf.names import match_names, other_names, plain_name
+from pdiff_hf.networks.replacement import Replacement
 from pdiff_hf.selection import fit_layout, select_layout, select_parameters
 
 
@@ -67,14 +68,15 @@ def test_shared_tensors_and_views_of_one_another():
     assert other_names(model) == {"head.weight": ("tied.weight",)}
     assert layout.aliases == (("tied.weight",), (), ())
     new = layout.unflatten(torch.randn(3, layout.num_parameters))
-    completed = complete(new, shared_tensors(model))
+    replacement = Replacement(model, layout.names)
+    completed = replacement.tensors(model, new)
     assert set(completed) == set(model.state_dict())
     assert completed["tied.weight"] is completed["head.weight"]
     for i in range(3):
         expected = Shared()  # torch's own way: everything that shares memory follows
         expected.load_state_dict(model.state_dict())
         expected.load_state_dict({name: tensor[i] for name, tensor in new.items()}, strict=False)
-        one = complete({name: tensor[i] for name, tensor in new.items()}, shared_tensors(model))
+        one = replacement.tensors(model, {name: tensor[i] for name, tensor in new.items()})
         for name, tensor in expected.state_dict().items():
             assert torch.equal(completed[name][i], tensor) and torch.equal(one[name], tensor)
 
@@ -84,7 +86,7 @@ def test_a_source_that_is_not_contiguous():
     model.a = nn.Parameter(torch.randn(4, 3).t())
     model.b = nn.Parameter(model.a.data.t()[1:3])
     new = {"a": torch.randn(3, 4)}
-    completed = complete(new, shared_tensors(model))
+    completed = Replacement(model, new).tensors(model, new)
     model.load_state_dict(new, strict=False)
     assert torch.equal(completed["b"], model.b)
 

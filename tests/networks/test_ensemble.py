@@ -111,7 +111,7 @@ def test_what_is_shared_is_computed_once(network, images):
         ensemble(images)
     assert len(calls) == 1 and calls[0][0] == len(images)
     size = sum(tensor.numel() for tensor in ensemble.state_dict().values())
-    assert size == 7 * ensemble.layout.num_parameters + sum(t.numel() for t in network.state_dict().values())
+    assert size == 7 * (ensemble.layout.num_parameters + 1) + sum(t.numel() for t in network.state_dict().values())
 
 
 def test_saved_and_loaded(network, images, tmp_path):

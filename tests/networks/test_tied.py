@@ -7,9 +7,10 @@ from torch import nn
 from transformers import AutoModelForSequenceClassification, BartConfig, BartForSequenceClassification
 
 from pdiff_hf.layout import ParameterLayout
+from pdiff_hf.names import shared_tensors
 from pdiff_hf.networks.batched import BatchedModels
 from pdiff_hf.networks.ensemble import EnsembleModel
-from pdiff_hf.selection import select_layout, select_parameters, tied_names
+from pdiff_hf.selection import select_layout, select_parameters
 
 
 class TiedNet(nn.Module):
@@ -82,7 +83,7 @@ def test_scored_networks_models_and_ensembles_agree(tie, select):
         program = torch.export.export(ensemble, (x,)).module()
         torch.testing.assert_close(program(x).logits.exp(), mean)
     for one in generated:  # they are tied as the base model is
-        assert tied_names(one) == tied_names(network)
+        assert shared_tensors(one) == shared_tensors(network)
     for name, tensor in network.state_dict().items():
         assert torch.equal(tensor, before[name])
 

@@ -1,5 +1,6 @@
 """Every command and every Python block of the README runs, in the README's order, in one folder, at a small size."""
 
+import json
 import re
 import runpy
 import shlex
@@ -112,6 +113,8 @@ def test_everything_in_the_readme_runs(tmp_path, monkeypatch, hub, capsys):
     # What the commands promise is there, and what the blocks name is what it should be.
     for folder in ("digits", "mine", "imported", "clouds"):
         assert (tmp_path / "outputs" / folder / "evaluation" / "report.md").is_file(), folder
+    report = json.loads((tmp_path / "outputs" / "clouds" / "evaluation" / "report.json").read_text())
+    assert report["num_parameters"] == 32  # scale and shift of the layer of 16
     assert len(list((tmp_path / "outputs" / "my_networks").iterdir())) == 2
     assert "77.5" in capsys.readouterr().out  # the paper's number in table 3a
     assert len(names["networks"]) == 10 and len(names["snapshots"]) == TINY["num_snapshots"]

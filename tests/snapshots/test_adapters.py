@@ -1,13 +1,10 @@
 """Adapters of PEFT: recorded, imported, loaded and written, bit for bit."""
 
-import subprocess
-import sys
-from pathlib import Path
-
 import datasets
 import pytest
 import torch
 from safetensors.torch import load_file
+from support.scripts import run_script
 from support.trainer import make_trainer, vit
 from transformers import BertConfig, BertForSequenceClassification
 
@@ -32,7 +29,6 @@ from pdiff_hf.snapshots import (
 )
 
 peft = pytest.importorskip("peft")
-ROOT = Path(__file__).parents[2]
 TARGETS = ["query", "value"]
 IDS = torch.tensor([[1, 2, 3, 4]])
 
@@ -184,17 +180,9 @@ def test_what_is_said_of_adapters_that_cannot_be_loaded(tmp_path):
         find_base(str(tmp_path / "adapter"))
 
 
-def run(script: str, *flags) -> str:
-    result = subprocess.run(
-        [sys.executable, ROOT / "scripts" / script, *map(str, flags)], capture_output=True, text=True, check=False
-    )
-    assert result.returncode == 0, result.stderr
-    return result.stdout + result.stderr
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("given", ["the base model", "an adapter"])
-def test_from_adapters_to_generated_adapters_in_the_shell(given, tmp_path):
+@pytest.fixture
+def shell(tmp_path):
+    """A network, three adapters for it, and a data set; and the flags that they have in common."""
     bert().save_pretrained(tmp_path / "model")
     rows = {"text": ["x y", "y z"] * 30, "label": ["a", "b"] * 30}
     for split in ("train", "test"):
@@ -203,19 +191,38 @@ def test_from_adapters_to_generated_adapters_in_the_shell(given, tmp_path):
         model = adapted(METHODS["DoRA"](), seed=step)
         model.peft_config["default"].base_model_name_or_path = str(tmp_path / "model")
         model.save_pretrained(tmp_path / "adapters" / f"checkpoint-{step}")
-    flags = (
+    return (
         *("--task=text_classification", "--dataset", tmp_path / "data", "--base_epochs=0", "--select", "*.lora_*"),
-        *("--model", tmp_path / ("model" if given == "the base model" else "adapters/checkpoint-1")),
-        *("--latent_dim=2", "--heldout_fraction=0", "--autoencoder_steps=2", "--denoiser_steps=2", "--num_models=2"),
+        *("--latent_dim=2", "--heldout_snapshots=0", "--autoencoder_steps=2", "--denoiser_steps=2", "--num_models=2"),
         *("--baseline_models=0", "--output_dir", tmp_path / "out"),
     )
-    assert "3 snapshots of" in run("collect.py", *flags, "--import", tmp_path / "adapters")
-    run("train.py", *flags)
-    run("generate.py", tmp_path / "out" / "pipeline", "--num_models=2", "--output_dir", tmp_path / "networks")
+
+
+def test_from_adapters_to_generated_adapters(shell, tmp_path, monkeypatch, capsys):
+    flags = (*shell, "--model", tmp_path / "model")
+    run_script(monkeypatch, "collect.py", *flags, "--import", tmp_path / "adapters")
+    assert "3 snapshots of" in capsys.readouterr().out
+    run_script(monkeypatch, "train.py", *flags)
+    networks = ("generate.py", tmp_path / "out" / "pipeline", "--num_models=2", "--output_dir")
+    run_script(monkeypatch, *networks, tmp_path / "networks")
     made = []
     for folder in sorted((tmp_path / "networks").iterdir()):
-        network = peft.PeftModel.from_pretrained(
-            BertForSequenceClassification.from_pretrained(tmp_path / "model"), folder
-        )
-        made.append(network(IDS).logits)
-    assert len(made) == 2 and not torch.equal(*made)
+        base = BertForSequenceClassification.from_pretrained(tmp_path / "model")
+        made.append(peft.PeftModel.from_pretrained(base, folder))
+    assert len(made) == 2 and not torch.equal(made[0](IDS).logits, made[1](IDS).logits)
+    run_script(monkeypatch, *networks, tmp_path / "tensors", "--only_generated")
+    for model, file in zip(made, sorted((tmp_path / "tensors").iterdir()), strict=True):
+        for name, tensor in peft.get_peft_model_state_dict(model, save_embedding_layers=False).items():
+            assert torch.equal(load_file(file)[name], tensor)
+    layout = select_layout(made[0], "*.lora_*")
+    expected = torch.stack([layout.flatten(model.state_dict()) for model in made])
+    for folder in ("networks", "tensors"):
+        assert torch.equal(read_networks(tmp_path / folder, layout), expected)
+
+
+def test_the_model_may_be_an_adapter(shell, tmp_path, monkeypatch, capsys):
+    flags = (*shell, "--model", tmp_path / "adapters" / "checkpoint-2")
+    run_script(monkeypatch, "collect.py", *flags, "--import", tmp_path / "adapters")
+    assert "3 snapshots of" in capsys.readouterr().out
+    loaded = load_network(tmp_path / "out" / "base_model", BertForSequenceClassification)
+    assert torch.equal(loaded(IDS).logits, adapted(METHODS["DoRA"](), seed=2)(IDS).logits)

@@ -1,16 +1,15 @@
 """Hidden units in one order, and the barrier between snapshots that lie in different basins."""
 
 import copy
-import importlib.util
 import json
 import logging
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
+from support.scripts import run_script
 from torch import nn
 from torch.func import functional_call
 
@@ -176,7 +175,7 @@ def test_the_minis_compute_what_they_computed(name):
     torch.testing.assert_close(
         outputs(task, model, layout, aligned), outputs(task, model, layout, parameters), rtol=1e-4, atol=1e-5
     )
-    # The same numbers in another order, and nearer to each other.
+    # The same values in another order, and nearer to each other.
     assert torch.equal(aligned.sort(dim=1).values, parameters.sort(dim=1).values)
     assert (aligned != parameters).any(dim=1).sum() >= 4
     assert aligned.var(0).sum() < parameters.var(0).sum()
@@ -432,17 +431,13 @@ def test_a_network_that_cannot_be_aligned_is_refused_before_files_are_read(tmp_p
 
 
 def test_the_script_aligns_what_it_imports(basins, tmp_path, monkeypatch, capsys):
-    spec = importlib.util.spec_from_file_location("collect", ROOT / "scripts" / "collect.py")
-    collect = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(collect)
     flags = ["--model=mlp_mini", '--model_args={"img_size": 8}', "--base_epochs=0", "--select=all", "--latent_dim=2"]
-    monkeypatch.setattr(sys, "argv", ["collect.py", *flags, f"--output_dir={tmp_path / 'out'}", "--align"])
+    flags += [f"--output_dir={tmp_path / 'out'}", "--align"]
     with pytest.raises(SystemExit):
-        collect.main()
+        run_script(monkeypatch, "collect.py", *flags)
     assert "--align needs --import" in capsys.readouterr().err
-    monkeypatch.setattr(sys, "argv", [*sys.argv, "--import", str(basins / "first"), str(basins / "moved")])
-    collect.main()
-    assert "3 snapshots of 2,458 numbers" in capsys.readouterr().out
+    run_script(monkeypatch, "collect.py", *flags, "--import", basins / "first", basins / "moved")
+    assert "3 snapshots of 2,458 parameters" in capsys.readouterr().out
     record = json.loads((tmp_path / "out" / "stages" / "collect.json").read_text())
     assert record["results"]["aligned"] and record["results"]["barrier"]["barrier"] <= 2
 

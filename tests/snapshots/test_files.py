@@ -285,7 +285,7 @@ def test_what_is_inside_is_shown(networks, tmp_path):
 @pytest.mark.parametrize("zipped", [True, False])
 def test_what_a_pickle_holds_is_named(zipped, tmp_path):
     torch.save(Net(), tmp_path / "net.pt", _use_new_zipfile_serialization=zipped)
-    with pytest.raises(SnapshotError, match=r"net.pt holds more than tensors \('support.blobs.Net'\)") as raised:
+    with pytest.raises(SnapshotError, match="holds more than tensors.*refers to 'support.blobs.Net'") as raised:
         read_networks(tmp_path / "net.pt", LAYOUT)
     assert "\x1b" not in str(raised.value) and str(raised.value).endswith("save its state dict with safetensors")
 

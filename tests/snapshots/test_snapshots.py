@@ -79,7 +79,7 @@ def test_data_sets_that_are_refused(tmp_path):
     with pytest.raises(SnapshotError, match="not a parameter data set"):
         load_snapshots(tmp_path)
     write_layout(folder, ("a", (3,), "float32"))
-    with pytest.raises(SnapshotError, match="do not fit their layout of 3 numbers"):
+    with pytest.raises(SnapshotError, match="do not fit their layout of 3 parameters"):
         load_snapshots(folder)
     write_layout(folder, ("a", (3,), "int64"))
     with pytest.raises(SnapshotError, match="layout of .* cannot be used: tensor 'a' is int64"):

@@ -1,10 +1,7 @@
 """From a user's own task, run of the Trainer or files to generated networks."""
 
 import dataclasses
-import importlib.util
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -12,6 +9,7 @@ import timm
 import torch
 from safetensors.torch import load_file
 from support.blobs import Blobs, Net
+from support.scripts import run_script
 from support.trainer import resnet
 from transformers import (
     AutoModelForImageClassification,
@@ -80,24 +78,18 @@ def test_a_task_needs_all_its_methods():
 # ----------------------------------------------------------------------- from a Trainer run to networks, as a user does
 
 
-@pytest.mark.slow
-def test_from_a_trainer_run_to_generated_networks(recorded, tmp_path):
+def test_from_a_trainer_run_to_generated_networks(recorded, tmp_path, monkeypatch):
     """README: the run has one more callback; the rest are two commands."""
     model = AutoModelForImageClassification.from_pretrained(recorded / "out" / "checkpoint-12")
     model.save_pretrained(tmp_path / "model")
     processor = ViTImageProcessor(size={"height": 8, "width": 8}, image_mean=[0] * 3, image_std=[1] * 3)
     processor.save_pretrained(tmp_path / "model")
     flags = [f"--{key}={value}" for key, value in TINY.items()]
-    subprocess.run(
-        [sys.executable, ROOT / "scripts" / "train.py", "--model", tmp_path / "model", "--base_epochs=0",
-         "--image_size=0", "--snapshots", recorded / "snapshots", "--output_dir", tmp_path / "out", *flags],
-        check=True,
-    )  # fmt: skip
-    subprocess.run(
-        [sys.executable, ROOT / "scripts" / "generate.py", tmp_path / "out" / "pipeline", "--num_models=20",
-         "--output_dir", tmp_path / "networks"],
-        check=True,
-    )  # fmt: skip
+    flags += ["--model", tmp_path / "model", "--dataset=digits", "--base_epochs=0", "--image_size=0"]
+    run_script(monkeypatch, "train.py", *flags, "--snapshots", recorded / "snapshots", "--output_dir", tmp_path / "out")
+    run_script(
+        monkeypatch, "generate.py", tmp_path / "out/pipeline", "--num_models=20", "--output_dir", tmp_path / "networks"
+    )
     folders = sorted((tmp_path / "networks").glob("network-*"))
     assert len(folders) == 20
     dataset, layout = load_snapshots(recorded / "snapshots")
@@ -118,20 +110,9 @@ def test_snapshots_of_another_network_are_refused(recorded, tmp_path):
         Run(Recipe(**TINY, model="test_resnet", snapshots=str(tmp_path), output_dir=str(tmp_path)))
 
 
-def run_collect(*flags) -> str:
-    command = [sys.executable, ROOT / "scripts" / "collect.py", *map(str, flags)]
-    result = subprocess.run(command, capture_output=True, text=True)
-    assert "Traceback" not in result.stderr, result.stderr
-    return result.stdout + result.stderr
-
-
 def test_collect_lists_what_would_be_generated(tmp_path, monkeypatch, capsys):
-    spec = importlib.util.spec_from_file_location("collect", ROOT / "scripts" / "collect.py")
-    collect = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(collect)
     flags = ["--model=test_resnet", "--select", "norm[-2:]", "head", "--exclude", "bias", "--latent_dim=16"]
-    monkeypatch.setattr(sys, "argv", ["collect.py", "--list", *flags, f"--output_dir={tmp_path / 'out'}"])
-    collect.main()
+    run_script(monkeypatch, "collect.py", "--list", *flags, f"--output_dir={tmp_path / 'out'}")
     text = capsys.readouterr().out
     model = timm.create_model("test_resnet", num_classes=10)
     layout = select_layout(model, ["norm[-2:]", "head"], "bias")
@@ -141,24 +122,27 @@ def test_collect_lists_what_would_be_generated(tmp_path, monkeypatch, capsys):
     assert marked == [f"timm_model.{name}" for name in layout.names]
     assert f"* selected: {layout.num_parameters:,} of" in text and "TFLOP, about" in text
     assert not (tmp_path / "out").exists()
-    monkeypatch.setattr(sys, "argv", ["collect.py", "--list", "--model=test_resnet", "--select=nrm"])
     with pytest.raises(SystemExit, match="error: 'nrm' selects no parameter"):
-        collect.main()
+        run_script(monkeypatch, "collect.py", "--list", "--model=test_resnet", "--select=nrm")
 
 
-@pytest.mark.slow
-def test_collect_and_import_as_stages_of_a_run(recorded, tmp_path):
-    processor = ViTImageProcessor(size={"height": 8, "width": 8})
+def test_networks_from_files_take_the_place_of_a_stage(recorded, tmp_path, monkeypatch, capsys):
     resnet().save_pretrained(tmp_path / "model")
-    processor.save_pretrained(tmp_path / "model")
+    ViTImageProcessor(size={"height": 8, "width": 8}).save_pretrained(tmp_path / "model")
     flags = (
         *(f"--{key}={value}" for key, value in TINY.items()),
-        *("--model", tmp_path / "model", "--image_size=0", "--base_epochs=0", "--max_train_samples=64"),
-        *("--max_eval_samples=20", "--output_dir", tmp_path / "out"),
+        *("--model", tmp_path / "model", "--dataset=digits", "--image_size=0", "--base_epochs=0"),
+        *("--max_train_samples=64", "--max_eval_samples=20", "--output_dir", tmp_path / "out"),
+        *("--import", recorded / "out"),
     )
-    text = run_collect(*flags, "--import", recorded / "out")
-    assert "3 snapshots of 32 numbers" in text
+    with pytest.raises(SystemExit, match="checkpoint-4': tensor 'resnet.*', which is not selected, differs"):
+        run_script(monkeypatch, "collect.py", *flags, "--require_same_frozen")
+    run_script(monkeypatch, "collect.py", *flags)
+    assert "3 snapshots of 32 parameters" in capsys.readouterr().out
     assert load_snapshots(tmp_path / "out" / "snapshots")[0]["step"][:] == [4, 8, 12]
-    assert "has snapshots already" in run_collect(*flags, "--import", recorded / "out")
-    record = json.loads((tmp_path / "out" / "stages" / "collect.json").read_text())
-    assert record["results"]["imported_from"] == [str(recorded / "out")]
+    with pytest.raises(SystemExit, match="has snapshots already"):
+        run_script(monkeypatch, "collect.py", *flags)
+    results = json.loads((tmp_path / "out" / "stages" / "collect.json").read_text())["results"]
+    assert results["imported_from"] == [str(recorded / "out")]
+    # The run trained all of the network, which was drawn anew here.
+    assert results["frozen"]["networks"] == 3 and len(results["frozen"]["scores"]) == 3

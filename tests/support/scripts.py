@@ -4,11 +4,16 @@ import runpy
 import sys
 from pathlib import Path
 
-GENERATE = str(Path(__file__).parents[2] / "scripts" / "generate.py")
+SCRIPTS = Path(__file__).parents[2] / "scripts"
+
+
+def run_script(monkeypatch, name: str, *flags) -> None:
+    """`scripts/NAME` with these flags; raises `SystemExit` where it ends with an error."""
+    path = str(SCRIPTS / name)
+    monkeypatch.setattr(sys, "argv", [path, *map(str, flags)])
+    runpy.run_path(path, run_name="__main__")
 
 
 def generate(monkeypatch, *flags) -> None:
     """`scripts/generate.py` with 3 networks of 4 steps from seed 7."""
-    argv = [GENERATE, *map(str, flags), "--num_models", "3", "--num_inference_steps", "4", "--seed", "7"]
-    monkeypatch.setattr(sys, "argv", argv)
-    runpy.run_path(GENERATE, run_name="__main__")
+    run_script(monkeypatch, "generate.py", *flags, "--num_models=3", "--num_inference_steps=4", "--seed=7")

@@ -9,7 +9,7 @@ from support.families import make_family, make_networks
 from pdiff_hf import LatentDenoiser, ParameterAutoencoder
 from pdiff_hf.models import ConditionEncoder
 from pdiff_hf.training import make_training_scheduler
-from pdiff_hf.training.denoiser import LatentGenerator, train_denoiser
+from pdiff_hf.training.denoiser import LatentGenerator, denoising_loss, train_denoiser
 from pdiff_hf.training.loop import LoopArguments
 from pdiff_hf.training.tune import GeneratedNetworks, TuneArguments, fresh_tasks, seen_tasks, single_task, tune
 
@@ -44,7 +44,7 @@ def test_tuning_lowers_the_loss_of_the_networks(tmp_path, kind):
     if kind == "unconditional":
         batches = single_task(family.task({"blur": 0.0, "invert": "no"}), ARGS, CPU)
     elif kind == "seen":
-        batches = seen_tasks(family, ARGS, table, CPU)
+        batches = seen_tasks(family, ARGS, table, CPU, condition_noise=0.1)
     else:
         batches = fresh_tasks(family, ARGS, (), CPU)
     history = tune(Accelerator(cpu=True), generated, batches, 6, ARGS, seed=0, checkpoint_dir=tmp_path)
@@ -54,6 +54,28 @@ def test_tuning_lowers_the_loss_of_the_networks(tmp_path, kind):
     assert last < first - 0.05
     assert torch.equal(networks.base_parameters(), frozen[0])
     assert torch.equal(generated.autoencoder.token_basis, frozen[1])
+
+
+def test_another_loss_counts_too(tmp_path):
+    """Such as the denoiser's own on the latents of seen networks, which keeps tuning on few tasks near to them."""
+    family = make_family()
+    networks = make_networks(family)
+    table = family.fields.table(family.conditions(6, seed=0))
+    latents = torch.randn(6, 8, generator=torch.Generator().manual_seed(0))
+    scheduler = make_training_scheduler(prediction_type="v_prediction")
+    args, own = TuneArguments(**{**vars(ARGS), "num_steps": 50}), {}
+    for weight in (0.0, 100.0):
+        generated = make_generated(family, networks, True)
+
+        def denoising(generator: torch.Generator, weight=weight, model=generated.generator) -> torch.Tensor:
+            return weight * denoising_loss(model, scheduler, latents, generator, table)
+
+        seen = seen_tasks(family, args, table, CPU)
+        tune(Accelerator(cpu=True), generated, seen, 6, args, extra_loss=denoising, seed=0, checkpoint_dir=tmp_path)
+        with torch.no_grad():
+            noise = torch.Generator().manual_seed(1)
+            own[weight] = sum(denoising(noise, 1.0, generated.generator).item() for _ in range(20)) / 20
+    assert own[100.0] < 0.8 * own[0.0]
 
 
 def test_the_best_weights_are_kept_and_training_ends_when_validation_gets_worse(tmp_path):

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from pdiff_hf.pipelines.conditions import embed_conditions, prepare_conditions
 from support.pipelines import LATENT_DIM, make_network, make_pipeline, sample
 
 from pdiff_hf import LatentDenoiser, PDiffPipeline
@@ -74,12 +75,12 @@ def test_the_same_bits_whatever_the_number_of_networks(pipe):
 def test_what_is_not_known_is_drawn_from_the_seen_conditions(pipe):
     encoder = pipe.condition_encoder
     generators = [torch.Generator().manual_seed(i) for i in range(64)]
-    table = pipe.prepare_conditions({"angle": 5.0}, 64)
+    table = prepare_conditions(encoder, {"angle": 5.0}, 64)
     drawn = []
     draw = encoder.complete
     encoder.complete = lambda *args: drawn.append(draw(*args)) or drawn[-1]  # what the pipeline uses
     try:
-        pipe.embed_conditions(table, generators)
+        embed_conditions(encoder, table, generators)
     finally:
         del encoder.complete
     rows = [row for block in drawn for row in encoder.fields.conditions(block)][:64]

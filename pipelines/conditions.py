@@ -1,0 +1,60 @@
+"""From what a caller says of tasks to what a denoiser takes."""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+
+from pdiff_hf.models.condition import Condition, ConditionEncoder, ConditionError
+from pdiff_hf.utils.blocks import in_blocks
+from pdiff_hf.utils.memory import InParts
+
+
+def prepare_conditions(
+    encoder: ConditionEncoder | None, condition: Condition | Sequence[Condition] | torch.Tensor | None, num_models: int
+) -> torch.Tensor | None:
+    """
+    What a caller says of the tasks of networks, for each network.
+
+    Args:
+        encoder (`ConditionEncoder`, *optional*): None for a generator without conditions.
+        condition (`Mapping`, list of them or `torch.Tensor`, *optional*): One for all networks, several,
+            or embeddings of shape `(M, E)`; nothing is known by default.
+        num_models (`int`): Networks for each condition.
+
+    Returns:
+        `torch.Tensor` or `None`: A table of shape `(N, width)`, NaN where a field is unknown; embeddings as they were
+        given, shape `(N, E)`; None for a generator without conditions.
+
+    Raises:
+        ConditionError: for a condition where there is no encoder, an empty list, embeddings of another length, and what
+            [`Fields.table`] refuses.
+    """
+    if encoder is None:
+        if condition is not None:
+            raise ConditionError("this generator was trained without conditions; call it without condition")
+        return None
+    if isinstance(condition, torch.Tensor):
+        length = encoder.config.embedding_dim
+        if condition.ndim != 2 or condition.shape[1] != length or len(condition) == 0:
+            raise ConditionError(f"embeddings must have shape (M, {length}), got {tuple(condition.shape)}")
+        return condition.repeat_interleave(num_models, 0)
+    conditions = [condition or {}] if condition is None or isinstance(condition, Mapping) else list(condition)
+    if not conditions:
+        raise ConditionError("condition is an empty list; give at least one condition, or none at all")
+    return encoder.fields.table(conditions).repeat_interleave(num_models, 0)
+
+
+def embed_conditions(
+    encoder: ConditionEncoder, table: torch.Tensor, generators: Sequence[torch.Generator]
+) -> torch.Tensor:
+    """
+    Embeddings of shape `(N, E)` of the conditions in a table of shape `(N, width)`, on its device. Fields that are not
+    known are drawn from the seen conditions, for each network with its own generator.
+    """
+    draws = torch.stack([torch.rand((1,), generator=one, device=one.device) for one in generators])
+    rows = torch.cat([table, draws.to(table.device)], dim=1)  # (N, width + 1)
+
+    def embed(rows: torch.Tensor) -> torch.Tensor:
+        return encoder(encoder.complete(rows[:, :-1], rows[:, -1]))
+
+    return torch.cat(list(in_blocks(embed, rows, encoder.config.embedding_dim, InParts("networks"))))

@@ -1,0 +1,120 @@
+"""What is made of sampled parameters: networks, ensembles, and networks for a few labelled examples."""
+
+import operator
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, SupportsIndex
+
+import torch
+from torch import nn
+
+from pdiff_hf.models import ParameterAutoencoder
+from pdiff_hf.models.condition import Condition
+from pdiff_hf.networks.ensemble import EnsembleModel
+from pdiff_hf.networks.posterior import PosteriorOutput, Predict, predict_logits, refine, select_by_likelihood
+from pdiff_hf.networks.replacement import Replacement
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline as Base
+else:  # diffusers takes a `pipeline.py` only if there is one class of pipelines in it
+    Base = object
+
+
+class NetworkMixin(Base):
+    """For a pipeline that samples parameters of shape `(N, D)`."""
+
+    autoencoder: ParameterAutoencoder
+    base_model: nn.Module | None
+
+    def make_model(self, state_dict: dict[str, torch.Tensor]) -> nn.Module:
+        """
+        The base model with the tensors of `state_dict`, in its own types and under all names of their memory. All other
+        tensors are shared with it, not copied.
+        """
+        if self.base_model is None:
+            raise ValueError("this pipeline has no base model that the generated tensors could be put into")
+        return Replacement(self.base_model, state_dict).network(self.base_model, state_dict)
+
+    def ensemble(
+        self,
+        num_models: SupportsIndex = 10,
+        num_inference_steps: SupportsIndex = 20,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        condition: Condition | Sequence[Condition] | torch.Tensor | None = None,
+    ) -> EnsembleModel:
+        """
+        New networks as one `nn.Module` that returns the mean of their probabilities, on the base model's device.
+        Arguments and errors are those of the call; the networks are those that it gives for the same arguments.
+
+        Raises:
+            ValueError: if the pipeline has no base model.
+        """
+        if self.base_model is None:
+            raise ValueError("an ensemble needs a base model, and this pipeline has none; pass base_model=...")
+        (parameters,) = self(
+            num_models, num_inference_steps, generator, condition=condition, output_type="pt", return_dict=False
+        )
+        return EnsembleModel(self.base_model, self.autoencoder.layout, parameters)
+
+    def posterior(
+        self,
+        examples: Mapping[str, Any],
+        num_candidates: int = 2048,
+        num_models: int = 64,
+        condition: Condition | None = None,
+        refine_steps: int = 0,
+        *,
+        temperature: float = 1.0,
+        candidates: torch.Tensor | None = None,
+        num_inference_steps: int = 20,
+        generator: torch.Generator | None = None,
+        predict: Predict = predict_logits,
+    ) -> PosteriorOutput:
+        r"""
+        Networks for a task of which a few labelled examples are known: samples candidates, weights them by the
+        likelihood of the labels, and draws from them. `EnsembleModel(pipe.base_model, pipe.autoencoder.layout,
+        output.parameters, output.weights)` is their prediction.
+
+        Args:
+            examples (`Mapping`): A batch of the task with `labels`, int64 of shape `(B,)`; the rest is for the network.
+            num_candidates (`int`, *optional*, defaults to 2048): How many networks to sample.
+            num_models (`int`, *optional*, defaults to 64): How many to draw from them; the same may come several times.
+            condition (`Mapping`, *optional*): What else is known of the task; the rest is drawn.
+            refine_steps (`int`, *optional*, defaults to 0): Steps of fine-tuning on the examples, for all drawn.
+            temperature (`float`, *optional*, defaults to 1): Above 1, the examples count less.
+            candidates (`torch.Tensor`, *optional*): More candidates, shape `(M, D)`, such as the training networks.
+            predict (`Callable`, *optional*): `predict` of a task, for networks that are not of transformers.
+
+        Raises:
+            ValueError: for arguments out of range, and if there is no base model or no usable candidate.
+        """
+        if self.base_model is None:
+            raise ValueError("a posterior needs a base model, and this pipeline has none; pass base_model=...")
+        if "labels" not in examples or temperature <= 0:
+            raise ValueError("examples need labels, and the temperature must be above 0")
+        (sampled,) = self(
+            num_candidates, num_inference_steps, generator, condition=condition, output_type="pt", return_dict=False
+        )
+        layout = self.autoencoder.layout
+        output = select_by_likelihood(
+            self.base_model,
+            layout,
+            sampled if candidates is None else torch.cat([sampled, candidates]),
+            examples,
+            whole_number("num_models", num_models),
+            temperature=temperature,
+            generator=generator,
+            predict=predict,
+        )
+        if refine_steps:
+            output.parameters = refine(
+                self.base_model, layout, output.parameters, examples, num_steps=refine_steps, predict=predict
+            )
+        return output
+
+
+def whole_number(name: str, value: SupportsIndex) -> int:
+    """`value`, of any type of whole numbers, as an `int` of at least 1."""
+    number = 0 if isinstance(value, bool) or not hasattr(value, "__index__") else operator.index(value)
+    if number < 1:
+        raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}")
+    return number

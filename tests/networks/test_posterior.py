@@ -1,0 +1,124 @@
+"""Networks that fit a few examples, against a brute-force count with one network after the other."""
+
+import math
+
+import pytest
+import torch
+from support.pipelines import make_network, make_pipeline
+from torch import nn
+
+from pdiff_hf.networks.batched import BatchedModels
+from pdiff_hf.networks.ensemble import EnsembleModel
+from pdiff_hf.networks.posterior import effective_sample_size, log_likelihoods, posterior_weights, refine, resample
+from pdiff_hf.selection import select_layout
+
+
+@pytest.fixture(scope="module")
+def model() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3)).eval()
+
+
+@pytest.fixture(scope="module")
+def examples() -> dict:
+    generator = torch.Generator().manual_seed(1)
+    return {"points": torch.randn(5, 4, generator=generator), "labels": torch.tensor([0, 2, 1, 1, 0])}
+
+
+def predict(call, batch):
+    return call(batch["points"])
+
+
+def candidates(model, count=40) -> torch.Tensor:
+    own = select_layout(model, "all").flatten(model.state_dict())
+    return own + torch.randn(count, len(own), generator=torch.Generator().manual_seed(2))
+
+
+@torch.no_grad()
+def brute_force(model, examples, rows) -> list[float]:
+    layout, found = select_layout(model, "all"), []
+    for row in rows:
+        logits = torch.func.functional_call(model, layout.unflatten(row), (examples["points"],))
+        probabilities = logits.double().softmax(-1)
+        found.append(sum(math.log(p[label]) for p, label in zip(probabilities, examples["labels"], strict=True)))
+    return found
+
+
+def test_likelihoods_weights_and_effective_sample_size(model, examples):
+    rows = candidates(model)
+    expected = brute_force(model, examples, rows)
+    found = log_likelihoods(BatchedModels(model, select_layout(model, "all")), examples, rows, predict)
+    torch.testing.assert_close(found, torch.tensor(expected), atol=1e-4, rtol=1e-5)
+    total = sum(math.exp(value / 2) for value in expected)
+    weights = [math.exp(value / 2) / total for value in expected]
+    torch.testing.assert_close(posterior_weights(found, temperature=2), torch.tensor(weights), atol=1e-5, rtol=1e-4)
+    size = 1 / sum(weight**2 for weight in weights)
+    assert effective_sample_size(torch.tensor(weights)) == pytest.approx(size, rel=1e-4)
+    nothing = {"points": torch.zeros(0, 4), "labels": torch.zeros(0, dtype=torch.long)}
+    assert not log_likelihoods(BatchedModels(model, select_layout(model, "all")), nothing, rows, predict).any()
+
+
+def test_a_network_without_a_likelihood_has_no_weight():
+    weights = posterior_weights(torch.tensor([-1.0, math.nan, -1.0, -math.inf]))
+    assert weights.tolist() == [0.5, 0.0, 0.5, 0.0]
+    with pytest.raises(ValueError, match="none of the networks"):
+        posterior_weights(torch.tensor([math.nan]))
+
+
+def test_resampling_draws_each_as_often_as_its_weight_says():
+    weights = torch.tensor([0.5, 0.0, 0.125, 0.375])
+    for seed in range(5):
+        drawn = resample(weights, 64, torch.Generator().manual_seed(seed))
+        assert torch.bincount(drawn, minlength=4).tolist() == [32, 0, 8, 24]
+
+
+def test_refined_networks_are_trained_each_on_its_own(model, examples):
+    rows, layout = candidates(model, 3), select_layout(model, "all")
+    found = refine(model, layout, rows, examples, num_steps=4, learning_rate=0.01, predict=predict)
+    for row, refined in zip(rows, found, strict=True):
+        alone = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3))
+        alone.load_state_dict(layout.unflatten(row))
+        optimizer = torch.optim.AdamW(alone.parameters(), lr=0.01, weight_decay=0)
+        for _ in range(4):
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(alone(examples["points"]), examples["labels"]).backward()
+            optimizer.step()
+        torch.testing.assert_close(refined, layout.flatten(alone.state_dict()), atol=1e-5, rtol=1e-4)
+
+
+def test_an_ensemble_says_what_its_networks_disagree_about(model, examples):
+    rows, layout = candidates(model, 5), select_layout(model, "all")
+    weights = torch.tensor([4.0, 0.0, 1.0, 2.0, 1.0])
+    prediction = EnsembleModel(model, layout, rows, weights).predict(examples["points"])
+    each = torch.stack([torch.func.functional_call(model, layout.unflatten(r), (examples["points"],)) for r in rows])
+    each = each.detach().softmax(-1)
+    share = weights / 8
+    mean = (share.view(-1, 1, 1) * each).sum(0)
+    torch.testing.assert_close(prediction.probabilities, mean)
+    entropy = torch.distributions.Categorical(mean).entropy()
+    torch.testing.assert_close(prediction.total_uncertainty, entropy)
+    inside = (share.view(-1, 1) * torch.distributions.Categorical(each).entropy()).sum(0)
+    torch.testing.assert_close(prediction.mutual_information, entropy - inside, atol=1e-6, rtol=1e-4)
+    same = EnsembleModel(model, layout, rows[:1].repeat(3, 1)).predict(examples["points"])
+    torch.testing.assert_close(same.mutual_information, torch.zeros(5), atol=1e-6, rtol=0)
+
+
+def test_a_pipeline_draws_networks_for_examples(caplog):
+    pipe = make_pipeline(make_network())
+    examples = {"pixel_values": torch.randn(3, 3, 32, 32), "labels": torch.tensor([0, 1, 2])}
+    settings = {"num_candidates": 12, "num_models": 8, "num_inference_steps": 2}
+    found = pipe.posterior(examples, generator=torch.Generator().manual_seed(0), **settings)
+    again = pipe.posterior(examples, generator=torch.Generator().manual_seed(0), **settings)
+    assert torch.equal(found.parameters, again.parameters) and found.weights.sum() == 1
+    assert 1 <= found.effective_sample_size <= 12 and len(found.parameters) == len(found.weights) <= 8
+    sampled = pipe(12, 2, torch.Generator().manual_seed(0), output_type="pt").parameters
+    assert all((row == sampled).all(1).any() for row in found.parameters)
+    refined = pipe.posterior(examples, generator=torch.Generator().manual_seed(0), refine_steps=3, **settings)
+    models = BatchedModels(pipe.base_model, pipe.autoencoder.layout)
+    after = log_likelihoods(models, examples, refined.parameters)
+    assert (after > refined.log_likelihoods).all()
+    with caplog.at_level("WARNING"):
+        pipe.posterior(examples, temperature=1e-4, **settings)
+    assert "effective sample size is" in caplog.text
+    with pytest.raises(ValueError, match="examples need labels"):
+        pipe.posterior({"pixel_values": examples["pixel_values"]})
