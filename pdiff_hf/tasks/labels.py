@@ -109,12 +109,21 @@ class LabelledTask(DatasetTask, ClassificationTask):
             output_loading_info=True,
         )
         fresh = sorted({*found["missing_keys"], *(mismatch[0] for mismatch in found["mismatched_keys"])})
+        name_classes(model.config, self.class_names)
+        if self.adapter:
+            model = load_adapter(model, self.adapter)
+            fresh = [name for name in fresh if not _is_from_adapter(model, name)]
         self.new_head = ""
         if fresh:
             reason = _both_sides(self._config, self._data_names) if found["mismatched_keys"] else "its files lack them"
             self.new_head = f"{', '.join(fresh)} of model '{self.model}' must be drawn anew: {reason}"
-        name_classes(model.config, self.class_names)
-        return load_adapter(model, self.adapter) if self.adapter else model
+        return model
+
+
+def _is_from_adapter(model: PreTrainedModel, name: str) -> bool:
+    """Whether an adapter of PEFT brought a tensor of the network with it, as it does for the heads of classifiers."""
+    parts, modules = name.split("."), dict(model.named_modules())
+    return any(hasattr(modules.get(".".join(parts[:i])), "modules_to_save") for i in range(1, len(parts)))
 
 
 def label_candidates(features: Mapping[str, Any]) -> list[str]:

@@ -235,6 +235,17 @@ def test_a_head_of_another_size_is_refused_or_said(tmp_path, caplog):
         check_head(task, is_trained=False)
 
 
+def test_a_head_that_an_adapter_brings_is_not_fresh(tmp_path):
+    peft = pytest.importorskip("peft", reason="needs the extra `peft`")
+    BertModel(BertConfig(**BERT)).save_pretrained(tmp_path / "bert")
+    network = BertForSequenceClassification.from_pretrained(tmp_path / "bert", num_labels=3)
+    wrapped = peft.get_peft_model(network, peft.LoraConfig(task_type="SEQ_CLS", r=2, target_modules=["query"]))
+    wrapped.save_pretrained(tmp_path / "adapter")
+    task = TextClassificationTask(str(tmp_path / "adapter"), write_texts(tmp_path / "data", ANIMALS))
+    head = task.load_base_model().get_submodule("classifier.modules_to_save.default").weight
+    assert task.new_head == "" and torch.equal(head, network.classifier.modules_to_save.default.weight)
+
+
 def test_other_networks_keep_their_own_order(tmp_path):
     """Such as the base model that a saved pipeline carries."""
     task = TextClassificationTask(save_bert(tmp_path / "model"), write_texts(tmp_path / "data", ["no", "yes"]))
