@@ -199,6 +199,8 @@ class ParameterAutoencoder(TokenModel, ConfigMixin):
         token_dim (`int`, *optional*, defaults to 32): Principal components that are kept of a token.
         variational (`bool`, *optional*, defaults to `False`): A VAE (paper, appendix B.2): the encoder gives the mean
             and the log-variance of a latent, `forward` samples from them, and `encode` returns the mean.
+        tuned_map (`bool`, *optional*, defaults to `False`): Add a linear map of latents to what they are decoded to,
+            see [`add_tuned_map`].
         format_version (`int`, *optional*): Of the saved files, which carry it so that an older release can refuse them.
 
     Raises:
@@ -217,6 +219,7 @@ class ParameterAutoencoder(TokenModel, ConfigMixin):
         token_size: int | None = None,
         token_dim: int = 32,
         variational: bool = False,
+        tuned_map: bool = False,
         format_version: int = FORMAT_VERSION,
     ):
         super().__init__()
@@ -240,6 +243,17 @@ class ParameterAutoencoder(TokenModel, ConfigMixin):
         self.register_buffer("parameter_std", torch.ones(len(self.layout.names)))
         self.register_buffer("latent_mean", torch.zeros(latent_dim))
         self.register_buffer("latent_std", torch.ones(latent_dim))
+        if tuned_map:
+            self.add_tuned_map()
+
+    def add_tuned_map(self) -> None:
+        """
+        Adds a linear map from latents to parameters, L · D values that are 0 at first, to what latents are decoded to.
+        Tuning on the task loss learns it: networks are then no longer bound to what the snapshots span. `encode` stays
+        as it is.
+        """
+        self.register_to_config(tuned_map=True)
+        self.map_weight = nn.Parameter(torch.zeros(self.config.latent_dim, self.layout.num_parameters))
 
     @torch.no_grad()
     def fit_latent_statistics(self, tokens: torch.Tensor, batch_size: int = BATCH_SIZE) -> None:
@@ -266,8 +280,10 @@ class ParameterAutoencoder(TokenModel, ConfigMixin):
 
     def decode(self, latents: torch.Tensor) -> ParameterDecoderOutput:
         """Standardised latents, shape `(N, L)`, to parameters in natural units, shape `(N, D)`, always float32."""
-        tokens = self._decode(latents * self.latent_std + self.latent_mean)
-        return ParameterDecoderOutput(sample=self.detokenize(tokens))
+        sample = self.detokenize(self._decode(latents * self.latent_std + self.latent_mean))
+        if self.config.tuned_map:
+            sample = sample + latents.float() @ self.map_weight.float()
+        return ParameterDecoderOutput(sample=sample)
 
     @torch.no_grad()
     def sample_prior(self, num_models: int, generator: torch.Generator | None = None) -> torch.Tensor:

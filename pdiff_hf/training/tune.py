@@ -58,7 +58,7 @@ class GeneratedNetworks(nn.Module):
 
     Args:
         generator (`LatentGenerator`): The part that is trained.
-        autoencoder (`ParameterAutoencoder`): Frozen.
+        autoencoder (`ParameterAutoencoder`): Frozen, but for its `tuned_map` where it has one.
         scheduler (`SchedulerMixin`): Of the sampler; None for a deterministic network, which gets no noise.
         num_inference_steps (`int`): Of the sampler.
         networks (`StackedNetworks`), predict (`Callable`): What the parameters are used in.
@@ -79,6 +79,8 @@ class GeneratedNetworks(nn.Module):
             generator.denoiser.null_condition.requires_grad_(False)  # it takes no part
         # As a list, it is no part of this module: frozen, and not in its checkpoints.
         self._frozen = [autoencoder.eval().requires_grad_(False)]
+        if autoencoder.config.tuned_map:
+            self.map_weight = autoencoder.map_weight.requires_grad_(True)
         self.networks, self.predict = networks, predict
         self.scheduler, self.num_inference_steps = scheduler, num_inference_steps
 

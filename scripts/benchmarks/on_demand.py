@@ -7,6 +7,7 @@ python scripts/benchmarks/on_demand.py --dataset path/to/fashion_mnist --image_s
 """
 
 import argparse
+import copy
 import json
 import resource
 import shutil
@@ -57,6 +58,7 @@ def main() -> None:
     parser.add_argument("--denoiser_steps", type=int, default=2000)
     parser.add_argument("--tune_steps", type=int, default=1800)
     parser.add_argument("--tune_learning_rate", type=float, default=1e-3)
+    parser.add_argument("--frozen_decoder", action="store_true", help="Tune the denoiser only.")
     parser.add_argument("--weight_loss", type=float, default=0.0, help="Weight of the denoiser's own loss in tuning.")
     parser.add_argument("--condition_noise", type=float, default=0.0, help="Of the seen conditions, in tuning.")
     parser.add_argument("--num_inference_steps", type=int, default=10)
@@ -212,9 +214,12 @@ def run(args, seed: int, folder: Path, clock: Clock, checkpoints: str) -> dict:
         scheduler.config, algorithm_type="dpmsolver++", final_sigmas_type="zero"
     )
 
-    def make(latent_generator, sampling) -> GeneratedNetworks:
+    if not args.frozen_decoder:
+        autoencoder.add_tuned_map()
+
+    def make(latent_generator, sampling, decoder=autoencoder) -> GeneratedNetworks:
         return GeneratedNetworks(
-            latent_generator, autoencoder, sampling, args.num_inference_steps, networks, family.predict
+            latent_generator, decoder, sampling, args.num_inference_steps, networks, family.predict
         )
 
     generated = make(LatentGenerator(denoiser, encoder), sampler)
@@ -293,8 +298,11 @@ def add_hypernetwork(
     network = LatentDenoiser(
         latents.shape[1], condition_dim=own.config.embedding_dim, **DENOISER_PRESETS[args.denoiser_preset]
     )
-    module = make(LatentGenerator(network, own), None)
-    optimizer = torch.optim.AdamW(module.parameters(), lr=1e-3, weight_decay=0)
+    decoder = copy.deepcopy(autoencoder)
+    if not args.frozen_decoder:
+        decoder.add_tuned_map()
+    module = make(LatentGenerator(network, own), None, decoder)
+    optimizer = torch.optim.AdamW(module.generator.parameters(), lr=1e-3, weight_decay=0)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, args.denoiser_steps)
     noise = torch.Generator().manual_seed(derive_seed(seed, 9))
     for _ in range(args.denoiser_steps):

@@ -17,12 +17,16 @@ CPU = torch.device("cpu")
 ARGS = TuneArguments(num_steps=120, learning_rate=0.01, num_tasks=8, num_examples=8, ema_decay=0.9, validate_every=10)
 
 
-def make_generated(family, networks, conditional: bool, deterministic: bool = False) -> GeneratedNetworks:
+def make_generated(
+    family, networks, conditional: bool, deterministic: bool = False, tuned_map: bool = False
+) -> GeneratedNetworks:
     torch.manual_seed(0)
     snapshots = networks.base_parameters() + 0.3 * torch.randn(12, networks.layout.num_parameters)
     autoencoder = ParameterAutoencoder(networks.layout.to_dict(), latent_dim=8, block_out_channels=())
     autoencoder.fit_parameter_statistics(snapshots)
     autoencoder.fit_latent_statistics(autoencoder.tokenize(snapshots))
+    if tuned_map:
+        autoencoder.add_tuned_map()
     encoder = ConditionEncoder(family.fields.to_dict(), embedding_dim=8) if conditional else None
     denoiser = LatentDenoiser(
         8, block_out_channels=(), bottleneck_dim=16, embedding_dim=16, condition_dim=8 if conditional else None
@@ -54,6 +58,25 @@ def test_tuning_lowers_the_loss_of_the_networks(tmp_path, kind):
     assert last < first - 0.05
     assert torch.equal(networks.base_parameters(), frozen[0])
     assert torch.equal(generated.autoencoder.token_basis, frozen[1])
+
+
+def test_a_tuned_map_leaves_the_span_of_the_snapshots_and_is_saved(tmp_path):
+    family = make_family(ranges={"angle": None, "occlude": None})
+    networks = make_networks(family)
+    plain, mapped = (make_generated(family, networks, True, tuned_map=tuned_map) for tuned_map in (False, True))
+    latents = torch.randn(3, 8, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(mapped.autoencoder.decode(latents).sample, plain.autoencoder.decode(latents).sample)
+    args = TuneArguments(**{**vars(ARGS), "num_steps": 50})
+    losses = {}
+    for name, generated in (("plain", plain), ("mapped", mapped)):
+        batches = fresh_tasks(family, args, (), CPU)
+        history = tune(Accelerator(cpu=True), generated, batches, 6, args, seed=0, checkpoint_dir=tmp_path)
+        losses[name] = sum(history["losses"][-10:]) / 10
+    assert losses["mapped"] < losses["plain"] - 0.1  # eight random directions are little to learn with
+    mapped.autoencoder.save_pretrained(tmp_path / "autoencoder")
+    loaded = ParameterAutoencoder.from_pretrained(tmp_path / "autoencoder")
+    torch.testing.assert_close(loaded.decode(latents).sample, mapped.autoencoder.decode(latents).sample)
+    assert not torch.allclose(loaded.decode(latents).sample, plain.autoencoder.decode(latents).sample, atol=0.01)
 
 
 def test_another_loss_counts_too(tmp_path):
