@@ -44,7 +44,7 @@ class GaussianDenoiser(torch.nn.Module):
         super().__init__()
         self.kept = scheduler.alphas_cumprod
 
-    def forward(self, sample, timestep):
+    def forward(self, sample, timestep, condition=None):
         place = torch.as_tensor(timestep).double().clamp(0, len(self.kept) - 1)
         low, high = self.kept[place.floor().long()], self.kept[place.ceil().long()]
         kept = low + (place - place.floor()) * (high - low)

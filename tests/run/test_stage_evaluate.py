@@ -32,7 +32,7 @@ def test_the_stage_trains_a_vae_once_and_draws_every_figure(tmp_path):
     settings = Recipe(**TINY, output_dir=str(tmp_path / "run"))
     run = Run(settings)
     with run.lock():
-        run.carry_out()
+        run.execute()
     report = json.loads((run.folder / "evaluation/report.json").read_text())
     assert {row["name"]: row["n"] for row in report["groups"]}["vae"] == 1
     assert "VAE" in {row["family"] for row in report["frontier"]["rows"]}
@@ -44,7 +44,7 @@ def test_the_stage_trains_a_vae_once_and_draws_every_figure(tmp_path):
     times = {path: path.stat().st_mtime_ns for path in (run.folder / "vae").iterdir()}
     again = Run(dataclasses.replace(settings, num_models=4, overwrite_output_dir=True))
     with again.lock():
-        again.carry_out()
+        again.execute()
     assert {path: path.stat().st_mtime_ns for path in (run.folder / "vae").iterdir()} == times
     assert json.loads((run.folder / "evaluation/report.json").read_text())["groups"][3]["n"] == 4
     with pytest.raises(RunError, match="autoencoder_steps"):

@@ -105,7 +105,7 @@ def test_many_detectors_share_what_is_frozen(task, detector):
         forward(detector)
     with CountConvolutions() as three_networks:
         outputs = [rows for _, rows in models(forward, parameters)]
-    assert three_networks.count == one_pass.count > 0
+    assert 0 < three_networks.count <= one_pass.count  # fewer where a cropped one is a product of matrices
     for row, output in zip(parameters, torch.cat(outputs), strict=True):
         tensors = layout.unflatten(row)
         with torch.no_grad():
