@@ -24,6 +24,7 @@ from pdiff_hf.evaluation.conditional_baselines import BasisNetworks, GenericNetw
 from pdiff_hf.layout import ParameterLayout
 from pdiff_hf.models import DENOISER_PRESETS, ConditionEncoder, LatentDenoiser, ParameterAutoencoder
 from pdiff_hf.networks.stacked import StackedNetworks
+from pdiff_hf.pipelines import PDiffPipeline
 from pdiff_hf.snapshots.dataset import condition_table, load_fields, load_snapshots, parameter_matrix
 from pdiff_hf.snapshots.zoo import ZooArguments, collect_zoo, train_specialists
 from pdiff_hf.tasks import ImageClassificationTask
@@ -241,7 +242,7 @@ def run(args, seed: int, folder: Path, clock: Clock, checkpoints: str) -> dict:
     history = tuned(generated, tune_args, "tuning", extra)
     for name, part in {"autoencoder": autoencoder, "denoiser": denoiser, "condition_encoder": encoder}.items():
         part.save_pretrained(folder / name)
-    sampler.save_pretrained(folder / "scheduler")
+    PDiffPipeline(autoencoder, denoiser, sampler, condition_encoder=encoder).save_pretrained(folder / "pipeline")
     tune_passes = len(history["losses"]) * per_step
     audit.add(GENERATOR, "generator", sample, Cost(zoo_passes + tune_passes))
     audit.add("generator, shuffled conditions", "control", lambda name, t: sample(name, t.roll(1, 0)), Cost())
