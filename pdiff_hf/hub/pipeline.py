@@ -34,8 +34,8 @@ class SavedPipeline(Base):
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs) -> Self:
         """
-        Like diffusers' own, but weights are read from safetensors files alone, unless `use_safetensors=False`: then
-        from `.bin` files where there are no others.
+        Like diffusers' own. Weights are read from safetensors files, and where there are none from `.bin` files, of
+        which torch reads tensors alone; `use_safetensors=True` takes no others.
 
         Raises:
             OSError: if there is no such folder or repository, or a file is missing or cannot be read.
@@ -47,7 +47,7 @@ class SavedPipeline(Base):
         if "base_model" not in kwargs and (folder / ADAPTER_FOLDER).is_dir():
             architecture = AutoConfig.from_pretrained(folder).architectures[0]
             kwargs["base_model"] = load_network(folder, getattr(transformers, architecture))
-        use_safetensors = kwargs.pop("use_safetensors", True) or None
+        use_safetensors = kwargs.pop("use_safetensors", None) or None
         try:
             with limited_modules():
                 return super().from_pretrained(pretrained_model_name_or_path, use_safetensors=use_safetensors, **kwargs)
