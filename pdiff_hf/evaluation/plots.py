@@ -230,7 +230,8 @@ def plot_parameter_heatmap(path: str | Path, snapshots: Tensor, generated: Tenso
         tensor_sizes (`Sequence[int]`): how many of the D parameters each tensor has, in order.
     """
     columns = _evenly(snapshots.shape[1], 1024)
-    shown = [group[_evenly(len(group), 50)][:, columns].double() for group in (snapshots, generated)]
+    # Rows and columns in one step: whole rows may be more than fits into memory.
+    shown = [group[_evenly(len(group), 50)[:, None], columns].double() for group in (snapshots, generated)]
     std, mean = torch.std_mean(snapshots[:, columns].double(), dim=0, correction=0)
     deviations = [(group - mean) / std.clamp(min=1e-12) for group in shown]
     # Of the snapshots alone: a generated network that has diverged must not set the scale.
