@@ -10,14 +10,14 @@ import torch
 from diffusers import DiffusionPipeline, SchedulerMixin
 from diffusers.utils import BaseOutput
 from diffusers.utils.torch_utils import randn_tensor
-from pdiff_hf.pipelines.conditions import embed_conditions, prepare_conditions
-from pdiff_hf.pipelines.networks import NetworkMixin, whole_number
 from torch import nn
 
 from pdiff_hf.hub.pipeline import SavedPipeline
 from pdiff_hf.models import ConditionEncoder, LatentDenoiser, ParameterAutoencoder
 from pdiff_hf.models.condition import Condition
 from pdiff_hf.models.scheduler import check_scheduler
+from pdiff_hf.pipelines.conditions import embed_conditions, prepare_conditions
+from pdiff_hf.pipelines.networks import NetworkMixin, whole_number
 from pdiff_hf.utils.blocks import in_blocks
 from pdiff_hf.utils.memory import InParts
 

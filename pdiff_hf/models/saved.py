@@ -120,7 +120,7 @@ class SavedModel(ModelMixin):
         folder = Path(pretrained_model_name_or_path, kwargs.get("subfolder") or "")
         if folder.is_dir() and not any(folder.glob("*.safetensors")) and any(folder.glob("*.bin")):
             if kwargs.get("use_safetensors"):
-                raise OSError(f"'{folder}' has .bin files and no safetensors files, which use_safetensors=True asks for")
+                raise OSError(f"'{folder}' has .bin files and no safetensors files, as use_safetensors=True asks for")
             kwargs["use_safetensors"] = False  # torch reads tensors from them, and runs no code
         try:
             model, info = super().from_pretrained(pretrained_model_name_or_path, output_loading_info=True, **kwargs)

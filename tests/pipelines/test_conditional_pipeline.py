@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from pdiff_hf.pipelines.conditions import embed_conditions, prepare_conditions
 from support.pipelines import LATENT_DIM, make_network, make_pipeline, sample
 
 from pdiff_hf import LatentDenoiser, PDiffPipeline
 from pdiff_hf.models import ConditionEncoder
+from pdiff_hf.pipelines.conditions import embed_conditions, prepare_conditions
 
 FIELDS = {
     "angle": {"type": "angle"},
