@@ -61,7 +61,7 @@ def load_adapter(model: PreTrainedModel, path: str | os.PathLike, name: str = "d
     try:
         from peft import PeftModel
     except ImportError as error:
-        raise ValueError(f"'{path}' is an adapter of PEFT; to load it, pip install 'pdiff_hf[peft]'") from error
+        raise ValueError(f"'{path}' is an adapter of PEFT; it needs peft: pip install peft") from error
     base = model.name_or_path
     try:
         with torch.random.fork_rng():  # adapters are drawn before they are loaded

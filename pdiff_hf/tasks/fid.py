@@ -72,7 +72,7 @@ class InceptionFeatures(nn.Module):
             from torchmetrics.image.fid import NoTrainInceptionV3
         except ImportError as error:
             raise ValueError(
-                'fid_features=inception needs torch-fidelity: pip install "pdiff_hf[fid]", or name a classifier of '
+                "fid_features=inception needs torch-fidelity: pip install torch-fidelity, or name a classifier of "
                 f"your own: {error}"
             ) from error
         try:
