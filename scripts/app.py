@@ -30,10 +30,10 @@ SECONDS_A_PICTURE = 1.0  # drawing takes time that sampling needs
 TENSORS, WHOLE = "Generated tensors", "Whole networks"
 NARROW = ("n", "best")  # columns of the summary that a phone has no room for
 CSS = """
-.picture img { max-height: 62vh; object-fit: contain; }
-.report table { font-size: 0.9em; width: 100%; }
-.report :is(th, td) { padding: 4px 6px !important; white-space: normal !important; }
-@media (max-width: 640px) { [role="tab"] { padding: 0 7px !important; } }
+.picture img { max-height: 58vh; object-fit: contain; padding-top: 30px; box-sizing: border-box; }
+.report table { font-size: 0.85em; width: 100%; }
+.report :is(th, td) { padding: 4px !important; white-space: normal !important; word-break: normal; }
+@media (max-width: 640px) { .tab-container button { padding: 0 6px !important; } }
 """
 # Fonts of the reader's own machine: the page asks no other server for anything.
 LAUNCH = {
@@ -179,7 +179,7 @@ def build_app(pipeline_id: str = "") -> gr.Blocks:
                 raise _message(error) from error
 
     with gr.Blocks(title="pdiff_hf: explore a generator", analytics_enabled=False, delete_cache=(3600, 3600)) as app:
-        gr.Markdown("## Explore a generator of networks")
+        gr.Markdown("## Explore a generator")
         with gr.Row(equal_height=True):
             name = gr.Textbox(
                 pipeline_id,

@@ -16,7 +16,9 @@ from accelerate.utils import send_to_device
 from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler, SchedulerMixin
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError
+from matplotlib import rc_context
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from safetensors.torch import save
 from transformers import PreTrainedModel
 
@@ -46,6 +48,8 @@ MAX_BYTES = 2**30  # of all networks that are sampled at once, and of their arch
 WATCHED = 5  # networks whose way through the reverse process is drawn
 WATCHED_EXAMPLES = 500  # test examples for the accuracy along the way
 HEAT_MAP_ROWS, HEAT_MAP_COLUMNS = 50, 512
+# For the figures of a report, so that a phone shows legible letters, and legends still fit.
+LETTERS = {"font.size": 12, "legend.handlelength": 1.2, "legend.handletextpad": 0.5, "legend.columnspacing": 1.0}
 FIRST_SCORED = 10  # networks that are drawn first, because the reader waits for them
 SCHEDULERS = {
     "DPM-Solver++": (DPMSolverMultistepScheduler, {"algorithm_type": "dpmsolver++", "final_sigmas_type": "zero"}),
@@ -173,6 +177,7 @@ def one_line(error: BaseException) -> str:
 # -------------------------------------------------------------------------------------------------------- what is shown
 
 
+@rc_context(LETTERS)
 def compare(source: Source, path: Path, scores: ClassifierScores | None = None) -> str:
     """
     Draws similarities and accuracies to `path`, if there are any, and returns what the reader needs to know about them.
@@ -317,16 +322,19 @@ class Watcher:
             logits = [part for _, part in scorer.models(lambda call: scorer.task.predict(call, self.batch), parameters)]
             self.accuracies.append(100 * (torch.cat(logits).argmax(-1) == labels).double().mean(-1).cpu())
 
+    @rc_context(LETTERS)
     def draw_distances(self, path: Path) -> None:
         figure = Figure(figsize=(6.4, 4.2), layout="constrained")  # as the figure of the accuracies beside it
         axes = figure.subplots()
         axes.plot(self.steps, torch.stack(self.distances), color=GENERATED, alpha=0.6, marker=".")
         axes.set_ylim(bottom=0)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.set_xlabel("denoising steps taken")
         axes.set_ylabel("distance to the snapshots' mean (std)")
         axes.grid(alpha=0.3)
         figure.savefig(path, dpi=150)
 
+    @rc_context(LETTERS)
     def draw_accuracies(self, path: Path) -> None:
         accuracies, num_examples = torch.stack(self.accuracies, 1), len(self.batch["labels"])
         plot_reverse_process(path, self.steps, accuracies, self.snapshots, num_examples)
