@@ -13,6 +13,7 @@ import html
 import os
 import tempfile
 import time
+from functools import partial
 from itertools import count
 from pathlib import Path
 
@@ -158,14 +159,14 @@ def build_app(pipeline_id: str = "") -> gr.Blocks:
                     yield shown
                     drawn = time.monotonic()
                 parameters = source.pipe.decode_latents(latents)
-                draw(heat, lambda path: explore.draw_heat_map(source, parameters, path))
+                draw(heat, partial(explore.draw_heat_map, source, parameters))
                 scored = 0
                 while source.scorer is not None and scored < num_models:
                     shown[status] = f"Scored {scored} of {num_models} networks …"
                     yield shown
                     scored = min(max(explore.FIRST_SCORED, 2 * scored), num_models)
                     scores = source.scorer.score("test", parameters[:scored])  # those before come from its cache
-                    shown[comparison_text] = draw(comparison, lambda path: explore.compare(source, path, scores))  # noqa: B023
+                    shown[comparison_text] = draw(comparison, partial(explore.compare, source, scores=scores))
                 shown[status] = "Packing …"
                 yield shown
                 archive = Path(folder, "networks.zip")
