@@ -34,6 +34,7 @@ CSS = """
 .picture img { max-height: 58vh; object-fit: contain; padding-top: 30px; box-sizing: border-box; }
 .report table { font-size: 0.85em; width: 100%; }
 .report :is(th, td) { padding: 4px !important; white-space: normal !important; word-break: normal; }
+.loading :is(pre, code) { white-space: pre-wrap !important; }
 @media (max-width: 640px) { .tab-container button { padding: 0 6px !important; } }
 """
 # Fonts of the reader's own machine: the page asks no other server for anything.
@@ -230,7 +231,7 @@ def build_app(pipeline_id: str = "") -> gr.Blocks:
                 kind = gr.Radio([TENSORS, WHOLE], value=TENSORS, label="Download (choose before you sample)")
                 download = gr.DownloadButton("Download networks", interactive=False)
                 with gr.Accordion("How to load them", open=False):
-                    loading = gr.Markdown()
+                    loading = gr.Markdown(elem_classes="loading")
 
         opened = [about, comparison, comparison_text, report_text, report_more, report_about, accuracies, distances]
         opened += [heat, kind, download, loading, status]
