@@ -34,7 +34,7 @@ CSS = """
 .picture img { max-height: 58vh; object-fit: contain; padding-top: 30px; box-sizing: border-box; }
 .report table { font-size: 0.85em; width: 100%; }
 .report :is(th, td) { padding: 4px !important; white-space: normal !important; word-break: normal; }
-.loading :is(pre, code) { white-space: pre-wrap !important; }
+.loading :is(pre, code) { white-space: pre-wrap !important; overflow-wrap: anywhere; }
 @media (max-width: 640px) { .tab-container button { padding: 0 6px !important; } }
 """
 # Fonts of the reader's own machine: the page asks no other server for anything.
