@@ -1,7 +1,7 @@
 """scripts/app.py, in a headless browser: sampling, what is shown, downloads, errors, and both widths."""
 
+import contextlib
 import os
-import runpy
 import shutil
 import socket
 import subprocess
@@ -10,7 +10,6 @@ import time
 import urllib.request
 import zipfile
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -30,6 +29,8 @@ sync_api = pytest.importorskip("playwright.sync_api", reason="needs playwright")
 if CHROMIUM is None:
     pytest.skip("needs chromium", allow_module_level=True)
 
+app = pytest.importorskip("pdiff_hf.scripts.app")
+explore = pytest.importorskip("pdiff_hf.scripts.explore")
 SCRIPT = str(Path(__file__).parents[2] / "scripts" / "app.py")
 FLAGS = [
     "--headless",
@@ -43,12 +44,6 @@ FLAGS = [
 ]
 WIDTHS = {"desktop": (1280, 900), "phone": (390, 844)}
 TIMEOUT = 120_000  # milliseconds
-
-
-@pytest.fixture
-def app():
-    """The script as a module."""
-    return SimpleNamespace(**runpy.run_path(SCRIPT, run_name="app"))
 
 
 @pytest.fixture(scope="module")
@@ -116,9 +111,7 @@ def open_generator(page, source) -> None:
 
 def show_tab(page, name) -> None:
     tab = page.get_by_role("tab", name=name)
-    if not tab.is_visible():  # a phone has the others behind a button
-        page.locator(".overflow-menu > button").click()
-        tab = page.locator(".overflow-dropdown").get_by_text(name)
+    tab.wait_for()  # all fit a phone; none hides behind a button
     tab.click()
 
 
@@ -128,43 +121,78 @@ def has_picture(page) -> bool:
     return image.evaluate("image => image.decode().then(() => image.naturalWidth > 100)")
 
 
-def test_a_run_is_sampled_compared_and_downloaded(run, page, tmp_path):
-    open_generator(page, run.folder)
-    page.get_by_text("in 4 tensors of test_resnet").wait_for()
-    page.get_by_text("Verdict of its report:").wait_for()
-    assert page.get_by_text("Not available:").count() == 0
-    page.get_by_label("number input for Networks").fill("7")
-    page.get_by_label("number input for Denoising steps").fill("5")
-    page.get_by_label("Seed").fill("3")
+def sample(page, **settings) -> None:
+    for label, value in settings.items():
+        page.get_by_label(label.replace("_", " ")).fill(value)
     page.get_by_role("button", name="Sample").click()
+
+
+def download_networks(page, folder) -> None:
+    with page.expect_download() as download:
+        page.get_by_text("Download networks (").click()
+    folder.mkdir(exist_ok=True)
+    download.value.save_as(folder / "networks.zip")
+    with zipfile.ZipFile(folder / "networks.zip") as archive:
+        archive.extractall(folder)
+
+
+def test_a_run_is_sampled_compared_and_downloaded(run, page, tmp_path):
+    page.get_by_text("Open a generator first.").wait_for()
+    open_generator(page, run.folder)
+    page.get_by_text("in 4 tensors of test_resnet trained on digits").wait_for()
+    page.get_by_text("Those that you sample will be in this figure.").wait_for()
+    assert has_picture(page)
+    assert page.get_by_text("Not available:").count() == 0
+    results, settings = page.get_by_role("tab", name="Accuracy"), page.get_by_label("Scheduler")
+    assert results.bounding_box()["y"] < settings.bounding_box()["y"]
+    sample(page, number_input_for_Networks="7", number_input_for_Denoising_steps="5", Seed="3")
     page.get_by_text("Done: 7 networks in 5 steps of DPM-Solver++, seed 3.").wait_for()
-    page.locator("canvas:visible, svg.marks:visible").nth(1).wait_for()  # distance and accuracy along the way
-    show_tab(page, "Accuracy")
     page.get_by_text("7 networks sampled here:").wait_for()
     assert has_picture(page)
+    show_tab(page, "Process")
+    page.locator("img:visible").nth(1).wait_for()  # distance and accuracy along the way
     show_tab(page, "Parameters")
     assert has_picture(page)
     show_tab(page, "Report")
+    page.get_by_text("Verdict:").wait_for()
     page.get_by_role("cell", name="reconstructed").wait_for()
+    table = page.locator(".report table")
+    assert table.evaluate("t => [...t.rows].every(r => r.getBoundingClientRect().right <= innerWidth)")  # none cut off
 
-    with page.expect_download() as download:
-        page.get_by_text("Download networks (").click()
-    download.value.save_as(tmp_path / "networks.zip")
-    with zipfile.ZipFile(tmp_path / "networks.zip") as archive:
-        archive.extractall(tmp_path)
     pipe = run.pipeline
     expected = pipe(7, 5, torch.Generator().manual_seed(3), output_type="pt").parameters
+    download_networks(page, tmp_path)
     got = [load_file(tmp_path / f"network-{i:05d}.safetensors") for i in range(7)]
     rows = torch.stack([pipe.autoencoder.layout.flatten(tensors) for tensors in got])
     torch.testing.assert_close(rows, expected, atol=1e-5, rtol=1e-5)
+
+    page.get_by_label("Whole networks").check()
+    sample(page, number_input_for_Networks="3")
+    page.get_by_text("Done: 3 networks").wait_for()
+    download_networks(page, tmp_path / "whole")
+    page.get_by_role("button", name="How to load them").click()
+    shown = page.get_by_text('from_pretrained("network-00000")')
+    shown.wait_for()
+    _, code, _ = (tmp_path / "whole" / "README.md").read_text().split("```")
+    loaded = run_code(code.removeprefix("python"), tmp_path / "whole")
+    first = pipe(3, 5, torch.Generator().manual_seed(3), output_type="pt").parameters[0]
+    for name, tensor in pipe.make_model(pipe.autoencoder.layout.unflatten(first)).state_dict().items():
+        torch.testing.assert_close(loaded.state_dict()[name], tensor.cpu(), atol=1e-5, rtol=1e-5)
+
+
+def run_code(code, folder):
+    """The `network` that code makes in a folder."""
+    variables: dict = {}
+    with contextlib.chdir(folder):
+        exec(code, variables)
+    return variables["network"]
 
 
 def test_a_hub_id_says_what_is_not_available(run, hub, page):
     push_run_to_hub(run.folder, "alice/explored")
     open_generator(page, "alice/explored")
-    page.get_by_text("Verdict of its report:").wait_for()
+    page.get_by_text("trained on digits").wait_for()
     page.get_by_text("a repository has no snapshots to compare with").wait_for()
-    show_tab(page, "Accuracy")
     page.get_by_text("Networks that are sampled here are not in this figure").wait_for()
     assert has_picture(page)
     page.get_by_label("Scheduler").click()
@@ -212,40 +240,43 @@ def test_errors_are_messages(page, tmp_path):
     page.locator(".toast-body").get_by_text("must all be given").wait_for()
 
 
-def test_a_space_reads_no_folders(app, tmp_path, monkeypatch):
+def test_a_space_reads_no_folders(tmp_path, monkeypatch):
     monkeypatch.setenv("SPACE_ID", "alice/space")
     with pytest.raises(ValueError, match="a Space reads no folders"):
-        app.load_source(str(tmp_path))
+        explore.load_source(str(tmp_path))
     assert isinstance(app.build_app("alice/explored"), gradio.Blocks)
 
 
-def test_what_is_sampled_at_once_is_bounded(app):
-    pipe = make_pipeline(make_network())
-    most = app.MAX_BYTES // (4 * pipe.autoencoder.layout.num_parameters)
-    app.check_size(app.Source(pipe), most)
+def test_what_is_sampled_at_once_is_bounded():
+    source = explore.Source(make_pipeline(make_network()))
+    most = explore.MAX_BYTES // (4 * source.pipe.autoencoder.layout.num_parameters)
+    explore.check_size(source, most)
     with pytest.raises(ValueError, match=f"choose {most} at most"):
-        app.check_size(app.Source(pipe), most + 1)
+        explore.check_size(source, most + 1)
+    with pytest.raises(ValueError, match="at most"):
+        explore.check_size(source, most, whole=True)  # of which the generated tensors are a part
 
 
-def test_a_report_of_another_version_is_left_out(app, run, tmp_path):
-    shutil.copytree(run.folder / "pipeline", tmp_path / "pipeline")
+def test_a_report_of_another_version_is_left_out(tmp_path):
+    make_pipeline(make_network()).save_pretrained(tmp_path / "pipeline")
     (tmp_path / "evaluation").mkdir()
     (tmp_path / "evaluation" / "report.json").write_text('{"groups": [{"name": "original"}]}')
-    source = app.load_source(str(tmp_path))
+    source = explore.load_source(str(tmp_path))
     assert source.report is None
     assert "is a report of format 1" in app.describe("it", source)
-    assert app.compare(source) == ({}, "There is nothing to compare: there is no report.")
+    assert explore.compare(source, tmp_path / "a.png") == "There is nothing to compare: there is no report."
+    assert not (tmp_path / "a.png").exists()
 
 
 @pytest.mark.parametrize("name", ["DPM-Solver++", "DDIM", "DDPM"])
-def test_schedulers_are_of_the_pipelines_own_diffusion(app, name):
+def test_schedulers_are_of_the_pipelines_own_diffusion(name):
     pipe: PDiffPipeline = make_pipeline(make_network())
-    source = app.Source(pipe)
-    scheduler = app.make_scheduler(name, source)
+    source = explore.Source(pipe)
+    scheduler = explore.make_scheduler(name, source)
     for key in ("num_train_timesteps", "beta_schedule", "beta_start", "beta_end", "prediction_type"):
         assert scheduler.config[key] == pipe.scheduler.config[key]
     assert scheduler.config.get("timestep_spacing") == "trailing"
-    *_, (step, latents) = app.sample_latents(source, 3, 6, name, seed=1)
+    *_, (step, latents) = explore.sample_latents(source, 3, 6, name, seed=1)
     assert step == 6
     pipe.scheduler = scheduler
     expected = pipe(3, 6, torch.Generator().manual_seed(1), output_type="latent").parameters
