@@ -19,10 +19,10 @@ from pathlib import Path
 
 import gradio as gr
 from huggingface_hub.errors import HTTPError
-from pdiff_hf.scripts import explore
 from transformers.utils import logging as transformers_logging
 
 from pdiff_hf.evaluation.render import table
+from pdiff_hf.scripts import explore
 
 MAX_MODELS = 500
 MAX_STEPS = 1000
