@@ -176,7 +176,7 @@ def test_a_new_baseline_is_one_entry(tmp_path, monkeypatch, without_figures):
     def flip(context, num_models, generator):
         return context.snapshots[torch.arange(num_models)].flip(1)
 
-    monkeypatch.setattr(sampling, "standard_baselines", lambda: [Baseline("flip", "all", flip)])
+    monkeypatch.setattr(sampling, "standard_baselines", lambda which: [Baseline("flip", "all", flip)])
     report = compare_generator(digits(), digits_snapshots(), digits_snapshots()[:3] + 1, tmp_path, baseline_models=4)
     assert [(row["name"], row["n"]) for row in report["groups"]][-1] == ("flip all", 4)
     assert "| flip all " in format_summary(report)

@@ -106,7 +106,7 @@ def test_an_export_is_cropped_where_sizes_are_known():
     model, x = Net(), torch.randn(2, 3, 1, 1)
     batch, height = torch.export.Dim("batch", max=64), torch.export.Dim("height", min=2, max=64)
     fixed = torch.export.export(model, (x,), dynamic_shapes={"x": {0: batch}})
-    assert "slice" in fixed.graph_module.code
+    assert "conv2d" not in fixed.graph_module.code  # one tap meets data: a product of matrices
     x = torch.randn(5, 3, 1, 1)
     torch.testing.assert_close(fixed.module()(x), model.conv(x))
     free = torch.export.export(model, (torch.randn(2, 3, 4, 1),), dynamic_shapes={"x": {0: batch, 2: height}})

@@ -68,7 +68,7 @@ def test_one_run_at_a_time(tmp_path):
 
 
 def test_a_stage_depends_on_its_own_settings_and_on_those_of_the_stages_before_it():
-    assert stages_before("evaluate") == ["base", "collect", "autoencoder", "denoiser", "vae"]
+    assert stages_before("evaluate") == ["base", "collect", "autoencoder", "denoiser", "tune", "vae"]
     assert stages_before("vae") == ["base", "collect"] and stages_before("base") == []
     of = {name: set(stage_settings(Recipe(), name)) for name in STAGES}
     assert of["base"] < of["collect"] < of["vae"] == of["autoencoder"] < of["denoiser"] < of["evaluate"]

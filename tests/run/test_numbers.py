@@ -278,7 +278,7 @@ def test_one_snapshot_is_too_few(tmp_path):
 def test_snapshots_that_are_all_the_same_are_refused(tmp_path, copies):
     layout = layout_of(7)
     with (
-        pytest.raises(SnapshotError, match=r"snapshot 1 \(step 1\) equals snapshot 0 in every number"),
+        pytest.raises(SnapshotError, match=r"snapshot 1 \(step 1\) equals snapshot 0 in every parameter"),
         SnapshotWriter(tmp_path / "snapshots", layout) as writer,
     ):
         for step in range(copies):

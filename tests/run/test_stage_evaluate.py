@@ -4,12 +4,16 @@ import dataclasses
 import json
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
-from pdiff_hf import ParameterAutoencoder
+from pdiff_hf import ParameterAutoencoder, PDiffPipeline
 from pdiff_hf.run.folder import RunError
 from pdiff_hf.run.recipe import Recipe
 from pdiff_hf.run.run import Run
+from pdiff_hf.utils.names import generator_folder
 
+FOLDERS = ("pipeline", "tuned")
 TINY = {
     "model": "mlp_mini",
     "max_train_samples": 100,
@@ -57,3 +61,21 @@ def test_scores_that_will_not_fit_into_memory_are_refused_before_anything_is_tra
     ):
         Run(Recipe(**TINY | {"num_models": 10**11}, output_dir=str(tmp_path / "run")))
     assert not (tmp_path / "run").exists()
+
+
+def test_a_tuned_generator_is_the_one_that_is_evaluated(tmp_path):
+    changes = {"tune_steps": 4, "tune_models": 3, "tune_batch_size": 5, "baseline_models": 0}
+    run = Run(Recipe(**TINY | changes, output_dir=str(tmp_path / "run")))
+    with run.lock():
+        run.execute()
+    weights = {name: load_file(run.folder / name / "denoiser/diffusion_pytorch_model.safetensors") for name in FOLDERS}
+    assert any(not torch.equal(weights["pipeline"][key], weights["tuned"][key]) for key in weights["tuned"])
+    assert generator_folder(run.folder) == run.folder / "tuned"
+    record = json.loads((run.folder / "stages/tune.json").read_text())
+    assert len(record["results"]["losses"]) == 4
+    assert min(record["results"]["validation_losses"]) < float("inf")
+    parameters = run.pipeline(3, 2, torch.Generator().manual_seed(0), output_type="pt").parameters
+    alone = PDiffPipeline.from_pretrained(run.folder / "tuned")
+    assert torch.equal(alone(3, 2, torch.Generator().manual_seed(0), output_type="pt").parameters, parameters)
+    with pytest.raises(RunError, match="tune_models=3 cannot be cut into 2 equal parts"):
+        Run(Recipe(**TINY | changes, gradient_accumulation_steps=2, output_dir=str(tmp_path / "other")))
