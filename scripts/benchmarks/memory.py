@@ -17,8 +17,6 @@ import tempfile
 import time
 from pathlib import Path
 
-from pdiff_hf.evaluation.render import table
-
 SCRIPTS = Path(__file__).parents[1]
 INTERVAL = 0.02
 STAGES = ["base", "collect", "autoencoder", "denoiser", "vae", "evaluate"]
@@ -70,16 +68,15 @@ def main() -> None:
             "output_dir": folder,
         }
         flags = [word for name, value in settings.items() for word in (f"--{name}", str(value))]
-        rows = []
+        print(f"{args.num_snapshots} snapshots of {args.model}; imports alone: {imports / 1e9:.2f} GB\n")
+        print("| stage | peak GB | CPU seconds |\n|---|---:|---:|", flush=True)
         for stage in args.stages:
             before = os.times()
             command = [sys.executable, str(SCRIPTS / "train.py"), *flags, "--stages", stage]
             peak = peak_memory([*command, "--resume_from_checkpoint", "latest"])
             after = os.times()
             seconds = after.children_user + after.children_system - before.children_user - before.children_system
-            rows.append([stage, f"{peak / 1e9:.2f}", f"{seconds:.0f}"])
-    print(f"{args.num_snapshots} snapshots of {args.model}; imports alone: {imports / 1e9:.2f} GB\n")
-    print(table(["stage", "peak GB", "CPU seconds"], rows))
+            print(f"| {stage} | {peak / 1e9:.2f} | {seconds:.0f} |", flush=True)
 
 
 if __name__ == "__main__":
