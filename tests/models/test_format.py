@@ -1,6 +1,7 @@
 """What was saved by another release: older files give the numbers that they gave, newer ones are refused."""
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -130,12 +131,29 @@ def test_other_weights_in_the_place_of_these(saved):
         PDiffPipeline.from_pretrained(saved)
 
 
-def test_pickled_weights_are_not_read(saved):
+class Code:
+    """Makes a folder when it is unpickled."""
+
+    def __init__(self, path):
+        self.path = str(path)
+
+    def __reduce__(self):
+        return os.mkdir, (self.path,)
+
+
+def test_pickled_weights_run_no_code(saved, tmp_path):
+    expected = sample(PDiffPipeline.from_pretrained(saved))
     path = saved / "denoiser" / "diffusion_pytorch_model.safetensors"
-    torch.save(load_file(path), path.with_suffix(".bin"))
+    weights = load_file(path)
+    torch.save(weights, path.with_suffix(".bin"))
     path.unlink()
-    with pytest.raises(OSError, match="no file named diffusion_pytorch_model.safetensors"):
+    assert torch.equal(sample(PDiffPipeline.from_pretrained(saved)), expected)
+    with pytest.raises(OSError, match="has .bin files and no safetensors files"):
+        PDiffPipeline.from_pretrained(saved, use_safetensors=True)
+    torch.save(weights | {"more": Code(tmp_path / "made")}, path.with_suffix(".bin"))
+    with pytest.raises((OSError, ValueError)):
         PDiffPipeline.from_pretrained(saved)
+    assert not (tmp_path / "made").exists()
     shutil.rmtree(saved / "denoiser")
     with pytest.raises(OSError):
         PDiffPipeline.from_pretrained(saved)
