@@ -8,6 +8,8 @@ from collections.abc import Mapping
 from dataclasses import field
 from typing import Any
 
+import yaml
+
 from ..utils.paths import expand_path
 
 
@@ -75,3 +77,12 @@ def _check_one(name: str, kind: Any, bounds: Mapping[str, Any], value: Any) -> A
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from error
     return value
+
+
+class RecipeLoader(yaml.SafeLoader):
+    """YAML without references: a few lines of them can stand for more text than any memory holds."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.YAMLError(f"references such as *{self.peek_event().anchor} cannot be used")
+        return super().compose_node(parent, index)

@@ -21,12 +21,11 @@ import yaml
 from transformers import HfArgumentParser
 
 from ..utils.paths import expand_path
-from .options import check_value, is_list, is_nullable, option
+from .options import RecipeLoader, check_value, is_list, is_nullable, option
 
 SECRETS = ("hub_token",)
 STAGES = ("base", "collect", "autoencoder", "denoiser", "tune", "vae", "evaluate")
 DEFAULT_DATASET = "digits"
-AUGMENTATIONS = ("none", "flip", "crop_flip")
 # Those of `scripts/recipes`, in a clone or an installed package; a name alone is enough for them.
 _SCRIPTS = importlib.util.find_spec("pdiff_hf.scripts")
 PACKAGED = Path(*(_SCRIPTS.submodule_search_locations or ())[:1] if _SCRIPTS else "") / "recipes"
@@ -98,7 +97,9 @@ class TaskSection:
     image_column: str | None = option(None, "Column of the images; else `image` or the only one.")
     text_column: str | None = option(None, "Column of the texts; else `text`.")
     skip_bad_examples: bool = option(False, "Leave out examples that are empty or cannot be read, and count them.")
-    augmentation: str = option("none", "Of images in training, at every step by chance.", choices=AUGMENTATIONS)
+    augmentation: str = option(
+        "none", "Of images in training, at every step by chance.", choices=("none", "flip", "crop_flip")
+    )
 
 
 @dataclass
@@ -287,15 +288,6 @@ for _section, _title in zip(SECTIONS, TITLES, strict=True):
     _section._argument_group_name = _title  # type: ignore[attr-defined]  # the heading in --help
 
 
-class _RecipeLoader(yaml.SafeLoader):
-    """YAML without references: a few lines of them can stand for more text than any memory holds."""
-
-    def compose_node(self, parent: Any, index: Any) -> Any:
-        if self.check_event(yaml.AliasEvent):
-            raise yaml.YAMLError(f"references such as *{self.peek_event().anchor} cannot be used")
-        return super().compose_node(parent, index)
-
-
 class RecipeParser(HfArgumentParser):
     """
     Flags for every key of a recipe, after an optional recipe file. Errors are one line that names the key, and end the
@@ -353,7 +345,7 @@ class RecipeParser(HfArgumentParser):
             file = Path(expand_path(path))
             if not file.exists() and (PACKAGED / file.name).is_file():
                 file = PACKAGED / file.name
-            values = yaml.load(file.read_text(encoding="utf-8"), _RecipeLoader)
+            values = yaml.load(file.read_text(encoding="utf-8"), RecipeLoader)
         except (OSError, UnicodeDecodeError) as error:
             self.error(f"recipe '{path}' cannot be read: {error}")
         except Exception as error:  # what odd values make the parts of yaml raise has no common type
