@@ -1,5 +1,6 @@
 """What is made of sampled parameters: networks, ensembles, and networks for a few labelled examples."""
 
+import math
 import operator
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, SupportsIndex
@@ -10,7 +11,14 @@ from torch import nn
 from pdiff_hf.models import ParameterAutoencoder
 from pdiff_hf.models.condition import Condition
 from pdiff_hf.networks.ensemble import EnsembleModel
-from pdiff_hf.networks.posterior import PosteriorOutput, Predict, predict_logits, refine, select_by_likelihood
+from pdiff_hf.networks.posterior import (
+    PosteriorOutput,
+    Predict,
+    check_examples,
+    predict_logits,
+    refine,
+    select_by_likelihood,
+)
 from pdiff_hf.networks.replacement import Replacement
 
 if TYPE_CHECKING:
@@ -89,18 +97,23 @@ class NetworkMixin(Base):
         """
         if self.base_model is None:
             raise ValueError("a posterior needs a base model, and this pipeline has none; pass base_model=...")
-        if "labels" not in examples or temperature <= 0:
-            raise ValueError("examples need labels, and the temperature must be above 0")
+        num_models, layout = whole_number("num_models", num_models), self.autoencoder.layout
+        check_examples(examples)
+        if not 0 < temperature < math.inf:
+            raise ValueError(f"temperature must be above 0 and finite, got {temperature}")
+        if refine_steps:
+            refine_steps = whole_number("refine_steps", refine_steps)
+        if candidates is not None and (candidates.ndim != 2 or candidates.shape[1] != layout.num_parameters):
+            raise ValueError(f"candidates must have shape (M, {layout.num_parameters}), got {tuple(candidates.shape)}")
         (sampled,) = self(
             num_candidates, num_inference_steps, generator, condition=condition, output_type="pt", return_dict=False
         )
-        layout = self.autoencoder.layout
         output = select_by_likelihood(
             self.base_model,
             layout,
             sampled if candidates is None else torch.cat([sampled, candidates]),
             examples,
-            whole_number("num_models", num_models),
+            num_models,
             temperature=temperature,
             generator=generator,
             predict=predict,

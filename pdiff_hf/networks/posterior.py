@@ -48,6 +48,17 @@ def predict_logits(call: Callable, examples: Mapping[str, Any]) -> torch.Tensor:
     return output if isinstance(output, torch.Tensor) else output.logits
 
 
+def check_examples(examples: Mapping[str, Any]) -> None:
+    """Raises a `ValueError` unless `labels` are whole numbers of shape `(B,)`, and all other tensors have B rows."""
+    labels = examples.get("labels")
+    if not isinstance(labels, torch.Tensor) or labels.ndim != 1 or labels.is_floating_point():
+        got = f"{labels.dtype} of shape {tuple(labels.shape)}" if isinstance(labels, torch.Tensor) else repr(labels)
+        raise ValueError(f"examples need labels, whole numbers of shape (B,), got {got}")
+    for name, value in examples.items():
+        if isinstance(value, torch.Tensor) and value.shape[:1] != labels.shape:
+            raise ValueError(f"there are {len(labels)} labels, but {name} has the shape {tuple(value.shape)}")
+
+
 @torch.no_grad()
 def log_likelihoods(
     models: BatchedModels, examples: Mapping[str, Any], parameters: torch.Tensor, predict: Predict = predict_logits
@@ -60,6 +71,9 @@ def log_likelihoods(
         examples (`Mapping[str, Any]`): A batch of the task with `labels`, int64 of shape `(B,)`.
         parameters (`torch.Tensor`): Shape `(N, D)`.
         predict (`Callable`, *optional*): As `predict` of a task.
+
+    Raises:
+        ValueError: for a label that the networks have no output for.
     """
     device = next(models.model.parameters()).device
     labels = examples["labels"].to(device)
@@ -67,6 +81,8 @@ def log_likelihoods(
     if len(labels) == 0:
         return total
     for rows, logits in models(lambda call: predict(call, examples), parameters.to(device)):  # (n, B, C)
+        if not 0 <= labels.min() <= labels.max() < logits.shape[-1]:
+            raise ValueError(f"labels must lie between 0 and {logits.shape[-1] - 1}, got {labels.unique().tolist()}")
         log_probs = logits.float().log_softmax(-1)
         total[rows] = log_probs.gather(-1, labels.expand(len(log_probs), -1).unsqueeze(-1)).sum((1, 2)).cpu()
     return total

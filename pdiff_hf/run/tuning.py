@@ -72,6 +72,8 @@ def tune_denoiser(run: "Run", stage: "Stage") -> None:
     pipeline.to("cpu")
     pipeline.denoiser.eval().requires_grad_(True)
     pipeline.autoencoder.requires_grad_(True)
+    for part in (pipeline, pipeline.denoiser, pipeline.autoencoder):
+        part.register_to_config(_name_or_path="")  # the folder of this run would be saved, and published, with it
     with run.files.replacing(stage) as folder:
         pipeline.save_pretrained(folder)
     run.finish(stage.name, history)

@@ -120,5 +120,23 @@ def test_a_pipeline_draws_networks_for_examples(caplog):
     with caplog.at_level("WARNING"):
         pipe.posterior(examples, temperature=1e-4, **settings)
     assert "effective sample size is" in caplog.text
-    with pytest.raises(ValueError, match="examples need labels"):
-        pipe.posterior({"pixel_values": examples["pixel_values"]})
+
+
+@pytest.mark.parametrize(
+    ("changes", "arguments", "message"),
+    [
+        ({"labels": None}, {}, "examples need labels, whole numbers of shape"),
+        ({"labels": torch.tensor([0, 1])}, {}, r"2 labels, but pixel_values has the shape \(3, 3, 32, 32\)"),
+        ({"labels": torch.tensor([0, 1, 9])}, {}, r"labels must lie between 0 and 3, got \[0, 1, 9\]"),
+        ({}, {"temperature": math.nan}, "temperature must be above 0 and finite, got nan"),
+        ({}, {"refine_steps": -1}, "refine_steps must be a whole number of at least 1"),
+        ({}, {"num_models": 0}, "num_models must be a whole number of at least 1"),
+        ({}, {"candidates": torch.zeros(2, 5)}, r"candidates must have shape \(M, 64\), got \(2, 5\)"),
+    ],
+)
+def test_wrong_examples_and_arguments(changes, arguments, message):
+    pipe = make_pipeline(make_network())
+    message = message.replace("64", str(pipe.autoencoder.layout.num_parameters))
+    examples = {"pixel_values": torch.randn(3, 3, 32, 32), "labels": torch.tensor([0, 1, 2])} | changes
+    with pytest.raises(ValueError, match=message):
+        pipe.posterior(examples, 4, **{"num_models": 2} | arguments, num_inference_steps=2)

@@ -77,5 +77,7 @@ def test_a_tuned_generator_is_the_one_that_is_evaluated(tmp_path):
     parameters = run.pipeline(3, 2, torch.Generator().manual_seed(0), output_type="pt").parameters
     alone = PDiffPipeline.from_pretrained(run.folder / "tuned")
     assert torch.equal(alone(3, 2, torch.Generator().manual_seed(0), output_type="pt").parameters, parameters)
+    for config in (run.folder / "tuned").rglob("*.json"):
+        assert str(tmp_path) not in config.read_text()  # it may be published
     with pytest.raises(RunError, match="tune_models=3 cannot be cut into 2 equal parts"):
         Run(Recipe(**TINY | changes, gradient_accumulation_steps=2, output_dir=str(tmp_path / "other")))
