@@ -5,11 +5,13 @@ Collects snapshots of a network, without training a generator for them.
     accelerate launch scripts/collect.py RECIPE.yaml                   # a base model and its snapshots
     python scripts/collect.py --model FOLDER --dataset DATASET --base_epochs 0 --import FOLDER   # snapshots from files
     python scripts/collect.py ... --select all --import FOLDER --align   # networks trained apart: MLPs, plain CNNs
+    python scripts/collect.py ... --conditions TABLE.csv   # networks or adapters, with what each of them is for
 
 Keys and flags are those of scripts/train.py, which goes on from here with the same ones.
 """
 
 import dataclasses
+from pathlib import Path
 
 from pdiff_hf.run.recipe import RecipeParser
 
@@ -23,16 +25,25 @@ def main() -> None:
     parser.add_argument(
         "--align", action="store_true", help="With --import: bring independently trained networks into one order."
     )
+    parser.add_argument(
+        "--conditions",
+        metavar="TABLE.csv",
+        help="In place of --import: its first column names files, folders or Hub ids (relative to the table, or to the "
+        "current folder), and each other column is a field: numbers, `name:angle`, words or JSON lists of numbers.",
+    )
     recipe = parser.parse_recipe()
     flags = parser.parse_known_args()[0]
-    if flags.align and not flags.paths:
-        parser.error("--align needs --import: it is for snapshots from files")
+    if flags.paths and flags.conditions:
+        parser.error("--conditions names the networks itself: leave --import out")
+    if flags.align and not (flags.paths or flags.conditions):
+        parser.error("--align needs --import or --conditions: it is for snapshots from files")
     # These take seconds to import, which a mistyped flag should not wait for.
     from pdiff_hf.run.listing import describe_selection
     from pdiff_hf.run.run import Run, start_processes
     from pdiff_hf.run.stages import collect_from_files
     from pdiff_hf.run.task import make_task
     from pdiff_hf.run.terminal import one_line_errors, quiet_libraries
+    from pdiff_hf.snapshots.conditions import read_conditions
     from pdiff_hf.snapshots.files import find_adapter
     from pdiff_hf.utils.paths import expand_path
 
@@ -43,13 +54,20 @@ def main() -> None:
             for line in describe_selection(recipe.with_dataset(), state.device):
                 print(line)
             return
-        recipe = dataclasses.replace(recipe, stages=["base"] if flags.paths else ["base", "collect"])
-        adapter = find_adapter([expand_path(path) for path in flags.paths or []])
+        paths, conditions, fields = [expand_path(path) for path in flags.paths or []], None, None
+        if flags.conditions:
+            table = Path(expand_path(flags.conditions))
+            found, fields = read_conditions(table)
+            beside = {name: table.parent / expand_path(name) for name in found}
+            paths = [str(path) if path.exists() else expand_path(name) for name, path in beside.items()]
+            conditions = list(found.values())
+        recipe = dataclasses.replace(recipe, stages=["base"] if paths else ["base", "collect"])
+        adapter = find_adapter(paths)
         run = Run(recipe, task=None if adapter is None else make_task(recipe.with_dataset(), adapter))
         with run.lock():
             run.execute()
-            if flags.paths and state.is_main_process:
-                collect_from_files(run, [expand_path(path) for path in flags.paths], align=flags.align)
+            if paths and state.is_main_process:
+                collect_from_files(run, paths, align=flags.align, conditions=conditions, fields=fields)
     if state.is_main_process:
         count, size = len(run.snapshots[0]), run.layout.num_parameters
         print(f"{count} snapshots of {size:,} parameters are in {run.folder / 'snapshots'}")

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from ..evaluation.compare import compare_generator
 from ..evaluation.scoring import make_scorer
 from ..models import DENOISER_PRESETS, ParameterAutoencoder, autoencoder_architecture
+from ..models.condition import Condition, Fields
 from ..networks.adapters import without_wrapper
 from ..networks.batched import BatchedModels
 from ..pipelines import PDiffPipeline
@@ -28,6 +29,7 @@ from ..snapshots import (
     train_base_model,
 )
 from ..snapshots.barrier import check_basins
+from ..snapshots.dataset import load_fields
 from ..snapshots.frozen import FrozenCheck
 from ..tasks import ClassificationTask
 from ..training import NoiseArguments, make_training_scheduler, train_autoencoder, train_denoiser
@@ -113,10 +115,16 @@ def collect(run: "Run") -> None:
     run.finish(stage.name, {"barrier": _check_basins(run)})
 
 
-def collect_from_files(run: "Run", paths: Sequence[str], align: bool = False) -> None:
+def collect_from_files(
+    run: "Run",
+    paths: Sequence[str],
+    align: bool = False,
+    conditions: Sequence[Condition] | None = None,
+    fields: Fields | None = None,
+) -> None:
     """
-    Takes the place of the stage collect: snapshots from files, as `import_snapshots` reads them, and with `align`
-    reordered as `align_snapshots` does.
+    Takes the place of the stage collect: snapshots from files, with their conditions, as `import_snapshots` reads them,
+    and with `align` reordered as `align_snapshots` does.
 
     Raises:
         RunError: if there are snapshots already.
@@ -132,7 +140,7 @@ def collect_from_files(run: "Run", paths: Sequence[str], align: bool = False) ->
     check = FrozenCheck(run.base_model, run.layout, require_same=run.recipe.require_same_frozen)
     with run.resource_errors("import"), run.files.replacing(stage) as folder:
         folder.rmdir()
-        import_snapshots(paths, run.layout, folder, check=check)
+        import_snapshots(paths, run.layout, folder, conditions=conditions, fields=fields, check=check)
         if align:
             _align(run, folder)
     results = {
@@ -153,12 +161,14 @@ def _classifier(run: "Run") -> ClassificationTask:
 def _align(run: "Run", folder: Path) -> None:
     """Replaces the parameter data set `folder` by an aligned one."""
     dataset, layout = load_snapshots(folder)
-    seeds, steps = dataset["seed"][:], dataset["step"][:]
+    fields = load_fields(folder)
+    columns = list(dataset.remove_columns("parameters"))
     aligned = align_snapshots(_classifier(run), run.base_model, layout, parameter_matrix(dataset, layout))
     remove(folder)
-    with SnapshotWriter(folder, layout) as writer:
-        for row, seed, step in zip(aligned, seeds, steps, strict=True):
-            writer.write(row, seed=seed, step=step)
+    with SnapshotWriter(folder, layout, fields=fields) as writer:
+        for row, known in zip(aligned, columns, strict=True):
+            condition = {name: known[name] for name in fields or ()}
+            writer.write(row, seed=known["seed"], step=known["step"], condition=condition)
 
 
 def _check_basins(run: "Run") -> dict | None:

@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+from collections import Counter
 from typing import Any
 
 from ..models.condition import AngleField, CategoryField, ConditionError, Field, Fields, ScalarField, VectorField
@@ -18,10 +19,14 @@ def read_conditions(path: str | os.PathLike) -> tuple[dict[str, dict[str, Any]],
         `tuple`: The condition of each network, and the fields, whose ranges and words are those that occur.
 
     Raises:
-        ConditionError: for a table without fields, a network that is named twice, or a column of several types.
+        ConditionError: for a file that cannot be read, a table without fields, a network that is named twice, or a
+            column of several types.
     """
-    with open(path, newline="", encoding="utf-8") as file:
-        rows = [row for row in csv.reader(file) if any(cell.strip() for cell in row)]
+    try:
+        with open(path, newline="", encoding="utf-8-sig") as file:  # spreadsheets begin a file with a mark
+            rows = [row for row in csv.reader(file) if any(cell.strip() for cell in row)]
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise ConditionError(f"the table '{path}' cannot be read: {error}") from error
     if len(rows) < 2 or len(rows[0]) < 2:
         raise ConditionError(
             f"'{path}' needs a header, a first column that names networks, and a column for each field"
@@ -31,10 +36,11 @@ def read_conditions(path: str | os.PathLike) -> tuple[dict[str, dict[str, Any]],
         if len(row) != len(header):
             raise ConditionError(f"'{path}': row {number} has {len(row)} cells, and the header has {len(header)}")
     names = [row[0].strip() for row in rows]
-    repeated = {name for name in names if names.count(name) > 1}
-    if repeated:
-        raise ConditionError(f"'{path}' names {sorted(repeated)[0]!r} more than once")
-    columns, fields = {}, {}
+    name, count = Counter(names).most_common(1)[0]
+    if count > 1:
+        raise ConditionError(f"'{path}' names {name!r} more than once")
+    columns: dict[str, list[Any]] = {}
+    fields: dict[str, Field] = {}
     for i, title in enumerate(header[1:], start=1):
         name, _, kind = title.strip().partition(":")
         columns[name], fields[name] = _column(f"column '{title}' of '{path}'", kind, [row[i].strip() for row in rows])

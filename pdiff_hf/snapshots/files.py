@@ -11,7 +11,16 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
 from ..layout import LayoutError, ParameterLayout
-from .dataset import SnapshotError, SnapshotWriter, check_finite
+from ..models.condition import Condition, Fields
+from .dataset import (
+    DATA_FILE,
+    SnapshotError,
+    SnapshotWriter,
+    check_finite,
+    load_fields,
+    load_snapshots,
+    parameter_matrix,
+)
 from .frozen import FrozenCheck
 from .readers import ADAPTER_CONFIG, SUFFIXES, find_adapters, open_network, read_tensors
 
@@ -25,6 +34,8 @@ def import_snapshots(
     layout: ParameterLayout,
     folder: str | os.PathLike,
     *,
+    conditions: Sequence[Condition] | None = None,
+    fields: Fields | None = None,
     check: FrozenCheck | None = None,
     **hub_kwargs: Any,
 ) -> None:
@@ -39,6 +50,8 @@ def import_snapshots(
             - a folder that `save_pretrained` or `Trainer` wrote, of a network or of PEFT adapters of any method;
             - a folder with `checkpoint-N` folders, taken by N, or of state dicts or such folders, in natural order
               of their names;
+            - a folder with a parameter data set, as [`SnapshotRecorder`] writes it, of which all rows are taken with
+              their steps and conditions;
             - a Hub id `owner/name`, with a subfolder (`owner/name/checkpoint-500`) or a revision
               (`owner/name@step500`) if need be, of which only safetensors files are downloaded.
         layout (`ParameterLayout`): Which tensors to read, such as
@@ -46,6 +59,9 @@ def import_snapshots(
             may have the prefixes that `torch.compile`, FSDP, data parallelism, EMA, PEFT and transformers' wrapper of
             timm add, in any order and number, or be those of PEFT's files, or of another module that shares the tensor.
         folder (`str` or `os.PathLike`): Must not exist yet.
+        conditions (`Sequence[Mapping]`, *optional*): One for each of the paths, which all networks that it stands for
+            have; see [`~pdiff_hf.snapshots.conditions.read_conditions`].
+        fields (`Fields`, *optional*): Of the conditions; by default those of the first parameter data set.
         check (`FrozenCheck`, *optional*): Is shown each network, to compare what is not selected.
         hub_kwargs: For `huggingface_hub.snapshot_download`, such as `token`.
 
@@ -56,20 +72,51 @@ def import_snapshots(
         SnapshotError: for a file that cannot be read, is a pickle with more than tensors in it, or gives a snapshot
             that [`SnapshotWriter`] refuses; names the file.
         LayoutError: for a file whose tensors do not fit the layout; names the file and the tensor.
+        ConditionError: for a condition that does not fit the fields.
     """
+    given: Sequence[Condition | None] = conditions or [None] * len(paths)
+    if fields is None:
+        fields = next((load_fields(path) for path in paths if _is_data_set(Path(path))), None)
+    if fields is not None and conditions:
+        fields.table(conditions)  # an error comes before files are read
+    found = [
+        (*network, condition)
+        for path, condition in zip(paths, given, strict=True)
+        for network in _expand(path, hub_kwargs)
+    ]
     runs: dict[Path, int] = {}
-    with SnapshotWriter(folder, layout) as writer:
-        found = [checkpoint for path in paths for checkpoint in _expand(path, hub_kwargs)]
-        for position, (name, path) in enumerate(found):
+    with SnapshotWriter(folder, layout, fields=fields) as writer:
+        for position, (name, path, condition) in enumerate(found):
             try:
+                if _is_data_set(path):
+                    _copy_rows(path, writer, runs.setdefault(path, len(runs)))
+                    continue
                 with open_network(path, layout) as tensors:
                     vector = layout.flatten(read_tensors(tensors, layout))
                     if check is not None:
                         check.compare(path, tensors)
                 seed = runs.setdefault(path.parent, len(runs))
-                writer.write(vector, step=_step(name, position), seed=seed)
+                writer.write(vector, step=_step(name, position), seed=seed, condition=condition)
             except (SnapshotError, LayoutError) as error:
                 raise type(error)(f"'{path}': {error}") from error
+
+
+def _is_data_set(path: Path) -> bool:
+    return (path / DATA_FILE).is_file()
+
+
+def _copy_rows(folder: Path, writer: SnapshotWriter, seed: int) -> None:
+    """Writes all rows of a parameter data set, with their conditions."""
+    dataset, layout = load_snapshots(folder)
+    if layout != writer.layout:
+        raise LayoutError("the data set has snapshots of other tensors than are selected")
+    fields = load_fields(folder)
+    if (fields and fields.to_dict()) != (writer.fields and writer.fields.to_dict()):
+        raise SnapshotError(f"the conditions of the data set have the fields {fields}, and not {writer.fields}")
+    steps = dataset["step"][:]
+    conditions = [None] * len(dataset) if fields is None else list(dataset.select_columns(list(fields)))
+    for row, step, condition in zip(parameter_matrix(dataset, layout, minimum=1), steps, conditions, strict=True):
+        writer.write(row, step=step, seed=seed, condition=condition)
 
 
 def read_networks(path: str | os.PathLike, layout: ParameterLayout) -> torch.Tensor:
@@ -109,6 +156,8 @@ def _expand(path: str | os.PathLike, hub_kwargs: Mapping) -> list[tuple[str, Pat
         return [(local.stem, local)]
     if not local.is_dir():
         return _expand_hub(str(path), hub_kwargs)
+    if _is_data_set(local):
+        return [(local.name, local)]
     checkpoints = [child for child in local.iterdir() if re.fullmatch(r"checkpoint-\d+", child.name)]
     if not checkpoints and any((local / name).is_file() for name in MARKS):
         return [(local.name, local)]

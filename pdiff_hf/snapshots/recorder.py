@@ -13,6 +13,7 @@ from torch import nn
 from transformers import TrainerCallback
 
 from ..layout import ParameterLayout
+from ..models.condition import Condition, ConditionError, Fields
 from ..selection import select_layout
 from ..utils.files import replacing, without_nan, write_json
 from .dataset import SnapshotError, SnapshotWriter, check_finite
@@ -39,6 +40,9 @@ class SnapshotRecorder:
         model (`nn.Module`): The network itself, not a wrapper of `DistributedDataParallel` or `torch.compile`.
         folder (`str` or `os.PathLike`): Must not exist yet.
         select, exclude, batch_norm_statistics: See [`~pdiff_hf.selection.select_parameters`].
+        condition (`Mapping`, *optional*): What this run trains the network for, such as `{"angle": 37.0}`.
+        fields (`Fields` or `dict`, *optional*): Of the condition, such as `{"angle": {"type": "angle"}}`; the same in
+            all runs whose snapshots are to be imported together.
         seed (`int`, *optional*, defaults to 0): For the column `seed`.
         resume_step (`int`, *optional*, defaults to 0): What an interrupted run recorded up to this step is kept. 0
             starts afresh.
@@ -47,6 +51,7 @@ class SnapshotRecorder:
         SnapshotError: if `folder` exists, if none of the selected tensors is trained, or if an interrupted run recorded
             other tensors; by `snapshot`, for a value that is not finite; at the end, for fewer than 2 snapshots.
         LayoutError: if nothing is selected.
+        ConditionError: for a condition without fields, or one that does not fit them.
     """
 
     def __init__(
@@ -57,10 +62,18 @@ class SnapshotRecorder:
         exclude: str | Sequence[str] = (),
         *,
         batch_norm_statistics: bool = False,
+        condition: Condition | None = None,
+        fields: Fields | Mapping[str, Mapping] | None = None,
         seed: int = 0,
         resume_step: int = 0,
     ):
         self.model, self.folder, self.seed = model, Path(folder), seed
+        self.condition = condition
+        self.fields = fields if fields is None or isinstance(fields, Fields) else Fields(fields)
+        if self.fields is not None:
+            self.fields.table([condition or {}])  # an error comes before the training
+        elif condition is not None:
+            raise ConditionError(f"the condition {condition} needs fields=..., which say what each of its values is")
         self.layout = select_layout(model, select, exclude, batch_norm_statistics=batch_norm_statistics)
         self.is_active = not (torch.distributed.is_initialized() and torch.distributed.get_rank() > 0)
         self._recording = self.folder.with_name(f".{self.folder.name}.recording")
@@ -140,10 +153,10 @@ class SnapshotRecorder:
             )
         metrics = {path: _read_json(path.with_suffix(".json")) for path in files}
         names = list(dict.fromkeys(name for values in metrics.values() for name in values))
-        with SnapshotWriter(self.folder, self.layout, metrics=names) as writer:
+        with SnapshotWriter(self.folder, self.layout, metrics=names, fields=self.fields) as writer:
             for path, values in metrics.items():
-                vector = load_file(path)["parameters"]
-                writer.write(vector, step=_step(path), seed=self.seed, **{name: values.get(name) for name in names})
+                vector, shown = load_file(path)["parameters"], {name: values.get(name) for name in names}
+                writer.write(vector, step=_step(path), seed=self.seed, condition=self.condition, **shown)
         shutil.rmtree(self._recording)
 
 
@@ -157,7 +170,7 @@ class SnapshotCallback(TrainerCallback):
     there. Parameters that are spread over processes (FSDP, DeepSpeed ZeRO-3) are not supported.
 
     Args:
-        folder, select, exclude, batch_norm_statistics: See [`SnapshotRecorder`].
+        folder, select, exclude, batch_norm_statistics, condition, fields: See [`SnapshotRecorder`].
         every_n_steps (`int`, *optional*, defaults to 1): Optimizer steps between two snapshots.
         first_step (`int`, *optional*, defaults to 1): No snapshot before this step, such as the end of the warm-up.
 
@@ -173,11 +186,14 @@ class SnapshotCallback(TrainerCallback):
         every_n_steps: int = 1,
         first_step: int = 1,
         batch_norm_statistics: bool = False,
+        condition: Condition | None = None,
+        fields: Fields | Mapping[str, Mapping] | None = None,
     ):
         if every_n_steps < 1:
             raise SnapshotError(f"every_n_steps must be at least 1, got {every_n_steps}")
         self.folder, self.select, self.exclude = folder, select, exclude
         self.batch_norm_statistics = batch_norm_statistics
+        self.condition, self.fields = condition, fields
         self.every_n_steps, self.first_step = every_n_steps, first_step
         self.recorder: SnapshotRecorder | None = None
 
@@ -188,6 +204,8 @@ class SnapshotCallback(TrainerCallback):
             self.select,
             self.exclude,
             batch_norm_statistics=self.batch_norm_statistics,
+            condition=self.condition,
+            fields=self.fields,
             seed=args.seed,
             resume_step=state.global_step,
         )

@@ -1,9 +1,19 @@
-"""Conditions from a table: types of columns, unknown cells, and what is refused."""
+"""Conditions of networks from elsewhere: from a table, from recorded runs, and what is refused."""
 
 import pytest
+import torch
+from safetensors.torch import save_file
+from support.blobs import Net
+from support.scripts import run_script
+from torch import nn
 
+from pdiff_hf.layout import LayoutError
 from pdiff_hf.models import ConditionError
+from pdiff_hf.models.condition import Fields
+from pdiff_hf.selection import select_layout
+from pdiff_hf.snapshots import SnapshotError, SnapshotRecorder, import_snapshots, load_snapshots, parameter_matrix
 from pdiff_hf.snapshots.conditions import read_conditions
+from pdiff_hf.snapshots.dataset import load_fields
 
 
 def write(tmp_path, text: str):
@@ -48,3 +58,55 @@ def test_columns_of_every_type(tmp_path):
 def test_what_is_refused(tmp_path, text, message):
     with pytest.raises(ConditionError, match=message):
         read_conditions(write(tmp_path, text))
+
+
+ANGLES = {"angle": {"type": "angle"}}
+LAYOUT = select_layout(Net(), "head")
+
+
+def record(folder, condition, fields=ANGLES) -> None:
+    network = Net()
+    with SnapshotRecorder(network, folder, "head", condition=condition, fields=fields) as recorder:
+        for step in (1, 2):
+            nn.init.normal_(network.head.weight)
+            recorder.snapshot(step)
+
+
+def test_recorded_runs_are_imported_with_their_conditions(tmp_path):
+    for i in range(2):
+        record(tmp_path / f"run{i}", {"angle": 30.0 * i})
+    import_snapshots([tmp_path / "run0", tmp_path / "run1"], LAYOUT, tmp_path / "all")
+    dataset, layout = load_snapshots(tmp_path / "all")
+    assert load_fields(tmp_path / "all").to_dict() == Fields(ANGLES).to_dict()
+    assert [dataset[name][:] for name in ("angle", "step", "seed")] == [[0, 0, 30, 30], [1, 2, 1, 2], [0, 0, 1, 1]]
+    runs = [parameter_matrix(*load_snapshots(tmp_path / f"run{i}")) for i in range(2)]
+    assert torch.equal(parameter_matrix(dataset, layout), torch.cat(runs))
+
+
+def test_recorders_and_imports_refuse_conditions_that_do_not_fit(tmp_path):
+    with pytest.raises(ConditionError, match="needs fields="):
+        record(tmp_path / "a", {"angle": 30.0}, fields=None)
+    with pytest.raises(ConditionError, match="no field 'angel'"):
+        record(tmp_path / "a", {"angel": 30.0})
+    record(tmp_path / "a", {"angle": 30.0})
+    record(tmp_path / "b", {"hue": 30.0}, fields={"hue": {"type": "angle"}})
+    with pytest.raises(SnapshotError, match=r"'.*b': the conditions of the data set have the fields 'hue'"):
+        import_snapshots([tmp_path / "a", tmp_path / "b"], LAYOUT, tmp_path / "all")
+    with pytest.raises(LayoutError, match="other tensors"):
+        import_snapshots([tmp_path / "a"], select_layout(Net(), "norm"), tmp_path / "all")
+    assert not (tmp_path / "all").exists()
+
+
+def test_a_table_names_the_networks_that_collect_imports(tmp_path, monkeypatch):
+    networks = [Net() for _ in range(3)]
+    for i, network in enumerate(networks):
+        save_file(network.state_dict(), tmp_path / f"net-{i}.safetensors")
+    table = write(tmp_path, "network,angle:angle\nnet-2.safetensors,90\nnet-0.safetensors,\nnet-1.safetensors,10\n")
+    flags = ["--task", "support.blobs:Blobs", "--base_epochs", 0, "--select", "head", "--latent_dim", 2]
+    run_script(monkeypatch, "collect.py", *flags, "--conditions", table, "--output_dir", tmp_path / "out")
+    dataset, layout = load_snapshots(tmp_path / "out" / "snapshots")
+    assert dataset["angle"][:] == [90, None, 10] and dataset["step"][:] == [2, 0, 1]
+    expected = torch.stack([LAYOUT.flatten(networks[i].state_dict()) for i in (2, 0, 1)])
+    assert torch.equal(parameter_matrix(dataset, layout), expected)
+    with pytest.raises(SystemExit):
+        run_script(monkeypatch, "collect.py", *flags, "--conditions", table, "--import", tmp_path)
