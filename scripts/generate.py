@@ -3,6 +3,7 @@ Writes new networks with a saved generator.
 
     python scripts/generate.py outputs/digits/pipeline --num_models 10 --output_dir outputs/networks
     python scripts/generate.py outputs/digits/pipeline --num_models 200 --output_dir outputs/tensors --only_generated
+    python scripts/generate.py outputs/on_demand/tuned --condition '{"angle": 37, "blur": 0.4}'   # for a task
 
 The generator may be a Hub id as well. Each network is a folder that `from_pretrained` of transformers loads
 (`AutoModelForImageClassification`, say). Those of a timm architecture load with timm alone too:
@@ -14,6 +15,7 @@ With --only_generated each network is one safetensors file with nothing but the 
 """
 
 import argparse
+import json
 from pathlib import Path
 
 from pdiff_hf.utils.paths import expand_path
@@ -29,7 +31,22 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0, help="The same seed gives the same networks.")
     parser.add_argument("--output_dir", default="outputs/networks", help="Must not hold generated networks yet.")
     parser.add_argument("--only_generated", action="store_true", help="Write only the generated tensors.")
+    parser.add_argument(
+        "--condition",
+        type=condition,
+        help="What is known of the task, as JSON, for a generator with conditions; unknown fields are drawn.",
+    )
     return parser.parse_args()
+
+
+def condition(text: str) -> dict:
+    try:
+        value = json.loads(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is not JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a mapping of fields to values")
+    return value
 
 
 def main() -> None:
@@ -48,6 +65,7 @@ def main() -> None:
             num_inference_steps=args.num_inference_steps,
             seed=args.seed,
             only_generated=args.only_generated,
+            condition=args.condition,
         )
     print(f"{args.num_models} networks are in {folder}.")
 

@@ -1,18 +1,23 @@
 """The audit of a conditional generator: are its networks for unseen tasks better than those of simpler answers?"""
 
+import json
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from accelerate import PartialState
 from matplotlib.figure import Figure
 
 from ..networks.stacked import StackedNetworks
 from ..tasks.families import Family
 from ..tasks.task import Split
+from ..utils.files import write_json
+from ..utils.reports import REPORT_VERSION
 from .conditional_baselines import KernelRidge, nearest_mean
 
 NUM_BOOTSTRAP = 10_000
@@ -100,6 +105,8 @@ class ConditionalAudit:
         networks (`StackedNetworks`): Runs the networks.
         test_sets (`Mapping[str, torch.Tensor]`): Tables of unseen conditions; `test` is what the verdict is about.
         num_examples (`int`, *optional*, defaults to 2000): Of the test split, for each task.
+        cache (`str` or `os.PathLike`, *optional*): A file that keeps the scores of each method that is done, so that an
+            audit that was stopped goes on there; the one process with a cache writes it.
     """
 
     def __init__(
@@ -108,10 +115,13 @@ class ConditionalAudit:
         networks: StackedNetworks,
         test_sets: Mapping[str, torch.Tensor],
         num_examples: int = 2000,
+        cache: str | os.PathLike | None = None,
     ):
         self.family, self.networks, self.num_examples = family, networks, num_examples
         self.test_sets = dict(test_sets)
         self.rows: dict[str, dict[str, Any]] = {}
+        self.cache = None if cache is None else Path(cache)
+        self._kept = json.loads(self.cache.read_text()) if self.cache is not None and self.cache.is_file() else {}
 
     def score(self, table: torch.Tensor, parameters: torch.Tensor, split: Split) -> tuple[torch.Tensor, torch.Tensor]:
         """Accuracy and loss of networks `(T, D)`, or of n for each task, `(T, n, D)`, averaged over them."""
@@ -151,22 +161,44 @@ class ConditionalAudit:
             parameters_of (`Callable`): `parameters_of(name of the set, table)` gives `(T, D)` or `(T, n, D)`.
         """
         self._add(
-            name, kind, lambda set_name, table: self.score(table, parameters_of(set_name, table), "test"), cost, note
+            name,
+            kind,
+            lambda: (lambda set_name, t: self.score(t, parameters_of(set_name, t), "test"), cost),
+            note,
         )
 
     def add_module(self, name: str, kind: str, module: torch.nn.Module, cost: Cost, note: str = "") -> None:
         """Adds a method that answers by itself: `module(table, batch, generator)` gives logits."""
 
-        self._add(name, kind, lambda _, table: self.score_module(table, module, "test", self.num_examples), cost, note)
+        def score(_, table: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            return self.score_module(table, module, "test", self.num_examples)
 
-    def _add(self, name: str, kind: str, score: Callable, cost: Cost, note: str) -> None:
+        self._add(name, kind, lambda: (score, cost), note)
+
+    def add_trained(self, name: str, train: Callable[[], tuple[torch.nn.Module, Cost]]) -> None:
+        """Adds networks that are trained in the generator's regime: `train` gives a module as above, and its cost."""
+
+        def score() -> tuple[Callable, Cost]:
+            module, cost = train()
+            return lambda _, table: self.score_module(table, module, "test", self.num_examples), cost
+
+        self._add(name, "trained", score, "")
+
+    def _add(self, name: str, kind: str, prepare: Callable[[], tuple[Callable, Cost]], note: str) -> None:
         if kind not in KINDS:
             raise ValueError(f"kind must be one of {', '.join(KINDS)}, got {kind!r}")
+        if name in self._kept:
+            self.rows[name] = self._kept[name]
+            return
+        score, cost = prepare()
         sets: dict[str, dict[str, list[float]]] = {}
         for set_name, table in self.test_sets.items():
             accuracy, loss = score(set_name, table)
             sets[set_name] = {"accuracy": accuracy.tolist(), "loss": loss.tolist()}
         self.rows[name] = {"kind": kind, "once": cost.once, "each": cost.each, "note": note, "sets": sets}
+        if self.cache is not None and PartialState().is_main_process:
+            self.cache.parent.mkdir(parents=True, exist_ok=True)
+            write_json(self.cache, self.rows)
 
     def add_closed_form(
         self,
@@ -204,7 +236,7 @@ class ConditionalAudit:
         def neighbors(k: int) -> Callable[[torch.Tensor], torch.Tensor]:
             return lambda rows: nearest_mean(fields.features(rows), features, means, k)
 
-        best = min(NEIGHBORS, key=lambda k: loss(neighbors(k)))
+        best = min((k for k in NEIGHBORS if k <= len(seen)), default=1, key=lambda k: loss(neighbors(k)))
         ridge = KernelRidge.tuned(fields, seen, means, loss)
         generator = torch.Generator().manual_seed(seed)
         self.add("mean of all networks", "closed form", lambda _, t: means.mean(0).expand(len(t), -1), cost)
@@ -225,9 +257,13 @@ class ConditionalAudit:
     def report(self, settings: Mapping[str, Any]) -> dict[str, Any]:
         """
         Everything as JSON has it: the conditions, every score of every task, comparisons with the generator on each
-        set, and the verdict.
+        set, the verdict and the table that a reader wants first, as reports on one task have them.
         """
         report = {
+            "version": REPORT_VERSION,
+            "kind": "conditional",
+            "metric": {"name": "accuracy", "unit": "%", "higher_is_better": True},
+            "num_parameters": self.networks.layout.num_parameters,
             "settings": dict(settings),
             "fields": self.family.fields.to_dict(),
             "conditions": {name: self.family.fields.conditions(table) for name, table in self.test_sets.items()},
@@ -237,7 +273,7 @@ class ConditionalAudit:
 
 
 def _compared(report: dict[str, Any]) -> dict[str, Any]:
-    """The report with comparisons and verdict."""
+    """The report with comparisons, verdict and summary."""
     rows = report["rows"]
     comparisons = {
         set_name: {
@@ -248,15 +284,15 @@ def _compared(report: dict[str, Any]) -> dict[str, Any]:
         for set_name in report["conditions"]
     }
     report = report | {"comparisons": comparisons}
-    return report | {"verdict": verdict(report)}
+    return report | {"verdict": verdict(report), "warnings": [], "summary": summarise(report)}
 
 
 def pool_reports(reports: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """One report of several runs with other tasks and seeds, as if their tasks had been those of one run."""
     first = reports[0]
     pooled: dict[str, Any] = {
+        **{key: first[key] for key in ("version", "kind", "metric", "num_parameters", "fields")},
         "settings": {"runs": [report["settings"] for report in reports]},
-        "fields": first["fields"],
         "conditions": {name: sum((r["conditions"][name] for r in reports), []) for name in first["conditions"]},
         "rows": {},
     }
@@ -293,31 +329,36 @@ def verdict(report: Mapping[str, Any]) -> str:
         word = {"undecided": "Undecided against"}.get(row["verdict"], f"{row['verdict'].capitalize()} than")
         sentences.append(f"{word} {description} ({what}): {amount}.")
         if kind == "closed form" and row["verdict"] != "better":
-            sentences.append("A regression from conditions to parameters is as good here, and needs no generator.")
+            sentences.append("That is at least as good here, and needs no generator.")
     return " ".join(sentences)
 
 
-def render_markdown(report: Mapping[str, Any]) -> str:
-    """A report as Markdown: the verdict, and a table with one row a method."""
+def summarise(report: Mapping[str, Any]) -> dict[str, Any]:
+    """
+    One row a method, the best first.
+
+    Returns:
+        `dict`: `header` and `rows`, texts, and `about`, which explains the columns.
+    """
     sets = list(report["conditions"])
     header = ["method", *(f"{name} ({len(report['conditions'][name])} tasks)" for name in sets)]
     header += ["generator minus this, test", "passes once", "passes a task"]
-    lines = [report["verdict"], "", f"| {' | '.join(header)} |", f"|{' --- |' * len(header)}"]
+    rows = []
     for name, row in sorted(report["rows"].items(), key=lambda item: -mean_accuracy(report, item[0])):
         cells = [name, *(f"{mean_accuracy(report, name, set_name):.1f}" for set_name in sets)]
         comparison = report["comparisons"]["test"].get(name)
         cells.append(
-            ""
+            "–"
             if comparison is None
             else "{difference:+.1f} ({low:+.1f} to {high:+.1f}), {verdict}".format(**comparison)
         )
-        lines.append(f"| {' | '.join([*cells, passes(row['once']), passes(row['each'])])} |")
-    lines += [
-        "",
-        "Accuracy in percent, mean over tasks. Differences are paired over tasks, with a 95% bootstrap interval. "
-        "Passes are forward and backward, of one network over one image: before the first unseen task, and for each.",
-    ]
-    return "\n".join(lines) + "\n"
+        rows.append([*cells, passes(row["once"]), passes(row["each"])])
+    about = (
+        f"{report['num_parameters']:,} parameters a network. Accuracy in percent, mean over tasks. Differences are "
+        "paired over tasks, with a 95% bootstrap interval. Passes are forward and backward, of one network over one "
+        "image: before the first unseen task, and for each."
+    )
+    return {"header": header, "rows": rows, "about": about}
 
 
 def passes(number: int) -> str:

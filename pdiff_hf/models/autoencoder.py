@@ -256,10 +256,21 @@ class ParameterAutoencoder(TokenModel, ConfigMixin):
         self.map_weight = nn.Parameter(torch.zeros(self.config.latent_dim, self.layout.num_parameters))
 
     @torch.no_grad()
-    def fit_latent_statistics(self, tokens: torch.Tensor, batch_size: int = BATCH_SIZE) -> None:
-        """Sets the latents' mean and standard deviation from snapshots' tokens, `(N, C, S)`. Call it after training."""
+    def fit_latent_statistics(
+        self, tokens: torch.Tensor, batch_size: int = BATCH_SIZE, *, scaling: str = "each"
+    ) -> None:
+        """
+        Sets the latents' mean and standard deviation from snapshots' tokens, `(N, C, S)`. Call it after training.
+
+        Args:
+            scaling (`str`, *optional*, defaults to `"each"`): `each` entry of a latent has a variance of 1 over the
+                snapshots, or all `together` have it on average. Principal components keep their proportions then, so
+                that a denoiser learns first what differs most between networks.
+        """
         latents = torch.cat([self._encode(batch)[0] for batch in tokens.split(batch_size)]).double()
         std = latents.std(0, correction=0)
+        if scaling == "together":
+            std = std.square().mean().sqrt().expand_as(std)
         self.latent_mean.copy_(latents.mean(0))
         self.latent_std.copy_(torch.where(std > 0, std, 1.0))
 

@@ -46,11 +46,37 @@ def check_run(run: "Run") -> None:
         raise RunError(f"tune_models={r.tune_models} cannot be cut into {parts} equal parts")
     if r.push_to_hub and "denoiser" not in r.stages and not run.is_finished("denoiser"):
         raise RunError("push_to_hub needs a finished generator, which the chosen stages do not make")
+    if run.family is not None:
+        _check_family(run)
+    elif r.tune_steps and run.is_imported and run.fields is not None:
+        raise RunError(
+            f"tune_steps={r.tune_steps} with snapshots that have conditions needs --family, which says what tasks they "
+            "are for"
+        )
     check_writable(run.folder)
     if not r.overwrite_output_dir:
         _check_folder(run)
-    if "evaluate" in r.stages and not run.is_finished("evaluate"):
+    if "evaluate" in r.stages and not run.is_finished("evaluate") and run.family is None:
         _check_memory(run, num_snapshots)
+
+
+def _check_family(run: "Run") -> None:
+    """What there is for one task alone must not be asked for, because it would not be done."""
+    r = run.recipe
+    if run.is_imported:
+        assert run.fields is not None  # an error where they are not the family's
+    unused = {"augmentation": "none", "hyper_representations": False, "score_models": None, "num_runs": 1}
+    for key, value in unused.items():
+        if getattr(r, key) != value:
+            raise RunError(f"{key}={getattr(r, key)} is not for a family of tasks; leave it out")
+    if r.snapshots is None and r.collect_optimizer != "adamw":
+        raise RunError(f"the networks of a family are trained with adamw, not with {r.collect_optimizer}")
+    first = r.collect_steps - (r.num_snapshots // r.num_tasks - 1) * r.collect_every
+    if r.snapshots is None and first < 1:
+        raise RunError(
+            f"{r.num_snapshots // r.num_tasks} snapshots of each task, every {r.collect_every} steps, need more than "
+            f"collect_steps={r.collect_steps}"
+        )
 
 
 def _check_folder(run: "Run") -> None:

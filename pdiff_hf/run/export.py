@@ -8,6 +8,7 @@ from safetensors.torch import save_file, save_model
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, TimmWrapperForImageClassification
 
+from ..models.condition import Condition
 from ..names import adapter_file_names
 from ..networks.adapters import has_adapters, save_adapter
 from ..pipelines import PDiffPipeline
@@ -22,6 +23,7 @@ def write_networks(
     num_inference_steps: int,
     seed: int,
     only_generated: bool,
+    condition: Condition | None = None,
 ) -> None:
     """
     Samples networks and writes each to a folder that `from_pretrained` loads, or, with `only_generated`, its generated
@@ -30,8 +32,10 @@ def write_networks(
     Args:
         source (`str`): Folder or Hub id of a saved `PDiffPipeline`.
         folder (`Path`): Must not hold generated networks yet.
+        condition (`Mapping`, *optional*): What is known of the task, for a generator with conditions.
 
     Raises:
+        ConditionError: for a condition that the generator does not take.
         ValueError: if the folder cannot be used, or has too little space, or the generator has no base model to
             complete its networks with.
     """
@@ -56,6 +60,7 @@ def write_networks(
         num_models,
         num_inference_steps=num_inference_steps,
         generator=torch.Generator().manual_seed(seed),
+        condition=condition,
         output_type="pt",
         return_dict=False,
     )

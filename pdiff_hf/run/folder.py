@@ -36,6 +36,7 @@ class Stage:
         sections (`tuple[type, ...]`): Sections of a recipe that it depends on, beside those of the stages it needs.
         about (`str`): What it does, for people, with keys of the recipe in braces.
         execute (`Callable`): `execute(run)` does the work, and returns what the record keeps beside the settings.
+        about_family (`str`, *optional*): The same for a family of tasks; by default `about`.
         is_wanted (`Callable`, *optional*): `is_wanted(recipe)` says whether a run has the stage at all.
     """
 
@@ -46,6 +47,12 @@ class Stage:
     about: str
     execute: "Callable[[Run], None]"
     is_wanted: "Callable[[Recipe], bool]" = lambda recipe: True
+    about_family: str = ""
+
+    def describe(self, recipe: "Recipe") -> str:
+        """What it does with this recipe."""
+        about = self.about if recipe.family is None else self.about_family or self.about
+        return about.format(**vars(recipe))
 
 
 class RunFolder:

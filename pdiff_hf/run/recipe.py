@@ -103,8 +103,24 @@ class TaskSection:
 
 
 @dataclass
+class FamilySection:
+    """A family of tasks, for a generator that answers to conditions: see `pdiff_hf.tasks.families`."""
+
+    family: str | None = option(
+        None,
+        "`transformed` or `grouped`, over the images of the task; or a class of your own, module:Class or "
+        "path/to/file.py:Class. Without one, there is one task.",
+        path=True,
+    )
+    family_args: str = option("{}", "Arguments of the family's class, as JSON, such as ranges of fields.", json=True)
+    num_tasks: int = option(192, "Seen tasks, which snapshots are collected for.", min=2)
+    num_validation_tasks: int = option(32, "Tasks that settings are chosen on.", min=1)
+    num_test_tasks: int = option(48, "Unseen tasks of the report, in each of its sets.", min=2)
+
+
+@dataclass
 class BaseSection:
-    """Training of the base model (paper, Table 5a)."""
+    """Training of the base model (paper, Table 5a); of a family, on all seen tasks together."""
 
     base_epochs: int = option(20, "Epochs; 0 takes the model as it is.", min=0)
     base_batch_size: int = option(64, "Images in a step.", min=2)
@@ -126,13 +142,16 @@ class CollectSection:
         "Running statistics of batch norm: those of the `base` model, or `generated` with their layers.",
         choices=("base", "generated"),
     )
-    num_snapshots: int = option(300, "K, over all runs together.", min=2)
+    num_snapshots: int = option(300, "K, over all runs or seen tasks together.", min=2)
     num_runs: int = option(1, "Fine-tune so many times from the base model, each in another order of the data.", min=1)
     collect_every: int = option(1, "Take a snapshot every so many steps.", min=1)
     collect_optimizer: str = option("adamw", "Optimizer.", choices=("adamw", "adam", "sgd"))
     collect_learning_rate: float = option(0.03, "Constant learning rate.", above=0)
     collect_weight_decay: float = option(5e-4, "Weight decay.", min=0)
     collect_batch_size: int = option(128, "Images in a step.", min=1)
+    collect_steps: int = option(
+        400, "Of a family: AdamW steps of the network of each task; their learning rate falls as a cosine.", min=1
+    )
 
 
 @dataclass
@@ -149,6 +168,11 @@ class AutoencoderSection:
         choices=("coordinate", "tensor"),
     )
     latent_dim: int = option(128, "L, the length of a latent.", min=1)
+    latent_scaling: str = option(
+        "each",
+        "Latents are divided by the standard deviation of `each` entry, or of all `together`.",
+        choices=("each", "together"),
+    )
     heldout_snapshots: float = option(
         0.1, "Share of the snapshots that generators never see, to measure R² on.", min=0, below=0.5
     )
@@ -178,6 +202,9 @@ class DenoiserSection:
         0.999, "Decay of the moving average of the denoiser's weights, which is what is kept.", min=0, below=1
     )
     prediction_type: str = option("epsilon", "What is predicted.", choices=("epsilon", "v_prediction"))
+    condition_dropout: float = option(
+        0.0, "Share of conditions that are left out in training, for classifier-free guidance.", min=0, below=1
+    )
     # A pipeline with a longer schedule is not loaded.
     num_train_timesteps: int = option(1000, "T, the length of the diffusion.", min=1, max=10**6)
 
@@ -186,18 +213,28 @@ class DenoiserSection:
 class TuneSection:
     """Fine-tuning of the denoiser on the loss of the networks that it generates."""
 
-    tune_steps: int = option(0, "Optimizer steps; 0 for none. For classifiers.", min=0)
+    tune_steps: int | None = option(
+        None, "Optimizer steps; 0 for none. By default 1200 for a family, and else none. For classifiers.", min=0
+    )
     tune_learning_rate: float = option(3e-4, "Peak learning rate, with cosine decay.", above=0)
     tune_models: int = option(32, "Networks in a step, each on examples of its own.", min=1)
     tune_batch_size: int = option(32, "Training examples of each network in a step.", min=1)
     tune_inference_steps: int = option(10, "Denoising steps, the last of which is trained through.", min=1)
+    tune_map: bool = option(False, "Also train a linear map from latents to parameters, beside the decoder.")
+    tune_tasks: str = option(
+        "fresh", "Of a family: new tasks at every step (`fresh`), or the `seen` ones alone.", choices=("fresh", "seen")
+    )
+    tune_condition_noise: float = option(
+        0.0, "Of seen tasks: their conditions are moved by so many standard deviations.", min=0
+    )
+    tune_weight_loss: float = option(0.0, "Weight of the denoiser's own loss on snapshots, which is added.", min=0)
 
 
 @dataclass
 class EvaluateSection:
     """Generation and scoring."""
 
-    num_models: int = option(200, "How many networks to generate.", min=1)
+    num_models: int = option(200, "How many networks to generate; of a family, for each unseen task.", min=1)
     score_models: int | None = option(None, "Score no more than so many of them, drawn at random.", min=1)
     num_inference_steps: int = option(20, "Denoising steps.", min=1)
     fid_features: str = option(
@@ -216,6 +253,7 @@ class EvaluateSection:
 class Recipe(
     RunSection,
     TaskSection,
+    FamilySection,
     BaseSection,
     CollectSection,
     AutoencoderSection,
@@ -233,6 +271,13 @@ class Recipe(
     def __post_init__(self) -> None:
         for key in dataclasses.fields(self):
             setattr(self, key.name, check_value(key, getattr(self, key.name)))
+        if self.tune_steps is None:
+            self.tune_steps = 0 if self.family is None else 1200
+        if self.family is not None and self.snapshots is None and self.num_snapshots % self.num_tasks:
+            raise ValueError(
+                f"num_snapshots must be a multiple of num_tasks={self.num_tasks}, got {self.num_snapshots}: every task "
+                "has as many"
+            )
         if self.num_snapshots % self.num_runs:
             raise ValueError(f"num_runs must be a divisor of num_snapshots={self.num_snapshots}, got {self.num_runs}")
         if self.token_size is not None and self.autoencoder_preset != "tokens":
@@ -276,6 +321,7 @@ class Recipe(
 SECTIONS = (
     RunSection,
     TaskSection,
+    FamilySection,
     BaseSection,
     CollectSection,
     AutoencoderSection,
@@ -283,7 +329,7 @@ SECTIONS = (
     TuneSection,
     EvaluateSection,
 )
-TITLES = ("run", "task", "base model", "snapshots", "autoencoder", "denoiser", "tuning", "evaluation")
+TITLES = ("run", "task", "family", "base model", "snapshots", "autoencoder", "denoiser", "tuning", "evaluation")
 for _section, _title in zip(SECTIONS, TITLES, strict=True):
     _section._argument_group_name = _title  # type: ignore[attr-defined]  # the heading in --help
 

@@ -10,18 +10,23 @@ from torch import nn
 
 from ..layout import ParameterLayout
 from ..models import ParameterAutoencoder, encode_in_batches
+from ..models.condition import Fields
 from ..networks.adapters import without_wrapper
 from ..pipelines import PDiffPipeline
 from ..selection import fit_layout, select_layout
 from ..snapshots import load_snapshots, parameter_matrix
+from ..snapshots.dataset import condition_table, load_fields
 from ..tasks import Task, check_head
+from ..tasks.families import Family
 from ..tasks.task import Split
 from ..utils import names
-from .folder import RunFolder
+from ..utils.seeds import named_seed
+from .folder import RunError, RunFolder
 from .recipe import Recipe
 from .stages import STAGES, stage_settings
 
 SPLITS: tuple[Split, ...] = ("train", "validation", "test")
+CURVE = 24  # tasks along a field, for a figure
 
 
 class RunResults:
@@ -31,12 +36,62 @@ class RunResults:
     Args:
         recipe (`Recipe`): What the stages were to do.
         task (`Task`): What the networks are for.
+        family (`Family`, *optional*): Of tasks, which the networks are for in place of `task`.
     """
 
-    def __init__(self, recipe: Recipe, task: Task):
-        self.recipe, self.task = recipe, task
+    def __init__(self, recipe: Recipe, task: Task, family: Family | None = None):
+        self.recipe, self.family = recipe, family
         self.folder = Path(recipe.output_dir)
         self.files = RunFolder(self.folder)
+        self.task = task if family is None else family.mixture(self.conditions["train"])
+
+    @cached_property
+    def conditions(self) -> dict[str, torch.Tensor]:
+        """
+        Of a family the conditions of its seen (`train`), validation and unseen (`test`) tasks, of its own sets of
+        unseen tasks, and of tasks along a field, by the name of that field: tables of shape `(T, width)`. Those of
+        snapshots from elsewhere are in none of them but `train`.
+        """
+        r, family = self.recipe, self.family
+        assert family is not None
+        sizes = {"train": r.num_tasks, "validation": r.num_validation_tasks, "test": r.num_test_tasks}
+        sizes |= dict.fromkeys(family.test_sets, r.num_test_tasks)
+        without = []
+        if self.is_imported:
+            known = self.snapshot_conditions[family.fields.known(self.snapshot_conditions).all(1)]
+            without = [family.key(condition) for condition in family.fields.conditions(known)]
+        found = family.split(sizes, named_seed(r.seed, "tasks"), without=without)
+        field, curve = family.curve(CURVE)
+        found |= {field: curve} if curve else {}
+        return {name: family.fields.table(conditions) for name, conditions in found.items()}
+
+    @property
+    def is_imported(self) -> bool:
+        """Whether the snapshots come from elsewhere."""
+        record = self.files.record(STAGES["collect"])
+        return self.recipe.snapshots is not None or (record is not None and "imported_from" in record["results"])
+
+    @cached_property
+    def fields(self) -> Fields | None:
+        """
+        Of the conditions of the snapshots; None if they have none.
+
+        Raises:
+            RunError: if they are not those of the family.
+        """
+        fields = load_fields(self.recipe.snapshots or self.folder / names.SNAPSHOTS)
+        if self.family is not None and (fields is None or fields.to_dict() != self.family.fields.to_dict()):
+            raise RunError(
+                f"the snapshots have conditions with the fields {fields}, and family={self.recipe.family} has "
+                f"{self.family.fields}"
+            )
+        return fields
+
+    @cached_property
+    def snapshot_conditions(self) -> torch.Tensor:
+        """The conditions of all snapshots, a table of shape `(K, width)`, NaN where a field is unknown."""
+        assert self.fields is not None
+        return condition_table(self.snapshots[0], self.fields)
 
     @cached_property
     def _task_settings(self) -> dict[str, Any]:

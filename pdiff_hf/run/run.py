@@ -23,12 +23,10 @@ from .folder import RunError
 from .recipe import SECTIONS, Recipe
 from .results import RunResults
 from .stages import STAGES, stages_before
-from .task import make_task
+from .task import make_family, make_task
 from .terminal import duration
 
 logger = logging.getLogger(__name__)
-
-# So many snapshots are encoded at once.
 
 
 def start_processes() -> PartialState:
@@ -72,7 +70,8 @@ class Run(RunResults):
         start_processes()
         recipe = dataclasses.replace(recipe, mixed_precision=choose_precision(recipe.mixed_precision))
         recipe = recipe if task is not None else recipe.with_dataset()
-        super().__init__(recipe, make_task(recipe) if task is None else task)
+        task = make_task(recipe) if task is None else task
+        super().__init__(recipe, task, make_family(recipe, task))
         check_run(self)
 
     def loop(self, stage: str, **kwargs: Any) -> dict[str, Any]:
@@ -145,7 +144,7 @@ class Run(RunResults):
             if finished:
                 logger.info("%s: finished before, reused", heading)
                 continue
-            logger.info("%s: %s", heading, stage.about.format(**vars(self.recipe)))
+            logger.info("%s: %s", heading, stage.describe(self.recipe))
             start = time.perf_counter()
             with self.resource_errors(f"stage {stage.name}"):
                 stage.execute(self)

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from ..evaluation.compare import compare_generator
 from ..evaluation.scoring import make_scorer
-from ..models import DENOISER_PRESETS, ParameterAutoencoder, autoencoder_architecture
+from ..models import DENOISER_PRESETS, ConditionEncoder, ParameterAutoencoder, autoencoder_architecture
 from ..models.condition import Condition, Fields
 from ..networks.adapters import without_wrapper
 from ..networks.batched import BatchedModels
@@ -36,6 +36,7 @@ from ..training import NoiseArguments, make_training_scheduler, train_autoencode
 from ..utils import names
 from ..utils.files import remove
 from ..utils.seeds import named_seed
+from . import families
 from .folder import RunError, Stage
 from .recipe import (
     AutoencoderSection,
@@ -43,6 +44,7 @@ from .recipe import (
     CollectSection,
     DenoiserSection,
     EvaluateSection,
+    FamilySection,
     Recipe,
     TaskSection,
     TuneSection,
@@ -87,6 +89,9 @@ def train_base(run: "Run") -> None:
 def collect(run: "Run") -> None:
     """Snapshots: fine-tuning, or the data set that the recipe names, which stays where it is."""
     r, stage = run.recipe, STAGES["collect"]
+    if run.family is not None and r.snapshots is None:
+        families.collect(run, stage)
+        return
     if not PartialState().is_main_process:
         return
     if r.snapshots is not None:
@@ -173,7 +178,7 @@ def _align(run: "Run", folder: Path) -> None:
 
 def _check_basins(run: "Run") -> dict | None:
     """Warns of snapshots that one generator can hardly learn; see `check_basins`. For classifiers."""
-    if not isinstance(run.task, ClassificationTask):
+    if not isinstance(run.task, ClassificationTask) or run.family is not None:
         return None
     dataset = run.snapshots[0]
     models = BatchedModels(run.base_model.to(PartialState().device), run.layout)
@@ -210,6 +215,7 @@ def _fit_autoencoder(run: "Run", stage: Stage, **kwargs: Any) -> None:
             latent_dim=r.latent_dim,
             architecture=autoencoder_architecture(r.autoencoder_preset, run.layout.num_parameters, r.token_size),
             normalization=r.normalization,
+            latent_scaling=r.latent_scaling,
             **run.loop(
                 stage.name,
                 num_steps=r.autoencoder_steps,
@@ -231,11 +237,19 @@ def fit_denoiser(run: "Run") -> None:
     """The denoiser, and with it the whole pipeline."""
     r, stage = run.recipe, STAGES["denoiser"]
     scheduler = make_training_scheduler(r.num_train_timesteps, r.prediction_type)
+    encoder, table = None, None
+    if run.fields is not None:
+        torch.manual_seed(named_seed(r.seed, "condition encoder"))
+        encoder, table = ConditionEncoder(run.fields.to_dict()), run.snapshot_conditions[run.seen]
+        encoder.remember(table.nan_to_num(torch.inf).unique(dim=0).nan_to_num(posinf=torch.nan))
     with run.accelerator() as accelerator:
         denoiser, losses = train_denoiser(
             accelerator,
             run.latents[run.seen],
             scheduler=scheduler,
+            encoder=encoder,
+            table=table,
+            condition_dropout=r.condition_dropout if encoder is not None else 0.0,
             **DENOISER_PRESETS[r.denoiser_preset],
             **run.loop(
                 stage.name,
@@ -251,7 +265,8 @@ def fit_denoiser(run: "Run") -> None:
         return
     # A network of no library that can save it does not go with its generator.
     base_model = run.base_model if isinstance(run.base_model, PreTrainedModel | ModelMixin) else None
-    pipeline = PDiffPipeline(run.autoencoder, denoiser, make_sampling_scheduler(scheduler), base_model=base_model)
+    sampler = make_sampling_scheduler(scheduler)
+    pipeline = PDiffPipeline(run.autoencoder, denoiser, sampler, base_model=base_model, condition_encoder=encoder)
     with run.files.replacing(stage) as folder:
         pipeline.save_pretrained(folder)
     run.finish(stage.name, {"losses": losses.tolist()})
@@ -272,6 +287,9 @@ def make_sampling_scheduler(scheduler: DDPMScheduler) -> DPMSolverMultistepSched
 def evaluate(run: "Run") -> None:
     """The report on the generated networks, beside the snapshots and trivial generators."""
     r, stage = run.recipe, STAGES["evaluate"]
+    if run.family is not None:
+        families.evaluate(run, stage)
+        return
     device = PartialState().device
     scorer = make_scorer(run.task, run.base_model.to(device), run.layout, cache_dir=run.folder / names.SCORES)
     if not PartialState().is_main_process:
@@ -323,7 +341,7 @@ def _losses(run: "Run") -> dict[str, dict[str, list[float]]]:
 
 def _has_vae(recipe: Recipe) -> bool:
     """A linear autoencoder with noise has no VAE beside it but the low-rank Gaussian, which is a baseline already."""
-    return recipe.baseline_models > 0 and recipe.autoencoder_preset != "pca"
+    return recipe.baseline_models > 0 and recipe.autoencoder_preset != "pca" and recipe.family is None
 
 
 # In the order in which they are executed.
@@ -334,7 +352,7 @@ STAGES = {
             "base",
             names.BASE_MODEL,
             (),
-            (TaskSection, BaseSection),
+            (TaskSection, FamilySection, BaseSection),
             "the base model, {base_epochs} epochs of training",
             train_base,
         ),
@@ -345,6 +363,7 @@ STAGES = {
             (CollectSection,),
             "{num_snapshots} snapshots",
             collect,
+            about_family="{num_snapshots} snapshots of networks for {num_tasks} tasks",
         ),
         Stage(
             "autoencoder",
@@ -369,7 +388,7 @@ STAGES = {
             (TuneSection,),
             "{tune_steps} steps on the loss of generated networks",
             tune,
-            lambda recipe: recipe.tune_steps > 0,
+            lambda recipe: bool(recipe.tune_steps),
         ),
         Stage(
             "vae",
@@ -387,6 +406,7 @@ STAGES = {
             (EvaluateSection,),
             "{num_models} generated networks, and {baseline_models} of each baseline",
             evaluate,
+            about_family="{num_models} generated networks for each of {num_test_tasks} unseen tasks, and other answers",
         ),
     )
 }

@@ -1,9 +1,10 @@
-"""From a recipe to its task."""
+"""From a recipe to its task, and its family of tasks."""
 
 import dataclasses
 import json
 
 from .. import tasks
+from ..tasks.families import Family
 from .recipe import Recipe, TaskSection
 
 
@@ -18,3 +19,10 @@ def make_task(recipe: Recipe, adapter: str | None = None) -> tasks.Task:
         settings = {key: value for key, value in settings.items() if key == "task" or value != defaults.get(key)}
     task_args = json.loads(recipe.task_args) | ({} if adapter is None else {"adapter": adapter})
     return tasks.make_task(settings, task_args)
+
+
+def make_family(recipe: Recipe, base: tasks.Task) -> Family | None:
+    """The family that a recipe describes, over its task `base`; None for one task."""
+    if recipe.family is None:
+        return None
+    return tasks.make_family(recipe.family, base, json.loads(recipe.family_args))

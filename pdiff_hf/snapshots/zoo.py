@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from accelerate import Accelerator
 from torch import nn
 
+from ..layout import ParameterLayout
 from ..models.condition import Condition
 from ..networks.stacked import StackedNetworks
 from ..tasks.families import Family
@@ -151,8 +152,21 @@ def collect_zoo(
         start=start,
     )
     if accelerator.is_main_process:
-        with SnapshotWriter(folder, networks.layout, fields=family.fields) as writer:
-            for step, parameters in zip(args.snapshot_steps, snapshots, strict=True):
-                for row, condition in zip(parameters, conditions, strict=True):
-                    writer.write(row, step=step, seed=seed, condition=condition)
+        write_zoo(folder, family, networks.layout, conditions, args, snapshots, seed)
     accelerator.wait_for_everyone()
+
+
+def write_zoo(
+    folder: str | os.PathLike,
+    family: Family,
+    layout: ParameterLayout,
+    conditions: Sequence[Condition],
+    args: ZooArguments,
+    snapshots: torch.Tensor,
+    seed: int,
+) -> None:
+    """Writes the parameter data set `folder` from what [`train_specialists`] returns, shape `(S, T, D)`."""
+    with SnapshotWriter(folder, layout, fields=family.fields) as writer:
+        for step, parameters in zip(args.snapshot_steps, snapshots, strict=True):
+            for row, condition in zip(parameters, conditions, strict=True):
+                writer.write(row, step=step, seed=seed, condition=condition)

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from .registry import make_task, register_task, task_class, task_names
+from .registry import make_family, make_task, register_task, task_class, task_names
 from .task import (
     Batch,
     ClassificationTask,
@@ -32,6 +32,7 @@ __all__ = [
     "Task",
     "accuracy",
     "check_head",
+    "make_family",
     "make_task",
     "predict_logits",
     "register_task",

@@ -1,20 +1,21 @@
 """Families of tasks: what a condition ranges over, with the data of many tasks in one batch."""
 
 import math
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.utils.data import Dataset
 
 from ..models.condition import AngleField, CategoryField, Condition, ConditionError, Fields, ScalarField
 from ..utils.seeds import derive_seed
 from .image_classification import ImageClassificationTask
-from .task import Batch, ClassificationTask, Split
+from .members import MemberTask, MixtureTask
+from .task import Batch, Split, load_base, save_base
 
 # So many draws without a new task mean that there are no more.
 MAX_DRAWS = 1000
@@ -27,11 +28,12 @@ class Family(ABC):
 
     Attributes:
         fields (`Fields`): Of a condition.
-        test_sets (`dict[str, str]`): Regions of conditions that are kept for tests, by name, with what they are.
+        test_sets (`Mapping[str, str]`): Regions of conditions that are kept for tests, by name, with what they are;
+            none by default.
     """
 
     fields: Fields
-    test_sets: ClassVar[dict[str, str]] = {}
+    test_sets: Mapping[str, str] = {}
 
     @abstractmethod
     def draw(self, generator: torch.Generator) -> dict[str, Any]:
@@ -63,8 +65,24 @@ class Family(ABC):
         """Logits of one network on the examples of its task, shape `(B, C)`."""
 
     @abstractmethod
-    def task(self, condition: Condition) -> ClassificationTask:
+    def fingerprint(self, split: Split) -> str:
+        """A string that changes when the examples of a split, or what conditions do to them, change."""
+
+    def task(self, condition: Condition) -> MemberTask:
         """One task by itself."""
+        return MemberTask(self, self.fields.table([condition]))
+
+    def mixture(self, table: torch.Tensor) -> MixtureTask:
+        """Many tasks as one: each example belongs to one of the conditions `table`, shape `(T, width)`, by chance."""
+        return MixtureTask(self, table)
+
+    def save_base_model(self, model: nn.Module, folder: str | os.PathLike) -> None:
+        """Writes the network into the existing folder."""
+        save_base(model, folder)
+
+    def load_saved(self, folder: str | os.PathLike) -> nn.Module:
+        """What `save_base_model` wrote."""
+        return load_base(self.load_base_model(), folder)
 
     def region(self, condition: Condition) -> str | None:
         """Which of the `test_sets` a condition belongs to; None for the others."""
@@ -103,9 +121,39 @@ class Family(ABC):
             f"besides {len(without)} others: found {len(conditions)}"
         )
 
-    def split(self, sizes: Mapping[str, int], seed: int) -> dict[str, list[dict[str, Any]]]:
+    def curve(self, num: int) -> tuple[str, list[dict[str, Any]]]:
+        """
+        For a figure: the first field that is an angle or a number, and conditions along it; all other fields stay at
+        the lowest value or the first word. Without such a field, or with one that has no such value, there are none.
+        """
+        along, fixed = "", dict[str, Any]()
+        for name, spec in self.fields.items():
+            if isinstance(spec, AngleField | ScalarField) and not along:
+                along = name
+            elif isinstance(spec, AngleField | ScalarField):
+                fixed[name] = spec.low if isinstance(spec, ScalarField) else 0.0
+            elif isinstance(spec, CategoryField):
+                fixed[name] = spec.values[0]
+            else:
+                return "", []
+        if not along:
+            return "", []
+        spec = self.fields[along]
+        if isinstance(spec, AngleField):
+            values = [spec.period * i / num for i in range(num)]
+        else:
+            assert isinstance(spec, ScalarField)
+            values = torch.linspace(spec.low, spec.high, num).tolist()
+        return along, [fixed | {along: value} for value in values]
+
+    def split(
+        self, sizes: Mapping[str, int], seed: int, *, without: Collection[Hashable] = ()
+    ) -> dict[str, list[dict[str, Any]]]:
         """
         Conditions of tasks for `train`, `validation`, `test` and any of `test_sets`; no task is in two of them.
+
+        Args:
+            without (`Collection`, *optional*): The keys of tasks that only `train` may have.
 
         Raises:
             ValueError: for another name, or if there are not as many tasks.
@@ -120,7 +168,7 @@ class Family(ABC):
             if sizes.get(name):
                 region = name if name in self.test_sets else None
                 result[name] = self.conditions(sizes[name], derive_seed(seed, i), region=region, without=taken)
-                taken |= {self.key(condition) for condition in result[name]}
+                taken |= {self.key(condition) for condition in result[name]} | set(without)
         return result
 
 
@@ -177,8 +225,11 @@ class ImageFamily(Family):
     def load_base_model(self) -> nn.Module:
         return self.base.load_base_model()
 
-    def task(self, condition: Condition) -> "MemberTask":
-        return MemberTask(self, dict(condition))
+    def save_base_model(self, model: nn.Module, folder: str | os.PathLike) -> None:
+        self.base.save_base_model(model, folder)
+
+    def fingerprint(self, split: Split) -> str:
+        return f"{self.base.fingerprint(split)} {type(self).__qualname__} {self.fields.to_dict()}"
 
 
 TRANSFORMED_FIELDS: dict[str, dict[str, Any]] = {
@@ -188,6 +239,10 @@ TRANSFORMED_FIELDS: dict[str, dict[str, Any]] = {
     "occlude": {"type": "category", "values": ["none", "left", "right", "top", "bottom"]},
 }
 OCCLUDED = 0.4  # of the image
+REGIONS = {
+    "combinations": "inverted images with a part on the right or at the bottom blackened",
+    "extrapolation": "blur in the upper fifth of its range",
+}
 
 
 @dataclass
@@ -202,14 +257,13 @@ class TransformedFamily(ImageFamily):
     """
 
     ranges: dict[str, Sequence | None] = field(default_factory=dict)
-    test_sets: ClassVar[dict[str, str]] = {
-        "combinations": "inverted images with a part on the right or at the bottom blackened",
-        "extrapolation": "blur in the upper fifth of its range",
-    }
-    # A region is kept from training only where it is tested.
     hold_out: Sequence[str] = ()
 
     def __post_init__(self):
+        unknown = [name for name in self.hold_out if name not in REGIONS]
+        if unknown:
+            raise ConditionError(f"hold_out can have {', '.join(REGIONS)}, not {unknown[0]!r}")
+        self.test_sets = {name: REGIONS[name] for name in self.hold_out}
         specs: dict[str, dict[str, Any]] = {name: dict(spec) for name, spec in TRANSFORMED_FIELDS.items()}
         for name, values in self.ranges.items():
             if name not in specs:
@@ -337,47 +391,3 @@ class GroupedFamily(ImageFamily):
             return self.base.load_base_model()
         finally:
             self.base.class_names = names
-
-
-@dataclass
-class MemberTask(ClassificationTask):
-    """One task of a family; what `Family.task` returns."""
-
-    family: ImageFamily
-    condition: dict[str, Any]
-
-    def __post_init__(self):
-        self.table = self.family.fields.table([self.condition])
-
-    def load_base_model(self) -> nn.Module:
-        return self.family.load_base_model()
-
-    def load_split(self, split: Split) -> "MemberSplit":
-        return MemberSplit(self, split)
-
-    def fingerprint(self, split: Split) -> str:
-        return f"{self.family.base.fingerprint(split)} {self.family.fields.to_dict()} {self.condition}"
-
-    def collate(self, examples: Batch) -> Batch:
-        """`MemberSplit` returns whole batches."""
-        return examples
-
-    def loss(self, call: Callable, batch: Batch) -> torch.Tensor:
-        return F.cross_entropy(self.predict(call, batch), batch["labels"])
-
-    def predict(self, call: Callable, batch: Batch) -> torch.Tensor:
-        return self.family.predict(call, batch)
-
-
-class MemberSplit(Dataset):
-    """The examples of one task of a family; `__getitems__(indices)` returns a batch."""
-
-    def __init__(self, task: MemberTask, split: Split):
-        self.task, self.split = task, split
-
-    def __len__(self) -> int:
-        return self.task.family.num_examples(self.split)
-
-    def __getitems__(self, indices: Sequence[int]) -> Batch:
-        batch = self.task.family.batch(self.split, self.task.table, torch.as_tensor(indices))
-        return {name: values[0] for name, values in batch.items()}

@@ -1,4 +1,4 @@
-"""Tasks by name: those of this package, and those of others as `module:Class` or `path/to/file.py:Class`."""
+"""Tasks and families by name: this package's, and those of others as `module:Class` or `path/to/file.py:Class`."""
 
 import difflib
 import importlib
@@ -11,13 +11,18 @@ from collections.abc import Callable, Mapping
 from functools import cache
 from pathlib import Path
 from types import ModuleType
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from ..utils.errors import first_line
 from .task import Task
 
+if TYPE_CHECKING:
+    from .families import Family
+
 T = TypeVar("T", bound=type[Task])
 REGISTERED: dict[str, type[Task]] = {}
+# Modules are imported when a family is asked for.
+FAMILIES = {"transformed": "families:TransformedFamily", "grouped": "families:GroupedFamily"}
 
 
 def register_task(name: str) -> Callable[[T], T]:
@@ -53,25 +58,30 @@ def task_class(name: str) -> type[Task]:
     if name in task_names():
         importlib.import_module(task_names()[name])
         return REGISTERED[name]
-    where, colon, class_name = name.rpartition(":")
-    if not colon:
+    if ":" not in name:
         close = difflib.get_close_matches(name, task_names(), n=3) or list(task_names())
         raise ValueError(
             f"task '{name}' is neither one of {', '.join(close)} nor a class of your own, module:Class or "
             "path/to/file.py:Class"
         )
+    return _own_class("task", name, Task)
+
+
+def _own_class(kind: str, name: str, base: type) -> Any:
+    """The class `module:Class` or `path/to/file.py:Class`, which must be one of `base` with all of its methods."""
+    where, _, class_name = name.rpartition(":")
     try:
         module = _load_file(Path(where).resolve()) if where.endswith(".py") else importlib.import_module(where)
     except Exception as error:  # of code that is not ours
-        raise ValueError(f"task '{name}': '{where}' cannot be imported: {first_line(error)}") from error
+        raise ValueError(f"{kind} '{name}': '{where}' cannot be imported: {first_line(error)}") from error
     found = getattr(module, class_name, None)
-    if not (inspect.isclass(found) and issubclass(found, Task)):
-        own = [key for key, value in vars(module).items() if inspect.isclass(value) and issubclass(value, Task)]
+    if not (inspect.isclass(found) and issubclass(found, base)):
+        own = [key for key, value in vars(module).items() if inspect.isclass(value) and issubclass(value, base)]
         own = [key for key in own if getattr(module, key).__module__ == module.__name__]
-        raise ValueError(f"task '{name}': '{where}' has no such task; it has {', '.join(own) or 'none'}")
+        raise ValueError(f"{kind} '{name}': '{where}' has no such {kind}; it has {', '.join(own) or 'none'}")
     missing = sorted(getattr(found, "__abstractmethods__", ()))
     if missing:
-        raise ValueError(f"task '{name}' lacks the methods {', '.join(missing)}")
+        raise ValueError(f"{kind} '{name}' lacks the methods {', '.join(missing)}")
     return found
 
 
@@ -116,3 +126,41 @@ def make_task(settings: Mapping[str, Any], task_args: Mapping[str, Any] | None =
     if isinstance(args.get("model_args"), str):
         args["model_args"] = json.loads(args["model_args"])
     return cls(**args)
+
+
+def make_family(name: str, base: Task, family_args: Mapping[str, Any] | None = None) -> "Family":
+    """
+    A family of tasks.
+
+    Args:
+        name (`str`): One of `FAMILIES`, `module:Class`, or `path/to/file.py:Class`.
+        base (`Task`): What the family changes; for a class of one's own, only if its first argument is called `base`.
+        family_args (`Mapping[str, Any]`, *optional*): More arguments of the class.
+
+    Raises:
+        ValueError: for an unknown family or argument, and for what the family itself refuses.
+    """
+    from .families import Family, ImageFamily
+
+    family_args = family_args or {}
+    if name in FAMILIES:
+        module, _, class_name = FAMILIES[name].partition(":")
+        cls = getattr(importlib.import_module(f"{__package__}.{module}"), class_name)
+    elif ":" not in name:
+        raise ValueError(
+            f"family '{name}' is neither one of {', '.join(FAMILIES)} nor a class of your own, module:Class or "
+            "path/to/file.py:Class"
+        )
+    else:
+        cls = _own_class("family", name, Family)
+    if issubclass(cls, ImageFamily) and not hasattr(base, "raw_examples"):
+        raise ValueError(f"family '{name}' changes images, and a {type(base).__name__} has none")
+    parameters = list(inspect.signature(cls).parameters)
+    takes_base = parameters[:1] == ["base"]
+    unknown = sorted(set(family_args) - set(parameters[takes_base:]))
+    if unknown:
+        raise ValueError(
+            f"family '{name}' does not take the family_args {', '.join(unknown)}; it takes "
+            f"{', '.join(parameters[takes_base:]) or 'none'}"
+        )
+    return cls(*[base] * takes_base, **family_args)

@@ -79,18 +79,28 @@ class Task(ABC):
 
     def save_base_model(self, model: nn.Module, folder: str | os.PathLike) -> None:
         """Writes the network into the existing folder; a task may add what it prepares its inputs with."""
-        if isinstance(model, PreTrainedModel):
-            save_network(model, folder)
-        else:
-            save_model(model, str(Path(folder) / "model.safetensors"))
+        save_base(model, folder)
 
     def load_saved(self, folder: str | os.PathLike) -> nn.Module:
         """What `save_base_model` wrote."""
-        model = without_wrapper(self.load_base_model())
-        if isinstance(model, PreTrainedModel):
-            return load_network(folder, type(model))
-        load_model(model, Path(folder) / "model.safetensors")
-        return model
+        return load_base(self.load_base_model(), folder)
+
+
+def save_base(model: nn.Module, folder: str | os.PathLike) -> None:
+    """Writes a network of transformers as `save_pretrained` does, and any other as safetensors."""
+    if isinstance(model, PreTrainedModel):
+        save_network(model, folder)
+    else:
+        save_model(model, str(Path(folder) / "model.safetensors"))
+
+
+def load_base(model: nn.Module, folder: str | os.PathLike) -> nn.Module:
+    """What `save_base` wrote, for a network of the kind of `model`."""
+    model = without_wrapper(model)
+    if isinstance(model, PreTrainedModel):
+        return load_network(folder, type(model))
+    load_model(model, Path(folder) / "model.safetensors")
+    return model
 
 
 class ClassificationTask(Task):

@@ -38,6 +38,7 @@ def train_autoencoder(
     latent_dim: int,
     architecture: Mapping[str, Any],
     normalization: str = "coordinate",
+    latent_scaling: str = "each",
     kl_weight: float = 0.0,
     seed: int,
     checkpoint_dir: str | os.PathLike,
@@ -57,6 +58,7 @@ def train_autoencoder(
         architecture (`Mapping[str, Any]`): More arguments of [`ParameterAutoencoder`], see
             [`autoencoder_architecture`]. Without convolutions there is nothing to train, and no step is taken.
         normalization (`str`, *optional*, defaults to `"coordinate"`): Of `fit_parameter_statistics`.
+        latent_scaling (`str`, *optional*, defaults to `"each"`): Of `fit_latent_statistics`.
 
     Returns:
         `tuple`: The autoencoder in eval mode on the CPU, and the loss (mean squared error in normalised units, plus the
@@ -95,5 +97,5 @@ def train_autoencoder(
     if basis is not None:
         autoencoder.token_basis = basis
     autoencoder.to("cpu").eval()
-    autoencoder.fit_latent_statistics(tokens)
+    autoencoder.fit_latent_statistics(tokens, scaling=latent_scaling)
     return autoencoder, losses

@@ -1,0 +1,208 @@
+"""What stages do where a run has a family of tasks."""
+
+import dataclasses
+import hashlib
+import json
+from typing import TYPE_CHECKING, Any
+
+import torch
+from accelerate import Accelerator, PartialState
+
+from ..evaluation.conditional import GENERATOR, ConditionalAudit, Cost, plot_field
+from ..evaluation.conditional_opponents import Regime, add_generic, add_hypernetwork, add_oracles
+from ..evaluation.render import format_summary
+from ..models import encode_in_batches
+from ..networks.stacked import StackedNetworks
+from ..pipelines import PDiffPipeline
+from ..snapshots.zoo import ZooArguments, train_specialists, write_zoo
+from ..training.denoiser import LatentGenerator
+from ..training.tune import GeneratedNetworks, TaskBatches, TuneArguments, fresh_tasks, seen_tasks
+from ..utils import names
+from ..utils.files import write_json
+from ..utils.seeds import named_seed
+
+if TYPE_CHECKING:
+    from .folder import Stage
+    from .run import Run
+
+# Rows of the figure of accuracy along a field.
+SHOWN = (GENERATOR, "trained on the task", "nearest seen task", "base model")
+
+
+def collect(run: "Run", stage: "Stage") -> None:
+    """Snapshots of a network for each seen task, all fine-tuned from the base model side by side."""
+    r, family = run.recipe, run.family
+    assert family is not None
+    args, networks = zoo_arguments(run), StackedNetworks(run.base_model, run.layout)
+    loop = run.loop(stage.name, num_steps=1, batch_size=1, learning_rate=1.0)
+    del loop["args"]
+    with run.accelerator() as accelerator:
+        snapshots = train_specialists(accelerator, family, networks, run.conditions["train"], args, **loop)
+    run.base_model.to("cpu")
+    if not PartialState().is_main_process:
+        return
+    with run.files.replacing(stage) as folder:
+        folder.rmdir()
+        conditions = family.fields.conditions(run.conditions["train"])
+        write_zoo(folder, family, run.layout, conditions, args, snapshots, named_seed(r.seed, "collect"))
+    run.finish(stage.name, {})
+
+
+def zoo_arguments(run: "Run") -> ZooArguments:
+    r = run.recipe
+    return ZooArguments(
+        num_steps=r.collect_steps,
+        num_snapshots=r.num_snapshots // r.num_tasks,
+        every_n_steps=r.collect_every,
+        batch_size=r.collect_batch_size,
+        learning_rate=r.collect_learning_rate,
+        weight_decay=r.collect_weight_decay,
+        checkpointing_steps=r.checkpointing_steps,
+    )
+
+
+def tune_arguments(run: "Run") -> TuneArguments:
+    r = run.recipe
+    return TuneArguments(
+        num_steps=r.tune_steps or 0,
+        learning_rate=r.tune_learning_rate,
+        num_tasks=r.tune_models,
+        num_examples=r.tune_batch_size,
+        validate_every=max(1, (r.tune_steps or 0) // (10 if run.family else 5)),
+        checkpointing_steps=r.checkpointing_steps,
+    )
+
+
+def make_regime(run: "Run", accelerator: Accelerator, networks: StackedNetworks) -> Regime:
+    """Which tasks the recipe allows to train on."""
+    r, family = run.recipe, run.family
+    assert family is not None
+    unseen = {
+        family.key(condition)
+        for name, table in run.conditions.items()
+        if name != "train"
+        for condition in family.fields.conditions(table)
+    }
+    seen = seen_conditions(run)
+
+    def batches(args: TuneArguments) -> TaskBatches:
+        if r.tune_tasks == "fresh":
+            return fresh_tasks(family, args, unseen, accelerator.device)
+        return seen_tasks(family, args, seen, accelerator.device, condition_noise=r.tune_condition_noise)
+
+    return Regime(
+        family,
+        networks,
+        accelerator,
+        batches,
+        len(seen),
+        run.conditions["validation"],
+        r.seed,
+        run.folder / names.CHECKPOINTS / "opponents",
+    )
+
+
+def seen_conditions(run: "Run") -> torch.Tensor:
+    """The different conditions of the snapshots, without those with unknown fields, shape `(T, width)`."""
+    assert run.fields is not None
+    table = run.snapshot_conditions
+    return table[run.fields.known(table).all(1)].unique(dim=0)
+
+
+def generated_networks(run: "Run", pipeline: PDiffPipeline, networks: StackedNetworks) -> GeneratedNetworks:
+    """The generator of a pipeline, followed by the networks that it gives, to be tuned."""
+    predict = run.task.predict  # type: ignore[attr-defined]  # of classification, which is checked before any work
+    return GeneratedNetworks(
+        LatentGenerator(pipeline.denoiser, pipeline.condition_encoder),
+        pipeline.autoencoder,
+        pipeline.scheduler,
+        run.recipe.tune_inference_steps,
+        networks,
+        predict,
+    )
+
+
+def evaluate(run: "Run", stage: "Stage") -> None:
+    """
+    The audit on unseen tasks. All processes take part, because some of the generator's opponents have to be trained; a
+    stopped audit goes on with the opponents that it has not scored.
+    """
+    r, family, device = run.recipe, run.family, PartialState().device
+    assert family is not None
+    args, zoo = tune_arguments(run), zoo_arguments(run)
+    networks = StackedNetworks(run.base_model.to(device), run.layout)
+    sets = {name: table for name, table in run.conditions.items() if name not in ("train", "validation")}
+    key = hashlib.blake2b(json.dumps(run.settings(stage.name), sort_keys=True).encode(), digest_size=8).hexdigest()
+    audit = ConditionalAudit(family, networks, sets, cache=run.folder / names.SCORES / f"conditional-{key}.json")
+    PartialState().wait_for_everyone()  # until every process knows what is scored
+
+    num_examples = family.num_examples("train")
+    base_steps = max(1, r.base_epochs * num_examples // r.base_batch_size) if r.base_epochs else 0
+    once = base_steps * r.base_batch_size
+    of_zoo = once + (0 if run.is_imported else len(run.conditions["train"]) * zoo.num_steps * zoo.batch_size)
+    with run.accelerator() as accelerator:
+        regime = make_regime(run, accelerator, networks)
+        add_generators(run, audit, of_zoo, args)
+        known = run.fields.known(run.snapshot_conditions).all(1)  # type: ignore[union-attr]
+        parameters, table = run.parameters[known], run.snapshot_conditions[known]
+        audit.add_closed_form(parameters, table, run.conditions["validation"], Cost(of_zoo), seed=r.seed)
+        base = networks.base_parameters()
+        audit.add("base model", "trained", lambda _, rows: base.expand(len(rows), -1), Cost(once))
+        add_oracles(audit, regime, zoo, Cost(once), (1,) if r.baselines == "few" else (1, 5))
+        if r.baselines == "all":
+            passes_a_step = args.num_tasks * args.num_examples
+            longer = dataclasses.replace(args, num_steps=max(1, args.num_steps + of_zoo // passes_a_step))
+            add_generic(audit, regime, longer, once)
+            untuned = PDiffPipeline.from_pretrained(run.folder / names.PIPELINE).to(device)
+            if r.tune_map:
+                untuned.autoencoder.add_tuned_map()
+            latents = encode_in_batches(untuned.autoencoder, parameters)
+            generated = generated_networks(run, untuned, networks)
+            add_hypernetwork(audit, regime, generated, latents, table, args, r.denoiser_steps, of_zoo)
+    run.base_model.to("cpu")
+    if not PartialState().is_main_process:
+        return
+    report = audit.report(run.recipe.without_secrets(*stage.sections) | {"seed": r.seed, "tune_tasks": r.tune_tasks})
+    figure = run.conditions.keys() - {"train", "validation", "test", *family.test_sets}
+    with run.files.replacing(stage) as folder:
+        write_json(folder / names.REPORT, report)
+        parts = ["# Report", format_summary(report).rstrip(), report["summary"]["about"]]
+        for field in figure:
+            shown = [name for name in SHOWN if name in report["rows"]]
+            plot_field(report, field, field, shown, folder / "accuracy_along_field.png")
+            parts.insert(2, f"![Accuracy along {field}](accuracy_along_field.png)")
+        (folder / "report.md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")
+    run.finish(stage.name, {})
+
+
+def add_generators(run: "Run", audit: ConditionalAudit, of_zoo: int, args: TuneArguments) -> None:
+    """The generator as it is published, before it was tuned, and with the conditions of other tasks."""
+    r, family = run.recipe, run.family
+    assert family is not None
+
+    def sampler(pipeline: PDiffPipeline, shuffled: bool = False) -> Any:
+        pipeline.set_progress_bar_config(disable=True)
+        pipeline.to(PartialState().device)
+
+        def sample(_, table: torch.Tensor) -> torch.Tensor:
+            conditions = family.fields.conditions(table.roll(1, 0) if shuffled else table)
+            generator = torch.Generator().manual_seed(named_seed(r.seed, "evaluate"))
+            output = pipeline(
+                r.num_models,
+                r.num_inference_steps,
+                generator,
+                condition=conditions,
+                output_type="pt",
+            )
+            return output.parameters.unflatten(0, (len(table), r.num_models))  # type: ignore[union-attr]
+
+        return sample
+
+    untuned = PDiffPipeline.from_pretrained(run.folder / names.PIPELINE)
+    tuning = 0
+    if r.tune_steps:
+        record = json.loads((run.folder / names.STAGES / "tune.json").read_text())
+        tuning = len(record["results"]["losses"]) * args.num_tasks * args.num_examples
+        audit.add("generator by weights", "generator", sampler(untuned), Cost(of_zoo))
+    audit.add(GENERATOR, "generator", sampler(run.pipeline), Cost(of_zoo + tuning))
+    audit.add("generator, shuffled conditions", "control", sampler(run.pipeline, shuffled=True), Cost())

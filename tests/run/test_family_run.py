@@ -1,0 +1,207 @@
+"""A run for a family of tasks at a tiny size: its stages, what is kept, zoos from elsewhere, and what is refused."""
+
+import dataclasses
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from support.scripts import run_script
+
+from pdiff_hf import PDiffPipeline
+from pdiff_hf.evaluation import conditional_opponents
+from pdiff_hf.evaluation.conditional import GENERATOR
+from pdiff_hf.run.folder import RunError
+from pdiff_hf.run.recipe import Recipe
+from pdiff_hf.run.run import Run
+from pdiff_hf.snapshots import load_snapshots, parameter_matrix
+from pdiff_hf.utils.seeds import named_seed
+
+TINY = Recipe(
+    family="transformed",
+    family_args='{"ranges": {"blur": null}}',
+    model="perceptron_mini",
+    model_args='{"img_size": 8, "in_chans": 1, "hidden_size": 4}',
+    max_train_samples=120,
+    max_eval_samples=40,
+    num_tasks=6,
+    num_validation_tasks=2,
+    num_test_tasks=3,
+    base_epochs=10,
+    base_batch_size=32,
+    base_learning_rate=0.01,
+    select=["all"],
+    num_snapshots=12,
+    collect_steps=6,
+    collect_every=2,
+    collect_batch_size=16,
+    autoencoder_preset="pca",
+    latent_dim=5,
+    latent_scaling="together",
+    heldout_snapshots=0,
+    denoiser_preset="mlp",
+    denoiser_steps=10,
+    denoiser_batch_size=6,
+    prediction_type="v_prediction",
+    tune_steps=6,
+    tune_models=4,
+    tune_batch_size=8,
+    tune_map=True,
+    tune_weight_loss=0.1,
+    num_models=2,
+    num_inference_steps=4,
+    tune_inference_steps=4,
+)
+
+
+def run_in(folder, **changes) -> Run:
+    return Run(dataclasses.replace(TINY, output_dir=str(folder), **changes))
+
+
+def execute(folder, **changes) -> Run:
+    run = run_in(folder, **changes)
+    with run.lock():
+        run.execute()
+    return run
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory) -> Run:
+    return execute(tmp_path_factory.mktemp("family") / "out")
+
+
+def test_the_report_has_every_answer_on_unseen_tasks(finished):
+    report = json.loads((finished.folder / "evaluation" / "report.json").read_text())
+    assert {name: len(tasks) for name, tasks in report["conditions"].items()} == {"test": 3, "angle": 24}
+    kinds = {"generator", "closed form", "trained", "oracle", "control"}
+    assert {row["kind"] for row in report["rows"].values()} == kinds and len(report["rows"]) == 16
+    # 40 steps of the base model, 6 tasks for 6 steps, and 6 steps of tuning.
+    base, zoo, tuning = (120 * 10 // 32) * 32, 6 * 6 * 16, 6 * 4 * 8
+    costs = {name: (row["once"], row["each"]) for name, row in report["rows"].items()}
+    assert costs[GENERATOR] == (base + zoo + tuning, 0) and costs["kernel ridge"] == (base + zoo, 0)
+    assert costs["trained on the task, 5 times longer"] == (base, 5 * 6 * 16) and costs["base model"] == (base, 0)
+    # Opponents get the passes of zoo and tuning together.
+    assert costs["basis networks"] == (base + (6 + (base + zoo) // 32) * 32, 0)
+    text = (finished.folder / "evaluation" / "report.md").read_text()
+    assert report["verdict"] in text and "| kernel ridge" in text and "](accuracy_along_field.png)" in text
+
+
+@torch.no_grad()
+def test_the_generators_row_is_what_its_networks_reach_one_by_one(finished):
+    pipe = PDiffPipeline.from_pretrained(finished.folder / "tuned")
+    report = json.loads((finished.folder / "evaluation" / "report.json").read_text())
+    conditions = report["conditions"]["test"]
+    generator = torch.Generator().manual_seed(named_seed(0, "evaluate"))
+    networks = pipe(2, 4, generator, condition=conditions, output_type="model").parameters
+    accuracies = []
+    for i, network in enumerate(networks):
+        split = finished.family.task(conditions[i // 2]).load_split("test")
+        batch = split.__getitems__(list(range(len(split))))
+        accuracies.append(100 * (network(batch["pixel_values"]).logits.argmax(-1) == batch["labels"]).float().mean())
+    assert len(accuracies) == 6 and max(accuracies) > 15
+    expected = torch.stack(accuracies).view(3, 2).mean(1).tolist()
+    assert report["rows"][GENERATOR]["sets"]["test"]["accuracy"] == pytest.approx(expected)
+
+
+def test_tuning_learns_a_map_that_is_saved(finished):
+    untuned, tuned = (PDiffPipeline.from_pretrained(finished.folder / name) for name in ("pipeline", "tuned"))
+    assert not untuned.autoencoder.config.tuned_map and tuned.autoencoder.config.tuned_map
+    assert tuned.autoencoder.map_weight.abs().max() > 0
+    assert torch.equal(tuned.condition_encoder.seen, untuned.condition_encoder.seen)
+    assert len(tuned.condition_encoder.seen) == 6  # each task once, and not each snapshot
+    latents = tuned.autoencoder.encode(parameter_matrix(*finished.snapshots)).latents
+    assert latents.square().mean() == pytest.approx(1, abs=1e-4) and latents.var(0).max() > 1.5 * latents.var(0).min()
+
+
+def test_a_stopped_audit_goes_on_with_what_it_has_not_scored(finished, tmp_path, monkeypatch):
+    expected = json.loads((finished.folder / "evaluation" / "report.json").read_text())
+    (finished.folder / "stages" / "evaluate.json").unlink()
+    kept = next((finished.folder / "scores").glob("conditional-*.json"))
+    rows = json.loads(kept.read_text())
+    del rows["basis networks"], rows["hypernetwork"]
+    kept.write_text(json.dumps(rows))
+    trained = []
+    fit = conditional_opponents.Regime.fit
+    monkeypatch.setattr(
+        conditional_opponents.Regime, "fit", lambda *args, **kwargs: trained.append(args[3]) or fit(*args, **kwargs)
+    )
+    execute(finished.folder)
+    assert trained == ["basis networks", "hypernetwork"]
+    assert json.loads((finished.folder / "evaluation" / "report.json").read_text()) == expected
+
+
+def test_networks_for_a_condition_from_the_shell(finished, tmp_path, monkeypatch):
+    flags = [finished.folder / "tuned", "--num_models=2", "--num_inference_steps=4", "--only_generated"]
+    condition = {"angle": 30.0, "invert": "yes"}
+    run_script(monkeypatch, "generate.py", *flags, f"--condition={json.dumps(condition)}", f"--output_dir={tmp_path}")
+    pipe = PDiffPipeline.from_pretrained(finished.folder / "tuned")
+    expected = pipe(2, 4, torch.Generator().manual_seed(0), condition=condition).parameters
+    for i, tensors in enumerate(expected):
+        saved = load_file(tmp_path / f"network-{i:05d}.safetensors")
+        assert saved.keys() == tensors.keys() and all(torch.equal(saved[name], tensors[name]) for name in saved)
+    with pytest.raises(SystemExit):
+        run_script(monkeypatch, "generate.py", *flags, "--condition=37", f"--output_dir={tmp_path / 'other'}")
+
+
+def test_a_zoo_from_elsewhere(finished, tmp_path):
+    """Its tasks are the seen ones, and none of them is tested; the family must have its fields."""
+    zoo = finished.folder / "snapshots"
+    changes = {"snapshots": str(zoo), "baselines": "few", "tune_tasks": "seen", "tune_steps": 2, "num_tasks": 3}
+    run = execute(tmp_path / "out", **changes)
+    seen = {finished.family.key(condition) for condition in load_snapshots(zoo)[0].select_columns(list(run.fields))}
+    keys = {name: {run.family.key(c) for c in run.fields.conditions(t)} for name, t in run.conditions.items()}
+    assert len(seen) == 6 and not seen & (keys["validation"] | keys["test"] | keys["angle"])
+    report = json.loads((run.folder / "evaluation" / "report.json").read_text())
+    assert report["rows"]["kernel ridge"]["once"] == (120 * 10 // 32) * 32  # what others trained is not counted
+    with pytest.raises(RunError, match="fields 'angle' .* and family=grouped has 'positive'"):
+        run_in(tmp_path / "other", snapshots=str(zoo), family="grouped", family_args="{}", num_tasks=6)
+    with pytest.raises(RunError, match="needs --family"):
+        run_in(tmp_path / "other", snapshots=str(zoo), family=None, tune_steps=2)
+
+
+OWN = """
+import torch
+
+from pdiff_hf.models.condition import Fields
+from pdiff_hf.tasks.families import ImageFamily
+
+
+class Darker(ImageFamily):
+    fields = Fields({"gamma": {"type": "scalar", "low": 1, "high": 4}})
+
+    def draw(self, generator):
+        return {"gamma": 1 + 3 * torch.rand((), generator=generator).item()}
+
+    def change(self, table, images, labels):
+        return images ** table.view(-1, 1, 1, 1, 1), labels
+"""
+
+
+def test_a_family_of_ones_own_is_one_class(tmp_path):
+    path = tmp_path / "darker.py"
+    path.write_text(OWN)
+    changes = {"family_args": "{}", "baselines": "few", "tune_steps": 0, "num_test_tasks": 2}
+    run = execute(tmp_path / "out", family=f"{path}:Darker", **changes)
+    report = json.loads((run.folder / "evaluation" / "report.json").read_text())
+    assert report["fields"] == {"gamma": {"type": "scalar", "low": 1, "high": 4}}
+    assert set(report["conditions"]) == {"test", "gamma"} and GENERATOR in report["rows"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"family": "rotated"}, "neither one of transformed, grouped nor a class of your own"),
+        ({"family_args": '{"range": {}}'}, "does not take the family_args range; it takes ranges, hold_out"),
+        ({"family_args": '{"ranges": {"hue": [0, 1]}}'}, "has no field 'hue'"),
+        ({"family_args": '{"hold_out": ["moon"]}'}, "hold_out can have combinations, extrapolation, not 'moon'"),
+        ({"num_snapshots": 13}, "num_snapshots must be a multiple of num_tasks=6, got 13"),
+        ({"collect_every": 6}, "need more than collect_steps=6"),
+        ({"collect_optimizer": "sgd"}, "trained with adamw, not with sgd"),
+        ({"augmentation": "flip"}, "augmentation=flip is not for a family"),
+        ({"family": "grouped", "family_args": "{}", "num_tasks": 510, "num_snapshots": 510}, "fewer than"),
+    ],
+)
+def test_what_is_refused_before_any_work(tmp_path, changes, message):
+    with pytest.raises(ValueError, match=message):
+        run_in(tmp_path / "out", **changes)
+    assert not (tmp_path / "out").exists()
