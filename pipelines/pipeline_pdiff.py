@@ -264,7 +264,9 @@ class PDiffPipeline(SavedPipeline, NetworkMixin, DiffusionPipeline):
                 "and is the precision high enough?"
             )
         if output_type in ("state_dict", "model"):
-            output = [self.autoencoder.layout.unflatten(parameters) for parameters in output]
+            # Memory of their own, so that a file of one network does not hold all of them.
+            layout = self.autoencoder.layout
+            output = [{name: part.clone() for name, part in layout.unflatten(row).items()} for row in output]
         if output_type == "model":
             output = [self.make_model(state_dict) for state_dict in output]
         self.maybe_free_model_hooks()

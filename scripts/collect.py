@@ -11,7 +11,6 @@ Keys and flags are those of scripts/train.py, which goes on from here with the s
 """
 
 import dataclasses
-from pathlib import Path
 
 from pdiff_hf.run.recipe import RecipeParser
 
@@ -44,7 +43,7 @@ def main() -> None:
     from pdiff_hf.run.task import make_task
     from pdiff_hf.run.terminal import one_line_errors, quiet_libraries
     from pdiff_hf.snapshots.conditions import read_conditions
-    from pdiff_hf.snapshots.files import find_adapter
+    from pdiff_hf.snapshots.files import beside, find_adapter
     from pdiff_hf.utils.paths import expand_path
 
     state = start_processes()
@@ -56,11 +55,9 @@ def main() -> None:
             return
         paths, conditions, fields = [expand_path(path) for path in flags.paths or []], None, None
         if flags.conditions:
-            table = Path(expand_path(flags.conditions))
+            table = expand_path(flags.conditions)
             found, fields = read_conditions(table)
-            beside = {name: table.parent / expand_path(name) for name in found}
-            paths = [str(path) if path.exists() else expand_path(name) for name, path in beside.items()]
-            conditions = list(found.values())
+            paths, conditions = [beside(table, name) for name in found], list(found.values())
         recipe = dataclasses.replace(recipe, stages=["base"] if paths else ["base", "collect"])
         adapter = find_adapter(paths)
         run = Run(recipe, task=None if adapter is None else make_task(recipe.with_dataset(), adapter))

@@ -3,10 +3,12 @@ Compares a generator of networks with trivial ones, and looks for copies of the 
 
     python scripts/evaluate.py outputs/digits/pipeline --snapshots outputs/digits/snapshots --dataset digits
     python scripts/evaluate.py FOLDER_OF_STATE_DICTS --snapshots DIR --model BASE_MODEL --dataset DATASET
+    python scripts/evaluate.py TABLE.csv --family transformed --snapshots ZOO --model BASE_MODEL --dataset DATASET
 
 A folder of state dicts (.safetensors, or .pt and .pth without code in them) may come from any generator; the snapshots
-say which of its tensors count. Keys and flags are those of scripts/train.py. Scores are kept: a second call with more
-networks computes only the new ones.
+say which of its tensors count. With a family, a pipeline is asked for networks for unseen tasks; or a table names
+networks and the conditions that any generator made them for. Keys and flags are those of scripts/train.py. Scores are
+kept: a second call with more networks computes only the new ones.
 """
 
 from pdiff_hf.run.recipe import RecipeParser

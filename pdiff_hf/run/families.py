@@ -3,6 +3,8 @@
 import dataclasses
 import hashlib
 import json
+from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,15 +16,19 @@ from ..evaluation.render import format_summary
 from ..models import encode_in_batches
 from ..networks.stacked import StackedNetworks
 from ..pipelines import PDiffPipeline
+from ..pipelines.pipeline_pdiff import PDiffPipelineOutput
 from ..snapshots.zoo import ZooArguments, train_specialists, write_zoo
+from ..tasks.families import Family
 from ..training.denoiser import LatentGenerator
 from ..training.tune import GeneratedNetworks, TaskBatches, TuneArguments, fresh_tasks, seen_tasks
 from ..utils import names
 from ..utils.files import write_json
+from ..utils.reports import FIELD_FIGURE, FIGURES
 from ..utils.seeds import named_seed
 
 if TYPE_CHECKING:
     from .folder import Stage
+    from .recipe import Recipe
     from .run import Run
 
 # Rows of the figure of accuracy along a field.
@@ -33,7 +39,7 @@ def collect(run: "Run", stage: "Stage") -> None:
     """Snapshots of a network for each seen task, all fine-tuned from the base model side by side."""
     r, family = run.recipe, run.family
     assert family is not None
-    args, networks = zoo_arguments(run), StackedNetworks(run.base_model, run.layout)
+    args, networks = zoo_arguments(run.recipe), StackedNetworks(run.base_model, run.layout)
     loop = run.loop(stage.name, num_steps=1, batch_size=1, learning_rate=1.0)
     del loop["args"]
     with run.accelerator() as accelerator:
@@ -48,16 +54,15 @@ def collect(run: "Run", stage: "Stage") -> None:
     run.finish(stage.name, {})
 
 
-def zoo_arguments(run: "Run") -> ZooArguments:
-    r = run.recipe
+def zoo_arguments(recipe: "Recipe") -> ZooArguments:
     return ZooArguments(
-        num_steps=r.collect_steps,
-        num_snapshots=r.num_snapshots // r.num_tasks,
-        every_n_steps=r.collect_every,
-        batch_size=r.collect_batch_size,
-        learning_rate=r.collect_learning_rate,
-        weight_decay=r.collect_weight_decay,
-        checkpointing_steps=r.checkpointing_steps,
+        num_steps=recipe.collect_steps,
+        num_snapshots=recipe.num_snapshots // recipe.num_tasks,
+        every_n_steps=recipe.collect_every,
+        batch_size=recipe.collect_batch_size,
+        learning_rate=recipe.collect_learning_rate,
+        weight_decay=recipe.collect_weight_decay,
+        checkpointing_steps=recipe.checkpointing_steps,
     )
 
 
@@ -129,7 +134,7 @@ def evaluate(run: "Run", stage: "Stage") -> None:
     """
     r, family, device = run.recipe, run.family, PartialState().device
     assert family is not None
-    args, zoo = tune_arguments(run), zoo_arguments(run)
+    args, zoo = tune_arguments(run), zoo_arguments(r)
     networks = StackedNetworks(run.base_model.to(device), run.layout)
     sets = {name: table for name, table in run.conditions.items() if name not in ("train", "validation")}
     key = hashlib.blake2b(json.dumps(run.settings(stage.name), sort_keys=True).encode(), digest_size=8).hexdigest()
@@ -163,46 +168,53 @@ def evaluate(run: "Run", stage: "Stage") -> None:
     if not PartialState().is_main_process:
         return
     report = audit.report(run.recipe.without_secrets(*stage.sections) | {"seed": r.seed, "tune_tasks": r.tune_tasks})
-    figure = run.conditions.keys() - {"train", "validation", "test", *family.test_sets}
+    along = run.conditions.keys() - {"train", "validation", "test", *family.test_sets}
     with run.files.replacing(stage) as folder:
-        write_json(folder / names.REPORT, report)
-        parts = ["# Report", format_summary(report).rstrip(), report["summary"]["about"]]
-        for field in figure:
-            shown = [name for name in SHOWN if name in report["rows"]]
-            plot_field(report, field, field, shown, folder / "accuracy_along_field.png")
-            parts.insert(2, f"![Accuracy along {field}](accuracy_along_field.png)")
-        (folder / "report.md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")
+        write_report(report, folder, next(iter(along), None))
     run.finish(stage.name, {})
+
+
+def write_report(report: dict[str, Any], folder: Path, field: str | None) -> None:
+    """Writes a conditional report, and the figure of accuracy along a field if there is one, into the folder."""
+    write_json(folder / names.REPORT, report)
+    parts = ["# Report", format_summary(report).rstrip(), report["summary"]["about"]]
+    if field is not None:
+        shown = [name for name in SHOWN if name in report["rows"]]
+        plot_field(report, field, field, shown, folder / FIELD_FIGURE)
+        parts.insert(2, f"![{FIGURES[FIELD_FIGURE]}]({FIELD_FIGURE})")
+    (folder / "report.md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")
+
+
+def sample_for(pipeline: PDiffPipeline, family: Family, recipe: "Recipe", *, shuffled: bool = False) -> Callable:
+    """
+    What an audit asks for networks, always with the same noise: parameters of shape `(T, num_models, D)` for a table of
+    conditions, or, where they are shuffled, for those of the task before.
+    """
+    pipeline.set_progress_bar_config(disable=True)
+
+    def sample(_, table: torch.Tensor) -> torch.Tensor:
+        conditions = family.fields.conditions(table.roll(1, 0) if shuffled else table)
+        generator = torch.Generator().manual_seed(named_seed(recipe.seed, "evaluate"))
+        output = pipeline(
+            recipe.num_models, recipe.num_inference_steps, generator, condition=conditions, output_type="pt"
+        )
+        assert isinstance(output, PDiffPipelineOutput) and isinstance(output.parameters, torch.Tensor)
+        return output.parameters.unflatten(0, (len(table), recipe.num_models))
+
+    return sample
 
 
 def add_generators(run: "Run", audit: ConditionalAudit, of_zoo: int, args: TuneArguments) -> None:
     """The generator as it is published, before it was tuned, and with the conditions of other tasks."""
-    r, family = run.recipe, run.family
+    r, family, device = run.recipe, run.family, PartialState().device
     assert family is not None
-
-    def sampler(pipeline: PDiffPipeline, shuffled: bool = False) -> Any:
-        pipeline.set_progress_bar_config(disable=True)
-        pipeline.to(PartialState().device)
-
-        def sample(_, table: torch.Tensor) -> torch.Tensor:
-            conditions = family.fields.conditions(table.roll(1, 0) if shuffled else table)
-            generator = torch.Generator().manual_seed(named_seed(r.seed, "evaluate"))
-            output = pipeline(
-                r.num_models,
-                r.num_inference_steps,
-                generator,
-                condition=conditions,
-                output_type="pt",
-            )
-            return output.parameters.unflatten(0, (len(table), r.num_models))  # type: ignore[union-attr]
-
-        return sample
-
-    untuned = PDiffPipeline.from_pretrained(run.folder / names.PIPELINE)
     tuning = 0
     if r.tune_steps:
         record = json.loads((run.folder / names.STAGES / "tune.json").read_text())
         tuning = len(record["results"]["losses"]) * args.num_tasks * args.num_examples
-        audit.add("generator by weights", "generator", sampler(untuned), Cost(of_zoo))
-    audit.add(GENERATOR, "generator", sampler(run.pipeline), Cost(of_zoo + tuning))
-    audit.add("generator, shuffled conditions", "control", sampler(run.pipeline, shuffled=True), Cost())
+        untuned = PDiffPipeline.from_pretrained(run.folder / names.PIPELINE).to(device)
+        audit.add("generator by weights", "generator", sample_for(untuned, family, r), Cost(of_zoo))
+    pipeline = run.pipeline.to(device)
+    audit.add(GENERATOR, "generator", sample_for(pipeline, family, r), Cost(of_zoo + tuning))
+    shuffled = sample_for(pipeline, family, r, shuffled=True)
+    audit.add("generator, shuffled conditions", "control", shuffled, Cost())

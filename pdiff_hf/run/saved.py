@@ -19,6 +19,7 @@ from ..utils import names
 from ..utils.errors import resource_errors
 from ..utils.files import check_writable, remove
 from .recipe import Recipe
+from .saved_families import evaluate_saved_family
 from .task import make_task
 
 
@@ -29,7 +30,7 @@ def evaluate_saved(source: str, recipe: Recipe) -> dict:
 
     Args:
         source (`str`): Folder or Hub id of a saved `PDiffPipeline`, or a folder of networks as
-            [`~pdiff_hf.snapshots.read_networks`] reads it.
+            [`~pdiff_hf.snapshots.read_networks`] reads it. With a `family`, see [`evaluate_saved_family`].
         recipe (`Recipe`): Its `snapshots`, its task (`dataset`, `model`, ...) and its section for the evaluation.
             `model` may be `None` for a pipeline that carries its base model.
 
@@ -44,6 +45,8 @@ def evaluate_saved(source: str, recipe: Recipe) -> dict:
         raise ValueError("--snapshots is needed: the snapshots that the networks were made from")
     if recipe.dataset is None and ":" not in recipe.task:
         raise ValueError("--dataset is needed: the data set that the networks were made for")
+    if recipe.family is not None:
+        return evaluate_saved_family(source, recipe)
     snapshots, layout = load_snapshots(recipe.snapshots)
     folder = source if os.path.exists(source) else _download(source)
     pipeline = _load_pipeline(folder, layout) if Path(folder, PDiffPipeline.config_name).is_file() else None

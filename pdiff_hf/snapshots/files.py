@@ -12,6 +12,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 
 from ..layout import LayoutError, ParameterLayout
 from ..models.condition import Condition, Fields
+from ..utils.paths import expand_path
 from .dataset import (
     DATA_FILE,
     SnapshotError,
@@ -138,6 +139,12 @@ def read_networks(path: str | os.PathLike, layout: ParameterLayout) -> torch.Ten
         except (SnapshotError, LayoutError) as error:
             raise type(error)(f"'{file}': {error}") from error
     return parameters
+
+
+def beside(table: str | os.PathLike, name: str) -> str:
+    """What a table calls `name`: relative to the table where it exists there, and else as it stands."""
+    path = Path(table).parent / expand_path(name)
+    return str(path) if path.exists() else expand_path(name)
 
 
 def find_adapter(paths: Sequence[str | os.PathLike]) -> str | None:

@@ -5,8 +5,10 @@ import os
 from pathlib import Path
 
 REPORT_VERSION = 2
+FIELD_FIGURE = "accuracy_along_field.png"
 # The figures beside a report, and what they show; the first one that there is comes first everywhere.
 FIGURES = {
+    FIELD_FIGURE: "Accuracy along a field of the conditions",
     "accuracy_vs_similarity.png": "Accuracy against the similarity to the snapshots (paper, figure 4)",
     "scores.png": "Distribution of the metric in each group",
     "max_similarity.png": "Maximum similarity to the snapshots (paper, figure 5c)",

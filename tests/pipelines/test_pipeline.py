@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler
+from safetensors.torch import load_file, save_model
 from support.pipelines import LATENT_DIM, make_network, make_pipeline, sample
 from transformers import AutoConfig, AutoModelForImageClassification
 
@@ -49,6 +50,17 @@ def test_models_work_and_share_what_was_not_generated(pipe, base_model):
     shared = [name for name in before if name not in pipe.autoencoder.layout.names]
     assert all(first.state_dict()[n].data_ptr() == base_model.state_dict()[n].data_ptr() for n in shared)
     assert all(torch.equal(base_model.state_dict()[name], tensor) for name, tensor in before.items())
+
+
+def test_the_file_of_a_network_holds_no_other(pipe, tmp_path):
+    model = sample(pipe, output_type="model")[0]
+    save_model(model, str(tmp_path / "model.safetensors"))
+    saved = load_file(tmp_path / "model.safetensors")
+    assert all(torch.equal(saved[name], tensor) for name, tensor in model.state_dict().items())
+    tensors = sample(pipe, output_type="state_dict")[0]
+    torch.save(tensors, tmp_path / "tensors.pt")
+    size = sum(tensor.nbytes for tensor in tensors.values())
+    assert (tmp_path / "tensors.pt").stat().st_size < 1.2 * size + 2**12
 
 
 @pytest.mark.parametrize("scheduler_class", [None, DDPMScheduler, DDIMScheduler])

@@ -5,7 +5,7 @@ import json
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_model
 from support.scripts import run_script
 
 from pdiff_hf import PDiffPipeline
@@ -157,6 +157,52 @@ def test_a_zoo_from_elsewhere(finished, tmp_path):
         run_in(tmp_path / "other", snapshots=str(zoo), family="grouped", family_args="{}", num_tasks=6)
     with pytest.raises(RunError, match="needs --family"):
         run_in(tmp_path / "other", snapshots=str(zoo), family=None, tune_steps=2)
+
+
+def evaluate(monkeypatch, finished, source, folder, *flags) -> dict:
+    r = finished.recipe
+    task = [f"--family={r.family}", f"--family_args={r.family_args}", "--dataset=digits", "--max_train_samples=120"]
+    task += ["--max_eval_samples=40", f"--model={finished.folder / 'base_model'}", "--num_test_tasks=3"]
+    task += ["--num_validation_tasks=2", "--collect_steps=2", "--collect_batch_size=8", "--num_models=2"]
+    task += [f"--snapshots={finished.folder / 'snapshots'}", f"--output_dir={folder}", *flags]
+    run_script(monkeypatch, "evaluate.py", source, *task)
+    return json.loads((folder / "report.json").read_text())
+
+
+def test_networks_of_any_generator_are_audited_from_a_table(finished, tmp_path, monkeypatch):
+    pipe = PDiffPipeline.from_pretrained(finished.folder / "tuned")
+    conditions = [
+        {"angle": 40.0, "invert": "no", "occlude": "none"},
+        {"angle": 90.0, "invert": "yes", "occlude": "top"},
+    ]
+    networks = pipe(2, 4, torch.Generator().manual_seed(0), condition=conditions, output_type="model").parameters
+    lines, accuracies = ["network,angle:angle,invert,occlude"], []
+    for i in (3, 0, 1, 2):  # in any order
+        save_model(networks[i], str(tmp_path / f"{i}.safetensors"))
+        lines.append(f"{i}.safetensors,{','.join(map(str, conditions[i // 2].values()))}")
+    (tmp_path / "table.csv").write_text("\n".join(lines))
+    report = evaluate(monkeypatch, finished, tmp_path / "table.csv", tmp_path / "out")
+    assert [condition["angle"] for condition in report["conditions"]["test"]] == [40, 90]
+    for i, network in enumerate(networks):
+        split = finished.family.task(conditions[i // 2]).load_split("test")
+        batch = split.__getitems__(list(range(len(split))))
+        with torch.no_grad():
+            predictions = network(batch["pixel_values"]).logits.argmax(-1)
+        accuracies.append(100 * (predictions == batch["labels"]).float().mean())
+    expected = torch.stack(accuracies).view(2, 2).mean(1).tolist()
+    assert report["rows"][GENERATOR]["sets"]["test"]["accuracy"] == pytest.approx(expected)
+    (tmp_path / "table.csv").write_text("\n".join(lines[:4]))
+    with pytest.raises(SystemExit):
+        evaluate(monkeypatch, finished, tmp_path / "table.csv", tmp_path / "out")
+
+
+def test_a_saved_pipeline_is_audited(finished, tmp_path, monkeypatch):
+    report = evaluate(monkeypatch, finished, finished.folder / "tuned", tmp_path / "out", "--num_inference_steps=4")
+    assert {row["kind"] for row in report["rows"].values()} == {"generator", "closed form", "trained", "oracle"}
+    seen = {finished.family.key(c) for c in finished.fields.conditions(finished.snapshot_conditions)}
+    assert not seen & {finished.family.key(condition) for condition in report["conditions"]["test"]}
+    with pytest.raises(SystemExit):
+        evaluate(monkeypatch, finished, finished.folder / "autoencoder", tmp_path / "out")
 
 
 OWN = """

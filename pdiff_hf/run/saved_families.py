@@ -1,0 +1,131 @@
+"""Evaluates a generator from elsewhere on a family of tasks: a saved pipeline, or a table of networks."""
+
+import dataclasses
+import os
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator, PartialState
+
+from ..evaluation.conditional import GENERATOR, ConditionalAudit, Cost
+from ..evaluation.conditional_opponents import Regime, add_oracles
+from ..layout import LayoutError
+from ..networks.stacked import StackedNetworks
+from ..pipelines import PDiffPipeline
+from ..snapshots import load_snapshots, parameter_matrix, read_networks
+from ..snapshots.conditions import read_conditions
+from ..snapshots.dataset import condition_table, load_fields
+from ..snapshots.files import beside
+from ..tasks.families import Family
+from ..training.tune import seen_tasks
+from ..utils import names
+from ..utils.errors import resource_errors
+from ..utils.files import check_writable, remove
+from ..utils.seeds import named_seed
+from .families import sample_for, write_report, zoo_arguments
+from .recipe import Recipe
+from .task import make_family, make_task
+
+
+def evaluate_saved_family(source: str, recipe: Recipe) -> dict:
+    """
+    Writes the audit of the generator `source` on unseen tasks, and its figure, to `recipe.output_dir`.
+
+    Args:
+        source (`str`): Folder or Hub id of a saved `PDiffPipeline` with conditions, or a table of networks with their
+            conditions as [`~pdiff_hf.snapshots.conditions.read_conditions`] reads it: then its tasks are the unseen
+            ones, and each of them needs as many networks.
+        recipe (`Recipe`): Its `family` and task, its `snapshots` with conditions, which are the seen tasks, and
+            `model`, the base model.
+
+    Returns:
+        `dict`: What `report.json` holds.
+
+    Raises:
+        ValueError: for everything that can be seen to be wrong before any work is done.
+        ResourceError: where disk or memory run out.
+    """
+    assert recipe.snapshots is not None  # evaluate_saved has checked it
+    dataset, layout = load_snapshots(recipe.snapshots)
+    fields = load_fields(recipe.snapshots)
+    pipeline = None
+    if not source.endswith(".csv"):
+        pipeline = PDiffPipeline.from_pretrained(source)
+        if pipeline.condition_encoder is None:
+            raise ValueError(f"the generator '{source}' has no conditions; leave --family out")
+        if pipeline.autoencoder.layout != layout:
+            raise LayoutError("the pipeline generates other tensors than the snapshots hold; it was not made from them")
+    model_name = recipe.model
+    if model_name is None and pipeline is not None and pipeline.base_model is not None and os.path.isdir(source):
+        model_name = str(Path(source, names.BASE_MODEL))
+    if model_name is None:
+        raise ValueError("--model is needed: the folder of the base model that the networks were fine-tuned from")
+    family = make_family(recipe, make_task(dataclasses.replace(recipe, model=model_name)))
+    assert family is not None
+    if fields is None or fields.to_dict() != family.fields.to_dict():
+        raise ValueError(f"the snapshots have conditions with the fields {fields}, and the family has {family.fields}")
+    model = family.load_saved(model_name).to(PartialState().device)
+    layout.check_fits(model.state_dict())
+    networks = StackedNetworks(model, layout)
+
+    table = condition_table(dataset, fields)
+    known = fields.known(table).all(1)
+    table, parameters = table[known], parameter_matrix(dataset, layout)[known]
+    sizes = {"validation": recipe.num_validation_tasks, "test": recipe.num_test_tasks}
+    sizes |= dict.fromkeys(family.test_sets, recipe.num_test_tasks)
+    keys = [family.key(condition) for condition in fields.conditions(table)]
+    found = family.split(sizes, named_seed(recipe.seed, "tasks"), without=keys)
+    sets = {name: fields.table(rows) for name, rows in found.items() if name != "validation"}
+    validation = fields.table(found["validation"])
+    if pipeline is not None:
+        respond = sample_for(pipeline.to(PartialState().device), family, recipe)
+    else:
+        answers, given = _read_table(source, family, networks)
+        sets = {"test": given}
+        respond = lambda _, __: answers  # noqa: E731  # for the tasks of the table, which are all that are asked
+    output = Path(recipe.output_dir)
+    check_writable(output)
+    part = output / ".report.part"
+    remove(part)
+    with resource_errors("evaluation", output, "start again with the same command"):
+        audit = ConditionalAudit(family, networks, sets)
+        audit.add(GENERATOR, "generator", respond, Cost())
+        audit.add_closed_form(parameters, table, validation, Cost(), seed=recipe.seed)
+        base = networks.base_parameters()
+        audit.add("base model", "trained", lambda _, rows: base.expand(len(rows), -1), Cost())
+        regime = Regime(
+            family,
+            networks,
+            Accelerator(),
+            lambda args: seen_tasks(family, args, table, PartialState().device),
+            len(table),
+            validation,
+            recipe.seed,
+            output / names.CHECKPOINTS,
+        )
+        add_oracles(audit, regime, zoo_arguments(recipe), Cost(), (1,))
+        part.mkdir(parents=True)
+        report = audit.report({"seed": recipe.seed})
+        write_report(report, part, None)
+    for path in part.iterdir():
+        path.replace(output / path.name)
+    part.rmdir()
+    return report
+
+
+def _read_table(path: str, family: Family, networks: StackedNetworks) -> tuple[torch.Tensor, torch.Tensor]:
+    """The networks of a table, shape `(T, n, D)`, and their conditions, shape `(T, width)`."""
+    found, _ = read_conditions(path)
+    table = family.fields.table(found.values())
+    if not family.fields.known(table).all():
+        raise ValueError(f"'{path}': every network needs all fields, because they say which task it is judged by")
+    rows = [read_networks(beside(path, name), networks.layout) for name in found]
+    parameters = torch.cat(rows)
+    conditions = torch.cat([row.expand(len(own), -1) for row, own in zip(table, rows, strict=True)])
+    tasks, inverse, counts = conditions.unique(dim=0, return_inverse=True, return_counts=True)
+    if counts.min() != counts.max():
+        raise ValueError(
+            f"'{path}': every task needs as many networks, and there are from {int(counts.min())} to "
+            f"{int(counts.max())}"
+        )
+    return parameters[inverse.argsort(stable=True)].unflatten(0, (len(tasks), -1)), tasks
