@@ -258,6 +258,7 @@ class TransformedFamily(ImageFamily):
 
     ranges: dict[str, Sequence | None] = field(default_factory=dict)
     hold_out: Sequence[str] = ()
+    _last_maps: tuple | None = field(default=None, init=False, repr=False)
 
     def __post_init__(self):
         unknown = [name for name in self.hold_out if name not in REGIONS]
@@ -311,21 +312,39 @@ class TransformedFamily(ImageFamily):
         self, table: torch.Tensor, images: torch.Tensor, labels: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         num_tasks, _, _, height, width = images.shape
-        columns = {name: table[:, part].squeeze(1) for name, part in self.fields.columns.items()}  # (T,) each
+        maps = self._maps(table, height, width)
         flat = images.reshape(num_tasks, -1, height, width)  # all images of a task are moved alike
+        if maps.grid is not None:
+            flat = F.grid_sample(flat, maps.grid, align_corners=False)
+        if maps.blur is not None:
+            # One product a task and direction: all images of a task are blurred alike.
+            rows, lines = maps.blur
+            flat = flat.reshape(num_tasks, -1, width) @ lines.mT  # (T, B C H, W)
+            flat = flat.view(num_tasks, -1, height, width).transpose(1, 2).reshape(num_tasks, height, -1)
+            flat = rows @ flat  # (T, H, B C W)
+            flat = flat.view(num_tasks, height, -1, width).transpose(1, 2)
+        images = flat.reshape(images.shape)
+        images = torch.addcmul(maps.offset, images, maps.factor)  # in one pass: most of what a small network costs
+        return images, labels
+
+    def _maps(self, table: torch.Tensor, height: int, width: int) -> "Maps":
+        """What conditions do to images of this size; a zoo asks for the same ones at every step."""
+        key = height, width, table.device, table.shape
+        if self._last_maps is None or self._last_maps[0] != key or not torch.equal(self._last_maps[1], table):
+            self._last_maps = key, table.clone(), self._make_maps(table, height, width)
+        return self._last_maps[2]
+
+    def _make_maps(self, table: torch.Tensor, height: int, width: int) -> "Maps":
+        num_tasks = len(table)
+        columns = {name: table[:, part].squeeze(1) for name, part in self.fields.columns.items()}  # (T,) each
+        grid, blur = None, None
         if "angle" in columns:
             radians = columns["angle"] * (math.pi / 180)
             sin, cos, zero = radians.sin(), radians.cos(), torch.zeros_like(radians)
             maps = torch.stack([cos, -sin * height / width, zero, sin * width / height, cos, zero], dim=1)
             grid = F.affine_grid(maps.view(-1, 2, 3), [num_tasks, 1, height, width], align_corners=False)
-            flat = F.grid_sample(flat, grid, align_corners=False)
         if "blur" in columns:
-            # One product a task and direction: all images of a task are blurred alike.
-            flat = flat.reshape(num_tasks, -1, width) @ blur_matrix(columns["blur"], width).mT  # (T, B C H, W)
-            flat = flat.view(num_tasks, -1, height, width).transpose(1, 2).reshape(num_tasks, height, -1)
-            flat = blur_matrix(columns["blur"], height) @ flat  # (T, H, B C W)
-            flat = flat.view(num_tasks, height, -1, width).transpose(1, 2)
-        images = flat.reshape(images.shape)
+            blur = blur_matrix(columns["blur"], height), blur_matrix(columns["blur"], width)
         factor = torch.ones(num_tasks, 1, 1, height, width, device=table.device)
         offset = torch.zeros_like(factor)
         if "invert" in columns:
@@ -345,8 +364,24 @@ class TransformedFamily(ImageFamily):
             masks = torch.stack([visible[word] for word in self._words("occlude")])
             mask = masks[columns["occlude"].long()].view(num_tasks, 1, 1, height, width)
             factor, offset = factor * mask, offset * mask
-        images = torch.addcmul(offset, images, factor)  # in one pass: this is most of what a small network costs
-        return images, labels
+        return Maps(grid, blur, factor, offset)
+
+
+@dataclass(frozen=True)
+class Maps:
+    """
+    What the conditions of T tasks do to images, one after the other.
+
+    Args:
+        grid (`torch.Tensor`, *optional*): Where each pixel comes from, shape `(T, H, W, 2)`, as of `F.grid_sample`.
+        blur (`tuple`, *optional*): Matrices on columns and on lines, shapes `(T, H, H)` and `(T, W, W)`.
+        factor (`torch.Tensor`), offset (`torch.Tensor`): Of each pixel at the end, shape `(T, 1, 1, H, W)`.
+    """
+
+    grid: torch.Tensor | None
+    blur: tuple[torch.Tensor, torch.Tensor] | None
+    factor: torch.Tensor
+    offset: torch.Tensor
 
 
 def blur_matrix(sigma: torch.Tensor, size: int) -> torch.Tensor:
