@@ -1,15 +1,21 @@
 """What is made of sampled parameters: networks, ensembles, and networks for a few labelled examples."""
 
+import functools
+import logging
 import math
 import operator
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, SupportsIndex
 
 import torch
 from torch import nn
+from torch.utils._pytree import tree_leaves
 
+from pdiff_hf.layout import ParameterLayout
 from pdiff_hf.models import ParameterAutoencoder
 from pdiff_hf.models.condition import Condition
+from pdiff_hf.networks.batch_norm import RecomputedStatistics
+from pdiff_hf.networks.batched import Forward
 from pdiff_hf.networks.ensemble import EnsembleModel
 from pdiff_hf.networks.posterior import (
     PosteriorOutput,
@@ -26,12 +32,54 @@ if TYPE_CHECKING:
 else:  # diffusers takes a `pipeline.py` only if there is one class of pipelines in it
     Base = object
 
+logger = logging.getLogger(__name__)
+
 
 class NetworkMixin(Base):
     """For a pipeline that samples parameters of shape `(N, D)`."""
 
     autoencoder: ParameterAutoencoder
     base_model: nn.Module | None
+
+    def recompute_statistics(
+        self, parameters: torch.Tensor, batch_norm_data: Iterable[Mapping[str, Any]] | None
+    ) -> tuple[ParameterLayout, torch.Tensor]:
+        """
+        Networks with their own statistics of batch norm; see [`RecomputedStatistics`].
+
+        Args:
+            parameters (`torch.Tensor`): Shape `(N, D)`.
+            batch_norm_data (`Iterable[Mapping]`, *optional*): Batches of training data, each what the base model takes.
+                It is gone through twice, and must give the same. Without it the base model's statistics stay, with a
+                warning where the generator was evaluated otherwise.
+
+        Returns:
+            `tuple`: The layout of what differs between the networks, and its values, shape `(N, D + S)`.
+
+        Raises:
+            ValueError: if there are no statistics to recompute, or no batches.
+        """
+        layout = self.autoencoder.layout
+        if batch_norm_data is None:
+            if self.config.recomputed_statistics:
+                logger.warning(
+                    "this generator was evaluated with statistics of batch norm that were recomputed for each network, "
+                    "and these networks have the base model's; pass batch_norm_data, some batches of training data"
+                )
+            return layout, parameters
+        if iter(batch_norm_data) is batch_norm_data:
+            raise ValueError("batch_norm_data is gone through twice: pass a list of batches or a DataLoader")
+        assert self.base_model is not None  # checked before sampling
+        model = self.base_model
+        device = next(model.parameters()).device
+
+        def batches() -> Iterator[Forward]:
+            for batch in batch_norm_data:
+                inputs = {name: value.to(device) for name, value in batch.items() if isinstance(value, torch.Tensor)}
+                yield functools.partial(_run, inputs=inputs)
+
+        statistics = RecomputedStatistics(model, layout, batches)
+        return statistics.layout, statistics(parameters)
 
     def make_model(self, state_dict: dict[str, torch.Tensor]) -> nn.Module:
         """
@@ -48,6 +96,7 @@ class NetworkMixin(Base):
         num_inference_steps: SupportsIndex = 20,
         generator: torch.Generator | list[torch.Generator] | None = None,
         condition: Condition | Sequence[Condition] | torch.Tensor | None = None,
+        batch_norm_data: Iterable[Mapping[str, Any]] | None = None,
     ) -> EnsembleModel:
         """
         New networks as one `nn.Module` that returns the mean of their probabilities, on the base model's device.
@@ -61,7 +110,7 @@ class NetworkMixin(Base):
         (parameters,) = self(
             num_models, num_inference_steps, generator, condition=condition, output_type="pt", return_dict=False
         )
-        return EnsembleModel(self.base_model, self.autoencoder.layout, parameters)
+        return EnsembleModel(self.base_model, *self.recompute_statistics(parameters, batch_norm_data))
 
     def posterior(
         self,
@@ -123,6 +172,11 @@ class NetworkMixin(Base):
                 self.base_model, layout, output.parameters, examples, num_steps=refine_steps, predict=predict
             )
         return output
+
+
+def _run(call: Callable, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """Some tensor that a network returns, for the sake of what happens on the way to it."""
+    return next(leaf for leaf in tree_leaves(call(**inputs)) if isinstance(leaf, torch.Tensor))
 
 
 def whole_number(name: str, value: SupportsIndex) -> int:

@@ -2,9 +2,9 @@
 
 import copy
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import SupportsIndex
+from typing import Any, SupportsIndex
 
 import torch
 from diffusers import DiffusionPipeline, SchedulerMixin
@@ -55,6 +55,8 @@ class PDiffPipeline(SavedPipeline, NetworkMixin, DiffusionPipeline):
             The network whose other tensors complete the generated ones.
         condition_encoder ([`ConditionEncoder`], *optional*):
             Of a generator for a family of tasks: turns what is known of a task into what the denoiser takes.
+        recomputed_statistics (`bool`, *optional*, defaults to `False`):
+            Whether its networks were evaluated with statistics of batch norm that were recomputed for each.
     """
 
     model_cpu_offload_seq = "condition_encoder->denoiser->autoencoder"
@@ -69,6 +71,7 @@ class PDiffPipeline(SavedPipeline, NetworkMixin, DiffusionPipeline):
         scheduler: SchedulerMixin,
         base_model: nn.Module | None = None,
         condition_encoder: ConditionEncoder | None = None,
+        recomputed_statistics: bool = False,
     ):
         super().__init__()
         # Components may be None while a pipeline is put together from parts.
@@ -99,6 +102,7 @@ class PDiffPipeline(SavedPipeline, NetworkMixin, DiffusionPipeline):
             base_model=base_model,
             condition_encoder=condition_encoder,
         )
+        self.register_to_config(recomputed_statistics=recomputed_statistics)
 
     def check_inputs(
         self,
@@ -170,6 +174,7 @@ class PDiffPipeline(SavedPipeline, NetworkMixin, DiffusionPipeline):
         return_dict: bool = True,
         callback_on_step_end: Callable[["PDiffPipeline", int, int, dict], dict] | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
+        batch_norm_data: Iterable[Mapping[str, Any]] | None = None,
     ) -> PDiffPipelineOutput | tuple:
         r"""
         Generates networks. They are computed in blocks of fixed sizes, in bounded memory; where a block does not fit,
@@ -204,6 +209,9 @@ class PDiffPipeline(SavedPipeline, NetworkMixin, DiffusionPipeline):
                 `callback_kwargs` has the tensors of `callback_on_step_end_tensor_inputs`; may return them changed.
             callback_on_step_end_tensor_inputs (`list[str]`, *optional*):
                 Of `latents`, the latents of all networks, shape `(N, L)`.
+            batch_norm_data (`Iterable[Mapping]`, *optional*):
+                For `output_type="model"`: batches of training data, such as a list of `{"pixel_values": ...}`, from
+                which each network gets running statistics of batch norm of its own, in place of the base model's.
 
         Returns:
             [`PDiffPipelineOutput`] or `tuple`:
@@ -218,6 +226,8 @@ class PDiffPipeline(SavedPipeline, NetworkMixin, DiffusionPipeline):
         known = prepare_conditions(self.condition_encoder, condition, num_models)
         if known is None and guidance_scale != 1:
             raise ValueError("guidance_scale needs a generator with conditions, and this one was trained without")
+        if batch_norm_data is not None and (output_type != "model" or self.base_model is None):
+            raise ValueError(f"batch_norm_data is for output_type='model' and needs a base model, got {output_type!r}")
         num_models = num_models if known is None else len(known)
         self.check_inputs(
             num_models, num_inference_steps, generator, latents, output_type, callback_on_step_end_tensor_inputs
@@ -266,6 +276,8 @@ class PDiffPipeline(SavedPipeline, NetworkMixin, DiffusionPipeline):
         if output_type in ("state_dict", "model"):
             # Memory of their own, so that a file of one network does not hold all of them.
             layout = self.autoencoder.layout
+            if output_type == "model":
+                layout, output = self.recompute_statistics(output, batch_norm_data)
             output = [{name: part.clone() for name, part in layout.unflatten(row).items()} for row in output]
         if output_type == "model":
             output = [self.make_model(state_dict) for state_dict in output]

@@ -165,7 +165,7 @@ def _load_task(source: Source, folder: Path) -> None:
     model = source.pipe.base_model or task.load_saved(folder / names.BASE_MODEL).to(source.pipe.device)
     if isinstance(task, LabelledTask):
         task.align(model.config)
-    source.scorer = make_scorer(task, model, layout, cache_dir=folder / names.SCORES)
+    source.scorer = make_scorer(task, model, layout, folder / names.SCORES, recipe.recomputes_statistics)
     source.snapshots = parameter_matrix(snapshots, layout)
 
 
@@ -319,7 +319,8 @@ class Watcher:
         self.distances.append(autoencoder.normalize(parameters).square().mean(1).sqrt().cpu())
         if scorer is not None:
             labels = self.batch["labels"]
-            logits = [part for _, part in scorer.models(lambda call: scorer.task.predict(call, self.batch), parameters)]
+            whole = scorer.complete(parameters)
+            logits = [part for _, part in scorer.models(lambda call: scorer.task.predict(call, self.batch), whole)]
             self.accuracies.append(100 * (torch.cat(logits).argmax(-1) == labels).double().mean(-1).cpu())
 
     @rc_context(LETTERS)

@@ -36,6 +36,11 @@ def parse_args() -> argparse.Namespace:
         type=condition,
         help="What is known of the task, as JSON, for a generator with conditions; unknown fields are drawn.",
     )
+    parser.add_argument(
+        "--batch_norm_data",
+        metavar="RECIPE.yaml",
+        help="Recipe of a run, on whose training data the statistics of batch norm are recomputed for each network.",
+    )
     return parser.parse_args()
 
 
@@ -53,10 +58,13 @@ def main() -> None:
     args = parse_args()
     # These take seconds to import, which a mistyped flag should not wait for.
     from pdiff_hf.run.export import write_networks
+    from pdiff_hf.run.recipe import load_recipe
+    from pdiff_hf.run.task import make_task
     from pdiff_hf.run.terminal import one_line_errors, quiet_libraries
 
     quiet_libraries()
     with one_line_errors():
+        recipe = None if args.batch_norm_data is None else load_recipe(expand_path(args.batch_norm_data))
         folder = Path(expand_path(args.output_dir))
         write_networks(
             expand_path(args.pipeline),
@@ -66,6 +74,7 @@ def main() -> None:
             seed=args.seed,
             only_generated=args.only_generated,
             condition=args.condition,
+            task=None if recipe is None else make_task(recipe.with_dataset()),
         )
     print(f"{args.num_models} networks are in {folder}.")
 

@@ -19,9 +19,10 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from ..layout import ParameterLayout
+from ..networks.batch_norm import RecomputedStatistics
 from ..networks.batched import BatchedModels
 from ..tasks import ClassificationTask, MeasuredTask, Task, predict_logits, take
-from ..tasks.task import EVAL_BATCH_SIZE, Split
+from ..tasks.task import EVAL_BATCH_SIZE, Split, statistics_batches
 from ..utils.files import replacing
 from .geometry import Matrix
 from .scores import ClassifierScores, MeasuredScores, Metric, Scores
@@ -45,6 +46,11 @@ class Scorer(ABC, Generic[S]):
         cache_dir (`str` or `os.PathLike`, *optional*): Scores are kept here, under a hash of everything that they
             depend on: the base model, the examples and labels of the split, and the network's own parameters. Without
             it they are computed anew.
+        recompute_statistics (`bool`, *optional*, defaults to `False`): Whether each network gets its own running
+            statistics of batch norm, from training data; see [`RecomputedStatistics`].
+
+    Raises:
+        ValueError: if there are no such statistics to recompute.
     """
 
     metric: Metric
@@ -53,13 +59,27 @@ class Scorer(ABC, Generic[S]):
     chunk_size: int
 
     def __init__(
-        self, task: Task, model: nn.Module, layout: ParameterLayout, cache_dir: str | os.PathLike | None = None
+        self,
+        task: Task,
+        model: nn.Module,
+        layout: ParameterLayout,
+        cache_dir: str | os.PathLike | None = None,
+        recompute_statistics: bool = False,
     ):
         self.task, self.layout = task, layout
-        self.models = BatchedModels(model, layout)
         self.cache_dir = None if cache_dir is None else Path(cache_dir)
         self._has_help = False
         self._context = _context_hash(model, layout)
+        self._statistics = None
+        if recompute_statistics:
+            device = next(model.parameters()).device
+            self._statistics = RecomputedStatistics(model, layout, lambda: statistics_batches(task, device))
+            self._context.update(f"recomputed from {task.fingerprint('train')}".encode())
+        self.models = BatchedModels(model, layout if self._statistics is None else self._statistics.layout)
+
+    def complete(self, parameters: Tensor) -> Tensor:
+        """Parameters of shape `(N, D)` with all that `models` needs of a network: its statistics, if it has its own."""
+        return parameters if self._statistics is None else self._statistics(parameters)
 
     @abstractmethod
     def _empty(self, split: Split, num_networks: int) -> S:
@@ -218,7 +238,7 @@ class ClassifierScorer(Scorer[ClassifierScores]):
 
     def _run(self, split: Split, parameters: Tensor) -> ClassifierScores:
         scores = self._empty(split, len(parameters))
-        for rows, examples, logits, labels in predict_logits(self.task, self.models, split, parameters):
+        for rows, examples, logits, labels in predict_logits(self.task, self.models, split, self.complete(parameters)):
             log_probs = logits.float().log_softmax(-1)
             predictions = logits.argmax(-1).masked_fill(log_probs.isnan().any(-1), -1)
             scores.predictions[rows, examples] = predictions.to("cpu", torch.int16)
@@ -228,7 +248,7 @@ class ClassifierScorer(Scorer[ClassifierScores]):
 
     def estimate(self, num_networks: int) -> float:
         batch = self._batch("test", EVAL_BATCH_SIZE)
-        base = self.layout.flatten(self.models.model.state_dict())
+        base = self.models.layout.flatten(self.models.model.state_dict())
 
         def seconds(count: int) -> float:
             start = time.perf_counter()
@@ -262,7 +282,7 @@ class MeasuredScorer(Scorer[MeasuredScores]):
         return MeasuredScores(torch.empty(num_networks, dtype=torch.float64))
 
     def _run(self, split: Split, parameters: Tensor) -> MeasuredScores:
-        return MeasuredScores(self.task.measure(self.models, split, parameters).double().cpu())
+        return MeasuredScores(self.task.measure(self.models, split, self.complete(parameters)).double().cpu())
 
     def estimate(self, num_networks: int) -> float:
         base = self.layout.flatten(self.models.model.state_dict())[None]
@@ -273,18 +293,22 @@ class MeasuredScorer(Scorer[MeasuredScores]):
 
 
 def make_scorer(
-    task: Task, model: nn.Module, layout: ParameterLayout, cache_dir: str | os.PathLike | None = None
+    task: Task,
+    model: nn.Module,
+    layout: ParameterLayout,
+    cache_dir: str | os.PathLike | None = None,
+    recompute_statistics: bool = False,
 ) -> Scorer:
     """
     What scores networks of a task; arguments as for [`Scorer`].
 
     Raises:
-        ValueError: if the task does not say how networks are judged.
+        ValueError: if the task does not say how networks are judged, or there are no statistics to recompute.
     """
     if isinstance(task, ClassificationTask):
-        return ClassifierScorer(task, model, layout, cache_dir)
+        return ClassifierScorer(task, model, layout, cache_dir, recompute_statistics)
     if isinstance(task, MeasuredTask):
-        return MeasuredScorer(task, model, layout, cache_dir)
+        return MeasuredScorer(task, model, layout, cache_dir, recompute_statistics)
     raise ValueError(
         f"{type(task).__name__} must be a ClassificationTask or a MeasuredTask: it has to say how networks are judged"
     )

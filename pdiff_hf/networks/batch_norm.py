@@ -1,120 +1,118 @@
 """Batch-norm statistics of many networks, recomputed in one pass over data, as SWAG does (arXiv 1902.02476)."""
 
-import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
 from torch import nn
-from torch.func import functional_call, vmap
 from torch.nn.modules.batchnorm import _NormBase
-from torch.nn.modules.conv import _ConvNd
 
 from ..layout import ParameterLayout
-from .batched import Forward
-from .replacement import Replacement
-
-logger = logging.getLogger(__name__)
+from .batched import BatchedModels, Forward
 
 
-def find_batch_norms(model: nn.Module) -> dict[str, _NormBase]:
-    """The layers of batch norm with running statistics, by name."""
-    modules = dict(model.named_modules())
-    return {n: m for n, m in modules.items() if isinstance(m, _NormBase) and m.running_mean is not None}
-
-
-@torch.no_grad()
-def recompute_batch_norm(
-    model: nn.Module,
-    layout: ParameterLayout,
-    batches: Iterable[Forward],
-    parameters: torch.Tensor,
-    networks_at_once: int = 16,
-) -> dict[str, torch.Tensor]:
+class RecomputedStatistics:
     """
-    The statistics that `torch.optim.swa_utils.update_bn` would give each network: the mean over all batches of each
-    batch's mean and unbiased variance, while its layers normalise by the batch. Everything else is in eval mode.
+    Gives networks that differ in the tensors of a layout running statistics of their own: those that training examples
+    have in them, the mean over batches of each batch's mean and unbiased variance, as `torch.optim.swa_utils.update_bn`
+    has it. They follow from a network's tensors, so that a network with its statistics is a row of a longer layout, for
+    which everything works as for a shorter one.
+
+    Layers that come before all tensors of the layout see the same in all networks. They keep the base model's
+    statistics, and what they compute is shared.
 
     Args:
-        model (`nn.Module`): The base model; it is left as it was.
-        layout (`ParameterLayout`): The tensors that differ between the networks.
-        batches (`Iterable[Forward]`): For each batch of data a forward pass, `forward(call)`, where `call` takes the
-            place of the model. They are gone through once.
-        parameters (`torch.Tensor`): Shape `(N, D)`, on the model's device.
-        networks_at_once (`int`, *optional*, defaults to 16): So many run side by side, where `vmap` allows it and no
-            weights of convolutions differ.
+        model (`nn.Module`): The base model, on the device to compute on; it is left as it was, in eval mode.
+        layout (`ParameterLayout`): The tensors that differ.
+        batches (`Callable`): `batches()` goes through the data: for each batch a forward pass `forward(call)`, where
+            `call` takes the place of the model.
 
-    Returns:
-        `dict[str, torch.Tensor]`: `running_mean` and `running_var` of every layer by their names, shape `(N, C)` each.
-        Empty if the network has no batch norm.
+    Attributes:
+        layout (`ParameterLayout`): The tensors that differ, and then `running_mean` and `running_var` of the layers
+            behind them.
 
     Raises:
-        ValueError: if there are no batches.
+        ValueError: if no such layer has statistics to recompute, or there are no batches.
     """
-    layers = find_batch_norms(model)
-    if not layers:
-        return {}
-    replacement = Replacement(model, layout.names)
-    owners = {name.rpartition(".")[0] for name in layout.names}
-    side_by_side = not any(isinstance(model.get_submodule(owner), _ConvNd) for owner in owners)
-    names = [f"{layer}.{statistic}" for layer in layers for statistic in ("running_mean", "running_var")]
-    buffers = dict(model.named_buffers())
-    sums = {name: buffers[name].new_zeros(len(parameters), *buffers[name].shape) for name in names}
 
-    def statistics_of(tensors: dict[str, torch.Tensor], statistics: dict[str, torch.Tensor], forward: Forward):
-        # A momentum of 1 leaves the statistics of this batch alone in the running ones.
-        counts = {name: b.clone() for name, b in buffers.items() if name.endswith("num_batches_tracked")}
-        state = replacement.tensors(model, tensors) | statistics | counts
-        forward(lambda *args, **kwargs: functional_call(model, state, args, kwargs, tie_weights=False))
-        return statistics
+    def __init__(self, model: nn.Module, layout: ParameterLayout, batches: Callable[[], Iterable[Forward]]):
+        self.models, self.batches = BatchedModels(model, layout), batches
+        named = {
+            name: module
+            for name, module in model.named_modules()
+            if isinstance(module, _NormBase)
+            and module.running_mean is not None
+            and f"{name}.running_mean" not in layout.names
+        }
+        first = next(iter(batches()), None)
+        if first is None:
+            raise ValueError("there are no batches of data to compute the statistics of batch norm from")
+        self.layers = list(named.values())
+        if named:
+            rows = torch.stack([self.models._own_row(), self.models._other_row()])
+            own, other = self._statistics_of(first, rows).split(1)
+            sizes = [2 * layer.num_features for layer in self.layers]
+            differs = [not torch.equal(a, b) for a, b in zip(own.split(sizes, 1), other.split(sizes, 1), strict=True)]
+            named = {name: layer for (name, layer), yes in zip(named.items(), differs, strict=True) if yes}
+            self.layers = list(named.values())
+            self.models = BatchedModels(model, layout)  # afresh: with other layers, other things can be shared
+        if not named:
+            raise ValueError(
+                f"{type(model).__name__} has no batch norm behind the tensors that are generated, so that there are no "
+                "statistics to recompute"
+            )
+        names = [f"{name}.{statistic}" for name in named for statistic in ("running_mean", "running_var")]
+        added = ParameterLayout.from_state_dict(model.state_dict(), names)
+        self.layout = ParameterLayout(
+            layout.names + added.names,
+            layout.shapes + added.shapes,
+            layout.dtypes + added.dtypes,
+            layout.aliases + added.aliases,
+        )
 
-    num_batches = 0
-    with _learning(model, layers):
-        for forward in batches:
+    @torch.no_grad()
+    def __call__(self, parameters: torch.Tensor) -> torch.Tensor:
+        """Networks, shape `(N, D)`, to the same with their statistics, shape `(N, D + S)`, on the same device."""
+        rows = parameters.to(next(self.models.model.parameters()).device)
+        total = torch.zeros(len(rows), self.layout.num_parameters - parameters.shape[1], device=rows.device)
+        num_batches = 0
+        for forward in self.batches():
             num_batches += 1
-            start = 0
-            while start < len(parameters):
-                size = networks_at_once if side_by_side else 1
-                rows = slice(start, min(start + size, len(parameters)))
-                tensors = layout.unflatten(parameters[rows])
-                empty = {name: torch.zeros_like(total[rows]) for name, total in sums.items()}
-                try:
-                    if side_by_side:
-                        found = vmap(lambda t, s, f=forward: statistics_of(t, s, f), randomness="same")(tensors, empty)
-                    else:
-                        found = statistics_of(_first(tensors), _first(empty), forward)
-                except RuntimeError as error:
-                    if not side_by_side:
-                        raise
-                    logger.warning("%s does not run under vmap: one network at a time", type(model).__name__)
-                    logger.debug("vmap failed", exc_info=error)
-                    side_by_side = False
-                    continue
-                for name, total in sums.items():
-                    total[rows] += found[name]
-                start = rows.stop
-    if not num_batches:
-        raise ValueError("there are no batches of data to compute the statistics of batch norm from")
-    return {name: total / num_batches for name, total in sums.items()}
+            total += self._statistics_of(forward, rows)
+        return torch.cat([parameters, (total / num_batches).to(parameters.device)], dim=1)
 
+    def _statistics_of(self, forward: Forward, rows: torch.Tensor) -> torch.Tensor:
+        """Means and variances in one batch, layer by layer: `(N, D)` to `(N, S)`."""
+        with _normalising_by_batch(self.layers) as seen:
 
-def _first(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    return {name: tensor[0] for name, tensor in tensors.items()}
+            def statistics(call: Callable) -> torch.Tensor:
+                for found in seen.values():
+                    found.clear()
+                forward(call)
+                # A layer that is called several times has the mean of what it saw.
+                return torch.cat([torch.stack(found).mean(0) for found in seen.values()])
+
+            return torch.cat([output for _, output in self.models(statistics, rows)])
 
 
 @contextmanager
-def _learning(model: nn.Module, layers: dict[str, _NormBase]) -> Iterator[None]:
-    """The layers normalise by their batch, and take over its statistics, in this block."""
-    training = {module: module.training for module in model.modules()}
-    momenta = {layer: layer.momentum for layer in layers.values()}
-    model.eval()
-    for layer in momenta:
-        layer.momentum = 1.0
-        layer.train()
+def _normalising_by_batch(layers: list[_NormBase]) -> Iterator[dict[_NormBase, list[torch.Tensor]]]:
+    """Within the block the layers normalise by their batch; it gets the mean and variance of all that they see."""
+    seen: dict[_NormBase, list[torch.Tensor]] = {layer: [] for layer in layers}
+
+    def look(layer: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+        values = args[0].transpose(0, 1).flatten(1)  # (C, everything else)
+        variance, mean = torch.var_mean(values.float(), dim=1)
+        seen[layer].append(torch.cat([mean, variance]))  # type: ignore[index]  # hooks are on these layers alone
+
+    tracked = {layer: layer.track_running_stats for layer in layers}
+    hooks = [layer.register_forward_pre_hook(look) for layer in layers]
+    for layer in layers:
+        layer.training, layer.track_running_stats = True, False
     try:
-        yield
+        yield seen
     finally:
-        for layer, momentum in momenta.items():
-            layer.momentum = momentum
-        for module, mode in training.items():
-            module.training = mode
+        for hook in hooks:
+            hook.remove()
+        for layer, value in tracked.items():
+            layer.training, layer.track_running_stats = False, value

@@ -102,6 +102,11 @@ class EnsembleModel(nn.Module):
         self._side_by_side = not any(isinstance(self.base_model.get_submodule(owner), _ConvNd) for owner in owners)
         self.eval()
 
+    def _load_from_state_dict(self, state_dict, prefix, *args) -> None:
+        # Files of version 0.1 have no weights.
+        state_dict.setdefault(f"{prefix}weights", torch.full_like(self.weights, 1 / len(self.weights)))
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
     def forward(self, *args, **kwargs) -> EnsembleOutput:
         """Takes what the base model takes."""
         log_probs = self._log_probs(*args, **kwargs)

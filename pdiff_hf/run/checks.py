@@ -46,6 +46,11 @@ def check_run(run: "Run") -> None:
         raise RunError(f"tune_models={r.tune_models} cannot be cut into {parts} equal parts")
     if r.push_to_hub and "denoiser" not in r.stages and not run.is_finished("denoiser"):
         raise RunError("push_to_hub needs a finished generator, which the chosen stages do not make")
+    if r.recomputes_statistics and (run.family is not None or r.tune_steps):
+        raise RunError(
+            "batch_norm_statistics=recomputed is not for networks that are trained side by side, as for a family and "
+            "in tuning; use base or generated"
+        )
     if run.family is not None:
         _check_family(run)
     elif r.tune_steps and run.is_imported and run.fields is not None:
@@ -102,6 +107,6 @@ def _check_memory(run: "Run", num_snapshots: int) -> None:
     """The scores of all networks must fit into memory."""
     r = run.recipe
     model = run.base_model if run.is_finished("base") else without_wrapper(run.task.load_base_model())
-    scorer = make_scorer(run.task, model, run.layout)
+    scorer = make_scorer(run.task, model, run.layout, recompute_statistics=r.recomputes_statistics)
     for split in ("validation", "test"):
         scorer.check_memory(split, max(num_snapshots, r.score_models or r.num_models, r.baseline_models))

@@ -11,7 +11,10 @@ from transformers import PreTrainedModel, TimmWrapperForImageClassification
 from ..models.condition import Condition
 from ..names import adapter_file_names
 from ..networks.adapters import has_adapters, save_adapter
+from ..networks.batch_norm import RecomputedStatistics
 from ..pipelines import PDiffPipeline
+from ..tasks import Task
+from ..tasks.task import statistics_batches
 from ..utils.files import check_writable, replacing
 
 
@@ -24,6 +27,7 @@ def write_networks(
     seed: int,
     only_generated: bool,
     condition: Condition | None = None,
+    task: Task | None = None,
 ) -> None:
     """
     Samples networks and writes each to a folder that `from_pretrained` loads, or, with `only_generated`, its generated
@@ -33,6 +37,7 @@ def write_networks(
         source (`str`): Folder or Hub id of a saved `PDiffPipeline`.
         folder (`Path`): Must not hold generated networks yet.
         condition (`Mapping`, *optional*): What is known of the task, for a generator with conditions.
+        task (`Task`, *optional*): The statistics of batch norm are recomputed for each network on its training data.
 
     Raises:
         ConditionError: for a condition that the generator does not take.
@@ -45,6 +50,8 @@ def write_networks(
     pipe = PDiffPipeline.from_pretrained(source)
     pipe.to("cuda" if torch.cuda.is_available() else "cpu")
     pipe.set_progress_bar_config(desc="sampling", leave=False)
+    if task is not None and only_generated:
+        raise ValueError("statistics of batch norm are those of whole networks; leave --only_generated out")
     if pipe.base_model is None and not only_generated:
         raise ValueError("this generator has no base model to complete its networks with; use --only_generated")
     size = 4 * pipe.autoencoder.layout.num_parameters
@@ -64,8 +71,14 @@ def write_networks(
         output_type="pt",
         return_dict=False,
     )
-    folder.mkdir(parents=True, exist_ok=True)
     layout = pipe.autoencoder.layout
+    if task is not None and pipe.base_model is not None:
+        device = next(pipe.base_model.parameters()).device
+        statistics = RecomputedStatistics(pipe.base_model, layout, lambda: statistics_batches(task, device))
+        layout, parameters = statistics.layout, statistics(parameters)
+    elif not only_generated:
+        pipe.recompute_statistics(parameters, None)  # which warns where they should be
+    folder.mkdir(parents=True, exist_ok=True)
     names = adapter_file_names(layout)
     for i, row in enumerate(tqdm(parameters, "writing")):
         # Copies, because safetensors does not write views of a larger tensor.

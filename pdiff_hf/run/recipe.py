@@ -139,8 +139,9 @@ class CollectSection:
     exclude: list[str] = option([], "Tensors to leave out of those.")
     batch_norm_statistics: str = option(
         "base",
-        "Running statistics of batch norm: those of the `base` model, or `generated` with their layers.",
-        choices=("base", "generated"),
+        "Running statistics of batch norm: those of the `base` model, `generated` with their layers, or `recomputed` "
+        "for each network from training data.",
+        choices=("base", "generated", "recomputed"),
     )
     num_snapshots: int = option(300, "K, over all runs or seen tasks together.", min=2)
     num_runs: int = option(1, "Fine-tune so many times from the base model, each in another order of the data.", min=1)
@@ -284,6 +285,11 @@ class Recipe(
             raise ValueError(
                 f"token_size must be left out with autoencoder_preset={self.autoencoder_preset}, got {self.token_size}"
             )
+
+    @property
+    def recomputes_statistics(self) -> bool:
+        """Whether each network gets its own statistics of batch norm, from training data."""
+        return self.batch_norm_statistics == "recomputed"
 
     def section(self, *sections: type) -> dict[str, Any]:
         """The settings of some sections, by name."""

@@ -66,7 +66,7 @@ def evaluate_saved(source: str, recipe: Recipe) -> dict:
     remove(part)
     with resource_errors("evaluation", output, "what is scored is kept; go on with the same command"):
         report = compare_generator(
-            make_scorer(task, model.to(device), layout, cache_dir=output / names.SCORES),
+            make_scorer(task, model.to(device), layout, output / names.SCORES, recipe.recomputes_statistics),
             parameter_matrix(snapshots, layout),
             read_networks(folder, layout) if pipeline is None else pipeline.to(device),
             part,

@@ -266,7 +266,14 @@ def fit_denoiser(run: "Run") -> None:
     # A network of no library that can save it does not go with its generator.
     base_model = run.base_model if isinstance(run.base_model, PreTrainedModel | ModelMixin) else None
     sampler = make_sampling_scheduler(scheduler)
-    pipeline = PDiffPipeline(run.autoencoder, denoiser, sampler, base_model=base_model, condition_encoder=encoder)
+    pipeline = PDiffPipeline(
+        run.autoencoder,
+        denoiser,
+        sampler,
+        base_model=base_model,
+        condition_encoder=encoder,
+        recomputed_statistics=r.recomputes_statistics,
+    )
     with run.files.replacing(stage) as folder:
         pipeline.save_pretrained(folder)
     run.finish(stage.name, {"losses": losses.tolist()})
@@ -291,7 +298,8 @@ def evaluate(run: "Run") -> None:
         families.evaluate(run, stage)
         return
     device = PartialState().device
-    scorer = make_scorer(run.task, run.base_model.to(device), run.layout, cache_dir=run.folder / names.SCORES)
+    model, scores = run.base_model.to(device), run.folder / names.SCORES
+    scorer = make_scorer(run.task, model, run.layout, scores, r.recomputes_statistics)
     if not PartialState().is_main_process:
         scorer.help()
         return

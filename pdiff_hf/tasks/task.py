@@ -1,5 +1,6 @@
 """What a base model is for: the interface between a user's problem and everything else."""
 
+import functools
 import logging
 import os
 from abc import ABC, abstractmethod
@@ -20,6 +21,7 @@ from ..utils.memory import halve, is_out_of_memory
 Split = Literal["train", "validation", "test"]
 Batch = Mapping[str, Any]
 EVAL_BATCH_SIZE = 500
+STATISTICS_EXAMPLES, STATISTICS_BATCH_SIZE = 2048, 256
 
 logger = logging.getLogger(__name__)
 
@@ -137,6 +139,18 @@ class MeasuredTask(Task):
             split (`str`): Networks are selected on `validation` and reported on `test`.
             parameters (`torch.Tensor`): Shape `(N, D)`.
         """
+
+
+def statistics_batches(task: Task, device: torch.device) -> Iterator[Callable[[Callable], torch.Tensor]]:
+    """
+    Forward passes over `STATISTICS_EXAMPLES` training examples, evenly spaced over the split and as they are without
+    augmentation, from which the statistics of batch norm are recomputed.
+    """
+    split = task.load_split("train")
+    indices = torch.linspace(0, len(split) - 1, min(STATISTICS_EXAMPLES, len(split))).round().long()
+    for part in indices.tensor_split(-(-len(indices) // STATISTICS_BATCH_SIZE)):
+        batch = send_to_device(task.collate(take(split, part.tolist())), device)
+        yield functools.partial(task.loss, batch=batch)
 
 
 def check_head(task: Task, is_trained: bool) -> None:

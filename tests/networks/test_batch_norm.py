@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.optim.swa_utils import update_bn
 
-from pdiff_hf.networks.batch_norm import recompute_batch_norm
+from pdiff_hf.networks.batch_norm import RecomputedStatistics
 from pdiff_hf.selection import select_layout
 
 
@@ -37,37 +37,72 @@ class Unmappable(nn.Module):
 
 
 @pytest.mark.parametrize(
-    ("make", "select", "shape"),
+    ("make", "select", "shape", "first"),
     [
-        (plain, "linear", (4,)),
-        (tied, "linear", (4,)),
-        (Unmappable, "linear", (4,)),
-        (lambda: timm.create_model("test_resnet", num_classes=3), "norm[-2:]", (3, 16, 16)),
-        (lambda: timm.create_model("test_resnet", num_classes=3), "conv[1]", (3, 16, 16)),
+        (plain, "linear", (4,), "1"),
+        (plain, "linear[1:]", (4,), "4"),  # the batch norm before it is the same in all networks
+        (tied, "linear", (4,), "1"),
+        (Unmappable, "linear", (4,), "net.1"),
+        (lambda: timm.create_model("test_resnet", num_classes=3), "norm[-4:]", (3, 16, 16), None),
+        (lambda: timm.create_model("test_resnet", num_classes=3), "conv[1]", (3, 16, 16), None),
     ],
 )
-def test_each_network_gets_what_update_bn_gives_it(make, select, shape):
+def test_each_network_gets_what_torch_averages_in_training_mode(make, select, shape, first):
     torch.manual_seed(0)
-    model = make().train()
+    model = make().eval()
     layout = select_layout(model, select)
     parameters = layout.flatten(model.state_dict()) + 0.2 * torch.randn(5, layout.num_parameters)
     data = [torch.randn(8, *shape) for _ in range(3)]
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    found = recompute_batch_norm(
-        model, layout, (lambda call, x=x: call(x) for x in data), parameters, networks_at_once=3
-    )
-    for i, row in enumerate(parameters):
+    statistics = RecomputedStatistics(model, layout, lambda: (lambda call, x=x: call(x) for x in data))
+    found = statistics(parameters)
+    assert torch.equal(found[:, : layout.num_parameters], parameters)
+    added = statistics.layout.names[len(layout.names) :]
+    names = [name for name, module in model.named_modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+    behind = [name for name in names if f"{name}.running_mean" in added]
+    assert behind == names[len(names) - len(behind) :] and (first is None or behind[0] == first)
+    for row, own in zip(parameters, found, strict=True):
         network = copy.deepcopy(model)
         network.load_state_dict(layout.unflatten(row), strict=False)
-        update_bn(data, network)
-        expected = {name: t for name, t in network.state_dict().items() if "running_" in name}
-        torch.testing.assert_close({n: t[i] for n, t in found.items()}, expected, rtol=1e-4, atol=1e-5)
+        for name in behind:
+            layer = network.get_submodule(name)
+            layer.reset_running_stats()
+            layer.momentum = None  # a cumulative average
+            layer.train()
+        for x in data:
+            network(x)
+        expected = {name: network.state_dict()[name] for name in added}
+        tensors = statistics.layout.unflatten(own)
+        torch.testing.assert_close({name: tensors[name] for name in added}, expected, rtol=1e-4, atol=1e-5)
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
-    assert model.training and all(module.training for module in model.modules())
+    assert not any(module.training for module in model.modules())
+    layers = [model.get_submodule(name) for name in names]
+    assert all(layer.track_running_stats and not layer._forward_pre_hooks for layer in layers)
 
 
-def test_nothing_to_compute():
-    layout = select_layout(nn.Linear(2, 2), "all")
-    assert recompute_batch_norm(nn.Linear(2, 2), layout, [], torch.zeros(1, 6)) == {}
-    with pytest.raises(ValueError, match="no batches of data"):
-        recompute_batch_norm(plain(), select_layout(plain(), "head"), [], torch.zeros(1, 14))
+def test_where_all_layers_are_behind_it_is_update_bn():
+    torch.manual_seed(0)
+    model = plain()
+    layout = select_layout(model, "linear[0]")
+    data = [torch.randn(8, 4) for _ in range(3)]
+    statistics = RecomputedStatistics(model, layout, lambda: (lambda call, x=x: call(x) for x in data))
+    row = layout.flatten(model.state_dict()) + 0.1
+    network = copy.deepcopy(model)
+    network.load_state_dict(layout.unflatten(row), strict=False)
+    update_bn(data, network)
+    expected = statistics.layout.flatten(network.state_dict())
+    torch.testing.assert_close(statistics(row[None])[0], expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("model", "select", "batches", "message"),
+    [
+        (nn.Linear(2, 2), "all", [1], "no batch norm behind the tensors"),
+        (plain(), "head", [1], "no batch norm behind the tensors"),
+        (plain(), "all", [], "no batches of data"),
+    ],
+)
+def test_nothing_to_compute(model, select, batches, message):
+    data = torch.randn(4, model[0].in_features if isinstance(model, nn.Sequential) else 2)
+    with pytest.raises(ValueError, match=message):
+        RecomputedStatistics(model, select_layout(model, select), lambda: [lambda call: call(data) for _ in batches])

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from safetensors.torch import load_model, save_model
+from safetensors.torch import load_model, save_file, save_model
 from support.pipelines import make_pipeline
 from transformers import AutoConfig, AutoModelForImageClassification, AutoModelForSequenceClassification, BertConfig
 
@@ -45,6 +45,17 @@ def network():
 @pytest.fixture(scope="module")
 def images():
     return torch.randn(5, 3, 32, 32, generator=torch.Generator().manual_seed(2))
+
+
+def test_files_of_version_0_1_have_no_weights(network, images, tmp_path):
+    ensemble = make_ensemble(network, "norm[-2:]")
+    expected = ensemble(images).logits
+    state = {name: tensor.clone() for name, tensor in ensemble.state_dict().items() if name != "weights"}
+    save_file(state, tmp_path / "old.safetensors")
+    loaded = make_ensemble(network, "norm[-2:]")
+    loaded.weights.copy_(torch.tensor([1.0, 0.0, 0.0]))
+    load_model(loaded, tmp_path / "old.safetensors")
+    assert torch.equal(loaded.weights, ensemble.weights) and torch.equal(loaded(images).logits, expected)
 
 
 def test_a_pipelines_ensemble_is_the_mean_of_its_networks(network, images):
