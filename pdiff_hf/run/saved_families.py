@@ -29,7 +29,8 @@ from .task import make_family, make_task
 
 def evaluate_saved_family(source: str, recipe: Recipe) -> dict:
     """
-    Writes the audit of the generator `source` on unseen tasks, and its figure, to `recipe.output_dir`.
+    Writes the audit of the generator `source` on unseen tasks to `recipe.output_dir`. With the seed and the numbers of
+    tasks of a run they are the unseen ones of that run; with others its generator may have been tuned on them.
 
     Args:
         source (`str`): Folder or Hub id of a saved `PDiffPipeline` with conditions, or a table of networks with their

@@ -167,8 +167,9 @@ class Family(ABC):
         for i, name in enumerate(names):
             if sizes.get(name):
                 region = name if name in self.test_sets else None
-                result[name] = self.conditions(sizes[name], derive_seed(seed, i), region=region, without=taken)
-                taken |= {self.key(condition) for condition in result[name]} | set(without)
+                others = taken if name == "train" else taken | set(without)
+                result[name] = self.conditions(sizes[name], derive_seed(seed, i), region=region, without=others)
+                taken |= {self.key(condition) for condition in result[name]}
         return result
 
 

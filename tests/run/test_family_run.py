@@ -199,8 +199,10 @@ def test_networks_of_any_generator_are_audited_from_a_table(finished, tmp_path, 
 def test_a_saved_pipeline_is_audited(finished, tmp_path, monkeypatch):
     report = evaluate(monkeypatch, finished, finished.folder / "tuned", tmp_path / "out", "--num_inference_steps=4")
     assert {row["kind"] for row in report["rows"].values()} == {"generator", "closed form", "trained", "oracle"}
-    seen = {finished.family.key(c) for c in finished.fields.conditions(finished.snapshot_conditions)}
-    assert not seen & {finished.family.key(condition) for condition in report["conditions"]["test"]}
+    assert report["conditions"]["test"] == finished.fields.conditions(finished.conditions["test"])
+    own = json.loads((finished.folder / "evaluation" / "report.json").read_text())
+    for name in (GENERATOR, "nearest seen task", "base model"):
+        assert report["rows"][name]["sets"]["test"] == own["rows"][name]["sets"]["test"]
     with pytest.raises(SystemExit):
         evaluate(monkeypatch, finished, finished.folder / "autoencoder", tmp_path / "out")
 
