@@ -5,11 +5,13 @@ import os
 import re
 from importlib.metadata import metadata
 from pathlib import Path
+from statistics import fmean
 
 import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from ..layout import ParameterLayout
+from ..models.condition import AngleField, CategoryField, Field, Fields, ScalarField
 from ..utils.reports import FIGURES, load_report
 
 TEMPLATE = Path(__file__).with_name("card.md.jinja")
@@ -60,6 +62,9 @@ def make_model_card(
     layout = ParameterLayout.from_dict(json.loads((pipeline / "autoencoder" / "config.json").read_text())["layout"])
     base = pipeline / "base_model" / "config.json"
     base_config = json.loads(base.read_text()) if base.is_file() else {}
+    encoder = pipeline / "condition_encoder" / "config.json"
+    encoder_config = json.loads(encoder.read_text()) if encoder.is_file() else {}
+    fields = Fields(encoder_config["fields"]) if encoder_config else None
     recipe: dict = {}
     report, figures = None, list[dict]()
     if run is not None:
@@ -91,6 +96,10 @@ def make_model_card(
         recipe=yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True) if recipe else "",
         repository=metadata("pdiff_hf").json.get("home_page"),
         complete=bool(base_config),
+        fields=fields,
+        num_seen=encoder_config.get("num_seen", 0),
+        condition="" if fields is None else ", ".join(f'"{name}": {_example(fields[name])}' for name in fields),
+        settings=recipe,
         report=report,
         figures=figures,
         num_parameters=layout.num_parameters,
@@ -127,17 +136,35 @@ def _read_report(folder: Path) -> tuple[dict | None, list[dict]]:
     return report, [{"title": FIGURES[name], "path": f"evaluation/{name}"} for name in present]
 
 
+def _example(field: Field) -> str:
+    """A value of a field, as Python has it."""
+    if isinstance(field, AngleField):
+        return f"{field.period / 10:g}"
+    if isinstance(field, ScalarField):
+        return f"{field.low + (field.high - field.low) / 4:g}"
+    if isinstance(field, CategoryField):
+        return json.dumps(field.values[0], ensure_ascii=False)
+    return f"[1.0] + [0.0] * {field.width - 1}"
+
+
 def _eval_results(report: dict, recipe: dict) -> list[EvalResult]:
-    generated = next(group for group in report["groups"] if group["name"] == "generated")
     task = recipe.get("task", "image_classification").replace("_", "-")
     dataset = recipe.get("dataset") or "unknown"
     metric = report["metric"]["name"]
     title = f"{metric} ({report['metric']['unit']})" if report["metric"]["unit"] else metric
-    values = {
-        f"Mean {title} of {generated['n']} networks": (metric, generated["score_mean"]),
-        f"{title} of the network chosen on validation data": (metric, generated["score_best"]),
-        "Mean over the networks of the largest IoU of errors with a snapshot": ("iou", generated.get("max_iou")),
-    }
+    if report.get("kind") == "conditional":
+        values = {
+            f"Mean {title} on {len(scores['accuracy'])} unseen tasks ({name})": (metric, fmean(scores["accuracy"]))
+            for name, scores in report["rows"]["generator"]["sets"].items()
+            if name not in report["fields"]  # tasks along a field are for a figure
+        }
+    else:
+        generated = next(group for group in report["groups"] if group["name"] == "generated")
+        values = {
+            f"Mean {title} of {generated['n']} networks": (metric, generated["score_mean"]),
+            f"{title} of the network chosen on validation data": (metric, generated["score_best"]),
+            "Mean over the networks of the largest IoU of errors with a snapshot": ("iou", generated.get("max_iou")),
+        }
     return [
         EvalResult(
             task_type=task,

@@ -108,7 +108,7 @@ def push_snapshots_to_hub(
     folder = Path(folder)
     files: dict[str, Path | bytes] = {
         path.relative_to(folder).as_posix(): path
-        for pattern in ("README.md", "data/*.arrow", "layout/*.arrow")
+        for pattern in ("README.md", "data/*.arrow", "layout/*.arrow", "fields/*.arrow")
         for path in sorted(folder.glob(pattern))
     }
     missing = [name for name in ("README.md", "data", "layout") if not any(path.startswith(name) for path in files)]

@@ -21,16 +21,18 @@ from support.evaluation import regression, snapshots_around
 from support.hub_server import Fault
 from support.markdown import check_markdown, tables
 from support.pipelines import make_network, make_pipeline
-from support.recipes import TINY
+from support.recipes import TINY, TINY_FAMILY
 from transformers import AutoModelForImageClassification
 
 from pdiff_hf import LatentDenoiser, ParameterLayout, PDiffPipeline
 from pdiff_hf.evaluation.compare import compare_generator
 from pdiff_hf.hub.card import PRIVATE_KEYS, HubError, make_model_card
 from pdiff_hf.hub.push import push_run_to_hub, push_snapshots_to_hub
+from pdiff_hf.models.condition import Fields
 from pdiff_hf.run.recipe import Recipe, RunSection
 from pdiff_hf.run.run import Run
 from pdiff_hf.snapshots import SnapshotError, SnapshotWriter, load_snapshots, parameter_matrix
+from pdiff_hf.snapshots.dataset import condition_table, load_fields
 
 ROOT = Path(__file__).parents[2]
 ID = "alice/generator"
@@ -457,6 +459,37 @@ def test_the_card_of_a_run(hub, run):
     assert links and set(links) <= set(files(hub, "lab/digits"))
 
 
+@pytest.mark.slow
+def test_the_card_of_a_family_of_tasks(hub, tmp_path, monkeypatch):
+    run = Run(Recipe(**TINY_FAMILY, output_dir=str(tmp_path / "out")))
+    with run.lock():
+        run.execute()
+    push_run_to_hub(run.folder, "lab/on-demand")
+    card = ModelCard.load("lab/on-demand")
+    card.validate()
+    report = json.loads((run.folder / "evaluation" / "report.json").read_text())
+    accuracies = report["rows"]["generator"]["sets"]["test"]["accuracy"]
+    (result,) = card.data.eval_results
+    assert result.metric_name == "Mean accuracy (%) on 3 unseen tasks (test)"
+    assert result.metric_value == pytest.approx(sum(accuracies) / 3, abs=1e-4)
+    check_markdown(card.text, run.folder)
+    assert f"> **Verdict:** {report['verdict']}" in card.text
+    assert [report["summary"]["header"], *report["summary"]["rows"]] in tables(card.text)
+    fields = [["field", "value"], ["`angle`", "an angle with period 360"], ["`invert`", "one of no, yes"]]
+    assert [*fields, ["`occlude`", "one of none, left, right, top, bottom"]] in tables(card.text)
+    assert "on networks for 6 tasks of the family `transformed`" in card.text
+    assert "learned from one task" not in card.text and "variations of the snapshots" not in card.text
+    links = re.findall(r"\]\((?!https?:)([^)]+)\)", card.text)
+    assert "evaluation/accuracy_along_field.png" in links and set(links) <= set(files(hub, "lab/on-demand"))
+    names: dict = {}
+    exec(re.search(r"```python\n(.*?)```", card.text, re.DOTALL)[1], names)
+    assert names["condition"] == {"angle": 36, "invert": "no", "occlude": "none"} and len(names["networks"]) == 8
+    generator = torch.Generator().manual_seed(0)
+    expected = run.pipeline(8, 4, generator, condition=names["condition"], output_type="model").parameters
+    for name, tensor in expected[7].state_dict().items():
+        assert torch.equal(names["networks"][7].state_dict()[name], tensor)
+
+
 def test_what_is_private_about_a_run_is_known():
     """Of the settings that are about the run itself, these may be published; a new one has to be decided on."""
     keys = {field.name for field in dataclasses.fields(RunSection)}
@@ -541,6 +574,22 @@ def test_snapshots_come_back_identical(hub, snapshots, tmp_path):
     assert torch.equal(torch.tensor([row["parameters"] for row in streamed]), parameter_matrix(expected, layout))
     streamed = datasets.load_dataset("alice/snapshots", "layout", split="train", streaming=True)
     assert [row["name"] for row in streamed] == ["conv.weight", "bias"]
+
+
+def test_the_conditions_of_snapshots_come_back(hub, tmp_path):
+    layout = ParameterLayout(("bias",), ((4,),), ("float32",))
+    fields = Fields({"angle": {"type": "angle"}, "word": {"type": "category", "values": ["a", "b"]}})
+    with SnapshotWriter(tmp_path / "snapshots", layout, fields=fields) as writer:
+        for step, condition in enumerate(({"angle": 3.0, "word": "b"}, {"word": "a"})):
+            writer.write(torch.randn(4), step=step, seed=3, condition=condition)
+    push_snapshots_to_hub(tmp_path / "snapshots", "alice/conditions")
+    found = load_fields("alice/conditions", cache_dir=tmp_path / "cache")
+    pulled, _ = load_snapshots("alice/conditions", cache_dir=tmp_path / "cache")
+    assert found.to_dict() == load_fields(tmp_path / "snapshots").to_dict()
+    assert found.conditions(condition_table(pulled, found)) == [
+        {"angle": 3.0, "word": "b"},
+        {"angle": None, "word": "a"},
+    ]
 
 
 def test_private_snapshots_on_a_branch(hub, snapshots, tmp_path):
