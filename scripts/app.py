@@ -3,250 +3,18 @@ A page to explore a generator in the browser.
 
     pip install -e ".[app]"
     python scripts/app.py outputs/digits             # a run: its task and snapshots are used as well
+    python scripts/app.py outputs/on_demand          # of a family of tasks: its networks at work, as you move a control
     python scripts/app.py user/generator             # a Hub id, with the report in its repository
 
 As a Space: an `app.py` with `build_app("user/generator").launch(**LAUNCH)`, imported from `pdiff_hf.scripts.app`.
 """
 
 import argparse
-import html
-import os
-import tempfile
-import time
-from functools import partial
-from itertools import count
-from pathlib import Path
 
-import gradio as gr
-from huggingface_hub.errors import HTTPError
-from transformers.utils import logging as transformers_logging
+from pdiff_hf.utils.imports import lazy_attributes
 
-from pdiff_hf.evaluation.render import table
-from pdiff_hf.scripts import explore
-
-MAX_MODELS = 500
-MAX_STEPS = 1000
-WATCHED_STEPS = 40  # of a longer process so many are drawn
-SECONDS_A_PICTURE = 1.0  # drawing takes time that sampling needs
-TENSORS, WHOLE = "Generated tensors", "Whole networks"
-NARROW = ("n", "best")  # columns of the summary that a phone has no room for
-CSS = """
-.picture img { max-height: 58vh; object-fit: contain; padding-top: 30px; box-sizing: border-box; }
-.report table { font-size: 0.85em; width: 100%; }
-.report :is(th, td) { padding: 4px !important; white-space: normal !important; word-break: normal; }
-.loading :is(pre, code) { white-space: pre-wrap !important; overflow-wrap: anywhere; }
-@media (max-width: 640px) { .tab-container button { padding: 0 6px !important; } }
-"""
-# Fonts of the reader's own machine: the page asks no other server for anything.
-LAUNCH = {
-    "theme": gr.themes.Default(
-        primary_hue="orange", font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]
-    ),
-    "css": CSS,
-    "footer_links": [],
-    "ssr_mode": False,
-}
-os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
-
-
-def _message(error: BaseException) -> gr.Error:
-    return gr.Error(html.escape(explore.one_line(error)), print_exception=False)
-
-
-def describe(name: str, source: explore.Source) -> str:
-    """Markdown: what the generator makes, from which data, and what is not available here."""
-    layout, base_model = source.pipe.autoencoder.layout, source.pipe.base_model
-    what = "a network that is not part of it"
-    if base_model is not None:
-        what = f"`{getattr(base_model.config, 'architecture', base_model.config.model_type)}`"
-    data = "" if source.dataset is None else f" trained on `{source.dataset}`"
-    lines = [
-        f"**`{name}`** generates {layout.num_parameters:,} parameters in {len(layout.names)} tensors of {what}{data}."
-    ]
-    lines += [f"*Not available:* {text}." for text in source.missing]
-    return "\n\n".join(lines)
-
-
-def announce(source: explore.Source) -> str:
-    """Markdown: what sampling will show."""
-    then = " then compared with the snapshots under *Accuracy*," if source.scorer else ""
-    return (
-        f"**Sample** draws new networks. They form under *Process*, are{then} drawn under *Parameters*, and can be "
-        "downloaded."
-    )
-
-
-def narrow_report(report: dict | None) -> tuple[str, str]:
-    """Verdict, warnings and the summary with the few columns that a phone has room for; and what explains them."""
-    if report is None:
-        return "There is no report.", ""
-    summary = report["summary"]
-    kept = [i for i, title in enumerate(summary["header"]) if title not in NARROW]
-    rows = [[row[i] for i in kept] for row in summary["rows"]]
-    parts = [f"**Verdict:** {report['verdict']}", *(f"> **Warning:** {warning}" for warning in report["warnings"])]
-    return "\n\n".join([*parts, table([summary["header"][i] for i in kept], rows)]), summary["about"]
-
-
-def build_app(pipeline_id: str = "") -> gr.Blocks:
-    """
-    The page.
-
-    Args:
-        pipeline_id (`str`, *optional*): The generator that it opens with: a Hub id, the folder of a run or of a
-            pipeline. The reader can choose another one; folders not in a Space.
-    """
-
-    def open_generator(name):
-        try:
-            source = explore.load_source(name.strip())
-        except (ValueError, OSError, HTTPError) as error:
-            raise _message(error) from error
-        short_report, explanation = narrow_report(source.report)
-        with tempfile.TemporaryDirectory() as folder:
-            picture = Path(folder, "accuracy_vs_similarity.png")
-            text = explore.compare(source, picture)
-            yield {
-                about: describe(name.strip(), source),
-                comparison: gr.Image(picture if picture.exists() else None, visible=picture.exists()),
-                comparison_text: text,
-                report_text: short_report,
-                report_more: gr.Accordion(visible=bool(explanation)),
-                report_about: explanation,
-                accuracies: gr.Image(None, visible=False),
-                distances: gr.Image(None, visible=False),
-                heat: gr.Image(None, visible=False),
-                kind: gr.Radio(
-                    [TENSORS, WHOLE] if source.has_whole_networks else [TENSORS], value=TENSORS, interactive=True
-                ),
-                download: gr.DownloadButton("Download networks", None, interactive=False),
-                loading: explore.how_to_load(source, whole=False),
-                status: announce(source),
-            }
-
-    def sample(name, num_models, num_steps, scheduler, seed, chosen):
-        # All that is to be seen goes out each time, because a browser that falls behind leaves updates out.
-        shown = {}
-        numbers = count()
-
-        def draw(component, draw_to):
-            # Each picture has a name of its own, because the browser shows an equal address from its cache.
-            path = Path(folder, f"{next(numbers)}.png")
-            text = draw_to(path)
-            shown[component] = gr.Image(path, visible=True)
-            return text
-
-        # Gradio has copies of its own of all files when it asks for what follows.
-        with tempfile.TemporaryDirectory() as folder:
-            try:
-                source = explore.load_source(name.strip())
-                if None in (num_models, num_steps, seed):
-                    raise ValueError("networks, steps and seed must all be given")
-                whole = chosen == WHOLE
-                explore.check_size(source, num_models)
-                explore.check_size(source, num_models, whole)
-                yield {status: "Preparing …"}
-                watcher = explore.Watcher(source)
-                every, drawn = -(-num_steps // WATCHED_STEPS), 0.0
-                for step, latents in explore.sample_latents(source, num_models, num_steps, scheduler, seed):
-                    if step % every and step < num_steps:
-                        continue
-                    watcher.add(step, latents[: explore.WATCHED])
-                    if step < num_steps and time.monotonic() - drawn < SECONDS_A_PICTURE:
-                        continue
-                    draw(distances, watcher.draw_distances)
-                    if source.scorer is not None:
-                        draw(accuracies, watcher.draw_accuracies)
-                    shown[status] = f"Step {step} of {num_steps} …"
-                    yield shown
-                    drawn = time.monotonic()
-                parameters = source.pipe.decode_latents(latents)
-                draw(heat, partial(explore.draw_heat_map, source, parameters))
-                scored = 0
-                while source.scorer is not None and scored < num_models:
-                    shown[status] = f"Scored {scored} of {num_models} networks …"
-                    yield shown
-                    scored = min(max(explore.FIRST_SCORED, 2 * scored), num_models)
-                    scores = source.scorer.score("test", parameters[:scored])  # those before come from its cache
-                    shown[comparison_text] = draw(comparison, partial(explore.compare, source, scores=scores))
-                shown[status] = "Packing …"
-                yield shown
-                archive = Path(folder, "networks.zip")
-                explore.write_zip(source, parameters, archive, whole)
-                label = f"Download networks ({archive.stat().st_size / 1e6:.1f} MB)"
-                shown[download] = gr.DownloadButton(label, archive, interactive=True)
-                shown[loading] = explore.how_to_load(source, whole)
-                shown[status] = f"Done: {num_models} networks in {num_steps} steps of {scheduler}, seed {seed}."
-                yield shown
-            except (ValueError, OSError, HTTPError) as error:
-                raise _message(error) from error
-
-    with gr.Blocks(title="pdiff_hf: explore a generator", analytics_enabled=False, delete_cache=(3600, 3600)) as app:
-        gr.Markdown("## Explore a generator")
-        with gr.Row(equal_height=True):
-            name = gr.Textbox(
-                pipeline_id,
-                label="Generator",
-                placeholder="Hub id, or folder of a run or pipeline",
-                scale=5,
-                max_lines=1,
-            )
-            open_button = gr.Button("Open", scale=1, min_width=70)
-        about = gr.Markdown()
-        with gr.Row(equal_height=True):
-            sample_button = gr.Button("Sample", variant="primary", min_width=100, scale=2)
-            stop_button = gr.Button("Stop", min_width=70, scale=1)
-            with gr.Column(scale=7, min_width=280):
-                status = gr.Markdown("Open a generator first.")
-        with gr.Row():
-            # The results come first, so that a phone has them above the settings.
-            with gr.Column(scale=3, min_width=300), gr.Tabs():
-                picture = {"show_label": False, "interactive": False, "buttons": ["download", "fullscreen"]}
-                picture |= {"format": "png", "container": False, "visible": False, "elem_classes": "picture"}
-                with gr.Tab("Accuracy"):
-                    comparison_text = gr.Markdown()
-                    comparison = gr.Image(**picture)
-                with gr.Tab("Process"):
-                    gr.Markdown(
-                        f"The first {explore.WATCHED} networks that you sample, as they are denoised: how far they lie "
-                        f"from the snapshots' mean, and, of a run, their accuracy on at most "
-                        f"{explore.WATCHED_EXAMPLES} test examples."
-                    )
-                    with gr.Row():
-                        accuracies = gr.Image(min_width=280, **picture)
-                        distances = gr.Image(min_width=280, **picture)
-                with gr.Tab("Parameters"):
-                    gr.Markdown(
-                        "A row for each network that you sample: how far its parameters lie from the snapshots' mean."
-                    )
-                    heat = gr.Image(**picture)
-                with gr.Tab("Report"):
-                    report_text = gr.Markdown(elem_classes="report")
-                    with gr.Accordion("What the columns say", open=False, visible=False) as report_more:
-                        report_about = gr.Markdown()
-            with gr.Column(scale=1, min_width=280):
-                num_models = gr.Slider(1, MAX_MODELS, 50, step=1, precision=0, label="Networks")
-                num_steps = gr.Slider(1, MAX_STEPS, 20, step=1, precision=0, label="Denoising steps")
-                scheduler = gr.Dropdown(list(explore.SCHEDULERS), value="DPM-Solver++", label="Scheduler")
-                seed = gr.Number(0, precision=0, minimum=0, maximum=2**32 - 1, label="Seed")
-                kind = gr.Radio([TENSORS, WHOLE], value=TENSORS, label="Download (choose before you sample)")
-                download = gr.DownloadButton("Download networks", interactive=False)
-                with gr.Accordion("How to load them", open=False):
-                    loading = gr.Markdown(elem_classes="loading")
-
-        opened = [about, comparison, comparison_text, report_text, report_more, report_about, accuracies, distances]
-        opened += [heat, kind, download, loading, status]
-        gr.on([open_button.click, name.submit], open_generator, name, opened)
-        if pipeline_id:
-            app.load(open_generator, name, opened)
-        sampling = sample_button.click(
-            sample,
-            [name, num_models, num_steps, scheduler, seed, kind],
-            [status, distances, accuracies, comparison, comparison_text, heat, download, loading],
-            show_progress="hidden",
-            concurrency_limit=1,
-        )
-        stop_button.click(None, cancels=[sampling]).then(lambda: "Stopped.", None, status)
-    return app
+# gradio takes seconds to import, which a mistyped flag should not wait for.
+__getattr__ = lazy_attributes(__name__, dict.fromkeys(("build_app", "LAUNCH"), "pdiff_hf.scripts.page"))
 
 
 def main() -> None:
@@ -254,8 +22,16 @@ def main() -> None:
     parser.add_argument("pipeline", nargs="?", default="", help="Folder of a run or of a pipeline, or a Hub id.")
     parser.add_argument("--port", type=int, help="By default the first free one from 7860.")
     args = parser.parse_args()
-    transformers_logging.disable_progress_bar()
-    build_app(args.pipeline).launch(server_port=args.port, **LAUNCH)
+    try:
+        import gradio  # noqa: F401
+    except ModuleNotFoundError as error:
+        parser.exit(1, f'error: the page needs gradio ({error}); pip install -e ".[app]"\n')
+    from pdiff_hf.run.terminal import one_line_errors, quiet_libraries
+    from pdiff_hf.scripts.page import LAUNCH, build_app
+
+    quiet_libraries()
+    with one_line_errors():
+        build_app(args.pipeline).launch(server_port=args.port, **LAUNCH)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What the page shows: a generator and what is known of it, sampling, figures, and the archive of networks."""
+"""What the page shows: a generator and what is known of it, sampling, its comparison, and the archive of networks."""
 
 import os
 import tempfile
@@ -12,13 +12,10 @@ from queue import SimpleQueue
 
 import torch
 import yaml
-from accelerate.utils import send_to_device
 from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler, SchedulerMixin
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError
 from matplotlib import rc_context
-from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
 from safetensors.torch import save
 from transformers import PreTrainedModel
 
@@ -26,30 +23,27 @@ from pdiff_hf import LayoutError, PDiffPipeline
 from pdiff_hf.evaluation.figures import scatter_group
 from pdiff_hf.evaluation.metrics import max_iou
 from pdiff_hf.evaluation.plots import (
-    GENERATED,
     ScatterGroup,
     plot_accuracy_vs_similarity,
-    plot_reverse_process,
     sampling_error,
 )
 from pdiff_hf.evaluation.scores import ClassifierScores
 from pdiff_hf.evaluation.scoring import Scorer, make_scorer
+from pdiff_hf.models.condition import Condition
 from pdiff_hf.networks.adapters import has_adapters
 from pdiff_hf.run.export import save_network
 from pdiff_hf.run.recipe import Recipe
-from pdiff_hf.run.task import make_task
+from pdiff_hf.run.task import make_family, make_task
+from pdiff_hf.scripts.on_demand import AtWork, as_code, draw_field
+from pdiff_hf.scripts.watch import LETTERS
 from pdiff_hf.snapshots import load_snapshots, parameter_matrix
-from pdiff_hf.tasks import ClassificationTask, take
+from pdiff_hf.snapshots.dataset import condition_table
+from pdiff_hf.tasks import ClassificationTask
 from pdiff_hf.tasks.labels import LabelledTask
 from pdiff_hf.utils import names
 from pdiff_hf.utils.reports import load_report
 
 MAX_BYTES = 2**30  # of all networks that are sampled at once, and of their archive
-WATCHED = 5  # networks whose way through the reverse process is drawn
-WATCHED_EXAMPLES = 500  # test examples for the accuracy along the way
-HEAT_MAP_ROWS, HEAT_MAP_COLUMNS = 50, 512
-# For the figures of a report, so that a phone shows legible letters, and legends still fit.
-LETTERS = {"font.size": 12, "legend.handlelength": 1.2, "legend.handletextpad": 0.5, "legend.columnspacing": 1.0}
 FIRST_SCORED = 10  # networks that are drawn first, because the reader waits for them
 SCHEDULERS = {
     "DPM-Solver++": (DPMSolverMultistepScheduler, {"algorithm_type": "dpmsolver++", "final_sigmas_type": "zero"}),
@@ -68,8 +62,10 @@ class Source:
         location (`str`): Of the pipeline, as `from_pretrained` takes it.
         dataset (`str`, *optional*): What its networks were trained on.
         report (`dict`, *optional*): Its `report.json`.
-        scorer (`Scorer`, *optional*): Of the run's task; with it come the run's `snapshots`, shape `(K, D)`.
-        snapshots (`torch.Tensor`, *optional*): See there.
+        scorer (`Scorer`, *optional*): Of the run's task; with it come `snapshots`, shape `(K, D)`.
+        at_work (`AtWork`, *optional*): Of a run's family of tasks, in place of `scorer`.
+        snapshots (`torch.Tensor`, *optional*): Of the run.
+        num_steps (`int`): Of denoising, for a start.
         missing (`list[str]`): What is not available, in words for the reader.
     """
 
@@ -78,7 +74,9 @@ class Source:
     dataset: str | None = None
     report: dict | None = None
     scorer: Scorer | None = None
+    at_work: AtWork | None = None
     snapshots: torch.Tensor | None = None
+    num_steps: int = 20
     missing: list[str] = field(default_factory=list)
 
     @cached_property
@@ -118,7 +116,10 @@ def load_source(name: str) -> Source:
     source = Source(pipe, str(pipeline))
     where = folder if is_local else name
     if recipe := _find_file(where, "recipe.yaml"):
-        source.dataset = yaml.safe_load(recipe.read_text(encoding="utf-8")).get("dataset")
+        settings = yaml.safe_load(recipe.read_text(encoding="utf-8"))
+        source.dataset = settings.get("dataset")
+        if pipe.condition_encoder is not None:  # it was tuned for so many
+            source.num_steps = settings.get("num_inference_steps", source.num_steps)
     try:
         if path := _find_file(where, f"{names.EVALUATION}/{names.REPORT}"):
             source.report = load_report(path)
@@ -126,21 +127,25 @@ def load_source(name: str) -> Source:
             source.missing.append("its report: it has not been evaluated")
     except ValueError as error:
         source.missing.append(f"its report: {one_line(error)}")
-    if source.report is not None and "max_iou" not in source.report["groups"][0]:
+    if source.report is not None and not is_conditional(source) and "max_iou" not in source.report["groups"][0]:
         source.report = None
         source.missing.append("its report, which is not one of classifiers: see report.md beside the pipeline")
+    what = "the accuracy of what is sampled here"
     if not is_local:
-        source.missing.append(
-            "the accuracy of what is sampled here: a repository has no snapshots to compare with. Open the run's folder"
-        )
+        source.missing.append(f"{what}: a repository has no snapshots to compare with. Open the run's folder")
     elif recipe is None:
-        source.missing.append("the accuracy of what is sampled here: the folder is not that of a run")
+        source.missing.append(f"{what}: the folder is not that of a run")
     else:
         try:
             _load_task(source, folder)
-        except (ValueError, OSError, TypeError) as error:
-            source.missing.append(f"the accuracy of what is sampled here: {one_line(error)}")
+        except (ValueError, OSError, TypeError, ImportError) as error:
+            source.missing.append(f"{what}: {one_line(error)}")
     return source
+
+
+def is_conditional(source: Source) -> bool:
+    """Whether the report is of an audit on the tasks of a family."""
+    return source.report is not None and source.report.get("kind") == "conditional"
 
 
 def _find_file(where: Path | str, path: str) -> Path | None:
@@ -156,6 +161,8 @@ def _find_file(where: Path | str, path: str) -> Path | None:
 def _load_task(source: Source, folder: Path) -> None:
     """The snapshots of a run, and what scores networks on its task."""
     recipe = Recipe(**yaml.safe_load((folder / "recipe.yaml").read_text(encoding="utf-8")))
+    if recipe.family is not None:
+        return _load_family(source, folder, recipe)
     snapshots, layout = load_snapshots(recipe.snapshots or folder / names.SNAPSHOTS)
     if layout != source.pipe.autoencoder.layout:
         raise LayoutError("the snapshots beside the pipeline are of other tensors")
@@ -167,6 +174,25 @@ def _load_task(source: Source, folder: Path) -> None:
         task.align(model.config)
     source.scorer = make_scorer(task, model, layout, folder / names.SCORES, recipe.recomputes_statistics)
     source.snapshots = parameter_matrix(snapshots, layout)
+
+
+def _load_family(source: Source, folder: Path, recipe: Recipe) -> None:
+    """What runs networks on the tasks of a run's family, and the networks of its seen tasks."""
+    encoder, layout = source.pipe.condition_encoder, source.pipe.autoencoder.layout
+    family = make_family(recipe, make_task(recipe))
+    if encoder is None or family.fields.to_dict() != encoder.fields.to_dict():
+        raise ValueError(f"the recipe's family has the fields {family.fields}, and the generator others")
+    family.num_examples("test")  # so that data which are not there are known now
+    model = source.pipe.base_model or family.load_saved(folder / names.BASE_MODEL).to(source.pipe.device)
+    source.at_work = AtWork(family, model, layout)
+    try:
+        snapshots, found = load_snapshots(recipe.snapshots or folder / names.SNAPSHOTS)
+        if found != layout:
+            raise LayoutError("the snapshots beside the pipeline are of other tensors")
+        source.snapshots = parameter_matrix(snapshots, layout)
+        source.at_work.set_snapshots(source.snapshots, condition_table(snapshots, family.fields))
+    except (ValueError, OSError) as error:
+        source.missing.append(f"the networks of seen tasks: {one_line(error)}")
 
 
 def one_line(error: BaseException) -> str:
@@ -186,6 +212,8 @@ def compare(source: Source, path: Path, scores: ClassifierScores | None = None) 
         scores (`ClassifierScores`, *optional*): Of networks that were sampled here, on the test split.
     """
     report, others = source.report, []
+    if is_conditional(source):  # of many tasks: they cannot share a figure with networks of one
+        return draw_field(report, path)
     if report is not None:
         baselines = [group for group in report["groups"] if group["family"] is not None]
         others = [scatter_group(report, group["name"], group["family"]) for group in baselines]
@@ -211,45 +239,19 @@ def compare(source: Source, path: Path, scores: ClassifierScores | None = None) 
             f"{num_examples:,} test examples give ± {sampling_error(mean, num_examples):.2f}. Maximum IoU with a "
             f"snapshot {generated.max_iou.nanmean():.3f} on average."
         )
-    plot_accuracy_vs_similarity(path, {"": (snapshots, generated, others)}, num_examples)
+    plot_accuracy_vs_similarity(path, {"": (snapshots, generated, others)}, num_examples, legend_columns=2)
     return text
 
 
-def draw_heat_map(source: Source, parameters: torch.Tensor, path: Path) -> None:
-    """
-    Draws how far the parameters of networks, shape `(N, D)`, lie from the mean of the snapshots, in units of each
-    tensor's standard deviation; below those of the snapshots where they are available.
-    """
-    autoencoder = source.pipe.autoencoder
-    groups = {"sampled": parameters} | ({} if source.snapshots is None else {"snapshots": source.snapshots})
-    columns = _evenly(parameters.shape[1], HEAT_MAP_COLUMNS)
-    figure = Figure(figsize=(5.4, 1.8 * len(groups) + 0.8), layout="constrained")
-    panels = figure.subplots(len(groups), 1, sharex=True, squeeze=False)[:, 0]
-    for axes, (name, group) in zip(panels, groups.items(), strict=True):
-        rows = group[_evenly(len(group), HEAT_MAP_ROWS)].to(autoencoder.device)
-        values = autoencoder.normalize(rows)[:, columns.to(autoencoder.device)].cpu()
-        image = axes.imshow(values, cmap="PuOr", vmin=-3, vmax=3, aspect="auto", interpolation="nearest")
-        axes.set_yticks([])
-        axes.set_ylabel(f"{name}\n({len(rows)} of {len(group)})")
-    ticks = torch.linspace(0, len(columns) - 1, min(5, len(columns))).long()
-    axes.set_xticks(ticks.tolist(), [str(int(columns[tick])) for tick in ticks])
-    axes.set_xlabel("index of the parameter")
-    figure.colorbar(image, ax=panels, label="deviation (std)", extend="both", aspect=30)
-    figure.savefig(path, dpi=200)
-
-
-def _evenly(count: int, limit: int) -> torch.Tensor:
-    """At most `limit` indices below `count`, evenly spaced."""
-    return torch.linspace(0, count - 1, min(count, limit)).round().long()
-
-
-def write_zip(source: Source, parameters: torch.Tensor, path: Path, whole: bool) -> None:
+def write_zip(
+    source: Source, parameters: torch.Tensor, path: Path, whole: bool, condition: Condition | None = None
+) -> None:
     """
     Every network as a folder that `from_pretrained` loads, or else its generated tensors as a safetensors file; and how
     to load them.
     """
     with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as archive:  # weights do not get smaller
-        archive.writestr("README.md", how_to_load(source, whole))
+        archive.writestr("README.md", how_to_load(source, whole, condition))
         for i, row in enumerate(parameters):
             tensors = {name: t.clone() for name, t in source.pipe.autoencoder.layout.unflatten(row).items()}
             if not whole:
@@ -261,8 +263,8 @@ def write_zip(source: Source, parameters: torch.Tensor, path: Path, whole: bool)
                     archive.write(file, f"network-{i:05d}/{file.name}")
 
 
-def how_to_load(source: Source, whole: bool) -> str:
-    """Markdown: what reads the files of `write_zip`."""
+def how_to_load(source: Source, whole: bool, condition: Condition | None = None) -> str:
+    """Markdown: what reads the files of `write_zip`; of a generator with conditions also what makes more of them."""
     if whole and has_adapters(source.pipe.base_model):
         lines = [
             "from peft import PeftModel",
@@ -289,56 +291,19 @@ def how_to_load(source: Source, whole: bool) -> str:
             del lines[0]
         else:
             lines += [f'network = PDiffPipeline.from_pretrained("{source.location}").make_model(tensors)']
-    return "\n".join(["Unpack the archive, then:", "", "```python", *lines, "```", ""])
-
-
-class Watcher:
-    """
-    What is drawn of the reverse process: of a few networks at every step the distance to the mean of the snapshots, in
-    standard deviations (1 is where snapshots lie), and the accuracy on some test examples if there is a task.
-    """
-
-    def __init__(self, source: Source):
-        self.source = source
-        self.steps: list[int] = []
-        self.distances: list[torch.Tensor] = []
-        self.accuracies: list[torch.Tensor] = []
-        if source.scorer is not None:
-            task, scores = source.scorer.task, source.snapshot_scores
-            split = task.load_split("test")
-            chosen = _evenly(len(split), WATCHED_EXAMPLES)
-            self.batch = send_to_device(task.collate(take(split, chosen.tolist())), source.pipe.device)
-            self.snapshots = 100 * (~scores.wrong[:, chosen]).double().mean().item()
-
-    @torch.no_grad()
-    def add(self, step: int, latents: torch.Tensor) -> None:
-        """Latents of shape `(n, L)` after so many steps."""
-        autoencoder, scorer = self.source.pipe.autoencoder, self.source.scorer
-        parameters = autoencoder.decode(latents).sample
-        self.steps.append(step)
-        self.distances.append(autoencoder.normalize(parameters).square().mean(1).sqrt().cpu())
-        if scorer is not None:
-            labels = self.batch["labels"]
-            whole = scorer.complete(parameters)
-            logits = [part for _, part in scorer.models(lambda call: scorer.task.predict(call, self.batch), whole)]
-            self.accuracies.append(100 * (torch.cat(logits).argmax(-1) == labels).double().mean(-1).cpu())
-
-    @rc_context(LETTERS)
-    def draw_distances(self, path: Path) -> None:
-        figure = Figure(figsize=(6.4, 4.2), layout="constrained")  # as the figure of the accuracies beside it
-        axes = figure.subplots()
-        axes.plot(self.steps, torch.stack(self.distances), color=GENERATED, alpha=0.6, marker=".")
-        axes.set_ylim(bottom=0)
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-        axes.set_xlabel("denoising steps taken")
-        axes.set_ylabel("distance to the snapshots' mean (std)")
-        axes.grid(alpha=0.3)
-        figure.savefig(path, dpi=150)
-
-    @rc_context(LETTERS)
-    def draw_accuracies(self, path: Path) -> None:
-        accuracies, num_examples = torch.stack(self.accuracies, 1), len(self.batch["labels"])
-        plot_reverse_process(path, self.steps, accuracies, self.snapshots, num_examples)
+    text = "\n".join(["Unpack the archive, then:", "", "```python", *lines, "```", ""])
+    if condition is None:
+        return text
+    lines = [
+        "from pdiff_hf import PDiffPipeline",
+        "",
+        f'pipe = PDiffPipeline.from_pretrained("{source.location}")',
+        f"condition = {as_code(condition)}",
+        f"tensors = pipe(8, num_inference_steps={source.num_steps}, condition=condition).parameters",
+    ]
+    return "\n".join(
+        [text, "They were made for this condition. To make more of them:", "", "```python", *lines, "```", ""]
+    )
 
 
 # --------------------------------------------------------------------------------------------------------- what is done
@@ -354,13 +319,19 @@ def make_scheduler(name: str, source: Source) -> SchedulerMixin:
     return scheduler_class.from_config(source.pipe.scheduler.config, **settings)
 
 
+def with_scheduler(source: Source, name: str) -> PDiffPipeline:
+    """A pipeline of one's own, because another reader may have chosen another scheduler."""
+    parts, scheduler = source.pipe, make_scheduler(name, source)
+    pipe = PDiffPipeline(parts.autoencoder, parts.denoiser, scheduler, condition_encoder=parts.condition_encoder)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
 def sample_latents(
-    source: Source, num_models: int, num_steps: int, scheduler: str, seed: int
+    source: Source, num_models: int, num_steps: int, scheduler: str, seed: int, condition: Condition | None = None
 ) -> Iterator[tuple[int, torch.Tensor]]:
     """Yields, while the pipeline runs, how many steps are done, and the latents, shape `(N, L)`."""
-    # A pipeline of its own, because schedulers keep state, and another reader may sample as well.
-    pipe = PDiffPipeline(source.pipe.autoencoder, source.pipe.denoiser, make_scheduler(scheduler, source))
-    pipe.set_progress_bar_config(disable=True)
+    pipe = with_scheduler(source, scheduler)
     steps: SimpleQueue[tuple[int, torch.Tensor] | BaseException | None] = SimpleQueue()
     closed = threading.Event()
 
@@ -373,7 +344,14 @@ def sample_latents(
     def run() -> None:
         try:
             generator = torch.Generator().manual_seed(seed)
-            pipe(num_models, num_steps, generator, output_type="latent", callback_on_step_end=after_step)
+            pipe(
+                num_models,
+                num_steps,
+                generator,
+                condition=condition,
+                output_type="latent",
+                callback_on_step_end=after_step,
+            )
             steps.put(None)
         except BaseException as error:  # whatever it is, the thread that waits must hear of it
             steps.put(error)

@@ -19,6 +19,7 @@ from ..tasks.task import Split
 from ..utils.files import write_json
 from ..utils.reports import REPORT_VERSION
 from .conditional_baselines import KernelRidge, nearest_mean
+from .plots import DPI, GENERATED, MARKERS, OTHERS, SNAPSHOTS, WIDTH
 
 NUM_BOOTSTRAP = 10_000
 NEIGHBORS = (2, 3, 5, 8)
@@ -372,13 +373,14 @@ def plot_field(
     """Writes a figure of the accuracy of some methods against the values that a field has in a set of tasks."""
     values = [condition[field] for condition in report["conditions"][set_name]]
     order = np.argsort(values)
-    figure = Figure(figsize=(7, 4), layout="constrained")
+    figure = Figure(figsize=(WIDTH, 4.6), layout="constrained")
     axes = figure.add_subplot()
-    for name in names:
+    styles = zip((GENERATED, SNAPSHOTS, *OTHERS), MARKERS, strict=False)
+    for name, (colour, marker) in zip(names, styles, strict=False):
         accuracy = np.asarray(report["rows"][name]["sets"][set_name]["accuracy"])
-        axes.plot(np.asarray(values)[order], accuracy[order], marker="o", markersize=3, label=name)
+        axes.plot(np.asarray(values)[order], accuracy[order], color=colour, marker=marker, markersize=4, label=name)
     axes.set_xlabel(field)
     axes.set_ylabel("accuracy on the task, %")
-    axes.legend(loc="best", fontsize="small")
+    figure.legend(loc="outside lower center", ncols=2, fontsize="small", frameon=False)  # below, where no curve is
     axes.grid(alpha=0.3)
-    figure.savefig(path, dpi=150)
+    figure.savefig(path, dpi=DPI)

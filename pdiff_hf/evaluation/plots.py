@@ -51,6 +51,7 @@ def plot_accuracy_vs_similarity(
     path: str | Path,
     panels: Mapping[str, tuple[ScatterGroup, ScatterGroup, Sequence[ScatterGroup]]],
     num_examples: int,
+    legend_columns: int = 3,
 ) -> Path:
     """Accuracy against maximum IoU to the snapshots, one panel a setting (paper, figures 3, 4 and 5a), in the region of
     most snapshots and generated networks; how much lies outside is written below. Small dots are those networks, moved
@@ -61,10 +62,12 @@ def plot_accuracy_vs_similarity(
         path (`str` or `Path`): of the PNG.
         panels (`Mapping`): title of the panel to snapshots, generated networks and other groups.
         num_examples (`int`): of the test data.
+        legend_columns (`int`, *optional*, defaults to 3): fewer leave room for larger letters.
     """
     columns = min(2, len(panels))
     lines = -(-len(panels) // columns)
-    figure = Figure(figsize=(WIDTH, 1.5 + (4.2 if columns == 1 else 2.9) * lines), layout="constrained")
+    height = 1.5 + (4.2 if columns == 1 else 2.9) * lines + 0.8 * (3 - legend_columns)
+    figure = Figure(figsize=(WIDTH, height), layout="constrained")
     handles: dict = {}
     grid = figure.subplots(lines, columns, squeeze=False).flatten()
     for axes, (title, groups) in zip(grid, panels.items(), strict=False):
@@ -79,7 +82,12 @@ def plot_accuracy_vs_similarity(
         if i % columns == 0:
             grid[i].set_ylabel("test accuracy (%)")
     figure.legend(
-        handles.values(), handles.keys(), loc="outside lower center", ncols=3, fontsize="small", frameon=False
+        handles.values(),
+        handles.keys(),
+        loc="outside lower center",
+        ncols=legend_columns,
+        fontsize="small",
+        frameon=False,
     )
     return _save(figure, path)
 
@@ -139,7 +147,12 @@ def _draw_scatter(
 
 
 def plot_reverse_process(
-    path: str | Path, steps: Sequence[int], accuracies: Tensor, snapshot_accuracy: float, num_examples: int
+    path: str | Path,
+    steps: Sequence[int],
+    accuracies: Tensor,
+    reference_accuracy: float,
+    num_examples: int,
+    reference: str = "snapshots",
 ) -> Path:
     """Accuracy of the decoded intermediate latents along the reverse process (paper, figure 5b).
 
@@ -147,26 +160,27 @@ def plot_reverse_process(
         path (`str` or `Path`): of the PNG.
         steps (`Sequence[int]`): S denoising steps taken when the accuracy was measured, ascending.
         accuracies (`torch.Tensor`): (samples, S) percent.
-        snapshot_accuracy (`float`): mean of the snapshots, percent.
-        num_examples (`int`): of the test data; the band is the sampling error of the snapshots' mean.
+        reference_accuracy (`float`): of what they are compared with, percent: the mean of the snapshots.
+        num_examples (`int`): of the test data; the band is the sampling error of that accuracy.
+        reference (`str`, *optional*, defaults to `"snapshots"`): what they are compared with.
     """
-    figure = Figure(figsize=(WIDTH, 4.2), layout="constrained")
+    figure = Figure(figsize=(WIDTH, 4.4), layout="constrained")
     axes = figure.subplots()
     for i, line in enumerate(accuracies.numpy()):
         label = "samples" if i == 0 else None
         axes.plot(steps, line, color=GENERATED, alpha=0.5, linewidth=1, marker=".", markersize=4, label=label)
     axes.plot(steps, accuracies.mean(0).numpy(), color=GENERATED, linewidth=2.5, marker="*", label="their mean")
-    error = sampling_error(snapshot_accuracy, num_examples)
-    low, high = snapshot_accuracy - error, snapshot_accuracy + error
+    error = sampling_error(reference_accuracy, num_examples)
+    low, high = reference_accuracy - error, reference_accuracy + error
     axes.axhspan(low, high, color=SNAPSHOTS, alpha=0.1, linewidth=0, label="sampling error (95%)")
-    axes.axhline(snapshot_accuracy, color=SNAPSHOTS, linestyle="--", label=f"snapshots ({snapshot_accuracy:.2f} %)")
+    axes.axhline(reference_accuracy, color=SNAPSHOTS, linestyle="--", label=f"{reference} ({reference_accuracy:.2f} %)")
     ends = torch.stack([accuracies.min(), accuracies.max()])  # all of it, outliers too
     axes.set_ylim(*_limits(2 * error, ends, torch.tensor([low, high]), margin=0.05))
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_xlabel("denoising steps taken")
     axes.set_ylabel("test accuracy (%)")
     axes.grid(alpha=0.3)
-    figure.legend(loc="outside lower center", ncols=4, fontsize="small", frameon=False)
+    figure.legend(loc="outside lower center", ncols=2, fontsize="small", frameon=False)
     return _save(figure, path)
 
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -15,7 +16,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from support.pipelines import make_network, make_pipeline
-from support.recipes import TINY
+from support.recipes import TINY, TINY_FAMILY
 
 from pdiff_hf import PDiffPipeline
 from pdiff_hf.hub.push import push_run_to_hub
@@ -30,7 +31,9 @@ if CHROMIUM is None:
     pytest.skip("needs chromium", allow_module_level=True)
 
 app = pytest.importorskip("pdiff_hf.scripts.app")
+page_module = pytest.importorskip("pdiff_hf.scripts.page")
 explore = pytest.importorskip("pdiff_hf.scripts.explore")
+on_demand = pytest.importorskip("pdiff_hf.scripts.on_demand")
 SCRIPT = str(Path(__file__).parents[2] / "scripts" / "app.py")
 FLAGS = [
     "--headless",
@@ -188,6 +191,81 @@ def run_code(code, folder):
     return variables["network"]
 
 
+@pytest.fixture(scope="module")
+def family_run(tmp_path_factory) -> Path:
+    """A finished run for a family, moved after it was finished."""
+    folder = tmp_path_factory.mktemp("family")
+    run = Run(Recipe(**TINY_FAMILY, output_dir=str(folder / "out")))
+    with run.lock():
+        run.execute()
+    return (folder / "out").rename(folder / "moved")
+
+
+def test_the_network_at_work_follows_the_controls(family_run, page, tmp_path):
+    open_generator(page, family_run)
+    page.get_by_text("angle 36, invert no, occlude none", exact=True).wait_for()
+    assert page.get_by_text("Not available:").count() == 0
+    assert page.locator(".at-work figure").count() == on_demand.PICTURES
+    page.get_by_label("number input for angle").fill("100")
+    page.get_by_role("combobox", name="invert").click()
+    page.get_by_role("option", name="yes").click()
+    page.get_by_text("angle 100, invert yes, occlude none", exact=True).wait_for()
+    page.get_by_role("slider", name="angle").press("ArrowRight")
+    page.get_by_text("angle 101, invert yes, occlude none", exact=True).wait_for()
+
+    source = explore.load_source(str(family_run))
+    task = {"angle": 101.0, "invert": "yes", "occlude": "none"}
+    rows = source.pipe(1, 4, torch.Generator().manual_seed(0), condition=task, output_type="pt").parameters
+    expected = source.at_work.show(on_demand.Choice(task, tuple(task)), rows[0])
+    shown = page.locator(".at-work .row").all_inner_texts()
+    values = [text.split()[-2] for text in shown]
+    assert values == re.findall(r"<span>([\d.]+) %</span>", expected) and len(values) == 3
+    captions = [text.strip() for text in page.locator(".at-work figcaption").all_inner_texts()]
+    assert captions == [text.replace("<br>", "\n") for text in re.findall(r"<figcaption>(.*?)</figcaption>", expected)]
+
+    page.get_by_role("checkbox", name="occlude").uncheck()
+    page.get_by_text("The generator draws occlude from the seen tasks").wait_for()
+    sample(page, number_input_for_Networks="3", Seed="2")
+    page.get_by_text("Done: 3 networks for angle 101, invert yes in 4 steps").wait_for()
+    download_networks(page, tmp_path)
+    told = {"angle": 101.0, "invert": "yes"}
+    expected = source.pipe(3, 4, torch.Generator().manual_seed(2), condition=told, output_type="pt").parameters
+    got = [load_file(tmp_path / f"network-{i:05d}.safetensors") for i in range(3)]
+    rows = torch.stack([source.pipe.autoencoder.layout.flatten(tensors) for tensors in got])
+    torch.testing.assert_close(rows, expected, atol=1e-5, rtol=1e-5)
+    assert 'condition = {"angle": 101, "invert": "yes"}' in (tmp_path / "README.md").read_text()
+    show_tab(page, "Accuracy")
+    text = page.get_by_text("3 networks sampled here for angle 101, invert yes, occlude none:").inner_text()
+    scores = source.at_work.scorer(on_demand.Choice(task, ())).score("test", rows).values
+    assert f"accuracy {scores.mean():.2f} %" in text and "the nearest seen task" in text
+    page.get_by_text("From the report: accuracy on tasks along").wait_for()
+    assert has_picture(page)
+    show_tab(page, "Process")
+    page.locator("img:visible").nth(1).wait_for()
+    show_tab(page, "Parameters")
+    assert has_picture(page)
+    show_tab(page, "Report")
+    page.get_by_role("cell", name="kernel ridge", exact=True).wait_for()
+    table = page.locator(".report table")
+    assert table.evaluate("t => [...t.rows].every(r => r.getBoundingClientRect().right <= innerWidth)")
+
+    open_generator(page, family_run)  # again: the controls are as at first
+    page.get_by_text("angle 36, invert no, occlude none", exact=True).wait_for()
+
+
+def test_without_data_there_are_networks_for_a_condition(family_run, hub, page):
+    push_run_to_hub(family_run, "alice/on-demand")
+    open_generator(page, "alice/on-demand")
+    page.get_by_text("There are no data here to show it at work").wait_for()
+    page.get_by_text("a repository has no snapshots to compare with").wait_for()
+    page.get_by_label("number input for angle").fill("100")
+    page.get_by_text("angle 100, invert no, occlude none", exact=True).wait_for()
+    sample(page, number_input_for_Networks="3")
+    page.get_by_text("Done: 3 networks for angle 100, invert no, occlude none in 4 steps").wait_for()
+    show_tab(page, "Accuracy")
+    page.get_by_text("From the report: accuracy on tasks along").wait_for()
+
+
 def test_a_hub_id_says_what_is_not_available(run, hub, page):
     push_run_to_hub(run.folder, "alice/explored")
     open_generator(page, "alice/explored")
@@ -263,7 +341,7 @@ def test_a_report_of_another_version_is_left_out(tmp_path):
     (tmp_path / "evaluation" / "report.json").write_text('{"groups": [{"name": "original"}]}')
     source = explore.load_source(str(tmp_path))
     assert source.report is None
-    assert "is a report of format 1" in app.describe("it", source)
+    assert "is a report of format 1" in page_module.describe("it", source)
     assert explore.compare(source, tmp_path / "a.png") == "There is nothing to compare: there is no report."
     assert not (tmp_path / "a.png").exists()
 

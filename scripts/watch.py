@@ -1,0 +1,109 @@
+"""What the page draws of networks that are sampled: the reverse process, and the parameters."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from accelerate.utils import send_to_device
+from matplotlib import rc_context
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from pdiff_hf.evaluation.plots import GENERATED, plot_reverse_process
+from pdiff_hf.evaluation.scores import ClassifierScores
+from pdiff_hf.evaluation.scoring import Scorer
+from pdiff_hf.tasks import take
+
+if TYPE_CHECKING:
+    from pdiff_hf.scripts.explore import Source
+
+WATCHED = 5  # networks whose way through the reverse process is drawn
+WATCHED_EXAMPLES = 500  # test examples for the accuracy along the way
+HEAT_MAP_ROWS, HEAT_MAP_COLUMNS = 50, 512
+# For the figures of a report, so that a phone shows legible letters, and legends still fit.
+LETTERS = {"font.size": 14, "legend.handlelength": 1.2, "legend.handletextpad": 0.5, "legend.columnspacing": 1.0}
+
+
+def draw_heat_map(source: "Source", parameters: torch.Tensor, path: Path) -> None:
+    """
+    Draws how far the parameters of networks, shape `(N, D)`, lie from the mean of the snapshots, in units of each
+    tensor's standard deviation; below those of the snapshots where they are available.
+    """
+    autoencoder = source.pipe.autoencoder
+    groups = {"sampled": parameters} | ({} if source.snapshots is None else {"snapshots": source.snapshots})
+    columns = evenly(parameters.shape[1], HEAT_MAP_COLUMNS)
+    figure = Figure(figsize=(5.4, 1.8 * len(groups) + 0.8), layout="constrained")
+    panels = figure.subplots(len(groups), 1, sharex=True, squeeze=False)[:, 0]
+    for axes, (name, group) in zip(panels, groups.items(), strict=True):
+        rows = group[evenly(len(group), HEAT_MAP_ROWS)].to(autoencoder.device)
+        values = autoencoder.normalize(rows)[:, columns.to(autoencoder.device)].cpu()
+        image = axes.imshow(values, cmap="PuOr", vmin=-3, vmax=3, aspect="auto", interpolation="nearest")
+        axes.set_yticks([])
+        axes.set_ylabel(f"{name}\n({len(rows)} of {len(group)})")
+    ticks = torch.linspace(0, len(columns) - 1, min(5, len(columns))).long()
+    axes.set_xticks(ticks.tolist(), [str(int(columns[tick])) for tick in ticks])
+    axes.set_xlabel("index of the parameter")
+    figure.colorbar(image, ax=panels, label="deviation (std)", extend="both", aspect=30)
+    figure.savefig(path, dpi=200)
+
+
+def evenly(count: int, limit: int) -> torch.Tensor:
+    """At most `limit` indices below `count`, evenly spaced."""
+    return torch.linspace(0, count - 1, min(count, limit)).round().long()
+
+
+class Watcher:
+    """
+    What is drawn of the reverse process: of a few networks at every step the distance to the mean of the snapshots, in
+    standard deviations (1 is where snapshots lie), and the accuracy on some test examples if there is a task.
+
+    Args:
+        source (`Source`): Of the networks.
+        scorer (`Scorer`, *optional*): Of their task.
+        reference (`tuple`, *optional*): With a scorer, what their accuracy is compared with: a name, and its scores on
+            the test split.
+    """
+
+    def __init__(
+        self, source: "Source", scorer: Scorer | None = None, reference: tuple[str, ClassifierScores] | None = None
+    ):
+        self.source, self.scorer = source, scorer
+        self.steps: list[int] = []
+        self.distances: list[torch.Tensor] = []
+        self.accuracies: list[torch.Tensor] = []
+        if scorer is not None:
+            split = scorer.task.load_split("test")
+            chosen = evenly(len(split), WATCHED_EXAMPLES)
+            self.batch = send_to_device(scorer.task.collate(take(split, chosen.tolist())), source.pipe.device)
+            self.reference, scores = reference
+            self.reference_accuracy = 100 * (~scores.wrong[:, chosen]).double().mean().item()
+
+    @torch.no_grad()
+    def add(self, step: int, latents: torch.Tensor) -> None:
+        """Latents of shape `(n, L)` after so many steps."""
+        autoencoder, scorer = self.source.pipe.autoencoder, self.scorer
+        parameters = autoencoder.decode(latents).sample
+        self.steps.append(step)
+        self.distances.append(autoencoder.normalize(parameters).square().mean(1).sqrt().cpu())
+        if scorer is not None:
+            labels = self.batch["labels"]
+            whole = scorer.complete(parameters)
+            logits = [part for _, part in scorer.models(lambda call: scorer.task.predict(call, self.batch), whole)]
+            self.accuracies.append(100 * (torch.cat(logits).argmax(-1) == labels).double().mean(-1).cpu())
+
+    @rc_context(LETTERS)
+    def draw_distances(self, path: Path) -> None:
+        figure = Figure(figsize=(6.4, 4.2), layout="constrained")  # as the figure of the accuracies beside it
+        axes = figure.subplots()
+        axes.plot(self.steps, torch.stack(self.distances), color=GENERATED, alpha=0.6, marker=".")
+        axes.set_ylim(bottom=0)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.set_xlabel("denoising steps taken")
+        axes.set_ylabel("distance to the snapshots' mean (std)")
+        axes.grid(alpha=0.3)
+        figure.savefig(path, dpi=150)
+
+    @rc_context(LETTERS)
+    def draw_accuracies(self, path: Path) -> None:
+        accuracies, num_examples = torch.stack(self.accuracies, 1), len(self.batch["labels"])
+        plot_reverse_process(path, self.steps, accuracies, self.reference_accuracy, num_examples, self.reference)
