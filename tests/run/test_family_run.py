@@ -6,6 +6,7 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file, save_model
+from support.recipes import TINY_FAMILY
 from support.scripts import run_script
 
 from pdiff_hf import PDiffPipeline
@@ -17,41 +18,19 @@ from pdiff_hf.run.run import Run
 from pdiff_hf.snapshots import load_snapshots, parameter_matrix
 from pdiff_hf.utils.seeds import named_seed
 
-TINY = Recipe(
-    family="transformed",
-    family_args='{"ranges": {"blur": null}}',
-    model="perceptron_mini",
-    model_args='{"img_size": 8, "in_chans": 1, "hidden_size": 4}',
-    max_train_samples=120,
-    max_eval_samples=40,
-    num_tasks=6,
-    num_validation_tasks=2,
-    num_test_tasks=3,
-    base_epochs=10,
-    base_batch_size=32,
-    base_learning_rate=0.01,
-    select=["all"],
-    num_snapshots=12,
-    collect_steps=6,
-    collect_every=2,
-    collect_batch_size=16,
-    autoencoder_preset="pca",
-    latent_dim=5,
-    latent_scaling="together",
-    heldout_snapshots=0,
-    denoiser_preset="mlp",
-    denoiser_steps=10,
-    denoiser_batch_size=6,
-    prediction_type="v_prediction",
-    tune_steps=6,
-    tune_models=4,
-    tune_batch_size=8,
-    tune_map=True,
-    tune_weight_loss=0.1,
-    num_models=2,
-    num_inference_steps=4,
-    tune_inference_steps=4,
-)
+CHANGES = {
+    "model_args": '{"img_size": 8, "in_chans": 1, "hidden_size": 4}',
+    "max_train_samples": 120,
+    "base_epochs": 10,
+    "collect_steps": 6,
+    "collect_every": 2,
+    "denoiser_steps": 10,
+    "tune_steps": 6,
+    "tune_map": True,
+    "tune_weight_loss": 0.1,
+    "baselines": "all",
+}
+TINY = Recipe(**TINY_FAMILY | CHANGES)
 
 
 def run_in(folder, **changes) -> Run:

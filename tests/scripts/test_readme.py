@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from PIL import Image
 from sklearn.datasets import load_digits
-from support.recipes import TINY
+from support.recipes import TINY, TINY_FAMILY
 from transformers import (
     AutoModelForImageClassification,
     ResNetConfig,
@@ -36,6 +36,8 @@ SMALL = {
     "evaluate": SAMPLING | {"max_eval_samples": 50, "baseline_models": 0},
     "reproduce": TINY | {"baseline_models": None, "dataset": "digits"},
 }
+# Of its tasks and its network, what the recipe says.
+ON_DEMAND = {key: value for key, value in TINY_FAMILY.items() if key not in ("family", "family_args", "select")}
 MORE = {"scripts/reproduce.py table3a": ["--rows", "none"], "fashion_mnist.yaml": ["--dataset", "digits"]}
 
 
@@ -44,7 +46,8 @@ def small_flags(line: str, arguments: list[str]) -> list[str]:
     script = Path(arguments[0]).stem
     if "--list" in arguments or script not in SMALL:
         return []
-    flags = [f"--{key}={value}" for key, value in SMALL[script].items() if value is not None]
+    settings = ON_DEMAND if "on_demand" in line else SMALL[script]
+    flags = [f"--{key}={value}" for key, value in settings.items() if value is not None]
     flags = [flag for flag in flags if flag.partition("=")[0] not in arguments]
     if "--model" in arguments or "--task" in arguments:
         flags = [flag for flag in flags if not flag.startswith(("--model=", "--image_size="))]
@@ -103,21 +106,23 @@ def test_everything_in_the_readme_runs(tmp_path, monkeypatch, hub, capsys):
             block = block.replace(old, new)
         if language == "python":
             exec(compile(block, block.partition("\n")[0], "exec"), names)
-            if "class Clouds" in block:
-                (tmp_path / "my_task.py").write_text(block)
+            for class_name, file in {"Clouds": "my_task.py", "Darker": "my_family.py"}.items():
+                if f"class {class_name}" in block:
+                    (tmp_path / file).write_text(f"import torch\n{block}")
             continue
         for line in block.replace("\\\n", " ").splitlines():
             if not line.startswith(SKIPPED):
                 run_command(line, monkeypatch)
 
     # What the commands promise is there, and what the blocks name is what it should be.
-    for folder in ("digits", "mine", "imported", "clouds"):
+    for folder in ("digits", "on_demand", "darker", "mine", "imported", "clouds"):
         assert (tmp_path / "outputs" / folder / "evaluation" / "report.md").is_file(), folder
     report = json.loads((tmp_path / "outputs" / "clouds" / "evaluation" / "report.json").read_text())
     assert report["num_parameters"] == 32  # scale and shift of the layer of 16
     assert len(list((tmp_path / "outputs" / "my_networks").iterdir())) == 2
     assert "77.5" in capsys.readouterr().out  # the paper's number in table 3a
-    assert len(names["networks"]) == 10 and len(names["snapshots"]) == TINY["num_snapshots"]
+    assert len(names["networks"]) == 8 and len(names["posterior"].parameters) <= 64
+    assert len(names["snapshots"]) == TINY["num_snapshots"]
     assert type(names["pipe"]).__name__ == "PDiffPipeline"
 
 
