@@ -6,11 +6,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch._C._functorch import is_batchedtensor
 from torch.func import functional_call, vmap
 from torch.nn.modules.utils import _pair
-from torch.overrides import TorchFunctionMode
 
 from ..layout import ParameterLayout
+from .cropping import CroppedConvolutions
 
 
 class StackedNetworks:
@@ -35,13 +36,19 @@ class StackedNetworks:
         return self.layout.flatten(self.model.state_dict())
 
     def __call__(
-        self, predict: Callable[[Callable, Any], torch.Tensor], parameters: torch.Tensor, batch: Mapping[str, Any]
+        self,
+        predict: Callable[[Callable, Any], torch.Tensor],
+        parameters: torch.Tensor,
+        batch: Mapping[str, Any],
+        shared: bool = False,
     ) -> torch.Tensor:
         """
         Args:
             predict (`Callable`): `predict(call, batch)` runs one network, in whose place it gets `call`, on its batch.
             parameters (`torch.Tensor`): Shape `(T, D)`.
             batch (`Mapping[str, torch.Tensor]`): Tensors of shape `(T, ...)`.
+            shared (`bool`, *optional*, defaults to `False`): All networks run on the same batch, whose tensors then
+                have the shape `(...)`. What they compute alike is computed once.
 
         Returns:
             `torch.Tensor`: What `predict` returns, stacked: shape `(T, *output)`.
@@ -51,16 +58,18 @@ class StackedNetworks:
             return predict(lambda *args, **kwargs: functional_call(self.model, tensors, args, kwargs), inputs)
 
         with _ConvolutionsAsProducts():
-            return vmap(one, randomness="different")(self.layout.unflatten(parameters), dict(batch))
+            return vmap(one, in_dims=(0, None if shared else 0), randomness="different")(
+                self.layout.unflatten(parameters), dict(batch)
+            )
 
 
-class _ConvolutionsAsProducts(TorchFunctionMode):
+class _ConvolutionsAsProducts(CroppedConvolutions):
     """Convolutions with weights of their own are a grouped convolution for vmap, and as matrix products much faster."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
-        if func is F.conv2d:
+        if func is F.conv2d and is_batchedtensor(args[1] if len(args) > 1 else (kwargs or {})["weight"]):
             return _conv2d(*args, **kwargs or {})
-        return func(*args, **kwargs or {})
+        return super().__torch_function__(func, types, args, kwargs)
 
 
 def _conv2d(images, weight, bias=None, stride=1, padding=0, dilation=1, groups=1) -> torch.Tensor:

@@ -39,3 +39,20 @@ def test_networks_and_gradients_are_those_one_by_one(name):
         torch.testing.assert_close(logits[t], expected, atol=1e-5, rtol=1e-4)
         torch.testing.assert_close(stacked.grad[t], row.grad, atol=1e-5, rtol=1e-3)
     assert not any(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_a_shared_batch_is_the_same_as_a_copy_for_each():
+    torch.manual_seed(0)
+    model = timm.create_model("cnn3_mini", num_classes=3)
+    layout = ParameterLayout.from_state_dict(model.state_dict(), [name for name, _ in model.named_parameters()][-4:])
+    networks = StackedNetworks(model, layout)
+    parameters = networks.base_parameters() * (1 + 0.1 * torch.randn(3, layout.num_parameters))
+    images = torch.randn(4, 1, 28, 28)
+    gradients = []
+    for shared in (True, False):
+        rows = parameters.clone().requires_grad_()
+        batch = {"x": images if shared else images.expand(3, -1, -1, -1, -1)}
+        logits = networks(lambda call, batch: call(batch["x"]), rows, batch, shared=shared)
+        logits.square().sum().backward()
+        gradients.append((logits.detach(), rows.grad))
+    torch.testing.assert_close(gradients[0], gradients[1], atol=1e-5, rtol=1e-4)
