@@ -96,6 +96,7 @@ class NetworkMixin(Base):
         num_inference_steps: SupportsIndex = 20,
         generator: torch.Generator | list[torch.Generator] | None = None,
         condition: Condition | Sequence[Condition] | torch.Tensor | None = None,
+        temperature: float = 1.0,
         batch_norm_data: Iterable[Mapping[str, Any]] | None = None,
     ) -> EnsembleModel:
         """
@@ -108,7 +109,13 @@ class NetworkMixin(Base):
         if self.base_model is None:
             raise ValueError("an ensemble needs a base model, and this pipeline has none; pass base_model=...")
         (parameters,) = self(
-            num_models, num_inference_steps, generator, condition=condition, output_type="pt", return_dict=False
+            num_models,
+            num_inference_steps,
+            generator,
+            condition=condition,
+            temperature=temperature,
+            output_type="pt",
+            return_dict=False,
         )
         return EnsembleModel(self.base_model, *self.recompute_statistics(parameters, batch_norm_data))
 

@@ -2,6 +2,7 @@
 
 import copy
 import inspect
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, SupportsIndex
@@ -170,6 +171,7 @@ class PDiffPipeline(SavedPipeline, NetworkMixin, DiffusionPipeline):
         latents: torch.Tensor | None = None,
         condition: Condition | Sequence[Condition] | torch.Tensor | None = None,
         guidance_scale: float = 1.0,
+        temperature: float = 1.0,
         output_type: str = "state_dict",
         return_dict: bool = True,
         callback_on_step_end: Callable[["PDiffPipeline", int, int, dict], dict] | None = None,
@@ -198,6 +200,8 @@ class PDiffPipeline(SavedPipeline, NetworkMixin, DiffusionPipeline):
             guidance_scale (`float`, *optional*, defaults to 1):
                 Scale of classifier-free guidance: above 1, away from what the denoiser predicts without a condition,
                 which takes twice the time. It needs a denoiser that was trained with `condition_dropout`.
+            temperature (`float`, *optional*, defaults to 1):
+                Spread of the starting noise, which it multiplies: below 1 networks are more alike, and often better.
             output_type (`str`, *optional*, defaults to `"state_dict"`):
                 `"state_dict"` for a list of state dicts that hold the generated tensors; `"pt"` for all parameters as a
                 tensor of shape `(N, D)`; `"latent"` for their latents of shape `(N, L)`; `"model"` for a list of
@@ -226,6 +230,8 @@ class PDiffPipeline(SavedPipeline, NetworkMixin, DiffusionPipeline):
         known = prepare_conditions(self.condition_encoder, condition, num_models)
         if known is None and guidance_scale != 1:
             raise ValueError("guidance_scale needs a generator with conditions, and this one was trained without")
+        if not 0 <= temperature < math.inf:
+            raise ValueError(f"temperature must be finite and at least 0, got {temperature}")
         if batch_norm_data is not None and (output_type != "model" or self.base_model is None):
             raise ValueError(f"batch_norm_data is for output_type='model' and needs a base model, got {output_type!r}")
         num_models = num_models if known is None else len(known)
@@ -239,7 +245,7 @@ class PDiffPipeline(SavedPipeline, NetworkMixin, DiffusionPipeline):
             embedding = embed_conditions(self.condition_encoder, known.to(self._execution_device), generators)
         latents = self.prepare_latents(num_models, generators, latents)
         _schedule(scheduler, "set_timesteps", num_inference_steps, device=latents.device)
-        latents = latents * scheduler.init_noise_sigma
+        latents = latents * scheduler.init_noise_sigma * temperature
         # Schedulers of ordinary differential equations add no noise, and some of them take no generator.
         takes_generator = "generator" in inspect.signature(scheduler.step).parameters
         extra = {"generator": generators} if takes_generator else {}

@@ -28,6 +28,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("pipeline", help="Folder or Hub id of a saved PDiffPipeline.")
     parser.add_argument("--num_models", type=int, default=10, help="How many networks to generate.")
     parser.add_argument("--num_inference_steps", type=int, default=20, help="Denoising steps.")
+    parser.add_argument("--temperature", type=float, default=1.0, help="Spread of the starting noise.")
     parser.add_argument("--seed", type=int, default=0, help="The same seed gives the same networks.")
     parser.add_argument("--output_dir", default="outputs/networks", help="Must not hold generated networks yet.")
     parser.add_argument("--only_generated", action="store_true", help="Write only the generated tensors.")
@@ -71,6 +72,7 @@ def main() -> None:
             folder,
             num_models=args.num_models,
             num_inference_steps=args.num_inference_steps,
+            temperature=args.temperature,
             seed=args.seed,
             only_generated=args.only_generated,
             condition=args.condition,

@@ -24,6 +24,7 @@ def write_networks(
     *,
     num_models: int,
     num_inference_steps: int,
+    temperature: float = 1.0,
     seed: int,
     only_generated: bool,
     condition: Condition | None = None,
@@ -66,6 +67,7 @@ def write_networks(
     (parameters,) = pipe(
         num_models,
         num_inference_steps=num_inference_steps,
+        temperature=temperature,
         generator=torch.Generator().manual_seed(seed),
         condition=condition,
         output_type="pt",

@@ -243,3 +243,17 @@ def test_parts_that_do_not_fit_together(base_model):
     config = AutoConfig.for_model("timm_wrapper", architecture="test_vit", num_labels=4)
     with pytest.raises(LayoutError, match="does not fit the base model"):
         make_pipeline(base_model, base_model=AutoModelForImageClassification.from_config(config))
+
+
+def test_temperature_multiplies_the_starting_noise():
+    pipe = make_pipeline(make_network())
+    plain = sample(pipe, output_type="latent")
+    assert torch.equal(sample(pipe, output_type="latent", temperature=1), plain)
+    noise = torch.randn(4, 6, generator=torch.Generator().manual_seed(1))
+    halved = sample(pipe, output_type="latent", latents=0.5 * noise)
+    assert torch.equal(sample(pipe, output_type="latent", latents=noise, temperature=0.5), halved)
+    cold = sample(pipe, output_type="latent", temperature=0)
+    assert torch.equal(cold, cold[:1].expand(4, -1)) and not torch.equal(plain[0], plain[1])
+    for bad in (-0.1, float("nan"), float("inf")):
+        with pytest.raises(ValueError, match="temperature must be finite and at least 0, got"):
+            sample(pipe, temperature=bad)

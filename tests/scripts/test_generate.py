@@ -6,7 +6,7 @@ import pytest
 import timm
 import torch
 from safetensors.torch import load_file
-from support.pipelines import make_pipeline
+from support.pipelines import make_network, make_pipeline
 from support.scripts import generate
 from transformers import (
     AutoConfig,
@@ -111,3 +111,12 @@ def test_a_generator_that_does_not_exist_is_one_line(hub, tmp_path, monkeypatch,
         generate(monkeypatch, source, "--output_dir", tmp_path / "networks")
     assert source in str(error.value)
     assert not (tmp_path / "networks").exists()
+
+
+def test_the_temperature_is_that_of_the_call(tmp_path, monkeypatch):
+    make_pipeline(make_network()).save_pretrained(tmp_path / "pipeline")
+    generate(
+        monkeypatch, tmp_path / "pipeline", "--output_dir", tmp_path / "cold", "--temperature", 0, "--only_generated"
+    )
+    first, second = (load_file(path) for path in sorted((tmp_path / "cold").glob("*.safetensors"))[:2])
+    assert all(torch.equal(first[name], second[name]) for name in first)
