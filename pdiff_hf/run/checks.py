@@ -42,8 +42,10 @@ def check_run(run: "Run") -> None:
             )
     if r.tune_steps and not isinstance(run.task, ClassificationTask):
         raise RunError(f"tune_steps={r.tune_steps} needs a task of classification, whose loss networks are tuned on")
-    if r.tune_steps and r.tune_models % parts:
-        raise RunError(f"tune_models={r.tune_models} cannot be cut into {parts} equal parts")
+    if r.tune_steps and r.tune_models % (parts * r.tune_ensemble_size):
+        raise RunError(
+            f"tune_models={r.tune_models} cannot be cut into {parts} equal parts of ensembles of {r.tune_ensemble_size}"
+        )
     if r.push_to_hub and "denoiser" not in r.stages and not run.is_finished("denoiser"):
         raise RunError("push_to_hub needs a finished generator, which the chosen stages do not make")
     if r.recomputes_statistics and (run.family is not None or r.tune_steps):
@@ -71,6 +73,7 @@ def _check_family(run: "Run") -> None:
     if run.is_imported:
         assert run.fields is not None  # an error where they are not the family's
     unused = {"augmentation": "none", "hyper_representations": False, "score_models": None, "num_runs": 1}
+    unused |= {"tune_ensemble_size": 1, "tune_diversity": [0.0], "tune_penalty": 0.0, "temperature": 1.0}
     for key, value in unused.items():
         if getattr(r, key) != value:
             raise RunError(f"{key}={getattr(r, key)} is not for a family of tasks; leave it out")

@@ -13,6 +13,7 @@ import importlib.util
 import json
 import os
 import sys
+import typing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -218,9 +219,20 @@ class TuneSection:
         None, "Optimizer steps; 0 for none. By default 1200 for a family, and else none. For classifiers.", min=0
     )
     tune_learning_rate: float = option(3e-4, "Peak learning rate, with cosine decay.", above=0)
-    tune_models: int = option(32, "Networks in a step, each on examples of its own.", min=1)
-    tune_batch_size: int = option(32, "Training examples of each network in a step.", min=1)
+    tune_models: int = option(32, "Networks in a step; of a family, each for a task of its own.", min=1)
+    tune_batch_size: int = option(
+        32, "Training examples in a step: of one task the same for all networks, of a family for each.", min=1
+    )
     tune_inference_steps: int = option(10, "Denoising steps, the last of which is trained through.", min=1)
+    tune_ensemble_size: int = option(
+        1, "For one task: networks whose mean prediction is to be right; a divisor of tune_models.", min=1
+    )
+    tune_diversity: list[float] = option(
+        [0.0], "For one task: weights of the overlap of errors in an ensemble; validation chooses.", min=0
+    )
+    tune_penalty: float = option(
+        0.0, "For one task: weight of the squared distance to the latents of the untuned generator.", min=0
+    )
     tune_map: bool = option(False, "Also train a linear map from latents to parameters, beside the decoder.")
     tune_tasks: str = option(
         "fresh", "Of a family: new tasks at every step (`fresh`), or the `seen` ones alone.", choices=("fresh", "seen")
@@ -238,6 +250,7 @@ class EvaluateSection:
     num_models: int = option(200, "How many networks to generate; of a family, for each unseen task.", min=1)
     score_models: int | None = option(None, "Score no more than so many of them, drawn at random.", min=1)
     num_inference_steps: int = option(20, "Denoising steps.", min=1)
+    temperature: float = option(1.0, "Spread of the noise that sampling starts from.", min=0)
     fid_features: str = option(
         "inception",
         "FID is measured on these features: `inception`, or folder or Hub id of an image classifier.",
@@ -272,6 +285,15 @@ class Recipe(
     def __post_init__(self) -> None:
         for key in dataclasses.fields(self):
             setattr(self, key.name, check_value(key, getattr(self, key.name)))
+        if self.tune_models % self.tune_ensemble_size:
+            raise ValueError(
+                f"tune_ensemble_size must be a divisor of tune_models={self.tune_models}, got {self.tune_ensemble_size}"
+            )
+        if any(self.tune_diversity) and self.tune_ensemble_size == 1:
+            raise ValueError(
+                f"tune_diversity={self.tune_diversity} needs a tune_ensemble_size above 1: one network has no other to "
+                "differ from"
+            )
         if self.tune_steps is None:
             self.tune_steps = 0 if self.family is None else 1200
         if self.family is not None and self.snapshots is None and self.num_snapshots % self.num_tasks:
@@ -417,7 +439,7 @@ class RecipeParser(HfArgumentParser):
                 self.error(f"recipe '{path}' has a list for the key '{key}', which takes one value")
             value = [value]
         if isinstance(value, list):
-            return [str(item) for item in value]
+            return [str(item) for item in value] if str in typing.get_args(self.keys[key].type) else value
         return value if value is None else json.dumps(value) if isinstance(value, dict) else str(value)
 
     def _refuse(self, argument: str) -> NoReturn:

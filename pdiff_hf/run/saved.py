@@ -21,6 +21,7 @@ from ..utils.files import check_writable, remove
 from .recipe import Recipe
 from .saved_families import evaluate_saved_family
 from .task import make_task
+from .tuning import load_tuning
 
 
 def evaluate_saved(source: str, recipe: Recipe) -> dict:
@@ -73,6 +74,8 @@ def evaluate_saved(source: str, recipe: Recipe) -> dict:
             num_models=recipe.num_models,
             score_models=recipe.score_models,
             num_inference_steps=recipe.num_inference_steps,
+            temperature=recipe.temperature,
+            tuning=None if pipeline is None else load_tuning(Path(folder)),
             baseline_models=recipe.baseline_models,
             baselines=recipe.baselines,
             hyper_representations=recipe.hyper_representations,

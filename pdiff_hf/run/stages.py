@@ -49,7 +49,7 @@ from .recipe import (
     TaskSection,
     TuneSection,
 )
-from .tuning import tune_denoiser
+from .tuning import load_tuning, tune_denoiser
 
 if TYPE_CHECKING:
     from .run import Run
@@ -318,6 +318,8 @@ def evaluate(run: "Run") -> None:
             num_models=r.num_models,
             score_models=r.score_models,
             num_inference_steps=r.num_inference_steps,
+            temperature=r.temperature,
+            tuning=load_tuning(run.folder / names.TUNED) if STAGES["tune"].is_wanted(r) else None,
             baseline_models=r.baseline_models,
             baselines=r.baselines,
             hyper_representations=r.hyper_representations,

@@ -1,29 +1,36 @@
 """The stage that tunes a generator on the task, or the family of tasks, of its networks."""
 
+import copy
+import json
 from collections.abc import Callable
-from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-import torch.nn.functional as F
 from accelerate import Accelerator, PartialState
 
 from ..networks.stacked import StackedNetworks
 from ..pipelines import PDiffPipeline
 from ..tasks import ClassificationTask
 from ..training import make_training_scheduler
-from ..training.denoiser import denoising_loss
-from ..training.tune import GeneratedNetworks, TuneArguments, single_task, tune
+from ..training.denoiser import LatentGenerator, denoising_loss
+from ..training.ensembles import (
+    DiffusionLatents,
+    EnsembleObjective,
+    TunedEnsembles,
+    Tuning,
+    training_passes,
+    validation_batch,
+)
+from ..training.tune import single_task, tune
 from ..utils import names
+from ..utils.files import write_json
 from ..utils.seeds import named_seed
 from .families import generated_networks, make_regime, tune_arguments
 
 if TYPE_CHECKING:
     from .folder import Stage
     from .run import Run
-
-# Of each network, when tuning is validated.
-VALIDATION_EXAMPLES = 200
 
 
 def tune_denoiser(run: "Run", stage: "Stage") -> None:
@@ -33,27 +40,18 @@ def tune_denoiser(run: "Run", stage: "Stage") -> None:
     if r.tune_map:
         pipeline.autoencoder.add_tuned_map()
     networks = StackedNetworks(run.base_model.to(PartialState().device), run.layout)
-    model, args = generated_networks(run, pipeline, networks), tune_arguments(run)
+    args = tune_arguments(run)
     loop = run.loop(stage.name, num_steps=args.num_steps, batch_size=r.tune_models, learning_rate=r.tune_learning_rate)
     del loop["args"]
-    with run.accelerator() as accelerator:
-        extra = _weight_loss(run, model, accelerator) if r.tune_weight_loss else None
-        if run.family is not None:
+    tuning = None
+    if run.family is not None:
+        model = generated_networks(run, pipeline, networks)
+        with run.accelerator() as accelerator:
+            extra = _weight_loss(run, model.generator, accelerator) if r.tune_weight_loss else None
             regime = make_regime(run, accelerator, networks)
             history = regime.fit(model, args, "tuning", extra_loss=extra, **loop)
-        else:
-            assert isinstance(run.task, ClassificationTask)  # checked before any work
-            device = accelerator.device
-            history = tune(
-                accelerator,
-                model,
-                single_task(run.task, args, device),
-                len(run.task.load_split("train")),
-                args,
-                validate=_validation(run, run.task, model, args),
-                extra_loss=extra,
-                **loop,
-            )
+    else:
+        pipeline, tuning, history = _tune_for_task(run, pipeline, networks, loop)
     run.base_model.to("cpu")
     if not PartialState().is_main_process:
         return
@@ -65,41 +63,82 @@ def tune_denoiser(run: "Run", stage: "Stage") -> None:
     pipeline.register_to_config(_name_or_path="")
     with run.files.replacing(stage) as folder:
         pipeline.save_pretrained(folder)
+        if tuning is not None:
+            write_json(folder / names.TUNING, tuning.to_dict())
     run.finish(stage.name, history)
 
 
-def _validation(
-    run: "Run", task: ClassificationTask, model: GeneratedNetworks, args: TuneArguments
-) -> Callable[[], float]:
-    """The mean loss of networks on validation data, always with the same noise and examples."""
+def load_tuning(folder: Path) -> Tuning | None:
+    """How the pipeline in `folder` was tuned for its task; None where it was not."""
+    path = folder / names.TUNING
+    return Tuning.from_dict(json.loads(path.read_text())) if path.is_file() else None
+
+
+def _tune_for_task(
+    run: "Run", pipeline: PDiffPipeline, networks: StackedNetworks, loop: dict
+) -> tuple[PDiffPipeline, Tuning, dict]:
+    """
+    Tunes once for each weight of diversity.
+
+    Returns:
+        `tuple`: The pipeline that is best on validation data, how it was tuned, and the history of that.
+    """
+    r, task, args = run.recipe, run.task, tune_arguments(run)
+    assert isinstance(task, ClassificationTask)  # checked before any work
     device = PartialState().device
-    unseen = single_task(task, replace(args, num_examples=VALIDATION_EXAMPLES), device, "validation")
+    unseen = validation_batch(task, device)
+    results: list[tuple[float, float, PDiffPipeline, dict]] = []
+    passes = 0
+    for diversity in r.tune_diversity:
+        objective = EnsembleObjective(r.tune_ensemble_size, diversity, r.tune_penalty)
+        candidate = copy.deepcopy(pipeline)
+        latents = DiffusionLatents(LatentGenerator(candidate.denoiser), candidate.scheduler, r.tune_inference_steps)
 
-    @torch.no_grad()
-    def validate() -> float:
-        generator = torch.Generator(device).manual_seed(named_seed(run.recipe.seed, "tune validation"))
-        _, batch = unseen(torch.arange(run.recipe.tune_models), generator)
-        logits = model(None, batch, generator)  # (N, B, C)
-        return F.cross_entropy(logits.flatten(0, 1), batch["labels"].flatten()).item()
+        with run.accelerator() as accelerator:
+            parts = accelerator.num_processes * accelerator.gradient_accumulation_steps
+            model = TunedEnsembles(
+                latents, candidate.autoencoder, networks, task.predict, objective, r.tune_models // parts
+            )
 
-    return validate
+            def validate(model: TunedEnsembles = model) -> float:
+                noise = torch.Generator(device).manual_seed(named_seed(r.seed, "tune validation"))
+                return model.validate(unseen, noise)
+
+            history = tune(
+                accelerator,
+                model,
+                single_task(task, args, device),
+                len(task.load_split("train")),
+                args,
+                validate=validate,
+                extra_loss=_weight_loss(run, latents.generator, accelerator) if r.tune_weight_loss else None,
+                **loop | {"checkpoint_dir": Path(loop["checkpoint_dir"], f"diversity-{diversity:g}")},
+            )
+        passes += training_passes(len(history["losses"]), r.tune_models, r.tune_batch_size)
+        passes += len(history["steps"]) * model.num_networks * len(unseen["labels"])
+        results.append((min(history["validation_losses"]), diversity, candidate, history))
+    _, diversity, chosen, history = min(results, key=lambda result: result[0])
+    objective = EnsembleObjective(r.tune_ensemble_size, diversity, r.tune_penalty)
+    tuning = Tuning(objective, args.num_steps, r.tune_models, r.tune_batch_size, passes)
+    tried = {f"{weight:g}": loss for loss, weight, _, _ in results}
+    return chosen, tuning, history | {"diversity": diversity, "validation_loss_of_diversity": tried}
 
 
 def _weight_loss(
-    run: "Run", model: GeneratedNetworks, accelerator: Accelerator
+    run: "Run", generator: LatentGenerator, accelerator: Accelerator
 ) -> Callable[[torch.Generator], torch.Tensor]:
     """The denoiser's own loss on the snapshots that generators see, weighted."""
     r, device = run.recipe, accelerator.device
     latents = run.latents[run.seen].to(device)
     table = None if run.fields is None else run.snapshot_conditions[run.seen].to(device)
     scheduler = make_training_scheduler(r.num_train_timesteps, r.prediction_type)
-    encoder = model.generator.encoder
+    encoder = generator.encoder
 
     def loss(noise: torch.Generator) -> torch.Tensor:
         rows = torch.randint(len(latents), (r.denoiser_batch_size,), generator=noise, device=device)
         known = None
         if encoder is not None and table is not None:
             known = encoder.complete(table[rows], torch.rand(len(rows), generator=noise, device=device))
-        return r.tune_weight_loss * denoising_loss(model.generator, scheduler, latents[rows], noise, known)
+        return r.tune_weight_loss * denoising_loss(generator, scheduler, latents[rows], noise, known)
 
     return loss

@@ -16,7 +16,7 @@ from torch import nn
 from ..models import ParameterAutoencoder
 from ..networks.stacked import StackedNetworks
 from ..tasks.families import Family
-from ..tasks.task import Batch, ClassificationTask, Split, take
+from ..tasks.task import Batch, ClassificationTask, take
 from ..utils.seeds import derive_seed
 from .denoiser import LatentGenerator
 from .loop import LoopArguments, train
@@ -49,6 +49,24 @@ class TuneArguments:
     patience: int = 5
     max_grad_norm: float | None = 1.0
     checkpointing_steps: int | None = None
+
+
+def denoise(
+    generator: LatentGenerator,
+    scheduler: SchedulerMixin,
+    num_inference_steps: int,
+    noise: torch.Tensor,
+    table: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Noise to latents, both of shape `(N, L)`. Only the last step of the sampler has gradients."""
+    scheduler = copy.deepcopy(scheduler)
+    scheduler.set_timesteps(num_inference_steps, device=noise.device)
+    latents = noise * scheduler.init_noise_sigma
+    for i, timestep in enumerate(scheduler.timesteps):
+        with torch.set_grad_enabled(torch.is_grad_enabled() and i == len(scheduler.timesteps) - 1):
+            prediction = generator(scheduler.scale_model_input(latents, timestep), timestep, table)
+            latents = scheduler.step(prediction, timestep, latents).prev_sample
+    return latents
 
 
 class GeneratedNetworks(nn.Module):
@@ -98,14 +116,8 @@ class GeneratedNetworks(nn.Module):
         shape = (num_networks or 1, self.autoencoder.config.latent_dim)
         if self.scheduler is None:
             return self.generator(torch.zeros(shape, device=device), 0, table)
-        scheduler = copy.deepcopy(self.scheduler)
-        scheduler.set_timesteps(self.num_inference_steps, device=device)
-        latents = torch.randn(shape, generator=generator, device=device) * scheduler.init_noise_sigma
-        for i, timestep in enumerate(scheduler.timesteps):
-            with torch.set_grad_enabled(torch.is_grad_enabled() and i == len(scheduler.timesteps) - 1):
-                prediction = self.generator(scheduler.scale_model_input(latents, timestep), timestep, table)
-                latents = scheduler.step(prediction, timestep, latents).prev_sample
-        return latents
+        noise = torch.randn(shape, generator=generator, device=device)
+        return denoise(self.generator, self.scheduler, self.num_inference_steps, noise, table)
 
     def sample_parameters(
         self, table: torch.Tensor | None, generator: torch.Generator, num_networks: int | None = None
@@ -157,17 +169,14 @@ def _examples(family: Family, table: torch.Tensor, args: TuneArguments, generato
     return family.batch("train", table, indices.cpu())
 
 
-def single_task(
-    task: ClassificationTask, args: TuneArguments, device: torch.device, split_name: Split = "train"
-) -> TaskBatches:
-    """One task for all networks, each on other examples: for a generator without conditions."""
-    split = task.load_split(split_name)
+def single_task(task: ClassificationTask, args: TuneArguments, device: torch.device) -> TaskBatches:
+    """One task, and one batch for all networks of a step: for a generator without conditions."""
+    split = task.load_split("train")
 
     def draw(indices: torch.Tensor, generator: torch.Generator) -> tuple[None, Batch]:
-        size = len(indices) * args.num_examples
-        chosen = torch.randint(len(split), (size,), generator=generator, device=generator.device).tolist()
-        batch = send_to_device(task.collate(take(split, chosen)), device)
-        return None, {name: values.unflatten(0, (len(indices), -1)) for name, values in batch.items()}
+        size = (args.num_examples,)
+        chosen = torch.randint(len(split), size, generator=generator, device=generator.device).tolist()
+        return None, send_to_device(task.collate(take(split, chosen)), device)
 
     return draw
 
@@ -196,8 +205,9 @@ class _Tuned(nn.Module):
 
     def forward(self, table: torch.Tensor | None, batch: Batch, generator: torch.Generator) -> torch.Tensor:
         """The mean loss over tasks and examples, a scalar, plus the other one."""
-        logits = self.model(table, batch, generator)
-        loss = F.cross_entropy(logits.flatten(0, 1), batch["labels"].flatten())
+        loss = self.model(table, batch, generator)
+        if loss.ndim:  # logits
+            loss = F.cross_entropy(loss.flatten(0, 1), batch["labels"].flatten())
         return loss if self.extra_loss is None else loss + self.extra_loss(generator)
 
 
@@ -221,7 +231,7 @@ def tune(
 
     Args:
         model (`nn.Module`): `model(table, batch, generator)` gives the logits of T networks on their batches,
-            `(T, B, C)`, such as a [`GeneratedNetworks`].
+            `(T, B, C)`, such as a [`GeneratedNetworks`], or a loss of its own, such as [`TunedEnsembles`].
         batches (`TaskBatches`): [`fresh_tasks`], [`seen_tasks`] or [`single_task`].
         num_tasks (`int`): Indices of tasks are below this.
         validate (`Callable`, *optional*): The validation loss of `model` as it is.

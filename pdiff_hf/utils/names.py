@@ -9,6 +9,7 @@ AUTOENCODER = "autoencoder"
 VAE = "vae"
 PIPELINE = "pipeline"
 TUNED = "tuned"
+TUNING = "tuning.json"  # in the folder of a tuned pipeline: how it was tuned
 EVALUATION = "evaluation"
 REPORT = "report.json"
 # Records of finished stages, checkpoints of the one at work, scores of networks, and what trackers write.

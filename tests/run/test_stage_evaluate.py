@@ -11,7 +11,9 @@ from pdiff_hf import ParameterAutoencoder, PDiffPipeline
 from pdiff_hf.run.folder import RunError
 from pdiff_hf.run.recipe import Recipe
 from pdiff_hf.run.run import Run
+from pdiff_hf.run.saved import evaluate_saved
 from pdiff_hf.utils.names import generator_folder
+from pdiff_hf.utils.reports import load_report
 
 FOLDERS = ("pipeline", "tuned")
 TINY = {
@@ -81,3 +83,29 @@ def test_a_tuned_generator_is_the_one_that_is_evaluated(tmp_path):
         assert str(tmp_path) not in config.read_text()  # it may be published
     with pytest.raises(RunError, match="tune_models=3 cannot be cut into 2 equal parts"):
         Run(Recipe(**TINY | changes, gradient_accumulation_steps=2, output_dir=str(tmp_path / "other")))
+
+
+def test_validation_chooses_the_diversity_and_the_report_gives_others_the_same(tmp_path):
+    changes = {"tune_steps": 4, "tune_models": 4, "tune_batch_size": 5, "tune_ensemble_size": 2}
+    changes |= {"tune_diversity": [0.0, 5.0], "tune_penalty": 0.1, "baseline_models": 2, "baselines": "few"}
+    run = Run(Recipe(**TINY | changes, temperature=0.5, output_dir=str(tmp_path / "run")))
+    with run.lock():
+        run.execute()
+    results = json.loads((run.folder / "stages/tune.json").read_text())["results"]
+    tried = results["validation_loss_of_diversity"]
+    assert set(tried) == {"0", "5"} and tried[f"{results['diversity']:g}"] == min(tried.values())
+    saved = json.loads((run.folder / "tuned/tuning.json").read_text())
+    assert saved["objective"] == {"ensemble_size": 2, "diversity": results["diversity"], "penalty": 0.1}
+    num_unseen = len(run.task.load_split("validation"))
+    assert saved["passes"] == 2 * (3 * 4 * 4 * 5 + 4 * 4 * num_unseen)  # validated after each of the steps
+    report = load_report(run.folder / "evaluation/report.json")
+    assert report["tuning"]["passes"] == saved["passes"] and report["tuning"]["temperature"] == 0.5
+    assert "SWAG, 4 steps" in {row["name"] for row in report["groups"]}
+    assert "with the same feedback it is better than" in report["verdict"]
+    recipe = Recipe(
+        **TINY | changes | {"model": None, "max_eval_samples": 20},
+        snapshots=str(run.folder / "snapshots"),
+        dataset="digits",
+    )
+    again = evaluate_saved(str(run.folder / "tuned"), dataclasses.replace(recipe, output_dir=str(tmp_path / "again")))
+    assert again["tuning"]["passes"] == saved["passes"]

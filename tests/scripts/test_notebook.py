@@ -14,7 +14,7 @@ NOTEBOOK = Path(__file__).parents[2] / "scripts" / "quickstart.ipynb"
 
 
 def test_every_cell_runs(tmp_path, monkeypatch, capsys):
-    changes = {"tune_steps": 2, "tune_models": 2, "tune_batch_size": 4, "baseline_models": 0, "num_models": 2}
+    changes = {"tune_steps": 2, "tune_models": 4, "tune_batch_size": 4, "baseline_models": 0, "num_models": 2}
     run = Run(Recipe(**TINY | changes, output_dir=str(tmp_path / "run")))
     with run.lock():
         run.execute()

@@ -30,7 +30,7 @@ SKIPPED = ("pip install", "python -m pytest")
 REPLACED = {"user/": "alice/", "first_step=500": "first_step=5"}
 SAMPLING = {"num_models": 2, "num_inference_steps": 2}
 SMALL = {
-    "train": TINY | {"baseline_models": 0, "tune_steps": 2, "tune_models": 2, "tune_batch_size": 4},
+    "train": TINY | {"baseline_models": 0, "tune_steps": 2, "tune_models": 4, "tune_batch_size": 4},
     "collect": TINY | {"baseline_models": 0},
     "generate": SAMPLING,
     "evaluate": SAMPLING | {"max_eval_samples": 50, "baseline_models": 0},

@@ -1,0 +1,202 @@
+"""Tunes a map of noise to latents for one task: ensembles of its networks are to be right, and to err apart."""
+
+import copy
+import math
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from accelerate.utils import send_to_device
+from diffusers import SchedulerMixin
+from torch import nn
+
+from ..models import ParameterAutoencoder
+from ..networks.stacked import StackedNetworks
+from ..tasks.task import Batch, ClassificationTask, take
+from .denoiser import LatentGenerator
+from .tune import denoise
+
+VALIDATION_EXAMPLES = 1000
+LOGIT_TEMPERATURES = (1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+
+
+@dataclass(frozen=True)
+class EnsembleObjective:
+    """
+    What networks for one task are tuned on.
+
+    Args:
+        ensemble_size (`int`, *optional*, defaults to 1): M, networks whose mean probabilities are to be right.
+        diversity (`float`, *optional*, defaults to 0): Weight of the overlap of their errors.
+        penalty (`float`, *optional*, defaults to 0): Weight of the squared distance to what the same noise gave before,
+            the mean over latent coordinates, whose standard deviation is 1 over the snapshots.
+    """
+
+    ensemble_size: int = 1
+    diversity: float = 0.0
+    penalty: float = 0.0
+
+    def __call__(
+        self, logits: torch.Tensor, labels: torch.Tensor, latents: torch.Tensor, before: torch.Tensor | None
+    ) -> torch.Tensor:
+        """
+        The loss, a scalar.
+
+        Args:
+            logits (`torch.Tensor`): Of N networks on one batch, shape `(N, B, C)`, N a multiple of the size.
+            labels (`torch.Tensor`): Shape `(B,)`.
+            latents (`torch.Tensor`): Of the networks, shape `(N, L)`.
+            before (`torch.Tensor`, *optional*): Of what the same noise gave before; needed for the penalty alone.
+        """
+        loss = ensemble_loss(logits, labels, self.ensemble_size)
+        if self.diversity:
+            loss = loss + self.diversity * error_overlap(logits, labels, self.ensemble_size)
+        if self.penalty:
+            assert before is not None
+            loss = loss + self.penalty * (latents - before).square().mean()
+        return loss
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """
+    How a generator was tuned, which is saved with it: trivial generators can then be given the same.
+
+    Args:
+        objective (`EnsembleObjective`): With the diversity that was chosen on validation data.
+        num_steps (`int`): Of the optimizer, for each diversity that was tried.
+        num_networks (`int`): In a step.
+        num_examples (`int`): Of the training split in a step, the same for all networks.
+        passes (`int`): Forward passes of an image through a network that all of it took, a backward pass counted as
+            two.
+    """
+
+    objective: EnsembleObjective
+    num_steps: int
+    num_networks: int
+    num_examples: int
+    passes: int
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> "Tuning":
+        return cls(**values | {"objective": EnsembleObjective(**values["objective"])})
+
+
+def training_passes(num_steps: int, num_networks: int, num_examples: int) -> int:
+    """Forward passes of an image through a network, a backward pass counted as two."""
+    return 3 * num_steps * num_networks * num_examples
+
+
+def ensemble_loss(logits: torch.Tensor, labels: torch.Tensor, ensemble_size: int) -> torch.Tensor:
+    """
+    Mean negative log-likelihood of ensembles of consecutive networks, in nats.
+
+    Args:
+        logits (`torch.Tensor`): Shape `(N, B, C)`, N a multiple of `ensemble_size`.
+        labels (`torch.Tensor`): Shape `(B,)`.
+    """
+    ensembles = _of_labels(logits.log_softmax(-1), labels).unflatten(0, (-1, ensemble_size))  # (N / M, M, B)
+    return (math.log(ensemble_size) - ensembles.logsumexp(1)).mean()
+
+
+def validation_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """
+    [`ensemble_loss`] of all networks together, to which both their own quality and their diversity contribute, whatever
+    they were tuned on. All logits are divided by the one of `LOGIT_TEMPERATURES` that makes it least: networks that
+    have been trained for long are too sure of themselves, which says nothing about how good their answers are.
+    """
+    return torch.stack([ensemble_loss(logits / t, labels, len(logits)) for t in LOGIT_TEMPERATURES]).amin()
+
+
+def error_overlap(logits: torch.Tensor, labels: torch.Tensor, ensemble_size: int) -> torch.Tensor:
+    """
+    The IoU of wrong predictions (paper, equation 7) of two networks of an ensemble, averaged, with the probability of
+    an error in the place of an error: between 0 and 1, and differentiable. Arguments as of [`ensemble_loss`].
+    """
+    wrong = (1 - _of_labels(logits.softmax(-1), labels)).unflatten(0, (-1, ensemble_size))  # (N / M, M, B)
+    first, second = torch.triu_indices(ensemble_size, ensemble_size, offset=1).unbind()
+    both = (wrong[:, first] * wrong[:, second]).sum(-1)  # (N / M, pairs)
+    either = (wrong[:, first] + wrong[:, second]).sum(-1) - both
+    return (both / either.clamp_min(1e-12)).mean()
+
+
+def _of_labels(values: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Those of the right classes: `(N, B, C)` to `(N, B)`."""
+    return values.gather(-1, labels.view(1, -1, 1).expand(len(values), -1, 1)).squeeze(-1)
+
+
+def validation_batch(task: ClassificationTask, device: torch.device) -> Batch:
+    """Up to `VALIDATION_EXAMPLES` examples of the validation split, evenly spaced over it."""
+    split = task.load_split("validation")
+    indices = torch.linspace(0, len(split) - 1, min(VALIDATION_EXAMPLES, len(split))).round().long().tolist()
+    return send_to_device(task.collate(take(split, indices)), device)
+
+
+class DiffusionLatents(nn.Module):
+    """Noise `(N, L)` to latents `(N, L)` by a sampler, whose last step alone has gradients."""
+
+    def __init__(self, generator: LatentGenerator, scheduler: SchedulerMixin, num_inference_steps: int):
+        super().__init__()
+        self.generator, self.scheduler, self.num_inference_steps = generator, scheduler, num_inference_steps
+
+    def forward(self, noise: torch.Tensor) -> torch.Tensor:
+        return denoise(self.generator, self.scheduler, self.num_inference_steps, noise)
+
+
+class TunedEnsembles(nn.Module):
+    """
+    The loss of networks for one task that a map of noise to latents gives, for [`~pdiff_hf.training.tune.tune`].
+
+    Args:
+        latents (`nn.Module`): The map, which is trained: such as a [`DiffusionLatents`].
+        autoencoder (`ParameterAutoencoder`): Frozen, but for its `tuned_map` where it has one.
+        networks (`StackedNetworks`), predict (`Callable`): What the parameters are used in.
+        objective (`EnsembleObjective`): What the loss is made of.
+        num_networks (`int`): In a step, a multiple of the size of an ensemble.
+    """
+
+    def __init__(
+        self,
+        latents: nn.Module,
+        autoencoder: ParameterAutoencoder,
+        networks: StackedNetworks,
+        predict: Callable,
+        objective: EnsembleObjective,
+        num_networks: int,
+    ):
+        super().__init__()
+        self.latents = latents
+        # In a list, they are no part of this module: frozen, and not in its checkpoints.
+        self._frozen = [autoencoder.eval().requires_grad_(False)]
+        if autoencoder.config.tuned_map:
+            self.map_weight = autoencoder.map_weight.requires_grad_(True)
+        self._start = [copy.deepcopy(latents).requires_grad_(False)] if objective.penalty else []
+        self.networks, self.predict = networks, predict
+        self.objective, self.num_networks = objective, num_networks
+
+    def sample_noise(self, generator: torch.Generator) -> torch.Tensor:
+        """Shape `(num_networks, L)`."""
+        shape = (self.num_networks, self._frozen[0].config.latent_dim)
+        return torch.randn(shape, generator=generator, device=generator.device)
+
+    def logits(self, latents: torch.Tensor, batch: Batch) -> torch.Tensor:
+        """Of the networks of latents `(N, L)` on one batch, shape `(N, B, C)`."""
+        return self.networks(self.predict, self._frozen[0].decode(latents).sample, batch, shared=True)
+
+    def forward(self, table: None, batch: Batch, generator: torch.Generator) -> torch.Tensor:
+        """The loss, a scalar."""
+        noise = self.sample_noise(generator)
+        latents, before = self.latents(noise), None
+        if self.objective.penalty:
+            with torch.no_grad():
+                before = self._start[0].to(noise.device)(noise)
+        return self.objective(self.logits(latents, batch), batch["labels"], latents, before)
+
+    @torch.no_grad()
+    def validate(self, batch: Batch, generator: torch.Generator) -> float:
+        """The [`validation_loss`] on a batch."""
+        return validation_loss(self.logits(self.latents(self.sample_noise(generator)), batch), batch["labels"]).item()
