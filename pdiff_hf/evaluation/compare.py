@@ -11,18 +11,20 @@ import torch
 from torch import Tensor
 
 from ..pipelines import PDiffPipeline
+from ..training.ensembles import Tuning
 from ..utils.files import replacing, without_nan, write_json
 from ..utils.reports import REPORT_VERSION
 from .audit import AuditRow, audit_group, audit_verdict
 from .baselines import BaselineContext
 from .figures import draw_figures
-from .frontier import Bootstrap, FrontierGroup, frontier_sentence
+from .frontier import VERDICTS, Bootstrap, FrontierGroup, FrontierRow, frontier_sentence
 from .geometry import Rows, Yardstick, mean_of
 from .hyper_representations import NAMES, sample_hyper_representations
 from .metrics import METRICS, Evidence, ensemble_metrics, max_iou, nearest_in_predictions
-from .render import format_report, summarise
+from .render import CURVE, format_report, summarise
 from .sampling import (
     Group,
+    Passes,
     Reconstruction,
     decode,
     encode,
@@ -34,12 +36,15 @@ from .sampling import (
 )
 from .scores import ClassifierScores, Metric, Scores
 from .scoring import CHUNK_BYTES, Scorer
-from .verdict import find_warnings, write_verdict
+from .tuned_baselines import TunedBaselines
+from .verdict import break_even, find_warnings, write_verdict
 
 logger = logging.getLogger(__name__)
 
 MORE_STEPS = 5  # times as many denoising steps are tried where generated networks are worse than snapshots
 MORE_STEPS_MODELS = 20
+# Those of the generator's own curve, with all baselines.
+TEMPERATURES = (0.25, 0.5, 0.75, 1.0, 1.25, 1.5)
 
 
 def compare_generator(
@@ -52,6 +57,8 @@ def compare_generator(
     num_models: int = 200,
     score_models: int | None = None,
     num_inference_steps: int = 20,
+    temperature: float = 1.0,
+    tuning: Tuning | None = None,
     baseline_models: int = 20,
     baselines: str = "all",
     hyper_representations: bool = False,
@@ -74,6 +81,8 @@ def compare_generator(
         num_models (`int`, *optional*, defaults to 200): Networks to sample from a pipeline.
         score_models (`int`, *optional*): Compare no more than so many of the generated networks, drawn at random.
         num_inference_steps (`int`, *optional*, defaults to 20): Denoising steps of a pipeline.
+        temperature (`float`, *optional*, defaults to 1): Of a pipeline. With all baselines others are reported too.
+        tuning (`Tuning`, *optional*): How a pipeline was tuned; trivial generators with the same feedback are added.
         baseline_models (`int`, *optional*, defaults to 20): Networks of each baseline setting; 0 for no baselines.
         baselines (`str`, *optional*, defaults to `"all"`): Or `few`, one setting of each family.
         hyper_representations (`bool`, *optional*, defaults to `False`): Whether to add groups of as many networks as
@@ -106,8 +115,18 @@ def compare_generator(
     num_generated = len(generator) if isinstance(generator, Tensor) else num_models
     num_scored = min(num_generated, score_models or num_generated)
     families: list[Iterator[Group]] = []
+    in_tuned = 0
     if baseline_models:
         families.append(sample_baselines(context, baseline_models, seed, baselines))
+        if pipeline is not None and tuning is not None:
+            assert latents is not None
+            tuned = TunedBaselines(
+                scorer, pipeline.autoencoder, seen, latents[~heldout], tuning, baseline_models, baselines, seed
+            )
+            families.append(tuned.groups())
+            in_tuned = tuned.count
+        if pipeline is not None and baselines == "all":
+            families.append(_sample_temperatures(pipeline, baseline_models, num_inference_steps, temperature, seed))
     if hyper_representations:
         if pipeline is None:
             raise ValueError("hyper_representations needs a pipeline, for its autoencoder; networks alone were given")
@@ -122,6 +141,7 @@ def compare_generator(
         (generated_latents,) = generator(
             num_models,
             num_inference_steps=num_inference_steps,
+            temperature=temperature,
             generator=named_generator(seed, "generated"),
             output_type="latent",
             return_dict=False,
@@ -131,7 +151,7 @@ def compare_generator(
     folder.mkdir(parents=True, exist_ok=True)  # nothing before this has left anything behind
     in_baselines = baseline_models * len(supported_baselines(context, baselines))
     in_representations = num_scored * len(NAMES) * hyper_representations
-    _announce(scorer, 2 * len(snapshots) + 1 + num_scored + in_baselines + in_representations)
+    _announce(scorer, 2 * len(snapshots) + 1 + num_scored + in_baselines + in_representations + in_tuned)
     if isinstance(generator, PDiffPipeline) and latents is not None:
         generated = decode(generator, generated_latents, folder)
         reconstruction = reconstruct(generator, snapshots, latents, heldout, folder)
@@ -141,7 +161,7 @@ def compare_generator(
         yield Group("mean", mean_of(snapshots).float()[None])
         if reconstruction is not None:
             yield Group("reconstructed", reconstruction.parameters)
-        yield Group("generated", generated)
+        yield Group("generated", generated, feedback=None if tuning is None else Passes(tuning.passes))
         if vae is not None:
             yield Group("vae", vae, family="VAE")
         for family in families:
@@ -149,10 +169,12 @@ def compare_generator(
 
     report = compare(scorer, groups(), reconstruction, seed)
     report["num_generated"] = num_generated
+    if tuning is not None:
+        report["tuning"] = tuning.to_dict() | {"temperature": temperature, "break_even": break_even(report)}
     if pipeline is not None and scorer.classifies:
-        report["reverse_process"] = reverse_process(scorer, pipeline, num_inference_steps, folder, seed)
+        report["reverse_process"] = reverse_process(scorer, pipeline, num_inference_steps, folder, seed, temperature)
     if pipeline is not None and report["difference"]["verdict"] == "worse":
-        report["more_steps"] = _try_more_steps(scorer, pipeline, num_inference_steps, seed)
+        report["more_steps"] = _try_more_steps(scorer, pipeline, num_inference_steps, temperature, seed)
     report = without_nan(report)
     report["warnings"] = find_warnings(report)
     report["verdict"] = write_verdict(report)
@@ -186,15 +208,16 @@ def compare(
         groups_of_report.add(group, validation, test)
     rows, audits, places = groups_of_report.rows, groups_of_report.audits, groups_of_report.places
     bootstrap = Bootstrap(groups_of_report.wrong_snapshots, scorer.metric.sign, named_generator(seed, "bootstrap"))
-    frontier_rows = bootstrap.frontier(places["generated"], [p for p in places.values() if p.family is not None])
+    compared = [place for place in places.values() if place.family not in (None, CURVE)]
+    frontier_rows = bootstrap.frontier(places["generated"], compared)
     generated_audit = next(audit for audit in audits if audit.name == "generated")
-    baseline_audits = [audit for audit in audits if places[audit.name].family is not None]
+    baseline_audits = [audit for audit in audits if places[audit.name] in compared]
     explained = None
     if reconstruction is not None:
         same = places["snapshots"].values[reconstruction.rows]
         lost = places["reconstructed"].values.nanmean() - same.nanmean()
         explained = reconstruction.explained | {"score_difference": lost.item()}
-    return {
+    report = {
         "version": REPORT_VERSION,
         "metric": dataclasses.asdict(scorer.metric),
         "num_parameters": scorer.layout.num_parameters,
@@ -211,6 +234,20 @@ def compare(
             "rows": [dataclasses.asdict(audit) | {"copies": audit.copies} for audit in audits],
         },
     }
+    curve = [place for place in places.values() if place.family == CURVE]
+    if curve:
+        report["temperatures"] = [_place_on_curve(bootstrap.frontier(place, compared)) for place in curve]
+    return report
+
+
+def _place_on_curve(rows: Sequence[FrontierRow]) -> dict:
+    """The generator at one temperature, and its verdicts on plain and on tuned settings of trivial generators."""
+    counts = {
+        kind: {verdict: sum(r.verdict == verdict and r.tuned == tuned for r in rows[1:]) for verdict in VERDICTS}
+        for kind, tuned in (("plain", False), ("tuned", True))
+    }
+    fields = ("value", "num_models", "score", "max_iou")
+    return {name: getattr(rows[0], name) for name in fields} | counts
 
 
 class _Groups:
@@ -244,6 +281,8 @@ class _Groups:
             "value": group.value,
             "n": len(evidence.values),
         }
+        if group.feedback is not None:
+            row |= {"feedback": dataclasses.asdict(group.feedback)}
         row |= {"num_undefined": int(test.undefined.sum())}
         row |= {m.key: m.function(evidence) for m in METRICS if wrong is not None or not m.classifiers_only}
         row |= {"scores": evidence.values.tolist()}
@@ -251,7 +290,9 @@ class _Groups:
             row |= {"ensembles": ensemble_metrics(test.log_probs, test.labels)}
         self.rows.append(row)
         self.audits.append(audit)
-        self.places[group.name] = FrontierGroup(group.name, evidence.values, wrong, group.family, group.value)
+        self.places[group.name] = FrontierGroup(
+            group.name, evidence.values, wrong, group.family, group.value, group.feedback is not None
+        )
 
 
 def _scored(scorer: Scorer, groups: Iterable[Group]) -> Iterator[tuple[Group, Tensor, Scores]]:
@@ -290,12 +331,32 @@ def _announce(scorer: Scorer, num_networks: int) -> None:
     )
 
 
-def _try_more_steps(scorer: Scorer, pipeline: PDiffPipeline, num_inference_steps: int, seed: int) -> dict:
+def _sample_temperatures(
+    pipeline: PDiffPipeline, num_models: int, num_inference_steps: int, temperature: float, seed: int
+) -> Iterator[Group]:
+    """The generator at other temperatures, from the noise that its own group has."""
+    for value in TEMPERATURES:
+        if value != temperature:
+            (parameters,) = pipeline(
+                num_models,
+                num_inference_steps=num_inference_steps,
+                temperature=value,
+                generator=named_generator(seed, "generated"),
+                output_type="pt",
+                return_dict=False,
+            )
+            yield Group(f"generated {value}", parameters, CURVE, value)
+
+
+def _try_more_steps(
+    scorer: Scorer, pipeline: PDiffPipeline, num_inference_steps: int, temperature: float, seed: int
+) -> dict:
     """The score of some networks that were sampled in more denoising steps."""
     steps = min(MORE_STEPS * num_inference_steps, pipeline.scheduler.config.num_train_timesteps)
     (sampled,) = pipeline(
         MORE_STEPS_MODELS,
         num_inference_steps=steps,
+        temperature=temperature,
         generator=named_generator(seed, "generated"),
         output_type="pt",
         return_dict=False,

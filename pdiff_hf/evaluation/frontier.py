@@ -30,6 +30,7 @@ class FrontierGroup:
         wrong (`torch.Tensor`, *optional*): bool of shape `(N, M)`, where a classifier errs; its metric is its accuracy.
         family (`str`, *optional*): What the settings of one sweep have in common.
         value (`float | str`, *optional*): The setting, where the family has one.
+        tuned (`bool`, *optional*, defaults to `False`): Whether it got feedback from the task.
     """
 
     name: str
@@ -37,6 +38,7 @@ class FrontierGroup:
     wrong: Tensor | None = None
     family: str | None = None
     value: float | str | None = None
+    tuned: bool = False
 
 
 @dataclass(frozen=True)
@@ -52,6 +54,7 @@ class FrontierRow:
     name: str
     family: str | None
     value: float | str | None
+    tuned: bool
     num_models: int
     score: float
     score_interval: tuple[float, float]
@@ -125,6 +128,7 @@ class Bootstrap:
             "name": group.name,
             "family": group.family,
             "value": group.value,
+            "tuned": group.tuned,
             "num_models": len(group.values),
             "score": _mean(group.values),
             "score_interval": _interval(scores),

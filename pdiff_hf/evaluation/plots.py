@@ -111,8 +111,9 @@ def _draw_scatter(
         _limits(2 * error, snapshots.accuracy, generated.accuracy, means[1], torch.tensor([low, high])),
     )
     axes.axhspan(low, high, color=SNAPSHOTS, alpha=0.07, linewidth=0, label="sampling error (95%)")
-    # Each colour returns with another marker and another line.
-    styles = cycle(zip(OTHERS * 2, MARKERS, ("-",) * len(OTHERS) + ("--",) * len(OTHERS), strict=True))
+    # Each colour returns with another marker and another line, four times.
+    lines = [line for line in ("-", "--", "-.", ":") for _ in OTHERS]
+    styles = cycle(zip(OTHERS * 4, (*MARKERS, *MARKERS[1:], MARKERS[0]), lines, strict=True))
     fixed = {snapshots.family: (SNAPSHOTS, "o", ""), generated.family: (GENERATED, "*", "")}
     jitter = np.random.default_rng(0)
     outside = 0

@@ -7,6 +7,7 @@ from ..utils.reports import FIGURES
 from .metrics import METRICS, GroupMetric
 
 MAX_SUMMARY_ROWS = 8
+CURVE = "generated at other temperatures"  # a family of groups that is no baseline
 
 
 def metric_title(metric: dict) -> str:
@@ -66,7 +67,7 @@ def best_of_families(report: dict) -> list[dict]:
 
     best: dict[str, dict] = {}
     for row in report["groups"]:
-        if row["family"] is not None and (row["family"] not in best or rank(row) > rank(best[row["family"]])):
+        if row["family"] not in (None, CURVE) and (row["family"] not in best or rank(row) > rank(best[row["family"]])):
             best[row["family"]] = row
     return sorted(best.values(), key=rank, reverse=True)
 
@@ -132,6 +133,15 @@ def _tables(report: dict) -> Iterable[tuple[str, str, str]]:
             "better; `worse` the reverse; a verdict needs 95%.",
             _frontier_table(report),
         )
+    if "tuning" in report:
+        yield "The same feedback for trivial generators", _about_tuning(report), _tuned_table(report)
+    if "temperatures" in report:
+        yield (
+            "Temperatures",
+            "The generator with its starting noise multiplied by other numbers, and how many settings of trivial "
+            "generators it is better than, worse than, and undecided against.",
+            _temperature_table(report),
+        )
     yield (
         "Memorisation",
         f"{report['audit']['verdict']} A group copies if more of its networks than chance allows are too near to a "
@@ -153,6 +163,60 @@ def _tables(report: dict) -> Iterable[tuple[str, str, str]]:
             "Accuracy (NLL, ECE) of the averaged probabilities of n networks of a group, mean over up to 10 ensembles.",
             _ensemble_table(groups),
         )
+
+
+def _about_tuning(report: dict) -> str:
+    tuning = report["tuning"]
+    objective = tuning["objective"]
+    return (
+        f"The generator was tuned in {tuning['num_steps']} steps, each on {tuning['num_networks']} networks and "
+        f"{tuning['num_examples']} training examples, on the likelihood of ensembles of {objective['ensemble_size']}, "
+        f"with {objective['diversity']:g} times the overlap of their errors and {objective['penalty']:g} times the "
+        f"distance to the untuned generator; its temperature is {tuning['temperature']:g}. Passes are forward passes "
+        "of an image through a network, of which a backward pass counts as two. Tuned mean: the snapshots' mean, "
+        "trained with as many passes, and the snapshots' Gaussian around it. Tuned Gaussian: one over the generator's "
+        "own latents, tuned on the same objective. SWAG: its samples, each trained for some steps, or the best of some "
+        "on validation data. Validation chooses learning rates, whose trial is counted for the tuned ones alone. "
+        "Break-even: after so many networks the generator has taken fewer passes."
+    )
+
+
+def _tuned_table(report: dict) -> str:
+    verdicts = {row["name"]: row["verdict"] for row in report["frontier"]["rows"]}
+    paid = {entry["name"]: entry["num_models"] for entry in report["tuning"]["break_even"]}
+    header = ["group", metric_title(report["metric"]), "max IoU", "generated are", "passes once", "passes each"]
+    return table(
+        [*header, "break-even"],
+        [
+            [
+                row["name"],
+                spread_of(row),
+                number(row["max_iou"]),
+                verdicts.get(row["name"]) or "–",
+                f"{row['feedback']['once']:,}",
+                f"{row['feedback']['each']:,}",
+                f"{paid[row['name']]:,}" if row["name"] in paid else "–",
+            ]
+            for row in report["groups"]
+            if "feedback" in row
+        ],
+    )
+
+
+def _temperature_table(report: dict) -> str:
+    header = ["temperature", "n", metric_title(report["metric"]), "max IoU", "plain: better / worse / undecided"]
+    tuned = "tuning" in report
+    rows = [
+        [
+            f"{row['value']:g}",
+            str(row["num_models"]),
+            number(row["score"], ".2f"),
+            number(row["max_iou"]),
+            *(" / ".join(map(str, row[kind].values())) for kind in (("plain", "tuned") if tuned else ("plain",))),
+        ]
+        for row in report["temperatures"]
+    ]
+    return table([*header, "tuned: better / worse / undecided"] if tuned else header, rows)
 
 
 def _group_table(kind: str, rows: Sequence[dict], metric: dict) -> str:

@@ -24,6 +24,21 @@ BLOCK_NUMBERS = 2**26  # that are encoded or decoded at once
 
 
 @dataclass(frozen=True)
+class Passes:
+    """
+    What feedback from the task a group of networks took, as forward passes of an image through a network; a backward
+    pass counts as two.
+
+    Args:
+        once (`int`): Before the first network.
+        each (`int`): For each network.
+    """
+
+    once: int = 0
+    each: int = 0
+
+
+@dataclass(frozen=True)
 class Group:
     """
     Networks that are reported together.
@@ -33,12 +48,14 @@ class Group:
         parameters (`torch.Tensor`): Shape `(N, D)`.
         family (`str`, *optional*): Of a baseline: what the settings of one sweep have in common.
         value (`float | str`, *optional*): Of a baseline: its setting.
+        feedback (`Passes`, *optional*): Of what was tuned on the task.
     """
 
     name: str
     parameters: Tensor
     family: str | None = None
     value: float | str | None = None
+    feedback: Passes | None = None
 
 
 @dataclass(frozen=True)
@@ -166,14 +183,21 @@ def supported_baselines(context: BaselineContext, which: str = "all") -> list[Ba
     return [baseline for baseline in standard_baselines(which) if baseline.supports(context)]
 
 
-def reverse_process(scorer: Scorer, pipeline: PDiffPipeline, num_inference_steps: int, folder: Path, seed: int) -> dict:
+def reverse_process(
+    scorer: Scorer,
+    pipeline: PDiffPipeline,
+    num_inference_steps: int,
+    folder: Path,
+    seed: int,
+    temperature: float = 1.0,
+) -> dict:
     """
     Test scores of the networks that the noisy latents of several samples decode to along the way, in one pass over the
     data (paper, figure 5b): `steps` that were taken, and `scores`, a row a sample and a column a step.
     """
     generator = named_generator(seed, "trajectories")
     noise = torch.randn(NUM_TRAJECTORIES, pipeline.denoiser.config.latent_dim, generator=generator)
-    along = [noise * pipeline.scheduler.init_noise_sigma]
+    along = [noise * pipeline.scheduler.init_noise_sigma * temperature]
 
     def keep(pipe, step, timestep, tensors):
         along.append(tensors["latents"].cpu())
@@ -184,6 +208,7 @@ def reverse_process(scorer: Scorer, pipeline: PDiffPipeline, num_inference_steps
         num_inference_steps=num_inference_steps,
         generator=generator,
         latents=noise,
+        temperature=temperature,
         output_type="latent",
         callback_on_step_end=keep,
     )

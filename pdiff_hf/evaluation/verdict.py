@@ -1,5 +1,6 @@
-"""What a report says in words: two sentences, and warnings."""
+"""What a report says in words: a few sentences, and warnings."""
 
+import math
 from collections import Counter
 
 from .frontier import CONFIDENCE
@@ -13,10 +14,13 @@ ALMOST_LINEAR = 0.05  # an autoencoder within this of the principal components c
 
 def write_verdict(report: dict) -> str:
     """
-    Two sentences: whether the generated networks are as good as the snapshots, and what to change if they are not; and
-    how they compare with the baselines.
+    Whether the generated networks are as good as the snapshots, and what to change if they are not; how they compare
+    with the baselines; and if the generator was tuned, with those that got the same feedback.
     """
-    return f"{_against_snapshots(report)} {_against_baselines(report)}"
+    sentences = [_against_snapshots(report), _against_baselines(report)]
+    if "tuning" in report:
+        sentences.append(_against_tuned_baselines(report))
+    return " ".join(sentences)
 
 
 def _against_snapshots(report: dict) -> str:
@@ -72,14 +76,62 @@ def _what_to_change(report: dict) -> str:
 
 def _against_baselines(report: dict) -> str:
     rows = report["frontier"]["rows"]
-    if len(rows) == 1:
+    plain = [row for row in rows[1:] if not row["tuned"]]
+    if not plain:
         return "They were compared with no baseline."
-    counts = Counter(row["verdict"] for row in rows[1:])
+    counts = Counter(row["verdict"] for row in plain)
     measure = report["metric"]["name"] + (" and novelty together" if rows[0]["max_iou"] is not None else "")
     return (
-        f"Of {len(rows) - 1} settings of trivial generators they are better than {counts['better']} and worse than "
+        f"Of {len(plain)} settings of trivial generators they are better than {counts['better']} and worse than "
         f"{counts['worse']}, and {counts['undecided']} are undecided ({measure}, at {CONFIDENCE:.0%} confidence)."
     )
+
+
+def _against_tuned_baselines(report: dict) -> str:
+    cost = (
+        f"The generator was tuned on the task, in {report['tuning']['passes']:,} passes of an image through a network"
+    )
+    tuned = [row for row in report["frontier"]["rows"][1:] if row["tuned"]]
+    if not tuned:
+        return f"{cost}; no trivial generator with the same feedback was compared with it."
+    counts = Counter(row["verdict"] for row in tuned)
+    worse = [row["name"] for row in tuned if row["verdict"] == "worse"]
+    sentence = (
+        f"{cost}; of {len(tuned)} settings of trivial generators with the same feedback it is better than "
+        f"{counts['better']} and worse than {counts['worse']}{f' ({_list(worse)})' if worse else ''}, and "
+        f"{counts['undecided']} are undecided."
+    )
+    entries = report["tuning"]["break_even"]
+    if entries:
+        first, last = (pick(entries, key=lambda entry: entry["num_models"]) for pick in (min, max))
+        sentence += f" Against {first['name']} its cost is paid back after {first['num_models']:,} networks"
+        sentence += f", against {last['name']} after {last['num_models']:,}." if last is not first else "."
+    return sentence
+
+
+def _list(names: list[str]) -> str:
+    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
+
+
+def break_even(report: dict) -> list[dict]:
+    """
+    After how many networks a tuned generator has taken fewer passes than the groups that take some for every network.
+
+    Returns:
+        `list[dict]`: `name`, `num_models`, and the `verdict` on the group, seen from the generator.
+    """
+    verdicts = {row["name"]: row["verdict"] for row in report["frontier"]["rows"]}
+    rows = {row["name"]: row["feedback"] for row in report["groups"] if "feedback" in row}
+    spent = rows["generated"]["once"]
+    return [
+        {
+            "name": name,
+            "num_models": max(0, math.ceil((spent - cost["once"]) / cost["each"])),
+            "verdict": verdicts[name],
+        }
+        for name, cost in rows.items()
+        if cost["each"]
+    ]
 
 
 def find_warnings(report: dict) -> list[str]:

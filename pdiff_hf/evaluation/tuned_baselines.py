@@ -1,0 +1,244 @@
+"""Trivial generators that get the same feedback from the task as a tuned generator, trained side by side.
+
+Each is as cheap as it can be made for its networks: what they share is computed once, and the learning rates that
+validation chooses among are tried in one go.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from accelerate.utils import send_to_device
+from torch import Tensor
+
+from ..models import ParameterAutoencoder
+from ..networks.stacked import StackedNetworks
+from ..tasks import ClassificationTask
+from ..tasks.task import Batch, take
+from ..training.ensembles import Tuning, training_passes, validation_batch, validation_loss
+from ..utils.seeds import derive_seed
+from .baselines import diagonal_gaussian, low_rank_gaussian
+from .geometry import Matrix, mean_of
+from .sampling import Group, Passes, named_generator
+from .scoring import Scorer
+
+GAUSSIAN_LEARNING_RATES = (0.003, 0.01, 0.03)
+NETWORK_LEARNING_RATES = (1e-3, 3e-3, 1e-2)
+MEAN_LEARNING_RATES = (1e-4, 3e-2)  # the lowest and the highest of as many as there are networks in a step
+VALIDATIONS = 5  # of what is trained, as of the generator
+BEST_OF = (4, 16)
+TEMPERATURES = {"few": (0.5, 1.0), "all": (0.25, 0.5, 0.75, 1.0, 1.5)}
+
+
+@dataclass(frozen=True)
+class TunedBaselines:
+    """
+    Makes trivial generators with the feedback that a generator got.
+
+    Args:
+        scorer (`Scorer`): Of the task; its validation split selects.
+        autoencoder (`ParameterAutoencoder`): Of the generator.
+        snapshots (`torch.Tensor` or `Rows`): Shape `(K, D)`, those that generators see.
+        latents (`torch.Tensor`): Theirs, shape `(K, L)`.
+        tuning (`Tuning`): How the generator was tuned.
+        num_models (`int`): Networks of each.
+        which (`str`): `all` or `few` temperatures.
+        seed (`int`).
+    """
+
+    scorer: Scorer
+    autoencoder: ParameterAutoencoder
+    snapshots: Matrix
+    latents: Tensor
+    tuning: Tuning
+    num_models: int
+    which: str
+    seed: int
+
+    @property
+    def count(self) -> int:
+        """Networks that are scored for all of them on validation and test data."""
+        best = self.num_models * max(BEST_OF)
+        return self.num_models * (3 * len(TEMPERATURES[self.which]) + len(self.steps) + len(BEST_OF)) + best
+
+    @property
+    def steps(self) -> list[int]:
+        """After how many steps refined networks are looked at."""
+        return sorted({max(1, round(self.tuning.num_steps * share)) for share in (0.1, 0.3, 1.0)})
+
+    def groups(self) -> Iterator[Group]:
+        """One setting after the other."""
+        tuning, temperatures = self.tuning, TEMPERATURES[self.which]
+        networks = StackedNetworks(self.scorer.models.model, self.scorer.layout)
+        assert isinstance(self.scorer.task, ClassificationTask)  # nothing else is tuned
+        feedback = _Feedback(self.scorer.task, networks, tuning, self.seed, self.scorer.models.model)
+        once = training_passes(tuning.num_steps, tuning.num_networks, tuning.num_examples)
+        num_unseen = self.scorer.num_examples("validation")
+
+        shift = self._tuned_mean(feedback) - mean_of(self.snapshots).float()
+        cost = Passes(once + VALIDATIONS * tuning.num_networks * num_unseen, 0)
+        for family, sample in (
+            ("tuned mean, diagonal", diagonal_gaussian),
+            ("tuned mean, low-rank", low_rank_gaussian),
+        ):
+            for value in temperatures:
+                generator = named_generator(self.seed, f"{family} {value}")
+                parameters = shift + sample(self.snapshots, self.num_models, value, generator)
+                yield Group(f"{family} {value}", parameters, family, value, cost)
+
+        mean, map_ = self._tuned_gaussian(feedback)
+        cost = Passes(
+            len(GAUSSIAN_LEARNING_RATES) * (once + VALIDATIONS * tuning.num_networks * feedback.num_unseen), 0
+        )
+        for value in temperatures:
+            family = "tuned Gaussian"
+            noise = torch.randn(self.num_models, len(mean), generator=named_generator(self.seed, f"{family} {value}"))
+            with torch.no_grad():
+                parameters = self.autoencoder.decode(mean + value * noise.to(mean.device) @ map_).sample.cpu()
+            yield Group(f"{family} {value}", parameters, family, value, cost)
+
+        for steps, parameters in self._refined(feedback).items():
+            cost = Passes(0, training_passes(steps, 1, tuning.num_examples))
+            yield Group(f"SWAG, {steps} steps", parameters, "SWAG, refined", steps, cost)
+
+        generator = named_generator(self.seed, "best of SWAG")
+        candidates = self._swag(max(BEST_OF) * self.num_models, generator)
+        accuracy = self.scorer.score("validation", candidates).values.view(self.num_models, -1)
+        for count in BEST_OF:
+            chosen = accuracy[:, :count].nan_to_num(-math.inf).argmax(1) + torch.arange(self.num_models) * max(BEST_OF)
+            yield Group(
+                f"SWAG, best of {count}", candidates[chosen], "SWAG, best of", count, Passes(0, count * num_unseen)
+            )
+
+    def _swag(self, num_models: int, generator: torch.Generator) -> Tensor:
+        return low_rank_gaussian(self.snapshots, num_models, 1.0, generator, with_diagonal=True)
+
+    def _tuned_mean(self, feedback: "_Feedback") -> Tensor:
+        """
+        The mean of the snapshots, `(D,)`, fine-tuned with as many passes as the generator: on as many examples a step,
+        with as many learning rates as the generator has networks. Validation chooses one, and after how many steps.
+        """
+        low, high = (math.log10(rate) for rate in MEAN_LEARNING_RATES)
+        rates = torch.logspace(low, high, self.tuning.num_networks)
+        start = mean_of(self.snapshots).float().expand(len(rates), -1)
+        every = self.tuning.num_steps / VALIDATIONS
+        kept = feedback.refine(start, rates, [max(1, round(every * (i + 1))) for i in range(VALIDATIONS)])
+        rows = torch.cat([*kept.values()])
+        return rows[self.scorer.score("validation", rows).values.nan_to_num(-math.inf).argmax()]
+
+    def _refined(self, feedback: "_Feedback") -> dict[int, Tensor]:
+        """Samples of SWAG after some numbers of steps, each with the learning rate that is best on validation data."""
+        start = self._swag(self.num_models, named_generator(self.seed, "SWAG, refined"))
+        rates = torch.tensor(NETWORK_LEARNING_RATES)
+        best = {}
+        for steps in self.steps:
+            rows = feedback.refine(start.repeat(len(rates), 1), rates.repeat_interleave(len(start)), [steps])[steps]
+            tried = rows.unflatten(0, (len(rates), -1))  # (R n, D) -> (R, n, D)
+            values = self.scorer.score("validation", rows).values.view(len(rates), -1).nanmean(1)
+            best[steps] = tried[values.nan_to_num(-math.inf).argmax()]
+        return best
+
+    def _tuned_gaussian(self, feedback: "_Feedback") -> tuple[Tensor, Tensor]:
+        """
+        Mean `(L,)` and linear map `(L, L)` of a Gaussian over the generator's own latents, at first that of the
+        snapshots', tuned on the generator's objective. Validation chooses the learning rate, and after how many steps.
+        """
+        device = self.autoencoder.device
+        latents, objective, count = self.latents.to(device), self.tuning.objective, self.tuning.num_networks
+        values, vectors = torch.linalg.eigh(latents.double().T.cov())
+        start = [latents.mean(0), (vectors * values.clamp_min(0).sqrt() @ vectors.T).float()]
+        rates = torch.tensor(GAUSSIAN_LEARNING_RATES)
+        best: tuple[float, list[Tensor]] = (math.inf, start)
+
+        def sample(parts: Sequence[Tensor], generator: torch.Generator) -> tuple[Tensor, Tensor]:
+            noise = torch.randn(count, latents.shape[1], generator=generator, device=device)
+            mean, map_ = parts  # (R, L) and (R, L, L)
+            return noise, (mean.unsqueeze(1) + noise @ map_).flatten(0, 1)  # (R N, L)
+
+        def loss(parts: Sequence[Tensor], batch: Batch, generator: torch.Generator) -> Tensor:
+            noise, sampled = sample(parts, generator)
+            before = start[0] + noise @ start[1]
+            logits = feedback.logits(self.autoencoder.decode(sampled).sample, batch)
+            rows = zip(logits.unflatten(0, (-1, count)), sampled.unflatten(0, (-1, count)), strict=True)
+            return torch.stack([objective(each, batch["labels"], z, before) for each, z in rows]).sum()
+
+        wide, num_steps = [part.expand(len(rates), *part.shape) for part in start], self.tuning.num_steps
+        for step, parts in feedback.descend(wide, rates, loss, num_steps):
+            if step % max(1, num_steps // VALIDATIONS) and step != num_steps:
+                continue
+            _, sampled = sample(parts, named_generator(self.seed, "tuned Gaussian validation"))
+            with torch.no_grad():
+                logits = feedback.logits(self.autoencoder.decode(sampled).sample, feedback.unseen)
+            for i, each in enumerate(logits.unflatten(0, (-1, count))):
+                value = validation_loss(each, feedback.unseen["labels"]).item()
+                if value < best[0]:
+                    best = value, [part[i].clone() for part in parts]
+        mean, map_ = best[1]
+        return mean, map_
+
+
+class _Feedback:
+    """The task as a generator sees it when it is tuned: batches of the training split, the same for all networks."""
+
+    def __init__(
+        self, task: ClassificationTask, networks: StackedNetworks, tuning: Tuning, seed: int, model: torch.nn.Module
+    ):
+        self.task, self.networks, self.tuning, self.seed = task, networks, tuning, seed
+        self.device = next(model.parameters()).device
+        self.split = task.load_split("train")
+        self.unseen = validation_batch(task, self.device)
+        self.num_unseen = len(self.unseen["labels"])
+
+    def logits(self, parameters: Tensor, batch: Batch) -> Tensor:
+        """Shape `(N, B, C)`."""
+        return self.networks(self.task.predict, parameters, batch, shared=True)
+
+    def descend(
+        self,
+        start: Sequence[Tensor],
+        rates: Tensor,
+        loss: Callable[[Sequence[Tensor], Batch, torch.Generator], Tensor],
+        num_steps: int,
+    ) -> Iterator[tuple[int, list[Tensor]]]:
+        """
+        Adam from R starts with a learning rate for each, which falls as a cosine.
+
+        Args:
+            start (`Sequence[torch.Tensor]`): Each of shape `(R, ...)`.
+            rates (`torch.Tensor`): Shape `(R,)`.
+            loss (`Callable`): `loss(values, batch, generator)`, the sum over the starts.
+
+        Yields:
+            `tuple`: After every step its number, from 1, and the values.
+        """
+        # Adam does not see the scale of a gradient: with steps of 1, what is added to a start may have any scale.
+        moved = [torch.zeros_like(part, device=self.device).requires_grad_() for part in start]
+        scales = [rates.to(self.device).view(-1, *[1] * (part.ndim - 1)) for part in start]
+        start = [part.to(self.device) for part in start]
+        optimizer = torch.optim.Adam(moved, lr=1.0, eps=1e-12)
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, num_steps)
+        for step in range(1, num_steps + 1):
+            generator = torch.Generator(self.device).manual_seed(derive_seed(self.seed, step))
+            chosen = torch.randint(
+                len(self.split), (self.tuning.num_examples,), generator=generator, device=self.device
+            )
+            batch = send_to_device(self.task.collate(take(self.split, chosen.tolist())), self.device)
+            values = [part + scale * move for part, scale, move in zip(start, scales, moved, strict=True)]
+            optimizer.zero_grad()
+            loss(values, batch, generator).backward()
+            optimizer.step()
+            schedule.step()
+            yield step, [p + s * m.detach() for p, s, m in zip(start, scales, moved, strict=True)]
+
+    def refine(self, start: Tensor, rates: Tensor, steps: Sequence[int]) -> dict[int, Tensor]:
+        """Networks `(R, D)` after some numbers of steps on the training split, of which the largest ends it."""
+
+        def loss(values: Sequence[Tensor], batch: Batch, generator: torch.Generator) -> Tensor:
+            logits = self.logits(values[0], batch)
+            labels = batch["labels"].expand(len(logits), -1)
+            return F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum") / labels.shape[1]
+
+        path = self.descend([start], rates, loss, max(steps))
+        return {step: parts[0].cpu() for step, parts in path if step in steps}
