@@ -40,7 +40,8 @@ def test_a_report_on_a_pipeline_has_everything(whole):
     jsonschema.validate(report, SCHEMA)
     rows = by_name(report)
     supported = [b.name for b in standard_baselines() if b.min_snapshots <= 10]
-    assert list(rows) == ["snapshots", "mean", "reconstructed", "generated", "vae", *supported]
+    curve = [f"generated {value}" for value in (0.25, 0.5, 0.75, 1.25, 1.5)]
+    assert list(rows) == ["snapshots", "mean", "reconstructed", "generated", "vae", *supported, *curve]
     assert [rows[name]["n"] for name in list(rows)[:5]] == [12, 1, 2, 5, 2]  # two of the snapshots are held out
     for name, row in rows.items():
         missing = {"iou_within", "recall"} if row["n"] == 1 else set()
@@ -248,7 +249,9 @@ def verdict(generated, snapshots, lower_is_better=False, baselines=(), **changes
             "verdict": "better" if gain > 0.5 else "worse" if gain < -0.5 else "undecided",
         },
         "reconstruction": None,
-        "frontier": {"rows": [{"verdict": None, "max_iou": None}, *({"verdict": name} for name in baselines)]},
+        "frontier": {
+            "rows": [{"verdict": None, "max_iou": None}, *({"verdict": name, "tuned": False} for name in baselines)]
+        },
     }
     return comparing.write_verdict(report | changes)
 
