@@ -1,0 +1,264 @@
+"""What the benchmarks of families share: tasks, a zoo of their networks, and generators that are trained on it."""
+
+import argparse
+import copy
+import shutil
+import time
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from diffusers import DPMSolverMultistepScheduler
+from torch import nn
+
+from pdiff_hf.evaluation.conditional import score_tasks
+from pdiff_hf.evaluation.conditional_baselines import GenericNetwork
+from pdiff_hf.layout import ParameterLayout
+from pdiff_hf.models import DENOISER_PRESETS, ConditionEncoder, LatentDenoiser, ParameterAutoencoder
+from pdiff_hf.networks.stacked import StackedNetworks
+from pdiff_hf.snapshots.dataset import condition_table, load_fields, load_snapshots, parameter_matrix
+from pdiff_hf.snapshots.zoo import ZooArguments, collect_zoo, train_specialists
+from pdiff_hf.tasks import ImageClassificationTask
+from pdiff_hf.tasks.families import GroupedFamily, TransformedFamily
+from pdiff_hf.training import make_training_scheduler
+from pdiff_hf.training.denoiser import LatentGenerator, train_denoiser
+from pdiff_hf.training.loop import LoopArguments
+from pdiff_hf.training.tune import GeneratedNetworks, TuneArguments, fresh_tasks, seen_tasks, tune
+from pdiff_hf.utils.seeds import derive_seed
+
+CURVE = 24  # angles of a figure
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The settings that the benchmarks of families share."""
+    parser.add_argument("--family", default="transformed", choices=["transformed", "grouped"])
+    parser.add_argument("--dataset", default="digits", help="As of ImageClassificationTask.")
+    parser.add_argument("--image_size", type=int, default=8)
+    parser.add_argument("--model", default="perceptron_mini", help="timm architecture for one channel.")
+    parser.add_argument("--hidden_size", type=int, default=24, help="Of perceptron_mini.")
+    parser.add_argument("--regime", default="fresh", choices=["fresh", "seen"], help="Which tasks tuning may use.")
+    parser.add_argument("--num_seen", type=int, default=192)
+    parser.add_argument("--num_validation", type=int, default=32)
+    parser.add_argument("--num_unseen", type=int, default=48)
+    parser.add_argument("--base_steps", type=int, default=1500)
+    parser.add_argument("--zoo_steps", type=int, default=400)
+    parser.add_argument("--zoo_learning_rate", type=float, default=0.01)
+    parser.add_argument("--latent_dim", type=int, default=160)
+    parser.add_argument("--denoiser_preset", default="mlp", choices=DENOISER_PRESETS)
+    parser.add_argument("--denoiser_steps", type=int, default=2000)
+    parser.add_argument("--tune_steps", type=int, default=1800)
+    parser.add_argument("--tune_learning_rate", type=float, default=1e-3)
+    parser.add_argument("--frozen_decoder", action="store_true", help="Tune the denoiser only.")
+    parser.add_argument("--condition_noise", type=float, default=0.0, help="Of the seen conditions, in tuning.")
+    parser.add_argument("--num_inference_steps", type=int, default=10)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+
+
+class Clock:
+    """CPU seconds of the stages."""
+
+    def __init__(self):
+        self.seconds: dict[str, float] = {}
+        self.last = time.process_time()
+
+    def __call__(self, what: str) -> None:
+        now = time.process_time()
+        self.seconds[what] = round(now - self.last, 1)
+        self.last = now
+        print(f"{what}: {self.seconds[what]} s", flush=True)
+
+
+class FamilyBench:
+    """
+    The data of a benchmark, and how its networks are trained.
+
+    Args:
+        args (`argparse.Namespace`): Of `add_arguments`.
+        clock (`Clock`): Told of every stage that ends.
+        checkpoints (`str`): A folder for checkpoints.
+    """
+
+    def __init__(self, args: argparse.Namespace, seed: int, clock: Clock, checkpoints: str):
+        self.args, self.seed, self.clock, self.checkpoints = args, seed, clock, checkpoints
+        self.accelerator = Accelerator(cpu=True)
+        model_args = {"img_size": args.image_size, "in_chans": 1} if args.model == "perceptron_mini" else {}
+        model_args |= {"hidden_size": args.hidden_size} if args.model == "perceptron_mini" else {}
+        base = ImageClassificationTask(
+            model=args.model, dataset=args.dataset, image_size=args.image_size, model_args=model_args
+        )
+        self.family = TransformedFamily(base) if args.family == "transformed" else GroupedFamily(base)
+        sizes = {"train": args.num_seen, "validation": args.num_validation, "test": args.num_unseen}
+        self.conditions = self.family.split(sizes, derive_seed(seed, 0))
+        self.tables = {name: self.family.fields.table(rows) for name, rows in self.conditions.items()}
+        # What tuning must not use, by key.
+        self.unseen = {self.family.key(row) for name in ("validation", "test") for row in self.conditions[name]}
+        self.test_sets = {"test": self.tables["test"]}
+        if args.family == "transformed":
+            other = {"blur": 0.5, "invert": "no", "occlude": "none"}
+            curve = [other | {"angle": 360 * i / CURVE} for i in range(CURVE)]
+            self.test_sets["angles"] = self.family.fields.table(curve)
+            self.unseen |= {self.family.key(condition) for condition in curve}
+        torch.manual_seed(derive_seed(seed, 1))
+        model = self.family.load_base_model()
+        layout = ParameterLayout.from_state_dict(model.state_dict(), [name for name, _ in model.named_parameters()])
+        self.networks = StackedNetworks(model, layout)
+        for split in ("train", "validation", "test"):
+            self.family.pixels(split)
+        self.tune_args = TuneArguments(num_steps=args.tune_steps, learning_rate=args.tune_learning_rate)
+        self.per_step = self.tune_args.num_tasks * self.tune_args.num_examples
+        self.zoo_args = ZooArguments(num_steps=args.zoo_steps, learning_rate=args.zoo_learning_rate)
+        self.base_passes = args.base_steps * 32 * 32
+        self.zoo_passes = self.base_passes + args.num_seen * args.zoo_steps * self.zoo_args.batch_size
+        # As long as the generator, or for as many passes as zoo and tuning together.
+        self.opponent_args = TuneArguments(
+            num_steps=args.tune_steps + self.zoo_passes // self.per_step, learning_rate=0.01, validate_every=200
+        )
+        self.opponent_passes = self.base_passes + self.opponent_args.num_steps * self.per_step
+        clock("data")
+
+    def batches(self, arguments: TuneArguments):
+        """Tasks for tuning, in the regime of the settings."""
+        device = torch.device("cpu")
+        if self.args.regime == "fresh":
+            return fresh_tasks(self.family, arguments, self.unseen, device)
+        noise = self.args.condition_noise
+        return seen_tasks(self.family, arguments, self.tables["train"], device, condition_noise=noise)
+
+    def tuned(self, module: nn.Module, arguments: TuneArguments, what: str, extra_loss=None) -> dict:
+        """Trains a module on the task loss, validated on the validation tasks; see [`tune`]."""
+
+        def validate() -> float:
+            noise, table = torch.Generator().manual_seed(0), self.tables["validation"]
+            respond = lambda rows, batch: module(table[rows], batch, noise)  # noqa: E731
+            return score_tasks(self.family, respond, table, "validation", 500)[1].mean().item()
+
+        history = tune(
+            self.accelerator,
+            module,
+            self.batches(arguments),
+            self.args.num_seen,
+            arguments,
+            validate=validate,
+            extra_loss=extra_loss,
+            seed=derive_seed(self.seed, 2),
+            checkpoint_dir=self.checkpoints,
+            description=what,
+        )
+        self.clock(what)
+        return history
+
+    def train_base(self) -> torch.Tensor:
+        """One network for all tasks, from which all others start: its parameters, `(D,)`."""
+        generic = GenericNetwork(self.networks, self.family.predict, self.networks.base_parameters())
+        arguments = TuneArguments(num_steps=self.args.base_steps, learning_rate=0.01, num_examples=32)
+        self.tuned(generic, arguments, "base model")
+        self.start = generic.values.detach().clone()
+        return self.start
+
+    def specialists(self, table: torch.Tensor, arguments: ZooArguments, seed: int) -> torch.Tensor:
+        """Networks for the tasks of a table, fine-tuned from the base model: shape `(S, T, D)`."""
+        return train_specialists(
+            self.accelerator,
+            self.family,
+            self.networks,
+            table,
+            arguments,
+            seed=seed,
+            checkpoint_dir=self.checkpoints,
+            start=self.start,
+        )
+
+    def oracle(self, table: torch.Tensor, factor: int = 1) -> torch.Tensor:
+        """Networks that are trained on the tasks themselves, `factor` times as long as the zoo: shape `(T, D)`."""
+        arguments = ZooArguments(
+            num_steps=factor * self.args.zoo_steps, num_snapshots=1, learning_rate=self.args.zoo_learning_rate
+        )
+        return self.specialists(table, arguments, derive_seed(self.seed, 7))[-1]
+
+    def collect(self, folder: Path) -> tuple[torch.Tensor, torch.Tensor]:
+        """A specialist for each seen task: snapshots `(N, D)` and their conditions `(N, width)`, also in a folder."""
+        shutil.rmtree(folder, ignore_errors=True)
+        collect_zoo(
+            self.accelerator,
+            self.family,
+            self.networks,
+            self.conditions["train"],
+            folder,
+            self.zoo_args,
+            seed=derive_seed(self.seed, 3),
+            checkpoint_dir=self.checkpoints,
+            start=self.start,
+        )
+        # From here on it is any folder of networks with conditions.
+        dataset, layout = load_snapshots(folder)
+        self.clock("zoo")
+        return parameter_matrix(dataset, layout), condition_table(dataset, load_fields(folder))
+
+    def fit_autoencoder(self, snapshots: torch.Tensor) -> tuple[ParameterAutoencoder, torch.Tensor]:
+        """Principal components of snapshots, and their latents."""
+        latent_dim = min(self.args.latent_dim, len(snapshots) - 1)
+        autoencoder = ParameterAutoencoder(
+            self.networks.layout.to_dict(), latent_dim=latent_dim, block_out_channels=()
+        ).eval()
+        autoencoder.fit_parameter_statistics(snapshots)
+        autoencoder.fit_latent_statistics(autoencoder.tokenize(snapshots))
+        latents = autoencoder.encode(snapshots).latents
+        self.clock("autoencoder")
+        return autoencoder, latents
+
+    def fit_denoiser(
+        self, latents: torch.Tensor, table: torch.Tensor | None = None, what: str = "denoiser"
+    ) -> tuple[LatentGenerator, DPMSolverMultistepScheduler]:
+        """A generator of latents `(N, L)` by weights, given conditions where there is a table, and its sampler."""
+        encoder = None
+        if table is not None:
+            encoder = ConditionEncoder(self.family.fields.to_dict())
+            encoder.remember(self.tables["train"])
+        self.training_scheduler = make_training_scheduler(prediction_type="v_prediction")
+        denoiser, _ = train_denoiser(
+            self.accelerator,
+            latents,
+            LoopArguments(self.args.denoiser_steps, 64, 1e-3, ema_decay=0.999, max_grad_norm=1.0),
+            scheduler=self.training_scheduler,
+            encoder=encoder,
+            table=table,
+            seed=derive_seed(self.seed, 4),
+            checkpoint_dir=self.checkpoints,
+            **DENOISER_PRESETS[self.args.denoiser_preset],
+        )
+        self.clock(what)
+        sampler = DPMSolverMultistepScheduler.from_config(
+            self.training_scheduler.config, algorithm_type="dpmsolver++", final_sigmas_type="zero"
+        )
+        return LatentGenerator(denoiser, encoder), sampler
+
+    def generated(self, generator: LatentGenerator, sampler, autoencoder: ParameterAutoencoder) -> GeneratedNetworks:
+        """The networks of a generator that is to be tuned; without a sampler it is a deterministic network."""
+        if not self.args.frozen_decoder:
+            autoencoder.add_tuned_map()
+        steps = self.args.num_inference_steps
+        return GeneratedNetworks(generator, autoencoder, sampler, steps, self.networks, self.family.predict)
+
+    def fit_hypernetwork(
+        self, autoencoder: ParameterAutoencoder, latents: torch.Tensor, table: torch.Tensor, encoder: ConditionEncoder
+    ) -> GeneratedNetworks:
+        """The same network as the denoiser, without noise, by weight loss."""
+        torch.manual_seed(derive_seed(self.seed, 8))
+        own = ConditionEncoder(encoder.config.fields)
+        own.remember(encoder.seen)
+        network = LatentDenoiser(
+            latents.shape[1], condition_dim=own.config.embedding_dim, **DENOISER_PRESETS[self.args.denoiser_preset]
+        )
+        module = self.generated(LatentGenerator(network, own), None, copy.deepcopy(autoencoder))
+        optimizer = torch.optim.AdamW(module.generator.parameters(), lr=1e-3, weight_decay=0)
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, self.args.denoiser_steps)
+        noise = torch.Generator().manual_seed(derive_seed(self.seed, 9))
+        for _ in range(self.args.denoiser_steps):
+            rows = torch.randint(len(latents), (64,), generator=noise)
+            loss = (module.sample_latents(table[rows], noise) - latents[rows]).square().mean()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+        self.clock("hypernetwork by weights")
+        return module
