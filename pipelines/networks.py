@@ -1,6 +1,7 @@
 """What is made of sampled parameters: networks, ensembles, and networks for a few labelled examples."""
 
 import functools
+import itertools
 import logging
 import math
 import operator
@@ -15,12 +16,15 @@ from pdiff_hf.layout import ParameterLayout
 from pdiff_hf.models import ParameterAutoencoder
 from pdiff_hf.models.condition import Condition
 from pdiff_hf.networks.batch_norm import RecomputedStatistics
-from pdiff_hf.networks.batched import Forward
+from pdiff_hf.networks.batched import BatchedModels, Forward
 from pdiff_hf.networks.ensemble import EnsembleModel
 from pdiff_hf.networks.posterior import (
+    LossFunction,
     PosteriorOutput,
     Predict,
     check_examples,
+    example_loss,
+    log_likelihoods,
     predict_logits,
     refine,
     select_by_likelihood,
@@ -40,6 +44,8 @@ class NetworkMixin(Base):
 
     autoencoder: ParameterAutoencoder
     base_model: nn.Module | None
+    decode_latents: Callable[[torch.Tensor], torch.Tensor]
+    decode_in_blocks: Callable[[torch.Tensor], Iterator[torch.Tensor]]
 
     def recompute_statistics(
         self, parameters: torch.Tensor, batch_norm_data: Iterable[Mapping[str, Any]] | None
@@ -124,28 +130,37 @@ class NetworkMixin(Base):
         examples: Mapping[str, Any],
         num_candidates: int = 2048,
         num_models: int = 64,
-        condition: Condition | None = None,
+        condition: Condition | Sequence[Condition] | None = None,
         refine_steps: int = 0,
         *,
         temperature: float = 1.0,
         candidates: torch.Tensor | None = None,
-        num_inference_steps: int = 20,
+        candidates_share: float | None = None,
+        refine_learning_rate: float = 1e-3,
+        num_inference_steps: int = 10,
         generator: torch.Generator | None = None,
         predict: Predict = predict_logits,
     ) -> PosteriorOutput:
         r"""
         Networks for a task of which a few labelled examples are known: samples candidates, weights them by the
         likelihood of the labels, and draws from them. `EnsembleModel(pipe.base_model, pipe.autoencoder.layout,
-        output.parameters, output.weights)` is their prediction.
+        output.parameters, output.weights)` is their prediction. Candidates are decoded and scored in blocks, so that
+        memory grows with the number of their latents only.
 
         Args:
             examples (`Mapping`): A batch of the task with `labels`, int64 of shape `(B,)`; the rest is for the network.
             num_candidates (`int`, *optional*, defaults to 2048): How many networks to sample.
             num_models (`int`, *optional*, defaults to 64): How many to draw from them; the same may come several times.
-            condition (`Mapping`, *optional*): What else is known of the task; the rest is drawn.
+            condition (`Mapping` or list of them, *optional*): What else is known of the task; the rest is drawn from
+                the seen conditions. Several share the candidates evenly, such as draws from a known family.
             refine_steps (`int`, *optional*, defaults to 0): Steps of fine-tuning on the examples, for all drawn.
             temperature (`float`, *optional*, defaults to 1): Above 1, the examples count less.
             candidates (`torch.Tensor`, *optional*): More candidates, shape `(M, D)`, such as the training networks.
+            candidates_share (`float`, *optional*): How likely it is, before any example, that one of `candidates` is
+                right and none that is sampled; by default all count the same.
+            refine_learning_rate (`float`, *optional*, defaults to 1e-3): Of AdamW.
+            num_inference_steps (`int`, *optional*, defaults to 10): Denoising steps. They take most of the time, and
+                what is weighted afterwards needs fewer than what is used as it is.
             predict (`Callable`, *optional*): `predict` of a task, for networks that are not of transformers.
 
         Raises:
@@ -154,31 +169,69 @@ class NetworkMixin(Base):
         if self.base_model is None:
             raise ValueError("a posterior needs a base model, and this pipeline has none; pass base_model=...")
         num_models, layout = whole_number("num_models", num_models), self.autoencoder.layout
+        per_condition = whole_number("num_candidates", num_candidates)
+        if condition is not None and not isinstance(condition, Mapping):
+            per_condition, rest = divmod(per_condition, max(1, len(condition)))
+            if rest:
+                raise ValueError(f"{num_candidates} candidates cannot be shared by {len(condition)} conditions evenly")
         check_examples(examples)
-        if not 0 < temperature < math.inf:
-            raise ValueError(f"temperature must be above 0 and finite, got {temperature}")
+        for name, value in {"temperature": temperature, "refine_learning_rate": refine_learning_rate}.items():
+            if not 0 < value < math.inf:
+                raise ValueError(f"{name} must be above 0 and finite, got {value}")
         if refine_steps:
             refine_steps = whole_number("refine_steps", refine_steps)
         if candidates is not None and (candidates.ndim != 2 or candidates.shape[1] != layout.num_parameters):
             raise ValueError(f"candidates must have shape (M, {layout.num_parameters}), got {tuple(candidates.shape)}")
-        (sampled,) = self(
-            num_candidates, num_inference_steps, generator, condition=condition, output_type="pt", return_dict=False
+        if candidates_share is not None and (candidates is None or not 0 < candidates_share < 1):
+            raise ValueError(f"candidates_share needs candidates and lies between 0 and 1, got {candidates_share}")
+        (latents,) = self(
+            per_condition, num_inference_steps, generator, condition=condition, output_type="latent", return_dict=False
         )
-        output = select_by_likelihood(
-            self.base_model,
-            layout,
-            sampled if candidates is None else torch.cat([sampled, candidates]),
-            examples,
-            num_models,
-            temperature=temperature,
-            generator=generator,
-            predict=predict,
+
+        models = BatchedModels(self.base_model, layout)
+        parts = itertools.chain(self.decode_in_blocks(latents), [] if candidates is None else [candidates])
+        log_likelihood = torch.cat([log_likelihoods(models, examples, part, predict) for part in parts])
+        log_prior = None
+        if candidates is not None and candidates_share is not None:
+            shares = torch.tensor([(1 - candidates_share) / len(latents), candidates_share / len(candidates)])
+            log_prior = shares.log().repeat_interleave(torch.tensor([len(latents), len(candidates)]))
+        chosen, weights, size = select_by_likelihood(
+            log_likelihood, num_models, temperature=temperature, log_prior=log_prior, generator=generator
         )
+        parameters = self.decode_latents(latents[chosen[chosen < len(latents)]])
+        if candidates is not None:
+            given = chosen[chosen >= len(latents)] - len(latents)
+            parameters = torch.cat([parameters, candidates[given.to(candidates.device)].to(parameters)])
         if refine_steps:
-            output.parameters = refine(
-                self.base_model, layout, output.parameters, examples, num_steps=refine_steps, predict=predict
+            parameters = refine(
+                self.base_model,
+                layout,
+                parameters,
+                examples,
+                num_steps=refine_steps,
+                learning_rate=refine_learning_rate,
+                predict=predict,
             )
-        return output
+        return PosteriorOutput(parameters, weights, size, log_likelihood[chosen])
+
+    def example_loss(
+        self,
+        examples: Mapping[str, Any],
+        *,
+        class_weights: torch.Tensor | None = None,
+        predict: Predict = predict_logits,
+    ) -> LossFunction:
+        """
+        A `loss_fn` of labelled examples for the pipeline's call: their negative log-likelihood under each network.
+        Arguments are those of [`~pdiff_hf.networks.posterior.example_loss`].
+
+        Raises:
+            ValueError: for examples without labels, and if the pipeline has no base model.
+        """
+        if self.base_model is None:
+            raise ValueError("a loss of examples needs a base model, and this pipeline has none; pass base_model=...")
+        layout = self.autoencoder.layout
+        return example_loss(self.base_model, layout, examples, class_weights=class_weights, predict=predict)
 
 
 def _run(call: Callable, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:

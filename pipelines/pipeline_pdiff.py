@@ -1,9 +1,10 @@
 """Samples new sets of parameters of a network. This file is also a Hub repository's `pipeline.py`."""
 
 import copy
+import functools
 import inspect
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, SupportsIndex
 
@@ -17,7 +18,9 @@ from pdiff_hf.hub.pipeline import SavedPipeline
 from pdiff_hf.models import ConditionEncoder, LatentDenoiser, ParameterAutoencoder
 from pdiff_hf.models.condition import Condition
 from pdiff_hf.models.scheduler import check_scheduler
+from pdiff_hf.networks.posterior import LossFunction
 from pdiff_hf.pipelines.conditions import embed_conditions, prepare_conditions
+from pdiff_hf.pipelines.guidance import check_losses, guided_latents
 from pdiff_hf.pipelines.networks import NetworkMixin, whole_number
 from pdiff_hf.utils.blocks import in_blocks
 from pdiff_hf.utils.memory import InParts
@@ -172,9 +175,11 @@ class PDiffPipeline(SavedPipeline, NetworkMixin, DiffusionPipeline):
         condition: Condition | Sequence[Condition] | torch.Tensor | None = None,
         guidance_scale: float = 1.0,
         temperature: float = 1.0,
+        loss_fn: LossFunction | None = None,
+        loss_guidance_scale: float = 1.0,
         output_type: str = "state_dict",
         return_dict: bool = True,
-        callback_on_step_end: Callable[["PDiffPipeline", int, int, dict], dict] | None = None,
+        callback_on_step_end: Callable[["PDiffPipeline", int, torch.Tensor, dict], dict] | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
         batch_norm_data: Iterable[Mapping[str, Any]] | None = None,
     ) -> PDiffPipelineOutput | tuple:
@@ -202,6 +207,16 @@ class PDiffPipeline(SavedPipeline, NetworkMixin, DiffusionPipeline):
                 which takes twice the time. It needs a denoiser that was trained with `condition_dropout`.
             temperature (`float`, *optional*, defaults to 1):
                 Spread of the starting noise, which it multiplies: below 1 networks are more alike, and often better.
+            loss_fn (`Callable`, *optional*):
+                What the networks should be good at: takes parameters of shape `(n, D)` and returns one loss for each
+                network, shape `(n,)`, with gradients; [`example_loss`] makes one of labelled examples. The networks of
+                a condition are then a sample of p(z) exp(-loss_guidance_scale · loss), where p is what ancestral
+                sampling at the timesteps of the scheduler gives without it, by sequential Monte Carlo: gradients steer
+                each step, and networks are weighted and resampled, so that some come several times. It is exact in the
+                limit of many networks; one alone is steered without a correction. It takes some three times as long,
+                and the scheduler's own steps are not used.
+            loss_guidance_scale (`float`, *optional*, defaults to 1):
+                Factor of the loss. With a negative log-likelihood of examples, 1 samples the posterior.
             output_type (`str`, *optional*, defaults to `"state_dict"`):
                 `"state_dict"` for a list of state dicts that hold the generated tensors; `"pt"` for all parameters as a
                 tensor of shape `(N, D)`; `"latent"` for their latents of shape `(N, L)`; `"model"` for a list of
@@ -234,10 +249,14 @@ class PDiffPipeline(SavedPipeline, NetworkMixin, DiffusionPipeline):
             raise ValueError(f"temperature must be finite and at least 0, got {temperature}")
         if batch_norm_data is not None and (output_type != "model" or self.base_model is None):
             raise ValueError(f"batch_norm_data is for output_type='model' and needs a base model, got {output_type!r}")
-        num_models = num_models if known is None else len(known)
+        group_size, num_models = num_models, num_models if known is None else len(known)
         self.check_inputs(
             num_models, num_inference_steps, generator, latents, output_type, callback_on_step_end_tensor_inputs
         )
+        if loss_fn is None and loss_guidance_scale != 1:
+            raise ValueError("loss_guidance_scale needs a loss_fn")
+        if not 0 < loss_guidance_scale < math.inf:
+            raise ValueError(f"loss_guidance_scale must be above 0 and finite, got {loss_guidance_scale}")
         scheduler = copy.deepcopy(self.scheduler)  # it keeps state from step to step, and calls may overlap
         generators = self.prepare_generators(num_models, generator)
         embedding = known
@@ -250,28 +269,49 @@ class PDiffPipeline(SavedPipeline, NetworkMixin, DiffusionPipeline):
         takes_generator = "generator" in inspect.signature(scheduler.step).parameters
         extra = {"generator": generators} if takes_generator else {}
 
-        in_parts = InParts("networks")
-        for step, timestep in enumerate(self.progress_bar(scheduler.timesteps)):
-            scaled = _schedule(scheduler, "scale_model_input", latents, timestep).to(self.denoiser.dtype)
-            length = scaled.shape[1]
-            if embedding is not None:  # side by side, so that both are cut into the same blocks
-                scaled = torch.cat([scaled, embedding.to(scaled)], dim=1)  # (N, L + E)
+        length = latents.shape[1]
 
-            def denoise(rows: torch.Tensor, timestep=timestep, length=length) -> torch.Tensor:
-                rows, given = rows[:, :length], rows[:, length:] if rows.shape[1] > length else None
-                predicted = self.denoiser(rows, timestep, given).sample
-                if guidance_scale == 1:
-                    return predicted
-                without = self.denoiser(rows, timestep).sample
-                return without + guidance_scale * (predicted - without)
+        def denoise(rows: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
+            rows = rows.to(self.denoiser.dtype)
+            rows, given = rows[:, :length], rows[:, length:] if rows.shape[1] > length else None
+            predicted = self.denoiser(rows, timestep, given).sample
+            if guidance_scale == 1:
+                return predicted
+            without = self.denoiser(rows, timestep).sample
+            return without + guidance_scale * (predicted - without)
 
-            prediction = torch.cat(list(in_blocks(denoise, scaled, length, in_parts)))
-            # The step itself is taken for all networks at once, because schedulers keep state from step to step.
-            latents = _schedule(scheduler, "step", prediction.float(), timestep, latents, **extra).prev_sample
-            if callback_on_step_end is not None:
-                values = {"latents": latents}
-                values = {name: values[name] for name in callback_on_step_end_tensor_inputs}
-                latents = (callback_on_step_end(self, step, timestep, values) or {}).get("latents", latents)
+        def beside(latents: torch.Tensor) -> torch.Tensor:
+            """Latents and embeddings side by side, `(N, L + E)`, so that both are cut into the same blocks."""
+            return latents if embedding is None else torch.cat([latents, embedding.to(latents)], dim=1)
+
+        def on_step_end(step: int, timestep: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
+            if callback_on_step_end is None:
+                return latents
+            values = {"latents": latents}
+            values = {name: values[name] for name in callback_on_step_end_tensor_inputs}
+            return (callback_on_step_end(self, step, timestep, values) or {}).get("latents", latents)
+
+        if loss_fn is not None:
+            latents = guided_latents(
+                denoise,
+                self.autoencoder,
+                scheduler,
+                beside(latents),
+                generators,
+                group_size,
+                lambda parameters: -loss_guidance_scale * check_losses(loss_fn(parameters), parameters),
+                on_step_end,
+                self.progress_bar,
+            )
+        else:
+            in_parts = InParts("networks")
+            for step, timestep in enumerate(self.progress_bar(scheduler.timesteps)):
+                rows = beside(_schedule(scheduler, "scale_model_input", latents, timestep))
+                blocks = in_blocks(functools.partial(denoise, timestep=timestep), rows, length, in_parts)
+                # The step is taken for all networks at once, because schedulers keep state from step to step.
+                prediction = torch.cat(list(blocks)).float()
+                latents = _schedule(scheduler, "step", prediction, timestep, latents, **extra).prev_sample
+                latents = on_step_end(step, timestep, latents)
 
         output = latents.cpu() if output_type == "latent" else self.decode_latents(latents)
         if not output.isfinite().all():
@@ -293,16 +333,21 @@ class PDiffPipeline(SavedPipeline, NetworkMixin, DiffusionPipeline):
     @torch.no_grad()
     def decode_latents(self, latents: torch.Tensor) -> torch.Tensor:
         """Latents of shape `(N, L)` to parameters of shape `(N, D)`, on the CPU."""
-        num_parameters = self.autoencoder.layout.num_parameters
-        parameters, start = torch.empty(len(latents), num_parameters), 0
+        parameters, start = torch.empty(len(latents), self.autoencoder.layout.num_parameters), 0
+        for block in self.decode_in_blocks(latents):
+            parameters[start : start + len(block)] = block
+            start += len(block)
+        return parameters
+
+    @torch.no_grad()
+    def decode_in_blocks(self, latents: torch.Tensor) -> Iterator[torch.Tensor]:
+        """Parameters of consecutive networks, for latents of shape `(N, L)`, a few at a time."""
 
         def decode(rows: torch.Tensor) -> torch.Tensor:
             return self.autoencoder.decode(rows).sample
 
-        for block in in_blocks(decode, latents.to(self._execution_device), num_parameters, InParts("networks")):
-            parameters[start : start + len(block)] = block
-            start += len(block)
-        return parameters
+        num_parameters = self.autoencoder.layout.num_parameters
+        yield from in_blocks(decode, latents.to(self._execution_device), num_parameters, InParts("networks"))
 
 
 def _schedule(scheduler: SchedulerMixin, method: str, *args, **kwargs):

@@ -42,14 +42,31 @@ def check_scheduler(scheduler: SchedulerMixin) -> None:
             )
 
 
+def signal_levels(scheduler: SchedulerMixin) -> torch.Tensor:
+    """ᾱ of every timestep of the process that noise was added by in training, shape `(T,)`, float32."""
+    process = {key: scheduler.config[key] for key in PROCESS if scheduler.config.get(key) is not None}
+    if not {"num_train_timesteps", "beta_schedule"} <= process.keys():
+        raise ValueError("its config does not say how noise was added in training (num_train_timesteps, beta_schedule)")
+    return DDPMScheduler(**process).alphas_cumprod
+
+
+def clean_sample(
+    scheduler: SchedulerMixin, prediction: torch.Tensor, noisy: torch.Tensor, level: torch.Tensor
+) -> torch.Tensor:
+    """The clean latents that a denoiser's prediction for noisy ones stands for; `level` is their ᾱ."""
+    predicts = scheduler.config.get("prediction_type", "epsilon")
+    if predicts == "sample":
+        return prediction
+    if predicts == "v_prediction":
+        return level.sqrt() * noisy - (1 - level).sqrt() * prediction
+    return (noisy - (1 - level).sqrt() * prediction) / level.sqrt()
+
+
 @functools.lru_cache(maxsize=64)
 def _spreads(scheduler_class: type[SchedulerMixin], config: str) -> tuple[float, ...]:
     """Standard deviations of what such a scheduler samples, for each of `TOLERANCES`."""
     scheduler = scheduler_class.from_config(json.loads(config))
-    process = {key: scheduler.config[key] for key in PROCESS if scheduler.config.get(key) is not None}
-    if not {"num_train_timesteps", "beta_schedule"} <= process.keys():
-        raise ValueError("its config does not say how noise was added in training (num_train_timesteps, beta_schedule)")
-    kept = DDPMScheduler(**process).alphas_cumprod.double()  # ᾱ of every step, (T,)
+    kept = signal_levels(scheduler).double()  # ᾱ of every step, (T,)
     predicts, last = scheduler.config.get("prediction_type", "epsilon"), len(kept) - 1
     takes_generator = "generator" in inspect.signature(scheduler.step).parameters
     generator = torch.Generator().manual_seed(0)

@@ -22,6 +22,8 @@ logger = logging.getLogger(__name__)
 FEW = 5.0
 
 Predict = Callable[[Callable, Mapping[str, Any]], torch.Tensor]
+# Parameters of shape `(n, D)` to one loss for each network, shape `(n,)`.
+LossFunction = Callable[[torch.Tensor], torch.Tensor]
 
 
 @dataclass
@@ -88,10 +90,16 @@ def log_likelihoods(
     return total
 
 
-def posterior_weights(log_likelihood: torch.Tensor, temperature: float = 1.0) -> torch.Tensor:
+def posterior_weights(
+    log_likelihood: torch.Tensor, temperature: float = 1.0, log_prior: torch.Tensor | None = None
+) -> torch.Tensor:
     """
-    Weights in proportion to likelihood^(1 / temperature), shape `(N,)`, of sum 1. A network whose likelihood is not
-    finite gets none.
+    Weights in proportion to prior · likelihood^(1 / temperature), shape `(N,)`, of sum 1. A network whose likelihood is
+    not finite gets none.
+
+    Args:
+        log_likelihood (`torch.Tensor`): Shape `(N,)`.
+        log_prior (`torch.Tensor`, *optional*): Shape `(N,)`, up to a constant; the same for all by default.
 
     Raises:
         ValueError: if no likelihood is finite.
@@ -99,7 +107,8 @@ def posterior_weights(log_likelihood: torch.Tensor, temperature: float = 1.0) ->
     usable = log_likelihood.isfinite()
     if not usable.any():
         raise ValueError("none of the networks gives the labels a finite likelihood")
-    return torch.where(usable, log_likelihood / temperature, -math.inf).softmax(0)
+    logits = log_likelihood / temperature + (0 if log_prior is None else log_prior)
+    return torch.where(usable, logits, -math.inf).softmax(0)
 
 
 def effective_sample_size(weights: torch.Tensor) -> float:
@@ -116,6 +125,43 @@ def resample(weights: torch.Tensor, num_models: int, generator: torch.Generator 
     places = (torch.arange(num_models, dtype=torch.float64) + start) / num_models
     cumulative = weights.double().cumsum(0)
     return torch.searchsorted(cumulative / cumulative[-1], places, right=True).clamp(max=len(weights) - 1)
+
+
+def example_loss(
+    model: nn.Module,
+    layout: ParameterLayout,
+    examples: Mapping[str, Any],
+    *,
+    class_weights: torch.Tensor | None = None,
+    predict: Predict = predict_logits,
+) -> LossFunction:
+    """
+    Negative log-likelihood of labelled examples, in nats, as a function of parameters with gradients.
+
+    Args:
+        examples (`Mapping[str, Any]`): A batch of the task with `labels`, int64 of shape `(B,)`.
+        class_weights (`torch.Tensor`, *optional*): How much an example of each class counts, shape `(C,)`.
+        predict (`Callable`, *optional*): As `predict` of a task.
+
+    Returns:
+        `Callable`: Parameters of shape `(n, D)` to the loss of each network, shape `(n,)`.
+    """
+    check_examples(examples)
+    replacement = Replacement(model, layout.names)
+
+    def loss(tensors: dict[str, torch.Tensor]) -> torch.Tensor:
+        def call(*args, **kwargs):
+            return functional_call(model, tensors, args, kwargs, tie_weights=False)
+
+        logits = predict(call, examples).float()
+        weight = None if class_weights is None else class_weights.to(logits.device)
+        return F.cross_entropy(logits, examples["labels"].to(logits.device), weight, reduction="sum")
+
+    def losses(parameters: torch.Tensor) -> torch.Tensor:
+        tensors = replacement.tensors(model, layout.unflatten(parameters))
+        return vmap(loss, randomness="different")(tensors)
+
+    return losses
 
 
 def refine(
@@ -137,52 +183,45 @@ def refine(
     Returns:
         `torch.Tensor`: Shape `(N, D)`, on the CPU.
     """
-    device = next(model.parameters()).device
-    labels = examples["labels"].to(device)
-    rows = parameters.to(device, torch.float32, copy=True).requires_grad_()
+    rows = parameters.to(next(model.parameters()).device, torch.float32, copy=True).requires_grad_()
     optimizer = torch.optim.AdamW([rows], lr=learning_rate, weight_decay=0.0)
-
-    replacement = Replacement(model, layout.names)
-
-    def loss(tensors: dict[str, torch.Tensor]) -> torch.Tensor:
-        def call(*args, **kwargs):
-            return functional_call(model, tensors, args, kwargs, tie_weights=False)
-
-        return F.cross_entropy(predict(call, examples).float(), labels)
-
+    losses = example_loss(model, layout, examples, predict=predict)
     for _ in range(num_steps):
         optimizer.zero_grad()
-        tensors = replacement.tensors(model, layout.unflatten(rows))
-        vmap(loss, randomness="different")(tensors).sum().backward()  # each gets its own gradient
+        (losses(rows).sum() / len(examples["labels"])).backward()  # each gets its own gradient
         optimizer.step()
     return rows.detach().cpu()
 
 
 def select_by_likelihood(
-    model: nn.Module,
-    layout: ParameterLayout,
-    candidates: torch.Tensor,
-    examples: Mapping[str, Any],
+    log_likelihood: torch.Tensor,
     num_models: int,
     *,
     temperature: float = 1.0,
+    log_prior: torch.Tensor | None = None,
     generator: torch.Generator | None = None,
-    predict: Predict = predict_logits,
-) -> PosteriorOutput:
+) -> tuple[torch.Tensor, torch.Tensor, float]:
     """
-    Draws `num_models` of the candidates, `(N, D)`, in proportion to likelihood^(1 / temperature) on the examples: a
-    sample of the posterior, of which the candidates are the prior. A warning says if few of them decide.
+    Draws `num_models` of N candidates in proportion to prior · likelihood^(1 / temperature): a sample of the posterior,
+    of which the candidates are the prior. A warning says if few of them decide.
+
+    Args:
+        log_likelihood (`torch.Tensor`): Of the examples, shape `(N,)`.
+        log_prior (`torch.Tensor`, *optional*): Shape `(N,)`, up to a constant; the same for all by default.
+
+    Returns:
+        `tuple`: Indices of the different candidates that were drawn, in order, shape `(n,)`; how often each was, as a
+        share, `(n,)`; and the effective sample size of all candidates.
     """
-    log_likelihood = log_likelihoods(BatchedModels(model, layout), examples, candidates, predict)
-    weights = posterior_weights(log_likelihood, temperature)
+    weights = posterior_weights(log_likelihood, temperature, log_prior)
     size = effective_sample_size(weights)
     if size < FEW:
         logger.warning(
             "the effective sample size is %.1f of %d candidates: take more candidates, a condition that says more, or "
             "a temperature above %g",
             size,
-            len(candidates),
+            len(weights),
             temperature,
         )
     chosen, counts = resample(weights, num_models, generator).unique_consecutive(return_counts=True)
-    return PosteriorOutput(candidates[chosen], counts / num_models, size, log_likelihood[chosen])
+    return chosen, counts / num_models, size

@@ -112,7 +112,7 @@ def test_a_pipeline_draws_networks_for_examples(caplog):
     assert torch.equal(found.parameters, again.parameters) and found.weights.sum() == 1
     assert 1 <= found.effective_sample_size <= 12 and len(found.parameters) == len(found.weights) <= 8
     sampled = pipe(12, 2, torch.Generator().manual_seed(0), output_type="pt").parameters
-    assert all((row == sampled).all(1).any() for row in found.parameters)
+    assert all(torch.isclose(row, sampled, atol=1e-6).all(1).any() for row in found.parameters)
     refined = pipe.posterior(examples, generator=torch.Generator().manual_seed(0), refine_steps=3, **settings)
     models = BatchedModels(pipe.base_model, pipe.autoencoder.layout)
     after = log_likelihoods(models, examples, refined.parameters)
@@ -120,6 +120,26 @@ def test_a_pipeline_draws_networks_for_examples(caplog):
     with caplog.at_level("WARNING"):
         pipe.posterior(examples, temperature=1e-4, **settings)
     assert "effective sample size is" in caplog.text
+
+
+def test_given_candidates_have_the_share_of_the_prior_that_they_are_given():
+    pipe = make_pipeline(make_network())
+    nothing = {"pixel_values": torch.zeros(0, 3, 32, 32), "labels": torch.zeros(0, dtype=torch.long)}
+    given = torch.zeros(2, pipe.autoencoder.layout.num_parameters)
+    for share, expected in ((0.75, 0.75), (None, 2 / 8)):
+        found = pipe.posterior(nothing, 6, 64, candidates=given, candidates_share=share, num_inference_steps=2)
+        of_given = (found.parameters == 0).all(1)
+        assert found.weights[of_given].sum().item() == pytest.approx(expected, abs=1 / 64)
+        assert found.effective_sample_size == pytest.approx(8 if share is None else 1 / (0.25**2 / 6 + 0.75**2 / 2))
+
+
+def test_candidates_are_decoded_a_few_at_a_time(monkeypatch):
+    pipe = make_pipeline(make_network())
+    examples = {"pixel_values": torch.randn(2, 3, 32, 32), "labels": torch.tensor([0, 1])}
+    sizes, decode = [], pipe.autoencoder.decode
+    monkeypatch.setattr(pipe.autoencoder, "decode", lambda rows: sizes.append(len(rows)) or decode(rows))
+    pipe.posterior(examples, 300, 4, num_inference_steps=2)
+    assert max(sizes) <= 40 and sum(sizes) >= 300
 
 
 @pytest.mark.parametrize(
@@ -131,6 +151,9 @@ def test_a_pipeline_draws_networks_for_examples(caplog):
         ({}, {"temperature": math.nan}, "temperature must be above 0 and finite, got nan"),
         ({}, {"refine_steps": -1}, "refine_steps must be a whole number of at least 1"),
         ({}, {"num_models": 0}, "num_models must be a whole number of at least 1"),
+        ({}, {"refine_learning_rate": 0.0}, "refine_learning_rate must be above 0 and finite, got 0.0"),
+        ({}, {"candidates_share": 0.5}, "candidates_share needs candidates and lies between 0 and 1, got 0.5"),
+        ({}, {"condition": [{}, {}, {}]}, "4 candidates cannot be shared by 3 conditions evenly"),
         ({}, {"candidates": torch.zeros(2, 5)}, r"candidates must have shape \(M, 64\), got \(2, 5\)"),
     ],
 )
