@@ -104,6 +104,7 @@ class FamilyBench:
         self.networks = StackedNetworks(model, layout)
         for split in ("train", "validation", "test"):
             self.family.pixels(split)
+        self.training_scheduler = make_training_scheduler(prediction_type="v_prediction")
         self.tune_args = TuneArguments(num_steps=args.tune_steps, learning_rate=args.tune_learning_rate)
         self.per_step = self.tune_args.num_tasks * self.tune_args.num_examples
         self.zoo_args = ZooArguments(num_steps=args.zoo_steps, learning_rate=args.zoo_learning_rate)
@@ -124,18 +125,28 @@ class FamilyBench:
         noise = self.args.condition_noise
         return seen_tasks(self.family, arguments, self.tables["train"], device, condition_noise=noise)
 
-    def tuned(self, module: nn.Module, arguments: TuneArguments, what: str, extra_loss=None) -> dict:
-        """Trains a module on the task loss, validated on the validation tasks; see [`tune`]."""
+    def tuned(self, module: nn.Module, arguments: TuneArguments, what: str, extra_loss=None, mask=None) -> dict:
+        """
+        Trains a module on the task loss, validated on the validation tasks; see [`tune`]. With
+        `mask(table, generator)` it sees only a part of each condition.
+        """
+        mask = mask or (lambda table, _: table)
+        draw = self.batches(arguments)
+
+        def batches(indices: torch.Tensor, generator: torch.Generator):
+            table, batch = draw(indices, generator)
+            return mask(table, generator), batch
 
         def validate() -> float:
             noise, table = torch.Generator().manual_seed(0), self.tables["validation"]
-            respond = lambda rows, batch: module(table[rows], batch, noise)  # noqa: E731
+            seen = mask(table, torch.Generator().manual_seed(0))
+            respond = lambda rows, batch: module(seen[rows], batch, noise)  # noqa: E731
             return score_tasks(self.family, respond, table, "validation", 500)[1].mean().item()
 
         history = tune(
             self.accelerator,
             module,
-            self.batches(arguments),
+            batches,
             self.args.num_seen,
             arguments,
             validate=validate,
@@ -206,15 +217,22 @@ class FamilyBench:
         self.clock("autoencoder")
         return autoencoder, latents
 
+    def encoder(self) -> ConditionEncoder:
+        """An untrained one that knows the seen conditions."""
+        encoder = ConditionEncoder(self.family.fields.to_dict())
+        encoder.remember(self.tables["train"])
+        return encoder
+
+    def sampler(self) -> DPMSolverMultistepScheduler:
+        return DPMSolverMultistepScheduler.from_config(
+            self.training_scheduler.config, algorithm_type="dpmsolver++", final_sigmas_type="zero"
+        )
+
     def fit_denoiser(
-        self, latents: torch.Tensor, table: torch.Tensor | None = None, what: str = "denoiser"
-    ) -> tuple[LatentGenerator, DPMSolverMultistepScheduler]:
-        """A generator of latents `(N, L)` by weights, given conditions where there is a table, and its sampler."""
-        encoder = None
-        if table is not None:
-            encoder = ConditionEncoder(self.family.fields.to_dict())
-            encoder.remember(self.tables["train"])
-        self.training_scheduler = make_training_scheduler(prediction_type="v_prediction")
+        self, latents: torch.Tensor, table: torch.Tensor | None, what: str = "denoiser"
+    ) -> LatentGenerator:
+        """A generator of latents `(N, L)` by weights, given conditions `(N, width)` where there are any."""
+        encoder = None if table is None else self.encoder()
         denoiser, _ = train_denoiser(
             self.accelerator,
             latents,
@@ -227,10 +245,7 @@ class FamilyBench:
             **DENOISER_PRESETS[self.args.denoiser_preset],
         )
         self.clock(what)
-        sampler = DPMSolverMultistepScheduler.from_config(
-            self.training_scheduler.config, algorithm_type="dpmsolver++", final_sigmas_type="zero"
-        )
-        return LatentGenerator(denoiser, encoder), sampler
+        return LatentGenerator(denoiser, encoder)
 
     def generated(self, generator: LatentGenerator, sampler, autoencoder: ParameterAutoencoder) -> GeneratedNetworks:
         """The networks of a generator that is to be tuned; without a sampler it is a deterministic network."""
@@ -239,26 +254,32 @@ class FamilyBench:
         steps = self.args.num_inference_steps
         return GeneratedNetworks(generator, autoencoder, sampler, steps, self.networks, self.family.predict)
 
-    def fit_hypernetwork(
-        self, autoencoder: ParameterAutoencoder, latents: torch.Tensor, table: torch.Tensor, encoder: ConditionEncoder
+    def hypernetwork(
+        self, latents: torch.Tensor, table: torch.Tensor, autoencoder: ParameterAutoencoder
     ) -> GeneratedNetworks:
         """The same network as the denoiser, without noise, by weight loss."""
         torch.manual_seed(derive_seed(self.seed, 8))
-        own = ConditionEncoder(encoder.config.fields)
-        own.remember(encoder.seen)
+        own = self.encoder()
         network = LatentDenoiser(
             latents.shape[1], condition_dim=own.config.embedding_dim, **DENOISER_PRESETS[self.args.denoiser_preset]
         )
         module = self.generated(LatentGenerator(network, own), None, copy.deepcopy(autoencoder))
+        self.fit_latents(module, latents, table, "hypernetwork by weights")
+        return module
+
+    def fit_latents(
+        self, module: GeneratedNetworks, latents: torch.Tensor, table: torch.Tensor, what: str, mask=None
+    ) -> None:
+        """Trains a deterministic module on the latents of conditions."""
         optimizer = torch.optim.AdamW(module.generator.parameters(), lr=1e-3, weight_decay=0)
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, self.args.denoiser_steps)
         noise = torch.Generator().manual_seed(derive_seed(self.seed, 9))
         for _ in range(self.args.denoiser_steps):
             rows = torch.randint(len(latents), (64,), generator=noise)
-            loss = (module.sample_latents(table[rows], noise) - latents[rows]).square().mean()
+            known = table[rows] if mask is None else mask(table[rows], noise)
+            loss = (module.sample_latents(known, noise) - latents[rows]).square().mean()
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
             schedule.step()
-        self.clock("hypernetwork by weights")
-        return module
+        self.clock(what)

@@ -1,0 +1,169 @@
+"""What a benchmark of posteriors found, as tables and sentences that follow from its numbers."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from .conditional import paired_bootstrap, passes
+
+GENERATOR = "generator"
+ZOO_GENERATOR = "zoo generator and training networks"
+TRAINING_NETWORKS = "training networks"
+# What the generator is compared with, in this order.
+KINDS = {
+    "closed form": "every closed-form opponent",
+    "fine-tuned": "every fine-tuned network",
+    "generic": "the generic network",
+    "hypernetwork": "the hypernetwork",
+    "deterministic": "the deterministic network",
+    "oracle": "networks trained on the task",
+}
+LOWER_IS_BETTER = ("nll", "joint_nll", "scaled_nll")
+NAMES = {"accuracy": "accuracy", "nll": "NLL", "joint_nll": "joint NLL", "scaled_nll": "NLL after scaling"}
+
+# The scores of all tasks, by method and by name: {"generator": {"accuracy": [...], "nll": [...]}}.
+Section = Mapping[str, Mapping[str, Any]]
+
+
+def compare(section: Section, metric: str, first: str, second: str) -> dict[str, Any]:
+    """How much better one method is than another in a metric, paired over tasks; see [`paired_bootstrap`]."""
+    scores = section[first][metric], section[second][metric]
+    return paired_bootstrap(*(scores if metric not in LOWER_IS_BETTER else scores[::-1]))
+
+
+def best_of(section: Section, metric: str, names: Sequence[str]) -> str:
+    """The method with the best mean."""
+    sign = -1 if metric in LOWER_IS_BETTER else 1
+    return max(names, key=lambda name: sign * np.mean(section[name][metric]))
+
+
+def pool_reports(reports: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """One report of several seeds, as if their tasks had been those of one run."""
+    first = reports[0]
+    pooled = dict(first) | {"settings": {"runs": [report["settings"] for report in reports]}}
+    for part in ("examples", "fields"):
+        pooled[part] = {
+            key: {
+                name: {
+                    metric: sum((list(report[part][key][name][metric]) for report in reports), [])
+                    if isinstance(values, list)
+                    else values
+                    for metric, values in row.items()
+                }
+                for name, row in section.items()
+            }
+            for key, section in first[part].items()
+        }
+    return pooled
+
+
+def verdict(report: Mapping[str, Any], part: str, metrics: Sequence[str], subject: str = GENERATOR) -> list[str]:
+    """A sentence for each section of a part of a report: against the best of each kind in each metric."""
+    sentences = []
+    for key, section in report[part].items():
+        if subject not in section:
+            continue
+        count = len(section[subject][metrics[0]])
+        own = " / ".join(f"{np.mean(section[subject][metric]):.2f}" for metric in metrics)
+        text = f"{key}: {own} ({' / '.join(NAMES[metric] for metric in metrics)}, {count} tasks)."
+        for kind, description in KINDS.items():
+            names = [name for name in section if report["rows"][name]["kind"] == kind]
+            if not names:
+                continue
+            parts = []
+            for metric in metrics:
+                best = best_of(section, metric, names)
+                row = compare(section, metric, subject, best)
+                parts.append(
+                    f"{row['verdict']} in {NAMES[metric]} ({best} {np.mean(section[best][metric]):.2f}; "
+                    f"{row['difference']:+.2f}, 95% {row['low']:+.2f} to {row['high']:+.2f})"
+                )
+            text += f" Against {description}: {', '.join(parts)}."
+        sentences.append(text)
+    return sentences
+
+
+def zoo_verdict(report: Mapping[str, Any]) -> list[str]:
+    """A sentence for each number of examples: a generator of a zoo without conditions against the zoo itself."""
+    sentences = []
+    for key, section in report["examples"].items():
+        words = {metric: compare(section, metric, ZOO_GENERATOR, TRAINING_NETWORKS) for metric in ("accuracy", "nll")}
+        sentences.append(
+            f"{key}: "
+            + ", ".join(
+                f"{row['verdict']} in {NAMES[metric]} ({row['difference']:+.2f}, 95% {row['low']:+.2f} to "
+                f"{row['high']:+.2f})"
+                for metric, row in words.items()
+            )
+            + "."
+        )
+    return sentences
+
+
+def render_examples(report: Mapping[str, Any]) -> str:
+    """Accuracy and NLL of every method with every number of labelled examples, with costs."""
+    sections = report["examples"]
+    header = ["method", *sections, "passes once", "passes a task, most examples"]
+    lines = [f"| {' | '.join(header)} |", f"|{' --- |' * len(header)}"]
+    last = list(sections.values())[-1]
+    for name in sorted(last, key=lambda name: float(np.mean(last[name]["nll"]))):
+        cells = [
+            f"{np.mean(section[name]['accuracy']):.1f} / {np.mean(section[name]['nll']):.3f}"
+            if name in section
+            else "–"
+            for section in sections.values()
+        ]
+        each = last[name].get("passes", 0)
+        lines.append(f"| {' | '.join([name, *cells, passes(report['rows'][name]['once']), passes(each)])} |")
+    return "\n".join(lines) + "\n"
+
+
+def render_fields(report: Mapping[str, Any]) -> str:
+    """Joint NLL of every method where fields are unknown, and accuracy."""
+    sections = report["fields"]
+    header = ["method", *sections, "passes once"]
+    lines = [f"| {' | '.join(header)} |", f"|{' --- |' * len(header)}"]
+    first = next(iter(sections.values()))
+    for name in sorted(first, key=lambda name: float(np.mean(first[name]["joint_nll"]))):
+        cells = [
+            f"{np.mean(section[name]['joint_nll']):.1f} ({np.mean(section[name]['accuracy']):.1f})"
+            for section in sections.values()
+        ]
+        lines.append(f"| {' | '.join([name, *cells, passes(report['rows'][name]['once'])])} |")
+    if report.get("ideal"):
+        cells = [f"{report['ideal'][key]:.1f}" for key in sections]
+        lines.append(f"| {' | '.join(['what the unknown bits cost at least', *cells, '–'])} |")
+    return "\n".join(lines) + "\n"
+
+
+def render_validity(report: Mapping[str, Any]) -> str:
+    """How good the networks of each prior are for the task that they are best for."""
+    lines = ["| prior | accuracy on the nearest task | networks |", "| --- | --- | --- |"]
+    for name, row in report["validity"].items():
+        lines.append(f"| {name} | {row['mean']:.1f} ± {row['std']:.1f} | {row['n']} |")
+    return "\n".join(lines) + "\n"
+
+
+def render_markdown(report: Mapping[str, Any]) -> str:
+    """The whole report as Markdown."""
+    parts = [
+        "### Labelled examples",
+        render_examples(report),
+        *(f"- {sentence}" for sentence in verdict(report, "examples", ("accuracy", "nll"))),
+        "",
+        "A zoo without conditions, against its own networks:",
+        "",
+        *(f"- {sentence}" for sentence in zoo_verdict(report)),
+        "",
+        "### Unknown fields: joint NLL of 20 queries (accuracy)",
+        render_fields(report),
+        *(f"- {sentence}" for sentence in verdict(report, "fields", ("joint_nll", "accuracy"))),
+        "",
+        "### Validity, first seed",
+        render_validity(report),
+        "Means over tasks; differences are paired over tasks, positive where the generator is better, with a 95% "
+        "bootstrap interval. Passes are of one network over one image, forward and backward but for the weighing of "
+        "candidates, which needs the forward one.",
+    ]
+    return "\n".join(parts) + "\n"
