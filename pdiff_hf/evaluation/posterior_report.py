@@ -85,19 +85,21 @@ def verdict(report: Mapping[str, Any], part: str, metrics: Sequence[str], subjec
 
 
 def zoo_verdict(report: Mapping[str, Any]) -> list[str]:
-    """A sentence for each number of examples: a generator of a zoo without conditions against the zoo itself."""
+    """
+    A sentence for each number of examples: a generator of a zoo without conditions against the zoo itself, as they are
+    and refined.
+    """
     sentences = []
     for key, section in report["examples"].items():
-        words = {metric: compare(section, metric, ZOO_GENERATOR, TRAINING_NETWORKS) for metric in ("accuracy", "nll")}
-        sentences.append(
-            f"{key}: "
-            + ", ".join(
-                f"{row['verdict']} in {NAMES[metric]} ({row['difference']:+.2f}, 95% {row['low']:+.2f} to "
-                f"{row['high']:+.2f})"
-                for metric, row in words.items()
-            )
-            + "."
-        )
+        parts = []
+        for suffix in ("", ", refined"):
+            if ZOO_GENERATOR + suffix not in section:
+                continue
+            for metric in ("accuracy", "nll"):
+                row = compare(section, metric, ZOO_GENERATOR + suffix, TRAINING_NETWORKS + suffix)
+                what = f"{row['verdict']} in {NAMES[metric]}{' when both are refined' if suffix else ''}"
+                parts.append(f"{what} ({row['difference']:+.2f}, 95% {row['low']:+.2f} to {row['high']:+.2f})")
+        sentences.append(f"{key}: {', '.join(parts)}.")
     return sentences
 
 
@@ -107,14 +109,15 @@ def render_examples(report: Mapping[str, Any]) -> str:
     header = ["method", *sections, "passes once", "passes a task, most examples"]
     lines = [f"| {' | '.join(header)} |", f"|{' --- |' * len(header)}"]
     last = list(sections.values())[-1]
-    for name in sorted(last, key=lambda name: float(np.mean(last[name]["nll"]))):
+    names = dict.fromkeys(name for section in sections.values() for name in section)
+    for name in sorted(names, key=lambda name: float(np.mean(last[name]["nll"])) if name in last else np.inf):
         cells = [
             f"{np.mean(section[name]['accuracy']):.1f} / {np.mean(section[name]['nll']):.3f}"
             if name in section
             else "–"
             for section in sections.values()
         ]
-        each = last[name].get("passes", 0)
+        each = last[name]["passes"] if name in last else 0
         lines.append(f"| {' | '.join([name, *cells, passes(report['rows'][name]['once']), passes(each)])} |")
     return "\n".join(lines) + "\n"
 

@@ -18,11 +18,13 @@ from pdiff_hf.evaluation.posterior import (
 )
 from pdiff_hf.evaluation.posterior_report import GENERATOR, TRAINING_NETWORKS, ZOO_GENERATOR
 from pdiff_hf.networks.batched import BatchedModels
+from pdiff_hf.networks.posterior import log_likelihoods, posterior_weights, resample
 from pdiff_hf.utils.seeds import derive_seed
 
 NUM_EXAMPLES = (0, 1, 3, 6, 10, 20, 50)
 SHARES = (0.0, 0.1, 0.3, 0.5, 0.7, 0.9, 1.0)  # of the generic network in a prior
 TUNING_STEPS, TUNING_RATES = [0, 10, 30, 100, 300, 600], (1e-3, 3e-3, 1e-2)
+NUM_REFINED, REFINE_STEPS = 32, [0, 3, 10, 30]
 NUM_QUERIES = {"validation": 300, "test": 1000}
 
 
@@ -49,8 +51,8 @@ class Tasks:
     def weigh(
         self,
         parameters: Callable[[int], torch.Tensor],
-        num_examples: Sequence[int] = NUM_EXAMPLES,
-        temperatures: Sequence[float] = TEMPERATURES,
+        num_examples: Sequence[int],
+        temperatures: Sequence[float],
     ) -> list[Evidence]:
         """What candidates, `(N, D)` for each task, say about it."""
         found = []
@@ -72,7 +74,9 @@ class Examples:
 
     def weigh(self, parameters: torch.Tensor) -> dict[str, list[Evidence]]:
         """The same candidates for all tasks."""
-        return {split: tasks.weigh(lambda _: parameters) for split, tasks in self.tasks.items()}
+        return {
+            split: tasks.weigh(lambda _: parameters, NUM_EXAMPLES, TEMPERATURES) for split, tasks in self.tasks.items()
+        }
 
     def add(
         self, name: str, kind: str, sources: Sequence[dict], shares: Sequence[Sequence[float]], once: int, num: int
@@ -115,13 +119,11 @@ class Examples:
                 for metric, value in summarize(one, right).items():
                     row[metric].append(value[e, k].item())
                 row["scaled_nll"].append(marginal_nll(one.probabilities[e, k], right, scale).item())
-            section[name] = row | {
-                "passes": num * n,
-                "choice": f"shares {', '.join(f'{s:g}' for s in share)}; temperature {TEMPERATURES[k]:g}",
-            }
+            choice = {"shares": list(share), "temperature": TEMPERATURES[k]}
+            section[name] = row | {"passes": num * n, "choice": choice}
         self._print(name)
 
-    def add_networks(self, name: str, kind: str, once: int, options: Callable, numbers: Sequence[int] = NUM_EXAMPLES):
+    def add_networks(self, name: str, kind: str, once: int, options: Callable, numbers: Sequence[int]):
         """
         Adds a method that gives each task networks of its own.
 
@@ -157,6 +159,34 @@ class Examples:
             self.sections[f"{n} examples"][name] = row | {"passes": cost, "choice": str(best)}
         self._print(name)
 
+    def refined(self, name: str, sets: Sequence[torch.Tensor]) -> Callable:
+        """
+        Options of `add_networks`: networks drawn from the sets of candidates with the weights that were chosen for the
+        method `name`, and fine-tuned on the examples, all in one batch.
+        """
+        candidates = torch.cat(list(sets))
+
+        def options(split: str, n: int) -> dict:
+            tasks, choice = self.tasks[split], self.sections[f"{n} examples"][name]["choice"]
+            shares = [share / len(rows) for share, rows in zip(choice["shares"], sets, strict=True)]
+            log_prior = torch.cat([torch.full((len(r),), s).log() for r, s in zip(sets, shares, strict=True)])
+            start = []
+            for t in range(len(tasks.table)):
+                batch = {key: value[t, :n] for key, value in tasks.examples.items()}
+                likelihood = log_likelihoods(tasks.models, batch, candidates, self.bench.family.predict)
+                weights = posterior_weights(likelihood, choice["temperature"], log_prior)
+                start.append(candidates[resample(weights, NUM_REFINED, torch.Generator().manual_seed(t))])
+            repeated = {key: value.repeat_interleave(NUM_REFINED, 0) for key, value in tasks.examples.items()}
+            found = {}
+            for rate in TUNING_RATES:
+                after = fine_tune(self.bench, torch.cat(start), repeated, n, rate, REFINE_STEPS)
+                for step, rows in after.items():
+                    cost = len(candidates) * n + step * n * NUM_REFINED
+                    found[f"{step} steps of {rate:g}"] = rows.unflatten(0, (-1, NUM_REFINED)), cost
+            return found
+
+        return options
+
     def _print(self, name: str) -> None:
         accuracies = {key: section[name]["accuracy"] for key, section in self.sections.items() if name in section}
         print(name, {key: round(sum(row) / len(row), 1) for key, row in accuracies.items()}, flush=True)
@@ -179,7 +209,8 @@ def labelled_examples(priors: Priors) -> tuple[dict, dict]:
         bench.clock(name)
         return found
 
-    generator = add(GENERATOR, "generator", priors.networks_for(priors.tuned, of_family, 0, 1), tuned)
+    generated = priors.networks_for(priors.tuned, of_family, 0, 1)
+    generator = add(GENERATOR, "generator", generated, tuned)
     examples.add("generator, without the generic network", "variant", [generator], [(1.0,)], tuned, NUM_CANDIDATES)
     add("generator, fields of seen tasks", "variant", priors.networks_for(priors.tuned, of_seen, 0, 2), tuned)
     by_weights = priors.networks_for(priors.by_weights, of_family, 0, 3)
@@ -205,11 +236,11 @@ def labelled_examples(priors: Priors) -> tuple[dict, dict]:
 
     with torch.no_grad():
         row = priors.deterministic.sample_parameters(nothing.unsqueeze(0), noise)
-    examples.add_networks("deterministic network", "deterministic", tuned, networks(row))
+    examples.add_networks("deterministic network", "deterministic", tuned, networks(row), NUM_EXAMPLES[:1])
     oracle = {split: bench.oracle(bench.tables[split]).unsqueeze(1) for split in ("validation", "test")}
     cost = args.zoo_steps * bench.zoo_args.batch_size
     examples.add_networks(
-        "trained on the task", "oracle", bench.base_passes, lambda split, _: {"": (oracle[split], cost)}
+        "trained on the task", "oracle", bench.base_passes, lambda split, _: {"": (oracle[split], cost)}, NUM_EXAMPLES
     )
     bench.clock("oracle")
 
@@ -226,15 +257,9 @@ def labelled_examples(priors: Priors) -> tuple[dict, dict]:
 
     def most_likely(split: str, n: int) -> torch.Tensor:
         tasks = examples.tasks[split]
-        starts = []
-        for t in range(len(tasks.table)):
-            batch = {key: value[t, :n] for key, value in tasks.examples.items()}
-            logits = torch.cat(
-                [out for _, out in tasks.models(lambda c, b=batch: bench.family.predict(c, b), priors.snapshots)]
-            )
-            of_labels = logits.log_softmax(-1).gather(-1, batch["labels"].expand(len(logits), -1).unsqueeze(-1))
-            starts.append(priors.snapshots[of_labels.sum((1, 2)).argmax()])
-        return torch.stack(starts)
+        batches = ({key: value[t, :n] for key, value in tasks.examples.items()} for t in range(len(tasks.table)))
+        likelihoods = (log_likelihoods(tasks.models, b, priors.snapshots, bench.family.predict) for b in batches)
+        return priors.snapshots[torch.stack([row.argmax() for row in likelihoods])]
 
     some = NUM_EXAMPLES[1:]
     start = priors.generic.values.detach()
@@ -243,6 +268,10 @@ def labelled_examples(priors: Priors) -> tuple[dict, dict]:
     examples.add_networks(
         "best training network, tuned on them", "fine-tuned", bench.zoo_passes, tuning(most_likely), some
     )
+    sets = {GENERATOR: [generated, start.unsqueeze(0)], TRAINING_NETWORKS: [priors.snapshots, start.unsqueeze(0)]}
+    for name, kind in {GENERATOR: "variant", TRAINING_NETWORKS: "fine-tuned"}.items():
+        options, once = examples.refined(name, sets[name]), examples.rows[name]["once"]
+        examples.add_networks(f"{name}, refined", kind, once, options, some)
     bench.clock("fine-tuning")
     add_zoo_rows(examples, zoo, generic)
     return examples.sections, examples.rows
@@ -265,4 +294,8 @@ def add_zoo_rows(examples: Examples, zoo: dict, generic: dict) -> None:
         num = NUM_CANDIDATES + len(priors.snapshots)
         together = ZOO_GENERATOR if name == "predictive" else f"{ZOO_GENERATOR}, {name}"
         examples.add(together, "zoo", [found, zoo, generic], grid, once, num)
+        if together == ZOO_GENERATOR:
+            sets = [candidates, priors.snapshots, priors.generic.values.detach().unsqueeze(0)]
+            options = examples.refined(together, sets)
+            examples.add_networks(f"{together}, refined", "zoo", once, options, NUM_EXAMPLES[1:])
         bench.clock(f"zoo generator, {name}")
