@@ -39,7 +39,7 @@ def best_of(section: Section, metric: str, names: Sequence[str]) -> str:
 
 
 def pool_reports(reports: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """One report of several seeds, as if their tasks had been those of one run."""
+    """One report of several seeds, as if their tasks had been those of one run; of the methods that all have."""
     first = reports[0]
     pooled = dict(first) | {"settings": {"runs": [report["settings"] for report in reports]}}
     for part in ("examples", "fields"):
@@ -52,6 +52,7 @@ def pool_reports(reports: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
                     for metric, values in row.items()
                 }
                 for name, row in section.items()
+                if all(name in report[part][key] for report in reports)
             }
             for key, section in first[part].items()
         }

@@ -26,6 +26,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.strip().split("\n")[0])
     add_arguments(parser)
     parser.add_argument("--set_steps", type=int, default=600, help="Of tuning a generator without conditions.")
+    parser.add_argument(
+        "--zoo_sharpness", type=float, nargs="*", default=[], help="Also tune on likelihood^(1 / this)."
+    )
     parser.add_argument("--output_dir", default="outputs/posterior", help="What is trained in it already is used.")
     args = parser.parse_args()
     folder, reports = Path(args.output_dir), []

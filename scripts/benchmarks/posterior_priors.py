@@ -1,6 +1,7 @@
 """What `posterior.py` compares: sets of candidates, and what is trained for them."""
 
 import copy
+import functools
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -89,15 +90,11 @@ class Priors:
         # The zoo without its conditions: by weights, and tuned on what sets of its networks are good for.
         zoo = by_weights("zoo_denoiser", None)
         self.zoo: dict[str, GeneratedNetworks] = {"by weights": generated(zoo)}
-        for name, sharpness in {
-            "sharpness 1": 1.0,
-            "sharpness 1/4": 4.0,
-            "sharpness 1/16": 16.0,
-            "predictive": None,
-        }.items():
+        variants = {f"sharpness {1 / number:g}": number for number in args.zoo_sharpness}
+        for name, sharpness in (variants | {"predictive": None}).items():
             module = self.zoo[name] = generated(zoo)
-            file = "zoo_" + name.replace(" ", "_").replace("/", "_")
-            self._kept(file, module, lambda module=module, s=sharpness: tune_on_sets(bench, module, s))
+            train = functools.partial(tune_on_sets, bench, module, sharpness)
+            self._kept(f"zoo_{name.replace(' ', '_')}", module, train)
         self.ridge = self.fit_ridge(torch.ones(family.fields.width, dtype=torch.bool))
         bench.clock("kernel ridge")
 
@@ -184,7 +181,7 @@ def tune_on_sets(bench: FamilyBench, module: GeneratedNetworks, sharpness: float
         nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         schedule.step()
-    bench.clock(f"tuning on sets, {'predictive' if sharpness is None else f'sharpness 1/{sharpness:g}'}")
+    bench.clock(f"tuning on sets, {'predictive' if sharpness is None else f'sharpness {1 / sharpness:g}'}")
 
 
 def fine_tune(

@@ -47,7 +47,7 @@ def make_report(seed: int = 0) -> dict:
         "settings": {"seed": seed},
         "rows": {name: {"kind": kind, "once": 2_000_000} for name, kind in KINDS.items()},
         "examples": {"10 examples": methods},
-        "fields": {"angle unknown": methods},
+        "fields": {"angle unknown": dict(methods)},
         "ideal": {},
         "validity": {GENERATOR: {"mean": 71.0, "std": 2.0, "n": 64}},
     }
@@ -73,7 +73,12 @@ def test_the_verdict_names_the_best_opponent_in_each_metric():
 
 
 def test_seeds_are_pooled_and_everything_is_in_the_tables():
-    pooled = pool_reports([make_report(0), make_report(1)])
+    first, second = make_report(0), make_report(1)
+    second["examples"]["10 examples"].pop("kernel ridge")
+    pooled = pool_reports([first, second])
+    assert (
+        "kernel ridge" not in pooled["examples"]["10 examples"] and "kernel ridge" in pooled["fields"]["angle unknown"]
+    )
     assert len(pooled["examples"]["10 examples"][GENERATOR]["accuracy"]) == 8
     assert pooled["examples"]["10 examples"][GENERATOR]["passes"] == 2048
     text = render_markdown(pooled)

@@ -7,7 +7,14 @@ from support.scripts import SCRIPTS, run_script
 
 TINY = [
     ["--num_seen=12", "--num_validation=2", "--num_unseen=2", "--base_steps=20", "--zoo_steps=60", "--latent_dim=6"],
-    ["--denoiser_steps=5", "--tune_steps=2", "--set_steps=2", "--hidden_size=6", "--num_inference_steps=2"],
+    [
+        "--denoiser_steps=5",
+        "--tune_steps=2",
+        "--set_steps=2",
+        "--hidden_size=6",
+        "--num_inference_steps=2",
+        "--zoo_sharpness=4",
+    ],
 ]
 
 
