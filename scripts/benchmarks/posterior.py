@@ -12,7 +12,7 @@ import tempfile
 from pathlib import Path
 
 import torch
-from family_bench import Clock, FamilyBench, add_arguments
+from posterior_bench import Clock, FamilyBench, add_arguments
 from posterior_examples import labelled_examples
 from posterior_fields import unknown_fields
 from posterior_priors import Priors

@@ -4,7 +4,7 @@ import itertools
 from collections.abc import Callable, Sequence
 
 import torch
-from family_bench import FamilyBench
+from posterior_bench import FamilyBench
 from posterior_priors import NUM_CANDIDATES, Priors, fine_tune
 
 from pdiff_hf.evaluation.posterior import (

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from family_bench import FamilyBench
+from posterior_bench import FamilyBench
 from safetensors.torch import load_file, save_file
 from torch import nn
 

@@ -1,7 +1,7 @@
-"""What the benchmarks of families share: tasks, a zoo of their networks, and generators that are trained on it."""
+"""Part of `posterior.py`: the tasks of a family, a zoo of their networks, and how generators are trained on it."""
 
 import argparse
-import copy
+import dataclasses
 import shutil
 import time
 from pathlib import Path
@@ -14,7 +14,7 @@ from torch import nn
 from pdiff_hf.evaluation.conditional import score_tasks
 from pdiff_hf.evaluation.conditional_baselines import GenericNetwork
 from pdiff_hf.layout import ParameterLayout
-from pdiff_hf.models import DENOISER_PRESETS, ConditionEncoder, LatentDenoiser, ParameterAutoencoder
+from pdiff_hf.models import DENOISER_PRESETS, ConditionEncoder, ParameterAutoencoder
 from pdiff_hf.networks.stacked import StackedNetworks
 from pdiff_hf.snapshots.dataset import condition_table, load_fields, load_snapshots, parameter_matrix
 from pdiff_hf.snapshots.zoo import ZooArguments, collect_zoo, train_specialists
@@ -23,20 +23,17 @@ from pdiff_hf.tasks.families import GroupedFamily, TransformedFamily
 from pdiff_hf.training import make_training_scheduler
 from pdiff_hf.training.denoiser import LatentGenerator, train_denoiser
 from pdiff_hf.training.loop import LoopArguments
-from pdiff_hf.training.tune import GeneratedNetworks, TuneArguments, fresh_tasks, seen_tasks, tune
+from pdiff_hf.training.tune import GeneratedNetworks, TuneArguments, fresh_tasks, tune
 from pdiff_hf.utils.seeds import derive_seed
-
-CURVE = 24  # angles of a figure
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The settings that the benchmarks of families share."""
+    """Settings of the tasks, and of what is trained on them."""
     parser.add_argument("--family", default="transformed", choices=["transformed", "grouped"])
     parser.add_argument("--dataset", default="digits", help="As of ImageClassificationTask.")
     parser.add_argument("--image_size", type=int, default=8)
     parser.add_argument("--model", default="perceptron_mini", help="timm architecture for one channel.")
     parser.add_argument("--hidden_size", type=int, default=24, help="Of perceptron_mini.")
-    parser.add_argument("--regime", default="fresh", choices=["fresh", "seen"], help="Which tasks tuning may use.")
     parser.add_argument("--num_seen", type=int, default=192)
     parser.add_argument("--num_validation", type=int, default=32)
     parser.add_argument("--num_unseen", type=int, default=48)
@@ -48,8 +45,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--denoiser_steps", type=int, default=2000)
     parser.add_argument("--tune_steps", type=int, default=1800)
     parser.add_argument("--tune_learning_rate", type=float, default=1e-3)
-    parser.add_argument("--frozen_decoder", action="store_true", help="Tune the denoiser only.")
-    parser.add_argument("--condition_noise", type=float, default=0.0, help="Of the seen conditions, in tuning.")
     parser.add_argument("--num_inference_steps", type=int, default=10)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
 
@@ -92,12 +87,6 @@ class FamilyBench:
         self.tables = {name: self.family.fields.table(rows) for name, rows in self.conditions.items()}
         # What tuning must not use, by key.
         self.unseen = {self.family.key(row) for name in ("validation", "test") for row in self.conditions[name]}
-        self.test_sets = {"test": self.tables["test"]}
-        if args.family == "transformed":
-            other = {"blur": 0.5, "invert": "no", "occlude": "none"}
-            curve = [other | {"angle": 360 * i / CURVE} for i in range(CURVE)]
-            self.test_sets["angles"] = self.family.fields.table(curve)
-            self.unseen |= {self.family.key(condition) for condition in curve}
         torch.manual_seed(derive_seed(seed, 1))
         model = self.family.load_base_model()
         layout = ParameterLayout.from_state_dict(model.state_dict(), [name for name, _ in model.named_parameters()])
@@ -117,21 +106,13 @@ class FamilyBench:
         self.opponent_passes = self.base_passes + self.opponent_args.num_steps * self.per_step
         clock("data")
 
-    def batches(self, arguments: TuneArguments):
-        """Tasks for tuning, in the regime of the settings."""
-        device = torch.device("cpu")
-        if self.args.regime == "fresh":
-            return fresh_tasks(self.family, arguments, self.unseen, device)
-        noise = self.args.condition_noise
-        return seen_tasks(self.family, arguments, self.tables["train"], device, condition_noise=noise)
-
-    def tuned(self, module: nn.Module, arguments: TuneArguments, what: str, extra_loss=None, mask=None) -> dict:
+    def tuned(self, module: nn.Module, arguments: TuneArguments, what: str, mask=None) -> None:
         """
-        Trains a module on the task loss, validated on the validation tasks; see [`tune`]. With
+        Trains a module on the loss of fresh tasks, validated on the validation tasks; see [`tune`]. With
         `mask(table, generator)` it sees only a part of each condition.
         """
         mask = mask or (lambda table, _: table)
-        draw = self.batches(arguments)
+        draw = fresh_tasks(self.family, arguments, self.unseen, torch.device("cpu"))
 
         def batches(indices: torch.Tensor, generator: torch.Generator):
             table, batch = draw(indices, generator)
@@ -143,20 +124,18 @@ class FamilyBench:
             respond = lambda rows, batch: module(seen[rows], batch, noise)  # noqa: E731
             return score_tasks(self.family, respond, table, "validation", 500)[1].mean().item()
 
-        history = tune(
+        tune(
             self.accelerator,
             module,
             batches,
             self.args.num_seen,
             arguments,
             validate=validate,
-            extra_loss=extra_loss,
             seed=derive_seed(self.seed, 2),
             checkpoint_dir=self.checkpoints,
             description=what,
         )
         self.clock(what)
-        return history
 
     def train_base(self) -> torch.Tensor:
         """One network for all tasks, from which all others start: its parameters, `(D,)`."""
@@ -166,25 +145,19 @@ class FamilyBench:
         self.start = generic.values.detach().clone()
         return self.start
 
-    def specialists(self, table: torch.Tensor, arguments: ZooArguments, seed: int) -> torch.Tensor:
-        """Networks for the tasks of a table, fine-tuned from the base model: shape `(S, T, D)`."""
-        return train_specialists(
+    def oracle(self, table: torch.Tensor) -> torch.Tensor:
+        """Networks that are trained on the tasks themselves, as long as those of the zoo: shape `(T, D)`."""
+        specialists = train_specialists(
             self.accelerator,
             self.family,
             self.networks,
             table,
-            arguments,
-            seed=seed,
+            dataclasses.replace(self.zoo_args, num_snapshots=1),
+            seed=derive_seed(self.seed, 7),
             checkpoint_dir=self.checkpoints,
             start=self.start,
         )
-
-    def oracle(self, table: torch.Tensor, factor: int = 1) -> torch.Tensor:
-        """Networks that are trained on the tasks themselves, `factor` times as long as the zoo: shape `(T, D)`."""
-        arguments = ZooArguments(
-            num_steps=factor * self.args.zoo_steps, num_snapshots=1, learning_rate=self.args.zoo_learning_rate
-        )
-        return self.specialists(table, arguments, derive_seed(self.seed, 7))[-1]
+        return specialists[-1]
 
     def collect(self, folder: Path) -> tuple[torch.Tensor, torch.Tensor]:
         """A specialist for each seen task: snapshots `(N, D)` and their conditions `(N, width)`, also in a folder."""
@@ -249,23 +222,9 @@ class FamilyBench:
 
     def generated(self, generator: LatentGenerator, sampler, autoencoder: ParameterAutoencoder) -> GeneratedNetworks:
         """The networks of a generator that is to be tuned; without a sampler it is a deterministic network."""
-        if not self.args.frozen_decoder:
-            autoencoder.add_tuned_map()
+        autoencoder.add_tuned_map()
         steps = self.args.num_inference_steps
         return GeneratedNetworks(generator, autoencoder, sampler, steps, self.networks, self.family.predict)
-
-    def hypernetwork(
-        self, latents: torch.Tensor, table: torch.Tensor, autoencoder: ParameterAutoencoder
-    ) -> GeneratedNetworks:
-        """The same network as the denoiser, without noise, by weight loss."""
-        torch.manual_seed(derive_seed(self.seed, 8))
-        own = self.encoder()
-        network = LatentDenoiser(
-            latents.shape[1], condition_dim=own.config.embedding_dim, **DENOISER_PRESETS[self.args.denoiser_preset]
-        )
-        module = self.generated(LatentGenerator(network, own), None, copy.deepcopy(autoencoder))
-        self.fit_latents(module, latents, table, "hypernetwork by weights")
-        return module
 
     def fit_latents(
         self, module: GeneratedNetworks, latents: torch.Tensor, table: torch.Tensor, what: str, mask=None
