@@ -15,7 +15,7 @@ MEAN, COVARIANCE = torch.tensor([0.5, -0.3]), torch.tensor([[0.9, 0.4], [0.4, 0.
 TARGET, SCALE = torch.tensor([1.0, -1.0, 0.5]), 1.5
 
 
-def gaussian_case():
+def gaussian_case(predicts: str = "sample"):
     """A denoiser of Gaussian latents, a linear decoder, and the scheduler."""
     torch.manual_seed(0)
     layout = ParameterLayout.from_state_dict({"weight": torch.zeros(3)}, ["weight"])
@@ -23,7 +23,7 @@ def gaussian_case():
     snapshots = torch.randn(50, 3) * torch.tensor([1.0, 0.7, 0.1])
     autoencoder.fit_parameter_statistics(snapshots)
     autoencoder.fit_latent_statistics(autoencoder.tokenize(snapshots))
-    scheduler = DDIMScheduler(clip_sample=False, prediction_type="sample")
+    scheduler = DDIMScheduler(clip_sample=False, prediction_type=predicts)
     scheduler.set_timesteps(6)
 
     def denoiser(level):
@@ -34,12 +34,16 @@ def gaussian_case():
     return autoencoder, scheduler, denoiser
 
 
-def draw(num_particles: int) -> torch.Tensor:
-    autoencoder, scheduler, denoiser = gaussian_case()
+def draw(num_particles: int, predicts: str = "sample") -> torch.Tensor:
+    autoencoder, scheduler, denoiser = gaussian_case(predicts)
 
     def denoise(rows, timestep):
-        gain, shift = denoiser(scheduler.alphas_cumprod[timestep])
-        return rows @ gain.T + shift
+        level = scheduler.alphas_cumprod[timestep]
+        gain, shift = denoiser(level)
+        clean = rows @ gain.T + shift
+        noise = (rows - level.sqrt() * clean) / (1 - level).sqrt()
+        velocity = level.sqrt() * noise - (1 - level).sqrt() * clean
+        return {"sample": clean, "epsilon": noise, "v_prediction": velocity}[predicts]
 
     generators = [torch.Generator().manual_seed(i) for i in range(num_particles)]
     noise = torch.cat([torch.randn(1, 2, generator=one) for one in generators])
@@ -86,6 +90,11 @@ def test_particles_are_a_sample_of_the_tilted_gaussian(monkeypatch):
     keep = lambda weights, *_: (torch.arange(weights.numel()), weights)  # noqa: E731
     monkeypatch.setattr(guidance, "_resample_groups", keep)
     assert (draw(4000).mean(0) - mean).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("predicts", ["epsilon", "v_prediction"])
+def test_every_kind_of_prediction_gives_the_same_particles(predicts):
+    torch.testing.assert_close(draw(60, predicts), draw(60), atol=1e-3, rtol=1e-3)
 
 
 @pytest.fixture(scope="module")
