@@ -93,6 +93,16 @@ def test_what_is_not_known_is_drawn_from_the_seen_conditions(pipe):
     assert not torch.equal(sample(pipe, 2), sample(pipe, 2, condition=KNOWN))  # nothing known at all
 
 
+def test_conditions_share_the_candidates_of_a_posterior(pipe):
+    conditions = [KNOWN, KNOWN | {"angle": 211.0}]
+    nothing = {"pixel_values": torch.zeros(0, 3, 32, 32), "labels": torch.zeros(0, dtype=torch.long)}
+    settings = {"num_inference_steps": 3, "generator": torch.Generator().manual_seed(0)}
+    found = pipe.posterior(nothing, 6, 6, conditions, **settings)
+    expected = sample(pipe, 3, condition=conditions)
+    torch.testing.assert_close(found.parameters, expected)  # without labels, each is drawn once
+    torch.testing.assert_close(found.weights, torch.full((6,), 1 / 6))
+
+
 def test_guidance_moves_away_from_the_prediction_without_a_condition(pipe):
     latents = torch.randn(3, LATENT_DIM, generator=torch.Generator().manual_seed(0))
     timestep = pipe.scheduler.config.num_train_timesteps - 1
