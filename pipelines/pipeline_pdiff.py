@@ -247,6 +247,8 @@ class PDiffPipeline(SavedPipeline, NetworkMixin, DiffusionPipeline):
             raise ValueError("guidance_scale needs a generator with conditions, and this one was trained without")
         if not 0 <= temperature < math.inf:
             raise ValueError(f"temperature must be finite and at least 0, got {temperature}")
+        if loss_fn is not None and temperature != 1:
+            raise ValueError(f"loss_fn steers samples of the generator as it is, at temperature 1; got {temperature}")
         if batch_norm_data is not None and (output_type != "model" or self.base_model is None):
             raise ValueError(f"batch_norm_data is for output_type='model' and needs a base model, got {output_type!r}")
         group_size, num_models = num_models, num_models if known is None else len(known)

@@ -142,6 +142,7 @@ def test_networks_of_a_condition_compete_among_themselves(examples):
         ({"loss_fn": lambda p: p.sum(1) * torch.nan}, "not finite for any network"),
         ({"loss_fn": lambda p: p.sum(1), "loss_guidance_scale": -1.0}, "loss_guidance_scale must be above 0"),
         ({"loss_guidance_scale": 2.0}, "loss_guidance_scale needs a loss_fn"),
+        ({"loss_fn": lambda p: p.sum(1), "temperature": 0.5}, "at temperature 1; got 0.5"),
     ],
 )
 def test_wrong_losses(arguments, message):
