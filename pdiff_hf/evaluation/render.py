@@ -208,7 +208,7 @@ def _temperature_table(report: dict) -> str:
     tuned = "tuning" in report
     rows = [
         [
-            f"{row['value']:g}",
+            number(row["value"], "g"),
             str(row["num_models"]),
             number(row["score"], ".2f"),
             number(row["max_iou"]),

@@ -184,7 +184,7 @@ def test_the_difference_from_the_snapshots_is_taken_over_the_same_images(snapsho
 
 
 def test_frontier_sentence():
-    row = FrontierRow("p-diff", "p-diff", None, 200, 91.333, (91, 92), 0.8984, (0.89, 0.91))
+    row = FrontierRow("p-diff", "p-diff", None, False, 200, 91.333, (91, 92), 0.8984, (0.89, 0.91))
 
     def baseline(family, value, verdict):
         return replace(row, family=family, value=value, better=0.5, worse=0.5, verdict=verdict)
