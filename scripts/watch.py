@@ -12,6 +12,7 @@ from matplotlib.ticker import MaxNLocator
 from pdiff_hf.evaluation.plots import GENERATED, plot_reverse_process
 from pdiff_hf.evaluation.scores import ClassifierScores
 from pdiff_hf.evaluation.scoring import Scorer
+from pdiff_hf.models.products import expanded
 from pdiff_hf.tasks import take
 
 if TYPE_CHECKING:
@@ -31,12 +32,12 @@ def draw_heat_map(source: "Source", parameters: torch.Tensor, path: Path) -> Non
     """
     autoencoder = source.pipe.autoencoder
     groups = {"sampled": parameters} | ({} if source.snapshots is None else {"snapshots": source.snapshots})
-    columns = evenly(parameters.shape[1], HEAT_MAP_COLUMNS)
+    columns = evenly(autoencoder.vector_layout.num_parameters, HEAT_MAP_COLUMNS)
     figure = Figure(figsize=(5.4, 1.8 * len(groups) + 0.8), layout="constrained")
     panels = figure.subplots(len(groups), 1, sharex=True, squeeze=False)[:, 0]
     for axes, (name, group) in zip(panels, groups.items(), strict=True):
         rows = group[evenly(len(group), HEAT_MAP_ROWS)].to(autoencoder.device)
-        values = autoencoder.normalize(rows)[:, columns.to(autoencoder.device)].cpu()
+        values = autoencoder.normalize(expanded(rows, autoencoder.products))[:, columns.to(autoencoder.device)].cpu()
         image = axes.imshow(values, cmap="PuOr", vmin=-3, vmax=3, aspect="auto", interpolation="nearest")
         axes.set_yticks([])
         axes.set_ylabel(f"{name}\n({len(rows)} of {len(group)})")
@@ -84,7 +85,9 @@ class Watcher:
         autoencoder, scorer = self.source.pipe.autoencoder, self.scorer
         parameters = autoencoder.decode(latents).sample
         self.steps.append(step)
-        self.distances.append(autoencoder.normalize(parameters).square().mean(1).sqrt().cpu())
+        self.distances.append(
+            autoencoder.normalize(expanded(parameters, autoencoder.products)).square().mean(1).sqrt().cpu()
+        )
         if scorer is not None:
             labels = self.batch["labels"]
             whole = scorer.complete(parameters)

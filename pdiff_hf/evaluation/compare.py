@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..models.products import AdapterProducts, contracted, expanded
 from ..pipelines import PDiffPipeline
 from ..training.ensembles import Tuning
 from ..utils.files import replacing, without_nan, write_json
@@ -103,21 +104,26 @@ def compare_generator(
     pipeline = generator if isinstance(generator, PDiffPipeline) else None
     folder = Path(folder)
     heldout = torch.zeros(len(snapshots), dtype=torch.bool) if heldout is None else heldout
-    seen = Rows(snapshots, ~heldout)
+    products = None if pipeline is None else pipeline.autoencoder.products
+    vectors = expanded(snapshots, products)
+    seen = Rows(vectors, ~heldout)
     if pipeline is not None and latents is None:
         latents = encode(pipeline, snapshots)
     context = BaselineContext(
         seen,
-        scorer.layout.sizes,
+        scorer.layout.sizes if products is None else products.layout.sizes,
         latents=None if latents is None else latents[~heldout],
-        decode=None if pipeline is None else pipeline.decode_latents,
+        decode=None if pipeline is None else lambda latents: expanded(pipeline.decode_latents(latents), products),
     )
     num_generated = len(generator) if isinstance(generator, Tensor) else num_models
     num_scored = min(num_generated, score_models or num_generated)
     families: list[Iterator[Group]] = []
     in_tuned = 0
     if baseline_models:
-        families.append(sample_baselines(context, baseline_models, seed, baselines))
+        trivial = sample_baselines(context, baseline_models, seed, baselines)
+        families.append(
+            dataclasses.replace(group, parameters=contracted(group.parameters, products)) for group in trivial
+        )
         if pipeline is not None and tuning is not None:
             assert latents is not None
             tuned = TunedBaselines(
@@ -158,7 +164,7 @@ def compare_generator(
 
     def groups() -> Iterator[Group]:
         yield Group("snapshots", snapshots)
-        yield Group("mean", mean_of(snapshots).float()[None])
+        yield Group("mean", contracted(mean_of(vectors).float()[None], products))
         if reconstruction is not None:
             yield Group("reconstructed", reconstruction.parameters)
         yield Group("generated", generated, feedback=None if tuning is None else Passes(tuning.passes))
@@ -167,7 +173,7 @@ def compare_generator(
         for family in families:
             yield from family
 
-    report = compare(scorer, groups(), reconstruction, seed)
+    report = compare(scorer, groups(), reconstruction, seed, products)
     report["num_generated"] = num_generated
     if tuning is not None:
         report["tuning"] = tuning.to_dict() | {"temperature": temperature, "break_even": break_even(report)}
@@ -188,7 +194,11 @@ def compare_generator(
 
 
 def compare(
-    scorer: Scorer, groups: Iterable[Group], reconstruction: Reconstruction | None = None, seed: int = 0
+    scorer: Scorer,
+    groups: Iterable[Group],
+    reconstruction: Reconstruction | None = None,
+    seed: int = 0,
+    products: AdapterProducts | None = None,
 ) -> dict:
     """
     Scores groups of networks on the validation and the test split, and compares the generated one with the others.
@@ -198,12 +208,13 @@ def compare(
         groups (`Iterable[Group]`): `snapshots` first; made and let go one after the other.
         reconstruction (`Reconstruction`, *optional*): Of the group `reconstructed`.
         seed (`int`, *optional*, defaults to 0): Of the bootstrap.
+        products (`AdapterProducts`, *optional*): Distances are between these, where they are given.
 
     Returns:
         `dict`: The numbers of a report, which may be nan.
     """
     scored = _scored(scorer, groups)
-    groups_of_report = _Groups(scorer.metric, *next(scored))
+    groups_of_report = _Groups(scorer.metric, products, *next(scored))
     for group, validation, test in scored:
         groups_of_report.add(group, validation, test)
     rows, audits, places = groups_of_report.rows, groups_of_report.audits, groups_of_report.places
@@ -253,12 +264,14 @@ def _place_on_curve(rows: Sequence[FrontierRow]) -> dict:
 class _Groups:
     """What is kept of every group, and what all groups are compared with: the snapshots, the first of them."""
 
-    def __init__(self, metric: Metric, snapshots: Group, validation: Tensor, test: Scores):
-        self.metric = metric
+    def __init__(
+        self, metric: Metric, products: AdapterProducts | None, snapshots: Group, validation: Tensor, test: Scores
+    ):
+        self.metric, self.products = metric, products
         self.rows: list[dict[str, Any]] = []
         self.audits: list[AuditRow] = []
         self.places: dict[str, FrontierGroup] = {}
-        self.yardstick = Yardstick(snapshots.parameters)
+        self.yardstick = Yardstick(expanded(snapshots.parameters, products))
         self.wrong_snapshots = self.snapshots_iou = None
         if isinstance(test, ClassifierScores):
             self.wrong_snapshots = test.wrong
@@ -267,7 +280,7 @@ class _Groups:
 
     def add(self, group: Group, validation: Tensor, test: Scores) -> None:
         own = not self.rows
-        place = self.yardstick.place(None if own else group.parameters)
+        place = self.yardstick.place(None if own else expanded(group.parameters, self.products))
         wrong = similarity = None
         if isinstance(test, ClassifierScores) and self.wrong_snapshots is not None:
             wrong = test.wrong

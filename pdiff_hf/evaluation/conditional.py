@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from accelerate import PartialState
 from matplotlib.figure import Figure
 
+from ..models.products import AdapterProducts, contracted, expanded
 from ..networks.stacked import StackedNetworks
 from ..tasks.families import Family
 from ..tasks.task import Split
@@ -210,6 +211,7 @@ class ConditionalAudit:
         *,
         num_samples: int = 4,
         seed: int = 0,
+        products: AdapterProducts | None = None,
     ) -> KernelRidge:
         """
         Adds the answers that need nothing but networks with conditions: the mean of all, the nearest seen task, the
@@ -221,11 +223,16 @@ class ConditionalAudit:
             table (`torch.Tensor`): Their conditions without unknown fields, shape `(N, width)`; equal rows are
                 snapshots of one task, and averaged.
             validation (`torch.Tensor`): Conditions of validation tasks.
+            products (`AdapterProducts`, *optional*): Means and regressions are of these, where they are given.
+
+        Returns:
+            `KernelRidge`: From conditions to parameters, or vectors with products.
         """
         fields = self.family.fields
         seen, inverse = table.unique(dim=0, return_inverse=True)
         counts = torch.bincount(inverse).unsqueeze(1)
-        means = torch.zeros(len(seen), snapshots.shape[1]).index_add_(0, inverse, snapshots) / counts
+        vectors = expanded(snapshots, products)
+        means = torch.zeros(len(seen), vectors.shape[1]).index_add_(0, inverse, vectors) / counts
         last = torch.zeros(len(seen), dtype=torch.long).scatter_reduce_(
             0, inverse, torch.arange(len(table)), "amax", include_self=False
         )
@@ -235,12 +242,16 @@ class ConditionalAudit:
             return self.score(validation, parameters_of(validation), "validation")[1].mean().item()
 
         def neighbors(k: int) -> Callable[[torch.Tensor], torch.Tensor]:
-            return lambda rows: nearest_mean(fields.features(rows), features, means, k)
+            return lambda rows: contracted(nearest_mean(fields.features(rows), features, means, k), products)
+
+        def loss_of_vectors(vectors_of: Callable[[torch.Tensor], torch.Tensor]) -> float:
+            return loss(lambda rows: contracted(vectors_of(rows), products))
 
         best = min((k for k in NEIGHBORS if k <= len(seen)), default=1, key=lambda k: loss(neighbors(k)))
-        ridge = KernelRidge.tuned(fields, seen, means, loss)
+        ridge = KernelRidge.tuned(fields, seen, means, loss_of_vectors)
         generator = torch.Generator().manual_seed(seed)
-        self.add("mean of all networks", "closed form", lambda _, t: means.mean(0).expand(len(t), -1), cost)
+        mean = contracted(means.mean(0), products)
+        self.add("mean of all networks", "closed form", lambda _, t: mean.expand(len(t), -1), cost)
         self.add(
             "nearest seen task",
             "closed form",
@@ -249,9 +260,13 @@ class ConditionalAudit:
         )
         self.add("mean of nearest seen tasks", "closed form", lambda _, t: neighbors(best)(t), cost, f"{best} tasks")
         note = f"ridge {ridge.ridge:g}, scales {', '.join(f'{scale:g}' for scale in ridge.scales)}"
-        self.add("kernel ridge", "closed form", lambda _, t: ridge(t), cost, note)
+        self.add("kernel ridge", "closed form", lambda _, t: contracted(ridge(t), products), cost, note)
         self.add(
-            "kernel ridge + residuals", "closed form", lambda _, t: ridge.sample(t, num_samples, generator), cost, note
+            "kernel ridge + residuals",
+            "closed form",
+            lambda _, t: contracted(ridge.sample(t, num_samples, generator), products),
+            cost,
+            note,
         )
         return ridge
 

@@ -11,6 +11,7 @@ import psutil
 import torch
 from torch import Tensor
 
+from ..models.products import expanded
 from ..pipelines import PDiffPipeline
 from ..utils.memory import InParts
 from ..utils.seeds import derive_seed
@@ -126,7 +127,9 @@ def reconstruct(
         heldout (`torch.Tensor`): bool of shape `(K,)`.
         folder (`Path`): For what is too large for memory.
     """
-    seen = Rows(snapshots, ~heldout)
+    products = pipeline.autoencoder.products
+    compared = expanded(snapshots, products)
+    seen = Rows(compared, ~heldout)
     mean, length = mean_of(seen), pipeline.autoencoder.config.latent_dim
     rows = heldout.nonzero().flatten() if heldout.any() else torch.arange(len(snapshots))
     kept = room_for(len(rows), snapshots.shape[1], folder)
@@ -137,8 +140,8 @@ def reconstruct(
         for i, decoded in zip(range(block.start, block.stop), pipeline.decode_latents(latents[block]), strict=True):
             if place[i] >= 0:
                 kept[place[i]] = decoded
-            error[i] = (snapshots[i] - decoded).double().square().sum()
-            total[i] = (snapshots[i] - mean).square().sum()
+            error[i] = (compared[i] - expanded(decoded, products)).double().square().sum()
+            total[i] = (compared[i] - mean).square().sum()
 
     def share(which: Tensor) -> float:
         return (1 - error[which].sum() / total[which].sum()).item()  # nan or infinite where nothing varies
@@ -147,7 +150,7 @@ def reconstruct(
         "r2_train": share(~heldout),
         "r2_heldout": share(heldout) if heldout.any() else None,
         "linear_r2_train": pca_r2_score(seen, seen, length),
-        "linear_r2_heldout": pca_r2_score(seen, Rows(snapshots, heldout), length) if heldout.any() else None,
+        "linear_r2_heldout": pca_r2_score(seen, Rows(compared, heldout), length) if heldout.any() else None,
     }
     return Reconstruction(kept, rows, explained)
 

@@ -14,6 +14,7 @@ from torch import nn
 
 from ..layout import LayoutError, ParameterLayout
 from ..utils.memory import InParts
+from .products import AdapterProducts
 from .saved import FORMAT_VERSION, check_format_version
 from .tokens import TokenModel
 
@@ -201,11 +202,14 @@ class ParameterAutoencoder(TokenModel, ConfigMixin):
             and the log-variance of a latent, `forward` samples from them, and `encode` returns the mean.
         tuned_map (`bool`, *optional*, defaults to `False`): Add a linear map of latents to what they are decoded to,
             see [`add_tuned_map`].
+        adapter_products (`bool`, *optional*, defaults to `False`): Learn the factors of LoRA adapters as their
+            products, see [`~models.products.AdapterProducts`]; D is then the number of values with products in what is
+            said of the vector, of statistics and of bases.
         format_version (`int`, *optional*): Of the saved files, which carry it so that an older release can refuse them.
 
     Raises:
         LayoutError: if the latent is longer than the vector, the kernel size is even, there are no convolutions to be
-            variational, or there would be more than `MAX_TOKENS` tokens.
+            variational, no factors to be multiplied, or there would be more than `MAX_TOKENS` tokens.
     """
 
     @register_to_config
@@ -220,15 +224,18 @@ class ParameterAutoencoder(TokenModel, ConfigMixin):
         token_dim: int = 32,
         variational: bool = False,
         tuned_map: bool = False,
+        adapter_products: bool = False,
         format_version: int = FORMAT_VERSION,
     ):
         super().__init__()
         check_format_version(format_version)
-        parsed = ParameterLayout.from_dict(layout)
+        self.layout = ParameterLayout.from_dict(layout)
+        self.products = AdapterProducts(self.layout) if adapter_products else None
+        vectors = self.layout if self.products is None else self.products.layout
         check_settings(
-            parsed.num_parameters, latent_dim, block_out_channels, kernel_size, token_size, token_dim, variational
+            vectors.num_parameters, latent_dim, block_out_channels, kernel_size, token_size, token_dim, variational
         )
-        self._init_tokens(parsed, latent_dim, block_out_channels, token_size, token_dim)
+        self._init_tokens(vectors, latent_dim, block_out_channels, token_size, token_dim)
         stride = 2 ** len(block_out_channels)
         self.padded_length = -(-self.token_shape[1] // stride) * stride
         self.encoder, self.decoder = make_encoder_and_decoder(
@@ -239,8 +246,8 @@ class ParameterAutoencoder(TokenModel, ConfigMixin):
             norm_num_groups,
             2 * latent_dim if variational else latent_dim,
         )
-        self.register_buffer("parameter_mean", torch.zeros(self.layout.num_parameters))
-        self.register_buffer("parameter_std", torch.ones(len(self.layout.names)))
+        self.register_buffer("parameter_mean", torch.zeros(vectors.num_parameters))
+        self.register_buffer("parameter_std", torch.ones(len(vectors.names)))
         self.register_buffer("latent_mean", torch.zeros(latent_dim))
         self.register_buffer("latent_std", torch.ones(latent_dim))
         if tuned_map:
@@ -253,7 +260,7 @@ class ParameterAutoencoder(TokenModel, ConfigMixin):
         as it is.
         """
         self.register_to_config(tuned_map=True)
-        self.map_weight = nn.Parameter(torch.zeros(self.config.latent_dim, self.layout.num_parameters))
+        self.map_weight = nn.Parameter(torch.zeros(self.config.latent_dim, self.vector_layout.num_parameters))
 
     @torch.no_grad()
     def fit_latent_statistics(
@@ -294,7 +301,10 @@ class ParameterAutoencoder(TokenModel, ConfigMixin):
         sample = self.detokenize(self._decode(latents * self.latent_std + self.latent_mean))
         if self.config.tuned_map:
             sample = sample + latents.float() @ self.map_weight.float()
-        return ParameterDecoderOutput(sample=sample)
+        return ParameterDecoderOutput(sample=self._with_factors(sample))
+
+    def _with_factors(self, vectors: torch.Tensor) -> torch.Tensor:
+        return vectors if self.products is None else self.products.contract(vectors)
 
     @torch.no_grad()
     def sample_prior(self, num_models: int, generator: torch.Generator | None = None) -> torch.Tensor:
@@ -303,7 +313,7 @@ class ParameterAutoencoder(TokenModel, ConfigMixin):
             raise ValueError("only a variational autoencoder has a prior to sample from")
         shape = (num_models, self.config.latent_dim)
         latents = torch.randn(shape, generator=generator).to(self.device)
-        return self.detokenize(self._decode(latents))
+        return self._with_factors(self.detokenize(self._decode(latents)))
 
     def forward(
         self,
@@ -345,4 +355,4 @@ class ParameterAutoencoder(TokenModel, ConfigMixin):
         error = (output.sample - output.target).square()
         if self.token_lengths is None:
             return error.mean()
-        return (error * self.token_scale.square()).sum() / (len(error) * self.layout.num_parameters)
+        return (error * self.token_scale.square()).sum() / (len(error) * self.vector_layout.num_parameters)

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from ..layout import LayoutError, ParameterLayout
+from .products import AdapterProducts
 from .saved import SavedModel
 
 NORMALIZATIONS = ["coordinate", "tensor"]
@@ -22,7 +23,13 @@ class TokenModel(SavedModel):
 
     Its buffers hold the mean of every parameter, the standard deviation of every tensor, and the bases of tokens, which
     [`fit_parameter_statistics`] sets and training leaves as they are.
+
+    Attributes:
+        products (`AdapterProducts`, *optional*): What turns the factors of adapters to products before all else.
+        vector_layout (`ParameterLayout`): Of the vectors after that.
     """
+
+    products: AdapterProducts | None = None
 
     # What is stored in them is lost in half precision: the spread of a tensor is a small part of its mean.
     _keep_in_fp32_modules = ["parameter_mean", "parameter_std", "token_basis", "latent_mean", "latent_std"]
@@ -45,7 +52,7 @@ class TokenModel(SavedModel):
         token_dim: int,
     ) -> None:
         """Sets `token_lengths`, how many parameters each token holds, `token_shape`, and room for their bases."""
-        self.layout, num_parameters = layout, layout.num_parameters
+        self.vector_layout, num_parameters = layout, layout.num_parameters
         pieces: tuple[int, ...] = layout.sizes
         if not block_out_channels:
             token_size, token_dim, pieces = num_parameters, latent_dim, (num_parameters,)
@@ -68,6 +75,12 @@ class TokenModel(SavedModel):
         self.register_buffer("token_scale", (lengths.float() / token_dim).sqrt(), persistent=False)
         self.register_buffer("token_num_parameters", lengths, persistent=False)
 
+    def _vectors(self, parameters: torch.Tensor, rows: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+        """Parameters, `(K, D)`, and indices of rows as vectors with products of adapters, where these are learned."""
+        if self.products is not None:
+            parameters, rows = self.products.expand(parameters if rows is None else parameters[rows]), None
+        return parameters, torch.arange(len(parameters)) if rows is None else rows
+
     @torch.no_grad()
     def fit_parameter_statistics(
         self, parameters: torch.Tensor, normalization: str = "coordinate", rows: torch.Tensor | None = None
@@ -83,8 +96,8 @@ class TokenModel(SavedModel):
                 mean and standard deviation a tensor, as the published implementation does.
             rows (`torch.Tensor`, *optional*): Indices of the snapshots to take, all by default.
         """
-        rows = torch.arange(len(parameters)) if rows is None else rows
-        for i, (start, size) in enumerate(zip(self.layout.offsets, self.layout.sizes, strict=True)):
+        parameters, rows = self._vectors(parameters, rows)
+        for i, (start, size) in enumerate(zip(self.vector_layout.offsets, self.vector_layout.sizes, strict=True)):
             step = BLOCK_SIZE // 4
             pieces = [slice(j, min(j + step, start + size)) for j in range(start, start + size, step)]
             for piece in pieces:
@@ -121,8 +134,8 @@ class TokenModel(SavedModel):
 
     def _scale(self) -> torch.Tensor:
         """Standard deviation that belongs to every parameter, shape `(D,)`."""
-        sizes = torch.tensor(self.layout.sizes, device=self.parameter_std.device)
-        return self.parameter_std.repeat_interleave(sizes, output_size=self.layout.num_parameters)
+        sizes = torch.tensor(self.vector_layout.sizes, device=self.parameter_std.device)
+        return self.parameter_std.repeat_interleave(sizes, output_size=self.vector_layout.num_parameters)
 
     def normalize(self, parameters: torch.Tensor) -> torch.Tensor:
         """Natural to normalised units, shape `(N, D)`."""
@@ -133,7 +146,7 @@ class TokenModel(SavedModel):
         Parameters in natural units, shape `(K, D)`, on any device, to what the network sees of them, shape `(N, C, S)`:
         of the rows with the indices `rows`, shape `(N,)`, or of all.
         """
-        rows = torch.arange(len(parameters)) if rows is None else rows
+        parameters, rows = self._vectors(parameters, rows)
         if self.token_lengths is None:
             return self.normalize(parameters[rows].to(self.parameter_mean.device)).unsqueeze(1)
         num_models, (num_components, num_tokens) = len(rows), self.token_shape
@@ -154,7 +167,7 @@ class TokenModel(SavedModel):
         num_models, num_components = len(tokens), self.token_shape[0]
         scale = self._scale()
         components = tokens.permute(2, 0, 1) * self.token_scale.float().view(-1, 1, 1)  # (S, N, C)
-        parameters = tokens.new_empty(num_models, self.layout.num_parameters)
+        parameters = tokens.new_empty(num_models, self.vector_layout.num_parameters)
         for start, stop, token, n in split_into_blocks(self.token_lengths, BLOCK_SIZE):
             basis = self.token_basis[start:stop].view(n, -1, num_components)
             block = components[token : token + n] @ basis.float().mT  # (n, N, t)

@@ -4,6 +4,7 @@ import os
 from typing import TYPE_CHECKING
 
 from ..evaluation.scoring import make_scorer
+from ..models.products import AdapterProducts
 from ..networks.adapters import without_wrapper
 from ..tasks import ClassificationTask
 from ..utils.files import check_writable
@@ -46,6 +47,13 @@ def check_run(run: "Run") -> None:
         raise RunError(
             f"tune_models={r.tune_models} cannot be cut into {parts} equal parts of ensembles of {r.tune_ensemble_size}"
         )
+    if r.adapter_products:
+        AdapterProducts(run.layout)  # an error where there are none
+        if r.hyper_representations or (r.tune_steps and run.family is None):
+            raise RunError(
+                "adapter_products is not for hyper_representations, and not for tuning on a single task, whose "
+                "opponents work on the factors; leave one of them out"
+            )
     if r.push_to_hub and "denoiser" not in r.stages and not run.is_finished("denoiser"):
         raise RunError("push_to_hub needs a finished generator, which the chosen stages do not make")
     if r.recomputes_statistics and (run.family is not None or r.tune_steps):

@@ -14,6 +14,7 @@ from ..evaluation.conditional import GENERATOR, ConditionalAudit, Cost, plot_fie
 from ..evaluation.conditional_opponents import Regime, add_generic, add_hypernetwork, add_oracles
 from ..evaluation.render import format_summary
 from ..models import encode_in_batches
+from ..models.products import AdapterProducts
 from ..networks.stacked import StackedNetworks
 from ..pipelines import PDiffPipeline
 from ..pipelines.pipeline_pdiff import PDiffPipelineOutput
@@ -150,7 +151,10 @@ def evaluate(run: "Run", stage: "Stage") -> None:
         add_generators(run, audit, of_zoo, args)
         known = run.fields.known(run.snapshot_conditions).all(1)  # type: ignore[union-attr]
         parameters, table = run.parameters[known], run.snapshot_conditions[known]
-        audit.add_closed_form(parameters, table, run.conditions["validation"], Cost(of_zoo), seed=r.seed)
+        products = AdapterProducts(run.layout) if r.adapter_products else None
+        audit.add_closed_form(
+            parameters, table, run.conditions["validation"], Cost(of_zoo), seed=r.seed, products=products
+        )
         base = networks.base_parameters()
         audit.add("base model", "trained", lambda _, rows: base.expand(len(rows), -1), Cost(once))
         add_oracles(audit, regime, zoo, Cost(once), (1,) if r.baselines == "few" else (1, 5))

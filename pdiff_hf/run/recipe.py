@@ -175,6 +175,9 @@ class AutoencoderSection:
         "Latents are divided by the standard deviation of `each` entry, or of all `together`.",
         choices=("each", "together"),
     )
+    adapter_products: bool = option(
+        False, "Learn and compare LoRA adapters as the products BA of their factors, which are not unique."
+    )
     heldout_snapshots: float = option(
         0.1, "Share of the snapshots that generators never see, to measure R² on.", min=0, below=0.5
     )

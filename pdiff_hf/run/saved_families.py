@@ -10,6 +10,7 @@ from accelerate import Accelerator, PartialState
 from ..evaluation.conditional import GENERATOR, ConditionalAudit, Cost
 from ..evaluation.conditional_opponents import Regime, add_oracles
 from ..layout import LayoutError
+from ..models.products import AdapterProducts, find_factors
 from ..networks.stacked import StackedNetworks
 from ..pipelines import PDiffPipeline
 from ..snapshots import load_snapshots, parameter_matrix, read_networks
@@ -68,6 +69,7 @@ def evaluate_saved_family(source: str, recipe: Recipe) -> dict:
     model = family.load_saved(model_name).to(PartialState().device)
     layout.check_fits(model.state_dict())
     networks = StackedNetworks(model, layout)
+    products = AdapterProducts(layout) if find_factors(layout) else None
 
     table = condition_table(dataset, fields)
     known = fields.known(table).all(1)
@@ -91,7 +93,7 @@ def evaluate_saved_family(source: str, recipe: Recipe) -> dict:
     with resource_errors("evaluation", output, "start again with the same command"):
         audit = ConditionalAudit(family, networks, sets)
         audit.add(GENERATOR, "generator", respond, Cost())
-        audit.add_closed_form(parameters, table, validation, Cost(), seed=recipe.seed)
+        audit.add_closed_form(parameters, table, validation, Cost(), seed=recipe.seed, products=products)
         base = networks.base_parameters()
         audit.add("base model", "trained", lambda _, rows: base.expand(len(rows), -1), Cost())
         regime = Regime(

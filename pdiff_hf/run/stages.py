@@ -14,6 +14,7 @@ from ..evaluation.compare import compare_generator
 from ..evaluation.scoring import make_scorer
 from ..models import DENOISER_PRESETS, ConditionEncoder, ParameterAutoencoder, autoencoder_architecture
 from ..models.condition import Condition, Fields
+from ..models.products import AdapterProducts
 from ..networks.adapters import without_wrapper
 from ..networks.batched import BatchedModels
 from ..pipelines import PDiffPipeline
@@ -213,7 +214,7 @@ def _fit_autoencoder(run: "Run", stage: Stage, **kwargs: Any) -> None:
             run.layout,
             seen=run.seen,
             latent_dim=r.latent_dim,
-            architecture=autoencoder_architecture(r.autoencoder_preset, run.layout.num_parameters, r.token_size),
+            architecture=_architecture(run),
             normalization=r.normalization,
             latent_scaling=r.latent_scaling,
             **run.loop(
@@ -231,6 +232,14 @@ def _fit_autoencoder(run: "Run", stage: Stage, **kwargs: Any) -> None:
     with run.files.replacing(stage) as folder:
         autoencoder.save_pretrained(folder)
     run.finish(stage.name, {"losses": losses.tolist()})
+
+
+def _architecture(run: "Run") -> dict[str, Any]:
+    """Of the autoencoder, apart from the length of a latent."""
+    r = run.recipe
+    vectors = AdapterProducts(run.layout).layout if r.adapter_products else run.layout
+    architecture = autoencoder_architecture(r.autoencoder_preset, vectors.num_parameters, r.token_size)
+    return architecture | ({"adapter_products": True} if r.adapter_products else {})
 
 
 def fit_denoiser(run: "Run") -> None:

@@ -14,6 +14,7 @@ from torch import nn
 from ..models.condition import AngleField, CategoryField, Condition, ConditionError, Fields, ScalarField
 from ..utils.seeds import derive_seed
 from .image_classification import ImageClassificationTask
+from .labels import LabelledTask
 from .members import MemberTask, MixtureTask
 from .task import Batch, Split, load_base, save_base
 
@@ -174,7 +175,34 @@ class Family(ABC):
 
 
 @dataclass
-class ImageFamily(Family):
+class TaskFamily(Family):
+    """
+    A family over the data set of a task.
+
+    Args:
+        base (`LabelledTask`): Its data and its network.
+    """
+
+    base: LabelledTask
+
+    def num_examples(self, split: Split) -> int:
+        return len(self.base.load_split(split))  # type: ignore[arg-type]  # a map-style data set
+
+    def predict(self, call: Callable, batch: Batch) -> torch.Tensor:
+        return self.base.predict(call, batch)
+
+    def load_base_model(self) -> nn.Module:
+        return self.base.load_base_model()
+
+    def save_base_model(self, model: nn.Module, folder: str | os.PathLike) -> None:
+        self.base.save_base_model(model, folder)
+
+    def fingerprint(self, split: Split) -> str:
+        return f"{self.base.fingerprint(split)} {type(self).__qualname__} {self.fields.to_dict()}"
+
+
+@dataclass
+class ImageFamily(TaskFamily):
     """
     A family over the images of a task.
 
@@ -184,9 +212,6 @@ class ImageFamily(Family):
 
     base: ImageClassificationTask
     _pixels: dict = field(default_factory=dict, init=False, repr=False)
-
-    def num_examples(self, split: Split) -> int:
-        return len(self.base.load_split(split))
 
     def pixels(self, split: Split) -> tuple[torch.Tensor, torch.Tensor]:
         """All images of a split, uint8 of shape `(M, C, H, W)`, and their labels."""
@@ -219,18 +244,6 @@ class ImageFamily(Family):
             images (`torch.Tensor`): Between 0 and 1, shape `(T, B, C, H, W)`.
             labels (`torch.Tensor`): Shape `(T, B)`.
         """
-
-    def predict(self, call: Callable, batch: Batch) -> torch.Tensor:
-        return self.base.predict(call, batch)
-
-    def load_base_model(self) -> nn.Module:
-        return self.base.load_base_model()
-
-    def save_base_model(self, model: nn.Module, folder: str | os.PathLike) -> None:
-        self.base.save_base_model(model, folder)
-
-    def fingerprint(self, split: Split) -> str:
-        return f"{self.base.fingerprint(split)} {type(self).__qualname__} {self.fields.to_dict()}"
 
 
 TRANSFORMED_FIELDS: dict[str, dict[str, Any]] = {
@@ -394,7 +407,7 @@ def blur_matrix(sigma: torch.Tensor, size: int) -> torch.Tensor:
 
 
 @dataclass
-class GroupedFamily(ImageFamily):
+class LabelGroups(TaskFamily):
     """
     Binary tasks over a data set of C classes: which of them are positive. A task and its complement, which is the same
     with the two answers swapped, are one task to `conditions` and `split`; 2^(C-1) - 1 tasks are left.
@@ -414,10 +427,9 @@ class GroupedFamily(ImageFamily):
         bits = tuple(bit > 0.5 for bit in condition["positive"])
         return min(bits, tuple(not bit for bit in bits))
 
-    def change(
-        self, table: torch.Tensor, images: torch.Tensor, labels: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        return images, (table > 0.5).long().gather(1, labels)
+    def is_positive(self, table: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """The labels of tasks, from those of the data set: both of shape `(T, B)`."""
+        return (table > 0.5).long().gather(1, labels)
 
     def load_base_model(self) -> nn.Module:
         """With two outputs."""
@@ -427,3 +439,62 @@ class GroupedFamily(ImageFamily):
             return self.base.load_base_model()
         finally:
             self.base.class_names = names
+
+
+@dataclass
+class GroupedFamily(LabelGroups, ImageFamily):
+    """`LabelGroups` of images."""
+
+    def change(
+        self, table: torch.Tensor, images: torch.Tensor, labels: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        return images, self.is_positive(table, labels)
+
+
+@dataclass
+class GroupedTextFamily(LabelGroups):
+    """
+    `LabelGroups` of the texts of a [`TextClassificationTask`].
+
+    Networks of transformers look at the values of a mask of padding, which many networks side by side do not allow.
+    They get it in the form that attention needs, which is right for networks whose tokens see all others.
+    """
+
+    def load_base_model(self) -> nn.Module:
+        """
+        With two outputs.
+
+        Raises:
+            ValueError: for a network that answers differently where its mask has another form.
+        """
+        return self._checked(super().load_base_model())
+
+    def load_saved(self, folder: str | os.PathLike) -> nn.Module:
+        return self._checked(self.base.load_saved(folder))
+
+    @torch.no_grad()
+    def _checked(self, model: nn.Module) -> nn.Module:
+        examples = self.base.load_split("validation").__getitems__(range(min(8, self.num_examples("validation"))))  # type: ignore[attr-defined]
+        training = model.training
+        plain, masked = (predict(model.eval(), examples) for predict in (self.base.predict, self.predict))
+        model.train(training)
+        if not torch.allclose(plain, masked, rtol=1e-3, atol=1e-4):
+            raise ValueError(
+                f"the networks of a family of texts must let every token see all others, and {type(model).__name__} "
+                "does not: its answers depend on the form of its attention mask"
+            )
+        return model
+
+    def predict(self, call: Callable, batch: Batch) -> torch.Tensor:
+        mask = batch["attention_mask"].bool()
+        mask = mask[:, None, None, :].expand(-1, 1, mask.shape[1], -1)  # (B, T) -> (B, 1, T, T)
+        return super().predict(call, batch | {"attention_mask": mask})
+
+    def batch(self, split: Split, table: torch.Tensor, indices: torch.Tensor) -> Batch:
+        examples = self.base.load_split(split).__getitems__(indices.flatten().tolist())  # type: ignore[attr-defined]
+        shape = len(table), indices.shape[-1]
+        batch = {
+            name: values.unflatten(0, indices.shape).to(table.device).expand(*shape, *values.shape[1:])
+            for name, values in examples.items()
+        }
+        return batch | {"labels": self.is_positive(table, batch["labels"])}

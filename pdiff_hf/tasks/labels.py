@@ -277,7 +277,9 @@ def align_labels(names: Sequence[str], config: PreTrainedConfig, model: str, dat
 def _by_name(own: Sequence[str], config: PreTrainedConfig, model: str) -> dict[str, int]:
     """The output of each name, as it is spelled and without case, where that is not ambiguous."""
     pairs = [(name, i) for i, name in enumerate(own)]
-    pairs += [(str(name), int(i)) for name, i in (config.label2id or {}).items() if not NO_NAME.fullmatch(str(name))]
+    # A head that was replaced may have left the names of its classes there, with numbers that no output has.
+    numbers = {str(name): int(i) for name, i in (config.label2id or {}).items() if int(i) < len(own)}
+    pairs += [(name, i) for name, i in numbers.items() if not NO_NAME.fullmatch(name)]
     found: dict[str, set[int]] = {}
     for name, i in pairs:
         found.setdefault(name, set()).add(i)

@@ -23,6 +23,7 @@ T = TypeVar("T", bound=type[Task])
 REGISTERED: dict[str, type[Task]] = {}
 # Modules are imported when a family is asked for.
 FAMILIES = {"transformed": "families:TransformedFamily", "grouped": "families:GroupedFamily"}
+FAMILIES_OF_TEXTS = {"grouped": "families:GroupedTextFamily"}
 
 
 def register_task(name: str) -> Callable[[T], T]:
@@ -144,7 +145,8 @@ def make_family(name: str, base: Task, family_args: Mapping[str, Any] | None = N
 
     family_args = family_args or {}
     if name in FAMILIES:
-        module, _, class_name = FAMILIES[name].partition(":")
+        of_texts = hasattr(base, "tokenizer") and name in FAMILIES_OF_TEXTS
+        module, _, class_name = (FAMILIES_OF_TEXTS if of_texts else FAMILIES)[name].partition(":")
         cls = getattr(importlib.import_module(f"{__package__}.{module}"), class_name)
     elif ":" not in name:
         raise ValueError(

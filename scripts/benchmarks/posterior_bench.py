@@ -41,6 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--zoo_steps", type=int, default=400)
     parser.add_argument("--zoo_learning_rate", type=float, default=0.01)
     parser.add_argument("--latent_dim", type=int, default=160)
+    parser.add_argument("--latent_scaling", default="together", choices=["each", "together"])
     parser.add_argument("--denoiser_preset", default="mlp", choices=DENOISER_PRESETS)
     parser.add_argument("--denoiser_steps", type=int, default=2000)
     parser.add_argument("--tune_steps", type=int, default=1800)
@@ -185,7 +186,7 @@ class FamilyBench:
             self.networks.layout.to_dict(), latent_dim=latent_dim, block_out_channels=()
         ).eval()
         autoencoder.fit_parameter_statistics(snapshots)
-        autoencoder.fit_latent_statistics(autoencoder.tokenize(snapshots))
+        autoencoder.fit_latent_statistics(autoencoder.tokenize(snapshots), scaling=self.args.latent_scaling)
         latents = autoencoder.encode(snapshots).latents
         self.clock("autoencoder")
         return autoencoder, latents

@@ -100,6 +100,11 @@ def test_labels_follow_the_outputs_of_a_fine_tuned_network(outputs, labels, expe
     assert list(network.config.id2label.values()) == task.class_names == (list(labels) if unnamed else outputs)
 
 
+def test_names_that_a_replaced_head_has_left_are_no_outputs():
+    config = BertConfig(**BERT, id2label={0: "negative", 1: "positive"}, label2id={"a": 0, "b": 1, "c": 2})
+    assert align_labels(["a", "b", "c"], config, "m", "d") is None
+
+
 def test_label2id_alone_names_the_outputs_and_must_not_contradict_id2label():
     config = BertConfig(**BERT, id2label={0: "LABEL_0", 1: "LABEL_1"}, label2id={"yes": 0, "no": 1})
     assert align_labels(["no", "yes"], config, "m", "d") == [1, 0]

@@ -1,0 +1,162 @@
+"""LoRA adapters on demand: binary text classifiers for every way to group the packages that docstrings come from.
+
+    python scripts/benchmarks/adapters.py
+
+The texts are paragraphs of the docstrings of installed packages, in files; the classes are the packages. A small BERT
+is trained on all of them. The zoo are adapters of it, one for each seen grouping, and a generator of adapters is
+audited on groupings that it has not seen: learned as products BA, and as the factors A and B.
+"""
+
+import argparse
+import ast
+import csv
+import importlib.util
+import re
+from pathlib import Path
+
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, BertConfig
+
+from pdiff_hf.run.recipe import Recipe
+from pdiff_hf.run.run import Run
+
+PACKAGES = ("datasets", "diffusers", "matplotlib", "numpy", "pandas", "sklearn", "torch", "transformers")
+NUM_TEXTS, MIN_WORDS, MAX_WORDS = 1000, 8, 40  # of each package
+BERT = {
+    "vocab_size": 4000,
+    "hidden_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 128,
+    "max_position_embeddings": 48,
+    "hidden_dropout_prob": 0.0,
+    "attention_probs_dropout_prob": 0.0,
+}
+RECIPE = {
+    "task": "text_classification",
+    "family": "grouped",
+    "num_tasks": 64,
+    "num_validation_tasks": 16,
+    "num_test_tasks": 32,
+    "base_epochs": 0,
+    "select": ["*lora_*", "*classifier*"],
+    "num_snapshots": 128,
+    "collect_steps": 300,
+    "collect_every": 50,
+    "collect_learning_rate": 0.005,
+    "collect_weight_decay": 0.0,
+    "collect_batch_size": 16,
+    "autoencoder_preset": "pca",
+    "latent_dim": 100,
+    "latent_scaling": "together",
+    "heldout_snapshots": 0.0,
+    "denoiser_preset": "mlp",
+    "denoiser_steps": 1500,
+    "denoiser_batch_size": 64,
+    "prediction_type": "v_prediction",
+    "tune_steps": 0,
+    "num_models": 4,
+    "num_inference_steps": 10,
+    "baselines": "few",
+}
+
+
+def paragraphs(package: str, generator: torch.Generator) -> list[str]:
+    """Different paragraphs of docstrings of a package, without its own name, in random order."""
+    spec = importlib.util.find_spec(package)
+    assert spec is not None and spec.origin is not None
+    found: dict[str, None] = {}
+    for path in sorted(Path(spec.origin).parent.rglob("*.py")):
+        try:
+            tree = ast.parse(path.read_text(encoding="utf-8"))
+        except (SyntaxError, UnicodeDecodeError):  # templates
+            continue
+        for node in ast.walk(tree):
+            if isinstance(node, ast.FunctionDef | ast.ClassDef | ast.Module) and (text := ast.get_docstring(node)):
+                for part in text.split("\n\n"):
+                    words = re.sub(package, " ", part, flags=re.IGNORECASE).split()
+                    if len(words) >= MIN_WORDS:
+                        found[" ".join(words[:MAX_WORDS])] = None
+        if len(found) > 20 * NUM_TEXTS:
+            break
+    texts = list(found)
+    return [texts[i] for i in torch.randperm(len(texts), generator=generator)[:NUM_TEXTS].tolist()]
+
+
+def write_texts(folder: Path, seed: int) -> None:
+    """`train.csv` and `test.csv`, with one class for each package."""
+    folder.mkdir(parents=True, exist_ok=True)
+    generator = torch.Generator().manual_seed(seed)
+    rows = [(text, package) for package in PACKAGES for text in paragraphs(package, generator)]
+    rows = [rows[i] for i in torch.randperm(len(rows), generator=generator).tolist()]
+    for name, part in (("train", rows[len(rows) // 4 :]), ("test", rows[: len(rows) // 4])):
+        with open(folder / f"{name}.csv", "w", newline="", encoding="utf-8") as file:
+            csv.writer(file).writerows([("text", "label"), *part])
+
+
+def execute(recipe: Recipe) -> Run:
+    run = Run(recipe)
+    with run.lock():
+        run.execute()
+    return run
+
+
+def make_adapter(folder: Path, texts: Path, seed: int, rank: int) -> Path:
+    """A BERT that knows the packages, and an adapter for it, with two outputs, that changes nothing yet."""
+    BertConfig(**BERT).save_pretrained(folder / "config")
+    settings = {
+        "task": "text_classification",
+        "model": str(folder / "config"),
+        "dataset": str(texts),
+        "output_dir": str(folder / "bert"),
+        "base_epochs": 12,
+        "base_learning_rate": 1e-3,
+        "stages": ["base"],
+        "select": ["*classifier*"],
+        "seed": seed,
+    }
+    trained = execute(Recipe(**settings)).folder / "base_model"
+    torch.manual_seed(seed)
+    names = {0: "negative", 1: "positive"}
+    network = AutoModelForSequenceClassification.from_pretrained(
+        trained, id2label=names, label2id={name: i for i, name in names.items()}, ignore_mismatched_sizes=True
+    )
+    network.save_pretrained(folder / "network")
+    AutoTokenizer.from_pretrained(trained).save_pretrained(folder / "network")
+    network = AutoModelForSequenceClassification.from_pretrained(folder / "network")
+    config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=["query", "value"], task_type="SEQ_CLS")
+    get_peft_model(network, config).save_pretrained(folder / "adapter")
+    return folder / "adapter"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--output_dir", default="outputs/adapters")
+    parser.add_argument("--rank", type=int, default=4, help="Of the adapters.")
+    parser.add_argument("--num_tasks", type=int, default=RECIPE["num_tasks"])
+    parser.add_argument("--tune_steps", type=int, default=0)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    args = parser.parse_args()
+    for seed in args.seeds:
+        folder = Path(args.output_dir, f"seed{seed}")
+        write_texts(folder / "texts", seed)
+        settings = RECIPE | {
+            "model": str(make_adapter(folder, folder / "texts", seed, args.rank)),
+            "dataset": str(folder / "texts"),
+            "num_tasks": args.num_tasks,
+            "num_snapshots": 2 * args.num_tasks,
+            "tune_steps": args.tune_steps,
+            "tune_map": bool(args.tune_steps),
+            "seed": seed,
+        }
+        zoo = execute(Recipe(**settings | {"output_dir": str(folder / "zoo"), "stages": ["base", "collect"]}))
+        for products in (True, False):
+            name = "products" if products else "factors"
+            own = {"snapshots": str(zoo.folder / "snapshots"), "adapter_products": products}
+            run = execute(Recipe(**settings | own | {"output_dir": str(folder / name)}))
+            print(f"## Seed {seed}, {name}\n\n{(run.folder / 'evaluation' / 'report.md').read_text()}", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,131 @@
+"""LoRA adapters on demand: a family of text classifiers, whose adapters are learned as products."""
+
+import json
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from support.scripts import generate
+from transformers import AutoModelForSequenceClassification, BertConfig, BertForSequenceClassification
+
+from pdiff_hf import PDiffPipeline
+from pdiff_hf.models.products import AdapterProducts
+from pdiff_hf.run.folder import RunError
+from pdiff_hf.run.recipe import Recipe
+from pdiff_hf.run.run import Run
+from pdiff_hf.snapshots import load_snapshots, parameter_matrix
+
+TOPICS = {"sea": ["wave", "salt"], "wood": ["tree", "leaf"], "town": ["street", "bus"], "sky": ["cloud", "wind"]}
+SETTINGS = {
+    "task": "text_classification",
+    "family": "grouped",
+    "base_epochs": 0,
+    "select": ["*lora_*", "*classifier*"],
+    "num_tasks": 4,
+    "num_validation_tasks": 1,
+    "num_test_tasks": 2,
+    "num_snapshots": 8,
+    "collect_steps": 30,
+    "collect_every": 10,
+    "collect_learning_rate": 0.02,
+    "collect_batch_size": 16,
+    "autoencoder_preset": "pca",
+    "adapter_products": True,
+    "latent_dim": 5,
+    "heldout_snapshots": 0.0,
+    "denoiser_preset": "mlp",
+    "denoiser_steps": 20,
+    "denoiser_batch_size": 8,
+    "tune_steps": 4,
+    "tune_models": 4,
+    "tune_batch_size": 8,
+    "num_models": 2,
+    "num_inference_steps": 4,
+    "baselines": "few",
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Texts with four topics, a tiny network with two outputs, and an adapter of it that changes nothing."""
+    path = tmp_path_factory.mktemp("adapters")
+    (path / "texts").mkdir()
+    generator = torch.Generator().manual_seed(0)
+    for name, size in (("train", 160), ("test", 40)):
+        lines = ["text,label"]
+        for i in range(size):
+            topic = list(TOPICS)[i % 4]
+            words = [TOPICS[topic][int(j)] for j in torch.randint(2, (3,), generator=generator)]
+            lines.append(f"the {' and '.join(words)},{topic}")
+        (path / "texts" / f"{name}.csv").write_text("\n".join(lines) + "\n")
+    torch.manual_seed(0)
+    network = BertForSequenceClassification(
+        BertConfig(
+            vocab_size=32,
+            hidden_size=8,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            intermediate_size=8,
+            max_position_embeddings=12,
+            id2label={0: "negative", 1: "positive"},
+            label2id={"negative": 0, "positive": 1},
+        )
+    )
+    network.save_pretrained(path / "network")
+    network = AutoModelForSequenceClassification.from_pretrained(path / "network")
+    config = LoraConfig(r=2, target_modules=["query", "value"], task_type="SEQ_CLS")
+    get_peft_model(network, config).save_pretrained(path / "adapter")
+    return path
+
+
+def recipe(folder, **changes) -> Recipe:
+    paths = {"model": str(folder / "adapter"), "dataset": str(folder / "texts"), "output_dir": str(folder / "run")}
+    return Recipe(**SETTINGS | paths | changes)
+
+
+@pytest.fixture(scope="module")
+def finished(folder) -> Run:
+    run = Run(recipe(folder))
+    with run.lock():
+        run.execute()
+    return run
+
+
+def test_adapters_are_learned_as_products(finished):
+    pipeline = PDiffPipeline.from_pretrained(finished.folder / "tuned")
+    products = AdapterProducts(finished.layout)
+    assert len(products.pairs) == 2 and pipeline.autoencoder.products.layout == products.layout
+    snapshots = parameter_matrix(*load_snapshots(finished.folder / "snapshots"))
+    mean = products.expand(snapshots).mean(0)
+    torch.testing.assert_close(pipeline.autoencoder.parameter_mean, mean, rtol=1e-5, atol=1e-6)
+    report = json.loads((finished.folder / "evaluation" / "report.json").read_text())
+    assert {"generator", "kernel ridge", "trained on the task", "mean of all networks"} <= set(report["rows"])
+    assert len(report["conditions"]["test"]) == 2
+
+
+def test_generated_adapters_load_with_plain_peft(finished, folder, tmp_path, monkeypatch):
+    condition = {"positive": [1, 0, 1, 0]}
+    generate(
+        monkeypatch,
+        finished.folder / "tuned",
+        f"--condition={json.dumps(condition)}",
+        f"--output_dir={tmp_path / 'out'}",
+    )
+    pipeline = PDiffPipeline.from_pretrained(finished.folder / "tuned")
+    seven = torch.Generator().manual_seed(7)
+    expected = pipeline(3, 4, seven, condition=condition, output_type="model").parameters
+    batch = {"input_ids": torch.tensor([[2, 5, 6, 3]]), "attention_mask": torch.ones(1, 4, dtype=torch.long)}
+    folders = sorted((tmp_path / "out").glob("*/adapter_config.json"))
+    assert len(folders) == 3
+    for path, network in zip(folders, expected, strict=True):
+        base = AutoModelForSequenceClassification.from_pretrained(folder / "network")
+        loaded = PeftModel.from_pretrained(base, path.parent).eval()
+        with torch.no_grad():
+            assert torch.equal(loaded(**batch).logits, network.eval()(**batch).logits)
+
+
+def test_what_products_do_not_go_with_is_refused_before_any_work(folder):
+    with pytest.raises(ValueError, match="lora_A and lora_B .* leave adapter_products out"):
+        Run(recipe(folder, select=["*classifier*"]))
+    with pytest.raises(RunError, match="adapter_products is not for hyper_representations"):
+        Run(recipe(folder, hyper_representations=True, output_dir=str(folder / "other")))
