@@ -19,7 +19,7 @@ from huggingface_hub import (
 )
 from huggingface_hub.errors import HfHubHTTPError, HTTPError
 
-from ..utils.names import TUNED, generator_folder
+from ..utils.names import TUNED, TUNING, generator_folder
 from .card import HubError, make_model_card, published_recipe
 
 PIPELINE_FILE = "pipeline.py"
@@ -154,6 +154,8 @@ def pipeline_files(folder: Path) -> dict[str, Path | bytes]:
         if not paths:
             raise HubError(f"'{folder}' has no files of its component {component}")
         files |= {path.relative_to(folder).as_posix(): path for path in paths}
+    if (folder / TUNING).is_file():
+        files[TUNING] = folder / TUNING
     return files
 
 
@@ -192,7 +194,7 @@ def _push(
             info = api.repo_info(repo_id, repo_type=repo_type, revision=revision)
         present = {sibling.rfilename for sibling in info.siblings or ()}  # type: ignore[union-attr]
         files = {path: file for path, file in files.items() if path not in keep or path not in present}
-        folders = {path.partition("/")[0] for path in files if "/" in path}
+        folders = {path.partition("/")[0] for path in files if "/" in path} | {TUNING}
         stale = [path for path in sorted(present) if path.partition("/")[0] in folders and path not in files]
         return api.create_commit(
             repo_id,

@@ -1,11 +1,14 @@
 """Evaluates a generator from elsewhere: a saved pipeline, or networks that anything has written as state dicts."""
 
+import contextlib
 import dataclasses
 import os
 from pathlib import Path
 
 import torch
 from accelerate import PartialState
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError
 from torch import nn
 
 from ..evaluation.compare import compare_generator
@@ -49,7 +52,7 @@ def evaluate_saved(source: str, recipe: Recipe) -> dict:
     if recipe.family is not None:
         return evaluate_saved_family(source, recipe)
     snapshots, layout = load_snapshots(recipe.snapshots)
-    folder = source if os.path.exists(source) else _download(source)
+    folder = source if os.path.exists(source) else download(source)
     pipeline = _load_pipeline(folder, layout) if Path(folder, PDiffPipeline.config_name).is_file() else None
     carried = None if pipeline is None else pipeline.base_model
     if recipe.model is None and carried is None:
@@ -87,9 +90,13 @@ def evaluate_saved(source: str, recipe: Recipe) -> dict:
     return report
 
 
-def _download(source: str) -> str:
+def download(source: str) -> str:
+    """The folder of a pipeline on the Hub, with what says how it was tuned."""
     try:
-        return PDiffPipeline.download(source)
+        folder = PDiffPipeline.download(source)
+        with contextlib.suppress(EntryNotFoundError):  # how it was tuned, which is no component of a pipeline
+            hf_hub_download(source, names.TUNING, revision=Path(folder).name)
+        return folder
     except (OSError, ValueError) as error:
         raise ValueError(f"'{source}' is neither a folder nor the Hub id of a pipeline: {error}") from error
 

@@ -27,12 +27,15 @@ from transformers import AutoModelForImageClassification
 from pdiff_hf import LatentDenoiser, ParameterLayout, PDiffPipeline
 from pdiff_hf.evaluation.compare import compare_generator
 from pdiff_hf.hub.card import PRIVATE_KEYS, HubError, make_model_card
-from pdiff_hf.hub.push import push_run_to_hub, push_snapshots_to_hub
+from pdiff_hf.hub.push import push_pipeline_to_hub, push_run_to_hub, push_snapshots_to_hub
 from pdiff_hf.models.condition import Fields
 from pdiff_hf.run.recipe import Recipe, RunSection
 from pdiff_hf.run.run import Run
+from pdiff_hf.run.saved import download
+from pdiff_hf.run.tuning import load_tuning
 from pdiff_hf.snapshots import SnapshotError, SnapshotWriter, load_snapshots, parameter_matrix
 from pdiff_hf.snapshots.dataset import condition_table, load_fields
+from pdiff_hf.training.ensembles import EnsembleObjective, Tuning
 
 ROOT = Path(__file__).parents[2]
 ID = "alice/generator"
@@ -166,6 +169,16 @@ def test_what_earlier_pushes_left_is_deleted_in_the_same_commit(published, pipe)
     make_pipeline(make_network(1), seed=1).push_to_hub(ID)
     assert set(files(published)) == COMPONENTS | {"pipeline.py", "README.md", "notes.md"}
     assert len(repo.titles) == 5
+
+
+def test_how_a_generator_was_tuned_goes_with_it(hub, pipe, tmp_path):
+    pipe.save_pretrained(tmp_path)
+    tuning = Tuning(EnsembleObjective(4, 0.5, 0.1), 10, 8, 16, passes=1280)
+    (tmp_path / "tuning.json").write_text(json.dumps(tuning.to_dict()))
+    push_pipeline_to_hub(tmp_path, ID)
+    assert load_tuning(Path(download(ID))) == tuning
+    pipe.push_to_hub(ID)  # one that is not tuned
+    assert "tuning.json" not in files(hub) and load_tuning(Path(download(ID))) is None
 
 
 def test_the_same_push_twice_makes_one_commit(published, pipe):
