@@ -98,6 +98,27 @@ def paired_bootstrap(first: Sequence[float], second: Sequence[float], seed: int 
     return {"difference": float(difference.mean()), "low": low, "high": high, "verdict": verdict}
 
 
+def mean_networks(
+    snapshots: torch.Tensor, table: torch.Tensor, products: AdapterProducts | None = None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """
+    The mean of the snapshots of each task.
+
+    Args:
+        snapshots (`torch.Tensor`): Shape `(N, D)`.
+        table (`torch.Tensor`): Their conditions without unknown fields, shape `(N, width)`.
+        products (`AdapterProducts`, *optional*): Means are of these, where they are given.
+
+    Returns:
+        `tuple`: The T different conditions, which of them each snapshot has, shape `(N,)`, and the means, `(T, D)`, or
+        vectors with products.
+    """
+    seen, inverse = table.unique(dim=0, return_inverse=True)
+    vectors = expanded(snapshots, products)
+    sums = torch.zeros(len(seen), vectors.shape[1]).index_add_(0, inverse, vectors)
+    return seen, inverse, sums / torch.bincount(inverse).unsqueeze(1)
+
+
 class ConditionalAudit:
     """
     Collects the scores of methods on sets of unseen tasks.
@@ -202,6 +223,23 @@ class ConditionalAudit:
             self.cache.parent.mkdir(parents=True, exist_ok=True)
             write_json(self.cache, self.rows)
 
+    def tuned_ridge(
+        self, seen: torch.Tensor, means: torch.Tensor, validation: torch.Tensor, products: AdapterProducts | None = None
+    ) -> KernelRidge:
+        """
+        Kernel ridge regression whose settings are chosen by the loss on validation tasks.
+
+        Args:
+            seen (`torch.Tensor`), means (`torch.Tensor`): Conditions and their networks, of [`mean_networks`].
+            validation (`torch.Tensor`): Conditions of validation tasks.
+            products (`AdapterProducts`, *optional*): Where the networks are vectors with products.
+        """
+
+        def loss(vectors_of: Callable[[torch.Tensor], torch.Tensor]) -> float:
+            return self.score(validation, contracted(vectors_of(validation), products), "validation")[1].mean().item()
+
+        return KernelRidge.tuned(self.family.fields, seen, means, loss)
+
     def add_closed_form(
         self,
         snapshots: torch.Tensor,
@@ -229,10 +267,7 @@ class ConditionalAudit:
             `KernelRidge`: From conditions to parameters, or vectors with products.
         """
         fields = self.family.fields
-        seen, inverse = table.unique(dim=0, return_inverse=True)
-        counts = torch.bincount(inverse).unsqueeze(1)
-        vectors = expanded(snapshots, products)
-        means = torch.zeros(len(seen), vectors.shape[1]).index_add_(0, inverse, vectors) / counts
+        seen, inverse, means = mean_networks(snapshots, table, products)
         last = torch.zeros(len(seen), dtype=torch.long).scatter_reduce_(
             0, inverse, torch.arange(len(table)), "amax", include_self=False
         )
@@ -244,11 +279,8 @@ class ConditionalAudit:
         def neighbors(k: int) -> Callable[[torch.Tensor], torch.Tensor]:
             return lambda rows: contracted(nearest_mean(fields.features(rows), features, means, k), products)
 
-        def loss_of_vectors(vectors_of: Callable[[torch.Tensor], torch.Tensor]) -> float:
-            return loss(lambda rows: contracted(vectors_of(rows), products))
-
         best = min((k for k in NEIGHBORS if k <= len(seen)), default=1, key=lambda k: loss(neighbors(k)))
-        ridge = KernelRidge.tuned(fields, seen, means, loss_of_vectors)
+        ridge = self.tuned_ridge(seen, means, validation, products)
         generator = torch.Generator().manual_seed(seed)
         mean = contracted(means.mean(0), products)
         self.add("mean of all networks", "closed form", lambda _, t: mean.expand(len(t), -1), cost)

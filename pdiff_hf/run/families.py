@@ -2,24 +2,25 @@
 
 import dataclasses
 import hashlib
+import itertools
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate import Accelerator, PartialState
 
-from ..evaluation.conditional import GENERATOR, ConditionalAudit, Cost, plot_field
+from ..evaluation.conditional import GENERATOR, ConditionalAudit, Cost, mean_networks, plot_field
 from ..evaluation.conditional_opponents import Regime, add_generic, add_hypernetwork, add_oracles
 from ..evaluation.render import format_summary
 from ..models import encode_in_batches
-from ..models.products import AdapterProducts
+from ..models.products import AdapterProducts, contracted
 from ..networks.stacked import StackedNetworks
 from ..pipelines import PDiffPipeline
 from ..pipelines.pipeline_pdiff import PDiffPipelineOutput
 from ..snapshots.zoo import ZooArguments, train_specialists, write_zoo
-from ..tasks.families import Family
+from ..tasks.families import MAX_DRAWS, Family
 from ..training.denoiser import LatentGenerator
 from ..training.tune import GeneratedNetworks, TaskBatches, TuneArguments, fresh_tasks, seen_tasks
 from ..utils import names
@@ -32,6 +33,8 @@ if TYPE_CHECKING:
     from .recipe import Recipe
     from .run import Run
 
+# So many networks of a regression are made at once.
+REGRESSED_AT_ONCE = 256
 # Rows of the figure of accuracy along a field.
 SHOWN = (GENERATOR, "trained on the task", "nearest seen task", "base model")
 
@@ -53,6 +56,30 @@ def collect(run: "Run", stage: "Stage") -> None:
         conditions = family.fields.conditions(run.conditions["train"])
         write_zoo(folder, family, run.layout, conditions, args, snapshots, named_seed(r.seed, "collect"))
     run.finish(stage.name, {})
+
+
+def regressed_latents(run: "Run") -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    Latents, shape `(N, L)`, and conditions, `(N, width)`, of the networks that kernel ridge regression gives
+    for conditions that are in no set of unseen tasks. Where seen tasks are few, a denoiser that learns them too says
+    between the seen tasks what the regression says, and tuning on seen tasks goes on from there.
+    """
+    r, family, autoencoder = run.recipe, run.family, run.autoencoder
+    assert family is not None and r.regressed_networks
+    networks = StackedNetworks(run.base_model, run.layout)
+    products = AdapterProducts(run.layout) if r.adapter_products else None
+    known = run.fields.known(run.snapshot_conditions).all(1)  # type: ignore[union-attr]
+    seen, _, means = mean_networks(run.parameters[known], run.snapshot_conditions[known], products)
+    audit = ConditionalAudit(family, networks, {})
+    ridge = audit.tuned_ridge(seen, means, run.conditions["validation"], products)
+    unseen, generator = unseen_tasks(run), torch.Generator().manual_seed(named_seed(r.seed, "regressed"))
+    draws = (family.draw(generator) for _ in range(MAX_DRAWS * r.regressed_networks))
+    allowed = (c for c in draws if family.region(c) is None and family.key(c) not in unseen)
+    table = family.fields.table(list(itertools.islice(allowed, r.regressed_networks)))
+    latents = [
+        encode_in_batches(autoencoder, contracted(ridge(rows), products)) for rows in table.split(REGRESSED_AT_ONCE)
+    ]
+    return torch.cat(latents), table
 
 
 def zoo_arguments(recipe: "Recipe") -> ZooArguments:
@@ -83,12 +110,7 @@ def make_regime(run: "Run", accelerator: Accelerator, networks: StackedNetworks)
     """Which tasks the recipe allows to train on."""
     r, family = run.recipe, run.family
     assert family is not None
-    unseen = {
-        family.key(condition)
-        for name, table in run.conditions.items()
-        if name != "train"
-        for condition in family.fields.conditions(table)
-    }
+    unseen = unseen_tasks(run)
     seen = seen_conditions(run)
 
     def batches(args: TuneArguments) -> TaskBatches:
@@ -106,6 +128,14 @@ def make_regime(run: "Run", accelerator: Accelerator, networks: StackedNetworks)
         r.seed,
         run.folder / names.CHECKPOINTS / "opponents",
     )
+
+
+def unseen_tasks(run: "Run") -> set[Hashable]:
+    """The keys of all tasks that are kept for validation and tests."""
+    family = run.family
+    assert family is not None
+    tables = [table for name, table in run.conditions.items() if name != "train"]
+    return {family.key(condition) for table in tables for condition in family.fields.conditions(table)}
 
 
 def seen_conditions(run: "Run") -> torch.Tensor:

@@ -210,6 +210,12 @@ class DenoiserSection:
     condition_dropout: float = option(
         0.0, "Share of conditions that are left out in training, for classifier-free guidance.", min=0, below=1
     )
+    regressed_networks: int | None = option(
+        None,
+        "Of a family: so many networks for other conditions, given by kernel ridge regression, are learned beside the "
+        "snapshots. By default 1500 where tuning is on seen tasks alone, and else none.",
+        min=0,
+    )
     # A pipeline with a longer schedule is not loaded.
     num_train_timesteps: int = option(1000, "T, the length of the diffusion.", min=1, max=10**6)
 
@@ -299,6 +305,12 @@ class Recipe(
             )
         if self.tune_steps is None:
             self.tune_steps = 0 if self.family is None else 1200
+        if self.regressed_networks and self.family is None:
+            raise ValueError(
+                f"regressed_networks={self.regressed_networks} needs a family, whose conditions they are for"
+            )
+        if self.regressed_networks is None:
+            self.regressed_networks = 0 if self.family is None or self.tune_tasks == "fresh" else 1500
         if self.family is not None and self.snapshots is None and self.num_snapshots % self.num_tasks:
             raise ValueError(
                 f"num_snapshots must be a multiple of num_tasks={self.num_tasks}, got {self.num_snapshots}: every task "

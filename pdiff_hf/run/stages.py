@@ -246,15 +246,18 @@ def fit_denoiser(run: "Run") -> None:
     """The denoiser, and with it the whole pipeline."""
     r, stage = run.recipe, STAGES["denoiser"]
     scheduler = make_training_scheduler(r.num_train_timesteps, r.prediction_type)
-    encoder, table = None, None
+    encoder, table, latents = None, None, run.latents[run.seen]
     if run.fields is not None:
         torch.manual_seed(named_seed(r.seed, "condition encoder"))
         encoder, table = ConditionEncoder(run.fields.to_dict()), run.snapshot_conditions[run.seen]
         encoder.remember(table.nan_to_num(torch.inf).unique(dim=0).nan_to_num(posinf=torch.nan))
+    if run.family is not None and r.regressed_networks:
+        regressed, conditions = families.regressed_latents(run)
+        latents, table = torch.cat([latents, regressed]), torch.cat([run.snapshot_conditions[run.seen], conditions])
     with run.accelerator() as accelerator:
         denoiser, losses = train_denoiser(
             accelerator,
-            run.latents[run.seen],
+            latents,
             scheduler=scheduler,
             encoder=encoder,
             table=table,

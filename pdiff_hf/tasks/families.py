@@ -488,7 +488,7 @@ class GroupedTextFamily(LabelGroups):
     def predict(self, call: Callable, batch: Batch) -> torch.Tensor:
         mask = batch["attention_mask"].bool()
         mask = mask[:, None, None, :].expand(-1, 1, mask.shape[1], -1)  # (B, T) -> (B, 1, T, T)
-        return super().predict(call, batch | {"attention_mask": mask})
+        return super().predict(call, {**batch, "attention_mask": mask})
 
     def batch(self, split: Split, table: torch.Tensor, indices: torch.Tensor) -> Batch:
         examples = self.base.load_split(split).__getitems__(indices.flatten().tolist())  # type: ignore[attr-defined]

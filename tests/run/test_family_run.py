@@ -12,6 +12,7 @@ from support.scripts import run_script
 from pdiff_hf import PDiffPipeline
 from pdiff_hf.evaluation import conditional_opponents
 from pdiff_hf.evaluation.conditional import GENERATOR
+from pdiff_hf.run.families import regressed_latents, unseen_tasks
 from pdiff_hf.run.folder import RunError
 from pdiff_hf.run.recipe import Recipe
 from pdiff_hf.run.run import Run
@@ -47,6 +48,22 @@ def execute(folder, **changes) -> Run:
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory) -> Run:
     return execute(tmp_path_factory.mktemp("family") / "out")
+
+
+def test_a_denoiser_can_learn_what_a_regression_gives_for_other_conditions(finished, monkeypatch):
+    monkeypatch.setattr(finished, "recipe", dataclasses.replace(finished.recipe, regressed_networks=9))
+    latents, table = regressed_latents(finished)
+    assert latents.shape == (9, 5) and table.shape == (9, finished.family.fields.width)
+    family, again = finished.family, regressed_latents(finished)
+    assert torch.equal(latents, again[0]) and torch.equal(table, again[1])
+    keys = {family.key(condition) for condition in family.fields.conditions(table)}
+    assert len(keys) == 9 and not keys & unseen_tasks(finished)
+    # Snapshots have a spread of 1 on average, and a regression on them less.
+    assert 0 < latents.square().mean() < 1.5
+    assert Recipe(**TINY_FAMILY, tune_tasks="seen").regressed_networks == 1500
+    assert Recipe(**TINY_FAMILY).regressed_networks == 0
+    with pytest.raises(ValueError, match="regressed_networks=5 needs a family"):
+        Recipe(regressed_networks=5)
 
 
 def test_the_report_has_every_answer_on_unseen_tasks(finished):
