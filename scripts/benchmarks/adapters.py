@@ -58,6 +58,7 @@ RECIPE = {
     "tune_steps": 0,
     "num_models": 4,
     "num_inference_steps": 10,
+    "max_eval_samples": 400,
     "baselines": "few",
 }
 
