@@ -68,8 +68,7 @@ def regressed_latents(run: "Run") -> tuple[torch.Tensor, torch.Tensor]:
     assert family is not None and r.regressed_networks
     networks = StackedNetworks(run.base_model, run.layout)
     products = AdapterProducts(run.layout) if r.adapter_products else None
-    known = run.fields.known(run.snapshot_conditions).all(1)  # type: ignore[union-attr]
-    seen, _, means = mean_networks(run.parameters[known], run.snapshot_conditions[known], products)
+    seen, _, means = mean_networks(*known_snapshots(run), products)
     audit = ConditionalAudit(family, networks, {})
     ridge = audit.tuned_ridge(seen, means, run.conditions["validation"], products)
     unseen, generator = unseen_tasks(run), torch.Generator().manual_seed(named_seed(r.seed, "regressed"))
@@ -80,6 +79,13 @@ def regressed_latents(run: "Run") -> tuple[torch.Tensor, torch.Tensor]:
         encode_in_batches(autoencoder, contracted(ridge(rows), products)) for rows in table.split(REGRESSED_AT_ONCE)
     ]
     return torch.cat(latents), table
+
+
+def known_snapshots(run: "Run") -> tuple[torch.Tensor, torch.Tensor]:
+    """The snapshots without unknown fields, shape `(N, D)`, and their conditions, shape `(N, width)`."""
+    assert run.fields is not None
+    known = run.fields.known(run.snapshot_conditions).all(1)
+    return run.parameters[known], run.snapshot_conditions[known]
 
 
 def zoo_arguments(recipe: "Recipe") -> ZooArguments:
@@ -179,8 +185,7 @@ def evaluate(run: "Run", stage: "Stage") -> None:
     with run.accelerator() as accelerator:
         regime = make_regime(run, accelerator, networks)
         add_generators(run, audit, of_zoo, args)
-        known = run.fields.known(run.snapshot_conditions).all(1)  # type: ignore[union-attr]
-        parameters, table = run.parameters[known], run.snapshot_conditions[known]
+        parameters, table = known_snapshots(run)
         products = AdapterProducts(run.layout) if r.adapter_products else None
         audit.add_closed_form(
             parameters, table, run.conditions["validation"], Cost(of_zoo), seed=r.seed, products=products
@@ -196,6 +201,9 @@ def evaluate(run: "Run", stage: "Stage") -> None:
             if r.tune_map:
                 untuned.autoencoder.add_tuned_map()
             latents = encode_in_batches(untuned.autoencoder, parameters)
+            if r.regressed_networks:  # the hypernetwork learns what the denoiser has learned
+                regressed, conditions = regressed_latents(run)
+                latents, table = torch.cat([latents, regressed]), torch.cat([table, conditions])
             generated = generated_networks(run, untuned, networks)
             add_hypernetwork(audit, regime, generated, latents, table, args, r.denoiser_steps, of_zoo)
     run.base_model.to("cpu")
