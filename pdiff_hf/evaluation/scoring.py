@@ -252,7 +252,7 @@ class ClassifierScorer(Scorer[ClassifierScores]):
 
         def seconds(count: int) -> float:
             start = time.perf_counter()
-            for _ in self.models(lambda call: self.task.predict(call, batch), base.repeat(count, 1)):
+            for _ in self.models(lambda call: self.task.predict(call, batch), base.expand(count, -1)):
                 pass
             return time.perf_counter() - start
 

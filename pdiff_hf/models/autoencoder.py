@@ -16,7 +16,7 @@ from ..layout import LayoutError, ParameterLayout
 from ..utils.memory import InParts
 from .products import AdapterProducts
 from .saved import FORMAT_VERSION, check_format_version
-from .tokens import TokenModel
+from .tokens import BASIS_DTYPES, BLOCK_SIZE, TokenModel
 
 # `tokens` explains more of the variance of the snapshots than the published widths of `paper`, at a small part of their
 # operations and memory. `pca` is the linear control.
@@ -25,6 +25,8 @@ AUTOENCODER_PRESETS: dict[str, dict[str, Any]] = {
     "paper": {"block_out_channels": (64, 128, 256, 256, 32)},
     "pca": {"block_out_channels": ()},
 }
+# From so many parameters on, the bases of the preset `tokens` are kept as int8: they are most of a generator then.
+LARGE = 2**22
 # So many snapshots are encoded at once.
 BATCH_SIZE = 64
 
@@ -64,7 +66,9 @@ class ParameterDecoderOutput(BaseOutput):
     sample: torch.Tensor
 
 
-def autoencoder_architecture(preset: str, num_parameters: int, token_size: int | None = None) -> dict[str, Any]:
+def autoencoder_architecture(
+    preset: str, num_parameters: int, token_size: int | None = None, num_snapshots: int | None = None
+) -> dict[str, Any]:
     """
     Arguments of [`ParameterAutoencoder`] for a preset.
 
@@ -73,11 +77,17 @@ def autoencoder_architecture(preset: str, num_parameters: int, token_size: int |
         num_parameters (`int`): D.
         token_size (`int`, *optional*): Of the preset `tokens`; by default the power of two from 2 √D upwards, with
             which the number of tokens and their size grow alike with D.
+        num_snapshots (`int`, *optional*): K. A large network (from `LARGE` parameters) has bases of no more components
+            than K - 1, which is all that K snapshots span.
     """
     if preset != "tokens":
         return AUTOENCODER_PRESETS[preset]
     default = 2 ** math.ceil(math.log2(2 * math.sqrt(num_parameters)))
-    return AUTOENCODER_PRESETS[preset] | {"token_size": token_size or default}
+    architecture = AUTOENCODER_PRESETS[preset] | {"token_size": token_size or default}
+    if num_parameters < LARGE or architecture["token_size"] > BLOCK_SIZE // 4:
+        return architecture
+    token_dim = architecture["token_dim"] if num_snapshots is None else num_snapshots - 1
+    return architecture | {"basis_dtype": "int8", "token_dim": min(token_dim, architecture["token_dim"])}
 
 
 def check_settings(
@@ -88,6 +98,7 @@ def check_settings(
     token_size: int | None,
     token_dim: int,
     variational: bool,
+    basis_dtype: str = "float32",
 ) -> None:
     """Raises a `LayoutError` for settings of no [`ParameterAutoencoder`]."""
     if not 1 <= latent_dim <= num_parameters:
@@ -99,6 +110,13 @@ def check_settings(
         raise LayoutError(f"kernel_size must be odd, so that a convolution keeps the length, got {kernel_size}")
     if token_size is not None and (token_size < 1 or token_dim < 1):
         raise LayoutError(f"token_size and token_dim must be at least 1, got {token_size} and {token_dim}")
+    if basis_dtype not in BASIS_DTYPES:
+        raise LayoutError(f"basis_dtype must be one of {', '.join(BASIS_DTYPES)}, got {basis_dtype!r}")
+    if basis_dtype == "int8" and (not block_out_channels or token_size is None or token_size > BLOCK_SIZE // 4):
+        raise LayoutError(
+            f"basis_dtype='int8' is for tokens of at most {BLOCK_SIZE // 4:,} parameters, got token_size={token_size} "
+            f"and block_out_channels={tuple(block_out_channels)}"
+        )
     if variational and not block_out_channels:
         raise LayoutError("a variational autoencoder needs convolutions, got block_out_channels=()")
 
@@ -198,6 +216,8 @@ class ParameterAutoencoder(TokenModel, ConfigMixin):
         norm_num_groups (`int`, *optional*, defaults to 1): Groups of the group normalization; `None` for none.
         token_size (`int`, *optional*): Most parameters in a token; `None` for the whole vector as the signal.
         token_dim (`int`, *optional*, defaults to 32): Principal components that are kept of a token.
+        basis_dtype (`str`, *optional*, defaults to `"float32"`): Of the bases of tokens. `"int8"`, with a float32 scale
+            for each direction, takes a quarter of the memory and of the files and explains some 0.0001 less variance.
         variational (`bool`, *optional*, defaults to `False`): A VAE (paper, appendix B.2): the encoder gives the mean
             and the log-variance of a latent, `forward` samples from them, and `encode` returns the mean.
         tuned_map (`bool`, *optional*, defaults to `False`): Add a linear map of latents to what they are decoded to,
@@ -225,6 +245,7 @@ class ParameterAutoencoder(TokenModel, ConfigMixin):
         variational: bool = False,
         tuned_map: bool = False,
         adapter_products: bool = False,
+        basis_dtype: str = "float32",
         format_version: int = FORMAT_VERSION,
     ):
         super().__init__()
@@ -233,9 +254,16 @@ class ParameterAutoencoder(TokenModel, ConfigMixin):
         self.products = AdapterProducts(self.layout) if adapter_products else None
         vectors = self.layout if self.products is None else self.products.layout
         check_settings(
-            vectors.num_parameters, latent_dim, block_out_channels, kernel_size, token_size, token_dim, variational
+            vectors.num_parameters,
+            latent_dim,
+            block_out_channels,
+            kernel_size,
+            token_size,
+            token_dim,
+            variational,
+            basis_dtype,
         )
-        self._init_tokens(vectors, latent_dim, block_out_channels, token_size, token_dim)
+        self._init_tokens(vectors, latent_dim, block_out_channels, token_size, token_dim, basis_dtype)
         stride = 2 ** len(block_out_channels)
         self.padded_length = -(-self.token_shape[1] // stride) * stride
         self.encoder, self.decoder = make_encoder_and_decoder(

@@ -15,6 +15,8 @@ NORMALIZATIONS = ["coordinate", "tensor"]
 # So many parameters of each vector are worked on at once where not all of them need to be.
 BLOCK_SIZE = 2**18
 MAX_TOKENS = 10**7
+# How the bases of tokens are kept.
+BASIS_DTYPES = {"float32": torch.float32, "int8": torch.int8}
 
 
 class TokenModel(SavedModel):
@@ -32,7 +34,14 @@ class TokenModel(SavedModel):
     products: AdapterProducts | None = None
 
     # What is stored in them is lost in half precision: the spread of a tensor is a small part of its mean.
-    _keep_in_fp32_modules = ["parameter_mean", "parameter_std", "token_basis", "latent_mean", "latent_std"]
+    _keep_in_fp32_modules = [
+        "parameter_mean",
+        "parameter_std",
+        "token_basis",
+        "token_basis_scale",
+        "latent_mean",
+        "latent_std",
+    ]
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> "TokenModel":
         """Moves and casts, by `to` and `half` for example, all but the types of these."""
@@ -50,6 +59,7 @@ class TokenModel(SavedModel):
         block_out_channels: Sequence[int],
         token_size: int | None,
         token_dim: int,
+        basis_dtype: str = "float32",
     ) -> None:
         """Sets `token_lengths`, how many parameters each token holds, `token_shape`, and room for their bases."""
         self.vector_layout, num_parameters = layout, layout.num_parameters
@@ -69,7 +79,10 @@ class TokenModel(SavedModel):
         self.token_lengths = [min(token_size, size - start) for size in pieces for start in range(0, size, token_size)]
         self.token_shape = (token_dim, len(self.token_lengths))
         # Row i are the entries of the principal directions of its token that belong to parameter i.
-        self.register_buffer("token_basis", torch.zeros(num_parameters, token_dim))
+        self.register_buffer("token_basis", torch.zeros(num_parameters, token_dim, dtype=BASIS_DTYPES[basis_dtype]))
+        if basis_dtype == "int8":
+            # Multiplies the directions of each token, which are stored as whole numbers up to 127.
+            self.register_buffer("token_basis_scale", torch.zeros(len(self.token_lengths), token_dim))
         # Divides the components, so that each of them has about unit variance: together they have that of the token.
         lengths = torch.tensor(self.token_lengths)
         self.register_buffer("token_scale", (lengths.float() / token_dim).sqrt(), persistent=False)
@@ -121,7 +134,7 @@ class TokenModel(SavedModel):
 
         # A token that is longer than a block comes in several.
         parts = split_into_blocks(self.token_lengths or (), BLOCK_SIZE // 4)
-        for _, group in itertools.groupby(parts, key=lambda block: block[2]):
+        for token, group in itertools.groupby(parts, key=lambda block: block[2]):
             blocks = [(start, stop, n) for start, stop, _, n in group]
             directions: Iterable[torch.Tensor]
             if len(blocks) == 1:
@@ -129,8 +142,19 @@ class TokenModel(SavedModel):
             else:
                 weights = direction_weights(gram_matrix(vectors(*block) for block in blocks), num_components)
                 directions = (vectors(*block).double().mT @ weights for block in blocks)
-            for (start, stop, _), columns in zip(blocks, directions, strict=True):  # (n, t, C)
+            for (start, stop, n), columns in zip(blocks, directions, strict=True):  # (n, t, C)
+                if self.token_basis.dtype == torch.int8:
+                    columns = self._quantize(columns, slice(token, token + n))
                 self.token_basis[start:stop] = columns.reshape(-1, num_components)
+
+    def _quantize(self, columns: torch.Tensor, tokens: slice) -> torch.Tensor:
+        """
+        Directions of some tokens, shape `(n, t, C)`, as whole numbers from -127 to 127; sets their scales.
+        Rounding changes an entry by no more than 1 / 254 of the largest one of its direction.
+        """
+        scale = columns.abs().amax(1) / 127
+        self.token_basis_scale[tokens] = scale.float()
+        return (columns / torch.where(scale > 0, scale, 1).unsqueeze(1)).round()
 
     def _scale(self) -> torch.Tensor:
         """Standard deviation that belongs to every parameter, shape `(D,)`."""
@@ -157,6 +181,8 @@ class TokenModel(SavedModel):
             basis = self.token_basis[start:stop].view(n, -1, num_components)
             block = block.view(num_models, n, -1).transpose(0, 1)  # (N, n t) -> (n, N, t)
             tokens[:, token : token + n] += (block.float() @ basis.float()).transpose(0, 1)  # (n, N, C) -> (N, n, C)
+        if self.token_basis.dtype == torch.int8:
+            tokens = tokens * self.token_basis_scale
         return (tokens / self.token_scale.unsqueeze(1)).mT.contiguous()
 
     def detokenize(self, tokens: torch.Tensor) -> torch.Tensor:
@@ -167,6 +193,8 @@ class TokenModel(SavedModel):
         num_models, num_components = len(tokens), self.token_shape[0]
         scale = self._scale()
         components = tokens.permute(2, 0, 1) * self.token_scale.float().view(-1, 1, 1)  # (S, N, C)
+        if self.token_basis.dtype == torch.int8:
+            components = components * self.token_basis_scale.unsqueeze(1)
         parameters = tokens.new_empty(num_models, self.vector_layout.num_parameters)
         for start, stop, token, n in split_into_blocks(self.token_lengths, BLOCK_SIZE):
             basis = self.token_basis[start:stop].view(n, -1, num_components)

@@ -238,7 +238,7 @@ def _architecture(run: "Run") -> dict[str, Any]:
     """Of the autoencoder, apart from the length of a latent."""
     r = run.recipe
     vectors = AdapterProducts(run.layout).layout if r.adapter_products else run.layout
-    architecture = autoencoder_architecture(r.autoencoder_preset, vectors.num_parameters, r.token_size)
+    architecture = autoencoder_architecture(r.autoencoder_preset, vectors.num_parameters, r.token_size, len(run.seen))
     return architecture | ({"adapter_products": True} if r.adapter_products else {})
 
 

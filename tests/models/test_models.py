@@ -7,7 +7,7 @@ import torch
 from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler, HeunDiscreteScheduler
 
 from pdiff_hf import LatentDenoiser, LayoutError, ParameterAutoencoder, ParameterLayout
-from pdiff_hf.models import AUTOENCODER_PRESETS, DENOISER_PRESETS, encode_in_batches
+from pdiff_hf.models import AUTOENCODER_PRESETS, DENOISER_PRESETS, autoencoder_architecture, encode_in_batches
 
 
 def make_layout(*sizes: int) -> ParameterLayout:
@@ -291,3 +291,49 @@ def test_errors():
         denoiser(torch.zeros(2, 7), 0)
     with pytest.raises(ValueError, match="no condition_dim"):
         denoiser(torch.zeros(2, 8), 0, torch.zeros(2, 4))
+
+
+def test_bases_of_whole_numbers_explain_as_much_in_a_quarter_of_the_memory(tmp_path):
+    directions = torch.randn(6, 3000, generator=torch.Generator().manual_seed(0))
+    parameters = torch.randn(20, 6, generator=torch.Generator().manual_seed(1)) @ directions
+    arguments = {"block_out_channels": (8,), "token_size": 1024, "token_dim": 6, "norm_num_groups": None}
+    plain = make_autoencoder(2000, 1000, **arguments)
+    small = make_autoencoder(2000, 1000, basis_dtype="int8", **arguments)
+    for autoencoder in (plain, small):
+        autoencoder.fit_parameter_statistics(parameters)
+    assert small.token_basis.dtype == torch.int8 and small.token_basis.abs().amax() == 127
+    assert 4 * small.token_basis.nbytes == plain.token_basis.nbytes
+    lost = [
+        (autoencoder.detokenize(autoencoder.tokenize(parameters)) - parameters).square().sum() / parameters.var(0).sum()
+        for autoencoder in (plain, small)
+    ]
+    assert lost[0] < 1e-9 and lost[1] < 20 * 1e-3
+    small.save_pretrained(tmp_path)
+    loaded = ParameterAutoencoder.from_pretrained(tmp_path, torch_dtype=torch.bfloat16)
+    assert loaded.token_basis.dtype == torch.int8 and torch.equal(loaded.token_basis, small.token_basis)
+    assert loaded.token_basis_scale.dtype == torch.float32 and loaded.dtype == torch.bfloat16
+    latents = torch.randn(3, 4, generator=torch.Generator().manual_seed(2))
+    same = ParameterAutoencoder.from_pretrained(tmp_path)
+    assert torch.equal(same.decode(latents).sample, small.decode(latents).sample)
+
+
+def test_a_large_network_has_bases_of_whole_numbers_and_of_no_more_directions_than_there_are():
+    assert "basis_dtype" not in autoencoder_architecture("tokens", 2**22 - 1, num_snapshots=8)
+    assert autoencoder_architecture("tokens", 2**22)["token_dim"] == 32
+    large = autoencoder_architecture("tokens", 86_000_000, num_snapshots=24)
+    assert (large["basis_dtype"], large["token_dim"], large["token_size"]) == ("int8", 23, 2**15)
+    assert autoencoder_architecture("tokens", 86_000_000, num_snapshots=200)["token_dim"] == 32
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"basis_dtype": "int4", "token_size": 8}, "one of float32, int8"),
+        ({"basis_dtype": "int8"}, "token_size=None"),
+        ({"basis_dtype": "int8", "token_size": 2**17}, "at most 65,536"),
+        ({"basis_dtype": "int8", "block_out_channels": ()}, "int8"),
+    ],
+)
+def test_bases_that_cannot_be_are_refused(settings, message):
+    with pytest.raises(LayoutError, match=message):
+        make_autoencoder(30, **settings)
