@@ -15,9 +15,17 @@ from torch import Generator, Tensor
 from ..models.tokens import gram_matrix
 from .geometry import Matrix, chunks, mean_of
 
+# Where networks are put: from their number and length, a float32 tensor of that shape with arbitrary values.
+Room = Callable[[int, int], Tensor]
+
 
 def gaussian_noise(
-    snapshots: Matrix, tensor_sizes: Sequence[int], num_models: int, scale: float, generator: Generator
+    snapshots: Matrix,
+    tensor_sizes: Sequence[int],
+    num_models: int,
+    scale: float,
+    generator: Generator,
+    room: Room = torch.empty,
 ) -> Tensor:
     """Random snapshots plus Gaussian noise (paper, section 4: scales 0.001, 0.05 and 0.15).
 
@@ -31,6 +39,7 @@ def gaussian_noise(
         num_models (`int`): n; every snapshot is used at most once while n <= K, and drawn with replacement beyond.
         scale (`float`): of the noise, at least 0.
         generator (`torch.Generator`): source of randomness.
+        room (`Callable`, *optional*): makes the tensor for the result; in memory by default.
 
     Returns:
         `torch.Tensor`: (n, D) float32.
@@ -48,14 +57,14 @@ def gaussian_noise(
         units.append(torch.cat(deviations).mean().expand(size))
     unit = torch.cat(units)  # (D,)
     chosen = _random_rows(len(snapshots), num_models, generator)
-    samples = torch.empty(num_models, snapshots.shape[1])
+    samples = room(num_models, snapshots.shape[1])
     for columns in chunks(snapshots.shape[1], 8 * (len(snapshots) + num_models)):
         noise = scale * unit[columns] * _normal(num_models, len(unit[columns]), generator)
         samples[:, columns] = snapshots[chosen, columns] + noise
     return samples
 
 
-def soup(snapshots: Matrix, num_models: int, k: int | None, generator: Generator) -> Tensor:
+def soup(snapshots: Matrix, num_models: int, k: int | None, generator: Generator, room: Room = torch.empty) -> Tensor:
     """Means of k distinct random snapshots (model soups, Wortsman et al. 2022).
 
     Args:
@@ -63,6 +72,7 @@ def soup(snapshots: Matrix, num_models: int, k: int | None, generator: Generator
         num_models (`int`): n.
         k (`int`, *optional*): snapshots in a mean; `None` is the mean of all, of which there is only one.
         generator (`torch.Generator`): source of randomness.
+        room (`Callable`, *optional*): makes the tensor for the result; in memory by default.
 
     Returns:
         `torch.Tensor`: (n, D) float32; (1, D) for the mean of all.
@@ -74,10 +84,12 @@ def soup(snapshots: Matrix, num_models: int, k: int | None, generator: Generator
         raise ValueError(f"a soup of k={k} needs 1 <= k <= the {len(snapshots)} snapshots")
     rows = _distinct_rows(len(snapshots), num_models, k, generator)
     weights = torch.zeros(num_models, len(snapshots)).scatter_(1, rows, 1 / k)
-    return _by_columns(snapshots, num_models, lambda part: weights @ part)
+    return _by_columns(snapshots, num_models, lambda part: weights @ part, room)
 
 
-def diagonal_gaussian(snapshots: Matrix, num_models: int, temperature: float, generator: Generator) -> Tensor:
+def diagonal_gaussian(
+    snapshots: Matrix, num_models: int, temperature: float, generator: Generator, room: Room = torch.empty
+) -> Tensor:
     """An independent Gaussian for each parameter, with the snapshots' mean and variance (arXiv 2506.07998).
 
     Args:
@@ -85,6 +97,7 @@ def diagonal_gaussian(snapshots: Matrix, num_models: int, temperature: float, ge
         num_models (`int`): n.
         temperature (`float`): multiplies the standard deviation, at least 0.
         generator (`torch.Generator`): source of randomness.
+        room (`Callable`, *optional*): makes the tensor for the result; in memory by default.
 
     Returns:
         `torch.Tensor`: (n, D) float32.
@@ -96,7 +109,7 @@ def diagonal_gaussian(snapshots: Matrix, num_models: int, temperature: float, ge
         std, mean = torch.std_mean(part, dim=0)
         return mean + temperature * std * _normal(num_models, part.shape[1], generator)
 
-    return _by_columns(snapshots, num_models, sample)
+    return _by_columns(snapshots, num_models, sample, room)
 
 
 def low_rank_gaussian(
@@ -106,6 +119,7 @@ def low_rank_gaussian(
     generator: Generator,
     rank: int | None = None,
     with_diagonal: bool = False,
+    room: Room = torch.empty,
 ) -> Tensor:
     """A Gaussian whose covariance is that of the snapshots, at most K-1 directions (SWAG, Maddox et al. 2019).
 
@@ -116,6 +130,7 @@ def low_rank_gaussian(
         generator (`torch.Generator`): source of randomness.
         rank (`int`, *optional*): use the deviations of the last `rank` snapshots only, 2 <= rank <= K; all by default.
         with_diagonal (`bool`, defaults to `False`): half of the covariance low-rank and half diagonal, as SWAG has it.
+        room (`Callable`, *optional*): makes the tensor for the result; in memory by default.
 
     Returns:
         `torch.Tensor`: (n, D) float32.
@@ -134,11 +149,15 @@ def low_rank_gaussian(
             deviation = math.sqrt(0.5) * (deviation + std * _normal(num_models, part.shape[1], generator))
         return mean + temperature * deviation
 
-    return _by_columns(snapshots, num_models, sample)
+    return _by_columns(snapshots, num_models, sample, room)
 
 
 def interpolation(
-    snapshots: Matrix, num_models: int, weight_range: tuple[float, float], generator: Generator
+    snapshots: Matrix,
+    num_models: int,
+    weight_range: tuple[float, float],
+    generator: Generator,
+    room: Room = torch.empty,
 ) -> Tensor:
     """Points a + t (b - a) on the line through two distinct random snapshots, t uniform in a range.
 
@@ -147,6 +166,7 @@ def interpolation(
         num_models (`int`): n.
         weight_range (`tuple[float, float]`): lowest and highest t; outside [0, 1] it is an extrapolation.
         generator (`torch.Generator`): source of randomness.
+        room (`Callable`, *optional*): makes the tensor for the result; in memory by default.
 
     Returns:
         `torch.Tensor`: (n, D) float32.
@@ -157,7 +177,7 @@ def interpolation(
         raise ValueError(f"`weight_range` must go from low to high, got {weight_range}")
     first, second = _distinct_rows(len(snapshots), num_models, 2, generator).unbind(1)
     weights = low + (high - low) * torch.rand(num_models, 1, generator=generator)
-    return _by_columns(snapshots, num_models, lambda part: torch.lerp(part[first], part[second], weights))
+    return _by_columns(snapshots, num_models, lambda part: torch.lerp(part[first], part[second], weights), room)
 
 
 def latent_kde(latents: Tensor, num_models: int, bandwidth: float | None, generator: Generator) -> Tensor:
@@ -182,7 +202,12 @@ def latent_kde(latents: Tensor, num_models: int, bandwidth: float | None, genera
 
 
 def pca_gaussian(
-    snapshots: Matrix, num_models: int, num_components: int, temperature: float, generator: Generator
+    snapshots: Matrix,
+    num_models: int,
+    num_components: int,
+    temperature: float,
+    generator: Generator,
+    room: Room = torch.empty,
 ) -> Tensor:
     """A Gaussian in the first principal components of the snapshots.
 
@@ -195,6 +220,7 @@ def pca_gaussian(
         num_components (`int`): 1 <= num_components <= K-1.
         temperature (`float`): multiplies the standard deviation, at least 0.
         generator (`torch.Generator`): source of randomness.
+        room (`Callable`, *optional*): makes the tensor for the result; in memory by default.
 
     Returns:
         `torch.Tensor`: (n, D) float32.
@@ -211,12 +237,12 @@ def pca_gaussian(
     vectors = torch.linalg.eigh(gram).eigenvectors[:, -num_components:].float()  # (K, r), eigenvalues ascend
     # A component is centred.T @ u / sqrt(λ) and its standard deviation sqrt(λ / (K-1)): λ cancels.
     weights = temperature * _normal(num_models, num_components, generator) @ vectors.T / math.sqrt(count - 1)  # (n, K)
-    return _by_columns(snapshots, num_models, lambda part: part.mean(0) + weights @ (part - part.mean(0)))
+    return _by_columns(snapshots, num_models, lambda part: part.mean(0) + weights @ (part - part.mean(0)), room)
 
 
-def _by_columns(snapshots: Matrix, num_models: int, sample: Callable[[Tensor], Tensor]) -> Tensor:
+def _by_columns(snapshots: Matrix, num_models: int, sample: Callable[[Tensor], Tensor], room: Room) -> Tensor:
     """(n, D) from a function of the snapshots' columns, (K, d) to (n, d), so that all of (K, D) is never copied."""
-    samples = torch.empty(num_models, snapshots.shape[1])
+    samples = room(num_models, snapshots.shape[1])
     for columns in chunks(snapshots.shape[1], 8 * (len(snapshots) + num_models)):
         samples[:, columns] = sample(snapshots[:, columns])
     return samples
@@ -231,12 +257,14 @@ class BaselineContext:
         tensor_sizes (`Sequence[int]`): how many of the D parameters each tensor has, in order.
         latents (`torch.Tensor`, *optional*): (K, L) float32, the latents of the snapshots.
         decode (`Callable`, *optional*): from latents (n, L) to parameters (n, D).
+        room (`Callable`, *optional*): makes the tensor for the networks of a baseline; in memory by default.
     """
 
     snapshots: Matrix
     tensor_sizes: Sequence[int]
     latents: Tensor | None = None
     decode: Callable[[Tensor], Tensor] | None = None
+    room: Room = torch.empty
 
 
 @dataclass(frozen=True)
@@ -348,11 +376,11 @@ def standard_baselines(which: str = "all") -> list[Baseline]:
 
 
 def _sample(function: Callable, context: BaselineContext, num_models: int, generator: Generator, **setting) -> Tensor:
-    return function(context.snapshots, num_models, generator=generator, **setting)
+    return function(context.snapshots, num_models, generator=generator, room=context.room, **setting)
 
 
 def _sample_noise(context: BaselineContext, num_models: int, generator: Generator, scale: float) -> Tensor:
-    return gaussian_noise(context.snapshots, context.tensor_sizes, num_models, scale, generator)
+    return gaussian_noise(context.snapshots, context.tensor_sizes, num_models, scale, generator, context.room)
 
 
 def _sample_latent_kde(

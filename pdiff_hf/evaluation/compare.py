@@ -32,6 +32,7 @@ from .sampling import (
     named_generator,
     reconstruct,
     reverse_process,
+    room_for,
     sample_baselines,
     supported_baselines,
 )
@@ -113,7 +114,8 @@ def compare_generator(
         seen,
         scorer.layout.sizes if products is None else products.layout.sizes,
         latents=None if latents is None else latents[~heldout],
-        decode=None if pipeline is None else lambda latents: expanded(pipeline.decode_latents(latents), products),
+        decode=None if pipeline is None else lambda latents: expanded(decode(pipeline, latents, folder), products),
+        room=lambda count, length: room_for(count, length, folder),
     )
     num_generated = len(generator) if isinstance(generator, Tensor) else num_models
     num_scored = min(num_generated, score_models or num_generated)
@@ -132,7 +134,9 @@ def compare_generator(
             families.append(tuned.groups())
             in_tuned = tuned.count
         if pipeline is not None and baselines == "all":
-            families.append(_sample_temperatures(pipeline, baseline_models, num_inference_steps, temperature, seed))
+            families.append(
+                _sample_temperatures(pipeline, baseline_models, num_inference_steps, temperature, folder, seed)
+            )
     if hyper_representations:
         if pipeline is None:
             raise ValueError("hyper_representations needs a pipeline, for its autoencoder; networks alone were given")
@@ -180,7 +184,7 @@ def compare_generator(
     if pipeline is not None and scorer.classifies:
         report["reverse_process"] = reverse_process(scorer, pipeline, num_inference_steps, folder, seed, temperature)
     if pipeline is not None and report["difference"]["verdict"] == "worse":
-        report["more_steps"] = _try_more_steps(scorer, pipeline, num_inference_steps, temperature, seed)
+        report["more_steps"] = _try_more_steps(scorer, pipeline, num_inference_steps, temperature, folder, seed)
     report = without_nan(report)
     report["warnings"] = find_warnings(report)
     report["verdict"] = write_verdict(report)
@@ -345,36 +349,36 @@ def _announce(scorer: Scorer, num_networks: int) -> None:
 
 
 def _sample_temperatures(
-    pipeline: PDiffPipeline, num_models: int, num_inference_steps: int, temperature: float, seed: int
+    pipeline: PDiffPipeline, num_models: int, num_inference_steps: int, temperature: float, folder: Path, seed: int
 ) -> Iterator[Group]:
     """The generator at other temperatures, from the noise that its own group has."""
     for value in TEMPERATURES:
         if value != temperature:
-            (parameters,) = pipeline(
+            (latents,) = pipeline(
                 num_models,
                 num_inference_steps=num_inference_steps,
                 temperature=value,
                 generator=named_generator(seed, "generated"),
-                output_type="pt",
+                output_type="latent",
                 return_dict=False,
             )
-            yield Group(f"generated {value}", parameters, CURVE, value)
+            yield Group(f"generated {value}", decode(pipeline, latents, folder), CURVE, value)
 
 
 def _try_more_steps(
-    scorer: Scorer, pipeline: PDiffPipeline, num_inference_steps: int, temperature: float, seed: int
+    scorer: Scorer, pipeline: PDiffPipeline, num_inference_steps: int, temperature: float, folder: Path, seed: int
 ) -> dict:
     """The score of some networks that were sampled in more denoising steps."""
     steps = min(MORE_STEPS * num_inference_steps, pipeline.scheduler.config.num_train_timesteps)
-    (sampled,) = pipeline(
+    (latents,) = pipeline(
         MORE_STEPS_MODELS,
         num_inference_steps=steps,
         temperature=temperature,
         generator=named_generator(seed, "generated"),
-        output_type="pt",
+        output_type="latent",
         return_dict=False,
     )
-    values = scorer.score("test", sampled).values
+    values = scorer.score("test", decode(pipeline, latents, folder)).values
     return {"num_inference_steps": steps, "n": len(values), "score_mean": values.nanmean().item()}
 
 

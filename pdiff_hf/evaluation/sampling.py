@@ -11,6 +11,7 @@ import psutil
 import torch
 from torch import Tensor
 
+from ..models import ParameterAutoencoder
 from ..models.products import expanded
 from ..pipelines import PDiffPipeline
 from ..utils.memory import InParts
@@ -111,8 +112,23 @@ def decode(pipeline: PDiffPipeline, latents: Tensor, folder: Path) -> Tensor:
 
 def _blocks(count: int, num_parameters: int) -> Iterator[slice]:
     # Up to 256, and a multiple of what the pipeline decodes at once, so that the bits are those that it gives.
-    step = 256 if 256 * num_parameters <= BLOCK_NUMBERS else 16 * max(1, 2**22 // num_parameters)
+    step = 16 * (2**22 // num_parameters)
+    if 256 * num_parameters <= BLOCK_NUMBERS:
+        step = 256
+    elif not step:
+        step = max(1, BLOCK_NUMBERS // num_parameters)  # it decodes them one by one
     return (slice(start, min(start + step, count)) for start in range(0, count, step))
+
+
+@torch.no_grad()
+def sample_prior(
+    autoencoder: ParameterAutoencoder, num_models: int, generator: torch.Generator, folder: Path
+) -> Tensor:
+    """Networks from the prior of a variational autoencoder, `(num_models, D)`; a large result lies in a file."""
+    parameters = room_for(num_models, autoencoder.layout.num_parameters, folder)
+    for rows in _blocks(*parameters.shape):
+        parameters[rows] = autoencoder.sample_prior(rows.stop - rows.start, generator)
+    return parameters
 
 
 def reconstruct(

@@ -11,6 +11,7 @@ from diffusers import DDPMScheduler, DPMSolverMultistepScheduler, ModelMixin
 from transformers import PreTrainedModel
 
 from ..evaluation.compare import compare_generator
+from ..evaluation.sampling import sample_prior
 from ..evaluation.scoring import make_scorer
 from ..models import DENOISER_PRESETS, ConditionEncoder, ParameterAutoencoder, autoencoder_architecture
 from ..models.condition import Condition, Fields
@@ -318,8 +319,8 @@ def evaluate(run: "Run") -> None:
     vae = None
     if STAGES["vae"].is_wanted(r):
         generator = torch.Generator().manual_seed(named_seed(r.seed, "vae"))
-        autoencoder = ParameterAutoencoder.from_pretrained(run.folder / names.VAE).eval()
-        vae = autoencoder.sample_prior(r.baseline_models, generator)
+        # Not kept by a name: it may take as much memory as the generator.
+        vae = sample_prior(_load_vae(run), r.baseline_models, generator, run.folder)
     with run.files.replacing(stage) as folder, scorer.with_help():
         compare_generator(
             scorer,
@@ -342,6 +343,10 @@ def evaluate(run: "Run") -> None:
         )
     run.base_model.to("cpu")
     run.finish(stage.name, {})
+
+
+def _load_vae(run: "Run") -> ParameterAutoencoder:
+    return ParameterAutoencoder.from_pretrained(run.folder / names.VAE).eval()
 
 
 def _losses(run: "Run") -> dict[str, dict[str, list[float]]]:

@@ -202,7 +202,7 @@ def test_results_that_are_too_large_for_memory_lie_in_a_file(tmp_path, monkeypat
     """Whatever lies in files, the report is the same, and nothing is left in the folder."""
     scorer, snapshots = digits(), digits_snapshots()
     pipeline, heldout = digits_pipeline(scorer, snapshots), torch.arange(12) == 3
-    settings = {"num_models": 5, "num_inference_steps": 2, "baseline_models": 0, "heldout": heldout}
+    settings = {"num_models": 5, "num_inference_steps": 2, "baseline_models": 2, "heldout": heldout}
     plain = compare_generator(scorer, snapshots, pipeline, tmp_path / "plain", **settings)
     monkeypatch.setattr(sampling, "CHUNK_BYTES", 16)
     large = room_for(3, 7, tmp_path)
