@@ -217,7 +217,7 @@ class ParameterAutoencoder(TokenModel, ConfigMixin):
         token_size (`int`, *optional*): Most parameters in a token; `None` for the whole vector as the signal.
         token_dim (`int`, *optional*, defaults to 32): Principal components that are kept of a token.
         basis_dtype (`str`, *optional*, defaults to `"float32"`): Of the bases of tokens. `"int8"`, with a float32 scale
-            for each direction, takes a quarter of the memory and of the files and explains some 0.0001 less variance.
+            for each direction, takes a quarter of the memory and of the files and loses some 0.00003 of the variance.
         variational (`bool`, *optional*, defaults to `False`): A VAE (paper, appendix B.2): the encoder gives the mean
             and the log-variance of a latent, `forward` samples from them, and `encode` returns the mean.
         tuned_map (`bool`, *optional*, defaults to `False`): Add a linear map of latents to what they are decoded to,
