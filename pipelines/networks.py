@@ -99,7 +99,7 @@ class NetworkMixin(Base):
     def ensemble(
         self,
         num_models: SupportsIndex = 10,
-        num_inference_steps: SupportsIndex = 20,
+        num_inference_steps: SupportsIndex = 10,
         generator: torch.Generator | list[torch.Generator] | None = None,
         condition: Condition | Sequence[Condition] | torch.Tensor | None = None,
         temperature: float = 1.0,

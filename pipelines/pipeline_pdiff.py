@@ -169,7 +169,7 @@ class PDiffPipeline(SavedPipeline, NetworkMixin, DiffusionPipeline):
     def __call__(
         self,
         num_models: SupportsIndex = 1,
-        num_inference_steps: SupportsIndex = 20,
+        num_inference_steps: SupportsIndex = 10,
         generator: torch.Generator | list[torch.Generator] | None = None,
         latents: torch.Tensor | None = None,
         condition: Condition | Sequence[Condition] | torch.Tensor | None = None,
@@ -191,7 +191,7 @@ class PDiffPipeline(SavedPipeline, NetworkMixin, DiffusionPipeline):
         Args:
             num_models (`int`, *optional*, defaults to 1):
                 How many networks to generate, N; of a list of conditions, for each.
-            num_inference_steps (`int`, *optional*, defaults to 20):
+            num_inference_steps (`int`, *optional*, defaults to 10):
                 The number of denoising steps.
             generator (`torch.Generator` or `list[torch.Generator]`, *optional*):
                 One, or one for each network, to make generation deterministic.
@@ -265,16 +265,17 @@ class PDiffPipeline(SavedPipeline, NetworkMixin, DiffusionPipeline):
         if known is not None and not isinstance(condition, torch.Tensor):
             embedding = embed_conditions(self.condition_encoder, known.to(self._execution_device), generators)
         latents = self.prepare_latents(num_models, generators, latents)
-        _schedule(scheduler, "set_timesteps", num_inference_steps, device=latents.device)
+        # On the CPU, where schedulers read them: to read one on a device is to wait for all that is queued there.
+        _schedule(scheduler, "set_timesteps", num_inference_steps, device="cpu")
         latents = latents * scheduler.init_noise_sigma * temperature
         # Schedulers of ordinary differential equations add no noise, and some of them take no generator.
         takes_generator = "generator" in inspect.signature(scheduler.step).parameters
         extra = {"generator": generators} if takes_generator else {}
 
-        length = latents.shape[1]
+        length, dtype = latents.shape[1], self.denoiser.dtype
 
         def denoise(rows: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
-            rows = rows.to(self.denoiser.dtype)
+            rows = rows.to(dtype)
             rows, given = rows[:, :length], rows[:, length:] if rows.shape[1] > length else None
             predicted = self.denoiser(rows, timestep, given).sample
             if guidance_scale == 1:
@@ -306,10 +307,10 @@ class PDiffPipeline(SavedPipeline, NetworkMixin, DiffusionPipeline):
                 self.progress_bar,
             )
         else:
-            in_parts = InParts("networks")
+            in_parts, on_device = InParts("networks"), scheduler.timesteps.to(latents.device)
             for step, timestep in enumerate(self.progress_bar(scheduler.timesteps)):
                 rows = beside(_schedule(scheduler, "scale_model_input", latents, timestep))
-                blocks = in_blocks(functools.partial(denoise, timestep=timestep), rows, length, in_parts)
+                blocks = in_blocks(functools.partial(denoise, timestep=on_device[step]), rows, length, in_parts)
                 # The step is taken for all networks at once, because schedulers keep state from step to step.
                 prediction = torch.cat(list(blocks)).float()
                 latents = _schedule(scheduler, "step", prediction, timestep, latents, **extra).prev_sample

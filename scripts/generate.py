@@ -27,7 +27,7 @@ def parse_args() -> argparse.Namespace:
     )
     parser.add_argument("pipeline", help="Folder or Hub id of a saved PDiffPipeline.")
     parser.add_argument("--num_models", type=int, default=10, help="How many networks to generate.")
-    parser.add_argument("--num_inference_steps", type=int, default=20, help="Denoising steps.")
+    parser.add_argument("--num_inference_steps", type=int, default=10, help="Denoising steps.")
     parser.add_argument("--temperature", type=float, default=1.0, help="Spread of the starting noise.")
     parser.add_argument("--seed", type=int, default=0, help="The same seed gives the same networks.")
     parser.add_argument("--output_dir", default="outputs/networks", help="Must not hold generated networks yet.")

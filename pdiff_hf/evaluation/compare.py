@@ -58,7 +58,7 @@ def compare_generator(
     heldout: Tensor | None = None,
     num_models: int = 200,
     score_models: int | None = None,
-    num_inference_steps: int = 20,
+    num_inference_steps: int = 10,
     temperature: float = 1.0,
     tuning: Tuning | None = None,
     baseline_models: int = 20,
@@ -82,7 +82,7 @@ def compare_generator(
             not made from them either.
         num_models (`int`, *optional*, defaults to 200): Networks to sample from a pipeline.
         score_models (`int`, *optional*): Compare no more than so many of the generated networks, drawn at random.
-        num_inference_steps (`int`, *optional*, defaults to 20): Denoising steps of a pipeline.
+        num_inference_steps (`int`, *optional*, defaults to 10): Denoising steps of a pipeline.
         temperature (`float`, *optional*, defaults to 1): Of a pipeline. With all baselines others are reported too.
         tuning (`Tuning`, *optional*): How a pipeline was tuned; trivial generators with the same feedback are added.
         baseline_models (`int`, *optional*, defaults to 20): Networks of each baseline setting; 0 for no baselines.

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from diffusers import ConfigMixin
 from diffusers.configuration_utils import register_to_config
 from diffusers.utils import BaseOutput
+from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import nn
 
 from ..layout import LayoutError, ParameterLayout
@@ -319,11 +320,13 @@ class ParameterAutoencoder(TokenModel, ConfigMixin):
         """The network's own latents, `(N, L)`, to tokens, `(N, C, S)`."""
         return self.decoder(latents.to(self.dtype))[:, :, : self.token_shape[1]]
 
+    @apply_forward_hook  # that moves an offloaded model to its device
     def encode(self, parameters: torch.Tensor, rows: torch.Tensor | None = None) -> ParameterEncoderOutput:
         """Parameters `(K, D)` in natural units to standardised latents `(N, L)`: of the rows `rows`, `(N,)`, or all."""
         latents = self._encode(self.tokenize(parameters, rows))[0].float()
         return ParameterEncoderOutput(latents=(latents - self.latent_mean) / self.latent_std)
 
+    @apply_forward_hook
     def decode(self, latents: torch.Tensor) -> ParameterDecoderOutput:
         """Standardised latents, shape `(N, L)`, to parameters in natural units, shape `(N, D)`, always float32."""
         sample = self.detokenize(self._decode(latents * self.latent_std + self.latent_mean))
@@ -335,6 +338,7 @@ class ParameterAutoencoder(TokenModel, ConfigMixin):
         return vectors if self.products is None else self.products.contract(vectors)
 
     @torch.no_grad()
+    @apply_forward_hook
     def sample_prior(self, num_models: int, generator: torch.Generator | None = None) -> torch.Tensor:
         """Parameters, shape `(num_models, D)`, from the prior N(0, I) of a variational autoencoder's own latent."""
         if not self.config.variational:

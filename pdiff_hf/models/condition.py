@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from diffusers import ConfigMixin
 from diffusers.configuration_utils import register_to_config
+from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import nn
 
 from .saved import FORMAT_VERSION, SavedModel, check_format_version
@@ -335,6 +336,7 @@ class ConditionEncoder(SavedModel, ConfigMixin):
             std, mean = torch.std_mean(self.fields.features(complete), dim=0)
             self.feature_mean, self.feature_std = mean, torch.where(std > 0, std, 1.0)
 
+    @apply_forward_hook  # that moves an offloaded model to its device
     def complete(self, table: torch.Tensor, draws: torch.Tensor, num_neighbors: int | None = None) -> torch.Tensor:
         """
         Draws the unknown fields from the seen conditions.

@@ -21,6 +21,10 @@ DENOISER_PRESETS: dict[str, dict[str, Any]] = {
 }
 
 
+# A product of fewer rows than this has last bits that depend on where in memory the weights lie.
+FEWEST_ROWS = 8
+
+
 @dataclass
 class LatentDenoiserOutput(BaseOutput):
     """
@@ -59,7 +63,7 @@ class ConvBlock(nn.Module):
         if self.modulation is not None:
             scale, shift = self.modulation(condition).unsqueeze(-1).chunk(2, dim=1)  # (N, C, 1)
             hidden = hidden * (1 + scale) + shift
-        return self.conv(F.silu(hidden + self.embedding(embedding).unsqueeze(-1)))
+        return self.conv(F.silu(hidden + of_rows(self.embedding, embedding).unsqueeze(-1)))
 
 
 class MLPBlock(nn.Module):
@@ -72,8 +76,13 @@ class MLPBlock(nn.Module):
         self.layers = nn.Sequential(nn.Linear(width, width), nn.SiLU(), nn.Linear(width, width))
 
     def forward(self, hidden: torch.Tensor, embedding: torch.Tensor) -> torch.Tensor:
-        scale, shift, gate = self.modulation(embedding).chunk(3, dim=1)  # (N, width)
+        scale, shift, gate = of_rows(self.modulation, embedding).chunk(3, dim=1)  # (1 or N, width)
         return hidden + gate * self.layers(self.norm(hidden) * (1 + scale) + shift)
+
+
+def of_rows(layer: nn.Module, rows: torch.Tensor) -> torch.Tensor:
+    """`layer(rows)`; what is one row for all latents is computed as often as gives it the same bits everywhere."""
+    return layer(rows) if len(rows) > 1 else layer(rows.expand(FEWEST_ROWS, -1))[:1]
 
 
 def zero_linear(in_features: int, out_features: int) -> nn.Linear:
@@ -194,8 +203,10 @@ class LatentDenoiser(SavedModel, ConfigMixin):
             )
         if condition is None and self.config.condition_dim is not None:
             condition = self.null_condition.expand(len(sample), -1)
-        timestep = torch.as_tensor(timestep, device=sample.device).expand(len(sample))
-        embedding = self.time_embedding(self.time_proj(timestep).to(self.dtype))  # (N, embedding_dim)
+        timestep = torch.as_tensor(timestep, device=sample.device).reshape(-1)  # one for all is embedded once
+        if len(timestep) not in (1, len(sample)):
+            raise ValueError(f"timestep must be one, or one for each of {len(sample)} latents, got {len(timestep)}")
+        embedding = of_rows(self.time_embedding, self.time_proj(timestep).to(sample.dtype))  # (1 or N, embedding_dim)
         compute = self._convolve if self.config.block_out_channels else self._connect
         prediction = compute(sample, embedding, condition)
         return LatentDenoiserOutput(sample=prediction) if return_dict else (prediction,)
@@ -207,7 +218,7 @@ class LatentDenoiser(SavedModel, ConfigMixin):
         hidden = self.layer_in(sample)  # (N, L) -> (N, width)
         for block in self.blocks:
             hidden = block(hidden, embedding)
-        scale, shift = self.modulation_out(embedding).chunk(2, dim=1)
+        scale, shift = of_rows(self.modulation_out, embedding).chunk(2, dim=1)
         return self.layer_out(self.norm_out(hidden) * (1 + scale) + shift)
 
     def _convolve(self, sample: torch.Tensor, embedding: torch.Tensor, condition: torch.Tensor | None) -> torch.Tensor:
@@ -218,7 +229,7 @@ class LatentDenoiser(SavedModel, ConfigMixin):
         for block in self.down_blocks:
             hidden = block(hidden, embedding, condition)  # the length halves
             skips.append(hidden)
-        mid = self.mid_in(F.silu(hidden.flatten(1))) + self.mid_embedding(embedding)  # (N, bottleneck_dim)
+        mid = self.mid_in(F.silu(hidden.flatten(1))) + of_rows(self.mid_embedding, embedding)
         if self.mid_condition is not None:
             mid = mid + self.mid_condition(condition)
         hidden = hidden + self.mid_out(F.silu(mid)).view_as(hidden)

@@ -68,9 +68,11 @@ def _check_one(name: str, kind: Any, bounds: Mapping[str, Any], value: Any) -> A
         require(value in bounds["choices"], f"one of {', '.join(bounds['choices'])}")
     if bounds.get("json"):
         try:
-            require(isinstance(json.loads(value), dict), "a mapping, as JSON")
+            mapping = json.loads(value)
         except json.JSONDecodeError as error:
             raise ValueError(f"{name} must be JSON, got {value!r}: {error}") from error
+        require(isinstance(mapping, dict), "a mapping, as JSON")
+        value = json.dumps(mapping)  # a run that goes on compares the text
     if bounds.get("path"):
         try:
             value = expand_path(value)

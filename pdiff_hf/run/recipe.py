@@ -258,7 +258,7 @@ class EvaluateSection:
 
     num_models: int = option(200, "How many networks to generate; of a family, for each unseen task.", min=1)
     score_models: int | None = option(None, "Score no more than so many of them, drawn at random.", min=1)
-    num_inference_steps: int = option(20, "Denoising steps.", min=1)
+    num_inference_steps: int = option(10, "Denoising steps.", min=1)
     temperature: float = option(1.0, "Spread of the noise that sampling starts from.", min=0)
     fid_features: str = option(
         "inception",

@@ -298,7 +298,7 @@ def tune(run: "Run") -> None:
 
 
 def make_sampling_scheduler(scheduler: DDPMScheduler) -> DPMSolverMultistepScheduler:
-    """The scheduler that a pipeline is saved with: DPM-Solver++, which needs 20 steps where DDPM needs 1000."""
+    """The scheduler that a pipeline is saved with: DPM-Solver++, which needs 10 steps where DDPM needs 1000."""
     return DPMSolverMultistepScheduler.from_config(
         scheduler.config, algorithm_type="dpmsolver++", final_sigmas_type="zero"
     )

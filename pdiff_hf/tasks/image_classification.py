@@ -13,6 +13,7 @@ import timm
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from timm.layers import to_2tuple
 from torch import nn
 from torchvision.transforms.functional import pil_to_tensor
 from transformers import (
@@ -24,6 +25,7 @@ from transformers import (
 from transformers.models.timm_wrapper import TimmWrapperConfig
 
 from ..networks.adapters import load_network
+from ..utils.errors import first_line
 from .dataset import take_columns
 from .images import ImageColumn, ImageSplit, ImageTask, Preparation, load_image_data
 from .labels import LabelledTask, bad_labels, find_weights, name_classes, without_unlabelled_test
@@ -78,19 +80,20 @@ class ImageClassificationTask(ImageTask, LabelledTask):
                 f"model '{self.model}' is not a timm architecture, a local folder or a Hub id; "
                 f"timm has {', '.join(close) or 'no similar name'}"
             )
-        try:
-            with torch.device("meta"):
-                cfg: dict[str, Any] = timm.create_model(self.model, **self.model_args).pretrained_cfg  # type: ignore
-        except TypeError as error:
-            raise ValueError(f"model '{self.model}' does not take the model_args {self.model_args}: {error}") from error
+        model_args, network = self.model_args, self._on_meta_device(self.model_args)
+        cfg: dict[str, Any] = network.pretrained_cfg  # type: ignore
+        if cfg.get("fixed_input_size") and self.image_size and "img_size" not in model_args:
+            model_args = model_args | {"img_size": self.image_size}  # the network's positions are laid out for it
+            network = self._on_meta_device(model_args)
         channels, *size = cfg["input_size"]
-        if "img_size" in self.model_args:  # the network's positions are laid out for it
-            size = [self.model_args["img_size"]] * 2
-        channels = self.model_args.get("in_chans", channels)
+        if "img_size" in model_args:
+            size = list(to_2tuple(model_args["img_size"]))
+        channels = model_args.get("in_chans", channels)
+        self._check_takes(network, [channels, *([self.image_size] * 2 if self.image_size else size)])
         # Only what describes the preprocessing: the rest says where pretrained weights are, which these are not.
         return TimmWrapperConfig(
             architecture=self.model,
-            model_args=self.model_args or None,
+            model_args=model_args or None,
             pretrained_cfg={
                 "input_size": [channels, *size],
                 "interpolation": cfg["interpolation"],
@@ -99,6 +102,23 @@ class ImageClassificationTask(ImageTask, LabelledTask):
                 "std": [float(np.mean(cfg["std"]))] * channels if channels != len(cfg["std"]) else list(cfg["std"]),
             },
         )
+
+    def _on_meta_device(self, model_args: dict[str, Any]) -> nn.Module:
+        try:
+            with torch.device("meta"):
+                return timm.create_model(self.model, **model_args)
+        except TypeError as error:
+            raise ValueError(f"model '{self.model}' does not take the model_args {model_args}: {error}") from error
+
+    def _check_takes(self, network: nn.Module, shape: list[int]) -> None:
+        try:
+            network.eval()(torch.empty(1, *shape, device="meta"))
+        except Exception as error:  # architectures have no common type for it
+            size = "×".join(map(str, shape))
+            raise ValueError(
+                f"model '{self.model}' takes no images of {size} (channels, height, width), set by image_size and "
+                f"model_args: {first_line(error)}"
+            ) from error
 
     def load_base_model(self) -> PreTrainedModel:
         """The network with one output a class. Fresh weights depend on torch's global seed."""

@@ -248,7 +248,10 @@ def test_denoiser_timesteps_one_for_all_or_one_each():
     torch.nn.init.normal_(denoiser.conv_out.weight)
     sample = torch.randn(3, 8)
     same = denoiser(sample, 7).sample
-    assert torch.equal(same, denoiser(sample, torch.tensor([7, 7, 7]), return_dict=False)[0])
+    assert torch.equal(same, denoiser(sample, torch.tensor([7]), return_dict=False)[0])
+    torch.testing.assert_close(same, denoiser(sample, torch.tensor([7, 7, 7])).sample)
+    with pytest.raises(ValueError, match="timestep must be one, or one for each of 3 latents, got 2"):
+        denoiser(sample, torch.tensor([7, 8]))
     assert not torch.allclose(same, denoiser(sample, torch.tensor([7, 500, 7])).sample)
 
 

@@ -2,42 +2,12 @@
 
 import pytest
 import torch
-from support.pipelines import LATENT_DIM, make_network, make_pipeline, sample
+from support.pipelines import LATENT_DIM, make_conditional_pipeline, make_network, make_pipeline, sample
 
-from pdiff_hf import LatentDenoiser, PDiffPipeline
-from pdiff_hf.models import ConditionEncoder
+from pdiff_hf import PDiffPipeline
 from pdiff_hf.pipelines.conditions import embed_conditions, prepare_conditions
 
-FIELDS = {
-    "angle": {"type": "angle"},
-    "blur": {"type": "scalar", "low": 0.0, "high": 2.0},
-    "kind": {"type": "category", "values": ["plain", "inverted"]},
-    "bits": {"type": "vector", "length": 3},
-}
 KNOWN = {"angle": 37.0, "blur": 0.4, "kind": "plain", "bits": [0, 1, 1]}
-EMBEDDING_DIM = 12
-
-
-def make_conditional_pipeline() -> PDiffPipeline:
-    torch.manual_seed(1)
-    encoder = ConditionEncoder(FIELDS, embedding_dim=EMBEDDING_DIM)
-    generator = torch.Generator().manual_seed(0)
-    seen = [
-        {
-            "angle": 360 * torch.rand((), generator=generator).item(),
-            "blur": 2 * torch.rand((), generator=generator).item(),
-            "kind": ["plain", "inverted"][i % 2],
-            "bits": [i % 2, i // 2 % 2, 1],
-        }
-        for i in range(8)
-    ]
-    encoder.remember(encoder.fields.table(seen))
-    denoiser = LatentDenoiser(
-        LATENT_DIM, block_out_channels=(4, 4), bottleneck_dim=8, embedding_dim=16, condition_dim=EMBEDDING_DIM
-    )
-    for parameter in denoiser.parameters():  # some start at zero, so that a condition would make no difference
-        torch.nn.init.normal_(parameter, std=0.2)
-    return make_pipeline(make_network(), denoiser=denoiser.eval(), condition_encoder=encoder.eval())
 
 
 @pytest.fixture(scope="module")

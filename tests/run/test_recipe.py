@@ -60,6 +60,10 @@ def test_every_key_is_explained_with_its_default(capsys):
     assert "(default: 300)" in text and "One of paper, small, mlp." in text
 
 
+def test_spaces_in_json_make_no_other_run():
+    assert parse("--model_args", '{"img_size":32}') == parse("--model_args", '{ "img_size" : 32 }')
+
+
 def test_choices_are_those_of_the_modules_that_define_them():
     choices = {field.name: field.metadata.get("choices") for field in dataclasses.fields(Recipe)}
     assert choices["autoencoder_preset"] == tuple(AUTOENCODER_PRESETS)

@@ -4,10 +4,18 @@ import torch
 from transformers import AutoConfig, AutoModelForImageClassification, PreTrainedModel
 
 from pdiff_hf import LatentDenoiser, ParameterAutoencoder, ParameterLayout, PDiffPipeline, select_parameters
+from pdiff_hf.models import ConditionEncoder
 from pdiff_hf.run.stages import make_sampling_scheduler
 from pdiff_hf.training import make_training_scheduler
 
 LATENT_DIM = 6
+FIELDS = {
+    "angle": {"type": "angle"},
+    "blur": {"type": "scalar", "low": 0.0, "high": 2.0},
+    "kind": {"type": "category", "values": ["plain", "inverted"]},
+    "bits": {"type": "vector", "length": 3},
+}
+EMBEDDING_DIM = 12
 
 
 def make_network(seed: int = 0) -> PreTrainedModel:
@@ -34,6 +42,29 @@ def make_pipeline(network, select="norm[-2:]", seed=0, **components) -> PDiffPip
     pipe = PDiffPipeline(**components)
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+def make_conditional_pipeline() -> PDiffPipeline:
+    """A generator that takes conditions of `FIELDS`."""
+    torch.manual_seed(1)
+    encoder = ConditionEncoder(FIELDS, embedding_dim=EMBEDDING_DIM)
+    generator = torch.Generator().manual_seed(0)
+    seen = [
+        {
+            "angle": 360 * torch.rand((), generator=generator).item(),
+            "blur": 2 * torch.rand((), generator=generator).item(),
+            "kind": ["plain", "inverted"][i % 2],
+            "bits": [i % 2, i // 2 % 2, 1],
+        }
+        for i in range(8)
+    ]
+    encoder.remember(encoder.fields.table(seen))
+    denoiser = LatentDenoiser(
+        LATENT_DIM, block_out_channels=(4, 4), bottleneck_dim=8, embedding_dim=16, condition_dim=EMBEDDING_DIM
+    )
+    for parameter in denoiser.parameters():  # some start at zero, so that a condition would make no difference
+        torch.nn.init.normal_(parameter, std=0.2)
+    return make_pipeline(make_network(), denoiser=denoiser.eval(), condition_encoder=encoder.eval())
 
 
 def sample(pipe, num_models=4, seed=0, output_type="pt", **kwargs):

@@ -69,6 +69,17 @@ def test_grey_images_reach_networks_of_one_and_of_three_channels():
         assert task.predict(task.load_base_model().eval(), batch).shape == (2, 10)
 
 
+def test_a_network_with_fixed_positions_is_built_for_the_image_size(tmp_path):
+    task = ImageClassificationTask("test_vit", image_size=32)
+    batch = task.load_split("validation").__getitems__([0, 1])
+    model = task.load_base_model().eval()
+    task.save_base_model(model, tmp_path)
+    with torch.no_grad():
+        logits = task.predict(model, batch)
+        assert torch.equal(task.predict(task.load_saved(tmp_path).eval(), batch), logits)
+    assert logits.shape == (2, 10)
+
+
 def test_images_beyond_the_memory_budget_are_the_same(monkeypatch):
     in_memory = ImageClassificationTask("test_resnet", image_size=8).load_split("test")
     monkeypatch.setattr(module, "MEMORY_BUDGET", 0)
@@ -169,6 +180,11 @@ def test_labels_that_are_plain_numbers_and_limits(tmp_path):
         ({"model": "resnet81"}, "'resnet81' is not a timm architecture.*timm has resnet"),
         ({"model": "some/where/nothing"}, "neither a folder .* nor a Hub id"),
         ({"model_args": {"depths": 3}}, "does not take the model_args"),
+        (
+            {"model": "vit_tiny_patch16_224", "model_args": {"img_size": 64}, "image_size": 32},
+            "takes no images of 3×32×32",
+        ),
+        ({"model": "vgg11", "image_size": 8}, "'vgg11' takes no images of 3×8×8 .*set by image_size and model_args"),
         ({"dataset": "no_such_data_set"}, "neither 'digits', .*a local data set folder nor a Hub id"),
         ({"validation_fraction": 0.7}, "validation_fraction must lie between 0 and 0.5, got 0.7"),
         ({"image_size": -1}, "image_size must be at least 1, got -1"),
