@@ -333,6 +333,15 @@ class PDiffPipeline(SavedPipeline, NetworkMixin, DiffusionPipeline):
         self.maybe_free_model_hooks()
         return PDiffPipelineOutput(parameters=output) if return_dict else (output,)
 
+    def compile(self, **kwargs: Any) -> None:
+        """
+        Compiles what takes the time, the denoiser and the network of the decoder, at their first use and for each shape
+        that they meet. Takes the arguments of `torch.compile`. The bits of networks may then differ from those without.
+        """
+        self.denoiser.compile(**kwargs)
+        if self.autoencoder.config.block_out_channels:
+            self.autoencoder.decoder.compile(**kwargs)
+
     @torch.no_grad()
     def decode_latents(self, latents: torch.Tensor) -> torch.Tensor:
         """Latents of shape `(N, L)` to parameters of shape `(N, D)`, on the CPU."""

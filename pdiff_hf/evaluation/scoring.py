@@ -12,7 +12,7 @@ from typing import Any, ClassVar, Generic, TypeVar
 import psutil
 import torch
 from accelerate import PartialState
-from accelerate.utils import broadcast_object_list, send_to_device
+from accelerate.utils import broadcast_object_list
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -20,9 +20,10 @@ from tqdm.auto import tqdm
 
 from ..layout import ParameterLayout
 from ..networks.batch_norm import RecomputedStatistics
-from ..networks.batched import BatchedModels
+from ..networks.batched import GPU_MEMORY_BUDGET, BatchedModels
 from ..tasks import ClassificationTask, MeasuredTask, Task, predict_logits, take
 from ..tasks.task import EVAL_BATCH_SIZE, Split, statistics_batches
+from ..utils.devices import to_device
 from ..utils.files import replacing
 from .geometry import Matrix
 from .scores import ClassifierScores, MeasuredScores, Metric, Scores
@@ -218,7 +219,7 @@ class ClassifierScorer(Scorer[ClassifierScores]):
     def _batch(self, split: Split, size: int) -> dict:
         indices = list(range(min(size, self.num_examples(split))))
         device = next(self.models.model.parameters()).device
-        return send_to_device(self.task.collate(take(self.task.load_split(split), indices)), device)
+        return to_device(self.task.collate(take(self.task.load_split(split), indices)), device)
 
     def _num_classes(self, split: Split) -> int:
         """Found out with one example, so that memory can be checked before any real work."""
@@ -228,23 +229,26 @@ class ClassifierScorer(Scorer[ClassifierScores]):
                 self._classes = self.task.predict(self.models.model, batch).shape[-1]
         return self._classes
 
-    def _empty(self, split: Split, num_networks: int) -> ClassifierScores:
+    def _empty(self, split: Split, num_networks: int, device: torch.device | None = None) -> ClassifierScores:
         num_examples = self.num_examples(split)
         return ClassifierScores(
-            torch.empty(num_networks, num_examples, dtype=torch.int16),
-            torch.empty(num_networks, num_examples, self._num_classes(split), dtype=torch.float16),
-            torch.empty(num_examples, dtype=torch.long),
+            torch.empty(num_networks, num_examples, dtype=torch.int16, device=device),
+            torch.empty(num_networks, num_examples, self._num_classes(split), dtype=torch.float16, device=device),
+            torch.empty(num_examples, dtype=torch.long, device=device),
         )
 
     def _run(self, split: Split, parameters: Tensor) -> ClassifierScores:
-        scores = self._empty(split, len(parameters))
+        # Scores stay on the device until the last: to copy some is to wait for all that is queued there.
+        device = next(self.models.model.parameters()).device
+        size = 2 * len(parameters) * self.num_examples(split) * (1 + self._num_classes(split))
+        scores = self._empty(split, len(parameters), device if size <= GPU_MEMORY_BUDGET else None)
         for rows, examples, logits, labels in predict_logits(self.task, self.models, split, self.complete(parameters)):
             log_probs = logits.float().log_softmax(-1)
             predictions = logits.argmax(-1).masked_fill(log_probs.isnan().any(-1), -1)
-            scores.predictions[rows, examples] = predictions.to("cpu", torch.int16)
-            scores.log_probs[rows, examples] = log_probs.to("cpu", torch.float16)
-            scores.labels[examples] = labels.cpu()
-        return scores
+            scores.predictions[rows, examples] = predictions.to(scores.predictions)
+            scores.log_probs[rows, examples] = log_probs.to(scores.log_probs)
+            scores.labels[examples] = labels.to(scores.labels)
+        return ClassifierScores(**{name: values.cpu() for name, values in vars(scores).items()})
 
     def estimate(self, num_networks: int) -> float:
         batch = self._batch("test", EVAL_BATCH_SIZE)

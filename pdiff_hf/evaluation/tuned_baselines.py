@@ -10,7 +10,6 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from accelerate.utils import send_to_device
 from torch import Tensor
 
 from ..models import ParameterAutoencoder
@@ -18,6 +17,7 @@ from ..networks.stacked import StackedNetworks
 from ..tasks import ClassificationTask
 from ..tasks.task import Batch, take
 from ..training.ensembles import Tuning, training_passes, validation_batch, validation_loss
+from ..utils.devices import to_device
 from ..utils.seeds import derive_seed
 from .baselines import diagonal_gaussian, low_rank_gaussian
 from .geometry import Matrix, mean_of
@@ -224,7 +224,7 @@ class _Feedback:
             chosen = torch.randint(
                 len(self.split), (self.tuning.num_examples,), generator=generator, device=self.device
             )
-            batch = send_to_device(self.task.collate(take(self.split, chosen.tolist())), self.device)
+            batch = to_device(self.task.collate(take(self.split, chosen.tolist())), self.device)
             values = [part + scale * move for part, scale, move in zip(start, scales, moved, strict=True)]
             optimizer.zero_grad()
             loss(values, batch, generator).backward()

@@ -4,7 +4,7 @@ import contextlib
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import psutil
 import torch
@@ -51,7 +51,17 @@ def replaced_files(folder: Path, *patterns: str) -> Iterator[Path]:
 
 
 class SavedModel(ModelMixin):
-    """A `ModelMixin` that is saved and loaded whole or not at all."""
+    """A `ModelMixin` that is saved and loaded whole or not at all, and whose statistics stay float32."""
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Self:
+        """Moves and casts, by `to` and `half` for example, all but the types of `_keep_in_fp32_modules`."""
+        names = self._keep_in_fp32_modules or []
+        kept = {name: buffer for name, buffer in self._buffers.items() if name in names}
+        super()._apply(fn, recurse)
+        for name, buffer in kept.items():
+            if buffer is not None and self._buffers[name].dtype != buffer.dtype:
+                self._buffers[name] = buffer.to(self._buffers[name].device)
+        return self
 
     # A pipeline looks at this signature to learn what it can ask for.
     def save_pretrained(

@@ -2,7 +2,7 @@
 
 import functools
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -42,15 +42,6 @@ class TokenModel(SavedModel):
         "latent_mean",
         "latent_std",
     ]
-
-    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> "TokenModel":
-        """Moves and casts, by `to` and `half` for example, all but the types of these."""
-        kept = {name: buffer for name, buffer in self._buffers.items() if name in self._keep_in_fp32_modules}
-        super()._apply(fn, recurse)
-        for name, buffer in kept.items():
-            if buffer is not None and self._buffers[name].dtype != buffer.dtype:
-                self._buffers[name] = buffer.to(self._buffers[name].device)
-        return self
 
     def _init_tokens(
         self,

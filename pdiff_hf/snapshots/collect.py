@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import send_to_device
 from torch import nn
 from tqdm.auto import tqdm
 
@@ -16,6 +15,7 @@ from ..networks.batched import BatchedModels, Forward, PrefixCache
 from ..networks.cropping import CroppedConvolutions
 from ..tasks import ClassificationTask, Task, accuracy, take
 from ..training.loop import LoopArguments, TrainingError, epoch_indices, largest, make_optimizer, train
+from ..utils.devices import to_device
 from ..utils.seeds import derive_seed
 from .dataset import SnapshotWriter
 
@@ -62,7 +62,7 @@ def train_base_model(
     def loss_function(model, indices, generator):
         # What a task or a network draws by chance, such as dropout, follows from the step, as the examples do.
         torch.manual_seed(generator.initial_seed())
-        batch = send_to_device(task.augment(task.collate(take(split, indices.tolist()))), accelerator.device)
+        batch = to_device(task.augment(task.collate(take(split, indices.tolist()))), accelerator.device)
         with CroppedConvolutions():
             return task.loss(model, batch)
 
@@ -112,7 +112,7 @@ def collect_snapshots(
     normalizing = [module for name, module in model.named_modules() if f"{name}.running_mean" in layout.names]
 
     def loss_of(indices: torch.Tensor) -> Forward:
-        batch = send_to_device(task.augment(task.collate(take(split, indices.tolist()))), accelerator.device)
+        batch = to_device(task.augment(task.collate(take(split, indices.tolist()))), accelerator.device)
         return lambda call: task.loss(call, batch)
 
     cache, example = None, task.collate(take(split, [0]))

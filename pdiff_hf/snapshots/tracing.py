@@ -6,12 +6,12 @@ from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
 import torch
-from accelerate.utils import send_to_device
 from torch import nn
 from torch.fx import Node
 
 from ..layout import ParameterLayout
 from ..tasks import ClassificationTask, take
+from ..utils.devices import to_device
 from ..utils.errors import first_line
 
 aten = torch.ops.aten
@@ -93,7 +93,7 @@ class _Captured(Exception):
 
 def _arguments(task: ClassificationTask, device: torch.device) -> tuple[tuple, dict[str, Any]]:
     """What the task calls its network with, for a batch of two examples."""
-    batch = send_to_device(task.collate(take(task.load_split("validation"), [0, 1])), device)
+    batch = to_device(task.collate(take(task.load_split("validation"), [0, 1])), device)
 
     def capture(*args, **kwargs) -> NoReturn:
         raise _Captured(args, kwargs)

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 
 import datasets
 import torch
-from accelerate.utils import send_to_device
 from torch import nn
 from torch.utils.data import Dataset
 from torchvision import tv_tensors
@@ -16,6 +15,7 @@ from torchvision.transforms.functional import pil_to_tensor
 
 from ..networks.batched import BatchedModels
 from ..networks.torchvision import Architecture
+from ..utils.devices import to_device
 from .dataset import BadRows, load_raw, take_columns
 from .images import ImageColumn, ImageTask
 from .registry import register_task
@@ -152,7 +152,7 @@ class ObjectDetectionTask(ImageTask, MeasuredTask):
         found: list[list[dict[str, torch.Tensor]]] = [[] for _ in parameters]
         for start in range(0, len(examples), MEASURE_BATCH_SIZE):
             indices = list(range(start, min(start + MEASURE_BATCH_SIZE, len(examples))))
-            batch = send_to_device(self.collate(take(examples, indices)), device)
+            batch = to_device(self.collate(take(examples, indices)), device)
 
             def forward(call: Callable, batch: Batch = batch) -> torch.Tensor:
                 return self.predict(call, batch)

@@ -8,7 +8,6 @@ import datasets
 import numpy as np
 import torch
 import torch.nn.functional as F
-from accelerate.utils import send_to_device
 from PIL import Image
 from torch import nn
 from torch.utils.data import Dataset
@@ -17,6 +16,7 @@ from torchvision.models import segmentation
 
 from ..networks.batched import BatchedModels
 from ..networks.torchvision import Architecture
+from ..utils.devices import to_device
 from .dataset import BadRows, load_raw, take_columns
 from .images import MEMORY_BUDGET, ImageColumn, ImageTask
 from .registry import register_task
@@ -154,7 +154,7 @@ class SemanticSegmentationTask(ImageTask, MeasuredTask):
         confusion = torch.zeros(len(parameters), classes, classes, dtype=torch.int64, device=device)
         for start in range(0, len(examples), MEASURE_BATCH_SIZE):
             indices = list(range(start, min(start + MEASURE_BATCH_SIZE, len(examples))))
-            batch = send_to_device(self.collate(take(examples, indices)), device)
+            batch = to_device(self.collate(take(examples, indices)), device)
             counts = batch["masks"] != IGNORED
             truth = classes * batch["masks"][counts]
 

@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Any, Literal, Protocol
 
 import torch
-from accelerate.utils import send_to_device
 from safetensors.torch import load_model, save_model
 from torch import nn
 from transformers import PreTrainedModel
 
 from ..networks.adapters import load_network, save_network, without_wrapper
 from ..networks.batched import BatchedModels
+from ..utils.devices import to_device
 from ..utils.memory import halve, is_out_of_memory
 
 Split = Literal["train", "validation", "test"]
@@ -149,7 +149,7 @@ def statistics_batches(task: Task, device: torch.device) -> Iterator[Callable[[C
     split = task.load_split("train")
     indices = torch.linspace(0, len(split) - 1, min(STATISTICS_EXAMPLES, len(split))).round().long()
     for part in indices.tensor_split(-(-len(indices) // STATISTICS_BATCH_SIZE)):
-        batch = send_to_device(task.collate(take(split, part.tolist())), device)
+        batch = to_device(task.collate(take(split, part.tolist())), device)
         yield functools.partial(task.loss, batch=batch)
 
 
@@ -196,7 +196,7 @@ def predict_logits(
         runs out, a batch of examples begins anew in smaller ones, and what it gave before comes again.
     """
     device = next(models.model.parameters()).device
-    parameters = parameters.to(device)
+    parameters = to_device(parameters, device)
     split_examples, size, start = task.load_split(split), EVAL_BATCH_SIZE, 0
     indices = list(range(len(split_examples)))
     if max_examples is not None and max_examples < len(indices):
@@ -204,7 +204,7 @@ def predict_logits(
     while start < len(indices):
         examples = slice(start, min(start + size, len(indices)))
         try:
-            batch = send_to_device(task.collate(take(split_examples, indices[examples])), device)
+            batch = to_device(task.collate(take(split_examples, indices[examples])), device)
 
             def forward(call: Callable, batch: Batch = batch) -> torch.Tensor:
                 return task.predict(call, batch)

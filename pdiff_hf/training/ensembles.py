@@ -7,13 +7,13 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from accelerate.utils import send_to_device
 from diffusers import SchedulerMixin
 from torch import nn
 
 from ..models import ParameterAutoencoder
 from ..networks.stacked import StackedNetworks
 from ..tasks.task import Batch, ClassificationTask, take
+from ..utils.devices import to_device
 from .denoiser import LatentGenerator
 from .tune import denoise
 
@@ -133,7 +133,7 @@ def validation_batch(task: ClassificationTask, device: torch.device) -> Batch:
     """Up to `VALIDATION_EXAMPLES` examples of the validation split, evenly spaced over it."""
     split = task.load_split("validation")
     indices = torch.linspace(0, len(split) - 1, min(VALIDATION_EXAMPLES, len(split))).round().long().tolist()
-    return send_to_device(task.collate(take(split, indices)), device)
+    return to_device(task.collate(take(split, indices)), device)
 
 
 class DiffusionLatents(nn.Module):

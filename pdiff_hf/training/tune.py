@@ -9,7 +9,6 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
-from accelerate.utils import send_to_device
 from diffusers import SchedulerMixin
 from torch import nn
 
@@ -17,6 +16,7 @@ from ..models import ParameterAutoencoder
 from ..networks.stacked import StackedNetworks
 from ..tasks.families import Family
 from ..tasks.task import Batch, ClassificationTask, take
+from ..utils.devices import to_device
 from ..utils.seeds import derive_seed
 from .denoiser import LatentGenerator
 from .loop import LoopArguments, train
@@ -176,7 +176,7 @@ def single_task(task: ClassificationTask, args: TuneArguments, device: torch.dev
     def draw(indices: torch.Tensor, generator: torch.Generator) -> tuple[None, Batch]:
         size = (args.num_examples,)
         chosen = torch.randint(len(split), size, generator=generator, device=generator.device).tolist()
-        return None, send_to_device(task.collate(take(split, chosen)), device)
+        return None, to_device(task.collate(take(split, chosen)), device)
 
     return draw
 

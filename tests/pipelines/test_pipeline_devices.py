@@ -1,5 +1,7 @@
 """What a GPU needs of a pipeline: nothing waits in the loop, half precision, and offloading."""
 
+import copy
+
 import pytest
 import torch
 from accelerate.hooks import ModelHook, add_hook_to_module
@@ -51,6 +53,7 @@ def test_half_precision(dtype, conditional, tmp_path):
     condition = {"condition": CONDITION} if conditional else {}
     expected, got = sample(pipe, 20, **condition), sample(half, 20, **condition)
     assert got.dtype == torch.float32
+    assert torch.equal(sample(copy.deepcopy(pipe).to(dtype), 20, **condition), got)
     spread = expected.std(0)
     assert ((got - expected).square().mean(0).sqrt() < 0.1 * spread).all()
     assert not torch.equal(got, expected)

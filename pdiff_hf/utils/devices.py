@@ -1,0 +1,16 @@
+"""Batches of data on the device of a network."""
+
+from typing import Any
+
+import torch
+from accelerate.utils import recursively_apply, send_to_device
+
+
+def to_device(batch: Any, device: torch.device) -> Any:
+    """
+    All tensors in a batch on `device`. What goes to a GPU is pinned in memory first, so that the program does not wait
+    until the GPU, busy with the last batch, has taken it.
+    """
+    if device.type != "cuda":
+        return send_to_device(batch, device)
+    return send_to_device(recursively_apply(torch.Tensor.pin_memory, batch), device, non_blocking=True)
