@@ -38,7 +38,8 @@ def main() -> None:
         parser.error("--align needs --import or --conditions: it is for snapshots from files")
     # These take seconds to import, which a mistyped flag should not wait for.
     from pdiff_hf.run.listing import describe_selection
-    from pdiff_hf.run.run import Run, start_processes
+    from pdiff_hf.run.processes import start_processes
+    from pdiff_hf.run.run import Run
     from pdiff_hf.run.stages import collect_from_files
     from pdiff_hf.run.task import make_task
     from pdiff_hf.run.terminal import one_line_errors, quiet_libraries

@@ -25,7 +25,7 @@ def main() -> None:
     generator = parser.parse_known_args()[0].generator
     # These take seconds to import, which a mistyped flag should not wait for.
     from pdiff_hf.evaluation.render import format_summary
-    from pdiff_hf.run.run import start_processes
+    from pdiff_hf.run.processes import start_processes
     from pdiff_hf.run.saved import evaluate_saved
     from pdiff_hf.run.terminal import one_line_errors, quiet_libraries
 

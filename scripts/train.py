@@ -19,7 +19,8 @@ def main() -> None:
     # These take seconds to import, which a mistyped flag should not wait for.
     from pdiff_hf.evaluation.render import format_summary
     from pdiff_hf.hub.push import push_run_to_hub, resolve_repo_id
-    from pdiff_hf.run.run import Run, start_processes
+    from pdiff_hf.run.processes import start_processes
+    from pdiff_hf.run.run import Run
     from pdiff_hf.run.terminal import command, one_line_errors, quiet_libraries
     from pdiff_hf.utils import names
     from pdiff_hf.utils.reports import load_report

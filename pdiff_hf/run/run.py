@@ -6,11 +6,9 @@ import logging
 import os
 import time
 from collections.abc import Iterator
-from datetime import timedelta
 from typing import Any
 
 from accelerate import Accelerator, PartialState
-from accelerate.utils import parse_flag_from_env
 
 from ..tasks import Task
 from ..training.loop import LoopArguments
@@ -20,6 +18,7 @@ from ..utils.files import replacing
 from ..utils.seeds import named_seed
 from .checks import check_run
 from .folder import RunError
+from .processes import check_shared, lost_processes, start_processes
 from .recipe import SECTIONS, Recipe
 from .results import RunResults
 from .stages import STAGES, stages_before
@@ -27,14 +26,6 @@ from .task import make_family, make_task
 from .terminal import duration
 
 logger = logging.getLogger(__name__)
-
-
-def start_processes() -> PartialState:
-    """
-    What the processes of a run have in common; the first call in a program makes it. The main process collects
-    snapshots alone, for which the others wait longer than they do by default.
-    """
-    return PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"), timeout=timedelta(weeks=4))
 
 
 def choose_precision(asked_for: str | None) -> str:
@@ -120,8 +111,16 @@ class Run(RunResults):
         """
         Executes all stages that the recipe asks for and that are not finished yet, in order. Networks are trained on
         all processes; the main one does the rest, and alone writes to the folder.
+
+        Raises:
+            RunError: if a stage is missing, the processes have no folder in common, or one of them is lost.
         """
+        with lost_processes():
+            self._execute()
+
+    def _execute(self) -> None:
         state = PartialState()
+        check_shared(self.folder)
         if state.is_main_process:
             with self.resource_errors(names.RECIPE), replacing(self.folder / names.RECIPE) as path:
                 self.recipe.save(path)

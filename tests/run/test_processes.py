@@ -41,7 +41,7 @@ def tensors(folder) -> dict[str, torch.Tensor]:
 
 PROGRAM = """
 import runpy, sys, torch
-from pdiff_hf.run.run import start_processes
+from pdiff_hf.run.processes import start_processes
 start_processes()
 days = torch.distributed.group.WORLD._get_backend(torch.device("cpu")).options._timeout.days
 print(f"waits for {days} days")  # in one piece, because two processes write at the same time

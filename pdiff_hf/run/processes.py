@@ -1,0 +1,78 @@
+"""The processes of a run, on one host or on several."""
+
+import contextlib
+import socket
+import time
+import uuid
+from collections.abc import Iterator
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list, gather_object, parse_flag_from_env
+
+from ..utils.errors import first_line
+from .folder import RunError
+
+SHARED_FILE = ".processes"
+SHARED_SECONDS = 10.0  # a folder in a network may show late what another host has written
+# What gloo, which has no type of error of its own, says of a process that is gone.
+LOST = ("gloo", "Connection closed by peer", "Connection reset by peer", "Broken pipe")
+
+
+def start_processes() -> PartialState:
+    """
+    What the processes of a run have in common; the first call in a program makes it. The main process collects
+    snapshots alone, for which the others wait longer than they do by default.
+    """
+    return PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"), timeout=timedelta(weeks=4))
+
+
+def check_shared(folder: Path) -> None:
+    """
+    That all processes see what the main one writes to `folder`. Every process has to call it.
+
+    Raises:
+        RunError: in all processes, if one does not.
+    """
+    state = PartialState()
+    if state.num_processes == 1:
+        return
+    word, path = [uuid.uuid4().hex], folder / SHARED_FILE
+    broadcast_object_list(word)
+    if state.is_main_process:
+        path.write_text(word[0])
+    state.wait_for_everyone()
+    end = time.monotonic() + SHARED_SECONDS
+    while not (seen := path.is_file() and path.read_text() == word[0]) and time.monotonic() < end:
+        time.sleep(0.1)
+    found = gather_object([(state.process_index, socket.gethostname(), seen)])
+    if state.is_main_process:
+        path.unlink()
+    missing = [f"process {index} on {host}" for index, host, seen in found if not seen]
+    if missing:
+        raise RunError(
+            f"{', '.join(missing)} does not see what the main process writes to '{folder}': output_dir has to be one "
+            "folder that all hosts share"
+        )
+
+
+@contextlib.contextmanager
+def lost_processes() -> Iterator[None]:
+    """Raises a `RunError` where the connection to another process is lost within the block."""
+    try:
+        yield
+    except RuntimeError as error:
+        if PartialState().num_processes == 1 or not is_lost(error):
+            raise
+        raise RunError(
+            f"another process of this run has ended or cannot be reached any more, and its own output says why "
+            f"({first_line(error)}). What is finished and the last checkpoint are kept: start all processes again with "
+            "--resume_from_checkpoint latest"
+        ) from error
+
+
+def is_lost(error: RuntimeError) -> bool:
+    """Whether what went wrong is the connection to another process."""
+    return isinstance(error, torch.distributed.DistError) or any(text in str(error) for text in LOST)
