@@ -293,10 +293,10 @@ def _write(accelerator, checkpoint_dir: Path, part: Path, step: int, ema: EMAMod
 
 def _load(accelerator: Accelerator, checkpoint: Path, ema: EMAModel | None, losses: torch.Tensor) -> int:
     accelerator.load_state(str(checkpoint))
-    state = load_file(checkpoint / "loop.safetensors", device=str(accelerator.device))
+    state = load_file(checkpoint / "loop.safetensors")
     step = int(state["step"])
     losses[:step] = state["losses"][:step].cpu()
     if ema is not None:
-        ema.shadow_params = [state[f"ema.{i}"] for i in range(len(ema.shadow_params))]
+        ema.shadow_params = [state[f"ema.{i}"].to(accelerator.device) for i in range(len(ema.shadow_params))]
         ema.optimization_step = step
     return step

@@ -4,10 +4,13 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
+from run.test_family_run import CHANGES
 from safetensors.torch import load_file
+from support.recipes import TINY_FAMILY
 from support.run_server import RECIPE, ROOT
 
 from pdiff_hf.snapshots import load_snapshots, parameter_matrix
@@ -39,6 +42,15 @@ def tensors(folder) -> dict[str, torch.Tensor]:
     }
 
 
+def assert_same_tensors(one: Path, two: Path) -> None:
+    expected, found = tensors(one), tensors(two)
+    assert list(expected) == list(found)
+    for name in expected:
+        torch.testing.assert_close(found[name], expected[name], rtol=1e-3, atol=1e-4, msg=lambda m, n=name: f"{n}: {m}")
+    snapshots = [parameter_matrix(*load_snapshots(run / "snapshots")) for run in (one, two)]
+    torch.testing.assert_close(snapshots[1], snapshots[0], rtol=1e-5, atol=1e-5)
+
+
 PROGRAM = """
 import runpy, sys, torch
 from pdiff_hf.run.processes import start_processes
@@ -59,12 +71,7 @@ def test_two_processes_do_in_all_stages_what_one_does_in_two_parts(run_server, t
     two = torchrun(tmp_path / "program.py", ROOT / "scripts/train.py", f"--output_dir={tmp_path / 'two'}", *FLAGS)
     assert two.returncode == 0, two.stderr
 
-    expected, found = tensors(tmp_path / "one"), tensors(tmp_path / "two")
-    assert list(expected) == list(found)
-    for name in expected:
-        torch.testing.assert_close(found[name], expected[name], rtol=1e-3, atol=1e-4, msg=lambda m, n=name: f"{n}: {m}")
-    snapshots = [parameter_matrix(*load_snapshots(tmp_path / run / "snapshots")) for run in ("one", "two")]
-    torch.testing.assert_close(snapshots[1], snapshots[0], rtol=1e-5, atol=1e-5)
+    assert_same_tensors(tmp_path / "one", tmp_path / "two")
     reports = [json.loads((tmp_path / run / "evaluation/report.json").read_text()) for run in ("one", "two")]
     for a, b in zip(*(report["groups"] for report in reports), strict=True):
         assert (a["name"], a["n"]) == (b["name"], b["n"])
@@ -85,3 +92,19 @@ def test_two_processes_do_in_all_stages_what_one_does_in_two_parts(run_server, t
     assert two.stdout.count("The generator is in") == 1
     # The main process collects alone, and the others must not take that for its end: gloo's own limit is 30 minutes.
     assert two.stdout.count("waits for 28 days") == 2
+
+
+@pytest.mark.slow
+def test_two_processes_do_for_a_family_what_one_does_in_two_parts(run_server, tmp_path):
+    """The zoo, the generator, its tuning, and all that is scored."""
+    settings = TINY_FAMILY | CHANGES | {"baselines": "few"}
+    flags = [f"--{key}={' '.join(v) if isinstance(v, list) else v}" for key, v in settings.items()]
+    one = run_server.run(tmp_path / "one", *flags, "--gradient_accumulation_steps=2")
+    assert one.status == 0, one.errors
+    two = torchrun(ROOT / "scripts/train.py", f"--output_dir={tmp_path / 'two'}", *flags)
+    assert two.returncode == 0, two.stderr
+    assert_same_tensors(tmp_path / "one", tmp_path / "two")
+    reports = [json.loads((tmp_path / run / "evaluation/report.json").read_text()) for run in ("one", "two")]
+    assert list(reports[0]["rows"]) == list(reports[1]["rows"])
+    for name, row in reports[0]["rows"].items():
+        assert reports[1]["rows"][name]["once"] == row["once"], name
