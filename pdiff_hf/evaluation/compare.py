@@ -99,8 +99,8 @@ def compare_generator(
         `dict`: What `report.json` holds, see `report_schema.json`.
 
     Raises:
-        ValueError: if the networks of a baseline or the scores would not fit into memory, or `hyper_representations`
-            is asked for without a pipeline.
+        ValueError: if the networks of a baseline would not fit on the disk, or the scores into memory, or
+            `hyper_representations` is asked for without a pipeline.
     """
     pipeline = generator if isinstance(generator, PDiffPipeline) else None
     folder = Path(folder)
@@ -122,7 +122,7 @@ def compare_generator(
     families: list[Iterator[Group]] = []
     in_tuned = 0
     if baseline_models:
-        trivial = sample_baselines(context, baseline_models, seed, baselines)
+        trivial = sample_baselines(context, baseline_models, seed, baselines, folder)
         families.append(
             dataclasses.replace(group, parameters=contracted(group.parameters, products)) for group in trivial
         )

@@ -7,13 +7,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import psutil
 import torch
 from torch import Tensor
 
 from ..models import ParameterAutoencoder
 from ..models.products import expanded
 from ..pipelines import PDiffPipeline
+from ..utils.files import free_space
 from ..utils.memory import InParts
 from ..utils.seeds import derive_seed
 from .baselines import Baseline, BaselineContext, standard_baselines
@@ -171,19 +171,24 @@ def reconstruct(
     return Reconstruction(kept, rows, explained)
 
 
-def sample_baselines(context: BaselineContext, num_models: int, seed: int, which: str = "all") -> Iterator[Group]:
+def sample_baselines(
+    context: BaselineContext, num_models: int, seed: int, which: str = "all", folder: Path = Path()
+) -> Iterator[Group]:
     """
     `num_models` networks of every standard baseline that `context` supports, one group at a time.
 
+    Args:
+        folder (`Path`, *optional*): Where `context.room` puts what is large; it need not exist yet.
+
     Raises:
-        ValueError: if those of one baseline would take more than half of the free memory, before any is made.
+        ValueError: if those of one baseline would take more than half of the free space there, before any is made.
     """
     needed = 4 * num_models * context.snapshots.shape[1]
-    free = psutil.virtual_memory().available
+    free = free_space(folder)
     if needed > free / 2:
         raise ValueError(
-            f"{num_models} networks of a baseline need {needed:,} bytes, more than half of the {free:,} bytes of free "
-            f"memory; use --baseline_models {num_models * free // 2 // needed} at most"
+            f"{num_models} networks of a baseline need {needed:,} bytes, more than half of the {free:,} bytes that are "
+            f"free for '{folder}'; use --baseline_models {num_models * free // 2 // needed} at most"
         )
     return (
         # The seed follows from the name, so that a new baseline leaves the networks (and scores) of the others alone.

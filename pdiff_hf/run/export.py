@@ -1,6 +1,5 @@
 """Writes the networks of a saved generator as files that other libraries load."""
 
-import shutil
 from pathlib import Path
 
 import torch
@@ -15,7 +14,7 @@ from ..networks.batch_norm import RecomputedStatistics
 from ..pipelines import PDiffPipeline
 from ..tasks import Task
 from ..tasks.task import statistics_batches
-from ..utils.files import check_writable, replacing
+from ..utils.files import check_writable, free_space, replacing
 
 
 def write_networks(
@@ -58,7 +57,7 @@ def write_networks(
     size = 4 * pipe.autoencoder.layout.num_parameters
     if pipe.base_model is not None and not only_generated:
         size = sum(t.numel() * t.element_size() for t in pipe.base_model.state_dict().values())
-    free = shutil.disk_usage(next(path for path in (folder, *folder.absolute().parents) if path.exists())).free
+    free = free_space(folder)
     if size * num_models > free:
         raise ValueError(
             f"{num_models} networks of {size / 1e6:.1f} MB need {size * num_models / 1e9:.1f} GB, and '{folder}' has "

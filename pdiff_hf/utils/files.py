@@ -92,6 +92,13 @@ def is_disk_full(error: BaseException | None) -> bool:
     return False
 
 
+def free_space(folder: Path) -> int:
+    """Bytes that are free for a folder, which need not exist yet."""
+    return shutil.disk_usage(
+        next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    ).free
+
+
 def check_writable(folder: Path) -> None:
     """Raises a `ValueError` if no file can be written to `folder`, or, where it does not exist, to what it would be
     made in. Nothing is left there."""
