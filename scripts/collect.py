@@ -47,7 +47,8 @@ def main() -> None:
     from pdiff_hf.snapshots.files import beside, find_adapter
     from pdiff_hf.utils.paths import expand_path
 
-    state = start_processes()
+    with one_line_errors():
+        state = start_processes()
     quiet_libraries(state.is_main_process)
     with one_line_errors():
         if flags.list:

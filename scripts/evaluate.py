@@ -29,7 +29,8 @@ def main() -> None:
     from pdiff_hf.run.saved import evaluate_saved
     from pdiff_hf.run.terminal import one_line_errors, quiet_libraries
 
-    start_processes()
+    with one_line_errors():
+        start_processes()
     quiet_libraries()
     with one_line_errors():
         report = evaluate_saved(generator, recipe)

@@ -25,7 +25,8 @@ def main() -> None:
     from pdiff_hf.utils import names
     from pdiff_hf.utils.reports import load_report
 
-    state = start_processes()
+    with one_line_errors():
+        state = start_processes()
     quiet_libraries(state.is_main_process)
     try:
         with one_line_errors():

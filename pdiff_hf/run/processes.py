@@ -21,11 +21,29 @@ SHARED_SECONDS = 10.0  # a folder in a network may show late what another host h
 LOST = ("gloo", "Connection closed by peer", "Connection reset by peer", "Broken pipe")
 
 
+# Settings of Accelerate's launcher that change how networks are trained.
+SHARDING = {
+    "FSDP": "ACCELERATE_USE_FSDP",
+    "DeepSpeed": "ACCELERATE_USE_DEEPSPEED",
+    "Megatron-LM": "ACCELERATE_USE_MEGATRON_LM",
+}
+
+
 def start_processes() -> PartialState:
     """
     What the processes of a run have in common; the first call in a program makes it. The main process collects
     snapshots alone, for which the others wait longer than they do by default.
+
+    Raises:
+        RunError: if the launcher asks for what a run does not do, and would leave out or fail with later.
     """
+    for name, variable in SHARDING.items():
+        if parse_flag_from_env(variable):
+            raise RunError(
+                f"the launcher is set to {name}, which cuts networks into shards; what a run trains is small, and each "
+                "process has all of it. Choose plain data parallelism: `accelerate config`, or `accelerate launch "
+                "--multi_gpu`"
+            )
     return PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"), timeout=timedelta(weeks=4))
 
 

@@ -94,9 +94,8 @@ def is_disk_full(error: BaseException | None) -> bool:
 
 def free_space(folder: Path) -> int:
     """Bytes that are free for a folder, which need not exist yet."""
-    return shutil.disk_usage(
-        next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
-    ).free
+    folder = folder.absolute()
+    return shutil.disk_usage(next(path for path in (folder, *folder.parents) if path.exists())).free
 
 
 def check_writable(folder: Path) -> None:

@@ -211,6 +211,10 @@ def test_the_precision_of_the_launcher_is_used_and_recorded(run_server, whole_ru
     assert any(not torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
     refused = run_server.run(tmp_path / "fp8", *FLAGS, environment={"ACCELERATE_MIXED_PRECISION": "fp8"})
     assert "error: the launcher is set to mixed_precision=fp8; use no, fp16 or bf16" in refused.errors
+    for name, variable in (("FSDP", "ACCELERATE_USE_FSDP"), ("DeepSpeed", "ACCELERATE_USE_DEEPSPEED")):
+        refused = run_server.run(tmp_path / name, *FLAGS, environment={variable: "true"})
+        assert refused.errors.startswith(f"error: the launcher is set to {name}, which cuts networks into shards")
+        assert not (tmp_path / name).exists()
     assert not (tmp_path / "fp8").exists()
 
 
