@@ -1,12 +1,17 @@
 """
 Turns a network's training run into a generator of new, working networks, and says how good they are.
 
-    accelerate launch scripts/train.py                                    # ResNet-18 on scikit-learn's digits
+    accelerate launch scripts/train.py                                    # all of a small network, on digits
     accelerate launch scripts/train.py scripts/recipes/fashion_mnist.yaml # a recipe
     accelerate launch scripts/train.py RECIPE.yaml --num_snapshots 100    # with something changed
     accelerate launch scripts/train.py --stages denoiser evaluate         # some stages only
     accelerate launch scripts/train.py --resume_from_checkpoint latest    # go on where a run was stopped
     accelerate launch scripts/train.py --push_to_hub --hub_model_id user/name  # publish the generator with its report
+
+On several hosts (on CPUs with ACCELERATE_USE_CPU=true and GLOO_SOCKET_IFNAME=eth0, or whatever joins them):
+
+    torchrun --nnodes 2 --node_rank 0 --master_addr FIRST_HOST scripts/train.py --output_dir SHARED_FOLDER
+    torchrun --nnodes 2 --node_rank 1 --master_addr FIRST_HOST scripts/train.py --output_dir SHARED_FOLDER
 """
 
 import sys
