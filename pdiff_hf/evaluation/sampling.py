@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..models import ParameterAutoencoder
+from ..models.autoencoder import LARGE
 from ..models.products import expanded
 from ..pipelines import PDiffPipeline
 from ..utils.files import free_space
@@ -216,11 +217,13 @@ def reverse_process(
     temperature: float = 1.0,
 ) -> dict:
     """
-    Test scores of the networks that the noisy latents of several samples decode to along the way, in one pass over the
-    data (paper, figure 5b): `steps` that were taken, and `scores`, a row a sample and a column a step.
+    Test scores of the networks that the noisy latents of several samples, or of one of large networks, decode to along
+    the way (paper, figure 5b): `steps` that were taken, and `scores`, a row a sample and a column a step.
     """
+    num_parameters = pipeline.autoencoder.layout.num_parameters
+    count = NUM_TRAJECTORIES if num_parameters < LARGE else 1
     generator = named_generator(seed, "trajectories")
-    noise = torch.randn(NUM_TRAJECTORIES, pipeline.denoiser.config.latent_dim, generator=generator)
+    noise = torch.randn(count, pipeline.denoiser.config.latent_dim, generator=generator)
     along = [noise * pipeline.scheduler.init_noise_sigma * temperature]
 
     def keep(pipe, step, timestep, tensors):
@@ -228,7 +231,7 @@ def reverse_process(
         return tensors
 
     pipeline(
-        NUM_TRAJECTORIES,
+        count,
         num_inference_steps=num_inference_steps,
         generator=generator,
         latents=noise,
@@ -238,9 +241,11 @@ def reverse_process(
     )
     last = len(along) - 1
     steps = torch.linspace(0, last, min(last, MAX_TRAJECTORY_STEPS) + 1).round().int().tolist()
-    parameters = decode(pipeline, torch.cat([along[step] for step in steps]), folder)  # (S x samples, D)
-    scores = scorer.score("test", parameters).values.view(-1, NUM_TRAJECTORIES).T
-    return {"steps": steps, "scores": scores.tolist()}
+    scores = [
+        scorer.score("test", decode(pipeline, latents, folder)).values
+        for latents in torch.cat([along[step] for step in steps]).split(max(1, CHUNK_BYTES // (4 * num_parameters)))
+    ]
+    return {"steps": steps, "scores": torch.cat(scores).view(-1, count).T.tolist()}
 
 
 def named_generator(seed: int, name: str) -> torch.Generator:

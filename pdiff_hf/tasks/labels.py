@@ -101,9 +101,12 @@ class LabelledTask(DatasetTask, ClassificationTask):
 
     def _load_network(self, load: Callable[..., Any]) -> PreTrainedModel:
         """The pretrained network with its own head if it has the data's classes, else with a fresh one."""
+        # Those that `find_weights` made usable.
+        args = getattr(self._config, "model_args", None)
         model, found = load(
             self.model,
             **label_settings(self.class_names),
+            **({"model_args": args} if args else {}),
             dtype=torch.float32,
             ignore_mismatched_sizes=True,
             output_loading_info=True,
@@ -147,6 +150,9 @@ def find_weights(model: str) -> tuple[PreTrainedConfig, bool]:
             f"model '{model}' is neither a folder with a transformers config.json nor a Hub id that can be reached: "
             f"{error}"
         ) from error
+    if getattr(config, "model_args", None):
+        # Newer releases of timm save it with all other arguments; transformers passes the number of classes itself.
+        config.model_args.pop("num_classes", None)
     files = os.listdir(model) if os.path.isdir(model) else ["model.safetensors"]
     return config, any(map(WEIGHTS.fullmatch, files))
 

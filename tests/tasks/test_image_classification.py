@@ -1,10 +1,14 @@
 """The image-classification task: splits, preprocessing, models through one door, and what it refuses."""
 
+import json
+
 import datasets
 import numpy as np
 import pytest
+import timm
 import torch
 from PIL import Image
+from timm.models import save_for_hf
 from transformers import AutoImageProcessor, ConvNextConfig, ConvNextImageProcessor, ViTConfig, ViTImageProcessor
 
 from pdiff_hf.tasks import ImageClassificationTask
@@ -78,6 +82,18 @@ def test_a_network_with_fixed_positions_is_built_for_the_image_size(tmp_path):
         logits = task.predict(model, batch)
         assert torch.equal(task.predict(task.load_saved(tmp_path).eval(), batch), logits)
     assert logits.shape == (2, 10)
+
+
+def test_a_network_that_newer_releases_of_timm_saved(tmp_path):
+    """They save the number of classes with the other arguments."""
+    saved = timm.create_model("test_vit", img_size=32, num_classes=10)
+    save_for_hf(saved, tmp_path, model_config=None, safe_serialization=True)
+    assert json.loads((tmp_path / "config.json").read_text())["model_args"]["num_classes"] == 10
+    task = ImageClassificationTask(str(tmp_path))
+    model = task.load_base_model()
+    assert torch.equal(model.timm_model.blocks[0].attn.qkv.weight, saved.blocks[0].attn.qkv.weight)
+    task.save_base_model(model, tmp_path / "again")
+    assert torch.equal(task.load_saved(tmp_path / "again").timm_model.head.weight, model.timm_model.head.weight)
 
 
 def test_images_beyond_the_memory_budget_are_the_same(monkeypatch):
