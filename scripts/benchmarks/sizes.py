@@ -54,9 +54,10 @@ SETTINGS = {
 }
 
 
-def peak_memory(command: list[str]) -> int:
-    """Bytes of anonymous memory that a process takes at most."""
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+def peak_memory(command: list[str], output: str = os.devnull) -> int:
+    """Bytes of anonymous memory that a process takes at most; what it prints goes to the file `output`."""
+    with open(output, "w") as file:
+        process = subprocess.Popen(command, stdout=file)
     status, peak = Path(f"/proc/{process.pid}/status"), 0
     while process.poll() is None:
         try:
