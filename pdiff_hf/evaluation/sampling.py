@@ -112,8 +112,8 @@ def decode(pipeline: PDiffPipeline, latents: Tensor, folder: Path) -> Tensor:
 
 
 def _blocks(count: int, num_parameters: int) -> Iterator[slice]:
-    # The bits of the first 256 are those that the pipeline gives; then its blocks begin anew. Of longer networks, it is a
-    # multiple of what the pipeline decodes at once.
+    # The bits of the first 256 are those that the pipeline gives; then its blocks begin anew. Of longer networks, the
+    # step is a multiple of what the pipeline decodes at once.
     step = 16 * (2**22 // num_parameters)
     if 256 * num_parameters <= BLOCK_NUMBERS:
         step = 256

@@ -43,17 +43,24 @@ def explained(autoencoder: ParameterAutoencoder, snapshots: torch.Tensor, rows: 
 def measure(folder: str, dtype: str, token_dim: int, steps: int) -> None:
     """In a process of its own: trains an autoencoder, and prints its bytes on disk and R²."""
     run = Run(dataclasses.replace(load_recipe(f"{folder}/recipe.yaml"), output_dir=folder))
-    snapshots, seen = run.parameters, run.seen
+    snapshots, seen, r = run.parameters, run.seen, run.recipe
     architecture = autoencoder_architecture("tokens", snapshots.shape[1])
     with tempfile.TemporaryDirectory() as temporary:
         autoencoder, _ = train_autoencoder(
             Accelerator(),
             snapshots,
             run.layout,
-            LoopArguments(num_steps=steps, batch_size=len(seen), learning_rate=run.recipe.autoencoder_learning_rate),
+            LoopArguments(
+                num_steps=steps,
+                batch_size=min(r.autoencoder_batch_size, len(seen)),
+                learning_rate=r.autoencoder_learning_rate,
+                lr_scheduler="cosine",
+                lr_warmup_steps=r.autoencoder_warmup_steps,
+                max_grad_norm=r.max_grad_norm,
+            ),
             NoiseArguments(),
             seen=seen,
-            latent_dim=run.recipe.latent_dim,
+            latent_dim=r.latent_dim,
             architecture=architecture | {"basis_dtype": dtype, "token_dim": token_dim},
             seed=0,
             checkpoint_dir=temporary,

@@ -14,12 +14,14 @@ from pdiff_hf.evaluation.render import table
 from pdiff_hf.run.recipe import Recipe
 from pdiff_hf.run.stages import stage_settings
 from pdiff_hf.selection import select_parameters
+from pdiff_hf.training.estimate import estimate_autoencoder, estimate_denoiser
 
 from .plan import SMALL_DATASET, Plan, expand
 from .tables import ARCHITECTURES, DATASETS, EXPERIMENTS, find_experiment
 
 OPERATIONS_PER_SECOND = 30e9  # of one slow core: 45 to 100 in training were measured, 25 in scoring many networks
 GENERATOR_SECONDS = 60  # autoencoder and denoiser of the small scale, there
+A100_OPERATIONS_PER_SECOND = 8e12  # assumed, not measured: two fifths of the 19.5e12 of its data sheet for float32
 TRAIN_IMAGES = {d.id: d.train_images for d in DATASETS.values()} | {SMALL_DATASET: 60_000, "digits": 898}
 
 
@@ -29,10 +31,13 @@ def list_experiments(**arguments) -> str:
     for name, experiment in EXPERIMENTS.items():
         num_runs, price = "–", "minutes"
         if not experiment.measures_memory:
-            count, minutes = _cost(expand(name, ".", **arguments))
-            num_runs, price = str(count), "1 to 3 h each" if at_paper else f"{minutes:.0f} min"
+            count, minutes = _cost(expand(name, ".", **arguments), at_paper)
+            num_runs, price = str(count), _price(minutes, at_paper)
         rows.append([name, num_runs, price, experiment.title])
-    about = "Costs are the paper's, on an A100."
+    about = (
+        f"Costs are counted operations at {A100_OPERATIONS_PER_SECOND / 1e12:.0f} TFLOP/s, assumed of an A100; loading "
+        "images is not in them. The paper has 1 to 3 h for each run."
+    )
     if not at_paper:
         about = "Costs are estimates for one slow core, if nothing is finished yet."
     about += " What several experiments need is run once."
@@ -41,32 +46,38 @@ def list_experiments(**arguments) -> str:
 
 def list_runs(name: str, **arguments) -> str:
     """The runs of an experiment by name, with what they vary and what each costs by itself."""
-    rows = {}
+    rows, at_paper = {}, arguments.get("scale") == "paper"
     for row, recipes in expand(name, ".", **arguments):
-        price = "–"
-        if recipes and arguments.get("scale") != "paper":
-            price = f"{_cost([(row, recipes)])[1]:.0f} min"
+        price = _price(_cost([(row, recipes)], at_paper)[1], at_paper) if recipes else "–"
         varies = ", ".join(f"{key}: {value}" for key, value in row.varies.items()) or "–"
         rows[row.run] = [row.run, price, varies]
     text = table(["run", "cost", "varies"], list(rows.values()))
     return f"{name}: {find_experiment(name).title}\n\n{text}"
 
 
-def _cost(plan: Plan) -> tuple[int, float]:
+def _price(minutes: float, at_paper: bool) -> str:
+    if math.isnan(minutes):
+        return "not counted"
+    return f"{minutes / 60:.1f} h" if at_paper else f"{minutes:.0f} min"
+
+
+def _cost(plan: Plan, at_paper: bool) -> tuple[int, float]:
     """
-    The number of different runs of a plan, and the minutes that they take at the small scale on one slow core. Stages
-    that runs share are counted once.
+    The number of different runs of a plan, and the minutes that they take at the small scale on one slow core, or at
+    the paper's on an A100 (nan for networks whose operations are not counted). Stages that runs share are counted once.
     """
     seconds: dict[tuple[str, str], float] = {}
     for row, recipes in plan:
         minutes = ARCHITECTURES[row.architecture].minutes
+        if minutes is not None and at_paper:
+            minutes = math.nan
         for recipe in recipes:
-            stages = _stage_seconds(recipe) if minutes is None else {"evaluate": 60 * minutes}
+            stages = _stage_seconds(recipe, at_paper) if minutes is None else {"evaluate": 60 * minutes}
             seconds |= {(stage, json.dumps(stage_settings(recipe, stage))): s for stage, s in stages.items()}
     return sum(stage == "evaluate" for stage, _ in seconds), sum(seconds.values()) / 60
 
 
-def _stage_seconds(r: Recipe) -> dict[str, float]:
+def _stage_seconds(r: Recipe, at_paper: bool) -> dict[str, float]:
     total, suffix = _operations(r.model, r.image_size, r.model_args, tuple(r.select), tuple(r.exclude))
     num_train = min(TRAIN_IMAGES.get(r.dataset, 60_000), r.max_train_samples or math.inf)
     num_eval = r.max_eval_samples or 10_000
@@ -79,16 +90,50 @@ def _stage_seconds(r: Recipe) -> dict[str, float]:
         "collect": collected + num_eval * (total + r.num_snapshots * suffix),
         "evaluate": 2 * num_eval * (total + num_scored * suffix),
     }
-    seconds = {stage: count / OPERATIONS_PER_SECOND for stage, count in operations.items()}
-    return seconds | {"denoiser": GENERATOR_SECONDS}
+    if not at_paper:
+        return {stage: count / OPERATIONS_PER_SECOND for stage, count in operations.items()} | {
+            "denoiser": GENERATOR_SECONDS
+        }
+    operations |= _generator_operations(r, _num_parameters(r.model, r.model_args, tuple(r.select), tuple(r.exclude)))
+    return {stage: count / A100_OPERATIONS_PER_SECOND for stage, count in operations.items()}
+
+
+def _generator_operations(r: Recipe, num_parameters: int) -> dict[str, int]:
+    """Of training, and of a forward pass of the denoiser (a third of a step) for each network and step of sampling."""
+    autoencoder, denoiser = _step_operations(num_parameters, r.latent_dim, r.autoencoder_preset, r.denoiser_preset)
+    return {
+        "autoencoder": autoencoder * r.autoencoder_steps * r.autoencoder_batch_size,
+        "denoiser": denoiser * (r.denoiser_steps * r.denoiser_batch_size + r.num_models * r.num_inference_steps // 3),
+    }
+
+
+@lru_cache
+def _step_operations(num_parameters: int, latent_dim: int, autoencoder: str, denoiser: str) -> tuple[int, int]:
+    """Of a step of training with one example."""
+    once = {"num_steps": 1, "batch_size": 1, "device": torch.device("meta")}
+    return (
+        estimate_autoencoder(num_parameters, latent_dim=latent_dim, preset=autoencoder, **once).flops,
+        estimate_denoiser(latent_dim, preset=denoiser, **once).flops,
+    )
+
+
+@lru_cache
+def _num_parameters(model: str, model_args: str, select: tuple, exclude: tuple) -> int:
+    network = _on_meta_device(model, model_args)
+    state_dict = network.state_dict()
+    return sum(state_dict[name].numel() for name in select_parameters(network, list(select), list(exclude)))
+
+
+def _on_meta_device(model: str, model_args: str) -> torch.nn.Module:
+    with torch.device("meta"):
+        return timm.create_model(Path(model).name.partition(".")[0], num_classes=10, **json.loads(model_args)).eval()
 
 
 @lru_cache
 def _operations(model: str, image_size: int, model_args: str, select: tuple, exclude: tuple) -> tuple[int, int]:
     """Operations for one image, of the whole network and of what comes after the first selected tensor is used."""
-    arguments = json.loads(model_args)
+    arguments, network = json.loads(model_args), _on_meta_device(model, model_args)
     with torch.device("meta"):
-        network = timm.create_model(Path(model).name.partition(".")[0], num_classes=10, **arguments).eval()
         channels, *size = network.pretrained_cfg["input_size"]
         images = torch.zeros(1, arguments.get("in_chans", channels), *([image_size] * 2 if image_size else size))
     before: list[int] = []
