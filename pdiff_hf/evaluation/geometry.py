@@ -12,11 +12,12 @@ from torch import Tensor
 from ..models.tokens import direction_weights
 
 CHUNK_BYTES = 64 * 2**20
+CACHE_BYTES = 2**21  # of a processor: what is gone through several times is four times as fast
 
 
-def chunks(length: int, bytes_each: int) -> Iterator[slice]:
-    """Slices of `range(length)` whose items, `bytes_each` bytes each, fit into `CHUNK_BYTES` (at least one each)."""
-    step = max(1, CHUNK_BYTES // bytes_each)
+def chunks(length: int, bytes_each: int, size: int = CHUNK_BYTES) -> Iterator[slice]:
+    """Slices of `range(length)` whose items, `bytes_each` bytes each, fit into `size` bytes (at least one each)."""
+    step = max(1, size // bytes_each)
     return (slice(start, min(start + step, length)) for start in range(0, length, step))
 
 
@@ -155,12 +156,13 @@ class Yardstick:
 def pairwise_distances(a: Matrix, b: Matrix) -> Tensor:
     """L2 distances between the rows of `(N, D)` and `(K, D)`: float64 of shape `(N, K)`."""
     squared = torch.zeros(len(a), len(b), dtype=torch.float64)
-    for columns in chunks(a.shape[1], 16 * (len(a) + len(b))):
-        # cdist multiplies out |x|² + |y|² - 2xy, which cancels where points are far from 0 and near to each other.
+    for columns in chunks(a.shape[1], 16 * (len(a) + len(b)), CACHE_BYTES):
+        # |x|² + |y|² - 2xy cancels where points are far from 0 and near to each other.
         rows = b[:, columns].double()
         centre = rows.mean(0)
-        squared += torch.cdist(a[:, columns] - centre, rows - centre).square()
-    return squared.sqrt()
+        x, y = a[:, columns] - centre, rows - centre
+        squared += x.square().sum(1)[:, None] + y.square().sum(1) - 2 * x @ y.T
+    return squared.clamp(min=0).sqrt()
 
 
 def exact_distances(a: Matrix, b: Matrix, index: Tensor) -> Tensor:
