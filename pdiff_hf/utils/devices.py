@@ -13,4 +13,8 @@ def to_device(batch: Any, device: torch.device) -> Any:
     """
     if device.type != "cuda":
         return send_to_device(batch, device)
-    return send_to_device(recursively_apply(torch.Tensor.pin_memory, batch), device, non_blocking=True)
+    return send_to_device(recursively_apply(_pinned, batch), device, non_blocking=True)
+
+
+def _pinned(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.pin_memory() if tensor.device.type == "cpu" else tensor  # what is there already cannot be
