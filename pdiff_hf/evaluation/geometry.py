@@ -15,9 +15,9 @@ CHUNK_BYTES = 64 * 2**20
 CACHE_BYTES = 2**21  # of a processor: what is gone through several times is four times as fast
 
 
-def chunks(length: int, bytes_each: int, size: int = CHUNK_BYTES) -> Iterator[slice]:
-    """Slices of `range(length)` whose items, `bytes_each` bytes each, fit into `size` bytes (at least one each)."""
-    step = max(1, size // bytes_each)
+def chunks(length: int, bytes_each: int, size: int | None = None) -> Iterator[slice]:
+    """Slices of `range(length)`: items of `bytes_each` bytes in `size` (`CHUNK_BYTES`) bytes; at least one item."""
+    step = max(1, (size or CHUNK_BYTES) // bytes_each)
     return (slice(start, min(start + step, length)) for start in range(0, length, step))
 
 

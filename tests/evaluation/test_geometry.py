@@ -22,6 +22,7 @@ few = settings(max_examples=25, deadline=None, suppress_health_check=[HealthChec
 @pytest.fixture(params=[geometry.CHUNK_BYTES, 96], ids=["one chunk", "many chunks"])
 def chunked(request, monkeypatch):
     monkeypatch.setattr(geometry, "CHUNK_BYTES", request.param)
+    monkeypatch.setattr(geometry, "CACHE_BYTES", min(request.param, geometry.CACHE_BYTES))
 
 
 @few
