@@ -1,5 +1,6 @@
 """Parameter vectors as the autoencoder's network sees them: normalised, and in tokens of a few principal components."""
 
+import bisect
 import functools
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
@@ -14,6 +15,8 @@ from .saved import SavedModel
 NORMALIZATIONS = ["coordinate", "tensor"]
 # So many parameters of each vector are worked on at once where not all of them need to be.
 BLOCK_SIZE = 2**18
+# Values of a tensor in all snapshots, up to which statistics are fitted with one read; more are read in blocks.
+MAX_VALUES = 2**27
 MAX_TOKENS = 10**7
 # How the bases of tokens are kept.
 BASIS_DTYPES = {"float32": torch.float32, "int8": torch.int8}
@@ -93,7 +96,8 @@ class TokenModel(SavedModel):
         Sets everything that training leaves as it is, from snapshots: mean, standard deviation, and bases of tokens.
 
         Args:
-            parameters (`torch.Tensor`): Shape `(K, D)`. It is read in blocks of columns, and may be larger than memory.
+            parameters (`torch.Tensor`): Shape `(K, D)`. It may be larger than memory: one tensor at a time is read,
+                and one of more than `MAX_VALUES` values in blocks of columns.
             normalization (`str`, *optional*, defaults to `"coordinate"`): `"coordinate"` takes the mean of every
                 parameter over the snapshots, and for every tensor the standard deviation around it: the network need
                 not learn the mean network, and explains more of what differs between snapshots. `"tensor"` takes one
@@ -101,30 +105,39 @@ class TokenModel(SavedModel):
             rows (`torch.Tensor`, *optional*): Indices of the snapshots to take, all by default.
         """
         parameters, rows = self._vectors(parameters, rows)
+        ends = list(itertools.accumulate(self.token_lengths or ()))  # where each token ends
+        one_token = len(ends) == 1
         for i, (start, size) in enumerate(zip(self.vector_layout.offsets, self.vector_layout.sizes, strict=True)):
-            step = BLOCK_SIZE // 4
-            pieces = [slice(j, min(j + step, start + size)) for j in range(start, start + size, step)]
+            columns, chosen = parameters[:, start : start + size], rows
+            if len(rows) * size <= MAX_VALUES:
+                columns, chosen = columns[rows], torch.arange(len(rows))
+            mean = self.parameter_mean[start : start + size]  # a view
+            pieces = [slice(j, min(j + BLOCK_SIZE // 4, size)) for j in range(0, size, BLOCK_SIZE // 4)]
             for piece in pieces:
-                self.parameter_mean[piece] = parameters[rows, piece].double().mean(0)
+                mean[piece] = columns[chosen, piece].double().mean(0)
             if normalization == "tensor":
-                self.parameter_mean[start : start + size] = self.parameter_mean[start : start + size].double().mean()
-            squares = sum((parameters[rows, p].double() - self.parameter_mean[p]).square().sum() for p in pieces)
+                mean.copy_(mean.double().mean())
+            squares = sum((columns[chosen, piece].double() - mean[piece]).square().sum() for piece in pieces)
             # A tensor that never changes, or an empty one, is left in its natural units.
             self.parameter_std[i] = (squares / (len(rows) * size)).sqrt() if size and squares > 0 else 1.0
-        if self.token_lengths is not None:
-            self._fit_bases(parameters, rows)
+            if size and ends and not one_token:
+                tokens = slice(bisect.bisect_right(ends, start), bisect.bisect_left(ends, start + size) + 1)
+                self._fit_bases(columns, chosen, start, tokens)
+        if one_token:
+            self._fit_bases(parameters, rows, 0, slice(0, 1))
 
-    def _fit_bases(self, parameters: torch.Tensor, rows: torch.Tensor) -> None:
-        num_components = self.token_shape[0]
-        scale = self._scale()
+    def _fit_bases(self, columns: torch.Tensor, rows: torch.Tensor, offset: int, tokens: slice) -> None:
+        """Those of some tokens, which are the `columns` of vectors, and start at parameter `offset` of these."""
+        num_components, end = self.token_shape[0], offset + columns.shape[1]
+        mean, scale, basis = self.parameter_mean[offset:end], self._scale(offset, end), self.token_basis[offset:end]
 
         def vectors(start: int, stop: int, num_tokens: int) -> torch.Tensor:
             """Normalised parameters, shape `(n, N, t)`."""
-            block = (parameters[rows, start:stop] - self.parameter_mean[start:stop]) / scale[start:stop]
+            block = (columns[rows, start:stop] - mean[start:stop]) / scale[start:stop]
             return block.view(len(block), num_tokens, -1).transpose(0, 1)
 
         # A token that is longer than a block comes in several.
-        parts = split_into_blocks(self.token_lengths or (), BLOCK_SIZE // 4)
+        parts = split_into_blocks((self.token_lengths or ())[tokens], BLOCK_SIZE // 4)
         for token, group in itertools.groupby(parts, key=lambda block: block[2]):
             blocks = [(start, stop, n) for start, stop, _, n in group]
             directions: Iterable[torch.Tensor]
@@ -133,10 +146,10 @@ class TokenModel(SavedModel):
             else:
                 weights = direction_weights(gram_matrix(vectors(*block) for block in blocks), num_components)
                 directions = (vectors(*block).double().mT @ weights for block in blocks)
-            for (start, stop, n), columns in zip(blocks, directions, strict=True):  # (n, t, C)
-                if self.token_basis.dtype == torch.int8:
-                    columns = self._quantize(columns, slice(token, token + n))
-                self.token_basis[start:stop] = columns.reshape(-1, num_components)
+            for (start, stop, n), block in zip(blocks, directions, strict=True):  # (n, t, C)
+                if basis.dtype == torch.int8:
+                    block = self._quantize(block, slice(tokens.start + token, tokens.start + token + n))
+                basis[start:stop] = block.reshape(-1, num_components)
 
     def _quantize(self, columns: torch.Tensor, tokens: slice) -> torch.Tensor:
         """
@@ -147,10 +160,13 @@ class TokenModel(SavedModel):
         self.token_basis_scale[tokens] = scale.float()
         return (columns / torch.where(scale > 0, scale, 1).unsqueeze(1)).round()
 
-    def _scale(self) -> torch.Tensor:
-        """Standard deviation that belongs to every parameter, shape `(D,)`."""
-        sizes = torch.tensor(self.vector_layout.sizes, device=self.parameter_std.device)
-        return self.parameter_std.repeat_interleave(sizes, output_size=self.vector_layout.num_parameters)
+    def _scale(self, start: int = 0, stop: int | None = None) -> torch.Tensor:
+        """Standard deviation that belongs to every parameter, shape `(D,)`, or to those of a block."""
+        offsets, sizes = self.vector_layout.offsets, self.vector_layout.sizes
+        stop = self.vector_layout.num_parameters if stop is None else stop
+        first, last = bisect.bisect_right(offsets, start) - 1, bisect.bisect_left(offsets, stop)
+        counts = [min(offsets[i] + sizes[i], stop) - max(offsets[i], start) for i in range(first, last)]
+        return torch.cat([self.parameter_std[first + i].expand(count) for i, count in enumerate(counts)])
 
     def normalize(self, parameters: torch.Tensor) -> torch.Tensor:
         """Natural to normalised units, shape `(N, D)`."""
@@ -165,10 +181,12 @@ class TokenModel(SavedModel):
         if self.token_lengths is None:
             return self.normalize(parameters[rows].to(self.parameter_mean.device)).unsqueeze(1)
         num_models, (num_components, num_tokens) = len(rows), self.token_shape
-        scale, device = self._scale(), self.parameter_mean.device
+        device = self.parameter_mean.device
         tokens = torch.zeros(num_models, num_tokens, num_components, device=device)
         for start, stop, token, n in split_into_blocks(self.token_lengths, BLOCK_SIZE):
-            block = (parameters[rows, start:stop].to(device) - self.parameter_mean[start:stop]) / scale[start:stop]
+            block = (parameters[rows, start:stop].to(device) - self.parameter_mean[start:stop]) / self._scale(
+                start, stop
+            )
             basis = self.token_basis[start:stop].view(n, -1, num_components)
             block = block.view(num_models, n, -1).transpose(0, 1)  # (N, n t) -> (n, N, t)
             tokens[:, token : token + n] += (block.float() @ basis.float()).transpose(0, 1)  # (n, N, C) -> (N, n, C)
@@ -182,7 +200,6 @@ class TokenModel(SavedModel):
         if self.token_lengths is None:
             return tokens.squeeze(1) * self._scale() + self.parameter_mean
         num_models, num_components = len(tokens), self.token_shape[0]
-        scale = self._scale()
         components = tokens.permute(2, 0, 1) * self.token_scale.float().view(-1, 1, 1)  # (S, N, C)
         if self.token_basis.dtype == torch.int8:
             components = components * self.token_basis_scale.unsqueeze(1)
@@ -191,7 +208,7 @@ class TokenModel(SavedModel):
             basis = self.token_basis[start:stop].view(n, -1, num_components)
             block = components[token : token + n] @ basis.float().mT  # (n, N, t)
             block = block.transpose(0, 1).reshape(num_models, -1)
-            parameters[:, start:stop] = block * scale[start:stop] + self.parameter_mean[start:stop]
+            parameters[:, start:stop] = block * self._scale(start, stop) + self.parameter_mean[start:stop]
         return parameters
 
 

@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler, HeunDiscreteScheduler
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from pdiff_hf import LatentDenoiser, LayoutError, ParameterAutoencoder, ParameterLayout
 from pdiff_hf.models import AUTOENCODER_PRESETS, DENOISER_PRESETS, autoencoder_architecture, encode_in_batches
@@ -150,6 +151,35 @@ def test_bases_are_the_same_however_the_vector_is_read(monkeypatch):
         torch.testing.assert_close(
             reconstructed, expected.detokenize(expected.tokenize(parameters)), rtol=1e-4, atol=1e-4
         )
+
+
+class Reads(TorchDispatchMode):
+    """Counts the values that are copied from a tensor by indices."""
+
+    def __init__(self, tensor):
+        super().__init__()
+        self.storage, self.count = tensor.untyped_storage().data_ptr(), 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        output = func(*args, **(kwargs or {}))
+        if func is torch.ops.aten.index.Tensor and args[0].untyped_storage().data_ptr() == self.storage:
+            self.count += output.numel()
+        return output
+
+
+@pytest.mark.parametrize("normalization", ["coordinate", "tensor"])
+def test_snapshots_are_read_once(normalization, monkeypatch):
+    """What is larger than `MAX_VALUES` is read in blocks, three times, and gives the same bits."""
+    parameters, rows, reads = correlated(9, 100, 40), torch.arange(1, 9), []
+    autoencoders = [make_autoencoder(100, 40, token_size=16, token_dim=3) for _ in range(2)]
+    for autoencoder, most in zip(autoencoders, (2**27, 8 * 99), strict=True):
+        monkeypatch.setattr("pdiff_hf.models.tokens.MAX_VALUES", most)
+        with Reads(parameters) as counted:
+            autoencoder.fit_parameter_statistics(parameters, normalization, rows)
+        reads.append(counted.count)
+    assert reads == [8 * 140, 8 * (3 * 100 + 40)]
+    for name, expected in autoencoders[1].state_dict().items():
+        assert torch.equal(autoencoders[0].state_dict()[name], expected), name
 
 
 @pytest.mark.parametrize("architecture", [{"token_size": 16, "token_dim": 3}, {"block_out_channels": ()}, {}])
