@@ -37,6 +37,8 @@ VIT = {
     "collect_batch_size": 64,
     "collect_learning_rate": 1e-5,
     "num_snapshots": 24,
+    "autoencoder_steps": 300,
+    "denoiser_steps": 1000,
 }
 SIZES = {
     "2k": RESNET | {"select": "norm[-2:]"},
@@ -44,7 +46,7 @@ SIZES = {
     "11M": RESNET | {"select": "all", "num_snapshots": 24, "collect_learning_rate": 1e-4},
     "86M": VIT | {"select": "all"},
 }
-# Few steps: memory does not depend on their number.
+# Few steps: memory does not depend on their number. A ViT needs more, for networks as good as its snapshots.
 SETTINGS = {
     "latent_dim": 64,
     "autoencoder_steps": 100,
