@@ -184,9 +184,8 @@ class TokenModel(SavedModel):
         device = self.parameter_mean.device
         tokens = torch.zeros(num_models, num_tokens, num_components, device=device)
         for start, stop, token, n in split_into_blocks(self.token_lengths, BLOCK_SIZE):
-            block = (parameters[rows, start:stop].to(device) - self.parameter_mean[start:stop]) / self._scale(
-                start, stop
-            )
+            block = parameters[rows, start:stop].to(device) - self.parameter_mean[start:stop]
+            block = block / self._scale(start, stop)
             basis = self.token_basis[start:stop].view(n, -1, num_components)
             block = block.view(num_models, n, -1).transpose(0, 1)  # (N, n t) -> (n, N, t)
             tokens[:, token : token + n] += (block.float() @ basis.float()).transpose(0, 1)  # (n, N, C) -> (N, n, C)
