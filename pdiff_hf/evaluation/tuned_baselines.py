@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from ..models import ParameterAutoencoder
@@ -153,7 +154,7 @@ class TunedBaselines:
         best: tuple[float, list[Tensor]] = (math.inf, start)
 
         def sample(parts: Sequence[Tensor], generator: torch.Generator) -> tuple[Tensor, Tensor]:
-            noise = torch.randn(count, latents.shape[1], generator=generator, device=device)
+            noise = randn_tensor((count, latents.shape[1]), generator=generator, device=device)
             mean, map_ = parts  # (R, L) and (R, L, L)
             return noise, (mean.unsqueeze(1) + noise @ map_).flatten(0, 1)  # (R N, L)
 

@@ -1,6 +1,7 @@
 """Trivial generators with feedback: they are better for it, cost what they say, and stand in the report."""
 
 import json
+from copy import deepcopy
 from importlib.resources import files
 
 import jsonschema
@@ -13,6 +14,7 @@ from pdiff_hf.evaluation.baselines import low_rank_gaussian
 from pdiff_hf.evaluation.compare import compare_generator
 from pdiff_hf.evaluation.render import format_report
 from pdiff_hf.evaluation.sampling import Passes, named_generator
+from pdiff_hf.evaluation.scoring import make_scorer
 from pdiff_hf.evaluation.tuned_baselines import BEST_OF, TEMPERATURES, TunedBaselines
 from pdiff_hf.evaluation.verdict import break_even, write_verdict
 from pdiff_hf.training.ensembles import EnsembleObjective, Tuning
@@ -30,6 +32,21 @@ def groups():
         latents = autoencoder.encode(snapshots).latents
     baselines = TunedBaselines(scorer, autoencoder, snapshots, latents, TUNING, COUNT, "few", seed=0)
     return {group.name: group for group in baselines.groups()}
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_gpu_gives_the_same_groups(groups):
+    """Its own random numbers tune them, but they have the same names and are as many."""
+    scorer = make_scorer(digits().task, deepcopy(digits().models.model).to("cuda"), digits().layout)
+    snapshots = digits_snapshots()
+    autoencoder = digits_pipeline(scorer, snapshots).autoencoder
+    with torch.no_grad():
+        latents = autoencoder.encode(snapshots).latents
+    autoencoder.to("cuda")
+    baselines = TunedBaselines(scorer, autoencoder, snapshots, latents, TUNING, COUNT, "few", seed=0)
+    found = {group.name: group.parameters for group in baselines.groups()}
+    assert found.keys() == groups.keys()
+    assert all(parameters.shape == groups[name].parameters.shape for name, parameters in found.items())
 
 
 def loss(parameters: torch.Tensor) -> float:
