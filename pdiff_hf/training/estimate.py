@@ -1,5 +1,6 @@
 """What training a generator will cost, before it begins: counted operations, and the speed of a short measurement."""
 
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -24,7 +25,8 @@ class TrainingCost:
     Args:
         flops (`int`): Operations of the convolutions and fully-connected layers in all steps.
         memory (`int`): Bytes that weights, gradients, optimizer state, activations and fixed tensors take in a step.
-        seconds (`float`): The whole training, at the speed at which a smaller step was measured.
+        seconds (`float`): The whole training, at the speed at which a smaller step was measured; not a number on the
+            device `meta`, where none is.
     """
 
     flops: int
@@ -83,6 +85,9 @@ def _estimate(
 ) -> TrainingCost:
     """`copies` is how many tensors there are for each weight: itself, its gradient, and the optimizer's two."""
     flops, activations, weights = _count(build, loss, length, batch_size)
+    memory = activations + copies * weights
+    if device.type == "meta":
+        return TrainingCost(flops * num_steps, memory, math.nan)
     budget = MEASURED_FLOPS[device.type if device.type in MEASURED_FLOPS else "cpu"]
     # The length first, as operations and weights grow with it alike; the cost of using weights does not with the batch.
     small_length = min(length, max(SHORTEST_MEASURED, int(length * budget / flops)))
@@ -90,7 +95,7 @@ def _estimate(
     small_batch = max(1, min(batch_size, int(batch_size * budget / small_flops)))
     small_flops, _, _ = _count(build, loss, small_length, small_batch)
     seconds = _time_step(build(small_length).to(device), loss, small_batch)
-    return TrainingCost(flops * num_steps, activations + copies * weights, seconds * flops / small_flops * num_steps)
+    return TrainingCost(flops * num_steps, memory, seconds * flops / small_flops * num_steps)
 
 
 def _count(build: Callable, loss: Callable, length: int, batch_size: int) -> tuple[int, int, int]:

@@ -2,6 +2,8 @@
 
 import json
 import math
+from collections.abc import Mapping
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
@@ -16,13 +18,14 @@ from pdiff_hf.run.stages import stage_settings
 from pdiff_hf.selection import select_parameters
 from pdiff_hf.training.estimate import estimate_autoencoder, estimate_denoiser
 
-from .plan import SMALL_DATASET, Plan, expand
+from .plan import Plan, expand
 from .tables import ARCHITECTURES, DATASETS, EXPERIMENTS, find_experiment
 
 OPERATIONS_PER_SECOND = 30e9  # of one slow core: 45 to 100 in training were measured, 25 in scoring many networks
 GENERATOR_SECONDS = 60  # autoencoder and denoiser of the small scale, there
 A100_OPERATIONS_PER_SECOND = 8e12  # assumed, not measured: two fifths of the 19.5e12 of its data sheet for float32
-TRAIN_IMAGES = {d.id: d.train_images for d in DATASETS.values()} | {SMALL_DATASET: 60_000, "digits": 898}
+NUM_IMAGES = {d.id: d.num_images for d in DATASETS.values()} | {"digits": (898, 899)}
+USUAL_NUM_IMAGES = (60_000, 10_000)  # of Fashion-MNIST, and assumed of data sets that are not known
 
 
 def list_experiments(**arguments) -> str:
@@ -56,45 +59,64 @@ def list_runs(name: str, **arguments) -> str:
 
 
 def _price(minutes: float, at_paper: bool) -> str:
-    if math.isnan(minutes):
-        return "not counted"
     return f"{minutes / 60:.1f} h" if at_paper else f"{minutes:.0f} min"
 
 
 def _cost(plan: Plan, at_paper: bool) -> tuple[int, float]:
     """
     The number of different runs of a plan, and the minutes that they take at the small scale on one slow core, or at
-    the paper's on an A100 (nan for networks whose operations are not counted). Stages that runs share are counted once.
+    the paper's on an A100. Stages that runs share are counted once.
     """
     seconds: dict[tuple[str, str], float] = {}
     for row, recipes in plan:
-        minutes = ARCHITECTURES[row.architecture].minutes
-        if minutes is not None and at_paper:
-            minutes = math.nan
+        architecture = ARCHITECTURES[row.architecture]
         for recipe in recipes:
-            stages = _stage_seconds(recipe, at_paper) if minutes is None else {"evaluate": 60 * minutes}
+            if architecture.minutes is None or at_paper:
+                stages = _stage_seconds(recipe, _network_cost(recipe, architecture.operations), at_paper)
+            else:
+                stages = {"evaluate": 60 * architecture.minutes}
             seconds |= {(stage, json.dumps(stage_settings(recipe, stage))): s for stage, s in stages.items()}
     return sum(stage == "evaluate" for stage, _ in seconds), sum(seconds.values()) / 60
 
 
-def _stage_seconds(r: Recipe, at_paper: bool) -> dict[str, float]:
-    total, suffix = _operations(r.model, r.image_size, r.model_args, tuple(r.select), tuple(r.exclude))
-    num_train = min(TRAIN_IMAGES.get(r.dataset, 60_000), r.max_train_samples or math.inf)
-    num_eval = r.max_eval_samples or 10_000
+@dataclass(frozen=True)
+class _NetworkCost:
+    """Operations for one image: of the whole network, of what follows the selected tensors, of scoring a network."""
+
+    whole: float
+    suffix: float
+    score: float
+    parameters: int
+
+
+def _network_cost(r: Recipe, known: Mapping[str, float] | None) -> _NetworkCost:
+    """Of the network of a recipe: `known`, or those of a classifier, counted."""
+    if known is None:
+        arguments = r.model, r.model_args, tuple(r.select), tuple(r.exclude)
+        whole, suffix = _operations(*arguments, r.image_size)
+        known = {"whole": whole, "suffix": suffix, "parameters": _num_parameters(*arguments)}
+    return _NetworkCost(**{"score": known["suffix"]} | known)
+
+
+def _stage_seconds(r: Recipe, cost: _NetworkCost, at_paper: bool) -> dict[str, float]:
+    num_train, *validation, num_test = NUM_IMAGES.get(r.dataset, USUAL_NUM_IMAGES)
+    num_validation = validation[0] if validation else r.validation_fraction * num_train
+    num_train = min(num_train if validation else num_train - num_validation, r.max_train_samples or math.inf)
+    num_validation, num_test = (min(count, r.max_eval_samples or math.inf) for count in (num_validation, num_test))
     num_scored = 2 * r.num_snapshots + 1 + r.num_models + (len(standard_baselines()) + 1) * r.baseline_models
     num_scored += 5 * r.num_models * r.hyper_representations  # candidates are scored on one of the two splits
     num_seen = r.num_snapshots * r.collect_every * r.collect_batch_size
-    collected = min(num_seen, num_train) * (total - suffix) + num_seen * 3 * suffix
+    collected = min(num_seen, num_train) * (cost.whole - cost.suffix) + num_seen * 3 * cost.suffix
     operations = {
-        "base": 3 * total * num_train * r.base_epochs,
-        "collect": collected + num_eval * (total + r.num_snapshots * suffix),
-        "evaluate": 2 * num_eval * (total + num_scored * suffix),
+        "base": 3 * cost.whole * num_train * r.base_epochs,
+        "collect": collected + num_validation * (cost.whole + r.num_snapshots * cost.score),
+        "evaluate": (num_validation + num_test) * (cost.whole + num_scored * cost.score),
     }
     if not at_paper:
         return {stage: count / OPERATIONS_PER_SECOND for stage, count in operations.items()} | {
             "denoiser": GENERATOR_SECONDS
         }
-    operations |= _generator_operations(r, _num_parameters(r.model, r.model_args, tuple(r.select), tuple(r.exclude)))
+    operations |= _generator_operations(r, cost.parameters)
     return {stage: count / A100_OPERATIONS_PER_SECOND for stage, count in operations.items()}
 
 
@@ -130,7 +152,7 @@ def _on_meta_device(model: str, model_args: str) -> torch.nn.Module:
 
 
 @lru_cache
-def _operations(model: str, image_size: int, model_args: str, select: tuple, exclude: tuple) -> tuple[int, int]:
+def _operations(model: str, model_args: str, select: tuple, exclude: tuple, image_size: int) -> tuple[int, int]:
     """Operations for one image, of the whole network and of what comes after the first selected tensor is used."""
     arguments, network = json.loads(model_args), _on_meta_device(model, model_args)
     with torch.device("meta"):

@@ -19,13 +19,13 @@ class Dataset:
     Args:
         id (`str`): On the Hub.
         title (`str`): The paper's name.
-        train_images (`int`): Number of training images.
+        num_images (`Sequence[int]`): Of the splits for training, validation (if there is one) and test.
         settings (`Mapping`, *optional*): Recipe keys that runs on it need.
     """
 
     id: str
     title: str
-    train_images: int
+    num_images: Sequence[int]
     settings: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -39,6 +39,7 @@ class Architecture:
     paper: Mapping[str, Any] = field(default_factory=dict)
     canvases: Mapping[str, int] | None = None
     minutes: float | None = None
+    operations: Mapping[str, float] | None = None
     features: str | None = None
 
 
