@@ -24,6 +24,7 @@ from reproduce.runner import reproduce
 from reproduce.tables import DATASETS, EXPERIMENTS
 from safetensors.torch import load_file
 from support.hub_server import File, HubServer, Repo
+from support.inception import put_inception
 from timm.models import save_for_hf
 
 IMAGE = datasets.Image()
@@ -34,6 +35,7 @@ def classes(count: int) -> datasets.ClassLabel:
     return datasets.ClassLabel(names=[f"class {i}" for i in range(count)])
 
 
+COCO = torchvision.models.get_model_weights("fcos_resnet50_fpn")["COCO_V1"].meta["categories"]
 # By id: the configuration that is used, columns, splits, and the size of images.
 LAYOUTS: dict[str, tuple[str, dict, tuple[str, ...], tuple[int, int]]] = {
     "uoft-cs/cifar10": ("plain_text", {"img": IMAGE, "label": classes(10)}, ("train", "test"), (32, 32)),
@@ -75,11 +77,11 @@ LAYOUTS: dict[str, tuple[str, dict, tuple[str, ...], tuple[int, int]]] = {
         {
             "image_id": datasets.Value("int64"),
             "image": IMAGE,
-            "width": datasets.Value("int32"),
-            "height": datasets.Value("int32"),
+            "width": datasets.Value("int64"),
+            "height": datasets.Value("int64"),
             "objects": {
                 "bbox_id": datasets.List(datasets.Value("int64")),
-                "category": datasets.List(classes(80)),
+                "category": datasets.List(datasets.ClassLabel(names=[c for c in COCO[1:] if c != "N/A"])),
                 "bbox": datasets.List(datasets.List(datasets.Value("float64"), 4)),
                 "area": datasets.List(datasets.Value("float64")),
             },
@@ -194,10 +196,12 @@ def test_dry_run(network, dataset, hub, full, tmp_path, monkeypatch):
     name, row = pairs()[network, dataset]
     ((_, (recipe,)),) = expand(name, tmp_path / "plan", scale="paper", patterns=[row])
     put_dataset(hub, DATASETS[dataset].id.partition(":")[0])
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
+    if recipe.fid_features == "inception":
+        put_inception(tmp_path / "torch")
     if "/" in recipe.model:
         put_network(hub, recipe.model, tmp_path / "network")
     elif ":" in recipe.model:
-        monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
         put_torchvision_weights(recipe.model, tmp_path / "torch" / "hub")
     varied = set(EXPERIMENTS[name].rows[0].varies)
     changes = {key: value for key, value in SMALLER.items() if key not in varied}

@@ -12,6 +12,7 @@ import torch
 from diffusers import AutoencoderKL, DDPMPipeline, DDPMScheduler, UNet2DModel
 from huggingface_hub import HfApi
 from sklearn.datasets import load_digits
+from support.inception import put_inception
 from transformers import AutoModelForImageClassification, ViTConfig, ViTForImageClassification, ViTImageProcessor
 
 from pdiff_hf import PDiffPipeline
@@ -291,19 +292,8 @@ def test_features_of_a_transformers_classifier_are_what_its_head_gets(tmp_path):
 
 
 def test_inception_v3(tmp_path, monkeypatch):
-    """With weights of chance, because those that FID is defined with are to be downloaded."""
-    extractor = pytest.importorskip("torch_fidelity.feature_extractor_inceptionv3", reason="needs the extra `fid`")
-
-    class Fresh(extractor.FeatureExtractorInceptionV3):
-        def load_state_dict(self, state_dict):
-            pass
-
-    torch.save({}, tmp_path / "nothing.pth")
-    fresh = Fresh("inception-v3-compat", ["2048"], feature_extractor_weights_path=str(tmp_path / "nothing.pth"))
+    put_inception(tmp_path)
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
-    cached = tmp_path / "hub" / "checkpoints" / extractor.URL_INCEPTION_V3.rpartition("/")[2]
-    cached.parent.mkdir(parents=True)
-    torch.save(fresh.state_dict(), cached)
     features = load_features("inception")
     assert isinstance(features, InceptionFeatures)
     images = torch.randint(256, (4, 1, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
