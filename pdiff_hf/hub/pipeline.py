@@ -16,6 +16,8 @@ from transformers import AutoConfig
 from ..models.saved import replaced_files
 from ..networks.adapters import ADAPTER_FOLDER, has_adapters, load_network, save_network
 from ..utils.errors import first_line, limited_modules
+from ..utils.files import is_disk_full
+from ..utils.names import PIPELINE
 from .push import PIPELINE_FILE, push_pipeline_to_hub
 
 # Schedulers take memory for so many steps when they are made; the longest schedules in use have 1000.
@@ -42,8 +44,13 @@ class SavedPipeline(Base):
             HTTPError: of `huggingface_hub.errors`, if the connection to the Hub fails.
             ValueError: if files are damaged, do not belong together, or are of a newer format than this release reads.
         """
+        source = Path(pretrained_model_name_or_path)
+        if source.is_dir() and not (source / cls.config_name).is_file():
+            inside = source / PIPELINE
+            hint = f"; '{inside}' is one" if (inside / cls.config_name).is_file() else ""
+            raise OSError(f"'{source}' is no saved pipeline: it has no {cls.config_name}{hint}")
         # Not False for all: transformers writes no `.bin` files any more. Every component finds out what there is.
-        folder = Path(pretrained_model_name_or_path, "base_model")
+        folder = source / "base_model"
         if "base_model" not in kwargs and (folder / ADAPTER_FOLDER).is_dir():
             architecture = AutoConfig.from_pretrained(folder).architectures[0]
             kwargs["base_model"] = load_network(folder, getattr(transformers, architecture))
@@ -56,6 +63,19 @@ class SavedPipeline(Base):
         except Exception as error:  # what damaged files make diffusers and transformers raise has no common type
             what = f"the pipeline in '{pretrained_model_name_or_path}' cannot be used"
             raise ValueError(f"{what}: {first_line(error)}") from error
+
+    @classmethod
+    def download(cls, pretrained_model_name: str | os.PathLike, **kwargs) -> str:
+        """Like diffusers' own; the folder of a pipeline on the Hub, from the cache or after it is downloaded."""
+        try:
+            return super().download(pretrained_model_name, **kwargs)
+        except OSError as error:
+            if is_disk_full(error):
+                raise
+            raise OSError(
+                f"'{pretrained_model_name}' is neither the folder of a pipeline (runs have theirs in "
+                f"OUTPUT_DIR/{PIPELINE}) nor the id of one on the Hub that can be had: {first_line(error)}"
+            ) from error
 
     @classmethod
     def load_config(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs):

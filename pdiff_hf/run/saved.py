@@ -92,13 +92,10 @@ def evaluate_saved(source: str, recipe: Recipe) -> dict:
 
 def download(source: str) -> str:
     """The folder of a pipeline on the Hub, with what says how it was tuned."""
-    try:
-        folder = PDiffPipeline.download(source)
-        with contextlib.suppress(EntryNotFoundError):  # how it was tuned, which is no component of a pipeline
-            hf_hub_download(source, names.TUNING, revision=Path(folder).name)
-        return folder
-    except (OSError, ValueError) as error:
-        raise ValueError(f"'{source}' is neither a folder nor the Hub id of a pipeline: {error}") from error
+    folder = PDiffPipeline.download(source)
+    with contextlib.suppress(EntryNotFoundError):  # how it was tuned, which is no component of a pipeline
+        hf_hub_download(source, names.TUNING, revision=Path(folder).name)
+    return folder
 
 
 def _load_pipeline(folder: str, layout: ParameterLayout) -> PDiffPipeline:

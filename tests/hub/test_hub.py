@@ -278,10 +278,18 @@ def test_private_repositories_need_the_token(hub, pipe, tmp_path):
 
 
 def test_what_does_not_exist(published, tmp_path):
-    with pytest.raises(OSError, match="alice/nothing"):
+    with pytest.raises(OSError, match=r"'alice/nothing' is neither the folder of a pipeline .* nor the id"):
         PDiffPipeline.from_pretrained("alice/nothing", cache_dir=tmp_path)
     with pytest.raises(OSError, match="specified revision"):
         PDiffPipeline.from_pretrained(ID, revision="no-branch", cache_dir=tmp_path)
+
+
+def test_the_folder_of_a_run_is_no_pipeline(pipe, tmp_path):
+    with pytest.raises(OSError, match=r"' is no saved pipeline: it has no model_index.json$"):
+        PDiffPipeline.from_pretrained(tmp_path)
+    pipe.save_pretrained(tmp_path / "pipeline")
+    with pytest.raises(OSError, match=f"no model_index.json; '{tmp_path / 'pipeline'}' is one"):
+        PDiffPipeline.from_pretrained(tmp_path)
 
 
 @pytest.mark.parametrize("fault", [{"status": 503}, {"cut_after": 0}])
