@@ -25,6 +25,7 @@ from reproduce.tables import DATASETS, EXPERIMENTS
 from safetensors.torch import load_file
 from support.hub_server import File, HubServer, Repo
 from support.inception import put_inception
+from timm.data import ImageNetInfo
 from timm.models import save_for_hf
 
 IMAGE = datasets.Image()
@@ -35,6 +36,8 @@ def classes(count: int) -> datasets.ClassLabel:
     return datasets.ClassLabel(names=[f"class {i}" for i in range(count)])
 
 
+IMAGENET = [ImageNetInfo().index_to_description(i) for i in range(1000)]
+IMAGENET[517] = "crane2"  # names of a ClassLabel differ, and 134 is the bird
 COCO = torchvision.models.get_model_weights("fcos_resnet50_fpn")["COCO_V1"].meta["categories"]
 # By id: the configuration that is used, columns, splits, and the size of images.
 LAYOUTS: dict[str, tuple[str, dict, tuple[str, ...], tuple[int, int]]] = {
@@ -61,7 +64,7 @@ LAYOUTS: dict[str, tuple[str, dict, tuple[str, ...], tuple[int, int]]] = {
     "ethz/food101": ("default", {"image": IMAGE, "label": classes(101)}, ("train", "validation"), (512, 384)),
     "ILSVRC/imagenet-1k": (
         "default",
-        {"image": IMAGE, "label": classes(1000)},
+        {"image": IMAGE, "label": datasets.ClassLabel(names=IMAGENET)},
         ("train", "validation", "test"),
         (500, 375),
     ),
