@@ -200,7 +200,7 @@ def test_dry_run(network, dataset, hub, full, tmp_path, monkeypatch):
     ((_, (recipe,)),) = expand(name, tmp_path / "plan", scale="paper", patterns=[row])
     put_dataset(hub, DATASETS[dataset].id.partition(":")[0])
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
-    if recipe.fid_features == "inception":
+    if recipe.task == "image_generation":
         put_inception(tmp_path / "torch")
     if "/" in recipe.model:
         put_network(hub, recipe.model, tmp_path / "network")
