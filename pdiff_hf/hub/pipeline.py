@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Self
 
 import transformers
 from diffusers import SchedulerMixin
-from huggingface_hub.errors import HTTPError
+from huggingface_hub.errors import HFValidationError, HTTPError
+from huggingface_hub.utils import validate_repo_id
 from transformers import AutoConfig
 
 from ..models.saved import replaced_files
@@ -22,6 +23,21 @@ from .push import PIPELINE_FILE, push_pipeline_to_hub
 
 # Schedulers take memory for so many steps when they are made; the longest schedules in use have 1000.
 MAX_SCHEDULER_NUMBER = 1_000_000
+
+
+def _no_pipeline(name: str | os.PathLike, error: Exception) -> str:
+    return (
+        f"'{name}' is neither the folder of a pipeline (runs have theirs in OUTPUT_DIR/{PIPELINE}) nor the id of one "
+        f"on the Hub that can be had: {first_line(error)}"
+    )
+
+
+def _check_repo_id(name: str | os.PathLike) -> None:
+    """Raises an `OSError` for what cannot be the id of a repository; it is most often the folder that is misspelled."""
+    try:
+        validate_repo_id(os.fspath(name))
+    except HFValidationError as error:
+        raise OSError(_no_pipeline(name, error)) from error
 
 
 if TYPE_CHECKING:
@@ -49,6 +65,8 @@ class SavedPipeline(Base):
             inside = source / PIPELINE
             hint = f"; '{inside}' is one" if (inside / cls.config_name).is_file() else ""
             raise OSError(f"'{source}' is no saved pipeline: it has no {cls.config_name}{hint}")
+        if not source.is_dir():
+            _check_repo_id(pretrained_model_name_or_path)
         # Not False for all: transformers writes no `.bin` files any more. Every component finds out what there is.
         folder = source / "base_model"
         if "base_model" not in kwargs and (folder / ADAPTER_FOLDER).is_dir():
@@ -66,16 +84,21 @@ class SavedPipeline(Base):
 
     @classmethod
     def download(cls, pretrained_model_name: str | os.PathLike, **kwargs) -> str:
-        """Like diffusers' own; the folder of a pipeline on the Hub, from the cache or after it is downloaded."""
+        """
+        Like diffusers' own; the folder of a pipeline on the Hub, from the cache or after it is downloaded.
+
+        Raises:
+            OSError: if there is no such repository, or a file of it cannot be had.
+            HTTPError: of `huggingface_hub.errors`, if the connection to the Hub fails.
+            ValueError: if it has code that is not trusted.
+        """
+        _check_repo_id(pretrained_model_name)
         try:
             return super().download(pretrained_model_name, **kwargs)
         except OSError as error:
             if is_disk_full(error):
                 raise
-            raise OSError(
-                f"'{pretrained_model_name}' is neither the folder of a pipeline (runs have theirs in "
-                f"OUTPUT_DIR/{PIPELINE}) nor the id of one on the Hub that can be had: {first_line(error)}"
-            ) from error
+            raise OSError(_no_pipeline(pretrained_model_name, error)) from error
 
     @classmethod
     def load_config(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs):

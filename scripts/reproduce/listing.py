@@ -81,7 +81,7 @@ def _cost(plan: Plan, at_paper: bool) -> tuple[int, float]:
 
 @dataclass(frozen=True)
 class _NetworkCost:
-    """Operations for one image: of the whole network, of what follows the selected tensors, of scoring a network."""
+    """Operations for one image, as `networks.yaml` has them, and how many parameters are selected."""
 
     whole: float
     suffix: float

@@ -278,8 +278,10 @@ def test_private_repositories_need_the_token(hub, pipe, tmp_path):
 
 
 def test_what_does_not_exist(published, tmp_path):
-    with pytest.raises(OSError, match=r"'alice/nothing' is neither the folder of a pipeline .* nor the id"):
-        PDiffPipeline.from_pretrained("alice/nothing", cache_dir=tmp_path)
+    for name in ("alice/nothing", "outputs/run/nothing", "no name!"):
+        for load in (PDiffPipeline.from_pretrained, PDiffPipeline.download):
+            with pytest.raises(OSError, match=f"'{name}' is neither the folder of a pipeline .* nor the id"):
+                load(name, cache_dir=tmp_path)
     with pytest.raises(OSError, match="specified revision"):
         PDiffPipeline.from_pretrained(ID, revision="no-branch", cache_dir=tmp_path)
 
