@@ -2,6 +2,7 @@
 
 import contextlib
 import logging
+import os
 import shlex
 import sys
 from collections.abc import Iterator
@@ -33,8 +34,21 @@ def one_line_errors() -> Iterator[None]:
     """Ends the program with one line for everything that its user can put right."""
     try:
         yield
+        sys.stdout.flush()  # here, where it can still be told that nobody reads
     except (ValueError, OSError, TrainingError, HubError, HTTPError, ResourceError) as error:
+        if isinstance(error, BrokenPipeError) and _nobody_reads():
+            sys.exit(1)
         sys.exit(f"error: {error}")
+
+
+def _nobody_reads() -> bool:
+    """Whether the output goes to a program that has seen enough, like `head`; then the rest of it goes nowhere."""
+    try:
+        print(flush=True)  # what failed before may be gone from the buffer, so that a mere flush would not fail
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the flush at the exit fails once more
+        return True
+    return False
 
 
 def command(script: str, *arguments: object, launcher: str = "python") -> str:
