@@ -126,6 +126,7 @@ class BaseSection:
     base_epochs: int = option(20, "Epochs; 0 takes the model as it is.", min=0)
     base_batch_size: int = option(64, "Images in a step.", min=2)
     base_learning_rate: float = option(1e-3, "Peak learning rate, with cosine decay.", above=0)
+    base_warmup_steps: int = option(0, "Steps over which the learning rate rises to its peak.", min=0)
     base_weight_decay: float = option(5e-4, "Weight decay.", min=0)
 
 

@@ -76,6 +76,7 @@ def train_base(run: "Run") -> None:
                     num_steps=steps,
                     batch_size=r.base_batch_size,
                     learning_rate=r.base_learning_rate,
+                    lr_warmup_steps=r.base_warmup_steps,
                     weight_decay=r.base_weight_decay,
                 ),
             )
