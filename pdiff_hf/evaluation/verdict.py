@@ -149,6 +149,15 @@ def find_warnings(report: dict) -> list[str]:
             f"{generated_audit['num_too_near']} (by chance may be {generated_audit['num_allowed']}), nearly identical "
             f"to one {generated_audit['num_near_identical']}."
         )
+    snapshots = groups["snapshots"]
+    if snapshots["n"] > 1 and snapshots["score_std"] == 0:
+        unit = f" {report['metric']['unit']}" if report["metric"]["unit"] else ""
+        score = f"{report['metric']['name']}, {snapshots['score_mean']:.2f}{unit}"
+        warnings.append(
+            f"All {snapshots['n']} snapshots have the same {score}: comparing generated networks with them says "
+            "nothing. Has the base model learned more than chance? If it has, take more test data, or snapshots that "
+            "differ more (--collect_learning_rate)."
+        )
     if "nll" in groups["snapshots"]:
         num_test = report["splits"]["test"]
         errors = num_test * (1 - (groups["snapshots"]["score_mean"] or 0.0) / 100)

@@ -309,6 +309,16 @@ def test_networks_that_are_worse_are_tried_with_more_steps(tmp_path, without_fig
     assert report["more_steps"]["num_inference_steps"] == 10 and report["more_steps"]["n"] == 20
 
 
+def test_snapshots_that_all_score_the_same_are_warned_of(whole):
+    report, _ = whole
+    same = json.loads(json.dumps(report))
+    same["groups"][0] |= {"name": "snapshots", "n": 3, "score_mean": 0.0, "score_std": 0.0}
+    (warning,) = set(comparing.find_warnings(same)) - set(comparing.find_warnings(report))
+    assert "All 3 snapshots have the same accuracy, 0.00 %: comparing" in warning
+    same["groups"][0] |= {"score_std": 0.01}
+    assert warning not in comparing.find_warnings(same)
+
+
 def test_a_poor_autoencoder_and_a_test_without_errors_are_warned_of(whole):
     report, _ = whole
     poor = json.loads(json.dumps(report))
