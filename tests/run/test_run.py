@@ -17,6 +17,7 @@ from pdiff_hf.run.recipe import Recipe, load_recipe
 from pdiff_hf.run.run import Run
 from pdiff_hf.snapshots import SnapshotError, load_snapshots, parameter_matrix
 from pdiff_hf.tasks import ImageClassificationTask
+from pdiff_hf.utils.seeds import named_seed
 
 
 def run_in(folder, **changes) -> Run:
@@ -62,6 +63,18 @@ def test_the_report_is_what_a_plain_loop_over_the_networks_finds(finished):
         if i != j
     ]
     assert snapshots["iou_within"] == pytest.approx(sum(iou) / len(iou), abs=1e-6)
+
+
+def test_the_base_model_warms_up(tmp_path):
+    """AdamW moves by about the learning rate in a step; it is still near 0 where the warm-up is far from its end."""
+    moved = {}
+    for steps in (0, 10_000):
+        run = run_in(tmp_path / str(steps), stages=["base"], base_warmup_steps=steps, base_weight_decay=0.0)
+        run.execute()
+        torch.manual_seed(named_seed(run.recipe.seed, "base weights"))
+        before = dict(run.task.load_base_model().named_parameters())
+        moved[steps] = max((p - before[n]).abs().max().item() for n, p in run.base_model.named_parameters())
+    assert moved[10_000] < 0.02 * moved[0]
 
 
 def test_snapshots_differ_only_in_the_selected_tensors(finished):
