@@ -35,7 +35,7 @@ def _against_snapshots(report: dict) -> str:
         "undecided": "as good as the snapshots within the sampling error",
     }[difference["verdict"]]
     low, high = difference["interval"] or (None, None)
-    unit = f" {metric['unit']}" if metric["unit"] else ""
+    unit = _unit(metric)
     direction = "" if metric["higher_is_better"] else ", lower is better"
     interval = f"{number(low, '+.2f')} to {number(high, '+.2f')}"
     sentence = (
@@ -109,6 +109,11 @@ def _against_tuned_baselines(report: dict) -> str:
     return sentence
 
 
+def _unit(metric: dict) -> str:
+    """To be written behind a score."""
+    return f" {metric['unit']}" if metric["unit"] else ""
+
+
 def _list(names: list[str]) -> str:
     return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
 
@@ -149,18 +154,17 @@ def find_warnings(report: dict) -> list[str]:
             f"{generated_audit['num_too_near']} (by chance may be {generated_audit['num_allowed']}), nearly identical "
             f"to one {generated_audit['num_near_identical']}."
         )
-    snapshots = groups["snapshots"]
+    snapshots, metric = groups["snapshots"], report["metric"]
     if snapshots["n"] > 1 and snapshots["score_std"] == 0:
-        unit = f" {report['metric']['unit']}" if report["metric"]["unit"] else ""
-        score = f"{report['metric']['name']}, {snapshots['score_mean']:.2f}{unit}"
+        score = f"{metric['name']}, {snapshots['score_mean']:.2f}{_unit(metric)}"
         warnings.append(
             f"All {snapshots['n']} snapshots have the same {score}: comparing generated networks with them says "
             "nothing. Has the base model learned more than chance? If it has, take more test data, or snapshots that "
             "differ more (--collect_learning_rate)."
         )
-    if "nll" in groups["snapshots"]:
+    if "nll" in snapshots:
         num_test = report["splits"]["test"]
-        errors = num_test * (1 - (groups["snapshots"]["score_mean"] or 0.0) / 100)
+        errors = num_test * (1 - (snapshots["score_mean"] or 0.0) / 100)
         if errors < FEW_ERRORS:
             warnings.append(
                 f"A snapshot errs on only {errors:.1f} of {num_test} test examples: the similarity of wrong "

@@ -69,7 +69,7 @@ def test_the_base_model_warms_up(tmp_path):
     """AdamW moves by about the learning rate in a step; it is still near 0 where the warm-up is far from its end."""
     moved = {}
     for steps in (0, 10_000):
-        run = run_in(tmp_path / str(steps), stages=["base"], base_warmup_steps=steps, base_weight_decay=0.0)
+        run = run_in(tmp_path / str(steps), stages=["base"], base_warmup_steps=steps)
         run.execute()
         torch.manual_seed(named_seed(run.recipe.seed, "base weights"))
         before = dict(run.task.load_base_model().named_parameters())
