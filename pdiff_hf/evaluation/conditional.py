@@ -13,13 +13,14 @@ import torch.nn.functional as F
 from accelerate import PartialState
 from matplotlib.figure import Figure
 
+from ..models.kernel_ridge import KernelRidge
 from ..models.products import AdapterProducts, contracted, expanded
 from ..networks.stacked import StackedNetworks
 from ..tasks.families import Family
 from ..tasks.task import Split
 from ..utils.files import write_json
 from ..utils.reports import REPORT_VERSION
-from .conditional_baselines import KernelRidge, nearest_mean
+from .conditional_baselines import nearest_mean
 from .plots import DPI, GENERATED, MARKERS, OTHERS, SNAPSHOTS, WIDTH
 
 NUM_BOOTSTRAP = 10_000

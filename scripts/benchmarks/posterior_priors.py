@@ -13,8 +13,9 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from pdiff_hf.evaluation.conditional import score_tasks
-from pdiff_hf.evaluation.conditional_baselines import GenericNetwork, KernelRidge, MaskedConditions
+from pdiff_hf.evaluation.conditional_baselines import GenericNetwork, MaskedConditions
 from pdiff_hf.models import DENOISER_PRESETS, ConditionEncoder, LatentDenoiser
+from pdiff_hf.models.kernel_ridge import KernelRidge
 from pdiff_hf.training.denoiser import LatentGenerator
 from pdiff_hf.training.tune import GeneratedNetworks
 from pdiff_hf.utils.seeds import derive_seed

@@ -17,7 +17,8 @@ from pdiff_hf.evaluation.conditional import (
     score_tasks,
     verdict,
 )
-from pdiff_hf.evaluation.conditional_baselines import BasisNetworks, GenericNetwork, KernelRidge, nearest_mean
+from pdiff_hf.evaluation.conditional_baselines import BasisNetworks, GenericNetwork, nearest_mean
+from pdiff_hf.models.kernel_ridge import KernelRidge
 from pdiff_hf.networks.batched import BatchedModels
 from pdiff_hf.tasks import accuracy
 
