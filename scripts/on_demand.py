@@ -24,7 +24,9 @@ from pdiff_hf.models.condition import AngleField, CategoryField, Condition, Fiel
 from pdiff_hf.networks.batched import BatchedModels
 from pdiff_hf.run.families import SHOWN
 from pdiff_hf.scripts.watch import LETTERS
-from pdiff_hf.tasks.families import Family, GroupedFamily, ImageFamily
+from pdiff_hf.tasks.family import Family
+from pdiff_hf.tasks.image_families import ImageFamily
+from pdiff_hf.tasks.label_groups import GroupedFamily
 
 EXAMPLES = 500  # test examples that the networks are run on
 PICTURES = 24  # of them so many are shown

@@ -18,7 +18,7 @@ from pdiff_hf.evaluation.render import table
 from pdiff_hf.models.condition import CategoryField, Field, ScalarField, VectorField
 from pdiff_hf.scripts import explore, on_demand
 from pdiff_hf.scripts.watch import WATCHED, WATCHED_EXAMPLES, Watcher, draw_heat_map
-from pdiff_hf.tasks.families import GroupedFamily
+from pdiff_hf.tasks.label_groups import GroupedFamily
 
 MAX_MODELS = 500
 MAX_STEPS = 1000

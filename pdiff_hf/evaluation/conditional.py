@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 from ..models.kernel_ridge import KernelRidge
 from ..models.products import AdapterProducts, contracted, expanded
 from ..networks.stacked import StackedNetworks
-from ..tasks.families import Family
+from ..tasks.family import Family
 from ..tasks.task import Split
 from ..utils.files import write_json
 from ..utils.reports import REPORT_VERSION

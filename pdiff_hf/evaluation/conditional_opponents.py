@@ -13,7 +13,7 @@ from torch import nn
 from ..models import ConditionEncoder, LatentDenoiser
 from ..networks.stacked import StackedNetworks
 from ..snapshots.zoo import ZooArguments, train_specialists
-from ..tasks.families import Family
+from ..tasks.family import Family
 from ..training.denoiser import LatentGenerator
 from ..training.tune import GeneratedNetworks, TaskBatches, TuneArguments, tune
 from ..utils.seeds import named_seed

@@ -8,7 +8,7 @@ import torch
 
 from ..networks.batched import BatchedModels
 from ..networks.stacked import StackedNetworks
-from ..tasks.families import Family
+from ..tasks.family import Family
 from ..tasks.task import Batch, Split
 from .conditional import score_tasks
 

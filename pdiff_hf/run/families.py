@@ -20,7 +20,7 @@ from ..networks.stacked import StackedNetworks
 from ..pipelines import PDiffPipeline
 from ..pipelines.pipeline_pdiff import PDiffPipelineOutput
 from ..snapshots.zoo import ZooArguments, train_specialists, write_zoo
-from ..tasks.families import MAX_DRAWS, Family
+from ..tasks.family import MAX_DRAWS, Family
 from ..training.denoiser import LatentGenerator
 from ..training.tune import GeneratedNetworks, TaskBatches, TuneArguments, fresh_tasks, seen_tasks
 from ..utils import names

@@ -105,7 +105,7 @@ class TaskSection:
 
 @dataclass
 class FamilySection:
-    """A family of tasks, for a generator that answers to conditions: see `pdiff_hf.tasks.families`."""
+    """A family of tasks, for a generator that answers to conditions: see `pdiff_hf.tasks.family`."""
 
     family: str | None = option(
         None,

@@ -17,7 +17,7 @@ from ..selection import fit_layout, select_layout
 from ..snapshots import load_snapshots, parameter_matrix
 from ..snapshots.dataset import condition_table, load_fields
 from ..tasks import Task, check_head
-from ..tasks.families import Family
+from ..tasks.family import Family
 from ..tasks.task import Split
 from ..utils import names
 from ..utils.seeds import named_seed

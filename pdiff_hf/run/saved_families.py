@@ -17,7 +17,7 @@ from ..snapshots import load_snapshots, parameter_matrix, read_networks
 from ..snapshots.conditions import read_conditions
 from ..snapshots.dataset import condition_table, load_fields
 from ..snapshots.files import beside
-from ..tasks.families import Family
+from ..tasks.family import Family
 from ..training.tune import seen_tasks
 from ..utils import names
 from ..utils.errors import resource_errors

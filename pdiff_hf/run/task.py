@@ -4,7 +4,7 @@ import dataclasses
 import json
 
 from .. import tasks
-from ..tasks.families import Family
+from ..tasks.family import Family
 from .recipe import Recipe, TaskSection
 
 

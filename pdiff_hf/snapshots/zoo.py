@@ -13,7 +13,7 @@ from torch import nn
 from ..layout import ParameterLayout
 from ..models.condition import Condition
 from ..networks.stacked import StackedNetworks
-from ..tasks.families import Family
+from ..tasks.family import Family
 from ..training.loop import LoopArguments, train
 from .dataset import SnapshotWriter
 

@@ -17,13 +17,13 @@ from ..utils.errors import first_line
 from .task import Task
 
 if TYPE_CHECKING:
-    from .families import Family
+    from .family import Family
 
 T = TypeVar("T", bound=type[Task])
 REGISTERED: dict[str, type[Task]] = {}
 # Modules are imported when a family is asked for.
-FAMILIES = {"transformed": "families:TransformedFamily", "grouped": "families:GroupedFamily"}
-FAMILIES_OF_TEXTS = {"grouped": "families:GroupedTextFamily"}
+FAMILIES = {"transformed": "image_families:TransformedFamily", "grouped": "label_groups:GroupedFamily"}
+FAMILIES_OF_TEXTS = {"grouped": "label_groups:GroupedTextFamily"}
 
 
 def register_task(name: str) -> Callable[[T], T]:
@@ -141,7 +141,8 @@ def make_family(name: str, base: Task, family_args: Mapping[str, Any] | None = N
     Raises:
         ValueError: for an unknown family or argument, and for what the family itself refuses.
     """
-    from .families import Family, ImageFamily
+    from .family import Family
+    from .image_families import ImageFamily
 
     family_args = family_args or {}
     if name in FAMILIES:

@@ -14,7 +14,7 @@ from torch import nn
 
 from ..models import ParameterAutoencoder
 from ..networks.stacked import StackedNetworks
-from ..tasks.families import Family
+from ..tasks.family import Family
 from ..tasks.task import Batch, ClassificationTask, take
 from ..utils.devices import to_device
 from ..utils.seeds import derive_seed

@@ -19,7 +19,8 @@ from pdiff_hf.networks.stacked import StackedNetworks
 from pdiff_hf.snapshots.dataset import condition_table, load_fields, load_snapshots, parameter_matrix
 from pdiff_hf.snapshots.zoo import ZooArguments, collect_zoo, train_specialists
 from pdiff_hf.tasks import ImageClassificationTask
-from pdiff_hf.tasks.families import GroupedFamily, TransformedFamily
+from pdiff_hf.tasks.image_families import TransformedFamily
+from pdiff_hf.tasks.label_groups import GroupedFamily
 from pdiff_hf.training import make_training_scheduler
 from pdiff_hf.training.denoiser import LatentGenerator, train_denoiser
 from pdiff_hf.training.loop import LoopArguments

@@ -6,7 +6,7 @@ from posterior_priors import Priors
 
 from pdiff_hf.evaluation.posterior import expected_unknown_nll, summarize
 from pdiff_hf.evaluation.posterior_report import GENERATOR
-from pdiff_hf.tasks.families import GroupedFamily
+from pdiff_hf.tasks.label_groups import GroupedFamily
 from pdiff_hf.utils.seeds import derive_seed
 
 NUM_DRAWS, NUM_NEAREST = 256, 32

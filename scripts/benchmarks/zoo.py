@@ -21,7 +21,7 @@ from pdiff_hf.networks.stacked import StackedNetworks
 from pdiff_hf.selection import select_layout
 from pdiff_hf.snapshots.zoo import ZooArguments, train_specialists
 from pdiff_hf.tasks import ImageClassificationTask
-from pdiff_hf.tasks.families import TransformedFamily
+from pdiff_hf.tasks.image_families import TransformedFamily
 from pdiff_hf.training.loop import epoch_indices, make_optimizer
 
 

@@ -207,7 +207,7 @@ OWN = """
 import torch
 
 from pdiff_hf.models.condition import Fields
-from pdiff_hf.tasks.families import ImageFamily
+from pdiff_hf.tasks.image_families import ImageFamily
 
 
 class Darker(ImageFamily):

@@ -7,7 +7,9 @@ from pdiff_hf import LatentDenoiser, ParameterAutoencoder, ParameterLayout
 from pdiff_hf.models import ConditionEncoder
 from pdiff_hf.networks.stacked import StackedNetworks
 from pdiff_hf.tasks import ImageClassificationTask
-from pdiff_hf.tasks.families import Family, GroupedFamily, TransformedFamily
+from pdiff_hf.tasks.family import Family
+from pdiff_hf.tasks.image_families import TransformedFamily
+from pdiff_hf.tasks.label_groups import GroupedFamily
 from pdiff_hf.training import make_training_scheduler
 from pdiff_hf.training.denoiser import LatentGenerator
 from pdiff_hf.training.tune import GeneratedNetworks

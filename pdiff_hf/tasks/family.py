@@ -1,0 +1,277 @@
+"""Families: tasks that differ by a condition; one task of a family by itself, and many as one."""
+
+import os
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.data import Dataset
+
+from ..models.condition import AngleField, CategoryField, Condition, Fields, ScalarField
+from ..utils.seeds import derive_seed
+from .labels import LabelledTask
+from .task import Batch, ClassificationTask, Split, load_base, save_base
+
+# So many draws without a new task mean that there are no more.
+MAX_DRAWS = 1000
+
+
+class Family(ABC):
+    """
+    Tasks that differ by a condition. Their examples come from one data set, so that example i of every task follows
+    from example i of that.
+
+    Attributes:
+        fields (`Fields`): Of a condition.
+        test_sets (`Mapping[str, str]`): Regions of conditions that are kept for tests, by name, with what they are;
+            none by default.
+    """
+
+    fields: Fields
+    test_sets: Mapping[str, str] = {}
+
+    @abstractmethod
+    def draw(self, generator: torch.Generator) -> dict[str, Any]:
+        """One random condition."""
+
+    @abstractmethod
+    def load_base_model(self) -> nn.Module:
+        """The network that all tasks share the architecture of; fresh weights depend on torch's global seed."""
+
+    @abstractmethod
+    def num_examples(self, split: Split) -> int:
+        """Of a split, the same for all tasks."""
+
+    @abstractmethod
+    def batch(self, split: Split, table: torch.Tensor, indices: torch.Tensor) -> Batch:
+        """
+        Examples of many tasks.
+
+        Args:
+            table (`torch.Tensor`): The conditions, of `fields.table`, shape `(T, width)`.
+            indices (`torch.Tensor`): Of the examples: shape `(B,)`, for all tasks the same, or `(T, B)`.
+
+        Returns:
+            `dict`: What `predict` needs, tensors of shape `(T, B, ...)`, and `labels` of shape `(T, B)`.
+        """
+
+    @abstractmethod
+    def predict(self, call: Callable, batch: Batch) -> torch.Tensor:
+        """Logits of one network on the examples of its task, shape `(B, C)`."""
+
+    @abstractmethod
+    def fingerprint(self, split: Split) -> str:
+        """A string that changes when the examples of a split, or what conditions do to them, change."""
+
+    def task(self, condition: Condition) -> "MemberTask":
+        """One task by itself."""
+        return MemberTask(self, self.fields.table([condition]))
+
+    def mixture(self, table: torch.Tensor) -> "MixtureTask":
+        """Many tasks as one: each example belongs to one of the conditions `table`, shape `(T, width)`, by chance."""
+        return MixtureTask(self, table)
+
+    def save_base_model(self, model: nn.Module, folder: str | os.PathLike) -> None:
+        """Writes the network into the existing folder."""
+        save_base(model, folder)
+
+    def load_saved(self, folder: str | os.PathLike) -> nn.Module:
+        """What `save_base_model` wrote."""
+        return load_base(self.load_base_model(), folder)
+
+    def region(self, condition: Condition) -> str | None:
+        """Which of the `test_sets` a condition belongs to; None for the others."""
+        return None
+
+    def key(self, condition: Condition) -> Hashable:
+        """Equal for conditions of the same task."""
+        return tuple(self.fields.table([condition])[0].tolist())
+
+    def conditions(
+        self, num: int, seed: int, *, region: str | None = None, without: Collection[Hashable] = ()
+    ) -> list[dict[str, Any]]:
+        """
+        Random conditions of different tasks.
+
+        Args:
+            region (`str`, *optional*): One of `test_sets`; by default, what is in none of them.
+            without (`Collection`, *optional*): The keys of tasks that must not be among them.
+
+        Raises:
+            ValueError: if there are not as many tasks.
+        """
+        generator = torch.Generator().manual_seed(seed)
+        keys: set[Hashable] = set(without)
+        conditions: list[dict[str, Any]] = []
+        for _ in range(MAX_DRAWS * (num + 1)):
+            if len(conditions) == num:
+                return conditions
+            condition = self.draw(generator)
+            key = self.key(condition)
+            if self.region(condition) == region and key not in keys:
+                keys.add(key)
+                conditions.append(condition)
+        raise ValueError(
+            f"the family has fewer than {num} tasks {f'in {region!r}' if region else 'outside its test sets'} "
+            f"besides {len(without)} others: found {len(conditions)}"
+        )
+
+    def curve(self, num: int) -> tuple[str, list[dict[str, Any]]]:
+        """
+        For a figure: the first field that is an angle or a number, and conditions along it; all other fields stay at
+        the lowest value or the first word. Without such a field, or with one that has no such value, there are none.
+        """
+        along, fixed = "", dict[str, Any]()
+        for name, spec in self.fields.items():
+            if isinstance(spec, AngleField | ScalarField) and not along:
+                along = name
+            elif isinstance(spec, AngleField | ScalarField):
+                fixed[name] = spec.low if isinstance(spec, ScalarField) else 0.0
+            elif isinstance(spec, CategoryField):
+                fixed[name] = spec.values[0]
+            else:
+                return "", []
+        if not along:
+            return "", []
+        spec = self.fields[along]
+        if isinstance(spec, AngleField):
+            values = [spec.period * i / num for i in range(num)]
+        else:
+            assert isinstance(spec, ScalarField)
+            values = torch.linspace(spec.low, spec.high, num).tolist()
+        return along, [fixed | {along: value} for value in values]
+
+    def split(
+        self, sizes: Mapping[str, int], seed: int, *, without: Collection[Hashable] = ()
+    ) -> dict[str, list[dict[str, Any]]]:
+        """
+        Conditions of tasks for `train`, `validation`, `test` and any of `test_sets`; no task is in two of them.
+
+        Args:
+            without (`Collection`, *optional*): The keys of tasks that only `train` may have.
+
+        Raises:
+            ValueError: for another name, or if there are not as many tasks.
+        """
+        names = ("train", "validation", "test", *self.test_sets)
+        unknown = [name for name in sizes if name not in names]
+        if unknown:
+            raise ValueError(f"there is no set of tasks {unknown[0]!r}; there are {', '.join(names)}")
+        taken: set[Hashable] = set()
+        result = {}
+        for i, name in enumerate(names):
+            if sizes.get(name):
+                region = name if name in self.test_sets else None
+                others = taken if name == "train" else taken | set(without)
+                result[name] = self.conditions(sizes[name], derive_seed(seed, i), region=region, without=others)
+                taken |= {self.key(condition) for condition in result[name]}
+        return result
+
+
+@dataclass
+class TaskFamily(Family):
+    """
+    A family over the data set of a task.
+
+    Args:
+        base (`LabelledTask`): Its data and its network.
+    """
+
+    base: LabelledTask
+
+    def num_examples(self, split: Split) -> int:
+        return len(self.base.load_split(split))  # type: ignore[arg-type]  # a map-style data set
+
+    def predict(self, call: Callable, batch: Batch) -> torch.Tensor:
+        return self.base.predict(call, batch)
+
+    def load_base_model(self) -> nn.Module:
+        return self.base.load_base_model()
+
+    def save_base_model(self, model: nn.Module, folder: str | os.PathLike) -> None:
+        self.base.save_base_model(model, folder)
+
+    def fingerprint(self, split: Split) -> str:
+        return f"{self.base.fingerprint(split)} {type(self).__qualname__} {self.fields.to_dict()}"
+
+
+class FamilyTask(ClassificationTask):
+    """What tasks have from their family."""
+
+    def __init__(self, family: Family, table: torch.Tensor):
+        self.family, self.table = family, table
+
+    @property
+    def new_head(self) -> str:  # type: ignore[override]  # follows what the family has loaded
+        return getattr(getattr(self.family, "base", None), "new_head", "")
+
+    def load_base_model(self) -> nn.Module:
+        return self.family.load_base_model()
+
+    def save_base_model(self, model: nn.Module, folder: str | os.PathLike) -> None:
+        self.family.save_base_model(model, folder)
+
+    def load_saved(self, folder: str | os.PathLike) -> nn.Module:
+        return self.family.load_saved(folder)
+
+    def fingerprint(self, split: Split) -> str:
+        return f"{self.family.fingerprint(split)} {self.table.tolist()}"
+
+    def loss(self, call: Callable, batch: Batch) -> torch.Tensor:
+        return F.cross_entropy(self.predict(call, batch), batch["labels"])
+
+    def predict(self, call: Callable, batch: Batch) -> torch.Tensor:
+        return self.family.predict(call, batch)
+
+    def collate(self, examples: Batch) -> Batch:
+        """The splits return whole batches."""
+        return examples
+
+
+class MemberTask(FamilyTask):
+    """One task of a family; what [`Family.task`] returns. `table` has its condition, shape `(1, width)`."""
+
+    def load_split(self, split: Split) -> "FamilySplit":
+        return FamilySplit(self, split, lambda indices: torch.zeros(1, dtype=torch.long))
+
+
+class MixtureTask(FamilyTask):
+    """
+    Many tasks of a family as one, for one network that is to know them all; what [`Family.mixture`] returns. An example
+    belongs to one of the conditions of `table`, shape `(T, width)`: in training by chance, drawn from torch's global
+    generator, else always to the same one.
+    """
+
+    def load_split(self, split: Split) -> "FamilySplit":
+        def conditions(indices: torch.Tensor) -> torch.Tensor:
+            if split == "train":
+                return torch.randint(len(self.table), indices.shape)
+            return indices % len(self.table)
+
+        return FamilySplit(self, split, conditions)
+
+
+class FamilySplit(Dataset):
+    """
+    The examples of a task; `__getitems__(indices)` returns a batch.
+
+    Args:
+        rows_of (`Callable`): From indices of examples, shape `(B,)`, to the conditions that they belong to, rows of the
+            task's table: one for all, shape `(1,)`, or one for each, shape `(B,)`.
+    """
+
+    def __init__(self, task: FamilyTask, split: Split, rows_of: Callable[[torch.Tensor], torch.Tensor]):
+        self.task, self.split, self.rows_of = task, split, rows_of
+
+    def __len__(self) -> int:
+        return self.task.family.num_examples(self.split)
+
+    def __getitems__(self, indices: Sequence[int]) -> Batch:
+        examples = torch.as_tensor(indices)
+        rows = self.rows_of(examples)
+        batch = self.task.family.batch(self.split, self.task.table[rows], examples.view(len(rows), -1))
+        return {name: values.flatten(0, 1) for name, values in batch.items()}  # (B, ...)
