@@ -185,7 +185,8 @@ FIELD_TYPES = {kind.type: kind for kind in (ScalarField, AngleField, CategoryFie
 
 class Fields(Mapping[str, Field]):
     """
-    The fields of a condition by name, in alphabetical order: a saved config does not keep another one.
+    The fields of a condition by name, in alphabetical order: a saved config does not keep another one. There may be
+    none: then there is one condition, `{}`, and tables have shape `(N, 0)`.
 
     Conditions travel as *tables*: float32 of shape `(N, width)`, the columns of one field after those of another, NaN
     where a field is unknown.
@@ -200,8 +201,6 @@ class Fields(Mapping[str, Field]):
 
     def __init__(self, fields: Mapping[str, Field | Mapping]):
         self._fields = {name: self._make(name, fields[name]) for name in sorted(fields)}
-        if not self._fields:
-            raise ConditionError("a condition needs at least one field")
         self.width = sum(field.width for field in self.values())
         self.num_features = sum(field.num_features for field in self.values())
         starts = np.cumsum([0, *(field.width for field in self.values())]).tolist()
@@ -230,7 +229,7 @@ class Fields(Mapping[str, Field]):
         return len(self._fields)
 
     def __str__(self) -> str:
-        return "; ".join(f"'{name}' ({field})" for name, field in self.items())
+        return "; ".join(f"'{name}' ({field})" for name, field in self.items()) or "none"
 
     def to_dict(self) -> dict[str, dict]:
         """As JSON has it; `Fields` reads it again."""
@@ -274,16 +273,18 @@ class Fields(Mapping[str, Field]):
 
     def known(self, table: torch.Tensor) -> torch.Tensor:
         """Which fields of a table are known, bool of shape `(N, number of fields)`."""
-        return torch.stack([~table[:, columns].isnan().any(1) for columns in self.columns.values()], dim=1)
+        known = [~table[:, columns].isnan().any(1) for columns in self.columns.values()]
+        return torch.stack(known, dim=1) if known else table.bool()
 
     def features(self, table: torch.Tensor) -> torch.Tensor:
         """What a regression can use, for a table without unknown fields: shape `(N, num_features)`."""
-        return torch.cat([field.features(table[:, self.columns[name]]) for name, field in self.items()], dim=1)
+        features = [field.features(table[:, self.columns[name]]) for name, field in self.items()]
+        return torch.cat([table[:, :0], *features], dim=1)
 
     def perturb(self, table: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
         """Conditions near those of a table, moved by `noise` of its shape, in units of each field's spread."""
         parts = [self[name].perturb(table[:, part], noise[:, part]) for name, part in self.columns.items()]
-        return torch.cat(parts, dim=1)
+        return torch.cat([table[:, :0], *parts], dim=1)
 
     def feature_fields(self) -> torch.Tensor:
         """The index of the field that each feature belongs to, shape `(num_features,)`."""
@@ -318,6 +319,8 @@ class ConditionEncoder(SavedModel, ConfigMixin):
         super().__init__()
         check_format_version(format_version)
         self.fields = Fields(fields)
+        if not self.fields:
+            raise ConditionError("a condition encoder needs at least one field")
         # Of a one-hot vector, a linear map is an embedding.
         self.proj = nn.Linear(self.fields.num_features, embedding_dim)
         self.out = nn.Linear(embedding_dim, embedding_dim)

@@ -63,7 +63,7 @@ def check_run(run: "Run") -> None:
         )
     if run.family is not None:
         _check_family(run)
-    elif r.tune_steps and run.is_imported and run.fields is not None:
+    elif r.tune_steps and run.is_imported and run.fields:
         raise RunError(
             f"tune_steps={r.tune_steps} with snapshots that have conditions needs --family, which says what tasks they "
             "are for"
@@ -79,7 +79,7 @@ def _check_family(run: "Run") -> None:
     """What there is for one task alone must not be asked for, because it would not be done."""
     r = run.recipe
     if run.is_imported:
-        assert run.fields is not None  # an error where they are not the family's
+        run.fields  # noqa: B018  # an error where they are not the family's
     unused = {"augmentation": "none", "hyper_representations": False, "score_models": None, "num_runs": 1}
     unused |= {"tune_ensemble_size": 1, "tune_diversity": [0.0], "tune_penalty": 0.0, "temperature": 1.0}
     for key, value in unused.items():

@@ -83,7 +83,6 @@ def regressed_latents(run: "Run") -> tuple[torch.Tensor, torch.Tensor]:
 
 def known_snapshots(run: "Run") -> tuple[torch.Tensor, torch.Tensor]:
     """The snapshots without unknown fields, shape `(N, D)`, and their conditions, shape `(N, width)`."""
-    assert run.fields is not None
     known = run.fields.known(run.snapshot_conditions).all(1)
     return run.parameters[known], run.snapshot_conditions[known]
 
@@ -146,7 +145,6 @@ def unseen_tasks(run: "Run") -> set[Hashable]:
 
 def seen_conditions(run: "Run") -> torch.Tensor:
     """The different conditions of the snapshots, without those with unknown fields, shape `(T, width)`."""
-    assert run.fields is not None
     table = run.snapshot_conditions
     return table[run.fields.known(table).all(1)].unique(dim=0)
 

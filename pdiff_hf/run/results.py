@@ -72,15 +72,15 @@ class RunResults:
         return self.recipe.snapshots is not None or (record is not None and "imported_from" in record["results"])
 
     @cached_property
-    def fields(self) -> Fields | None:
+    def fields(self) -> Fields:
         """
-        Of the conditions of the snapshots; None if they have none.
+        Of the conditions of the snapshots; none if they have no conditions.
 
         Raises:
             RunError: if they are not those of the family.
         """
         fields = load_fields(self.recipe.snapshots or self.folder / names.SNAPSHOTS)
-        if self.family is not None and (fields is None or fields.to_dict() != self.family.fields.to_dict()):
+        if self.family is not None and fields != self.family.fields:
             raise RunError(
                 f"the snapshots have conditions with the fields {fields}, and family={self.recipe.family} has "
                 f"{self.family.fields}"
@@ -90,7 +90,6 @@ class RunResults:
     @cached_property
     def snapshot_conditions(self) -> torch.Tensor:
         """The conditions of all snapshots, a table of shape `(K, width)`, NaN where a field is unknown."""
-        assert self.fields is not None
         return condition_table(self.snapshots[0], self.fields)
 
     @cached_property

@@ -64,7 +64,7 @@ def evaluate_saved_family(source: str, recipe: Recipe) -> dict:
         raise ValueError("--model is needed: the folder of the base model that the networks were fine-tuned from")
     family = make_family(recipe, make_task(dataclasses.replace(recipe, model=model_name)))
     assert family is not None
-    if fields is None or fields.to_dict() != family.fields.to_dict():
+    if fields != family.fields:
         raise ValueError(f"the snapshots have conditions with the fields {fields}, and the family has {family.fields}")
     model = family.load_saved(model_name).to(PartialState().device)
     layout.check_fits(model.state_dict())

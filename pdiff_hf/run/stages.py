@@ -175,7 +175,7 @@ def _align(run: "Run", folder: Path) -> None:
     remove(folder)
     with SnapshotWriter(folder, layout, fields=fields) as writer:
         for row, known in zip(aligned, columns, strict=True):
-            condition = {name: known[name] for name in fields or ()}
+            condition = {name: known[name] for name in fields}
             writer.write(row, seed=known["seed"], step=known["step"], condition=condition)
 
 
@@ -249,7 +249,7 @@ def fit_denoiser(run: "Run") -> None:
     r, stage = run.recipe, STAGES["denoiser"]
     scheduler = make_training_scheduler(r.num_train_timesteps, r.prediction_type)
     encoder, table, latents = None, None, run.latents[run.seen]
-    if run.fields is not None:
+    if run.fields:
         torch.manual_seed(named_seed(r.seed, "condition encoder"))
         encoder, table = ConditionEncoder(run.fields.to_dict()), run.snapshot_conditions[run.seen]
         encoder.remember(table.nan_to_num(torch.inf).unique(dim=0).nan_to_num(posinf=torch.nan))

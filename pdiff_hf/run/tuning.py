@@ -130,7 +130,7 @@ def _weight_loss(
     """The denoiser's own loss on the snapshots that generators see, weighted."""
     r, device = run.recipe, accelerator.device
     latents = run.latents[run.seen].to(device)
-    table = None if run.fields is None else run.snapshot_conditions[run.seen].to(device)
+    table = run.snapshot_conditions[run.seen].to(device) if run.fields else None
     scheduler = make_training_scheduler(r.num_train_timesteps, r.prediction_type)
     encoder = generator.encoder
 

@@ -84,8 +84,9 @@ class SnapshotWriter:
         metrics: Sequence[str] = (),
         fields: Fields | None = None,
     ):
-        self.folder, self.layout, self.metrics, self.fields = Path(folder), layout, tuple(metrics), fields
-        reserved = [name for name in fields or () if name in ("parameters", "step", "seed", *self.metrics)]
+        self.folder, self.layout, self.metrics = Path(folder), layout, tuple(metrics)
+        self.fields = Fields({}) if fields is None else fields
+        reserved = [name for name in self.fields if name in ("parameters", "step", "seed", *self.metrics)]
         if reserved:
             raise SnapshotError(
                 f"a field of a condition cannot have the name {reserved[0]!r}, which is a column already"
@@ -147,13 +148,11 @@ class SnapshotWriter:
                 "the selected tensors being trained, and is the learning rate above 0?"
             )
         self._rows_by_digest[digest] = row
-        columns = {}
-        if self.fields is not None:
-            (columns,) = self.fields.conditions(self.fields.table([condition or {}]))
-        elif condition:
+        if condition and not self.fields:
             raise SnapshotError(
                 "a condition was given, but the data set was made without fields; pass fields=Fields(...)"
             )
+        (columns,) = self.fields.conditions(self.fields.table([condition or {}]))
         self._writer.write({"parameters": values, "step": step, "seed": seed, **metrics, **columns})
 
     def __exit__(self, exception_type, exception, traceback) -> None:
@@ -167,7 +166,7 @@ class SnapshotWriter:
                     for values in zip(*columns, strict=True):
                         writer.write(dict(zip(LAYOUT_FEATURES, values, strict=True)))
                     writer.finalize()
-                if self.fields is not None:
+                if self.fields:
                     (self._part / FIELDS_FILE).parent.mkdir()
                     with ArrowWriter(path=str(self._part / FIELDS_FILE), features=FIELDS_FEATURES) as writer:
                         for name, field in self.fields.to_dict().items():
@@ -249,9 +248,9 @@ def load_snapshots(path: str | os.PathLike, **kwargs: Any) -> tuple[datasets.Dat
     return dataset, layout
 
 
-def load_fields(path: str | os.PathLike, **kwargs: Any) -> Fields | None:
+def load_fields(path: str | os.PathLike, **kwargs: Any) -> Fields:
     """
-    The fields of the conditions of a parameter data set, a folder or a Hub id; None if its networks have none.
+    The fields of the conditions of a parameter data set, a folder or a Hub id; none if its networks have none.
 
     Raises:
         SnapshotError: if they cannot be read.
@@ -264,14 +263,14 @@ def load_fields(path: str | os.PathLike, **kwargs: Any) -> Fields | None:
     else:
         rows = []
     try:
-        return Fields({row["name"]: json.loads(row["field"]) for row in rows}) if rows else None
+        return Fields({row["name"]: json.loads(row["field"]) for row in rows})
     except (KeyError, ValueError) as error:
         raise SnapshotError(f"the fields of '{path}' cannot be used: {error}") from error
 
 
 def condition_table(dataset: datasets.Dataset, fields: Fields) -> torch.Tensor:
     """The conditions of all rows as a table of shape `(N, width)`, NaN where a field is unknown."""
-    return fields.table(dataset.select_columns(list(fields)))
+    return fields.table(dataset.select_columns(list(fields)) if fields else [{}] * len(dataset))
 
 
 def _read_arrow(file: Path) -> datasets.Dataset:

@@ -18,6 +18,7 @@ from .dataset import (
     SnapshotError,
     SnapshotWriter,
     check_finite,
+    condition_table,
     load_fields,
     load_snapshots,
     parameter_matrix,
@@ -77,8 +78,8 @@ def import_snapshots(
     """
     given: Sequence[Condition | None] = conditions or [None] * len(paths)
     if fields is None:
-        fields = next((load_fields(path) for path in paths if _is_data_set(Path(path))), None)
-    if fields is not None and conditions:
+        fields = next((load_fields(path) for path in paths if _is_data_set(Path(path))), Fields({}))
+    if conditions:
         fields.table(conditions)  # an error comes before files are read
     found = [
         (*network, condition)
@@ -112,10 +113,10 @@ def _copy_rows(folder: Path, writer: SnapshotWriter, seed: int) -> None:
     if layout != writer.layout:
         raise LayoutError("the data set has snapshots of other tensors than are selected")
     fields = load_fields(folder)
-    if (fields and fields.to_dict()) != (writer.fields and writer.fields.to_dict()):
+    if fields != writer.fields:
         raise SnapshotError(f"the conditions of the data set have the fields {fields}, and not {writer.fields}")
     steps = dataset["step"][:]
-    conditions = [None] * len(dataset) if fields is None else list(dataset.select_columns(list(fields)))
+    conditions = fields.conditions(condition_table(dataset, fields))
     for row, step, condition in zip(parameter_matrix(dataset, layout, minimum=1), steps, conditions, strict=True):
         writer.write(row, step=step, seed=seed, condition=condition)
 

@@ -14,7 +14,7 @@ from torch.utils.data import Dataset
 from ..models.condition import AngleField, CategoryField, Condition, Fields, ScalarField
 from ..utils.seeds import derive_seed
 from .labels import LabelledTask
-from .task import Batch, ClassificationTask, Split, load_base, save_base
+from .task import Batch, ClassificationTask, Split, Task, load_base, save_base, take
 
 # So many draws without a new task mean that there are no more.
 MAX_DRAWS = 1000
@@ -67,11 +67,11 @@ class Family(ABC):
     def fingerprint(self, split: Split) -> str:
         """A string that changes when the examples of a split, or what conditions do to them, change."""
 
-    def task(self, condition: Condition) -> "MemberTask":
+    def task(self, condition: Condition) -> Task:
         """One task by itself."""
         return MemberTask(self, self.fields.table([condition]))
 
-    def mixture(self, table: torch.Tensor) -> "MixtureTask":
+    def mixture(self, table: torch.Tensor) -> Task:
         """Many tasks as one: each example belongs to one of the conditions `table`, shape `(T, width)`, by chance."""
         return MixtureTask(self, table)
 
@@ -197,6 +197,67 @@ class TaskFamily(Family):
 
     def fingerprint(self, split: Split) -> str:
         return f"{self.base.fingerprint(split)} {type(self).__qualname__} {self.fields.to_dict()}"
+
+
+class SingleTask(Family):
+    """
+    A task as a family: without fields, and with one member, which is seen and unseen at once. [`as_family`] makes it.
+
+    Args:
+        base (`Task`): The member.
+    """
+
+    def __init__(self, base: Task):
+        self.base, self.fields = base, Fields({})
+
+    def draw(self, generator: torch.Generator) -> dict[str, Any]:
+        return {}
+
+    def load_base_model(self) -> nn.Module:
+        return self.base.load_base_model()
+
+    def save_base_model(self, model: nn.Module, folder: str | os.PathLike) -> None:
+        self.base.save_base_model(model, folder)
+
+    def load_saved(self, folder: str | os.PathLike) -> nn.Module:
+        return self.base.load_saved(folder)
+
+    def num_examples(self, split: Split) -> int:
+        return len(self.base.load_split(split))
+
+    def batch(self, split: Split, table: torch.Tensor, indices: torch.Tensor) -> Batch:
+        examples = self.base.collate(take(self.base.load_split(split), indices.flatten().tolist()))
+        shape = len(table), indices.shape[-1]
+        return {
+            name: values.unflatten(0, indices.shape).to(table.device).expand(*shape, *values.shape[1:])
+            for name, values in examples.items()
+        }
+
+    def predict(self, call: Callable, batch: Batch) -> torch.Tensor:
+        if not isinstance(self.base, ClassificationTask):
+            raise TypeError(f"only classifiers have logits, and {type(self.base).__name__} is a task of another kind")
+        return self.base.predict(call, batch)
+
+    def fingerprint(self, split: Split) -> str:
+        return self.base.fingerprint(split)
+
+    def task(self, condition: Condition) -> Task:
+        self.fields.table([condition])  # an error for a condition with fields
+        return self.base
+
+    def mixture(self, table: torch.Tensor) -> Task:
+        return self.base
+
+    def split(
+        self, sizes: Mapping[str, int], seed: int, *, without: Collection[Hashable] = ()
+    ) -> dict[str, list[dict[str, Any]]]:
+        """The one member in each set."""
+        return {name: [{}] for name in ("train", "validation", "test")}
+
+
+def as_family(task: Task | Family) -> Family:
+    """The family itself, or the family whose only member is `task`."""
+    return task if isinstance(task, Family) else SingleTask(task)
 
 
 class FamilyTask(ClassificationTask):

@@ -5,6 +5,7 @@ import torch
 from support.families import make_family
 
 from pdiff_hf.models import ConditionError
+from pdiff_hf.tasks.family import as_family
 
 PLAIN = {"angle": 0.0, "blur": 0.0, "invert": "no", "occlude": "none"}
 
@@ -86,3 +87,21 @@ def test_ranges():
         make_family(ranges={"zoom": [1, 2]})
     with pytest.raises(ConditionError, match="'occlude' can be none, left, right, top, bottom, not 'middle'"):
         make_family(ranges={"occlude": ["none", "middle"]})
+
+
+def test_a_single_task_is_a_family_of_one_without_fields():
+    task = make_family().base
+    family = as_family(task)
+    assert as_family(family) is family and not family.fields and family.fields.width == 0
+    assert family.split({"train": 5, "test": 5}, seed=0) == {"train": [{}], "validation": [{}], "test": [{}]}
+    table = family.fields.table([{}, {}])
+    assert table.shape == (2, 0) and family.fields.conditions(table) == [{}, {}]
+    assert family.fields.known(table).all(1).tolist() == [True, True] and family.fields.features(table).shape == (2, 0)
+    assert family.task({}) is family.mixture(table) is task and family.fingerprint("test") == task.fingerprint("test")
+    batch = family.batch("train", table, torch.tensor([3, 1]))
+    one = task.collate(task.load_split("train").__getitems__([3, 1]))
+    for values in batch["pixel_values"]:
+        assert torch.equal(values, one["pixel_values"])
+    assert batch["labels"].tolist() == [one["labels"].tolist()] * 2
+    with pytest.raises(ConditionError, match="no field 'angle'; there is none"):
+        family.task({"angle": 3.0})
