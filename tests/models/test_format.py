@@ -12,10 +12,14 @@ from support.pipelines import make_pipeline, sample
 from transformers import AutoConfig, AutoModelForImageClassification
 
 from pdiff_hf import LatentDenoiser, ParameterAutoencoder, PDiffPipeline
+from pdiff_hf.hub.card import make_model_card
 from pdiff_hf.hub.push import push_pipeline_to_hub
 from pdiff_hf.models.saved import FORMAT_VERSION
 
-GOLDEN = Path(__file__).parent / "golden" / "0.1.0"
+GOLDEN = Path(__file__).parent / "golden"
+# What release 0.2.0 saved: a generator with conditions of every type of field; one tuned with a map, with its base
+# model; one of adapters, learned as products; one with bases of whole numbers (int8).
+KINDS = ("conditional", "tuned_map", "adapters", "int8")
 COMPONENTS = {"autoencoder": ParameterAutoencoder, "denoiser": LatentDenoiser}
 # Other processors, and other numbers of threads, add up in another order. A sum of some hundred float32 numbers differs
 # by some 1e-7 then, and 20 steps of sampling amplify that by less than 10.
@@ -32,9 +36,9 @@ def rewrite(folder: Path, component: str, **values) -> None:
 @torch.no_grad()
 def test_a_generator_of_an_older_release_gives_the_numbers_that_it_gave(tmp_path):
     for component in COMPONENTS:  # it is what an older release wrote, not what this one does
-        assert "format_version" not in json.loads((GOLDEN / component / "config.json").read_text())
-    pipe = PDiffPipeline.from_pretrained(GOLDEN)
-    expected = load_file(GOLDEN / "outputs.safetensors")
+        assert "format_version" not in json.loads((GOLDEN / "0.1.0" / component / "config.json").read_text())
+    pipe = PDiffPipeline.from_pretrained(GOLDEN / "0.1.0")
+    expected = load_file(GOLDEN / "0.1.0" / "outputs.safetensors")
     latents = pipe.autoencoder.encode(expected["snapshots"]).latents
     torch.testing.assert_close(latents, expected["latents"], **TOLERANCE)
     for steps in (1, 20):
@@ -55,6 +59,62 @@ def test_a_generator_of_an_older_release_gives_the_numbers_that_it_gave(tmp_path
     assert torch.equal(again(3, 20, latents=expected["start"], output_type="pt").parameters, generated)
     for component in COMPONENTS:
         assert json.loads((tmp_path / component / "config.json").read_text())["format_version"] == FORMAT_VERSION
+
+
+def golden_outputs(pipe: PDiffPipeline, folder: Path) -> dict[str, torch.Tensor]:
+    """What a generator gives today for the inputs that are stored beside it."""
+    inputs, encoder = load_file(folder / "outputs.safetensors"), pipe.condition_encoder
+    products = pipe.autoencoder.products
+
+    def networks(steps: int, **arguments) -> torch.Tensor:
+        sampled = pipe(2, steps, output_type="pt", **arguments).parameters
+        return sampled if products is None else products.expand(sampled)  # factors have signs that nothing determines
+
+    seeded, given = torch.Generator().manual_seed(3), {}
+    outputs = {"latents": pipe.autoencoder.encode(inputs["snapshots"]).latents}
+    if encoder is not None:
+        conditions = json.loads((folder / "conditions.json").read_text())
+        given = {"condition": conditions}
+        first = sorted(conditions[0])[0]
+        some = [{name: value for name, value in one.items() if name != first} for one in conditions]
+        outputs["embeddings"] = encoder(encoder.fields.table(conditions))
+        outputs["guided"] = networks(10, latents=inputs["start"], guidance_scale=2.0, **given)
+        outputs["partly_known"] = networks(10, generator=torch.Generator().manual_seed(3), condition=some)
+    outputs["seeded"] = networks(10, generator=seeded, temperature=0.5, **given)
+    return outputs | {f"generated.{n}": networks(n, latents=inputs["start"], **given) for n in (1, 10)}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@torch.no_grad()
+def test_every_kind_of_generator_gives_the_numbers_that_it_gave(tmp_path, kind):
+    if kind == "adapters":
+        pytest.importorskip("peft")
+    folder = GOLDEN / "0.2.0" / kind
+    pipe = PDiffPipeline.from_pretrained(folder)
+    pipe.save_pretrained(tmp_path)
+    stored = load_file(folder / "outputs.safetensors")
+    for loaded in (pipe, PDiffPipeline.from_pretrained(tmp_path)):
+        outputs = golden_outputs(loaded, folder)
+        assert outputs.keys() == stored.keys() - {"snapshots", "start"}
+        for name, values in outputs.items():
+            torch.testing.assert_close(values, stored[name], **TOLERANCE, msg=lambda text, name=name: f"{name}: {text}")
+        assert outputs["generated.10"].std(0).max() > 0.01
+    assert (pipe.base_model is not None) == (kind in ("tuned_map", "adapters"))
+
+
+# What each report says of generated networks: mean score, and for one task that of the network chosen on validation
+# and the similarity to the snapshots.
+REPORTED = {"task": [19.1667, 28.0, 0.8969], "family": [12.5]}
+
+
+@pytest.mark.parametrize("kind", REPORTED)
+def test_a_report_of_an_older_release_is_read(tmp_path, kind):
+    (tmp_path / "evaluation").mkdir()
+    shutil.copyfile(GOLDEN / "0.2.0" / "reports" / f"{kind}.json", tmp_path / "evaluation" / "report.json")
+    card = make_model_card(GOLDEN / "0.2.0" / "tuned_map", "alice/older", run=tmp_path)
+    assert [result.metric_value for result in card.data.eval_results] == pytest.approx(REPORTED[kind], abs=1e-4)
+    report = json.loads((tmp_path / "evaluation" / "report.json").read_text())
+    assert report["version"] == 2 and report["verdict"] in card.text
 
 
 @pytest.fixture
