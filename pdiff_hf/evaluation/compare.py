@@ -20,7 +20,6 @@ from .baselines import BaselineContext
 from .figures import draw_figures
 from .frontier import VERDICTS, Bootstrap, FrontierGroup, FrontierRow, frontier_sentence
 from .geometry import Rows, Yardstick, mean_of
-from .hyper_representations import NAMES, sample_hyper_representations
 from .metrics import METRICS, Evidence, ensemble_metrics, max_iou, nearest_in_predictions
 from .render import CURVE, format_report, summarise
 from .sampling import (
@@ -63,8 +62,7 @@ def compare_generator(
     tuning: Tuning | None = None,
     baseline_models: int = 20,
     baselines: str = "all",
-    hyper_representations: bool = False,
-    vae: Tensor | None = None,
+    extra_groups: Iterable[Group] = (),
     losses: Mapping[str, Mapping[str, Sequence[float]]] | None = None,
     latents: Tensor | None = None,
     seed: int = 0,
@@ -87,10 +85,7 @@ def compare_generator(
         tuning (`Tuning`, *optional*): How a pipeline was tuned; trivial generators with the same feedback are added.
         baseline_models (`int`, *optional*, defaults to 20): Networks of each baseline setting; 0 for no baselines.
         baselines (`str`, *optional*, defaults to `"all"`): Or `few`, one setting of each family.
-        hyper_representations (`bool`, *optional*, defaults to `False`): Whether to add groups of as many networks as
-            are generated for each of S_KDE30, SANE_SUB and SANE_KDE30 (paper, Table 7), with the autoencoder of a
-            pipeline.
-        vae (`torch.Tensor`, *optional*): Parameters from a variational autoencoder, shape `(n, D)`, for a group `vae`.
+        extra_groups (`Iterable[Group]`, *optional*): Further groups, each made when it is asked for.
         losses (`Mapping`, *optional*): For the figure of losses, see `draw_figures`.
         latents (`torch.Tensor`, *optional*): Shape `(K, L)`, the snapshots' latents if they are known already.
         seed (`int`, *optional*, defaults to 0): Of sampling, baselines and bootstrap.
@@ -99,8 +94,7 @@ def compare_generator(
         `dict`: What `report.json` holds, see `report_schema.json`.
 
     Raises:
-        ValueError: if the networks of a baseline would not fit on the disk, or the scores into memory, or
-            `hyper_representations` is asked for without a pipeline.
+        ValueError: if the networks of a baseline would not fit on the disk, or the scores into memory.
     """
     pipeline = generator if isinstance(generator, PDiffPipeline) else None
     folder = Path(folder)
@@ -137,10 +131,6 @@ def compare_generator(
             families.append(
                 _sample_temperatures(pipeline, baseline_models, num_inference_steps, temperature, folder, seed)
             )
-    if hyper_representations:
-        if pipeline is None:
-            raise ValueError("hyper_representations needs a pipeline, for its autoencoder; networks alone were given")
-        families.append(sample_hyper_representations(scorer, seen, pipeline.autoencoder, num_scored, seed))
     chosen = torch.randperm(num_generated, generator=named_generator(seed, "score_models"))[:num_scored].sort().values
     figures: dict[str, Tensor] | None = None
     reconstruction = None
@@ -160,8 +150,7 @@ def compare_generator(
         figures = {"snapshots": latents, "generated": generated_latents}
     folder.mkdir(parents=True, exist_ok=True)  # nothing before this has left anything behind
     in_baselines = baseline_models * len(supported_baselines(context, baselines))
-    in_representations = num_scored * len(NAMES) * hyper_representations
-    _announce(scorer, 2 * len(snapshots) + 1 + num_scored + in_baselines + in_representations + in_tuned)
+    _announce(scorer, 2 * len(snapshots) + 1 + num_scored + in_baselines + in_tuned)
     if isinstance(generator, PDiffPipeline) and latents is not None:
         generated = decode(generator, generated_latents, folder)
         reconstruction = reconstruct(generator, snapshots, latents, heldout, folder)
@@ -172,9 +161,7 @@ def compare_generator(
         if reconstruction is not None:
             yield Group("reconstructed", reconstruction.parameters)
         yield Group("generated", generated, feedback=None if tuning is None else Passes(tuning.passes))
-        if vae is not None:
-            yield Group("vae", vae, family="VAE")
-        for family in families:
+        for family in (*families, extra_groups):
             yield from family
 
     report = compare(scorer, groups(), reconstruction, seed, products)

@@ -318,10 +318,10 @@ class ConditionalAudit:
             "conditions": {name: self.family.fields.conditions(table) for name, table in self.test_sets.items()},
             "rows": self.rows,
         }
-        return _compared(report)
+        return compared(report)
 
 
-def _compared(report: dict[str, Any]) -> dict[str, Any]:
+def compared(report: dict[str, Any]) -> dict[str, Any]:
     """The report with comparisons, verdict and summary."""
     rows = report["rows"]
     comparisons = {
@@ -334,27 +334,6 @@ def _compared(report: dict[str, Any]) -> dict[str, Any]:
     }
     report = report | {"comparisons": comparisons}
     return report | {"verdict": verdict(report), "warnings": [], "summary": summarise(report)}
-
-
-def pool_reports(reports: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """One report of several runs with other tasks and seeds, as if their tasks had been those of one run."""
-    first = reports[0]
-    pooled: dict[str, Any] = {
-        **{key: first[key] for key in ("version", "kind", "metric", "num_parameters", "fields")},
-        "settings": {"runs": [report["settings"] for report in reports]},
-        "conditions": {name: sum((r["conditions"][name] for r in reports), []) for name in first["conditions"]},
-        "rows": {},
-    }
-    for name, row in first["rows"].items():
-        sets: dict[str, dict[str, list[float]]] = {
-            set_name: {
-                key: sum((report["rows"][name]["sets"][set_name][key] for report in reports), []) for key in scores
-            }
-            for set_name, scores in row["sets"].items()
-        }
-        notes = "; ".join(dict.fromkeys(report["rows"][name]["note"] for report in reports))
-        pooled["rows"][name] = {**row, "note": notes, "sets": sets}
-    return _compared(pooled)
 
 
 def mean_accuracy(report: Mapping[str, Any], name: str, set_name: str = "test") -> float:

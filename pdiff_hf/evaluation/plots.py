@@ -340,29 +340,6 @@ def plot_loss_curves(
     return _save(figure, path)
 
 
-def plot_memory(path: str | Path, sizes: Sequence[int], curves: Mapping[str, tuple[Sequence, Sequence]]) -> Path:
-    """Memory of training against the number of generated parameters (paper, table 13), both on a logarithmic scale.
-
-    Args:
-        path (`str` or `Path`): of the PNG.
-        sizes (`Sequence[int]`): D.
-        curves (`Mapping[str, tuple]`): name of a network to its megabytes here and in the paper, one for each size; NaN
-            where there is none.
-    """
-    figure = Figure(figsize=(WIDTH, 4.8), layout="constrained")
-    axes = figure.subplots()
-    for (name, values), style, marker in zip(curves.items(), cycle(("-", "--")), cycle(MARKERS)):
-        for whose, megabytes, colour in zip(("here", "paper"), values, (GENERATED, SNAPSHOTS), strict=True):
-            axes.plot(sizes, megabytes, color=colour, linestyle=style, marker=marker, label=f"{name}, {whose}")
-    axes.set_xscale("log")
-    axes.set_yscale("log")
-    axes.set_xlabel("generated parameters")
-    axes.set_ylabel("peak memory of training (MB)")
-    axes.grid(alpha=0.3, which="both")
-    axes.legend()
-    return _save(figure, path)
-
-
 def _log_scale_if_positive(axes: Axes) -> None:
     if all((np.asarray(line.get_ydata()) > 0).all() for line in axes.lines):
         axes.set_yscale("log")

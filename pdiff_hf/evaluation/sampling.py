@@ -10,7 +10,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..models import ParameterAutoencoder
 from ..models.autoencoder import LARGE
 from ..models.products import expanded
 from ..pipelines import PDiffPipeline
@@ -120,17 +119,6 @@ def _blocks(count: int, num_parameters: int) -> Iterator[slice]:
     elif not step:
         step = max(1, BLOCK_NUMBERS // num_parameters)  # it decodes them one by one
     return (slice(start, min(start + step, count)) for start in range(0, count, step))
-
-
-@torch.no_grad()
-def sample_prior(
-    autoencoder: ParameterAutoencoder, num_models: int, generator: torch.Generator, folder: Path
-) -> Tensor:
-    """Networks from the prior of a variational autoencoder, `(num_models, D)`; a large result lies in a file."""
-    parameters = room_for(num_models, autoencoder.layout.num_parameters, folder)
-    for rows in _blocks(*parameters.shape):
-        parameters[rows] = autoencoder.sample_prior(rows.stop - rows.start, generator)
-    return parameters
 
 
 def reconstruct(

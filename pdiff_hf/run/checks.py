@@ -49,10 +49,10 @@ def check_run(run: "Run") -> None:
         )
     if r.adapter_products:
         AdapterProducts(run.layout)  # an error where there are none
-        if r.hyper_representations or (r.tune_steps and run.family is None):
+        if r.tune_steps and run.family is None:
             raise RunError(
-                "adapter_products is not for hyper_representations, and not for tuning on a single task, whose "
-                "opponents work on the factors; leave one of them out"
+                "adapter_products is not for tuning on a single task, whose opponents work on the factors; leave one "
+                "of them out"
             )
     if r.push_to_hub and "denoiser" not in r.stages and not run.is_finished("denoiser"):
         raise RunError("push_to_hub needs a finished generator, which the chosen stages do not make")
@@ -80,7 +80,7 @@ def _check_family(run: "Run") -> None:
     r = run.recipe
     if run.is_imported:
         run.fields  # noqa: B018  # an error where they are not the family's
-    unused = {"augmentation": "none", "hyper_representations": False, "score_models": None, "num_runs": 1}
+    unused = {"augmentation": "none", "score_models": None, "num_runs": 1}
     unused |= {"tune_ensemble_size": 1, "tune_diversity": [0.0], "tune_penalty": 0.0, "temperature": 1.0}
     for key, value in unused.items():
         if getattr(r, key) != value:

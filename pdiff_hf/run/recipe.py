@@ -25,7 +25,7 @@ from ..utils.paths import expand_path
 from .options import RecipeLoader, check_value, is_list, is_nullable, option
 
 SECRETS = ("hub_token",)
-STAGES = ("base", "collect", "autoencoder", "denoiser", "tune", "vae", "evaluate")
+STAGES = ("base", "collect", "autoencoder", "denoiser", "tune", "evaluate")
 DEFAULT_DATASET = "digits"
 # Those of `scripts/recipes`, in a clone or an installed package; a name alone is enough for them.
 _SCRIPTS = importlib.util.find_spec("pdiff_hf.scripts")
@@ -266,11 +266,8 @@ class EvaluateSection:
         "FID is measured on these features: `inception`, or folder or Hub id of an image classifier.",
         path=True,
     )
-    baseline_models: int = option(20, "Networks of each setting of the baselines, and of the VAE; 0 for none.", min=0)
+    baseline_models: int = option(20, "Networks of each setting of the baselines; 0 for none.", min=0)
     baselines: str = option("all", "Settings of the baselines: `few` is one of each family.", choices=("all", "few"))
-    hyper_representations: bool = option(
-        False, "Also compare with S_KDE30, SANE_SUB and SANE_KDE30 (paper, Table 7), with num_models networks each."
-    )
 
 
 @dataclass

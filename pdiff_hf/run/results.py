@@ -1,5 +1,6 @@
 """What the stages of a run have left in its folder, loaded when it is asked for."""
 
+from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -37,9 +38,12 @@ class RunResults:
         recipe (`Recipe`): What the stages were to do.
         task (`Task`): What the networks are for.
         family (`Family`, *optional*): Of tasks, which the networks are for in place of `task`.
+        extra_groups (`Callable`, *optional*): `extra_groups(run, scorer)` gives further groups of networks for the
+            report, `Group`s of the evaluation. Its name is a setting of the stage `evaluate`.
     """
 
-    def __init__(self, recipe: Recipe, task: Task, family: Family | None = None):
+    def __init__(self, recipe: Recipe, task: Task, family: Family | None = None, extra_groups: Callable | None = None):
+        self.extra_groups = extra_groups
         self.recipe, self.family = recipe, family
         self.folder = Path(recipe.output_dir)
         self.files = RunFolder(self.folder)
@@ -101,7 +105,10 @@ class RunResults:
 
     def settings(self, stage: str) -> dict[str, Any]:
         """Everything that the outcome of a stage follows from."""
-        return stage_settings(self.recipe, stage) | self._task_settings
+        settings = stage_settings(self.recipe, stage) | self._task_settings
+        if stage == "evaluate" and self.extra_groups is not None:
+            settings["extra_groups"] = self.extra_groups.__name__
+        return settings
 
     def is_finished(self, stage: str) -> bool:
         """Whether the stage has a result that belongs to the recipe."""

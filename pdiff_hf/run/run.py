@@ -5,7 +5,7 @@ import dataclasses
 import logging
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from accelerate import Accelerator, PartialState
@@ -51,18 +51,19 @@ class Run(RunResults):
     Args:
         recipe (`Recipe`): What to do.
         task (`Task`, *optional*): A task of your own, in place of the one that the recipe describes.
+        extra_groups (`Callable`, *optional*): Further groups of the report; see [`RunResults`].
 
     Raises:
         RunError: if a finished stage has other settings, and `overwrite_output_dir` is not set.
         ValueError: for everything in the recipe that can be seen to be wrong before any work is done.
     """
 
-    def __init__(self, recipe: Recipe, task: Task | None = None):
+    def __init__(self, recipe: Recipe, task: Task | None = None, extra_groups: Callable | None = None):
         start_processes()
         recipe = dataclasses.replace(recipe, mixed_precision=choose_precision(recipe.mixed_precision))
         recipe = recipe if task is not None else recipe.with_dataset()
         task = make_task(recipe) if task is None else task
-        super().__init__(recipe, task, make_family(recipe, task))
+        super().__init__(recipe, task, make_family(recipe, task), extra_groups)
         check_run(self)
 
     def loop(self, stage: str, **kwargs: Any) -> dict[str, Any]:

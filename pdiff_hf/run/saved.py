@@ -81,7 +81,6 @@ def evaluate_saved(source: str, recipe: Recipe) -> dict:
             tuning=None if pipeline is None else load_tuning(Path(folder)),
             baseline_models=recipe.baseline_models,
             baselines=recipe.baselines,
-            hyper_representations=recipe.hyper_representations,
             seed=recipe.seed,
         )
     for path in part.iterdir():

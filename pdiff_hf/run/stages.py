@@ -11,9 +11,8 @@ from diffusers import DDPMScheduler, DPMSolverMultistepScheduler, ModelMixin
 from transformers import PreTrainedModel
 
 from ..evaluation.compare import compare_generator
-from ..evaluation.sampling import sample_prior
 from ..evaluation.scoring import make_scorer
-from ..models import DENOISER_PRESETS, ConditionEncoder, ParameterAutoencoder, autoencoder_architecture
+from ..models import DENOISER_PRESETS, ConditionEncoder, autoencoder_architecture
 from ..models.condition import Condition, Fields
 from ..models.products import AdapterProducts
 from ..networks.adapters import without_wrapper
@@ -196,19 +195,7 @@ def _check_basins(run: "Run") -> dict | None:
 
 def fit_autoencoder(run: "Run") -> None:
     """The autoencoder that turns snapshots into latents."""
-    r = run.recipe
-    noise = NoiseArguments(parameter_noise=r.parameter_noise, latent_noise=r.latent_noise)
-    _fit_autoencoder(run, STAGES["autoencoder"], noise=noise)
-
-
-def fit_vae(run: "Run") -> None:
-    """The VAE of the paper's Table 8, a baseline: trained as the autoencoder is, but with the KL term."""
-    noise = NoiseArguments(parameter_noise=run.recipe.parameter_noise, latent_noise=0.0)
-    _fit_autoencoder(run, STAGES["vae"], noise=noise, kl_weight=1.0)
-
-
-def _fit_autoencoder(run: "Run", stage: Stage, **kwargs: Any) -> None:
-    r = run.recipe
+    r, stage = run.recipe, STAGES["autoencoder"]
     with run.accelerator() as accelerator:
         autoencoder, losses = train_autoencoder(
             accelerator,
@@ -216,7 +203,7 @@ def _fit_autoencoder(run: "Run", stage: Stage, **kwargs: Any) -> None:
             run.layout,
             seen=run.seen,
             latent_dim=r.latent_dim,
-            architecture=_architecture(run),
+            architecture=architecture(run),
             normalization=r.normalization,
             latent_scaling=r.latent_scaling,
             **run.loop(
@@ -227,7 +214,7 @@ def _fit_autoencoder(run: "Run", stage: Stage, **kwargs: Any) -> None:
                 lr_warmup_steps=r.autoencoder_warmup_steps,
                 max_grad_norm=r.max_grad_norm,
             ),
-            **kwargs,
+            noise=NoiseArguments(parameter_noise=r.parameter_noise, latent_noise=r.latent_noise),
         )
     if not PartialState().is_main_process:
         return
@@ -236,12 +223,12 @@ def _fit_autoencoder(run: "Run", stage: Stage, **kwargs: Any) -> None:
     run.finish(stage.name, {"losses": losses.tolist()})
 
 
-def _architecture(run: "Run") -> dict[str, Any]:
+def architecture(run: "Run") -> dict[str, Any]:
     """Of the autoencoder, apart from the length of a latent."""
     r = run.recipe
     vectors = AdapterProducts(run.layout).layout if r.adapter_products else run.layout
-    architecture = autoencoder_architecture(r.autoencoder_preset, vectors.num_parameters, r.token_size, len(run.seen))
-    return architecture | ({"adapter_products": True} if r.adapter_products else {})
+    settings = autoencoder_architecture(r.autoencoder_preset, vectors.num_parameters, r.token_size, len(run.seen))
+    return settings | ({"adapter_products": True} if r.adapter_products else {})
 
 
 def fit_denoiser(run: "Run") -> None:
@@ -317,11 +304,6 @@ def evaluate(run: "Run") -> None:
     if not PartialState().is_main_process:
         scorer.help()
         return
-    vae = None
-    if STAGES["vae"].is_wanted(r):
-        generator = torch.Generator().manual_seed(named_seed(r.seed, "vae"))
-        # Not kept by a name: it may take as much memory as the generator.
-        vae = sample_prior(_load_vae(run), r.baseline_models, generator, run.folder)
     with run.files.replacing(stage) as folder, scorer.with_help():
         compare_generator(
             scorer,
@@ -336,8 +318,7 @@ def evaluate(run: "Run") -> None:
             tuning=load_tuning(run.folder / names.TUNED) if STAGES["tune"].is_wanted(r) else None,
             baseline_models=r.baseline_models,
             baselines=r.baselines,
-            hyper_representations=r.hyper_representations,
-            vae=vae,
+            extra_groups=() if run.extra_groups is None else run.extra_groups(run, scorer),
             losses=_losses(run),
             latents=run.latents,
             seed=r.seed,
@@ -346,15 +327,11 @@ def evaluate(run: "Run") -> None:
     run.finish(stage.name, {})
 
 
-def _load_vae(run: "Run") -> ParameterAutoencoder:
-    return ParameterAutoencoder.from_pretrained(run.folder / names.VAE).eval()
-
-
 def _losses(run: "Run") -> dict[str, dict[str, list[float]]]:
     """The losses of the networks that were trained, for a figure."""
     panels = {
         "base model": {"base": "base model"},
-        "autoencoder": {"autoencoder": "autoencoder", "vae": "VAE, with its KL term"},
+        "autoencoder": {"autoencoder": "autoencoder"},
         "denoiser": {"denoiser": "denoiser"},
         "tuning": {"tune": "task loss"},
     }
@@ -365,11 +342,6 @@ def _losses(run: "Run") -> dict[str, dict[str, list[float]]]:
         for title, curves in panels.items()
     }
     return {title: curves for title, curves in losses.items() if curves}
-
-
-def _has_vae(recipe: Recipe) -> bool:
-    """A linear autoencoder with noise has no VAE beside it but the low-rank Gaussian, which is a baseline already."""
-    return recipe.baseline_models > 0 and recipe.autoencoder_preset != "pca" and recipe.family is None
 
 
 # In the order in which they are executed.
@@ -419,18 +391,9 @@ STAGES = {
             lambda recipe: bool(recipe.tune_steps),
         ),
         Stage(
-            "vae",
-            names.VAE,
-            ("collect",),
-            (AutoencoderSection,),
-            "{autoencoder_steps} steps, for a baseline",
-            fit_vae,
-            _has_vae,
-        ),
-        Stage(
             "evaluate",
             names.EVALUATION,
-            ("denoiser", "tune", "vae"),
+            ("denoiser", "tune"),
             (EvaluateSection,),
             "{num_models} generated networks, and {baseline_models} of each baseline",
             evaluate,

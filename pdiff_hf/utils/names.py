@@ -6,7 +6,6 @@ RECIPE = "recipe.yaml"
 BASE_MODEL = "base_model"
 SNAPSHOTS = "snapshots"
 AUTOENCODER = "autoencoder"
-VAE = "vae"
 PIPELINE = "pipeline"
 TUNED = "tuned"
 TUNING = "tuning.json"  # in the folder of a tuned pipeline: how it was tuned

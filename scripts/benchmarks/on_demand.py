@@ -12,9 +12,11 @@ other flags are those of scripts/train.py.
 import dataclasses
 import json
 import resource
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
-from pdiff_hf.evaluation.conditional import pool_reports
+from pdiff_hf.evaluation.conditional import compared
 from pdiff_hf.evaluation.render import format_summary
 from pdiff_hf.run.recipe import Recipe, RecipeParser
 from pdiff_hf.run.run import Run
@@ -52,6 +54,27 @@ def execute(recipe: Recipe) -> dict:
     report = load_report(Path(recipe.output_dir, names.EVALUATION, names.REPORT))
     print(format_summary(report), flush=True)
     return report
+
+
+def pool_reports(reports: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """One report of several runs with other tasks and seeds, as if their tasks had been those of one run."""
+    first = reports[0]
+    pooled: dict[str, Any] = {
+        **{key: first[key] for key in ("version", "kind", "metric", "num_parameters", "fields")},
+        "settings": {"runs": [report["settings"] for report in reports]},
+        "conditions": {name: sum((r["conditions"][name] for r in reports), []) for name in first["conditions"]},
+        "rows": {},
+    }
+    for name, row in first["rows"].items():
+        sets: dict[str, dict[str, list[float]]] = {
+            set_name: {
+                key: sum((report["rows"][name]["sets"][set_name][key] for report in reports), []) for key in scores
+            }
+            for set_name, scores in row["sets"].items()
+        }
+        notes = "; ".join(dict.fromkeys(report["rows"][name]["note"] for report in reports))
+        pooled["rows"][name] = {**row, "note": notes, "sets": sets}
+    return compared(pooled)
 
 
 def _cpu_seconds() -> float:

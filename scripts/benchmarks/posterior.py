@@ -15,10 +15,10 @@ import torch
 from posterior_bench import Clock, FamilyBench, add_arguments
 from posterior_examples import labelled_examples
 from posterior_fields import unknown_fields
+from posterior_metrics import validity
 from posterior_priors import Priors
+from posterior_report import GENERATOR, TRAINING_NETWORKS, pool_reports, render_markdown
 
-from pdiff_hf.evaluation.posterior import validity
-from pdiff_hf.evaluation.posterior_report import GENERATOR, TRAINING_NETWORKS, pool_reports, render_markdown
 from pdiff_hf.utils.files import write_json
 
 

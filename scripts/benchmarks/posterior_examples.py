@@ -5,9 +5,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 from posterior_bench import FamilyBench
-from posterior_priors import NUM_CANDIDATES, Priors, fine_tune
-
-from pdiff_hf.evaluation.posterior import (
+from posterior_metrics import (
     TEMPERATURES,
     Evidence,
     fit_temperature,
@@ -16,7 +14,9 @@ from pdiff_hf.evaluation.posterior import (
     summarize,
     weigh,
 )
-from pdiff_hf.evaluation.posterior_report import GENERATOR, TRAINING_NETWORKS, ZOO_GENERATOR
+from posterior_priors import NUM_CANDIDATES, Priors, fine_tune
+from posterior_report import GENERATOR, TRAINING_NETWORKS, ZOO_GENERATOR
+
 from pdiff_hf.networks.batched import BatchedModels
 from pdiff_hf.networks.posterior import log_likelihoods, posterior_weights, resample
 from pdiff_hf.utils.seeds import derive_seed

@@ -2,10 +2,10 @@
 
 import torch
 from posterior_examples import Tasks
+from posterior_metrics import expected_unknown_nll, summarize
 from posterior_priors import Priors
+from posterior_report import GENERATOR
 
-from pdiff_hf.evaluation.posterior import expected_unknown_nll, summarize
-from pdiff_hf.evaluation.posterior_report import GENERATOR
 from pdiff_hf.tasks.label_groups import GroupedFamily
 from pdiff_hf.utils.seeds import derive_seed
 

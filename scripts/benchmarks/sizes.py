@@ -26,7 +26,7 @@ from pdiff_hf.evaluation.render import table
 
 SCRIPTS = Path(__file__).parents[1]
 INTERVAL = 0.02
-STAGES = ["base", "collect", "autoencoder", "denoiser", "vae", "evaluate"]
+STAGES = ["base", "collect", "autoencoder", "denoiser", "evaluate"]
 RESNET = {"model": "resnet18", "base_epochs": 10, "num_snapshots": 40}
 VIT = {
     "model": "vit_base_patch16_224",

@@ -2,10 +2,12 @@
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
 import torch
+from matplotlib.figure import Figure
 
 from pdiff_hf.evaluation import plots
 from pdiff_hf.evaluation.figures import scatter_group
@@ -57,7 +59,19 @@ def _draw_memory(path: Path, rows: Sequence[Row], reports: Sequence[dict]) -> No
         measured = [report["memory"][network] for report in reports]
         here = [m.memory / 1e6 if m.fits else math.nan for m in measured]
         curves[network] = (here, [float(row.paper[column]) for row in rows])
-    plots.plot_memory(path, [row.varies["num_parameters"] for row in rows], curves)
+    sizes = [row.varies["num_parameters"] for row in rows]
+    figure = Figure(figsize=(plots.WIDTH, 4.8), layout="constrained")
+    axes = figure.subplots()
+    for (name, values), style, marker in zip(curves.items(), cycle(("-", "--")), cycle(plots.MARKERS)):
+        for whose, megabytes, colour in zip(("here", "paper"), values, (plots.GENERATED, plots.SNAPSHOTS), strict=True):
+            axes.plot(sizes, megabytes, color=colour, linestyle=style, marker=marker, label=f"{name}, {whose}")
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+    axes.set_xlabel("generated parameters")
+    axes.set_ylabel("peak memory of training (MB)")
+    axes.grid(alpha=0.3, which="both")
+    axes.legend()
+    figure.savefig(path, dpi=plots.DPI)
 
 
 FIGURES: Mapping[str, Callable[[Path, Sequence[Row], Sequence[dict]], Any]] = {

@@ -104,7 +104,6 @@ def _stage_seconds(r: Recipe, cost: _NetworkCost, at_paper: bool) -> dict[str, f
     num_train = min(num_train if validation else num_train - num_validation, r.max_train_samples or math.inf)
     num_validation, num_test = (min(count, r.max_eval_samples or math.inf) for count in (num_validation, num_test))
     num_scored = 2 * r.num_snapshots + 1 + r.num_models + (len(standard_baselines()) + 1) * r.baseline_models
-    num_scored += 5 * r.num_models * r.hyper_representations  # candidates are scored on one of the two splits
     num_seen = r.num_snapshots * r.collect_every * r.collect_batch_size
     collected = min(num_seen, num_train) * (cost.whole - cost.suffix) + num_seen * 3 * cost.suffix
     operations = {

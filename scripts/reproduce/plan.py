@@ -70,7 +70,7 @@ def expand(
             continue
         settings = _row_settings(row, scale, dataset, output_dir)
         settings |= {**experiment.settings, **changes, **row.varies}
-        plan.append((row, [_place(settings | {"seed": seed}, output_dir) for seed in seeds]))
+        plan.append((row, [_place(settings | {"seed": seed}, output_dir, experiment.extra_groups) for seed in seeds]))
     return plan
 
 
@@ -143,10 +143,11 @@ def _read_recipe(name: str) -> dict[str, Any]:
     return {key: json.dumps(value) if isinstance(value, dict) else value for key, value in values.items()}
 
 
-def _place(settings: Mapping[str, Any], output_dir: str | os.PathLike) -> Recipe:
+def _place(settings: Mapping[str, Any], output_dir: str | os.PathLike, extra_groups: str | None = None) -> Recipe:
     """A recipe in a folder that is named after what it is about, with a digest of all that its outcome follows from."""
     recipe = Recipe(**settings, resume_from_checkpoint="latest")
-    digest = hashlib.blake2b(json.dumps(stage_settings(recipe, "evaluate")).encode(), digest_size=5).hexdigest()
+    settings = stage_settings(recipe, "evaluate") | ({"extra_groups": extra_groups} if extra_groups else {})
+    digest = hashlib.blake2b(json.dumps(settings).encode(), digest_size=5).hexdigest()
     model, dataset = (Path(name).name.partition(":")[0] for name in (recipe.model, recipe.dataset))
     folder = Path(output_dir, "runs", f"{model}-{dataset}-seed{recipe.seed}-{digest}")
     return dataclasses.replace(recipe, output_dir=str(folder))

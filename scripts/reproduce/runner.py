@@ -34,6 +34,7 @@ from pdiff_hf.utils.reports import load_report
 
 from .canvases import write_canvases
 from .cells import make_cell, write_table
+from .extra_groups import EXTRA_GROUPS
 from .figures import FIGURES
 from .plan import SMALL_DATASET, Plan, canvases_folder, expand, features_recipe
 from .tables import ARCHITECTURES, DATASETS, ExperimentError, Row, find_experiment
@@ -98,7 +99,7 @@ def _run_rows(name: str, plan: Plan, folder: Path) -> None:
     on_all = any(column.statistic == "best_on_all" for column in find_experiment(name).columns)
     for number, (path, recipe) in enumerate(runs.items(), start=1):
         logger.info("%s: run %d of %d, %s", name, number, len(runs), Path(path).name)
-        run = Run(recipe, task=_load_task(recipe))
+        run = Run(recipe, task=_load_task(recipe), extra_groups=EXTRA_GROUPS.get(find_experiment(name).extra_groups))
         if not run.is_finished("evaluate"):
             share_stages(run)
             _execute(run)

@@ -98,6 +98,7 @@ class Experiment:
         figure (`str`, *optional*): One of `figures.FIGURES`.
         settings (`Mapping`, *optional*): Recipe keys that all of its rows need.
         note (`str`, *optional*): What a reader has to know to compare the numbers.
+        extra_groups (`str`, *optional*): One of `extra_groups.EXTRA_GROUPS`, whose groups its reports have too.
     """
 
     title: str
@@ -107,6 +108,7 @@ class Experiment:
     figure: str | None = None
     settings: Mapping[str, Any] = field(default_factory=dict)
     note: str = ""
+    extra_groups: str | None = None
 
     @property
     def measures_memory(self) -> bool:

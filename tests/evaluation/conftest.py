@@ -5,6 +5,7 @@ import torch
 from support.evaluation import digits, digits_pipeline, digits_snapshots
 
 from pdiff_hf.evaluation.compare import compare_generator
+from pdiff_hf.evaluation.sampling import Group
 
 
 @pytest.fixture(scope="package")
@@ -13,5 +14,8 @@ def whole(tmp_path_factory):
     scorer, snapshots, folder = digits(), digits_snapshots(), tmp_path_factory.mktemp("report")
     heldout = torch.arange(12) % 5 == 2
     settings = {"num_models": 5, "num_inference_steps": 3, "baseline_models": 2, "heldout": heldout}
-    settings |= {"vae": snapshots[:2] + 0.1, "losses": {"denoiser": {"loss": [1.0, 0.5]}}}
+    settings |= {
+        "extra_groups": [Group("vae", snapshots[:2] + 0.1, "VAE")],
+        "losses": {"denoiser": {"loss": [1.0, 0.5]}},
+    }
     return compare_generator(scorer, snapshots, digits_pipeline(scorer, snapshots), folder, **settings), folder

@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
+from benchmarks.on_demand import pool_reports
 from sklearn.kernel_ridge import KernelRidge as SklearnKernelRidge
 from support.families import make_family, make_networks
 
@@ -13,7 +14,6 @@ from pdiff_hf.evaluation.conditional import (
     Cost,
     paired_bootstrap,
     plot_field,
-    pool_reports,
     score_tasks,
     verdict,
 )

@@ -127,5 +127,5 @@ def test_generated_adapters_load_with_plain_peft(finished, folder, tmp_path, mon
 def test_what_products_do_not_go_with_is_refused_before_any_work(folder):
     with pytest.raises(ValueError, match="lora_A and lora_B .* leave adapter_products out"):
         Run(recipe(folder, select=["*classifier*"]))
-    with pytest.raises(RunError, match="adapter_products is not for hyper_representations"):
-        Run(recipe(folder, hyper_representations=True, output_dir=str(folder / "other")))
+    with pytest.raises(RunError, match="adapter_products is not for tuning on a single task"):
+        Run(recipe(folder, family=None, tune_steps=2, output_dir=str(folder / "other")))

@@ -51,7 +51,7 @@ def test_the_report_is_what_a_plain_loop_over_the_networks_finds(finished):
     groups = {group["name"]: group for group in report["groups"]}
     snapshots = groups["snapshots"]
     assert report["num_parameters"] == layout.num_parameters and report["splits"] == {"validation": 60, "test": 60}
-    assert (snapshots["n"], groups["mean"]["n"], groups["generated"]["n"], groups["vae"]["n"]) == (16, 1, 6, 2)
+    assert (snapshots["n"], groups["mean"]["n"], groups["generated"]["n"]) == (16, 1, 6)
     assert snapshots["score_mean"] == pytest.approx(sum(accuracies) / 16, abs=1e-4)
     assert snapshots["score_best_on_test"] == pytest.approx(max(accuracies), abs=1e-4)
     best = max(range(16), key=lambda i: dataset[i]["validation_accuracy"])
@@ -119,11 +119,11 @@ def test_what_it_prints(run_server, copied):
     assert result.status == 0 and files(copied) == before, result.errors
     # Progress bars clear their lines when they end.
     lines = [line for line in result.errors.splitlines() if line.strip() and "%|" not in line]
-    stages = ["base", "collect", "autoencoder", "denoiser", "vae"]
-    assert lines[:5] == [f"[{i}/6] {stage}: finished before, reused" for i, stage in enumerate(stages, 1)]
-    assert lines[5] == "[6/6] evaluate: 6 generated networks, and 2 of each baseline"
-    assert re.fullmatch(r"\[6/6\] evaluate: done in [\d.]+ s", lines[-1])
-    others = [line for line in lines[5:] if not line.startswith(("scoring: about", "[6/6]"))]
+    stages = ["base", "collect", "autoencoder", "denoiser"]
+    assert lines[:4] == [f"[{i}/5] {stage}: finished before, reused" for i, stage in enumerate(stages, 1)]
+    assert lines[4] == "[5/5] evaluate: 6 generated networks, and 2 of each baseline"
+    assert re.fullmatch(r"\[5/5\] evaluate: done in [\d.]+ s", lines[-1])
+    others = [line for line in lines[4:] if not line.startswith(("scoring: about", "[5/5]"))]
     assert not others, others
     table = [line for line in result.output.splitlines() if line.startswith("| ")]
     assert len(table) <= 2 + 8 and "**Verdict:**" in result.output
@@ -139,9 +139,9 @@ def test_other_settings_are_refused_unless_asked_for(run_server, whole_run, copi
     assert result.status == 0, result.errors
     after = files(copied)
     changed = {name.partition("/")[0] for name in before if after.get(name) != before[name]}
-    assert changed == {"evaluation", "stages"} and before["stages/vae.json"] == after["stages/vae.json"]
+    assert changed == {"evaluation", "stages"} and before["stages/denoiser.json"] == after["stages/denoiser.json"]
     groups = json.loads((copied / "evaluation" / "report.json").read_text())["groups"]
-    assert [group["n"] for group in groups if group["name"] in ("generated", "vae")] == [7]
+    assert [group["n"] for group in groups if group["name"] == "generated"] == [7]
 
 
 def test_other_data_or_another_task_do_not_take_over_finished_stages(copied):
@@ -161,11 +161,10 @@ def test_other_data_or_another_task_do_not_take_over_finished_stages(copied):
 
 
 def test_stages_that_are_missing_are_named(run_server, copied):
-    for name in ("autoencoder", "vae"):
-        shutil.rmtree(copied / name)
+    shutil.rmtree(copied / "autoencoder")
     (copied / "stages" / "evaluate.json").unlink()
     result = run_server.run(copied, *FLAGS, "--stages=evaluate")
-    message = f"error: stage evaluate needs autoencoder, vae first, which '{copied}' does not have"
+    message = f"error: stage evaluate needs autoencoder first, which '{copied}' does not have"
     assert result.status == 1 and message in result.errors
 
 
@@ -231,14 +230,12 @@ def test_the_precision_of_the_launcher_is_used_and_recorded(run_server, whole_ru
     assert not (tmp_path / "fp8").exists()
 
 
-def test_the_linear_autoencoder_takes_the_place_of_the_learned_one_and_has_no_vae(run_server, copied):
-    shutil.rmtree(copied / "vae")
+def test_the_linear_autoencoder_takes_the_place_of_the_learned_one(run_server, copied):
     flags = [*FLAGS, "--autoencoder_preset=pca", "--normalization=tensor", "--overwrite_output_dir"]
     result = run_server.run(copied, *flags)
     assert result.status == 0, result.errors
     pipe = PDiffPipeline.from_pretrained(copied / "pipeline")
     report = json.loads((copied / "evaluation" / "report.json").read_text())
     explained = report["reconstruction"]
-    assert not list(pipe.autoencoder.parameters()) and not (copied / "vae").exists()
+    assert not list(pipe.autoencoder.parameters())
     assert explained["r2_train"] == pytest.approx(explained["linear_r2_train"], abs=0.05)
-    assert "vae" not in {group["name"] for group in report["groups"]}

@@ -5,9 +5,10 @@ import json
 
 import pytest
 import torch
+from reproduce.extra_groups import vae
 from safetensors.torch import load_file
 
-from pdiff_hf import ParameterAutoencoder, PDiffPipeline
+from pdiff_hf import PDiffPipeline
 from pdiff_hf.run.folder import RunError
 from pdiff_hf.run.recipe import Recipe
 from pdiff_hf.run.run import Run
@@ -34,27 +35,21 @@ TINY = {
 }
 
 
-def test_the_stage_trains_a_vae_once_and_draws_every_figure(tmp_path):
+def test_extra_groups_stand_in_the_report_and_belong_to_it(tmp_path):
     settings = Recipe(**TINY, output_dir=str(tmp_path / "run"))
-    run = Run(settings)
+    run = Run(settings, extra_groups=vae)
     with run.lock():
         run.execute()
     report = json.loads((run.folder / "evaluation/report.json").read_text())
     assert {row["name"]: row["n"] for row in report["groups"]}["vae"] == 1
     assert "VAE" in {row["family"] for row in report["frontier"]["rows"]}
     assert len(list((run.folder / "evaluation").glob("*.png"))) == 6
-    assert ParameterAutoencoder.from_pretrained(run.folder / "vae").config.variational
-    assert "variational" in json.loads((run.folder / "autoencoder/config.json").read_text())
-    assert not run.autoencoder.config.variational
+    assert not Run(dataclasses.replace(settings, overwrite_output_dir=True)).is_finished("evaluate")
 
-    times = {path: path.stat().st_mtime_ns for path in (run.folder / "vae").iterdir()}
     again = Run(dataclasses.replace(settings, num_models=4, overwrite_output_dir=True))
     with again.lock():
         again.execute()
-    assert {path: path.stat().st_mtime_ns for path in (run.folder / "vae").iterdir()} == times
     assert json.loads((run.folder / "evaluation/report.json").read_text())["groups"][3]["n"] == 4
-    with pytest.raises(RunError, match="autoencoder_steps"):
-        Run(dataclasses.replace(settings, autoencoder_steps=5))
 
 
 def test_scores_that_will_not_fit_into_memory_are_refused_before_anything_is_trained(tmp_path):

@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-STAGES = ("base", "collect", "autoencoder", "denoiser", "vae", "evaluate")
+STAGES = ("base", "collect", "autoencoder", "denoiser", "evaluate")
 RECIPE = {
     "model": "mlp_mini",
     "image_size": 64,

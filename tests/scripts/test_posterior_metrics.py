@@ -5,9 +5,7 @@ import math
 
 import pytest
 import torch
-from support.families import make_family, make_networks
-
-from pdiff_hf.evaluation.posterior import (
+from benchmarks.posterior_metrics import (
     NUM_QUERIES,
     expected_unknown_nll,
     fit_temperature,
@@ -18,6 +16,8 @@ from pdiff_hf.evaluation.posterior import (
     validity,
     weigh,
 )
+from support.families import make_family, make_networks
+
 from pdiff_hf.networks.batched import BatchedModels
 from pdiff_hf.networks.posterior import effective_sample_size
 

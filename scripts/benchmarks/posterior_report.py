@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from .conditional import paired_bootstrap, passes
+from pdiff_hf.evaluation.conditional import paired_bootstrap, passes
 
 GENERATOR = "generator"
 ZOO_GENERATOR = "zoo generator and training networks"

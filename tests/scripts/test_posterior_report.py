@@ -1,10 +1,8 @@
 """What a report of posteriors says follows from its numbers."""
 
 import torch
-from support.families import make_family
-
-from pdiff_hf.evaluation.conditional_baselines import MaskedConditions
-from pdiff_hf.evaluation.posterior_report import (
+from benchmarks.masked_conditions import MaskedConditions
+from benchmarks.posterior_report import (
     GENERATOR,
     TRAINING_NETWORKS,
     ZOO_GENERATOR,
@@ -15,6 +13,7 @@ from pdiff_hf.evaluation.posterior_report import (
     verdict,
     zoo_verdict,
 )
+from support.families import make_family
 
 KINDS = {
     GENERATOR: "generator",

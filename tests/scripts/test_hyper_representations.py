@@ -2,11 +2,7 @@
 
 import pytest
 import torch
-from support.evaluation import digits, digits_pipeline, digits_snapshots
-
-from pdiff_hf import ParameterAutoencoder
-from pdiff_hf.evaluation.compare import compare_generator
-from pdiff_hf.evaluation.hyper_representations import (
+from reproduce.hyper_representations import (
     NAMES,
     best_snapshots,
     s_kde30,
@@ -14,6 +10,10 @@ from pdiff_hf.evaluation.hyper_representations import (
     sane_kde30,
     sane_sub,
 )
+from support.evaluation import digits, digits_pipeline, digits_snapshots
+
+from pdiff_hf import ParameterAutoencoder
+from pdiff_hf.evaluation.compare import compare_generator
 from pdiff_hf.layout import ParameterLayout
 
 LAYOUT = ParameterLayout(("a", "b"), ((10,), (2, 3)), ("float32", "float32"))
@@ -165,18 +165,16 @@ def test_groups_of_a_report_learn_from_validation_data(tmp_path):
     scorer, snapshots = digits(), digits_snapshots()
     pipeline = digits_pipeline(scorer, snapshots)
     heldout = torch.arange(len(snapshots)) % 4 == 0
-    settings = {"num_models": 4, "num_inference_steps": 2, "baseline_models": 0, "hyper_representations": True}
+    settings = {"num_models": 4, "num_inference_steps": 2, "baseline_models": 0}
+    seen = snapshots[~heldout]
+    settings["extra_groups"] = sample_hyper_representations(scorer, seen, pipeline.autoencoder, 4, seed=0)
     report = compare_generator(scorer, snapshots, pipeline, tmp_path, heldout=heldout, **settings)
     groups = {row["name"]: row for row in report["groups"] if row["name"] in NAMES}
     assert list(groups) == list(NAMES)
     assert all(row["n"] == 4 and row["family"] == "hyper-representations" for row in groups.values())
     assert [row["name"] for row in report["frontier"]["rows"]] == ["generated", *NAMES]
     assert "hyper-representations (" in report["frontier"]["sentence"]
-    seen = snapshots[~heldout]
     for group in sample_hyper_representations(scorer, seen, pipeline.autoencoder, 4, seed=0):
         assert scorer.score("test", group.parameters).values.tolist() == groups[group.name]["scores"]
     with pytest.raises(ValueError, match=r"SANE_KDE30 need [\d,]+ bytes.*--num_models \d+ at most"):
         sample_hyper_representations(scorer, seen, pipeline.autoencoder, 10**12, 0)
-    with pytest.raises(ValueError, match="hyper_representations needs a pipeline"):
-        compare_generator(scorer, snapshots, seen[:2], tmp_path / "out", hyper_representations=True)
-    assert not (tmp_path / "out").exists()

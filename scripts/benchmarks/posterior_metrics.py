@@ -6,11 +6,11 @@ from dataclasses import dataclass
 
 import torch
 
-from ..networks.batched import BatchedModels
-from ..networks.stacked import StackedNetworks
-from ..tasks.family import Family
-from ..tasks.task import Batch, Split
-from .conditional import score_tasks
+from pdiff_hf.evaluation.conditional import score_tasks
+from pdiff_hf.networks.batched import BatchedModels
+from pdiff_hf.networks.stacked import StackedNetworks
+from pdiff_hf.tasks.family import Family
+from pdiff_hf.tasks.task import Batch, Split
 
 NUM_QUERIES = 20  # τ
 TEMPERATURES = (1.0, 1.5, 2.0, 4.0)  # of likelihoods

@@ -36,12 +36,12 @@ import psutil
 import torch
 from torch import Generator, Tensor
 
-from ..models import ParameterAutoencoder
-from ..utils.memory import InParts
-from .baselines import latent_kde
-from .geometry import Matrix
-from .sampling import Group, named_generator
-from .scoring import Scorer
+from pdiff_hf.evaluation.baselines import latent_kde
+from pdiff_hf.evaluation.geometry import Matrix
+from pdiff_hf.evaluation.sampling import Group, named_generator
+from pdiff_hf.evaluation.scoring import Scorer
+from pdiff_hf.models import ParameterAutoencoder
+from pdiff_hf.utils.memory import InParts
 
 FAMILY = "hyper-representations"
 NAMES = ("S_KDE30", "SANE_SUB", "SANE_KDE30")

@@ -1,0 +1,56 @@
+"""Groups of networks that only a table of the paper compares with."""
+
+from collections.abc import Callable, Iterator, Mapping
+
+import torch
+
+from pdiff_hf.evaluation.geometry import Rows
+from pdiff_hf.evaluation.sampling import Group
+from pdiff_hf.evaluation.scoring import Scorer
+from pdiff_hf.run.run import Run
+from pdiff_hf.run.stages import architecture
+from pdiff_hf.training import NoiseArguments, train_autoencoder
+from pdiff_hf.utils.seeds import named_seed
+
+from .hyper_representations import sample_hyper_representations
+
+
+def hyper_representations(run: Run, scorer: Scorer) -> Iterator[Group]:
+    """Table 7: as many networks as are generated for each of S_KDE30, SANE_SUB and SANE_KDE30."""
+    r, seen = run.recipe, Rows(run.parameters, ~run.heldout)
+    return sample_hyper_representations(scorer, seen, run.pipeline.autoencoder, r.score_models or r.num_models, r.seed)
+
+
+def vae(run: Run, scorer: Scorer) -> Iterator[Group]:
+    """Table 8: the prior of a variational autoencoder that is trained as the generator's own, but with the KL term."""
+    r = run.recipe
+    with run.accelerator() as accelerator:
+        autoencoder, _ = train_autoencoder(
+            accelerator,
+            run.parameters,
+            run.layout,
+            seen=run.seen,
+            latent_dim=r.latent_dim,
+            architecture=architecture(run),
+            normalization=r.normalization,
+            latent_scaling=r.latent_scaling,
+            noise=NoiseArguments(parameter_noise=r.parameter_noise, latent_noise=0.0),
+            kl_weight=1.0,
+            **run.loop(
+                "evaluate",
+                num_steps=r.autoencoder_steps,
+                batch_size=r.autoencoder_batch_size,
+                learning_rate=r.autoencoder_learning_rate,
+                lr_warmup_steps=r.autoencoder_warmup_steps,
+                max_grad_norm=r.max_grad_norm,
+            ),
+        )
+    generator = torch.Generator().manual_seed(named_seed(r.seed, "vae"))
+    with torch.no_grad():
+        yield Group("vae", autoencoder.eval().sample_prior(r.baseline_models, generator).cpu(), "VAE")
+
+
+EXTRA_GROUPS: Mapping[str | None, Callable[[Run, Scorer], Iterator[Group]]] = {
+    "hyper_representations": hyper_representations,
+    "vae": vae,
+}
