@@ -177,16 +177,3 @@ def test_loss_curves(path):
     assert has(both, plots.OTHERS[0]) and has(both, plots.GENERATED)
     one = picture(plots.plot_loss_curves(path, {"denoiser": {"training": (steps, losses)}}))
     assert len(one) < 0.7 * len(both)
-
-
-def test_memory(path):
-    """A size that did not fit has no mark, and the rest is drawn all the same."""
-    curves = {"autoencoder": ([45.0, math.nan], [658.0, 44_882.0]), "denoiser": ([78.0, 360.0], [530.0, 12_942.0])}
-    assert plots.plot_memory(str(path), [2_048, 300_288], curves) == path
-    pixels = picture(path)
-    assert has(pixels, plots.GENERATED) and has(pixels, plots.SNAPSHOTS)
-    plots.plot_memory(path, [2_048, 300_288], {"autoencoder": ([math.nan, math.nan], [658.0, 44_882.0])})
-    none = picture(path)
-    plots.plot_memory(path, [2_048, 300_288], {"autoencoder": ([45.0, 629.0], [658.0, 44_882.0])})
-    marks = [np.abs(figure - to_rgb(plots.GENERATED)).max(-1) < 0.02 for figure in (none, picture(path))]
-    assert marks[1].sum() > 2 * marks[0].sum() > 0  # the legend says what is missing

@@ -10,7 +10,6 @@ from transformers import AutoModelForSequenceClassification, BertConfig, BertFor
 
 from pdiff_hf import PDiffPipeline
 from pdiff_hf.models.products import AdapterProducts
-from pdiff_hf.run.folder import RunError
 from pdiff_hf.run.recipe import Recipe
 from pdiff_hf.run.run import Run
 from pdiff_hf.snapshots import load_snapshots, parameter_matrix
@@ -127,5 +126,3 @@ def test_generated_adapters_load_with_plain_peft(finished, folder, tmp_path, mon
 def test_what_products_do_not_go_with_is_refused_before_any_work(folder):
     with pytest.raises(ValueError, match="lora_A and lora_B .* leave adapter_products out"):
         Run(recipe(folder, select=["*classifier*"]))
-    with pytest.raises(RunError, match="adapter_products is not for tuning on a single task"):
-        Run(recipe(folder, family=None, tune_steps=2, output_dir=str(folder / "other")))
