@@ -50,7 +50,8 @@ os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
 
 
 def _message(error: BaseException) -> gr.Error:
-    return gr.Error(html.escape(explore.one_line(error)), print_exception=False)
+    # It stays until it is closed: nobody should have to read it in ten seconds.
+    return gr.Error(html.escape(explore.one_line(error)), print_exception=False, duration=None)
 
 
 def describe(name: str, source: explore.Source) -> str:

@@ -13,11 +13,8 @@ from support.recipes import TINY_FAMILY
 from pdiff_hf.models import ConditionEncoder
 from pdiff_hf.run.recipe import Recipe
 from pdiff_hf.run.run import Run
+from pdiff_hf.scripts import explore, on_demand
 
-gradio = pytest.importorskip("gradio", reason="needs gradio")
-on_demand = pytest.importorskip("pdiff_hf.scripts.on_demand")
-explore = pytest.importorskip("pdiff_hf.scripts.explore")
-page_module = pytest.importorskip("pdiff_hf.scripts.page")
 SCRIPT = str(Path(__file__).parents[2] / "scripts" / "app.py")
 
 
@@ -148,6 +145,7 @@ def test_a_conditional_report_is_shown_by_itself(moved, tmp_path):
     text = explore.compare(source, tmp_path / "a.png")
     assert text == "From the report: accuracy on tasks along *angle*; invert no, occlude none."
     assert (tmp_path / "a.png").stat().st_size > 10_000
+    page_module = pytest.importorskip("pdiff_hf.scripts.page", reason="needs gradio")
     short, about = page_module.narrow_report(source.report)
     assert source.report["verdict"] in short and "passes once" not in short and about
 

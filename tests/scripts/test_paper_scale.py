@@ -7,6 +7,7 @@ will take, with fewer snapshots and steps. Without `--full`, one pair of a netwo
 the paper has.
 """
 
+import inspect
 import io
 import json
 
@@ -36,10 +37,20 @@ def classes(count: int) -> datasets.ClassLabel:
     return datasets.ClassLabel(names=[f"class {i}" for i in range(count)])
 
 
-IMAGENET = [ImageNetInfo().index_to_description(i) for i in range(1000)]
-IMAGENET[517] = "crane2"  # names of a ClassLabel differ, and 134 is the bird
-COCO = torchvision.models.get_model_weights("fcos_resnet50_fpn")["COCO_V1"].meta["categories"]
-# By id: the configuration that is used, columns, splits, and the size of images.
+def imagenet() -> datasets.ClassLabel:
+    info = ImageNetInfo()
+    names = [info.index_to_description(i) for i in range(1000)]
+    names[517] = "crane2"  # names of a ClassLabel differ, and 134 is the bird
+    return datasets.ClassLabel(names=names)
+
+
+def coco() -> datasets.ClassLabel:
+    names = torchvision.models.get_model_weights("fcos_resnet50_fpn")["COCO_V1"].meta["categories"]
+    return datasets.ClassLabel(names=[name for name in names[1:] if name != "N/A"])
+
+
+# By id: the configuration that is used, columns (those that take long to make as functions), splits, and the size of
+# images.
 LAYOUTS: dict[str, tuple[str, dict, tuple[str, ...], tuple[int, int]]] = {
     "uoft-cs/cifar10": ("plain_text", {"img": IMAGE, "label": classes(10)}, ("train", "test"), (32, 32)),
     "uoft-cs/cifar100": (
@@ -64,7 +75,7 @@ LAYOUTS: dict[str, tuple[str, dict, tuple[str, ...], tuple[int, int]]] = {
     "ethz/food101": ("default", {"image": IMAGE, "label": classes(101)}, ("train", "validation"), (512, 384)),
     "ILSVRC/imagenet-1k": (
         "default",
-        {"image": IMAGE, "label": datasets.ClassLabel(names=IMAGENET)},
+        {"image": IMAGE, "label": imagenet},
         ("train", "validation", "test"),
         (500, 375),
     ),
@@ -82,9 +93,9 @@ LAYOUTS: dict[str, tuple[str, dict, tuple[str, ...], tuple[int, int]]] = {
             "image": IMAGE,
             "width": datasets.Value("int64"),
             "height": datasets.Value("int64"),
-            "objects": {
+            "objects": lambda: {
                 "bbox_id": datasets.List(datasets.Value("int64")),
-                "category": datasets.List(datasets.ClassLabel(names=[c for c in COCO[1:] if c != "N/A"])),
+                "category": datasets.List(coco()),
                 "bbox": datasets.List(datasets.List(datasets.Value("float64"), 4)),
                 "area": datasets.List(datasets.Value("float64")),
             },
@@ -129,6 +140,7 @@ def put(hub: HubServer, kind: str, name: str, files: dict[str, bytes]) -> None:
 
 def put_dataset(hub: HubServer, name: str) -> None:
     config, columns, splits, size = LAYOUTS[name]
+    columns = {key: feature() if inspect.isroutine(feature) else feature for key, feature in columns.items()}
     random, files, data_files = np.random.default_rng(0), {}, []
     for split in splits:
         values = {key: column(key, feature, name, split, size, random) for key, feature in columns.items()}
