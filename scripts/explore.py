@@ -251,16 +251,23 @@ def write_zip(
     to load them.
     """
     with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as archive:  # weights do not get smaller
-        archive.writestr("README.md", how_to_load(source, whole, condition))
+        archive.writestr(_readable("README.md"), how_to_load(source, whole, condition))
         for i, row in enumerate(parameters):
             tensors = {name: t.clone() for name, t in source.pipe.autoencoder.layout.unflatten(row).items()}
             if not whole:
-                archive.writestr(f"network-{i:05d}.safetensors", save(tensors))
+                archive.writestr(_readable(f"network-{i:05d}.safetensors"), save(tensors))
                 continue
             with tempfile.TemporaryDirectory() as folder:
                 save_network(source.pipe.make_model(tensors), Path(folder))
                 for file in sorted(Path(folder).iterdir()):
-                    archive.write(file, f"network-{i:05d}/{file.name}")
+                    archive.writestr(_readable(f"network-{i:05d}/{file.name}"), file.read_bytes())
+
+
+def _readable(name: str) -> zipfile.ZipInfo:
+    """A file of an archive that is not for its owner alone when it is unpacked."""
+    info = zipfile.ZipInfo(name)
+    info.external_attr = 0o644 << 16
+    return info
 
 
 def how_to_load(source: Source, whole: bool, condition: Condition | None = None) -> str:

@@ -13,7 +13,7 @@ from huggingface_hub.errors import HTTPError
 
 from ..layout import LayoutError
 from ..utils.errors import first_line
-from ..utils.files import remove
+from ..utils.files import permit, remove
 
 # Goes up when a release can no longer read what an older one has written, or the other way round. Files without a
 # version are of format 1.
@@ -41,6 +41,7 @@ def replaced_files(folder: Path, *patterns: str) -> Iterator[Path]:
     part.mkdir()
     try:
         yield part
+        permit(part)
         for pattern in patterns:
             for old in folder.glob(pattern):
                 remove(old)

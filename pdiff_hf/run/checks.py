@@ -69,6 +69,10 @@ def check_run(run: "Run") -> None:
             "are for"
         )
     check_writable(run.folder)
+    for name, stage in STAGES.items():
+        is_made = stage.is_wanted(r) and not (name == "collect" and r.snapshots is not None)
+        if is_made and not run.is_finished(name):
+            run.files.check_link(stage)
     if not r.overwrite_output_dir:
         _check_folder(run)
     if "evaluate" in r.stages and not run.is_finished("evaluate") and run.family is None:

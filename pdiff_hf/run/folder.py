@@ -96,11 +96,29 @@ class RunFolder:
 
     @contextlib.contextmanager
     def replacing(self, stage: Stage) -> Iterator[Path]:
-        """A new folder for the result of a stage; the record of an older result goes before that result does."""
-        with replacing(self / stage.folder) as folder:
+        """
+        A new folder for the result of a stage; the record of an older result goes before that result does. Where the
+        folder is a link to an empty one, such as on a larger disk, the result goes there.
+        """
+        self.check_link(stage)
+        with replacing(self._place(stage)) as folder:
             folder.mkdir()
             yield folder
             remove(self._record(stage))
+
+    def check_link(self, stage: Stage) -> None:
+        """Raises a `RunError` where the result of a stage would replace what somebody else's link leads to."""
+        path = self / stage.folder
+        if path.is_symlink() and path.exists() and (not path.is_dir() or any(path.iterdir())):
+            use = f", or use what is there with --snapshots {path.resolve()}" if stage.folder == names.SNAPSHOTS else ""
+            raise RunError(
+                f"'{path}' is a link to '{os.readlink(path)}', which is not empty: what stage {stage.name} writes "
+                f"would take its place. Remove the link{use}"
+            )
+
+    def _place(self, stage: Stage) -> Path:
+        path = self / stage.folder
+        return path.resolve() if path.is_symlink() else path
 
     def checkpoints(self, stage: Stage) -> Path:
         """The folder of a stage's `checkpoint-N`."""
@@ -119,7 +137,7 @@ class RunFolder:
     def clean_up(self, stage: Stage) -> None:
         """Removes what a kill may have left of a finished stage."""
         remove(self.checkpoints(stage))
-        remove(part_of(self / stage.folder))
+        remove(part_of(self._place(stage)))
 
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:
@@ -142,13 +160,14 @@ class RunFolder:
             return None
         own = self / stage.folder
         if own.is_symlink():
-            own.unlink()  # a link to what is gone, or one whose record was not written yet
+            own.unlink()  # a link to what is gone
         for path in sorted(self.path.parent.iterdir()):
             other = RunFolder(path) if path.is_dir() and path != self.path else None
             if other is not None and other.is_finished(stage, settings):
                 remove(own)  # the rest of a stage that was killed
-                link(own, other / stage.folder)
+                # The record comes first: a link without one is somebody else's.
                 write_json(self._record(stage), other.record(stage))
+                link(own, other / stage.folder)
                 return path
         return None
 
@@ -169,4 +188,4 @@ def difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
 
 
 def _read(path: Path) -> dict | None:
-    return json.loads(path.read_text()) if path.is_file() else None
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None

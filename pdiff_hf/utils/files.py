@@ -6,6 +6,7 @@ import json
 import math
 import os
 import shutil
+import stat
 import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -60,9 +61,22 @@ def remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
+def permit(path: Path) -> None:
+    """
+    Gives a file, or all files in a folder, the permissions that the umask gives to any new file, where they have been
+    written for their owner alone: safetensors does that whatever the umask says.
+    """
+    umask = os.umask(0o077)  # the only way to read it is to set it
+    os.umask(umask)
+    for file in (path, *path.rglob("*")):
+        if file.is_file() and not file.is_symlink() and stat.S_IMODE(file.stat().st_mode) == 0o600:
+            file.chmod(0o666 & ~umask)
+
+
 def sync(path: Path) -> None:
-    """Returns when a file, or a folder with all that it holds, is on the disk: a power cut may otherwise keep the
-    rename that follows and lose what was written before it."""
+    """Returns when a file, or a folder with all that it holds, is on the disk and permitted to others: a power cut may
+    otherwise keep the rename that follows and lose what was written before it."""
+    permit(path)
     for inside in path.rglob("*"):
         _sync_one(inside)
     _sync_one(path)
@@ -101,7 +115,12 @@ def free_space(folder: Path) -> int:
 def check_writable(folder: Path) -> None:
     """Raises a `ValueError` if no file can be written to `folder`, or, where it does not exist, to what it would be
     made in. Nothing is left there."""
-    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists() or path.is_symlink())
+    if not existing.exists():
+        raise ValueError(
+            f"nothing can be written to '{folder}': '{existing}' is a link to '{os.readlink(existing)}', which does "
+            "not exist; make that folder, or remove the link"
+        )
     try:
         tempfile.TemporaryFile(dir=existing).close()
     except OSError as error:

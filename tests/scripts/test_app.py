@@ -25,12 +25,8 @@ from pdiff_hf.run.recipe import Recipe
 from pdiff_hf.run.run import Run
 from pdiff_hf.scripts import app, explore, on_demand
 
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(find_spec("gradio") is None, reason="needs gradio")]
 CHROMIUM = shutil.which("chromium")
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(CHROMIUM is None, reason="needs chromium"),
-    *(pytest.mark.skipif(find_spec(name) is None, reason=f"needs {name}") for name in ("gradio", "playwright")),
-]
 SCRIPT = str(Path(__file__).parents[2] / "scripts" / "app.py")
 FLAGS = [
     "--headless",
@@ -78,8 +74,9 @@ def address():
 
 @pytest.fixture(scope="module")
 def browser():
-    from playwright import sync_api
-
+    sync_api = pytest.importorskip("playwright.sync_api", reason="needs playwright")
+    if CHROMIUM is None:
+        pytest.skip("needs chromium")
     with sync_api.sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
         yield browser
