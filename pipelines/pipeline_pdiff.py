@@ -6,13 +6,14 @@ import inspect
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, SupportsIndex
+from typing import Any, Self, SupportsIndex
 
 import torch
-from diffusers import DiffusionPipeline, SchedulerMixin
+from diffusers import DiffusionPipeline, ModelMixin, SchedulerMixin
 from diffusers.utils import BaseOutput
 from diffusers.utils.torch_utils import randn_tensor
 from torch import nn
+from transformers import PreTrainedModel
 
 from pdiff_hf.hub.pipeline import SavedPipeline
 from pdiff_hf.models import ConditionEncoder, LatentDenoiser, ParameterAutoencoder
@@ -55,8 +56,9 @@ class PDiffPipeline(SavedPipeline, NetworkMixin, DiffusionPipeline):
         scheduler ([`SchedulerMixin`]):
             A scheduler of diffusers for the process that the denoiser was trained with, such as [`DDPMScheduler`],
             [`DDIMScheduler`] or [`DPMSolverMultistepScheduler`]; see [`check_scheduler`].
-        base_model (`PreTrainedModel` or [`ModelMixin`], *optional*):
-            The network whose other tensors complete the generated ones.
+        base_model (`nn.Module`, *optional*):
+            The network whose other tensors complete the generated ones. One of transformers or diffusers is saved with
+            the pipeline; any other is passed again to `from_pretrained`.
         condition_encoder ([`ConditionEncoder`], *optional*):
             Of a generator for a family of tasks: turns what is known of a task into what the denoiser takes.
         recomputed_statistics (`bool`, *optional*, defaults to `False`):
@@ -103,10 +105,28 @@ class PDiffPipeline(SavedPipeline, NetworkMixin, DiffusionPipeline):
             autoencoder=autoencoder,
             denoiser=denoiser,
             scheduler=scheduler,
-            base_model=base_model,
             condition_encoder=condition_encoder,
         )
+        if isinstance(base_model, PreTrainedModel | ModelMixin | None):
+            self.register_modules(base_model=base_model)
+        else:
+            self.base_model = base_model
         self.register_to_config(recomputed_statistics=recomputed_statistics)
+
+    @classmethod
+    def _get_signature_keys(cls, obj: Any) -> tuple[list[str], list[str]]:
+        """A base model of no library is no component: diffusers could not save it, nor find its device and type."""
+        modules, optional = super()._get_signature_keys(obj)
+        if isinstance(obj, cls) and "base_model" not in obj.config:
+            modules.remove("base_model")
+        return modules, optional
+
+    def to(self, *args: Any, **kwargs: Any) -> Self:
+        """Like diffusers' own. A base model of no library is moved too, but keeps its types."""
+        super().to(*args, **kwargs)
+        if "base_model" not in self.config:
+            self.base_model.to(self.device)
+        return self
 
     def check_inputs(
         self,
