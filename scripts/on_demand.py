@@ -20,7 +20,7 @@ from pdiff_hf.evaluation.plots import sampling_error
 from pdiff_hf.evaluation.scores import ClassifierScores
 from pdiff_hf.evaluation.scoring import Scorer, make_scorer
 from pdiff_hf.models import ConditionEncoder
-from pdiff_hf.models.condition import AngleField, CategoryField, Condition, Field, ScalarField
+from pdiff_hf.models.condition import Condition
 from pdiff_hf.networks.batched import BatchedModels
 from pdiff_hf.run.families import SHOWN
 from pdiff_hf.scripts.watch import LETTERS
@@ -87,16 +87,10 @@ def first_choice(encoder: ConditionEncoder) -> Choice:
     seen = encoder.seen[encoder.seen_known.all(1)].cpu()
     kept = encoder.fields.conditions(seen[:1])[0] if len(seen) else {}
 
-    def value(name: str, field: Field) -> Any:
-        if isinstance(field, AngleField):
-            return field.period / 10
-        if isinstance(field, ScalarField):
-            return field.low + 25 * (field.high - field.low) / 100  # a step of its slider
-        if isinstance(field, CategoryField):
-            return field.values[0]
-        return kept.get(name, [0.0] * field.width)
-
-    return Choice({name: value(name, field) for name, field in encoder.fields.items()}, tuple(encoder.fields))
+    # Examples of numbers lie on the steps of their sliders; vectors say little unless they were seen.
+    task = {name: field.example() for name, field in encoder.fields.items()}
+    task |= {name: value for name, value in kept.items() if isinstance(value, list)}
+    return Choice(task, tuple(encoder.fields))
 
 
 def bits_of(encoder: ConditionEncoder, name: str) -> bool:
@@ -107,7 +101,7 @@ def bits_of(encoder: ConditionEncoder, name: str) -> bool:
 
 def to_control(encoder: ConditionEncoder, name: str, value: Any) -> Any:
     """A value as its control has it: of bits the indices of those that are set, of other vectors a text."""
-    if isinstance(encoder.fields[name], AngleField | ScalarField | CategoryField):
+    if not isinstance(value, list):
         return value
     if bits_of(encoder, name):
         return [i for i, bit in enumerate(value) if bit]
@@ -121,7 +115,7 @@ def from_control(encoder: ConditionEncoder, name: str, value: Any) -> Any:
         raise ValueError(
             f"'{name}' must be {field}, and it is empty; take it out of what the generator is told instead"
         )
-    if isinstance(field, AngleField | ScalarField | CategoryField):
+    if field.bounds or field.choices:
         return value
     if bits_of(encoder, name):
         return [float(i in value) for i in range(field.width)]

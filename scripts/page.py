@@ -15,7 +15,7 @@ from gradio.components import Component
 from huggingface_hub.errors import HTTPError
 
 from pdiff_hf.evaluation.render import table
-from pdiff_hf.models.condition import CategoryField, Field, ScalarField, VectorField
+from pdiff_hf.models.condition import Field
 from pdiff_hf.scripts import explore, on_demand
 from pdiff_hf.scripts.watch import WATCHED, WATCHED_EXAMPLES, Watcher, draw_heat_map
 from pdiff_hf.tasks.label_groups import GroupedFamily
@@ -99,12 +99,11 @@ def make_control(source: explore.Source, name: str, value: Any) -> Component:
     encoder = source.pipe.condition_encoder
     field: Field = encoder.fields[name]
     value = on_demand.to_control(encoder, name, value)
-    if isinstance(field, CategoryField):
-        return gr.Dropdown(list(field.values), value=value, label=name, interactive=True)
-    if not isinstance(field, VectorField):
-        low, high = (field.low, field.high) if isinstance(field, ScalarField) else (0, field.period)
-        steps = 100 if isinstance(field, ScalarField) else 360
-        return gr.Slider(low, high, value, step=(high - low) / steps, label=name, interactive=True)
+    if field.choices:
+        return gr.Dropdown(list(field.choices), value=value, label=name, interactive=True)
+    if field.bounds:
+        low, high = field.bounds
+        return gr.Slider(low, high, value, step=field.step, label=name, interactive=True)
     if not on_demand.bits_of(encoder, name):
         return gr.Textbox(value, label=f"{name} ({field})", max_lines=3, interactive=True)
     family = source.at_work.family if source.at_work else None

@@ -11,7 +11,7 @@ import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from ..layout import ParameterLayout
-from ..models.condition import AngleField, CategoryField, Field, Fields, ScalarField
+from ..models.condition import Field, Fields
 from ..utils.reports import FIGURES, load_report
 
 TEMPLATE = Path(__file__).with_name("card.md.jinja")
@@ -138,13 +138,10 @@ def _read_report(folder: Path) -> tuple[dict | None, list[dict]]:
 
 def _example(field: Field) -> str:
     """A value of a field, as Python has it."""
-    if isinstance(field, AngleField):
-        return f"{field.period / 10:g}"
-    if isinstance(field, ScalarField):
-        return f"{field.low + (field.high - field.low) / 4:g}"
-    if isinstance(field, CategoryField):
-        return json.dumps(field.values[0], ensure_ascii=False)
-    return f"[1.0] + [0.0] * {field.width - 1}"
+    value = field.example()
+    if isinstance(value, list):
+        return f"{value[:1]} + {value[1:2]} * {len(value) - 1}"
+    return json.dumps(value, ensure_ascii=False) if isinstance(value, str) else f"{value:g}"
 
 
 def _eval_results(report: dict, recipe: dict) -> list[EvalResult]:

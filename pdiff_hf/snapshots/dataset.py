@@ -16,7 +16,7 @@ import torch
 from datasets.arrow_writer import ArrowWriter
 
 from ..layout import LayoutError, ParameterLayout
-from ..models.condition import CategoryField, Condition, Field, Fields, VectorField
+from ..models.condition import Condition, Fields
 from ..utils.errors import first_line
 from ..utils.files import sync
 
@@ -110,7 +110,7 @@ class SnapshotWriter:
             step=datasets.Value("int64"),
             seed=datasets.Value("int64"),
             **{name: datasets.Value("float32") for name in self.metrics},
-            **{name: field_column(field) for name, field in (self.fields or {}).items()},
+            **{name: field.feature() for name, field in (self.fields or {}).items()},
         )
         self._writer = ArrowWriter(
             path=str(self._part / DATA_FILE),
@@ -184,13 +184,6 @@ class SnapshotWriter:
                 self._writer.close()  # which writes again, and fails again where the disk is full
             finally:
                 shutil.rmtree(self._part, ignore_errors=True)
-
-
-def field_column(field: Field) -> datasets.Value | datasets.List:
-    """The type of the column that holds a field of a condition."""
-    if isinstance(field, VectorField):
-        return datasets.List(datasets.Value("float32"), length=field.length)
-    return datasets.Value("string" if isinstance(field, CategoryField) else "float32")
 
 
 def check_finite(parameters: np.ndarray, layout: ParameterLayout, first_row: int = 0) -> None:

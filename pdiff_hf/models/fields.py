@@ -1,0 +1,532 @@
+"""Conditions: what is known of a task, as named fields, and many of them as a table."""
+
+import difflib
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+if TYPE_CHECKING:
+    import datasets
+
+# The value of each field; a field that is left out, or None, is unknown.
+Condition = Mapping[str, Any]
+
+# A message shows so many characters of what a caller has given.
+SHOWN = 100
+
+
+class ConditionError(ValueError):
+    """A condition, or the description of its fields, cannot be used; the message lists what there is."""
+
+
+def shown(value: Any) -> str:
+    """A value as a message shows it."""
+    text = repr(value)
+    return text if len(text) <= SHOWN else f"{text[: SHOWN - 2]} …"
+
+
+def nearest(name: str, names: Iterable[str]) -> str:
+    """`; did you mean 'x'?` if one of `names` is near to `name`, else an empty text."""
+    spelled = {" ".join(other.casefold().replace("_", " ").split()): other for other in names}
+    found = difflib.get_close_matches(" ".join(name.casefold().replace("_", " ").split()), spelled, n=1)
+    return f"; did you mean {spelled[found[0]]!r}?" if found else ""
+
+
+def plain(value: Any) -> Any:
+    """A value as plain Python has it: of a NumPy scalar, or an array or tensor of one element, that element."""
+    if isinstance(value, np.generic | np.ndarray | torch.Tensor) and np.prod(value.shape, dtype=int) == 1:
+        return value.item()
+    return value
+
+
+class Field:
+    """
+    One field of a condition. In a *table* of conditions it takes `width` columns, in their *features* `num_features`.
+
+    Attributes:
+        bounds (`tuple[float, float]`, *optional*): The lowest and the highest value of a number.
+        step (`float`, *optional*): A small step from one number to the next.
+        choices (`tuple[str, ...]`, *optional*): The words of a category.
+    """
+
+    type: ClassVar[str]
+    bounds: tuple[float, float] | None = None
+    step: float | None = None
+    choices: tuple[str, ...] | None = None
+
+    @property
+    def width(self) -> int:
+        return 1
+
+    @property
+    def num_features(self) -> int:
+        return 1
+
+    def parse(self, value: Any) -> list[float]:
+        """A value as the `width` numbers of a table. Raises a `ValueError` or `TypeError` for what cannot be one."""
+        number = float(plain(value))
+        if not math.isfinite(number):
+            raise ValueError("it is not finite")
+        return [number]
+
+    def format(self, columns: list[float]) -> Any:
+        """The inverse of `parse`."""
+        return columns[0]
+
+    def features(self, columns: torch.Tensor) -> torch.Tensor:
+        """`(N, width)` to `(N, num_features)`, of about unit size."""
+        raise NotImplementedError
+
+    def perturb(self, columns: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+        """Values near those of `(N, width)`, moved by `noise` of that shape, in units of the field's spread."""
+        return columns + noise
+
+    def sample(self, generator: torch.Generator) -> Any:
+        """A random value, as `parse` takes it. Raises a `ConditionError` if values have no range to draw from."""
+        raise ConditionError(f"{self} cannot be drawn at random; a family with such a field needs `draw`")
+
+    def line(self, num: int) -> list[float]:
+        """So many values from the lowest to the highest; none if they have no order."""
+        return []
+
+    def example(self) -> Any:
+        """A value, as `parse` takes it."""
+        raise NotImplementedError
+
+    def feature(self) -> "datasets.Value | datasets.List":
+        """The type of a column that holds the field in a data set."""
+        import datasets  # takes a second, which only data sets need
+
+        return datasets.Value("float32")
+
+
+@dataclass(frozen=True)
+class ScalarField(Field):
+    """A number between `low` and `high`."""
+
+    low: float
+    high: float
+    type: ClassVar[str] = "scalar"
+
+    def __post_init__(self):
+        if not -math.inf < self.low < self.high < math.inf:
+            raise ValueError(f"low must be below high, got {self.low} and {self.high}")
+
+    def __str__(self) -> str:
+        return f"a number from {self.low:g} to {self.high:g}"
+
+    @property
+    def bounds(self) -> tuple[float, float]:  # type: ignore[override]
+        return self.low, self.high
+
+    @property
+    def step(self) -> float:  # type: ignore[override]
+        return (self.high - self.low) / 100
+
+    def parse(self, value: Any) -> list[float]:
+        (number,) = super().parse(value)
+        if not np.float32(self.low) <= np.float32(number) <= np.float32(self.high):  # as tables and data sets have it
+            raise ValueError("it is out of range")
+        return [number]
+
+    def perturb(self, columns: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+        return (columns + noise * (self.high - self.low) / math.sqrt(12)).clamp(self.low, self.high)
+
+    def features(self, columns: torch.Tensor) -> torch.Tensor:
+        # Standardised, if values are spread evenly over the range.
+        return (columns - (self.low + self.high) / 2) * (math.sqrt(12) / (self.high - self.low))
+
+    def sample(self, generator: torch.Generator) -> float:
+        return self.low + torch.rand((), generator=generator).item() * (self.high - self.low)
+
+    def line(self, num: int) -> list[float]:
+        return torch.linspace(self.low, self.high, num).tolist()
+
+    def example(self) -> float:
+        return self.low + (self.high - self.low) / 4
+
+
+@dataclass(frozen=True)
+class AngleField(Field):
+    """A number of which all multiples of `period` are the same."""
+
+    period: float = 360.0
+    type: ClassVar[str] = "angle"
+
+    def __post_init__(self):
+        if not 0 < self.period < math.inf:
+            raise ValueError(f"period must be above 0, got {self.period}")
+
+    def __str__(self) -> str:
+        return f"an angle with period {self.period:g}"
+
+    @property
+    def bounds(self) -> tuple[float, float]:  # type: ignore[override]
+        return 0.0, self.period
+
+    @property
+    def step(self) -> float:  # type: ignore[override]
+        return self.period / 360
+
+    @property
+    def num_features(self) -> int:
+        return 2
+
+    def perturb(self, columns: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+        return columns + noise * self.period / math.sqrt(12)
+
+    def features(self, columns: torch.Tensor) -> torch.Tensor:
+        radians = columns * (2 * math.pi / self.period)
+        return math.sqrt(2) * torch.cat([radians.sin(), radians.cos()], dim=1)
+
+    def sample(self, generator: torch.Generator) -> float:
+        return torch.rand((), generator=generator).item() * self.period
+
+    def line(self, num: int) -> list[float]:
+        return [self.period * i / num for i in range(num)]
+
+    def example(self) -> float:
+        return self.period / 10
+
+
+@dataclass(frozen=True)
+class CategoryField(Field):
+    """One of several words."""
+
+    values: tuple[str, ...]
+    type: ClassVar[str] = "category"
+
+    def __post_init__(self):
+        object.__setattr__(self, "values", tuple(self.values))
+        if len(set(self.values)) < max(1, len(self.values)) or not all(isinstance(value, str) for value in self.values):
+            raise ValueError(f"values must be different words, got {list(self.values)}")
+
+    def __str__(self) -> str:
+        text = ", ".join(self.values)
+        if len(text) <= SHOWN:
+            return f"one of {text}"
+        return f"one of {text[:SHOWN].rpartition(', ')[0] or text[:SHOWN]}, … ({len(self.values)} words)"
+
+    @property
+    def choices(self) -> tuple[str, ...]:  # type: ignore[override]
+        return self.values
+
+    @property
+    def num_features(self) -> int:
+        return len(self.values)
+
+    def parse(self, value: Any) -> list[float]:
+        value = plain(value)
+        if not isinstance(value, str):  # words can be "1", "2" or "true", "false"
+            texts = [str(value), str(value).lower(), *([f"{value:.15g}"] if isinstance(value, float) else [])]
+            value = next((text for text in texts if text in self.values), value)
+        if value not in self.values:
+            raise ValueError(f"there is no such word{nearest(str(value), self.values)}")
+        return [float(self.values.index(value))]
+
+    def format(self, columns: list[float]) -> str:
+        return self.values[int(columns[0])]
+
+    def perturb(self, columns: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+        return columns  # there is nothing near to a word
+
+    def features(self, columns: torch.Tensor) -> torch.Tensor:
+        return math.sqrt(len(self.values)) * F.one_hot(columns[:, 0].long(), len(self.values)).to(columns.dtype)
+
+    def sample(self, generator: torch.Generator) -> str:
+        return self.values[int(torch.rand((), generator=generator).item() * len(self.values))]
+
+    def example(self) -> str:
+        return self.values[0]
+
+    def feature(self) -> "datasets.Value":
+        import datasets
+
+        return datasets.Value("string")
+
+
+@dataclass(frozen=True)
+class VectorField(Field):
+    """`length` numbers, such as bits or an embedding."""
+
+    length: int
+    type: ClassVar[str] = "vector"
+
+    def __post_init__(self):
+        if self.length < 1:
+            raise ValueError(f"length must be at least 1, got {self.length}")
+
+    def __str__(self) -> str:
+        return f"{self.length} numbers"
+
+    @property
+    def width(self) -> int:
+        return self.length
+
+    @property
+    def num_features(self) -> int:
+        return self.length
+
+    def parse(self, value: Any) -> list[float]:
+        if isinstance(value, torch.Tensor):
+            value = value.detach().cpu()
+        numbers = np.asarray(value, dtype=np.float64)
+        if numbers.shape != (self.length,):
+            raise ValueError(f"it has shape {numbers.shape}")
+        if not np.isfinite(numbers).all():
+            raise ValueError("it is not finite")
+        return numbers.tolist()
+
+    def format(self, columns: list[float]) -> list[float]:
+        return columns
+
+    def features(self, columns: torch.Tensor) -> torch.Tensor:
+        return columns
+
+    def example(self) -> list[float]:
+        return [1.0] + [0.0] * (self.length - 1)
+
+    def feature(self) -> "datasets.List":
+        import datasets
+
+        return datasets.List(datasets.Value("float32"), length=self.length)
+
+
+FIELD_TYPES: dict[str, type[Field]] = {
+    kind.type: kind for kind in (ScalarField, AngleField, CategoryField, VectorField)
+}
+
+
+class Fields(Mapping[str, Field]):
+    """
+    The fields of a condition by name, in the order of their declaration.
+
+    Conditions travel as *tables*: float32 of shape `(N, width)`, the columns of one field after those of another, NaN
+    where a field is unknown. [`named`] has their columns by name.
+
+    Args:
+        fields (`Mapping[str, Field | Mapping]` or `Sequence[Mapping]`): A field, or what describes one in JSON: its
+            `type` (`scalar`, `angle`, `category` or `vector`) and the arguments of its class; in a list also its
+            `name`. There may be none: then all conditions are `{}`.
+
+    Raises:
+        ConditionError: for a description that does not describe a field.
+    """
+
+    def __init__(self, fields: "Mapping[str, Field | Mapping] | Sequence[Mapping]" = ()):
+        # JSON with sorted keys loses the order of a mapping, so that configs have a list. Older ones have a mapping,
+        # and its order there, that of the alphabet, is the one that their columns have.
+        pairs = fields.items() if isinstance(fields, Mapping) else [self._name(field) for field in fields]
+        self._fields = {name: self._make(name, field) for name, field in pairs}
+        self.width = sum(field.width for field in self.values())
+        self.num_features = sum(field.num_features for field in self.values())
+        starts = np.cumsum([0, *(field.width for field in self.values())]).tolist()
+        self.columns = {name: slice(*ends) for name, *ends in zip(self, starts, starts[1:], strict=False)}
+
+    @staticmethod
+    def _name(field: Mapping) -> tuple[str, Mapping]:
+        if not isinstance(field, Mapping) or "name" not in field:
+            raise ConditionError(f"a list of fields has mappings, each with a name, got {shown(field)}")
+        return field["name"], {key: value for key, value in field.items() if key != "name"}
+
+    @staticmethod
+    def _make(name: str, field: Field | Mapping) -> Field:
+        if isinstance(field, Field):
+            return field
+        try:
+            arguments = dict(field)
+            return FIELD_TYPES[arguments.pop("type")](**arguments)
+        except (TypeError, ValueError, KeyError) as error:
+            raise ConditionError(
+                f"field '{name}' of a condition cannot be made from {field!r:.200} ({error}); it needs a type, one of "
+                f"{', '.join(FIELD_TYPES)}, with low and high, period, values, or length"
+            ) from error
+
+    def __getitem__(self, name: str) -> Field:
+        return self._fields[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._fields)
+
+    def __len__(self) -> int:
+        return len(self._fields)
+
+    def __str__(self) -> str:
+        return "; ".join(f"'{name}' ({field})" for name, field in self.items()) or "none"
+
+    def to_dict(self) -> dict[str, dict]:
+        """By name, as JSON has it; `Fields` reads it again. Equal for the same fields in another order."""
+        return {name: {"type": field.type} | vars(field) for name, field in self.items()}
+
+    def to_list(self) -> list[dict]:
+        """In order, as JSON has it; `Fields` reads it again."""
+        return [{"name": name} | field for name, field in self.to_dict().items()]
+
+    def table(self, conditions: Iterable[Condition]) -> torch.Tensor:
+        """
+        Conditions as a table of shape `(N, width)`.
+
+        Raises:
+            ConditionError: for a field that there is not, or a value that a field cannot have; says what there is.
+        """
+        rows = [self._row(condition) for condition in conditions]
+        return torch.tensor(rows, dtype=torch.float32).view(len(rows), self.width)
+
+    def _row(self, condition: Condition) -> list[float]:
+        if not isinstance(condition, Mapping):
+            raise ConditionError(f"a condition is a mapping of fields, got {shown(condition)}; there is {self}")
+        unknown = [name for name in condition if name not in self]
+        if unknown:
+            hint = nearest(str(unknown[0]), self)
+            raise ConditionError(f"a condition has no field {unknown[0]!r}{hint or ';'} there is {self}")
+        row = []
+        for name, field in self.items():
+            value = condition.get(name)
+            try:
+                row += [math.nan] * field.width if value is None else field.parse(value)
+            except (TypeError, ValueError, OverflowError) as error:
+                raise ConditionError(f"'{name}' must be {field}, got {shown(value)} ({error})") from error
+        return row
+
+    def named(self, table: torch.Tensor) -> "Conditions":
+        """The columns of a table by name."""
+        return Conditions(self, table)
+
+    def conditions(self, table: torch.Tensor) -> list[dict[str, Any]]:
+        """The inverse of `table`; unknown fields are None."""
+        known = self.known(table).tolist()
+        return [
+            {
+                name: field.format(row[self.columns[name]]) if known[i][j] else None
+                for j, (name, field) in enumerate(self.items())
+            }
+            for i, row in enumerate(table.tolist())
+        ]
+
+    def known(self, table: torch.Tensor) -> torch.Tensor:
+        """Which fields of a table are known, bool of shape `(N, number of fields)`."""
+        known = [~table[:, columns].isnan().any(1) for columns in self.columns.values()]
+        return torch.stack(known, dim=1) if known else torch.ones(len(table), 0, dtype=torch.bool, device=table.device)
+
+    def features(self, table: torch.Tensor) -> torch.Tensor:
+        """What a regression can use, for a table without unknown fields: shape `(N, num_features)`."""
+        parts = [field.features(table[:, self.columns[name]]) for name, field in self.items()]
+        return torch.cat([table[:, :0], *parts], dim=1)
+
+    def perturb(self, table: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+        """Conditions near those of a table, moved by `noise` of its shape, in units of each field's spread."""
+        parts = [self[name].perturb(table[:, part], noise[:, part]) for name, part in self.columns.items()]
+        return torch.cat([table[:, :0], *parts], dim=1)
+
+    def feature_fields(self) -> torch.Tensor:
+        """The index of the field that each feature belongs to, shape `(num_features,)`."""
+        counts = torch.tensor([field.num_features for field in self.values()], dtype=torch.long)
+        return torch.arange(len(self)).repeat_interleave(counts)
+
+
+class Words(torch.Tensor):
+    """
+    The column of a category: for each task the index of its word, int64. Comparing it with a word gives bools. All
+    other operations give plain tensors.
+    """
+
+    __torch_function__ = torch._C._disabled_torch_function_impl
+    words: tuple[str, ...]
+
+    @classmethod
+    def of(cls, indices: torch.Tensor, words: tuple[str, ...]) -> "Words":
+        column = indices.long().as_subclass(cls)
+        column.words = words
+        return column
+
+    def _index(self, word: Any) -> Any:
+        if not isinstance(word, str):
+            return word
+        if word not in self.words:
+            raise ConditionError(
+                f"a category has no word {word!r}{nearest(word, self.words)}; there is {', '.join(self.words)}"
+            )
+        return self.words.index(word)
+
+    def __eq__(self, other: Any) -> torch.Tensor:  # type: ignore[override]
+        return torch.eq(self, self._index(other))
+
+    def __ne__(self, other: Any) -> torch.Tensor:  # type: ignore[override]
+        return torch.ne(self, self._index(other))
+
+    __hash__ = torch.Tensor.__hash__
+
+
+class Conditions(Mapping[str, torch.Tensor]):
+    """
+    The conditions of T tasks, a column for each field, by name: `conditions["angle"]`, or `conditions.angle` for a name
+    that no method has.
+
+    A number or an angle has a column of shape `(T,)`, a vector one of shape `(T, length)`. A category has the index of
+    its word, int64 of shape `(T,)`, which can be compared with a word: `conditions["invert"] == "yes"`; for one column
+    a word see [`one_hot`].
+
+    Args:
+        fields (`Fields`): Of the conditions.
+        table (`torch.Tensor`): Shape `(T, width)`.
+        ndim (`int`, *optional*): The number of dimensions of the columns that have one number for each task.
+    """
+
+    def __init__(self, fields: Fields, table: torch.Tensor, ndim: int = 1):
+        self.fields, self.table, self._ndim = fields, table, ndim
+
+    @property
+    def num_tasks(self) -> int:
+        return len(self.table)
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        if not isinstance(name, str):
+            raise TypeError(
+                f"conditions have columns by name, such as conditions[{next(iter(self.fields), 'x')!r}], and not by "
+                f"{shown(name)}; there is {self.fields}"
+            )
+        if name not in self.fields:
+            raise ConditionError(f"there is no field {name!r}{nearest(name, self.fields)}; there is {self.fields}")
+        field, column = self.fields[name], self.table[:, self.fields.columns[name]]
+        if field.width > 1 or isinstance(field, VectorField):
+            return column
+        column = column.reshape(-1, *[1] * (self._ndim - 1))
+        return column if field.choices is None else Words.of(column, field.choices)
+
+    def __getattr__(self, name: str) -> torch.Tensor:
+        if name.startswith("_") or name not in self.fields:
+            hint = "" if name.startswith("_") else f"{nearest(name, self.fields)}; there is {self.fields}"
+            raise AttributeError(f"conditions have no field {name!r}{hint}")
+        return self[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.fields)
+
+    def __len__(self) -> int:
+        return len(self.fields)
+
+    def __dir__(self) -> list[str]:
+        return [*super().__dir__(), *self.fields]
+
+    def __repr__(self) -> str:
+        return f"Conditions of {self.num_tasks} tasks: {self.fields}"
+
+    def over(self, values: torch.Tensor) -> "Conditions":
+        """
+        With columns that broadcast over `values`, whose first dimension is that of the tasks: over images of shape
+        `(T, B, C, H, W)`, a number has shape `(T, 1, 1, 1, 1)`, so that `images ** conditions.over(images).gamma` is
+        right. Vectors stay as they are.
+        """
+        return Conditions(self.fields, self.table, values.ndim)
+
+    def one_hot(self, name: str) -> torch.Tensor:
+        """A category as one column a word: float32 of shape `(T, number of words)`, in the order of its field."""
+        words = self.fields[name].choices if name in self.fields else None
+        if words is None:
+            raise ConditionError(f"there is no category {name!r}; there is {self.fields}")
+        return F.one_hot(self.table[:, self.fields.columns[name]][:, 0].long(), len(words)).to(self.table.dtype)
