@@ -31,10 +31,10 @@ def shown(value: Any) -> str:
 
 
 def nearest(name: str, names: Iterable[str]) -> str:
-    """`; did you mean 'x'?` if one of `names` is near to `name`, else an empty text."""
+    """` (did you mean 'x'?)` if one of `names` is near to `name`, else an empty text."""
     spelled = {" ".join(other.casefold().replace("_", " ").split()): other for other in names}
     found = difflib.get_close_matches(" ".join(name.casefold().replace("_", " ").split()), spelled, n=1)
-    return f"; did you mean {spelled[found[0]]!r}?" if found else ""
+    return f" (did you mean {spelled[found[0]]!r}?)" if found else ""
 
 
 def plain(value: Any) -> Any:
@@ -382,8 +382,9 @@ class Fields(Mapping[str, Field]):
             raise ConditionError(f"a condition is a mapping of fields, got {shown(condition)}; there is {self}")
         unknown = [name for name in condition if name not in self]
         if unknown:
-            hint = nearest(str(unknown[0]), self)
-            raise ConditionError(f"a condition has no field {unknown[0]!r}{hint or ';'} there is {self}")
+            raise ConditionError(
+                f"a condition has no field {unknown[0]!r}{nearest(str(unknown[0]), self)}; there is {self}"
+            )
         row = []
         for name, field in self.items():
             value = condition.get(name)

@@ -118,7 +118,7 @@ def evaluate_saved_family(source: str, recipe: Recipe) -> dict:
 
 def _read_table(path: str, family: Family, networks: StackedNetworks) -> tuple[torch.Tensor, torch.Tensor]:
     """The networks of a table, shape `(T, n, D)`, and their conditions, shape `(T, width)`."""
-    found, _ = read_conditions(path)
+    found, _ = read_conditions(path, family.fields)
     table = family.fields.table(found.values())
     if not family.fields.known(table).all():
         raise ValueError(f"'{path}': every network needs all fields, because they say which task it is judged by")

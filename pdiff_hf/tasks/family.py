@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.data import Dataset
 
-from ..models.condition import AngleField, CategoryField, Condition, Fields, ScalarField
+from ..models.condition import Condition, Fields
 from ..utils.seeds import derive_seed
 from .labels import LabelledTask
 from .task import Batch, ClassificationTask, Split, Task, load_base, save_base, take
@@ -34,9 +34,14 @@ class Family(ABC):
     fields: Fields
     test_sets: Mapping[str, str] = {}
 
-    @abstractmethod
     def draw(self, generator: torch.Generator) -> dict[str, Any]:
-        """One random condition."""
+        """
+        One random condition; by default each field for itself.
+
+        Raises:
+            ConditionError: for a field that cannot be drawn, such as a vector.
+        """
+        return {name: field.sample(generator) for name, field in self.fields.items()}
 
     @abstractmethod
     def load_base_model(self) -> nn.Module:
@@ -125,25 +130,11 @@ class Family(ABC):
         For a figure: the first field that is an angle or a number, and conditions along it; all other fields stay at
         the lowest value or the first word. Without such a field, or with one that has no such value, there are none.
         """
-        along, fixed = "", dict[str, Any]()
-        for name, spec in self.fields.items():
-            if isinstance(spec, AngleField | ScalarField) and not along:
-                along = name
-            elif isinstance(spec, AngleField | ScalarField):
-                fixed[name] = spec.low if isinstance(spec, ScalarField) else 0.0
-            elif isinstance(spec, CategoryField):
-                fixed[name] = spec.values[0]
-            else:
-                return "", []
-        if not along:
+        lowest = {name: next(iter(field.bounds or field.choices or ()), None) for name, field in self.fields.items()}
+        along = next((name for name, field in self.fields.items() if field.bounds), "")
+        if not along or None in lowest.values():
             return "", []
-        spec = self.fields[along]
-        if isinstance(spec, AngleField):
-            values = [spec.period * i / num for i in range(num)]
-        else:
-            assert isinstance(spec, ScalarField)
-            values = torch.linspace(spec.low, spec.high, num).tolist()
-        return along, [fixed | {along: value} for value in values]
+        return along, [lowest | {along: value} for value in self.fields[along].line(num)]
 
     def split(
         self, sizes: Mapping[str, int], seed: int, *, without: Collection[Hashable] = ()

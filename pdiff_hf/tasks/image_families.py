@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from ..models.condition import AngleField, CategoryField, Condition, ConditionError, Fields, ScalarField
+from ..models.condition import CategoryField, Condition, ConditionError, Fields, ScalarField
 from .family import TaskFamily
 from .image_classification import ImageClassificationTask
 from .task import Batch, Split
@@ -109,18 +109,6 @@ class TransformedFamily(ImageFamily):
             else:
                 specs[name] |= {"low": values[0], "high": values[1]}
         self.fields = Fields(specs)
-
-    def draw(self, generator: torch.Generator) -> dict[str, Any]:
-        values: dict[str, Any] = {}
-        draws = torch.rand(len(self.fields), generator=generator).tolist()
-        for u, (name, spec) in zip(draws, self.fields.items(), strict=True):
-            if isinstance(spec, CategoryField):
-                values[name] = spec.values[int(u * len(spec.values))]
-            elif isinstance(spec, AngleField):
-                values[name] = u * spec.period
-            elif isinstance(spec, ScalarField):
-                values[name] = spec.low + u * (spec.high - spec.low)
-        return values
 
     def _words(self, name: str) -> tuple[str, ...]:
         field = self.fields[name]

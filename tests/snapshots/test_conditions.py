@@ -34,12 +34,106 @@ def test_columns_of_every_type(tmp_path):
     assert conditions["org/d"] == {"angle": None, "rank": 8, "domain": "law", "label": "1", "embedding": [1, 2]}
     assert {name: str(field) for name, field in fields.items()} == {
         "angle": "an angle with period 360",
-        "domain": "one of law, news",
-        "embedding": "2 numbers",
-        "label": "one of 1, 2",
         "rank": "a number from 8 to 16",
+        "domain": "one of law, news",
+        "label": "one of 1, 2",
+        "embedding": "2 numbers",
     }
+    assert list(fields) == ["angle", "rank", "domain", "label", "embedding"]
     assert fields.table(conditions.values()).shape == (3, 6)
+
+
+NUMBERS = {
+    ".5": [".25", ".5", "1"],
+    "1.": ["1.", "2.", "3.5"],
+    "+1": ["+1", "-1", "−2"],
+    "1e-3": ["1e-3", "1E5", "0"],
+    "1,5": ['"1,5"', '"-0,25"', '"3,125"'],
+    "0,125": ['"0,125"', '"0,250"', "1"],
+}
+READ = {".5": [0.25, 0.5, 1], "1.": [1, 2, 3.5], "+1": [1, -1, -2], "1e-3": [0.001, 1e5, 0], "1,5": [1.5, -0.25, 3.125]}
+
+
+@pytest.mark.parametrize("name", NUMBERS)
+def test_numbers_as_other_programs_write_them(tmp_path, name):
+    rows = "".join(f"n{i},{cell}\n" for i, cell in enumerate(NUMBERS[name]))
+    conditions, fields = read_conditions(write(tmp_path, f"file,x\n{rows}"))
+    values = [row["x"] for row in conditions.values()]
+    assert values == READ.get(name, [0.125, 0.25, 1.0])
+    assert fields.to_dict() == {"x": {"type": "scalar", "low": min(values), "high": max(values)}}
+
+
+@pytest.mark.parametrize("mark", ["", "NA", "n/a", "nan", "NaN", "None", "null", "<NA>", "#N/A"])
+def test_missing_numbers_are_unknown(tmp_path, mark):
+    conditions, fields = read_conditions(write(tmp_path, f"file,x,v\na,0.1,[1]\nb,{mark},{mark}\nc,0.3,[2]\n"))
+    assert conditions["b"] == {"x": None, "v": None}
+    assert fields.table(conditions.values()).isnan().tolist() == [[False] * 2, [True] * 2, [False] * 2]
+
+
+VECTORS = [
+    "[0.5, 0.25]",
+    "[0.5 0.25]",
+    "[ 0.5\n  0.25 ]",
+    "(0.5, 0.25)",
+    "array([0.5, 0.25])",
+    "np.array([0.5, 0.25])",
+    "array([0.5 , 0.25], dtype=float32)",
+    "[np.float64(0.5), np.float64(0.25)]",
+    "tensor([0.5000, 0.2500])",
+    "tensor([0.5000, 0.2500], device='cuda:0', dtype=torch.float64)",
+    "tensor([0.5000, 0.2500], grad_fn=<SelectBackward0>)",
+]
+
+
+@pytest.mark.parametrize("cell", VECTORS)
+def test_vectors_as_other_programs_print_them(tmp_path, cell):
+    conditions, fields = read_conditions(write(tmp_path, f'file,v\na,"{cell}"\nb,"[1, 2]"\n'))
+    assert conditions["a"]["v"] == [0.5, 0.25] and fields["v"].width == 2
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "file,x,word\na,1,new\nb,2.5,old\n",
+        "file;x;word\na;1;new\nb;2,5;old\n",
+        "file\tx\tword\na\t1\tnew\n\nb\t2.5\told\n",
+        "file|x|word\r\na|1|new\r\nb|2.5|old\r\n",
+        "\ufefffile, x, word\na, 1, new \nb, 2.5, old\n",
+        "file,x,word,\na,1,new,\nb,2.5,old,\n,,,\n",
+    ],
+)
+def test_delimiters_are_found(tmp_path, text):
+    conditions, _ = read_conditions(write(tmp_path, text))
+    assert conditions == {"a": {"x": 1.0, "word": "new"}, "b": {"x": 2.5, "word": "old"}}
+
+
+def test_words_that_look_like_missing_values_are_kept_where_asked_for(tmp_path):
+    conditions, fields = read_conditions(write(tmp_path, "file,region:category\na,NA\nb,EU\nc,\nd,Eu\n"))
+    assert [row["region"] for row in conditions.values()] == ["NA", "EU", None, "Eu"]
+    assert fields["region"].values == ("EU", "Eu", "NA")
+
+
+def test_what_was_understood_is_said(tmp_path, caplog):
+    with caplog.at_level("INFO"):
+        read_conditions(write(tmp_path, "file,x,word\na,1,new\nb,,old\nc,3,old\n"))
+    (said,) = (record.getMessage() for record in caplog.records)
+    assert said.startswith("3 networks with their conditions are read from ")
+    assert said.endswith("'x' is a number from 1 to 3, unknown for 1; 'word' is one of new, old")
+
+
+def test_columns_of_known_fields(tmp_path):
+    fields = Fields(
+        {
+            "x": {"type": "scalar", "low": 0.0, "high": 9.0},
+            "word": {"type": "category", "values": ["new", "old"]},
+            "v": {"type": "vector", "length": 2},
+        }
+    )
+    conditions, same = read_conditions(write(tmp_path, 'file,word,x,v\na,old,3,"[1 2]"\nb,old,3,NA\n'), fields)
+    assert same is fields
+    assert conditions == {"a": {"word": "old", "x": 3.0, "v": [1.0, 2.0]}, "b": {"word": "old", "x": 3.0, "v": None}}
+    with pytest.raises(ConditionError, match=r"column 'Word': there is no such field \(did you mean 'word'"):
+        read_conditions(write(tmp_path, "file,Word\na,old\n"), fields)
 
 
 @pytest.mark.parametrize(
@@ -48,11 +142,39 @@ def test_columns_of_every_type(tmp_path):
         ("network\na\n", "needs a header, a first column that names networks, and a column for each field"),
         ("n,x\na,1\na,2\n", "names 'a' more than once"),
         ("n,x\na,1\nb\n", "row 3 has 1 cells, and the header has 2"),
-        ("n,x:angle\na,north\n", "column 'x:angle' of .* must hold numbers"),
-        ("n,x:angel\na,1\n", "must be angle or category, got 'angel'"),
-        ("n,x,y\na,,1\nb,,2\n", "column 'x' of .* is empty"),
+        ("", "is empty"),
+        ("n;x,y;z\na;1,2;3\n", "can be read with commas and semicolons between its cells"),
+        ("n,x:angle\na,north\n", "column 'x:angle', row 2: 'north' is not a number"),
+        ("n,x:angel\na,1\n", "must be angle, category or text, got 'angel'"),
+        ("n,x,y\na,,1\nb,,2\n", "column 'x': it is empty"),
+        ("n,x\na,1\n,2\n", "row 3: the first column must name a network, and it is empty"),
+        ("n,x,x\na,1,5\nb,2,6\n", "several columns of one name: 'x', 'x'"),
+        ("n,x,X:category\na,1,5\nb,2,6\n", "several columns of one name: 'x', 'X'"),
+        ("a.pt,1\nb.pt,2\n", "needs a header such as network,rate: its first row has 'a.pt' and '1'"),
+        ("a,new\nb,old\nc,new\n", "needs a header .* its first row has 'a' and 'new'"),
+        ("n,x\na,1\nb,inf\n", "column 'x', row 3: 'inf' is infinite or too large"),
+        ("n,x\na,1\nb,1e400\n", "column 'x', row 3: '1e400' is infinite or too large"),
+        ("n,x\na,1\nb,1" + "0" * 400 + "\n", "column 'x', row 3: '1000.* is infinite or too large"),
+        ("n,x\na,16777216\nb,16777217\n", "column 'x': some of its numbers are equal in single precision"),
+        ("n,x\na,1\nb,2\nc,unknown\n", "column 'x', row 4: 'unknown' is not a number; leave the cell empty"),
+        ("n,x\na,5 %\nb,6 %\n", "column 'x', row 2: '5 %' is not a number"),
+        ('n,x\na,"1,500"\nb,"2,250"\n', "row 2: '1,500' can have a decimal comma or thousands"),
+        ("n,x\na,0.1 0.2\nb,0.3 0.4\n", "column 'x', row 2: '0.1 0.2' is not a number"),
+        ("n,x\na,NA\nb,NaN\n", "column 'x'.* (no values|missing value)"),
+        ("n,x\na,cat\nb,dog\nc,Cat \n", "column 'x', row 4: 'Cat' differs from 'cat' .row 2. only in case or spaces"),
+        ("n,x\na,EU\nb,NA\n", "column 'x', row 3: 'NA' can be a missing value or a word"),
+        ("n,x\na,new\nb,new\n", "column 'x': it is 'new' for all networks, which says nothing"),
+        ('n,x\na,"[0.1 0.2 ... 0.3]"\n', "row 2: .* is not a list of numbers .* it was shortened when it was printed"),
+        ('n,x\na,"[1]"\nb,"[]"\n', r"row 3: '\[\]' is not a list of numbers"),
+        ('n,x\na,"[1]"\nb,"[1e40]"\n', "row 3: .* infinite or too large"),
+        ('n,x\na,"[1]"\nb,word\n', "row 3: 'word' is not a list of numbers"),
+        ("n,x\na,word\nb,[1\n", r"row 2: 'word' is not a list of numbers"),
+        ('n,x\na,"wo\nb,1\n', "unexpected end of data"),
+        ("n,seed\na,1\nb,2\n", "column 'seed': a field cannot be called parameters, step, seed"),
+        ("n,x\n" + "".join(f"a{i},w{i}\n" for i in range(30)), "has 30 different texts, such as 'w0'. .* 'x:text'"),
+        ("n,x\na,is it good or bad\nb,is it long\n", "has 2 different texts, .* 'x:text' .* 'x:category'"),
         ("n,x\na,3\nb,3\n", "is 3 for all networks, which says nothing"),
-        ('n,x\na,"[1]"\nb,"[1,2]"\n', r"holds lists of \[1, 2\] numbers"),
+        ('n,x\na,"[1]"\nb,"[1,2]"\n', r"it holds lists of \[1, 2\] numbers"),
     ],
 )
 def test_what_is_refused(tmp_path, text, message):

@@ -1,0 +1,295 @@
+"""Tables that people have: the cells of a CSV file, and what numbers, vectors and words stand in them."""
+
+import io
+import os
+import re
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from ..models.condition import AngleField, CategoryField, ConditionError, Field, ScalarField, VectorField
+from ..models.fields import shown
+from .readers import SUFFIXES
+
+DELIMITERS = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "vertical bars"}
+NEEDED = "a header, a first column that names networks, and a column for each field"
+# What pandas takes for a missing value, but for the empty cell, in any case.
+MISSING = {
+    *("na", "n/a", "#n/a", "#n/a n/a", "#na", "<na>", "nan", "-nan", "null", "none"),
+    *("1.#ind", "-1.#ind", "1.#qnan", "-1.#qnan"),
+}
+_NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)(e[-+]?\d+)?|[-+]?inf(inity)?", re.IGNORECASE)
+_DECIMAL_COMMA = re.compile(r"[-+]?\d*,\d+")
+# Meant as a number or several, and readable in more than one way.
+_NUMBERISH = re.compile(r"[-+$€£]?\s*\d[\d.,;:'’\s_e+-]*[%°]?", re.IGNORECASE)
+_ARRAY = re.compile(r"(?:(?:np|numpy|torch)\.)?(?:array|tensor)\(\s*(.*?)\s*(?:,\s*\w+=[^\])]*)?\)", re.DOTALL)
+_NUMPY_SCALAR = re.compile(r"(?:np|numpy)\.\w+\(([^()]*)\)")
+LARGEST = float(np.finfo(np.float32).max)  # as tables and data sets have numbers
+# A column of more words than this, most of which occur once, or of sentences, is hardly one of classes.
+MANY_WORDS = 20
+WORDS_OF_A_SENTENCE = 3
+
+
+@dataclass(frozen=True)
+class Column:
+    """
+    One column of a table.
+
+    Args:
+        table (`str`): What messages call the table.
+        name (`str`), kind (`str`): Its title is the name, or `name:kind`.
+        cells (`Sequence[str]`), rows (`Sequence[int]`): Without spaces at their ends; and where they stand, from 1.
+    """
+
+    table: str
+    name: str
+    kind: str
+    cells: Sequence[str]
+    rows: Sequence[int]
+
+    def error(self, message: str, row: int | None = None) -> ConditionError:
+        """What is wrong with the column, or with a row of it."""
+        title = f"{self.name}:{self.kind}" if self.kind else self.name
+        return ConditionError(f"'{self.table}', column '{title}'{'' if row is None else f', row {row}'}: {message}")
+
+    def __iter__(self):
+        return iter(zip(self.rows, self.cells, strict=True))
+
+
+def read_table(path: str | os.PathLike) -> list[Column]:
+    """
+    The columns of a CSV file; those of its first row are titles, and the first column names networks.
+
+    The cells are separated by commas, semicolons, tabs or vertical bars, whichever gives all rows equally many. Empty
+    rows are left out, and so is a last column without a title or a cell.
+
+    Raises:
+        ConditionError: for a file that cannot be read, or has no titles, or two columns of one title.
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8-sig").lstrip("\r\n")  # spreadsheets begin a file with a mark
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConditionError(f"the table '{path}' cannot be read: {error}") from error
+    frame = _frame(str(path), text)
+    cells = [[cell.strip() for cell in row] for row in frame.values.tolist()]
+    rows = [i for i, row in enumerate(cells, start=1) if any(row)]
+    if len(rows) < 2:
+        raise ConditionError(f"'{path}' has no rows besides its titles")
+    titles, *body = ([*cells[i - 1]] for i in rows)
+    while titles and not titles[-1] and not any(row[len(titles) - 1] for row in body):
+        titles.pop()
+    columns = []
+    for i, title in enumerate(titles):
+        name, _, kind = (part.strip() for part in title.partition(":"))
+        columns.append(Column(str(path), name, kind, [row[i] for row in body], rows[1:]))
+    _check_titles(path, columns)
+    return columns
+
+
+def _frame(path: str, text: str) -> pd.DataFrame:
+    """All cells as texts."""
+    frames, errors = {}, {}
+    for delimiter in DELIMITERS:
+        try:
+            frame = pd.read_csv(
+                io.StringIO(text),
+                sep=delimiter,
+                header=None,
+                dtype=str,
+                keep_default_na=False,
+                skip_blank_lines=False,
+                skipinitialspace=True,
+                engine="python",  # says which row has too few cells, where the other one fills it up
+            )
+        except pd.errors.ParserError as error:
+            errors[delimiter] = str(error)
+        except pd.errors.EmptyDataError as error:
+            raise ConditionError(f"the table '{path}' is empty") from error
+        else:
+            if frame.shape[1] > 1:
+                frames[delimiter] = frame
+    short: dict[str, str] = {}
+    for delimiter, frame in frames.items():
+        for number, row in enumerate(frame.isna().values, start=1):
+            if row.any() and not (frame.iloc[number - 1].fillna("") == "").all():
+                short[delimiter] = f"row {number} has {int((~row).sum())} cells, and the header has {frame.shape[1]}"
+                break
+    whole = [delimiter for delimiter in frames if delimiter not in short]
+    if len(whole) == 1:
+        return frames[whole[0]].fillna("")
+    if len(whole) > 1:
+        kinds = " and ".join(DELIMITERS[delimiter] for delimiter in whole)
+        raise ConditionError(f"'{path}' can be read with {kinds} between its cells; put cells that have both in quotes")
+    said = next(iter(short.values()), next(iter(errors.values()), ""))
+    if not frames and all("saw" not in error for error in errors.values()):
+        kinds = ", ".join(DELIMITERS.values())
+        said = errors.get(",") or f"it has one column, and none of {kinds} separates others"
+    raise ConditionError(f"'{path}' needs {NEEDED}: {said}")
+
+
+def _check_titles(path: str | os.PathLike, columns: Sequence[Column]) -> None:
+    first, *fields = columns
+    if not fields:
+        raise ConditionError(f"'{path}' needs {NEEDED}")
+    untitled = [
+        column.name or "(empty)"
+        for column in fields
+        if not column.name or _number(column.name) is not None or column.name in column.cells
+    ]
+    names_network = first.name and (
+        Path(path).parent.joinpath(first.name).exists() or first.name.endswith(SUFFIXES) or first.name in first.cells
+    )
+    if untitled or names_network:
+        raise ConditionError(
+            f"'{path}' needs a header such as network,rate: its first row has {shown(first.name)} and "
+            f"{shown(untitled[0] if untitled else fields[0].name)}, which look like a network and its values"
+        )
+    alike = defaultdict(list)
+    for column in fields:
+        alike[" ".join(column.name.casefold().split())].append(column.name)
+    for names in alike.values():
+        if len(names) > 1:
+            raise ConditionError(f"'{path}' has several columns of one name: {', '.join(map(shown, names))}")
+
+
+def read_column(column: Column) -> tuple[list, Field]:
+    """
+    The values of a column, None where a cell is unknown, and the field that it is of.
+
+    An empty cell is unknown; in a column of numbers or vectors, so is what pandas takes for missing (NA, NaN, None …).
+
+    Raises:
+        ConditionError: for what can be meant in several ways, says nothing, or cannot be a value.
+    """
+    if column.kind not in ("", "angle", "category"):
+        raise column.error(f"what follows the colon must be angle, category or text, got {column.kind!r}")
+    if column.kind == "category":
+        return words(column, as_they_stand=True)
+    present = [cell for cell in column.cells if not _is_missing(cell)]
+    if not any(column.cells):
+        raise column.error("it is empty")
+    if present and any(cell.startswith("[") or _ARRAY.fullmatch(cell) or _vector(cell) for cell in present):
+        vectors = read_vectors(column)
+        lengths = sorted({len(vector) for vector in vectors if vector is not None})
+        if len(lengths) > 1:
+            raise column.error(f"it holds lists of {lengths} numbers")
+        return vectors, VectorField(lengths[0])
+    if column.kind != "angle" and not any(_number(c) is not None or _NUMBERISH.fullmatch(c) for c in present):
+        return words(column)
+    values = read_numbers(column)
+    known = sorted({value for value in values if value is not None})
+    if not known:
+        raise column.error("it has no values")
+    if column.kind == "angle":
+        return values, AngleField()
+    if len(known) == 1:
+        raise column.error(f"it is {known[0]:g} for all networks, which says nothing; leave it out")
+    if len(set(np.float32(known))) < len(known):
+        raise column.error(
+            "some of its numbers are equal in single precision: if they are not quantities but names, call it "
+            f"'{column.name}:category'"
+        )
+    return values, ScalarField(known[0], known[-1])
+
+
+def _is_missing(cell: str) -> bool:
+    return not cell or cell.casefold() in MISSING
+
+
+def _number(cell: str) -> float | None:
+    cell = cell.replace("\N{MINUS SIGN}", "-")
+    return float(cell) if _NUMBER.fullmatch(cell) else None
+
+
+def read_numbers(column: Column) -> list[float | None]:
+    """Numbers with a decimal point or comma. Raises a `ConditionError` that names the row of what is none."""
+    cells = [cell for cell in column.cells if _DECIMAL_COMMA.fullmatch(cell)]
+    # 1,500 and 2,250 could be thousands; 0,125 and 1,5 cannot.
+    decimal = any(len(cell.partition(",")[2]) != 3 or cell.lstrip("+-").startswith(("0", ",")) for cell in cells)
+    if cells and (not decimal or any("." in cell for cell in column.cells)):
+        row = column.rows[column.cells.index(cells[0])]
+        raise column.error(f"{cells[0]!r} can have a decimal comma or thousands; write it with a decimal point", row)
+    values: list[float | None] = []
+    for row, cell in column:
+        number = _number(cell.replace(",", ".") if decimal and _DECIMAL_COMMA.fullmatch(cell) else cell)
+        if number is None and not _is_missing(cell):
+            raise column.error(
+                f"{shown(cell)} is not a number; leave the cell empty if it is unknown, or call the column "
+                f"'{column.name}:category' if it holds words",
+                row,
+            )
+        if number is not None and not abs(number) <= LARGEST:
+            raise column.error(f"{shown(cell)} is infinite or too large", row)
+        values.append(number)
+    return values
+
+
+def _vector(cell: str) -> list[float] | None:
+    """The numbers of a cell, as JSON, Python, NumPy, pandas or torch write them; None for anything else."""
+    array = _ARRAY.fullmatch(cell)
+    inner = _NUMPY_SCALAR.sub(r"\1", array[1] if array else cell).strip()
+    if not inner or (inner[0], inner[-1]) not in (("[", "]"), ("(", ")")):
+        return None
+    numbers = [_number(part) for part in re.split(r"[,\s]+", inner[1:-1].strip().rstrip(","))]
+    return None if None in numbers else numbers  # type: ignore[return-value]
+
+
+def read_vectors(column: Column) -> list[list[float] | None]:
+    """Lists of numbers. Raises a `ConditionError` that names the row of what is none."""
+    vectors: list[list[float] | None] = []
+    for row, cell in column:
+        vector = None if _is_missing(cell) else _vector(cell)
+        if vector is None and not _is_missing(cell):
+            hint = "; it was shortened when it was printed" if "..." in cell or "…" in cell else ""
+            raise column.error(f"{shown(cell)} is not a list of numbers such as [0.5, 1.0]{hint}", row)
+        if vector is not None and not all(abs(number) <= LARGEST for number in vector):
+            raise column.error(f"{shown(cell)} has numbers that are infinite or too large", row)
+        vectors.append(vector)
+    return vectors
+
+
+def words(column: Column, as_they_stand: bool = False) -> tuple[list[str | None], CategoryField]:
+    """
+    The words of a column of classes.
+
+    Args:
+        as_they_stand (`bool`, *optional*, defaults to `False`): Takes also what is probably a mistake.
+    """
+    places: dict[str, list[int]] = defaultdict(list)
+    for row, cell in column:
+        if cell:
+            places[cell].append(row)
+    if not places:
+        raise column.error("it is empty")
+    keep = f"call the column '{column.name}:category' to keep them"
+    if not as_they_stand:
+        alike: dict[str, str] = {}
+        for cell, rows in places.items():
+            if _is_missing(cell):
+                raise column.error(
+                    f"{cell!r} can be a missing value or a word; leave the cell empty if it is unknown, or {keep} as "
+                    "words",
+                    rows[0],
+                )
+            other = alike.setdefault(" ".join(cell.casefold().split()), cell)
+            if other != cell:
+                raise column.error(
+                    f"{cell!r} differs from {other!r} (row {places[other][0]}) only in case or spaces; write both "
+                    f"alike, or {keep} apart",
+                    rows[0],
+                )
+        if len(places) == 1:
+            raise column.error(f"it is {cell!r} for all networks, which says nothing; leave it out")
+        length = sum(len(cell.split()) for cell in places) / len(places)
+        once = len(places) > sum(map(len, places.values())) / 2
+        if once and (len(places) > MANY_WORDS or length >= WORDS_OF_A_SENTENCE):
+            raise column.error(
+                f"it has {len(places)} different texts, such as {shown(next(iter(places)))}. As classes they say "
+                f"nothing of a new one. Call it '{column.name}:text' if they describe the networks, which a text "
+                f"encoder then reads; or {keep} as classes"
+            )
+    return [cell or None for cell in column.cells], CategoryField(tuple(sorted(places)))
