@@ -99,10 +99,10 @@ class NetworkMixin(Base):
     def ensemble(
         self,
         num_models: SupportsIndex = 10,
-        num_inference_steps: SupportsIndex = 10,
+        num_inference_steps: SupportsIndex | None = None,
         generator: torch.Generator | list[torch.Generator] | None = None,
         condition: Condition | Sequence[Condition] | torch.Tensor | None = None,
-        temperature: float = 1.0,
+        temperature: float | None = None,
         batch_norm_data: Iterable[Mapping[str, Any]] | None = None,
     ) -> EnsembleModel:
         """
@@ -137,7 +137,7 @@ class NetworkMixin(Base):
         candidates: torch.Tensor | None = None,
         candidates_share: float | None = None,
         refine_learning_rate: float = 1e-3,
-        num_inference_steps: int = 10,
+        num_inference_steps: int | None = None,
         generator: torch.Generator | None = None,
         predict: Predict = predict_logits,
     ) -> PosteriorOutput:
@@ -159,8 +159,8 @@ class NetworkMixin(Base):
             candidates_share (`float`, *optional*): How likely it is, before any example, that one of `candidates` is
                 right and none that is sampled; by default all count the same.
             refine_learning_rate (`float`, *optional*, defaults to 1e-3): Of AdamW.
-            num_inference_steps (`int`, *optional*, defaults to 10): Denoising steps. They take most of the time, and
-                what is weighted afterwards needs fewer than what is used as it is.
+            num_inference_steps (`int`, *optional*): Denoising steps, by default the pipeline's. They take most of the
+                time, and what is weighted afterwards needs fewer than what is used as it is.
             predict (`Callable`, *optional*): `predict` of a task, for networks that are not of transformers.
 
         Raises:

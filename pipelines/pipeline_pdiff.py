@@ -63,6 +63,9 @@ class PDiffPipeline(SavedPipeline, NetworkMixin, DiffusionPipeline):
             Of a generator for a family of tasks: turns what is known of a task into what the denoiser takes.
         recomputed_statistics (`bool`, *optional*, defaults to `False`):
             Whether its networks were evaluated with statistics of batch norm that were recomputed for each.
+        num_inference_steps (`int`, *optional*, defaults to 10), guidance_scale (`float`, *optional*, defaults to 1),
+        temperature (`float`, *optional*, defaults to 1):
+            What a call takes where it is not told otherwise. A run saves those that its report was made with.
     """
 
     model_cpu_offload_seq = "condition_encoder->denoiser->autoencoder"
@@ -78,6 +81,9 @@ class PDiffPipeline(SavedPipeline, NetworkMixin, DiffusionPipeline):
         base_model: nn.Module | None = None,
         condition_encoder: ConditionEncoder | None = None,
         recomputed_statistics: bool = False,
+        num_inference_steps: int = 10,
+        guidance_scale: float = 1.0,
+        temperature: float = 1.0,
     ):
         super().__init__()
         # Components may be None while a pipeline is put together from parts.
@@ -111,7 +117,12 @@ class PDiffPipeline(SavedPipeline, NetworkMixin, DiffusionPipeline):
             self.register_modules(base_model=base_model)
         else:
             self.base_model = base_model
-        self.register_to_config(recomputed_statistics=recomputed_statistics)
+        self.register_to_config(
+            recomputed_statistics=recomputed_statistics,
+            num_inference_steps=num_inference_steps,
+            guidance_scale=guidance_scale,
+            temperature=temperature,
+        )
 
     @classmethod
     def _get_signature_keys(cls, obj: Any) -> tuple[list[str], list[str]]:
@@ -189,12 +200,12 @@ class PDiffPipeline(SavedPipeline, NetworkMixin, DiffusionPipeline):
     def __call__(
         self,
         num_models: SupportsIndex = 1,
-        num_inference_steps: SupportsIndex = 10,
+        num_inference_steps: SupportsIndex | None = None,
         generator: torch.Generator | list[torch.Generator] | None = None,
         latents: torch.Tensor | None = None,
         condition: Condition | Sequence[Condition] | torch.Tensor | None = None,
-        guidance_scale: float = 1.0,
-        temperature: float = 1.0,
+        guidance_scale: float | None = None,
+        temperature: float | None = None,
         loss_fn: LossFunction | None = None,
         loss_guidance_scale: float = 1.0,
         output_type: str = "state_dict",
@@ -211,8 +222,8 @@ class PDiffPipeline(SavedPipeline, NetworkMixin, DiffusionPipeline):
         Args:
             num_models (`int`, *optional*, defaults to 1):
                 How many networks to generate, N; of a list of conditions, for each.
-            num_inference_steps (`int`, *optional*, defaults to 10):
-                The number of denoising steps.
+            num_inference_steps (`int`, *optional*):
+                The number of denoising steps; by default that of the pipeline's config, as for the next two.
             generator (`torch.Generator` or `list[torch.Generator]`, *optional*):
                 One, or one for each network, to make generation deterministic.
             latents (`torch.Tensor`, *optional*):
@@ -222,11 +233,12 @@ class PDiffPipeline(SavedPipeline, NetworkMixin, DiffusionPipeline):
                 what there is. Fields that are left out or None are drawn from the conditions seen in training. For a
                 list, `num_models` networks for the first condition come first, and so on. A tensor has embeddings of
                 the condition encoder, shape `(M, E)`.
-            guidance_scale (`float`, *optional*, defaults to 1):
+            guidance_scale (`float`, *optional*):
                 Scale of classifier-free guidance: above 1, away from what the denoiser predicts without a condition,
                 which takes twice the time. It needs a denoiser that was trained with `condition_dropout`.
-            temperature (`float`, *optional*, defaults to 1):
+            temperature (`float`, *optional*):
                 Spread of the starting noise, which it multiplies: below 1 networks are more alike, and often better.
+                With `loss_fn`, 1.
             loss_fn (`Callable`, *optional*):
                 What the networks should be good at: takes parameters of shape `(n, D)` and returns one loss for each
                 network, shape `(n,)`, with gradients; [`example_loss`] makes one of labelled examples. The networks of
@@ -260,6 +272,12 @@ class PDiffPipeline(SavedPipeline, NetworkMixin, DiffusionPipeline):
             ValueError: for any argument that is out of range, and a scheduler that cannot sample latents or would give
                 them another spread, before anything is computed; for a result that is not finite.
         """
+        if num_inference_steps is None:
+            num_inference_steps = self.config.num_inference_steps
+        if guidance_scale is None:
+            guidance_scale = self.config.guidance_scale
+        if temperature is None:
+            temperature = self.config.temperature if loss_fn is None else 1.0
         num_models = whole_number("num_models", num_models)
         num_inference_steps = whole_number("num_inference_steps", num_inference_steps)
         known = prepare_conditions(self.condition_encoder, condition, num_models)

@@ -113,13 +113,11 @@ def load_source(name: str) -> Source:
         raise ValueError(f"'{name}' holds neither a pipeline nor a run with a finished one")
     pipe = PDiffPipeline.from_pretrained(pipeline, use_safetensors=True)
     pipe.to("cuda" if torch.cuda.is_available() else "cpu")
-    source = Source(pipe, str(pipeline))
+    source = Source(pipe, str(pipeline), num_steps=pipe.config.num_inference_steps)
     where = folder if is_local else name
     if recipe := _find_file(where, "recipe.yaml"):
         settings = yaml.safe_load(recipe.read_text(encoding="utf-8"))
         source.dataset = settings.get("dataset")
-        if pipe.condition_encoder is not None:  # it was tuned for so many
-            source.num_steps = settings.get("num_inference_steps", source.num_steps)
     try:
         if path := _find_file(where, f"{names.EVALUATION}/{names.REPORT}"):
             source.report = load_report(path)
@@ -306,7 +304,7 @@ def how_to_load(source: Source, whole: bool, condition: Condition | None = None)
         "",
         f'pipe = PDiffPipeline.from_pretrained("{source.location}")',
         f"condition = {as_code(condition)}",
-        f"tensors = pipe(8, num_inference_steps={source.num_steps}, condition=condition).parameters",
+        "tensors = pipe(8, condition=condition).parameters",
     ]
     return "\n".join(
         [text, "They were made for this condition. To make more of them:", "", "```python", *lines, "```", ""]
@@ -329,7 +327,14 @@ def make_scheduler(name: str, source: Source) -> SchedulerMixin:
 def with_scheduler(source: Source, name: str) -> PDiffPipeline:
     """A pipeline of one's own, because another reader may have chosen another scheduler."""
     parts, scheduler = source.pipe, make_scheduler(name, source)
-    pipe = PDiffPipeline(parts.autoencoder, parts.denoiser, scheduler, condition_encoder=parts.condition_encoder)
+    pipe = PDiffPipeline(
+        parts.autoencoder,
+        parts.denoiser,
+        scheduler,
+        condition_encoder=parts.condition_encoder,
+        temperature=parts.config.temperature,
+        guidance_scale=parts.config.guidance_scale,
+    )
     pipe.set_progress_bar_config(disable=True)
     return pipe
 

@@ -1,9 +1,9 @@
 """
 Writes new networks with a saved generator.
 
-    python scripts/generate.py outputs/digits/pipeline --num_models 10 --output_dir outputs/networks
-    python scripts/generate.py outputs/digits/pipeline --num_models 200 --output_dir outputs/tensors --only_generated
-    python scripts/generate.py outputs/on_demand/tuned --condition '{"angle": 37, "blur": 0.4}'   # for a task
+    python scripts/generate.py outputs/digits --num_models 10 --output_dir outputs/networks
+    python scripts/generate.py outputs/digits --num_models 200 --output_dir outputs/tensors --only_generated
+    python scripts/generate.py outputs/on_demand --condition '{"angle": 37, "blur": 0.4}'   # for a task
 
 The generator may be a Hub id as well. Each network is a folder that `from_pretrained` of transformers loads
 (`AutoModelForImageClassification`, say). Those of a timm architecture load with timm alone too:
@@ -25,10 +25,10 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__.strip().split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
-    parser.add_argument("pipeline", help="Folder or Hub id of a saved PDiffPipeline.")
+    parser.add_argument("pipeline", help="Folder of a run or of a saved PDiffPipeline, or a Hub id.")
     parser.add_argument("--num_models", type=int, default=10, help="How many networks to generate.")
-    parser.add_argument("--num_inference_steps", type=int, default=10, help="Denoising steps.")
-    parser.add_argument("--temperature", type=float, default=1.0, help="Spread of the starting noise.")
+    parser.add_argument("--num_inference_steps", type=int, help="Denoising steps; else those of its report.")
+    parser.add_argument("--temperature", type=float, help="Spread of the starting noise; else its report's.")
     parser.add_argument("--seed", type=int, default=0, help="The same seed gives the same networks.")
     parser.add_argument("--output_dir", default="outputs/networks", help="Must not hold generated networks yet.")
     parser.add_argument("--only_generated", action="store_true", help="Write only the generated tensors.")

@@ -154,7 +154,7 @@ def build_app(pipeline_id: str = "") -> gr.Blocks:
                 download: gr.DownloadButton("Download networks", None, interactive=False),
                 loading: explore.how_to_load(source, False, None if first is None else first.condition),
                 status: announce(source),
-            } | ({} if first is None else {num_steps: source.num_steps, scheduler: "DPM-Solver++", seed: 0})
+            } | {num_steps: source.num_steps, scheduler: "DPM-Solver++", seed: 0}
 
     def work_html(source, choice, num_steps, scheduler, seed):
         if source.at_work is None:

@@ -57,8 +57,6 @@ def compare_generator(
     heldout: Tensor | None = None,
     num_models: int = 200,
     score_models: int | None = None,
-    num_inference_steps: int = 10,
-    temperature: float = 1.0,
     tuning: Tuning | None = None,
     baseline_models: int = 20,
     baselines: str = "all",
@@ -73,15 +71,13 @@ def compare_generator(
     Args:
         scorer (`Scorer`): For the base model and its task, from `scoring.make_scorer`.
         snapshots (`torch.Tensor`): Shape `(K, D)`, K at least 2; may lie in a file, and is not copied.
-        generator (`PDiffPipeline` or `torch.Tensor`): A pipeline to sample, or the parameters of generated networks,
-            shape `(N, D)`. What needs latents (reconstructions, the kernel density, figures) needs a pipeline.
+        generator (`PDiffPipeline` or `torch.Tensor`): A pipeline, sampled as its config says, or the parameters of
+            generated networks, shape `(N, D)`. What needs latents (reconstructions, the kernel density, figures) needs a pipeline.
         folder (`str` or `os.PathLike`): Receives `report.json`, `report.md` and figures.
         heldout (`torch.Tensor`, *optional*): bool of shape `(K,)`: snapshots that no generator has seen. Baselines are
             not made from them either.
         num_models (`int`, *optional*, defaults to 200): Networks to sample from a pipeline.
         score_models (`int`, *optional*): Compare no more than so many of the generated networks, drawn at random.
-        num_inference_steps (`int`, *optional*, defaults to 10): Denoising steps of a pipeline.
-        temperature (`float`, *optional*, defaults to 1): Of a pipeline. With all baselines others are reported too.
         tuning (`Tuning`, *optional*): How a pipeline was tuned; trivial generators with the same feedback are added.
         baseline_models (`int`, *optional*, defaults to 20): Networks of each baseline setting; 0 for no baselines.
         baselines (`str`, *optional*, defaults to `"all"`): Or `few`, one setting of each family.
@@ -128,9 +124,7 @@ def compare_generator(
             families.append(tuned.groups())
             in_tuned = tuned.count
         if pipeline is not None and baselines == "all":
-            families.append(
-                _sample_temperatures(pipeline, baseline_models, num_inference_steps, temperature, folder, seed)
-            )
+            families.append(_sample_temperatures(pipeline, baseline_models, folder, seed))
     chosen = torch.randperm(num_generated, generator=named_generator(seed, "score_models"))[:num_scored].sort().values
     figures: dict[str, Tensor] | None = None
     reconstruction = None
@@ -140,8 +134,6 @@ def compare_generator(
         assert latents is not None
         (generated_latents,) = generator(
             num_models,
-            num_inference_steps=num_inference_steps,
-            temperature=temperature,
             generator=named_generator(seed, "generated"),
             output_type="latent",
             return_dict=False,
@@ -166,12 +158,15 @@ def compare_generator(
 
     report = compare(scorer, groups(), reconstruction, seed, products)
     report["num_generated"] = num_generated
-    if tuning is not None:
-        report["tuning"] = tuning.to_dict() | {"temperature": temperature, "break_even": break_even(report)}
+    if tuning is not None and pipeline is not None:
+        report["tuning"] = tuning.to_dict() | {
+            "temperature": pipeline.config.temperature,
+            "break_even": break_even(report),
+        }
     if pipeline is not None and scorer.classifies:
-        report["reverse_process"] = reverse_process(scorer, pipeline, num_inference_steps, folder, seed, temperature)
+        report["reverse_process"] = reverse_process(scorer, pipeline, folder, seed)
     if pipeline is not None and report["difference"]["verdict"] == "worse":
-        report["more_steps"] = _try_more_steps(scorer, pipeline, num_inference_steps, temperature, folder, seed)
+        report["more_steps"] = _try_more_steps(scorer, pipeline, folder, seed)
     report = without_nan(report)
     report["warnings"] = find_warnings(report)
     report["verdict"] = write_verdict(report)
@@ -335,15 +330,12 @@ def _announce(scorer: Scorer, num_networks: int) -> None:
     )
 
 
-def _sample_temperatures(
-    pipeline: PDiffPipeline, num_models: int, num_inference_steps: int, temperature: float, folder: Path, seed: int
-) -> Iterator[Group]:
+def _sample_temperatures(pipeline: PDiffPipeline, num_models: int, folder: Path, seed: int) -> Iterator[Group]:
     """The generator at other temperatures, from the noise that its own group has."""
     for value in TEMPERATURES:
-        if value != temperature:
+        if value != pipeline.config.temperature:
             (latents,) = pipeline(
                 num_models,
-                num_inference_steps=num_inference_steps,
                 temperature=value,
                 generator=named_generator(seed, "generated"),
                 output_type="latent",
@@ -352,15 +344,12 @@ def _sample_temperatures(
             yield Group(f"generated {value}", decode(pipeline, latents, folder), CURVE, value)
 
 
-def _try_more_steps(
-    scorer: Scorer, pipeline: PDiffPipeline, num_inference_steps: int, temperature: float, folder: Path, seed: int
-) -> dict:
+def _try_more_steps(scorer: Scorer, pipeline: PDiffPipeline, folder: Path, seed: int) -> dict:
     """The score of some networks that were sampled in more denoising steps."""
-    steps = min(MORE_STEPS * num_inference_steps, pipeline.scheduler.config.num_train_timesteps)
+    steps = min(MORE_STEPS * pipeline.config.num_inference_steps, pipeline.scheduler.config.num_train_timesteps)
     (latents,) = pipeline(
         MORE_STEPS_MODELS,
         num_inference_steps=steps,
-        temperature=temperature,
         generator=named_generator(seed, "generated"),
         output_type="latent",
         return_dict=False,

@@ -200,10 +200,8 @@ def supported_baselines(context: BaselineContext, which: str = "all") -> list[Ba
 def reverse_process(
     scorer: Scorer,
     pipeline: PDiffPipeline,
-    num_inference_steps: int,
     folder: Path,
     seed: int,
-    temperature: float = 1.0,
 ) -> dict:
     """
     Test scores of the networks that the noisy latents of several samples, or of one of large networks, decode to along
@@ -213,7 +211,7 @@ def reverse_process(
     count = NUM_TRAJECTORIES if num_parameters < LARGE else 1
     generator = named_generator(seed, "trajectories")
     noise = torch.randn(count, pipeline.denoiser.config.latent_dim, generator=generator)
-    along = [noise * pipeline.scheduler.init_noise_sigma * temperature]
+    along = [noise * pipeline.scheduler.init_noise_sigma * pipeline.config.temperature]
 
     def keep(pipe, step, timestep, tensors):
         along.append(tensors["latents"].cpu())
@@ -221,10 +219,8 @@ def reverse_process(
 
     pipeline(
         count,
-        num_inference_steps=num_inference_steps,
         generator=generator,
         latents=noise,
-        temperature=temperature,
         output_type="latent",
         callback_on_step_end=keep,
     )

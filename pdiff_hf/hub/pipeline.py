@@ -18,7 +18,7 @@ from ..models.saved import replaced_files
 from ..networks.adapters import ADAPTER_FOLDER, has_adapters, load_network, save_network
 from ..utils.errors import first_line, limited_modules
 from ..utils.files import is_disk_full
-from ..utils.names import PIPELINE
+from ..utils.names import PIPELINE, generator_folder
 from .push import PIPELINE_FILE, push_pipeline_to_hub
 
 # Schedulers take memory for so many steps when they are made; the longest schedules in use have 1000.
@@ -52,8 +52,8 @@ class SavedPipeline(Base):
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs) -> Self:
         """
-        Like diffusers' own. Weights are read from safetensors files, and where there are none from `.bin` files, of
-        which torch reads tensors alone; `use_safetensors=True` takes no others.
+        Like diffusers' own; the folder of a run gives its generator, tuned if it was. Weights are read from safetensors
+        files, and where there are none from `.bin` files, of which torch reads tensors alone; `use_safetensors=True` takes no others.
 
         Raises:
             OSError: if there is no such folder or repository, or a file is missing or cannot be read.
@@ -62,9 +62,13 @@ class SavedPipeline(Base):
         """
         source = Path(pretrained_model_name_or_path)
         if source.is_dir() and not (source / cls.config_name).is_file():
-            inside = source / PIPELINE
-            hint = f"; '{inside}' is one" if (inside / cls.config_name).is_file() else ""
-            raise OSError(f"'{source}' is no saved pipeline: it has no {cls.config_name}{hint}")
+            source = generator_folder(source)
+            if not (source / cls.config_name).is_file():
+                raise OSError(
+                    f"'{pretrained_model_name_or_path}' is not a saved pipeline, nor a run with a finished one: it has "
+                    f"no {cls.config_name}"
+                )
+            pretrained_model_name_or_path = str(source)
         if not source.is_dir():
             _check_repo_id(pretrained_model_name_or_path)
         # Not False for all: transformers writes no `.bin` files any more. Every component finds out what there is.

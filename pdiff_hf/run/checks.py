@@ -30,9 +30,10 @@ def check_run(run: "Run") -> None:
     num_snapshots = r.num_snapshots if r.snapshots is None else len(run.snapshots[0])
     if round(num_snapshots * (1 - r.heldout_snapshots)) < 2:
         raise RunError(f"{num_snapshots} snapshots leave fewer than 2 to train on")
-    if r.num_inference_steps > r.num_train_timesteps:
+    num_inference_steps = r.num_inference_steps or 10
+    if num_inference_steps > r.num_train_timesteps:
         raise RunError(
-            f"num_inference_steps is {r.num_inference_steps}, more than num_train_timesteps={r.num_train_timesteps}"
+            f"num_inference_steps is {num_inference_steps}, more than num_train_timesteps={r.num_train_timesteps}"
         )
     parts = r.gradient_accumulation_steps * int(os.environ.get("WORLD_SIZE", 1))
     for key in ("autoencoder_batch_size", "denoiser_batch_size"):
@@ -85,7 +86,7 @@ def _check_family(run: "Run") -> None:
     if run.is_imported:
         run.fields  # noqa: B018  # an error where they are not the family's
     unused = {"augmentation": "none", "score_models": None, "num_runs": 1}
-    unused |= {"tune_ensemble_size": 1, "tune_diversity": [0.0], "tune_penalty": 0.0, "temperature": 1.0}
+    unused |= {"tune_ensemble_size": 1, "tune_diversity": [0.0], "tune_penalty": 0.0}
     for key, value in unused.items():
         if getattr(r, key) != value:
             raise RunError(f"{key}={getattr(r, key)} is not for a family of tasks; leave it out")

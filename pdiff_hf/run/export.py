@@ -22,8 +22,8 @@ def write_networks(
     folder: Path,
     *,
     num_models: int,
-    num_inference_steps: int,
-    temperature: float = 1.0,
+    num_inference_steps: int | None = None,
+    temperature: float | None = None,
     seed: int,
     only_generated: bool,
     condition: Condition | None = None,
@@ -34,8 +34,9 @@ def write_networks(
     tensors to one safetensors file.
 
     Args:
-        source (`str`): Folder or Hub id of a saved `PDiffPipeline`.
+        source (`str`): Folder of a run or of a saved `PDiffPipeline`, or a Hub id.
         folder (`Path`): Must not hold generated networks yet.
+        num_inference_steps, temperature (*optional*): By default those of the pipeline's report.
         condition (`Mapping`, *optional*): What is known of the task, for a generator with conditions.
         task (`Task`, *optional*): The statistics of batch norm are recomputed for each network on its training data.
 

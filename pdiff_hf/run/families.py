@@ -235,9 +235,7 @@ def sample_for(pipeline: PDiffPipeline, family: Family, recipe: "Recipe", *, shu
     def sample(_, table: torch.Tensor) -> torch.Tensor:
         conditions = family.fields.conditions(table.roll(1, 0) if shuffled else table)
         generator = torch.Generator().manual_seed(named_seed(recipe.seed, "evaluate"))
-        output = pipeline(
-            recipe.num_models, recipe.num_inference_steps, generator, condition=conditions, output_type="pt"
-        )
+        output = pipeline(recipe.num_models, generator=generator, condition=conditions, output_type="pt")
         assert isinstance(output, PDiffPipelineOutput) and isinstance(output.parameters, torch.Tensor)
         return output.parameters.unflatten(0, (len(table), recipe.num_models))
 
@@ -253,6 +251,7 @@ def add_generators(run: "Run", audit: ConditionalAudit, of_zoo: int, args: TuneA
         record = json.loads((run.folder / names.STAGES / "tune.json").read_text())
         tuning = len(record["results"]["losses"]) * args.num_tasks * args.num_examples
         untuned = PDiffPipeline.from_pretrained(run.folder / names.PIPELINE).to(device)
+        untuned.register_to_config(**r.sampling)
         audit.add("generator by weights", "generator", sample_for(untuned, family, r), Cost(of_zoo))
     pipeline = run.pipeline.to(device)
     audit.add(GENERATOR, "generator", sample_for(pipeline, family, r), Cost(of_zoo + tuning))

@@ -259,8 +259,14 @@ class EvaluateSection:
 
     num_models: int = option(200, "How many networks to generate; of a family, for each unseen task.", min=1)
     score_models: int | None = option(None, "Score no more than so many of them, drawn at random.", min=1)
-    num_inference_steps: int = option(10, "Denoising steps.", min=1)
-    temperature: float = option(1.0, "Spread of the noise that sampling starts from.", min=0)
+    num_inference_steps: int | None = option(
+        None, "Denoising steps, saved with the generator; by default 10, or those of a generator that has some.", min=1
+    )
+    temperature: float | None = option(
+        None,
+        "Spread of the starting noise, saved with the generator; by default 1, or its own.",
+        min=0,
+    )
     fid_features: str = option(
         "inception",
         "FID is measured on these features: `inception`, or folder or Hub id of an image classifier.",
@@ -325,6 +331,12 @@ class Recipe(
     def recomputes_statistics(self) -> bool:
         """Whether each network gets its own statistics of batch norm, from training data."""
         return self.batch_norm_statistics == "recomputed"
+
+    @property
+    def sampling(self) -> dict[str, Any]:
+        """What is set of how a pipeline samples, as its config has it."""
+        values = {name: getattr(self, name) for name in ("num_inference_steps", "temperature")}
+        return {name: value for name, value in values.items() if value is not None}
 
     def section(self, *sections: type) -> dict[str, Any]:
         """The settings of some sections, by name."""

@@ -174,5 +174,6 @@ class RunResults:
         """What the stage denoiser has saved, or the stage tune."""
         tuned = STAGES["tune"].is_wanted(self.recipe)
         pipeline = PDiffPipeline.from_pretrained(self.folder / (names.TUNED if tuned else names.PIPELINE))
+        pipeline.register_to_config(**self.recipe.sampling)
         pipeline.set_progress_bar_config(desc="sampling", leave=False)
         return pipeline

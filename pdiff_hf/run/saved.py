@@ -53,7 +53,14 @@ def evaluate_saved(source: str, recipe: Recipe) -> dict:
         return evaluate_saved_family(source, recipe)
     snapshots, layout = load_snapshots(recipe.snapshots)
     folder = source if os.path.exists(source) else download(source)
+    if (
+        not Path(folder, PDiffPipeline.config_name).is_file()
+        and (found := names.generator_folder(Path(folder))).is_dir()
+    ):
+        folder = str(found)
     pipeline = _load_pipeline(folder, layout) if Path(folder, PDiffPipeline.config_name).is_file() else None
+    if pipeline is not None:
+        pipeline.register_to_config(**recipe.sampling)
     carried = None if pipeline is None else pipeline.base_model
     if recipe.model is None and carried is None:
         raise ValueError(f"--model is needed: '{source}' does not carry the network that its tensors belong to")
@@ -76,8 +83,6 @@ def evaluate_saved(source: str, recipe: Recipe) -> dict:
             part,
             num_models=recipe.num_models,
             score_models=recipe.score_models,
-            num_inference_steps=recipe.num_inference_steps,
-            temperature=recipe.temperature,
             tuning=None if pipeline is None else load_tuning(Path(folder)),
             baseline_models=recipe.baseline_models,
             baselines=recipe.baselines,

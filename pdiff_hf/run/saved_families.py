@@ -53,13 +53,14 @@ def evaluate_saved_family(source: str, recipe: Recipe) -> dict:
     pipeline = None
     if not source.endswith(".csv"):
         pipeline = PDiffPipeline.from_pretrained(source)
+        pipeline.register_to_config(**recipe.sampling)
         if pipeline.condition_encoder is None:
             raise ValueError(f"the generator '{source}' has no conditions; leave --family out")
         if pipeline.autoencoder.layout != layout:
             raise LayoutError("the pipeline generates other tensors than the snapshots hold; it was not made from them")
     model_name = recipe.model
     if model_name is None and pipeline is not None and pipeline.base_model is not None and os.path.isdir(source):
-        model_name = str(Path(source, names.BASE_MODEL))
+        model_name = str(Path(pipeline.config._name_or_path, names.BASE_MODEL))
     if model_name is None:
         raise ValueError("--model is needed: the folder of the base model that the networks were fine-tuned from")
     family = make_family(recipe, make_task(dataclasses.replace(recipe, model=model_name)))

@@ -35,7 +35,7 @@ from ..snapshots.frozen import FrozenCheck
 from ..tasks import ClassificationTask
 from ..training import NoiseArguments, make_training_scheduler, train_autoencoder, train_denoiser
 from ..utils import names
-from ..utils.files import remove
+from ..utils.files import remove, write_json
 from ..utils.seeds import named_seed
 from . import families
 from .folder import RunError, Stage
@@ -274,6 +274,7 @@ def fit_denoiser(run: "Run") -> None:
         base_model=base_model,
         condition_encoder=encoder,
         recomputed_statistics=r.recomputes_statistics,
+        **r.sampling,
     )
     with run.files.replacing(stage) as folder:
         pipeline.save_pretrained(folder)
@@ -296,6 +297,8 @@ def evaluate(run: "Run") -> None:
     """The report on the generated networks, beside the snapshots and trivial generators."""
     r, stage = run.recipe, STAGES["evaluate"]
     if run.family is not None:
+        if PartialState().is_main_process:
+            save_sampling(run)
         families.evaluate(run, stage)
         return
     device = PartialState().device
@@ -313,8 +316,6 @@ def evaluate(run: "Run") -> None:
             heldout=run.heldout,
             num_models=r.num_models,
             score_models=r.score_models,
-            num_inference_steps=r.num_inference_steps,
-            temperature=r.temperature,
             tuning=load_tuning(run.folder / names.TUNED) if STAGES["tune"].is_wanted(r) else None,
             baseline_models=r.baseline_models,
             baselines=r.baselines,
@@ -324,7 +325,17 @@ def evaluate(run: "Run") -> None:
             seed=r.seed,
         )
     run.base_model.to("cpu")
+    save_sampling(run)
     run.finish(stage.name, {})
+
+
+def save_sampling(run: "Run") -> None:
+    """The generator keeps how the report has sampled it, in its own index."""
+    folder = run.folder / (names.TUNED if STAGES["tune"].is_wanted(run.recipe) else names.PIPELINE)
+    path = folder / PDiffPipeline.config_name
+    index = json.loads(path.read_text(encoding="utf-8"))
+    if not folder.is_symlink() and index != index | run.recipe.sampling:
+        write_json(path, index | run.recipe.sampling)
 
 
 def _losses(run: "Run") -> dict[str, dict[str, list[float]]]:

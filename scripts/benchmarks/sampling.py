@@ -94,7 +94,7 @@ def main() -> None:
     )
     header = ["sampler", "steps", "accuracy", "IoU within", "seconds", "GFLOP of the denoiser"]
     print(table(header, rows))
-    few = min(args.steps, key=lambda steps: abs(steps - recipe.num_inference_steps))
+    few = min(args.steps, key=lambda steps: abs(steps - (recipe.num_inference_steps or 10)))
     here = seconds_of["DPM-Solver++", few]
     pipe.scheduler = samplers["ancestral"]
     pipe.scheduler.set_timesteps(NAIVE_STEPS)

@@ -124,7 +124,8 @@ def _generator_operations(r: Recipe, num_parameters: int) -> dict[str, int]:
     autoencoder, denoiser = _step_operations(num_parameters, r.latent_dim, r.autoencoder_preset, r.denoiser_preset)
     return {
         "autoencoder": autoencoder * r.autoencoder_steps * r.autoencoder_batch_size,
-        "denoiser": denoiser * (r.denoiser_steps * r.denoiser_batch_size + r.num_models * r.num_inference_steps // 3),
+        "denoiser": denoiser
+        * (r.denoiser_steps * r.denoiser_batch_size + r.num_models * (r.num_inference_steps or 10) // 3),
     }
 
 

@@ -150,7 +150,6 @@ def score_selected(run: Run) -> dict[str, float]:
     recipe, everything = run.recipe, dataclasses.replace(run.recipe, max_eval_samples=None)
     generated = run.pipeline(
         recipe.num_models,
-        num_inference_steps=recipe.num_inference_steps,
         generator=named_generator(recipe.seed, "generated"),  # as `compare_generator` samples them
         output_type="pt",
     ).parameters

@@ -13,7 +13,7 @@ def whole(tmp_path_factory):
     """The report on a pipeline, with all that a report can have, and its folder."""
     scorer, snapshots, folder = digits(), digits_snapshots(), tmp_path_factory.mktemp("report")
     heldout = torch.arange(12) % 5 == 2
-    settings = {"num_models": 5, "num_inference_steps": 3, "baseline_models": 2, "heldout": heldout}
+    settings = {"num_models": 5, "baseline_models": 2, "heldout": heldout}
     settings |= {
         "extra_groups": [Group("vae", snapshots[:2] + 0.1, "VAE")],
         "losses": {"denoiser": {"loss": [1.0, 0.5]}},

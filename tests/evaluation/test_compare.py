@@ -84,7 +84,7 @@ def test_metrics_are_those_of_the_functions_and_selection_is_on_validation(tmp_p
 def test_a_measured_task_has_the_same_schema(tmp_path, without_figures):
     scorer = regression()
     snapshots = snapshots_around(scorer)
-    settings = {"num_models": 4, "num_inference_steps": 2, "baseline_models": 2}
+    settings = {"num_models": 4, "baseline_models": 2}
     report = compare_generator(scorer, snapshots, digits_pipeline(scorer, snapshots), tmp_path, **settings)
     jsonschema.validate(report, SCHEMA)
     assert report["metric"] == {"name": "MSE", "unit": "", "higher_is_better": False}
@@ -202,7 +202,7 @@ def test_results_that_are_too_large_for_memory_lie_in_a_file(tmp_path, monkeypat
     """Whatever lies in files, the report is the same, and nothing is left in the folder."""
     scorer, snapshots = digits(), digits_snapshots()
     pipeline, heldout = digits_pipeline(scorer, snapshots), torch.arange(12) == 3
-    settings = {"num_models": 5, "num_inference_steps": 2, "baseline_models": 2, "heldout": heldout}
+    settings = {"num_models": 5, "baseline_models": 2, "heldout": heldout}
     plain = compare_generator(scorer, snapshots, pipeline, tmp_path / "plain", **settings)
     monkeypatch.setattr(sampling, "CHUNK_BYTES", 16)
     large = room_for(3, 7, tmp_path)
@@ -302,7 +302,6 @@ def test_networks_that_are_worse_are_tried_with_more_steps(tmp_path, without_fig
         digits_pipeline(scorer, snapshots),
         tmp_path,
         num_models=2,
-        num_inference_steps=2,
         baseline_models=0,
     )
     jsonschema.validate(report, SCHEMA)

@@ -257,3 +257,14 @@ def test_temperature_multiplies_the_starting_noise():
     for bad in (-0.1, float("nan"), float("inf")):
         with pytest.raises(ValueError, match="temperature must be finite and at least 0, got"):
             sample(pipe, temperature=bad)
+
+
+def test_a_pipeline_samples_as_its_config_says_and_keeps_that(tmp_path):
+    pipe = make_pipeline()
+    pipe.register_to_config(num_inference_steps=3, temperature=0.5)
+    pipe.save_pretrained(tmp_path)
+    loaded = PDiffPipeline.from_pretrained(tmp_path)
+    loaded.set_progress_bar_config(disable=True)
+    expected = sample(pipe, num_inference_steps=3, temperature=0.5)
+    assert torch.equal(sample(loaded, num_inference_steps=None), expected)
+    assert not torch.equal(sample(loaded, num_inference_steps=None, temperature=1), expected)

@@ -242,7 +242,6 @@ def test_a_family_of_ones_own_is_one_class(tmp_path):
         ({"collect_every": 6}, "need more than collect_steps=6"),
         ({"collect_optimizer": "sgd"}, "trained with adamw, not with sgd"),
         ({"augmentation": "flip"}, "augmentation=flip is not for a family"),
-        ({"temperature": 0.5}, "temperature=0.5 is not for a family"),
         ({"family": "grouped", "family_args": "{}", "num_tasks": 510, "num_snapshots": 510}, "fewer than"),
     ],
 )

@@ -9,6 +9,7 @@ from reproduce.extra_groups import vae
 from safetensors.torch import load_file
 
 from pdiff_hf import PDiffPipeline
+from pdiff_hf.evaluation.sampling import named_generator
 from pdiff_hf.run.folder import RunError
 from pdiff_hf.run.recipe import Recipe
 from pdiff_hf.run.run import Run
@@ -95,6 +96,16 @@ def test_validation_chooses_the_diversity_and_the_report_gives_others_the_same(t
     assert saved["passes"] == 2 * (3 * 4 * 4 * 5 + 4 * 4 * num_unseen)  # validated after each of the steps
     report = load_report(run.folder / "evaluation/report.json")
     assert report["tuning"]["passes"] == saved["passes"] and report["tuning"]["temperature"] == 0.5
+    # What was judged is what everybody gets who samples the run's generator without a word about how.
+    pipe = PDiffPipeline.from_pretrained(run.folder)
+    assert (pipe.config.temperature, pipe.config.num_inference_steps) == (0.5, 2)
+    networks = pipe(3, generator=named_generator(0, "generated"), output_type="model").parameters
+    split = run.task.load_split("test")
+    batch = split.__getitems__(list(range(len(split))))
+    with torch.no_grad():
+        right = [network(batch["pixel_values"]).logits.argmax(-1) == batch["labels"] for network in networks]
+    scores = next(row["scores"] for row in report["groups"] if row["name"] == "generated")
+    assert scores == pytest.approx([100 * row.float().mean().item() for row in right])
     assert "SWAG, 4 steps" in {row["name"] for row in report["groups"]}
     assert "with the same feedback it is better than" in report["verdict"]
     recipe = Recipe(

@@ -165,7 +165,7 @@ def test_groups_of_a_report_learn_from_validation_data(tmp_path):
     scorer, snapshots = digits(), digits_snapshots()
     pipeline = digits_pipeline(scorer, snapshots)
     heldout = torch.arange(len(snapshots)) % 4 == 0
-    settings = {"num_models": 4, "num_inference_steps": 2, "baseline_models": 0}
+    settings = {"num_models": 4, "baseline_models": 0}
     seen = snapshots[~heldout]
     settings["extra_groups"] = sample_hyper_representations(scorer, seen, pipeline.autoencoder, 4, seed=0)
     report = compare_generator(scorer, snapshots, pipeline, tmp_path, heldout=heldout, **settings)

@@ -41,7 +41,8 @@ def digits_pipeline(scorer: Scorer, snapshots: torch.Tensor) -> PDiffPipeline:
     autoencoder.fit_parameter_statistics(snapshots)
     autoencoder.fit_latent_statistics(autoencoder.tokenize(snapshots))
     denoiser = LatentDenoiser(8, block_out_channels=(4, 4), bottleneck_dim=16).eval()
-    pipeline = PDiffPipeline(autoencoder, denoiser, make_sampling_scheduler(make_training_scheduler()))
+    scheduler = make_sampling_scheduler(make_training_scheduler())
+    pipeline = PDiffPipeline(autoencoder, denoiser, scheduler, num_inference_steps=2)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 
