@@ -72,7 +72,7 @@ def compare_generator(
         scorer (`Scorer`): For the base model and its task, from `scoring.make_scorer`.
         snapshots (`torch.Tensor`): Shape `(K, D)`, K at least 2; may lie in a file, and is not copied.
         generator (`PDiffPipeline` or `torch.Tensor`): A pipeline, sampled as its config says, or the parameters of
-            generated networks, shape `(N, D)`. What needs latents (reconstructions, the kernel density, figures) needs a pipeline.
+            generated networks, shape `(N, D)`. What needs latents (reconstructions, kernel density) needs a pipeline.
         folder (`str` or `os.PathLike`): Receives `report.json`, `report.md` and figures.
         heldout (`torch.Tensor`, *optional*): bool of shape `(K,)`: snapshots that no generator has seen. Baselines are
             not made from them either.

@@ -53,7 +53,8 @@ class SavedPipeline(Base):
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs) -> Self:
         """
         Like diffusers' own; the folder of a run gives its generator, tuned if it was. Weights are read from safetensors
-        files, and where there are none from `.bin` files, of which torch reads tensors alone; `use_safetensors=True` takes no others.
+        files, and where there are none from `.bin` files, of which torch reads tensors alone; `use_safetensors=True`
+        takes no others.
 
         Raises:
             OSError: if there is no such folder or repository, or a file is missing or cannot be read.

@@ -53,11 +53,8 @@ def evaluate_saved(source: str, recipe: Recipe) -> dict:
         return evaluate_saved_family(source, recipe)
     snapshots, layout = load_snapshots(recipe.snapshots)
     folder = source if os.path.exists(source) else download(source)
-    if (
-        not Path(folder, PDiffPipeline.config_name).is_file()
-        and (found := names.generator_folder(Path(folder))).is_dir()
-    ):
-        folder = str(found)
+    inside = names.generator_folder(Path(folder))
+    folder = str(inside) if (inside / PDiffPipeline.config_name).is_file() else folder
     pipeline = _load_pipeline(folder, layout) if Path(folder, PDiffPipeline.config_name).is_file() else None
     if pipeline is not None:
         pipeline.register_to_config(**recipe.sampling)

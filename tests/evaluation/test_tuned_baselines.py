@@ -94,6 +94,7 @@ def test_they_stand_in_the_report_of_a_tuned_generator(tmp_path, monkeypatch):
     monkeypatch.setattr(comparing, "draw_figures", lambda *args, **kwargs: None)
     scorer, snapshots = digits(), digits_snapshots()
     pipeline = digits_pipeline(scorer, snapshots)
+    pipeline.register_to_config(temperature=0.5)
     settings = {"num_models": 4, "baseline_models": 2}
     report = compare_generator(scorer, snapshots, pipeline, tmp_path, tuning=TUNING, **settings)
     jsonschema.validate(report, SCHEMA)

@@ -260,7 +260,7 @@ def test_temperature_multiplies_the_starting_noise():
 
 
 def test_a_pipeline_samples_as_its_config_says_and_keeps_that(tmp_path):
-    pipe = make_pipeline()
+    pipe = make_pipeline(make_network())
     pipe.register_to_config(num_inference_steps=3, temperature=0.5)
     pipe.save_pretrained(tmp_path)
     loaded = PDiffPipeline.from_pretrained(tmp_path)
