@@ -12,25 +12,36 @@ As a Space: an `app.py` with `build_app("user/generator").launch(**LAUNCH)`, imp
 import argparse
 
 from pdiff_hf.utils.imports import lazy_attributes
+from pdiff_hf.utils.terminal import start_script
 
 # gradio takes seconds to import, which a mistyped flag should not wait for.
 __getattr__ = lazy_attributes(__name__, dict.fromkeys(("build_app", "LAUNCH"), "pdiff_hf.scripts.page"))
 
 
+def port(text: str) -> int:
+    number = int(text)
+    if not 1 <= number <= 65535:
+        raise argparse.ArgumentTypeError(f"a port is a number from 1 to 65535, got {number}")
+    return number
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.strip().split("\n\n")[0])
+    parser = argparse.ArgumentParser(description=start_script(__doc__))
     parser.add_argument("pipeline", nargs="?", default="", help="Folder of a run or of a pipeline, or a Hub id.")
-    parser.add_argument("--port", type=int, help="By default the first free one from 7860.")
+    parser.add_argument("--port", type=port, help="By default the first free one from 7860.")
     args = parser.parse_args()
     try:
         import gradio  # noqa: F401
     except ModuleNotFoundError as error:
         parser.exit(1, f'error: the page needs gradio ({error}); pip install -e ".[app]"\n')
     from pdiff_hf.run.terminal import one_line_errors, quiet_libraries
+    from pdiff_hf.scripts.explore import load_source
     from pdiff_hf.scripts.page import LAUNCH, build_app
 
     quiet_libraries()
     with one_line_errors():
+        if args.pipeline:
+            load_source(args.pipeline)  # an error is of more use here than on the page
         build_app(args.pipeline).launch(server_port=args.port, **LAUNCH)
 
 

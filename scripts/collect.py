@@ -13,10 +13,11 @@ Keys and flags are those of scripts/train.py, which goes on from here with the s
 import dataclasses
 
 from pdiff_hf.run.recipe import RecipeParser
+from pdiff_hf.utils.terminal import start_script
 
 
 def main() -> None:
-    parser = RecipeParser("digits.yaml", description=__doc__.strip().split("\n\n")[0])
+    parser = RecipeParser("digits.yaml", description=start_script(__doc__))
     parser.add_argument("--list", action="store_true", help="Only print tensors, selection, and estimated cost.")
     parser.add_argument(
         "--import", dest="paths", nargs="+", metavar="PATH", help="Files, folders or Hub ids to take snapshots from."
@@ -67,9 +68,9 @@ def main() -> None:
             run.execute()
             if paths and state.is_main_process:
                 collect_from_files(run, paths, align=flags.align, conditions=conditions, fields=fields)
-    if state.is_main_process:
-        count, size = len(run.snapshots[0]), run.layout.num_parameters
-        print(f"{count} snapshots of {size:,} parameters are in {run.folder / 'snapshots'}")
+        if state.is_main_process:
+            count, size = len(run.snapshots[0]), run.layout.num_parameters
+            print(f"{count} snapshots of {size:,} parameters are in {run.folder / 'snapshots'}")
     state.destroy_process_group()
 
 

@@ -12,10 +12,11 @@ kept: a second call with more networks computes only the new ones.
 """
 
 from pdiff_hf.run.recipe import RecipeParser
+from pdiff_hf.utils.terminal import start_script
 
 
 def main() -> None:
-    parser = RecipeParser(description=__doc__.strip().split("\n\n")[0])
+    parser = RecipeParser(description=start_script(__doc__))
     parser.add_argument(
         "generator", metavar="GENERATOR", help="Saved pipeline (folder or Hub id), or folder of networks."
     )
@@ -34,8 +35,8 @@ def main() -> None:
     quiet_libraries()
     with one_line_errors():
         report = evaluate_saved(generator, recipe)
-    print(format_summary(report))
-    print(f"The report is in {recipe.output_dir}.")
+        print(format_summary(report))
+        print(f"The report is in {recipe.output_dir}.")
 
 
 if __name__ == "__main__":

@@ -19,11 +19,12 @@ import json
 from pathlib import Path
 
 from pdiff_hf.utils.paths import expand_path
+from pdiff_hf.utils.terminal import start_script
 
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        description=__doc__.strip().split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+        description=start_script(__doc__), formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
     parser.add_argument("pipeline", help="Folder of a run or of a saved PDiffPipeline, or a Hub id.")
     parser.add_argument("--num_models", type=int, default=10, help="How many networks to generate.")
@@ -48,10 +49,10 @@ def parse_args() -> argparse.Namespace:
 def condition(text: str) -> dict:
     try:
         value = json.loads(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(f"{text!r} is not JSON: {error}") from error
+    except (ValueError, RecursionError) as error:
+        raise argparse.ArgumentTypeError(f"{text!r:.200} is not JSON: {error}") from error
     if not isinstance(value, dict):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a mapping of fields to values")
+        raise argparse.ArgumentTypeError(f"{text!r:.200} is not a mapping of fields to values")
     return value
 
 
@@ -78,7 +79,7 @@ def main() -> None:
             condition=args.condition,
             task=None if recipe is None else make_task(recipe.with_dataset()),
         )
-    print(f"{args.num_models} networks are in {folder}.")
+        print(f"{args.num_models} networks are in {folder}.")
 
 
 if __name__ == "__main__":

@@ -10,11 +10,12 @@ import argparse
 from pathlib import Path
 
 from pdiff_hf.utils.paths import expand_path
+from pdiff_hf.utils.terminal import start_script
 
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        description=__doc__.strip().split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+        description=start_script(__doc__), formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
     parser.add_argument("folder", help="A run's output_dir, or its folder pipeline or snapshots.")
     parser.add_argument("--hub_model_id", help="`user/name` or `organization/name`; the folder's name if not given.")
@@ -46,7 +47,7 @@ def main() -> None:
             token=args.hub_token,
             **extra,
         )
-    print(f"Published: {url}")
+        print(f"Published: {url}")
 
 
 if __name__ == "__main__":

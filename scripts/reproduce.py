@@ -16,6 +16,7 @@ import argparse
 import sys
 
 from pdiff_hf.run.recipe import RecipeParser
+from pdiff_hf.utils.terminal import start_script
 from pdiff_hf.utils.paths import expand_path
 
 SCALES = ("small", "paper")
@@ -23,7 +24,7 @@ SCALES = ("small", "paper")
 
 def main() -> None:
     parser = argparse.ArgumentParser(
-        description=__doc__.split("\n\n")[0],
+        description=start_script(__doc__),
         epilog="Any key of a recipe (scripts/train.py --help) is a flag as well, for all rows.",
         allow_abbrev=False,
     )
@@ -62,10 +63,10 @@ def main() -> None:
                 return
             output_dir = expand_path(args.output_dir or f"outputs/reproduce-{args.scale}")
             folder = reproduce(args.name, output_dir, **shared)
+            print((folder / "table.md").read_text(encoding="utf-8"))
+            print(f"The table is in {folder}.")
     except KeyboardInterrupt:
         sys.exit("\nstopped; the same command goes on where it was")
-    print((folder / "table.md").read_text())
-    print(f"The table is in {folder}.")
 
 
 if __name__ == "__main__":

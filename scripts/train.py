@@ -17,10 +17,11 @@ On several hosts (on CPUs with ACCELERATE_USE_CPU=true and GLOO_SOCKET_IFNAME=et
 import sys
 
 from pdiff_hf.run.recipe import RecipeParser
+from pdiff_hf.utils.terminal import start_script
 
 
 def main() -> None:
-    recipe = RecipeParser("digits.yaml", description=__doc__.split("\n\n")[0]).parse_recipe()
+    recipe = RecipeParser("digits.yaml", description=start_script(__doc__)).parse_recipe()
     # These take seconds to import, which a mistyped flag should not wait for.
     from pdiff_hf.evaluation.render import format_summary
     from pdiff_hf.hub.push import push_run_to_hub, resolve_repo_id
@@ -56,13 +57,14 @@ def main() -> None:
             again = [a.replace(recipe.hub_token, "...") for a in again]  # what is printed may end up in a log
         again += ["--resume_from_checkpoint", "latest"]
         sys.exit(f"\nstopped; go on with: {command('train', *again, launcher='accelerate launch')}")
-    if state.is_main_process and run.is_finished("evaluate"):
-        report = run.folder / names.EVALUATION / names.REPORT
-        print(format_summary(load_report(report)))
-        generator = names.generator_folder(run.folder)
-        print(f"The generator is in {generator}, the report in {report.parent}. Next:")
-        print(f"  {command('generate', generator, '--num_models', 10)}")
-        print(f"  {command('app', run.folder)}")
+    with one_line_errors():
+        if state.is_main_process and run.is_finished("evaluate"):
+            report = run.folder / names.EVALUATION / names.REPORT
+            print(format_summary(load_report(report)))
+            generator = names.generator_folder(run.folder)
+            print(f"The generator is in {generator}, the report in {report.parent}. Next:")
+            print(f"  {command('generate', generator, '--num_models', 10)}")
+            print(f"  {command('app', run.folder)}")
     state.destroy_process_group()  # its threads would otherwise be ended, at times with an error, by the interpreter
 
 

@@ -69,7 +69,7 @@ def _check_one(name: str, kind: Any, bounds: Mapping[str, Any], value: Any) -> A
     if bounds.get("json"):
         try:
             mapping = json.loads(value)
-        except json.JSONDecodeError as error:
+        except (json.JSONDecodeError, RecursionError) as error:
             raise ValueError(f"{name} must be JSON, got {value!r}: {error}") from error
         require(isinstance(mapping, dict), "a mapping, as JSON")
         value = json.dumps(mapping)  # a run that goes on compares the text

@@ -22,6 +22,7 @@ import yaml
 from transformers import HfArgumentParser
 
 from ..utils.paths import expand_path
+from ..utils.terminal import shorten
 from .options import RecipeLoader, check_value, is_list, is_nullable, option
 
 SECRETS = ("hub_token",)
@@ -410,7 +411,7 @@ class RecipeParser(HfArgumentParser):
         HfArgumentParser._parse_dataclass_field(parser, key)
 
     def error(self, message: str) -> NoReturn:
-        print(f"{self.prog}: error: {' '.join(message.split())} (--help lists every key)", file=sys.stderr)
+        print(f"{self.prog}: error: {shorten(message)} (--help lists every key)", file=sys.stderr)
         sys.exit(2)
 
     def parse_recipe(self, argv: list[str] | None = None) -> Recipe:
@@ -445,6 +446,11 @@ class RecipeParser(HfArgumentParser):
             if not file.exists() and (PACKAGED / file.name).is_file():
                 file = PACKAGED / file.name
             values = yaml.load(file.read_text(encoding="utf-8"), RecipeLoader)
+        except FileNotFoundError:
+            names = sorted(file.name for file in PACKAGED.glob("*.yaml"))
+            close = difflib.get_close_matches(Path(path).name, names, n=3)
+            hint = f"did you mean {' or '.join(close)}?" if close else f"this package has {', '.join(names)}"
+            self.error(f"there is no recipe '{path}'; {hint}")
         except (OSError, UnicodeDecodeError) as error:
             self.error(f"recipe '{path}' cannot be read: {error}")
         except Exception as error:  # what odd values make the parts of yaml raise has no common type

@@ -2,7 +2,6 @@
 
 import contextlib
 import logging
-import os
 import shlex
 import sys
 from collections.abc import Iterator
@@ -14,9 +13,11 @@ from transformers.utils import logging as transformers_logging
 
 from ..hub.push import HubError
 from ..training.loop import TrainingError
-from ..utils.errors import ResourceError
+from ..utils.errors import ResourceError, users_line
+from ..utils.terminal import discard_output, shorten
 
 INSTALLED = "python -m pdiff_hf "
+KNOWN = (ValueError, OSError, ImportError, TrainingError, HubError, HTTPError, ResourceError)
 
 
 def quiet_libraries(is_main_process: bool = True) -> None:
@@ -31,14 +32,22 @@ def quiet_libraries(is_main_process: bool = True) -> None:
 
 @contextlib.contextmanager
 def one_line_errors() -> Iterator[None]:
-    """Ends the program with one line for everything that its user can put right."""
+    """
+    Ends the program with one line for everything that its user can put right: settings, files, the machine, packages
+    that are missing, and whatever is raised in a file of the user's own, with the line there.
+    """
     try:
         yield
         sys.stdout.flush()  # here, where it can still be told that nobody reads
-    except (ValueError, OSError, TrainingError, HubError, HTTPError, ResourceError) as error:
+    except Exception as error:
         if isinstance(error, BrokenPipeError) and _nobody_reads():
             sys.exit(1)
-        sys.exit(f"error: {error}")
+        where = users_line(error)
+        if isinstance(error, KNOWN):
+            sys.exit(shorten(f"error: {error}{where}"))
+        if not where:
+            raise  # an error of this library, whose traceback helps to mend it
+        sys.exit(shorten(f"error: {type(error).__name__}: {error}{where}"))
 
 
 def _nobody_reads() -> bool:
@@ -46,7 +55,7 @@ def _nobody_reads() -> bool:
     try:
         print(flush=True)  # what failed before may be gone from the buffer, so that a mere flush would not fail
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the flush at the exit fails once more
+        discard_output()
         return True
     return False
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from ..utils.errors import first_line
+from ..utils.errors import first_line, users_line
 from .task import Task
 
 if TYPE_CHECKING:
@@ -74,7 +74,8 @@ def _own_class(kind: str, name: str, base: type) -> Any:
     try:
         module = _load_file(Path(where).resolve()) if where.endswith(".py") else importlib.import_module(where)
     except Exception as error:  # of code that is not ours
-        raise ValueError(f"{kind} '{name}': '{where}' cannot be imported: {first_line(error)}") from error
+        line = users_line(error)
+        raise ValueError(f"{kind} '{name}': '{where}' cannot be imported: {first_line(error)}{line}") from None
     found = getattr(module, class_name, None)
     if not (inspect.isclass(found) and issubclass(found, base)):
         own = [key for key, value in vars(module).items() if inspect.isclass(value) and issubclass(value, base)]

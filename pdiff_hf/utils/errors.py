@@ -1,6 +1,10 @@
 """Errors of the machine in one line, and limits for what a file may ask of it."""
 
 import contextlib
+import importlib.util
+import os
+import sysconfig
+import traceback
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -9,6 +13,8 @@ from torch import nn
 from .files import is_disk_full, is_write_protected
 from .memory import is_out_of_memory
 
+_SPECS = [importlib.util.find_spec(f"pdiff_hf{room}") for room in ("", ".pipelines", ".scripts")]
+_OWN = [os.path.realpath(path) for spec in _SPECS if spec for path in spec.submodule_search_locations or ()]
 # The largest networks of transformers have some ten thousand.
 MAX_MODULES = 100_000
 
@@ -35,6 +41,23 @@ def limited_modules() -> Iterator[None]:
         yield
     finally:
         hook.remove()
+
+
+def users_line(error: BaseException) -> str:
+    """
+    ` (FILE, line N: CODE)` where an error came out of a file of the user's own: one that is neither of this package nor
+    of an installed library; else nothing.
+    """
+    libraries = (sysconfig.get_path("stdlib"), *(str(path) for path in _OWN))
+    while error is not None:
+        for frame in reversed(traceback.extract_tb(error.__traceback__)):
+            path = os.path.realpath(frame.filename)
+            if os.path.isfile(path) and "site-packages" not in Path(path).parts and not path.startswith(libraries):
+                return f" ({frame.filename}, line {frame.lineno}: {frame.line})"
+        if isinstance(error, SyntaxError) and error.filename and os.path.isfile(error.filename):
+            return f" ({error.filename}, line {error.lineno}: {(error.text or '').strip()})"
+        error = error.__cause__
+    return ""
 
 
 def first_line(error: Exception) -> str:

@@ -132,7 +132,7 @@ class RunServer:
     def program(self, code: str, *arguments: object) -> Result:
         """Runs some code, with arguments in `sys.argv[1:]`."""
         path = self.folder / "program.py"
-        path.write_text(code)
+        path.write_text(code, encoding="utf-8")
         return self._send(path=str(path), arguments=list(map(str, arguments)))
 
     def _send(self, **job: object) -> Result:
@@ -141,7 +141,7 @@ class RunServer:
         self._process.stdin.write(json.dumps(job) + "\n")
         self._process.stdin.flush()
         answer = json.loads(self._process.stdout.readline())
-        texts = {name: (self.folder / name).read_text() for name in ("output", "errors")}
+        texts = {name: (self.folder / name).read_bytes().decode(errors="replace") for name in ("output", "errors")}
         return Result(**answer, **texts)
 
 

@@ -1,0 +1,58 @@
+"""The terminals that people start scripts from, and those that are none."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from support.run_server import FLAGS
+
+SCRIPTS = Path(__file__).parents[2] / "scripts"
+NAMES = ("train", "collect", "generate", "evaluate", "push_to_hub", "app", "reproduce")
+START = """
+import io, os, runpy, sys
+what, script, *arguments = sys.argv[1:]
+if what == "none":
+    os.close(1)
+    sys.stdout = None
+elif what == "head":
+    read, write = os.pipe()
+    os.dup2(write, 1)
+    os.close(read)
+else:
+    sys.stdout.reconfigure(encoding=what, errors="strict")
+sys.argv = [script, *arguments]
+runpy.run_path(script, run_name="__main__")
+"""
+CONSOLES = pytest.mark.parametrize("console", ["iso8859-1", "ascii", "cp437", "none", "head"])
+
+
+@CONSOLES
+def test_the_summary_at_the_end_of_a_run(console, run_server, whole_run):
+    """The run is finished, so that all there is to do is to say what has come out."""
+    folder, _ = whole_run
+    result = run_server.program(START, console, SCRIPTS / "train.py", *FLAGS, f"--output_dir={folder}")
+    assert "Traceback" not in result.errors and "Error" not in result.errors
+    assert result.status == (console == "head")  # as other programs end whose reader has gone
+    if console not in ("none", "head"):
+        assert f"The generator is in {folder}" in result.output and "generated" in result.output
+
+
+@CONSOLES
+@pytest.mark.parametrize("name", ["train", "generate"])
+def test_help(console, name, run_server):
+    result = run_server.program(START, console, SCRIPTS / f"{name}.py", "--help")
+    assert result.status == 0 and result.errors == ""
+    assert console in ("none", "head") or "usage:" in result.output
+
+
+def test_without_docstrings():
+    """Some images set PYTHONOPTIMIZE=2, which takes them away."""
+    code = "import runpy, sys\nfor script in sys.argv[1:]:\n    sys.argv = [script, '--help']\n"
+    code += (
+        "    try: runpy.run_path(script, run_name='__main__')\n    except SystemExit as end: assert_ = end.code == 0\n"
+    )
+    code += "    if not assert_: sys.exit(script)"
+    scripts = [str(SCRIPTS / f"{name}.py") for name in NAMES]
+    done = subprocess.run([sys.executable, "-OO", "-c", code, *scripts], capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout.count("usage:") == len(NAMES), done.stderr
