@@ -16,8 +16,8 @@ import argparse
 import sys
 
 from pdiff_hf.run.recipe import RecipeParser
-from pdiff_hf.utils.terminal import start_script
 from pdiff_hf.utils.paths import expand_path
+from pdiff_hf.utils.terminal import start_script
 
 SCALES = ("small", "paper")
 
