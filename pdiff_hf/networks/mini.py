@@ -19,8 +19,9 @@ hyper-representation papers, which its appendix B.1 compares with.
 from collections import OrderedDict
 
 import torch
+import torch.nn.functional as F
 from timm.data import IMAGENET_INCEPTION_MEAN, IMAGENET_INCEPTION_STD
-from timm.layers import Attention, Mlp, build_sincos2d_pos_embed, get_device_dtype, to_2tuple
+from timm.layers import Mlp, build_sincos2d_pos_embed, to_2tuple
 from timm.models import ConvNeXt, build_model_with_cfg, generate_default_cfgs, register_model
 from torch import nn
 
@@ -75,7 +76,8 @@ class MiniNet(nn.Module):
             raise ValueError(f"{type(self).__name__} has no other pooling to choose, got global_pool={global_pool!r}.")
         self.num_classes = num_classes
         if num_classes > 0:
-            self.head = nn.Linear(self.head_hidden_size, num_classes, **get_device_dtype(self))
+            like = next(self.parameters())
+            self.head = nn.Linear(self.head_hidden_size, num_classes, device=like.device, dtype=like.dtype)
         else:
             self.head = nn.Identity()
         self.head.train(self.training)
@@ -200,13 +202,29 @@ class ResNetMini(MiniNet):
         self.reset_classifier(num_classes)
 
 
+class Attention(nn.Module):
+    """Self-attention without biases. Older releases of timm have none with heads narrower than a share of `dim`."""
+
+    def __init__(self, dim: int, num_heads: int, head_dim: int):
+        super().__init__()
+        self.num_heads, self.head_dim = num_heads, head_dim
+        self.qkv = nn.Linear(dim, 3 * num_heads * head_dim, bias=False)
+        self.proj = nn.Linear(num_heads * head_dim, dim, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(B, N, D) -> (B, N, D)"""
+        qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, self.head_dim))  # (B, N, 3, heads, head_dim)
+        x = F.scaled_dot_product_attention(*qkv.permute(2, 0, 3, 1, 4))  # (B, heads, N, head_dim)
+        return self.proj(x.transpose(1, 2).flatten(-2))
+
+
 class TransformerBlock(nn.Module):
     """Pre-norm attention and MLP. timm's `Block` cannot have biases in the MLP and none in the attention."""
 
     def __init__(self, dim: int, num_heads: int, head_dim: int):
         super().__init__()
         self.norm1 = nn.LayerNorm(dim)
-        self.attn = Attention(dim, num_heads, attn_head_dim=head_dim, qkv_bias=False, proj_bias=False)
+        self.attn = Attention(dim, num_heads, head_dim)
         self.norm2 = nn.LayerNorm(dim)
         self.mlp = Mlp(dim, hidden_features=dim)
 

@@ -11,7 +11,7 @@ from typing import Any
 import datasets
 import numpy as np
 import torch
-from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 from transformers.models.timm_wrapper import TimmWrapperConfig
 
 from ..networks.adapters import find_base, load_adapter
@@ -67,7 +67,7 @@ class LabelledTask(DatasetTask, ClassificationTask):
             raise ValueError(f"dataset '{self.dataset}': column {name} holds {feature}, not one class for each example")
         return name
 
-    def _set_labels(self, raw: Mapping[str, datasets.Dataset], config: PreTrainedConfig, has_weights: bool) -> None:
+    def _set_labels(self, raw: Mapping[str, datasets.Dataset], config: PretrainedConfig, has_weights: bool) -> None:
         """Makes the splits of rows with the columns `label` and `row`, and aligns their classes with the network's."""
         self._config = config
         names, numbered = number_labels(raw, self.dataset)
@@ -79,7 +79,7 @@ class LabelledTask(DatasetTask, ClassificationTask):
         else:
             self.class_names, self._outputs = output_names(config) or names, torch.tensor(outputs)
 
-    def align(self, config: PreTrainedConfig) -> None:
+    def align(self, config: PretrainedConfig) -> None:
         """
         Numbers the labels as the outputs of another network than the task's own.
 
@@ -136,7 +136,7 @@ def label_candidates(features: Mapping[str, Any]) -> list[str]:
     return named or classes or [name for name in ("class",) if name in features]
 
 
-def find_weights(model: str) -> tuple[PreTrainedConfig, bool]:
+def find_weights(model: str) -> tuple[PretrainedConfig, bool]:
     """
     The configuration of a transformers model, and whether there are weights beside it.
 
@@ -224,7 +224,7 @@ def _is_empty(label: Any) -> bool:
     return label is None or (isinstance(label, float) and math.isnan(label))
 
 
-def output_names(config: PreTrainedConfig) -> list[str] | None:
+def output_names(config: PretrainedConfig) -> list[str] | None:
     """What the outputs of a network stand for, in their order; None if nobody has named them."""
     names = [str(config.id2label[i]) for i in range(config.num_labels)]
     if not all(map(NO_NAME.fullmatch, names)):
@@ -235,14 +235,14 @@ def output_names(config: PreTrainedConfig) -> list[str] | None:
     return None
 
 
-def align_labels(names: Sequence[str], config: PreTrainedConfig, model: str, dataset: str) -> list[int] | None:
+def align_labels(names: Sequence[str], config: PretrainedConfig, model: str, dataset: str) -> list[int] | None:
     """
     The output of a network for each of the data's classes, by name, whatever the case. Whole numbers from 0 stand for
     the outputs themselves where the network's names are no numbers.
 
     Args:
         names (`Sequence[str]`): The classes of the data, in the order of their numbers.
-        config (`PreTrainedConfig`): Of the network.
+        config (`PretrainedConfig`): Of the network.
         model, dataset (`str`): What they are called in messages.
 
     Returns:
@@ -280,7 +280,7 @@ def align_labels(names: Sequence[str], config: PreTrainedConfig, model: str, dat
     )
 
 
-def _by_name(own: Sequence[str], config: PreTrainedConfig, model: str) -> dict[str, int]:
+def _by_name(own: Sequence[str], config: PretrainedConfig, model: str) -> dict[str, int]:
     """The output of each name, as it is spelled and without case, where that is not ambiguous."""
     pairs = [(name, i) for i, name in enumerate(own)]
     # A head that was replaced may have left the names of its classes there, with numbers that no output has.
@@ -298,7 +298,7 @@ def _by_name(own: Sequence[str], config: PreTrainedConfig, model: str) -> dict[s
     return {name: ids.pop() for name, ids in found.items() if len(ids) == 1}
 
 
-def _both_sides(config: PreTrainedConfig, names: Sequence[str]) -> str:
+def _both_sides(config: PretrainedConfig, names: Sequence[str]) -> str:
     own = output_names(config)
     outputs = f"{config.num_labels} outputs" + (f" ({_shorten(own)})" if own else ", which it does not name")
     return f"the data have {len(names)} classes ({_shorten(names)}), the network has {outputs}"
@@ -317,7 +317,7 @@ def label_settings(class_names: Sequence[str]) -> dict[str, Any]:
     }
 
 
-def name_classes(config: PreTrainedConfig, class_names: Sequence[str]) -> None:
+def name_classes(config: PretrainedConfig, class_names: Sequence[str]) -> None:
     """Writes the names of the outputs into the configuration of a network."""
     for name, value in label_settings(class_names).items():
         setattr(config, name, value)
