@@ -3,7 +3,7 @@
 import importlib
 from typing import TYPE_CHECKING
 
-from .utils.imports import lazy_attributes, when_imported
+from .utils.imports import lazy_attributes, register_components, when_imported
 
 if TYPE_CHECKING:
     from diffusers import ModelMixin
@@ -45,12 +45,6 @@ __getattr__ = lazy_attributes(
     },
 )
 
-# With this entry a pipeline's index names its components as ["pdiff_hf", "ParameterAutoencoder"], which diffusers can
-# load from the Hub too; without it, it names their module, which loads from a local folder only. The base class has to
-# be an attribute of this package for that.
-when_imported(
-    "diffusers.pipelines.pipeline_loading_utils",
-    lambda module: module.LOADABLE_CLASSES.update(pdiff_hf={"ModelMixin": ["save_pretrained", "from_pretrained"]}),
-)
+when_imported("diffusers.pipelines.pipeline_loading_utils", register_components)
 # The mini networks are architectures of timm like any other.
 when_imported("timm", lambda module: importlib.import_module("pdiff_hf.networks.mini"))

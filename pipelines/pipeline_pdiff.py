@@ -6,7 +6,7 @@ import inspect
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Self, SupportsIndex
+from typing import TYPE_CHECKING, Any, Optional, SupportsIndex
 
 import torch
 from diffusers import DiffusionPipeline, ModelMixin, SchedulerMixin
@@ -25,6 +25,9 @@ from pdiff_hf.pipelines.guidance import check_losses, guided_latents
 from pdiff_hf.pipelines.networks import NetworkMixin, whole_number
 from pdiff_hf.utils.blocks import in_blocks
 from pdiff_hf.utils.memory import InParts
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 OUTPUT_TYPES = ("state_dict", "pt", "latent", "model")
 
@@ -78,8 +81,9 @@ class PDiffPipeline(SavedPipeline, NetworkMixin, DiffusionPipeline):
         autoencoder: ParameterAutoencoder,
         denoiser: LatentDenoiser,
         scheduler: SchedulerMixin,
-        base_model: nn.Module | None = None,
-        condition_encoder: ConditionEncoder | None = None,
+        # Releases of diffusers before 0.38 do not read `nn.Module | None`.
+        base_model: Optional[nn.Module] = None,  # noqa: UP045
+        condition_encoder: Optional[ConditionEncoder] = None,  # noqa: UP045
         recomputed_statistics: bool = False,
         num_inference_steps: int = 10,
         guidance_scale: float = 1.0,
@@ -132,7 +136,7 @@ class PDiffPipeline(SavedPipeline, NetworkMixin, DiffusionPipeline):
             modules.remove("base_model")
         return modules, optional
 
-    def to(self, *args: Any, **kwargs: Any) -> Self:
+    def to(self, *args: Any, **kwargs: Any) -> "Self":
         """Like diffusers' own. A base model of no library is moved too, but keeps its types."""
         super().to(*args, **kwargs)
         if "base_model" not in self.config:

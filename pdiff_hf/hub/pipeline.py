@@ -6,7 +6,7 @@ import os
 import shutil
 import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING
 
 import transformers
 from diffusers import SchedulerMixin
@@ -42,6 +42,7 @@ def _check_repo_id(name: str | os.PathLike) -> None:
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline as Base
+    from typing_extensions import Self
 else:  # diffusers takes a `pipeline.py` only if there is one class of pipelines in it
     Base = object
 
@@ -50,7 +51,7 @@ class SavedPipeline(Base):
     """A pipeline that is saved and loaded whole or not at all; it comes before `DiffusionPipeline` among the bases."""
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs) -> Self:
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs) -> "Self":
         """
         Like diffusers' own; the folder of a run gives its generator, tuned if it was. Weights are read from safetensors
         files, and where there are none from `.bin` files, of which torch reads tensors alone; `use_safetensors=True`

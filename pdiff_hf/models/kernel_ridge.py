@@ -80,4 +80,4 @@ class KernelRidge:
             options = [scales[:i] + [scales[i] * factor] + scales[i + 1 :] for factor in (1.0, *FIELD_SCALES)]
             scales = min(options, key=lambda option: loss(ridge, option))
         ridge = min(RIDGES, key=lambda r: loss(r, scales))
-        return tried[ridge, *scales][1]
+        return tried[(ridge, *scales)][1]

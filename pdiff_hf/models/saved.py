@@ -4,7 +4,7 @@ import contextlib
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any
 
 import psutil
 import torch
@@ -14,6 +14,9 @@ from huggingface_hub.errors import HTTPError
 from ..layout import LayoutError
 from ..utils.errors import first_line
 from ..utils.files import permit, remove
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 # Goes up when a release can no longer read what an older one has written, or the other way round. Files without a
 # version are of format 1.
@@ -54,7 +57,7 @@ def replaced_files(folder: Path, *patterns: str) -> Iterator[Path]:
 class SavedModel(ModelMixin):
     """A `ModelMixin` that is saved and loaded whole or not at all, and whose statistics stay float32."""
 
-    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Self:
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> "Self":
         """Moves and casts, by `to` and `half` for example, all but the types of `_keep_in_fp32_modules`."""
         names = self._keep_in_fp32_modules or []
         kept = {name: buffer for name, buffer in self._buffers.items() if name in names}

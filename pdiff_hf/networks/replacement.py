@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import functools
 from collections.abc import Iterable, Mapping
 
 import torch
@@ -85,5 +86,4 @@ class Replacement:
 
 
 def _get(model: nn.Module, name: str) -> torch.Tensor:
-    owner, _, attribute = name.rpartition(".")
-    return getattr(model.get_submodule(owner), attribute)
+    return functools.reduce(getattr, name.split("."), model)  # older releases of torch.export know no `get_submodule`

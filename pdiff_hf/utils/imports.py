@@ -3,6 +3,7 @@
 import importlib
 import importlib.abc
 import sys
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from importlib.machinery import ModuleSpec
 from types import ModuleType
@@ -31,6 +32,27 @@ def when_imported(module: str, function: Callable[[ModuleType], Any]) -> None:
         function(sys.modules[module])
     else:
         sys.meta_path.insert(0, _Finder(module, function))
+
+
+def register_components(module: ModuleType) -> None:
+    """
+    Makes diffusers name the components of a pipeline's index as `["pdiff_hf", "ParameterAutoencoder"]`, which loads
+    from the Hub too; otherwise it names their module, which loads from a local folder only. The base class of
+    components has to be an attribute of this package for that.
+
+    Args:
+        module (`ModuleType`): `diffusers.pipelines.pipeline_loading_utils`. Its table is not a documented interface:
+            a release that has none is a warning.
+    """
+    table = getattr(module, "LOADABLE_CLASSES", None)
+    if isinstance(table, dict):
+        table["pdiff_hf"] = {"ModelMixin": ["save_pretrained", "from_pretrained"]}
+    else:
+        warnings.warn(
+            "this release of diffusers keeps no table of components that pdiff_hf knows: generators load from folders, "
+            "but those saved now may not load from the Hub; upgrade pdiff_hf, or use an older diffusers",
+            stacklevel=2,
+        )
 
 
 class _Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):

@@ -121,7 +121,7 @@ def _canvases(images: ImageColumn, classes: torch.Tensor, split: Split, size: in
                 )
             ys, xs = (visible.any(dim).nonzero().squeeze(1) for dim in (1, 0))
             crop = (slice(int(ys[0]), int(ys[-1]) + 1), slice(int(xs[0]), int(xs[-1]) + 1))
-            visible, image = visible[crop], image[:, *crop]
+            visible, image = visible[crop], image[(slice(None), *crop)]
             box = _place(visible.shape[0], visible.shape[1], size, boxes, generator)
             if box is None:  # no room is left
                 continue

@@ -306,7 +306,7 @@ def test_adapters_of_a_peft_model():
     config = ViTConfig(
         hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32, image_size=8, patch_size=4
     )
-    lora = peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj"], modules_to_save=["classifier"])
+    lora = peft.LoraConfig(r=2, target_modules=r".*\.(q_proj|v_proj|query|value)", modules_to_save=["classifier"])
     model = peft.get_peft_model(AutoModelForImageClassification.from_config(config), lora)
     layout = select_layout(model, "*.lora_*")
     trainable = {name: p for name, p in model.named_parameters() if p.requires_grad and "lora_" in name}

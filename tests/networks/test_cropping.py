@@ -105,11 +105,13 @@ def test_an_export_is_cropped_where_sizes_are_known():
 
     model, x = Net(), torch.randn(2, 3, 1, 1)
     batch, height = torch.export.Dim("batch", max=64), torch.export.Dim("height", min=2, max=64)
-    fixed = torch.export.export(model, (x,), dynamic_shapes={"x": {0: batch}})
+    fixed = torch.export.export(model, (x,), dynamic_shapes={"x": {0: batch}}, strict=False)
     assert "conv2d" not in fixed.graph_module.code  # one tap meets data: a product of matrices
     x = torch.randn(5, 3, 1, 1)
     torch.testing.assert_close(fixed.module()(x), model.conv(x))
-    free = torch.export.export(model, (torch.randn(2, 3, 4, 1),), dynamic_shapes={"x": {0: batch, 2: height}})
+    free = torch.export.export(
+        model, (torch.randn(2, 3, 4, 1),), dynamic_shapes={"x": {0: batch, 2: height}}, strict=False
+    )
     x = torch.randn(5, 3, 9, 1)
     torch.testing.assert_close(free.module()(x), model.conv(x))
 

@@ -80,7 +80,7 @@ def test_scored_networks_models_and_ensembles_agree(tie, select):
         ensemble = EnsembleModel(network, layout, rows)
         mean = expected.softmax(-1).mean(0)
         torch.testing.assert_close(ensemble(x).logits.exp(), mean)
-        program = torch.export.export(ensemble, (x,)).module()
+        program = torch.export.export(ensemble, (x,), strict=False).module()
         torch.testing.assert_close(program(x).logits.exp(), mean)
     for one in generated:  # they are tied as the base model is
         assert shared_tensors(one) == shared_tensors(network)

@@ -3,6 +3,7 @@
 import importlib.util
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ from diffusers import ModelMixin
 from diffusers.pipelines.pipeline_loading_utils import LOADABLE_CLASSES
 
 import pdiff_hf
-from pdiff_hf.utils.imports import when_imported
+from pdiff_hf.utils.imports import register_components, when_imported
 
 SCRIPTS = Path(__file__).parents[2] / "scripts"
 
@@ -43,6 +44,16 @@ def test_names_of_the_package_are_found_when_they_are_asked_for():
     assert timm.is_model("mlp_mini")
     with pytest.raises(AttributeError, match="module 'pdiff_hf' has no attribute 'nothing'"):
         pdiff_hf.nothing  # noqa: B018
+
+
+def test_a_release_of_diffusers_without_the_table_is_a_warning():
+    module = types.ModuleType("pipeline_loading_utils")
+    module.LOADABLE_CLASSES = {}
+    register_components(module)
+    assert module.LOADABLE_CLASSES["pdiff_hf"] == LOADABLE_CLASSES["pdiff_hf"]
+    del module.LOADABLE_CLASSES
+    with pytest.warns(UserWarning, match="those saved now may not load from the Hub; upgrade pdiff_hf"):
+        register_components(module)
 
 
 def test_a_function_is_called_once_after_the_import_of_a_module(tmp_path, monkeypatch):
