@@ -18,6 +18,8 @@ from .task import Batch, ClassificationTask, Split, Task, load_base, save_base, 
 
 # So many draws without a new task mean that there are no more.
 MAX_DRAWS = 1000
+# What `Family.check` looks at; at more examples where a field seems to change nothing.
+CHECKED_TASKS, CHECKED_EXAMPLES, MOST_CHECKED = 8, 32, 512
 
 
 class Family(ABC):
@@ -63,6 +65,51 @@ class Family(ABC):
         Returns:
             `dict`: What `predict` needs, tensors of shape `(T, B, ...)`, and `labels` of shape `(T, B)`.
         """
+
+    def examples(self, split: Split, table: torch.Tensor, indices: torch.Tensor, seeds: torch.Tensor) -> Batch:
+        """A `batch`, whose random changes, if it has any, are those of the conditions `seeds`, shape `(T, width)`."""
+        return self.batch(split, table, indices)
+
+    def check(self) -> None:
+        """
+        Looks at a few training examples of a few tasks.
+
+        Raises:
+            ValueError: if examples are not the same a second time or beside those of other tasks, or if a field changes
+                none of them.
+        """
+        if not self.fields:
+            return
+        name, generator = type(self).__name__, torch.Generator().manual_seed(0)
+        drawn = [self.draw(generator) for _ in range(2 * CHECKED_TASKS)]
+        table, others = self.fields.table(drawn).chunk(2)
+        parts = torch.arange(min(MOST_CHECKED, self.num_examples("train"))).split(CHECKED_EXAMPLES)
+
+        def look(table: torch.Tensor, seeds: torch.Tensor, indices: torch.Tensor = parts[0]) -> Batch:
+            return self.examples("train", table, indices, seeds)
+
+        def equal(batch: Batch, other: Batch) -> bool:
+            return all(torch.allclose(values, other[key], atol=1e-4) for key, values in batch.items())
+
+        batch = look(table, table)
+        if not equal(batch, look(table, table)):
+            raise ValueError(
+                f"{name} gives other examples a second time, so that no two methods see the same data: random changes "
+                "must come from the argument `generator` of `change`"
+            )
+        for start in range(1, CHECKED_TASKS):
+            rest = table[start:]
+            if not equal(look(rest, rest), {key: values[start:] for key, values in batch.items()}):
+                raise ValueError(f"{name} gives a task other examples where there are other tasks beside it")
+        for field, columns in self.fields.columns.items():
+            mixed = table.clone()
+            mixed[:, columns] = others[:, columns]
+            if all(equal(look(table, table, indices), look(mixed, table, indices)) for indices in parts):
+                raise ValueError(
+                    f"the field '{field}' of {name} ({self.fields[field]}) changes no image and no label of "
+                    f"{sum(map(len, parts))} examples of {CHECKED_TASKS} tasks; leave it out, or use "
+                    f"conditions[{field!r}]"
+                )
 
     @abstractmethod
     def predict(self, call: Callable, batch: Batch) -> torch.Tensor:

@@ -4,12 +4,14 @@ import math
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, get_args
 
 import torch
 import torch.nn.functional as F
 
-from ..models.condition import CategoryField, Condition, ConditionError, Fields, ScalarField
+from ..models.condition import Condition, ConditionError, Conditions, Fields
+from .changes import apply_change
+from .draws import ExampleGenerator
 from .family import TaskFamily
 from .image_classification import ImageClassificationTask
 from .task import Batch, Split
@@ -26,6 +28,7 @@ class ImageFamily(TaskFamily):
 
     base: ImageClassificationTask
     _pixels: dict = field(default_factory=dict, init=False, repr=False)
+    _checked: set = field(default_factory=set, init=False, repr=False)
 
     def pixels(self, split: Split) -> tuple[torch.Tensor, torch.Tensor]:
         """All images of a split, uint8 of shape `(M, C, H, W)`, and their labels."""
@@ -37,26 +40,42 @@ class ImageFamily(TaskFamily):
         return self._pixels[split]
 
     def batch(self, split: Split, table: torch.Tensor, indices: torch.Tensor) -> Batch:
+        return self.examples(split, table, indices, table)
+
+    def examples(self, split: Split, table: torch.Tensor, indices: torch.Tensor, seeds: torch.Tensor) -> Batch:
         pixels, labels = self.pixels(split)
+        shape = len(table), indices.shape[-1]  # (T, B)
         images = pixels[indices].to(table.device).float() / 255  # (B, C, H, W) or (T, B, C, H, W)
-        images = images.expand(len(table), *images.shape[-4:])
-        labels = labels[indices].to(table.device).expand(len(table), indices.shape[-1])
-        images, labels = self.change(table, images, labels)
+        # Each task has memory of its own: `change` may write in place.
+        images = images.expand(*shape, *images.shape[-3:]).contiguous()
+        labels = labels[indices].to(table.device).expand(shape).contiguous()
+        generator = ExampleGenerator(seeds, indices, get_args(Split).index(split))
+        is_first = split not in self._checked
+        images, labels = apply_change(self, self.fields.named(table), images, labels, generator, check_values=is_first)
+        self._checked.add(split)
         examples = self.base.load_split(split)
         mean, std = (value.to(table.device) / 255 for value in (examples.mean, examples.std))
         return {"pixel_values": (images - mean) / std, "labels": labels}
 
     @abstractmethod
     def change(
-        self, table: torch.Tensor, images: torch.Tensor, labels: torch.Tensor
+        self, conditions: Conditions, images: torch.Tensor, labels: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """
-        What a condition does to examples of the data set.
+        What conditions do to examples of the data set.
+
+        For random changes it takes a fourth argument `generator`, an [`ExampleGenerator`]: its numbers belong to the
+        example and the task, so that all methods see the same data.
 
         Args:
-            table (`torch.Tensor`): Shape `(T, width)`.
-            images (`torch.Tensor`): Between 0 and 1, shape `(T, B, C, H, W)`.
-            labels (`torch.Tensor`): Shape `(T, B)`.
+            conditions (`Conditions`): Of T tasks, columns by name: `conditions["angle"]` or `conditions.angle` has
+                shape `(T,)`, and `conditions.over(images).angle` one that broadcasts over images. Categories are
+                indices, and can be compared with words; `conditions.one_hot(name)` has a column for each word.
+            images (`torch.Tensor`): Between 0 and 1, shape `(T, B, C, H, W)`; may be written to.
+            labels (`torch.Tensor`): Shape `(T, B)`; may be written to.
+
+        Returns:
+            `tuple`: Images and labels of the same shapes.
         """
 
 
@@ -110,25 +129,21 @@ class TransformedFamily(ImageFamily):
                 specs[name] |= {"low": values[0], "high": values[1]}
         self.fields = Fields(specs)
 
-    def _words(self, name: str) -> tuple[str, ...]:
-        field = self.fields[name]
-        assert isinstance(field, CategoryField)
-        return field.values
-
     def region(self, condition: Condition) -> str | None:
         combination = condition.get("invert") == "yes" and condition.get("occlude") in ("right", "bottom")
         if "combinations" in self.hold_out and combination:
             return "combinations"
         blur = self.fields.get("blur")
-        if "extrapolation" not in self.hold_out or not isinstance(blur, ScalarField):
+        if "extrapolation" not in self.hold_out or blur is None or blur.bounds is None:
             return None
-        return "extrapolation" if condition["blur"] > 0.2 * blur.low + 0.8 * blur.high else None
+        low, high = blur.bounds
+        return "extrapolation" if condition["blur"] > 0.2 * low + 0.8 * high else None
 
     def change(
-        self, table: torch.Tensor, images: torch.Tensor, labels: torch.Tensor
+        self, conditions: Conditions, images: torch.Tensor, labels: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         num_tasks, _, _, height, width = images.shape
-        maps = self._maps(table, height, width)
+        maps = self._maps(conditions, height, width)
         flat = images.reshape(num_tasks, -1, height, width)  # all images of a task are moved alike
         if maps.grid is not None:
             flat = F.grid_sample(flat, maps.grid, align_corners=False)
@@ -143,33 +158,32 @@ class TransformedFamily(ImageFamily):
         images = torch.addcmul(maps.offset, images, maps.factor)  # in one pass: most of what a small network costs
         return images, labels
 
-    def _maps(self, table: torch.Tensor, height: int, width: int) -> "Maps":
+    def _maps(self, conditions: Conditions, height: int, width: int) -> "Maps":
         """What conditions do to images of this size; a zoo asks for the same ones at every step."""
+        table = conditions.table
         key = height, width, table.device, table.shape
         if self._last_maps is None or self._last_maps[0] != key or not torch.equal(self._last_maps[1], table):
-            self._last_maps = key, table.clone(), self._make_maps(table, height, width)
+            self._last_maps = key, table.clone(), self._make_maps(conditions, height, width)
         return self._last_maps[2]
 
-    def _make_maps(self, table: torch.Tensor, height: int, width: int) -> "Maps":
-        num_tasks = len(table)
-        columns = {name: table[:, part].squeeze(1) for name, part in self.fields.columns.items()}  # (T,) each
+    def _make_maps(self, conditions: Conditions, height: int, width: int) -> "Maps":
+        num_tasks, device = conditions.num_tasks, conditions.table.device
         grid, blur = None, None
-        if "angle" in columns:
-            radians = columns["angle"] * (math.pi / 180)
+        if "angle" in conditions:
+            radians = conditions.angle * (math.pi / 180)
             sin, cos, zero = radians.sin(), radians.cos(), torch.zeros_like(radians)
             maps = torch.stack([cos, -sin * height / width, zero, sin * width / height, cos, zero], dim=1)
             grid = F.affine_grid(maps.view(-1, 2, 3), [num_tasks, 1, height, width], align_corners=False)
-        if "blur" in columns:
-            blur = blur_matrix(columns["blur"], height), blur_matrix(columns["blur"], width)
-        factor = torch.ones(num_tasks, 1, 1, height, width, device=table.device)
+        if "blur" in conditions:
+            blur = blur_matrix(conditions.blur, height), blur_matrix(conditions.blur, width)
+        factor = torch.ones(num_tasks, 1, 1, height, width, device=device)
         offset = torch.zeros_like(factor)
-        if "invert" in columns:
-            inverted = torch.tensor([word == "yes" for word in self._words("invert")], device=table.device)
-            inverted = inverted[columns["invert"].long()].view(-1, 1, 1, 1, 1).float()
+        if "invert" in conditions:
+            inverted = (conditions.over(factor).invert == "yes").float()
             factor, offset = factor - 2 * inverted, offset + inverted
-        if "occlude" in columns:
-            y = ((torch.arange(height, device=table.device) + 0.5) / height).view(-1, 1).expand(height, width)
-            x = ((torch.arange(width, device=table.device) + 0.5) / width).expand(height, width)
+        if "occlude" in conditions:
+            y = ((torch.arange(height, device=device) + 0.5) / height).view(-1, 1).expand(height, width)
+            x = ((torch.arange(width, device=device) + 0.5) / width).expand(height, width)
             visible = {
                 "none": y > 0,
                 "left": x > OCCLUDED,
@@ -177,8 +191,8 @@ class TransformedFamily(ImageFamily):
                 "top": y > OCCLUDED,
                 "bottom": y < 1 - OCCLUDED,
             }
-            masks = torch.stack([visible[word] for word in self._words("occlude")])
-            mask = masks[columns["occlude"].long()].view(num_tasks, 1, 1, height, width)
+            masks = torch.stack([visible[word] for word in self.fields["occlude"].choices or ()])
+            mask = masks[conditions.occlude].view(num_tasks, 1, 1, height, width)
             factor, offset = factor * mask, offset * mask
         return Maps(grid, blur, factor, offset)
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..models.condition import Condition, Fields
+from ..models.condition import Condition, Conditions, Fields
 from .family import TaskFamily
 from .image_families import ImageFamily
 from .task import Batch, Split
@@ -54,9 +54,9 @@ class GroupedFamily(LabelGroups, ImageFamily):
     """`LabelGroups` of images."""
 
     def change(
-        self, table: torch.Tensor, images: torch.Tensor, labels: torch.Tensor
+        self, conditions: Conditions, images: torch.Tensor, labels: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        return images, self.is_positive(table, labels)
+        return images, self.is_positive(conditions.table, labels)
 
 
 @dataclass

@@ -204,8 +204,6 @@ def test_a_saved_pipeline_is_audited(finished, tmp_path, monkeypatch):
 
 
 OWN = """
-import torch
-
 from pdiff_hf.models.condition import Fields
 from pdiff_hf.tasks.image_families import ImageFamily
 
@@ -213,11 +211,8 @@ from pdiff_hf.tasks.image_families import ImageFamily
 class Darker(ImageFamily):
     fields = Fields({"gamma": {"type": "scalar", "low": 1, "high": 4}})
 
-    def draw(self, generator):
-        return {"gamma": 1 + 3 * torch.rand((), generator=generator).item()}
-
-    def change(self, table, images, labels):
-        return images ** table.view(-1, 1, 1, 1, 1), labels
+    def change(self, conditions, images, labels):
+        return images ** conditions.over(images).gamma, labels
 """
 
 

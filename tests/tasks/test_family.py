@@ -14,8 +14,8 @@ def change(**values) -> tuple[torch.Tensor, torch.Tensor]:
     """An image of 8×8 pixels, and what the family makes of it."""
     family = make_family()
     images = torch.rand(1, 1, 1, 8, 8, generator=torch.Generator().manual_seed(0))
-    table = family.fields.table([PLAIN | values])
-    return images[0, 0, 0], family.change(table, images, torch.zeros(1, 1, dtype=torch.long))[0][0, 0, 0]
+    conditions = family.fields.named(family.fields.table([PLAIN | values]))
+    return images[0, 0, 0], family.change(conditions, images, torch.zeros(1, 1, dtype=torch.long))[0][0, 0, 0]
 
 
 def test_what_a_condition_does_to_an_image():
