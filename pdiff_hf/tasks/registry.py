@@ -140,7 +140,8 @@ def make_family(name: str, base: Task, family_args: Mapping[str, Any] | None = N
         family_args (`Mapping[str, Any]`, *optional*): More arguments of the class.
 
     Raises:
-        ValueError: for an unknown family or argument, and for what the family itself refuses.
+        ValueError: for an unknown family or argument, for what the family itself refuses, and for what
+            [`Family.check`] finds in a class of one's own.
     """
     from .family import Family
     from .image_families import ImageFamily
@@ -167,4 +168,7 @@ def make_family(name: str, base: Task, family_args: Mapping[str, Any] | None = N
             f"family '{name}' does not take the family_args {', '.join(unknown)}; it takes "
             f"{', '.join(parameters[takes_base:]) or 'none'}"
         )
-    return cls(*[base] * takes_base, **family_args)
+    family = cls(*[base] * takes_base, **family_args)
+    if ":" in name:
+        family.check()
+    return family
