@@ -508,6 +508,9 @@ class Conditions(Mapping[str, torch.Tensor]):
     def __iter__(self) -> Iterator[str]:
         return iter(self.fields)
 
+    def __contains__(self, name: object) -> bool:
+        return name in self.fields
+
     def __len__(self) -> int:
         return len(self.fields)
 

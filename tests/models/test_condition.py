@@ -132,7 +132,7 @@ def test_columns_by_name():
     assert named["bits"].tolist() == [[0.0, 1.0, 1.0]] * 2
     images = torch.rand(2, 5, 1, 8, 8)
     assert torch.equal(images * named.over(images).blur, images * 0.5)
-    assert list(named) == list(FIELDS) and named.num_tasks == 2
+    assert list(named) == list(FIELDS) and named.num_tasks == 2 and "blur" in named and "hue" not in named
     with pytest.raises(TypeError, match=r"conditions have columns by name, such as conditions\['angle'\]"):
         named[:, 0]
     with pytest.raises(AttributeError, match=r"no field 'angel' \(did you mean 'angle'"):
