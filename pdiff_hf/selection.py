@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from .layout import LayoutError, ParameterLayout, closest_names
-from .names import adapter_names, match_names, other_names, shared_tensors
+from .tensor_names import adapter_names, match_names, other_names, shared_tensors
 
 
 def is_normalization(module: nn.Module) -> bool:

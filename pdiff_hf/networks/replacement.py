@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import nn
 
-from ..names import View, named_tensors, shared_tensors
+from ..tensor_names import View, named_tensors, shared_tensors
 
 
 class Replacement:

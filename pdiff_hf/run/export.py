@@ -8,12 +8,12 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel, TimmWrapperForImageClassification
 
 from ..models.condition import Condition
-from ..names import adapter_file_names
 from ..networks.adapters import has_adapters, save_adapter
 from ..networks.batch_norm import RecomputedStatistics
 from ..pipelines import PDiffPipeline
 from ..tasks import Task
 from ..tasks.task import statistics_batches
+from ..tensor_names import adapter_file_names
 from ..utils.files import check_writable, free_space, replacing
 
 

@@ -10,10 +10,10 @@ import torch
 from torch import nn
 
 from ..layout import ParameterLayout
-from ..names import match_names, shared_tensors
 from ..networks.batched import BatchedModels
 from ..selection import STATISTICS
 from ..tasks import ClassificationTask, Task, accuracy
+from ..tensor_names import match_names, shared_tensors
 from ..utils.files import without_nan
 from .dataset import SnapshotError
 from .readers import open_network, read_tensors

@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig
 
 from ..layout import EXACT_DTYPES, LayoutError, ParameterLayout, closest_names, some_names
-from ..names import ADAPTER, match_names, plain_name
+from ..tensor_names import ADAPTER, match_names, plain_name
 from ..utils.errors import first_line, limited_modules
 from .dataset import SnapshotError
 
@@ -35,7 +35,7 @@ _REFUSED = re.compile(r"(?:GLOBAL|class|Type) ([\w.]+)")
 def open_network(path: Path, layout: ParameterLayout) -> Iterator[Mapping[str, torch.Tensor]]:
     """
     The tensors of a file, or of the folder of a network, by name; those of safetensors files are read when they are
-    asked for. Tensors of PEFT's adapters have the names that [`~pdiff_hf.names.adapter_names`] gives them. Where a
+    asked for. Tensors of PEFT's adapters have the names that [`~pdiff_hf.tensor_names.adapter_names`] gives them. Where a
     folder of transformers lacks tensors of the layout, its network is loaded, because transformers gives some tensors
     other names in its files.
 

@@ -7,10 +7,10 @@ from torch import nn
 from transformers import AutoModelForSequenceClassification, BartConfig, BartForSequenceClassification
 
 from pdiff_hf.layout import ParameterLayout
-from pdiff_hf.names import shared_tensors
 from pdiff_hf.networks.batched import BatchedModels
 from pdiff_hf.networks.ensemble import EnsembleModel
 from pdiff_hf.selection import select_layout, select_parameters
+from pdiff_hf.tensor_names import shared_tensors
 
 
 class TiedNet(nn.Module):

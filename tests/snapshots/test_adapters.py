@@ -8,7 +8,6 @@ from support.scripts import run_script
 from support.trainer import make_trainer, vit
 from transformers import BertConfig, BertForSequenceClassification
 
-from pdiff_hf.names import adapter_file_names
 from pdiff_hf.networks.adapters import (
     find_base,
     has_adapters,
@@ -27,6 +26,7 @@ from pdiff_hf.snapshots import (
     parameter_matrix,
     read_networks,
 )
+from pdiff_hf.tensor_names import adapter_file_names
 
 peft = pytest.importorskip("peft")
 TARGETS = ["query", "value"]

@@ -6,9 +6,9 @@ from torch import nn
 from transformers import BartConfig, BartForSequenceClassification
 
 from pdiff_hf.layout import LayoutError, ParameterLayout
-from pdiff_hf.names import match_names, other_names, plain_name
 from pdiff_hf.networks.replacement import Replacement
 from pdiff_hf.selection import fit_layout, select_layout, select_parameters
+from pdiff_hf.tensor_names import match_names, other_names, plain_name
 
 
 @pytest.mark.parametrize(
