@@ -35,9 +35,9 @@ _REFUSED = re.compile(r"(?:GLOBAL|class|Type) ([\w.]+)")
 def open_network(path: Path, layout: ParameterLayout) -> Iterator[Mapping[str, torch.Tensor]]:
     """
     The tensors of a file, or of the folder of a network, by name; those of safetensors files are read when they are
-    asked for. Tensors of PEFT's adapters have the names that [`~pdiff_hf.tensor_names.adapter_names`] gives them. Where a
-    folder of transformers lacks tensors of the layout, its network is loaded, because transformers gives some tensors
-    other names in its files.
+    asked for. Tensors of PEFT's adapters have the names that [`adapter_names`] gives them. Where a folder of
+    transformers lacks tensors of the layout, its network is loaded, because transformers gives some tensors other names
+    in its files.
 
     Raises:
         SnapshotError: if a file cannot be read, or is a pickle with more than tensors in it.
