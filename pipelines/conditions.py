@@ -1,16 +1,20 @@
 """From what a caller says of tasks to what a denoiser takes."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import torch
 
 from pdiff_hf.models.condition import Condition, ConditionEncoder, ConditionError
+from pdiff_hf.models.fields import shown
 from pdiff_hf.utils.blocks import in_blocks
 from pdiff_hf.utils.memory import InParts
 
 
 def prepare_conditions(
-    encoder: ConditionEncoder | None, condition: Condition | Sequence[Condition] | torch.Tensor | None, num_models: int
+    encoder: ConditionEncoder | None,
+    condition: Condition | Sequence[Condition | None] | torch.Tensor | None,
+    num_models: int,
 ) -> torch.Tensor | None:
     """
     What a caller says of the tasks of networks, for each network.
@@ -18,7 +22,8 @@ def prepare_conditions(
     Args:
         encoder (`ConditionEncoder`, *optional*): None for a generator without conditions.
         condition (`Mapping`, list of them or `torch.Tensor`, *optional*): One for all networks, several,
-            or embeddings of shape `(M, E)`; nothing is known by default.
+            or embeddings of shape `(M, E)`; nothing is known by default, and of None in a list. A Series of pandas is
+            one, and a DataFrame several; what is missing there is unknown.
         num_models (`int`): Networks for each condition.
 
     Returns:
@@ -38,10 +43,23 @@ def prepare_conditions(
         if condition.ndim != 2 or condition.shape[1] != length or len(condition) == 0:
             raise ConditionError(f"embeddings must have shape (M, {length}), got {tuple(condition.shape)}")
         return condition.repeat_interleave(num_models, 0)
-    conditions = [condition or {}] if condition is None or isinstance(condition, Mapping) else list(condition)
+    if hasattr(condition, "iterrows"):  # a DataFrame; pandas itself is not needed here
+        condition = [row for _, row in condition.iterrows()]
+    if condition is None or isinstance(condition, Mapping) or hasattr(condition, "dropna"):
+        condition = [condition]
+    if isinstance(condition, str) or not isinstance(condition, Iterable):
+        raise ConditionError(f"condition is a mapping of fields, got {shown(condition)}; there is {encoder.fields}")
+    conditions = [_known(one) for one in condition]
     if not conditions:
         raise ConditionError("condition is an empty list; give at least one condition, or none at all")
     return encoder.fields.table(conditions).repeat_interleave(num_models, 0)
+
+
+def _known(condition: Any) -> Condition:
+    """A condition; a Series of pandas without what is missing in it."""
+    if condition is None:
+        return {}
+    return condition.dropna().to_dict() if hasattr(condition, "dropna") else condition
 
 
 def embed_conditions(

@@ -287,6 +287,11 @@ class PDiffPipeline(SavedPipeline, NetworkMixin, DiffusionPipeline):
         known = prepare_conditions(self.condition_encoder, condition, num_models)
         if known is None and guidance_scale != 1:
             raise ValueError("guidance_scale needs a generator with conditions, and this one was trained without")
+        if guidance_scale != 1 and not self.denoiser.knows_no_condition:
+            raise ValueError(
+                f"guidance_scale must be 1, got {guidance_scale}: the denoiser was trained with condition_dropout=0, "
+                "so that it has not learned what guidance moves away from; train it with condition_dropout=0.1"
+            )
         if not 0 <= temperature < math.inf:
             raise ValueError(f"temperature must be finite and at least 0, got {temperature}")
         if loss_fn is not None and temperature != 1:

@@ -114,6 +114,8 @@ class LatentDenoiser(SavedModel, ConfigMixin):
         embedding_dim (`int`, *optional*, defaults to 128): Width of the timestep embedding.
         num_layers (`int`, *optional*, defaults to 4): Residual blocks of a denoiser without convolutions.
         condition_dim (`int`, *optional*): E, the length of the embeddings of a [`ConditionEncoder`].
+        condition_dropout (`float`, *optional*): The share of conditions that it is trained without; above 0, it can be
+            guided. Files of older releases do not say.
         format_version (`int`, *optional*): Of the saved files, which carry it so that an older release can refuse them.
     """
 
@@ -127,6 +129,7 @@ class LatentDenoiser(SavedModel, ConfigMixin):
         embedding_dim: int = 128,
         num_layers: int = 4,
         condition_dim: int | None = None,
+        condition_dropout: float | None = None,
         format_version: int = FORMAT_VERSION,
     ):
         super().__init__()
@@ -176,6 +179,15 @@ class LatentDenoiser(SavedModel, ConfigMixin):
         # It starts by predicting no noise, whatever the input.
         for parameter in self.conv_out.parameters():
             nn.init.zeros_(parameter)
+
+    @property
+    def knows_no_condition(self) -> bool:
+        """Whether it has learned what to predict without a condition, which guidance needs."""
+        if self.config.condition_dim is None:
+            return False
+        if self.config.condition_dropout is not None:
+            return self.config.condition_dropout > 0
+        return bool(self.null_condition.any())  # it is zero until it is trained
 
     def forward(
         self,

@@ -101,6 +101,7 @@ def train_denoiser(
         block_out_channels=block_out_channels,
         bottleneck_dim=bottleneck_dim,
         condition_dim=None if encoder is None else encoder.config.embedding_dim,
+        condition_dropout=None if encoder is None else condition_dropout,
     )
     # What does not take part in the training has no gradients, which DistributedDataParallel would wait for.
     if encoder is not None:

@@ -1,5 +1,7 @@
 """A pipeline with conditions: what it takes, what it draws, guidance, saved folders, and what it refuses."""
 
+import numpy as np
+import pandas as pd
 import pytest
 import torch
 from support.pipelines import LATENT_DIM, make_conditional_pipeline, make_network, make_pipeline, sample
@@ -96,6 +98,29 @@ def test_guidance_moves_away_from_the_prediction_without_a_condition(pipe):
     assert not torch.equal(sample(pipe, 3, condition=KNOWN, guidance_scale=2.0), plain)
 
 
+def test_conditions_as_other_libraries_have_them(pipe):
+    rows = [{"angle": 10, "blur": "0.5", "kind": np.str_("plain")}, {"kind": "inverted"}]
+    expected = sample(pipe, 2, condition=[{"angle": 10.0, "blur": 0.5, "kind": "plain"}, {"kind": "inverted"}, {}])
+    frame = pd.DataFrame([*rows, {}])
+    assert frame["blur"].isna().tolist() == [False, True, True]
+    assert torch.equal(sample(pipe, 2, condition=[*rows, None]), expected)
+    assert torch.equal(sample(pipe, 2, condition=frame), expected)
+    assert torch.equal(sample(pipe, 2, condition=frame.iloc[0]), sample(pipe, 2, condition=rows[0]))
+
+
+@pytest.mark.parametrize("dropout", [0.0, None])
+def test_guidance_without_dropout_is_refused(pipe, tmp_path, dropout):
+    denoiser = pipe.denoiser
+    denoiser.register_to_config(condition_dropout=dropout)
+    if dropout is None:  # as older releases saved it
+        torch.nn.init.zeros_(denoiser.null_condition)
+    pipe.save_pretrained(tmp_path)
+    loaded = PDiffPipeline.from_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="guidance_scale must be 1, got 4.0: the denoiser was trained with condition_"):
+        loaded(2, 3, condition=KNOWN, guidance_scale=4.0)
+    assert sample(loaded, condition=KNOWN, guidance_scale=1.0).isfinite().all()
+
+
 def test_a_saved_folder_knows_its_conditions(pipe, tmp_path):
     pipe.save_pretrained(tmp_path)
     loaded = PDiffPipeline.from_pretrained(tmp_path)
@@ -119,6 +144,12 @@ def test_a_saved_folder_knows_its_conditions(pipe, tmp_path):
         ({"condition": {"kind": "blurred"}}, "plain, inverted"),
         ({"condition": {"bits": [1, 0]}}, "bits"),
         ({"condition": []}, "at least one condition"),
+        ({"condition": "plain"}, "condition is a mapping of fields, got 'plain'; there is 'angle'"),
+        ({"condition": 3.0}, "condition is a mapping of fields, got 3.0"),
+        ({"condition": [KNOWN, 3.0]}, "a condition is a mapping of fields, got 3.0"),
+        ({"condition": {"Kind": "plain"}}, r"no field 'Kind' \(did you mean 'kind'"),
+        ({"condition": {"kind": "Plain "}}, r"'kind' must be one of plain, inverted, .* \(did you mean 'plain'"),
+        ({"condition": {"blur": [0.5, None]}}, "'blur' must be a number from 0 to 2"),
         ({"condition": torch.zeros(2, 5)}, r"embeddings must have shape \(M, 12\), got \(2, 5\)"),
     ],
 )

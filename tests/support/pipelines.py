@@ -60,7 +60,12 @@ def make_conditional_pipeline() -> PDiffPipeline:
     ]
     encoder.remember(encoder.fields.table(seen))
     denoiser = LatentDenoiser(
-        LATENT_DIM, block_out_channels=(4, 4), bottleneck_dim=8, embedding_dim=16, condition_dim=EMBEDDING_DIM
+        LATENT_DIM,
+        block_out_channels=(4, 4),
+        bottleneck_dim=8,
+        embedding_dim=16,
+        condition_dim=EMBEDDING_DIM,
+        condition_dropout=0.1,
     )
     for parameter in denoiser.parameters():  # some start at zero, so that a condition would make no difference
         torch.nn.init.normal_(parameter, std=0.2)
