@@ -244,6 +244,8 @@ MODELS = {
 def test_blocks_of_any_architecture(model, first, last):
     model = MODELS[model]()
     parameters = [name for name, _ in model.named_parameters()]
+    if "vit.encoder.layer.0.layernorm_before.weight" in parameters:  # as older releases of transformers name them
+        first, last = first.replace("vit.layers", "vit.encoder.layer"), last.replace("vit.layers", "vit.encoder.layer")
     expected = [name for name in parameters if name.startswith(f"{first}.")]
     assert list(select_parameters(model, "blocks[:1]")) == expected
     assert list(select_parameters(model, "blocks[-1:]")) == [n for n in parameters if n.startswith(f"{last}.")]

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from accelerate.utils import is_torch_version
 from support.pipelines import make_pipeline
 from torch import nn
 from transformers import AutoModelForSequenceClassification, BartConfig, BartForSequenceClassification
@@ -80,8 +81,9 @@ def test_scored_networks_models_and_ensembles_agree(tie, select):
         ensemble = EnsembleModel(network, layout, rows)
         mean = expected.softmax(-1).mean(0)
         torch.testing.assert_close(ensemble(x).logits.exp(), mean)
-        program = torch.export.export(ensemble, (x,), strict=False).module()
-        torch.testing.assert_close(program(x).logits.exp(), mean)
+        if not is_torch_version("<", "2.7"):  # which cannot trace `vmap`
+            program = torch.export.export(ensemble, (x,), strict=False).module()
+            torch.testing.assert_close(program(x).logits.exp(), mean)
     for one in generated:  # they are tied as the base model is
         assert shared_tensors(one) == shared_tensors(network)
     for name, tensor in network.state_dict().items():
