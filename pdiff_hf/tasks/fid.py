@@ -11,6 +11,8 @@ from torch import nn
 from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassification
 from transformers.models.timm_wrapper import TimmWrapperConfig
 
+from ..utils.imports import require
+
 INCEPTION = "inception"
 
 
@@ -24,8 +26,10 @@ def load_features(name: str) -> nn.Module:
             id of an image classifier of transformers or timm, whose penultimate features are taken.
 
     Raises:
+        ImportError: if the packages of the extra `fid` are not installed.
         ValueError: if there is no such network, or it cannot be used.
     """
+    require("FID", "fid", "torchmetrics", *(["torch_fidelity"] if name == INCEPTION else []))
     return InceptionFeatures() if name == INCEPTION else ClassifierFeatures(name)
 
 
@@ -67,14 +71,9 @@ class InceptionFeatures(nn.Module):
 
     def __init__(self):
         super().__init__()
-        try:
-            from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3
-            from torchmetrics.image.fid import NoTrainInceptionV3
-        except ImportError as error:
-            raise ValueError(
-                "fid_features=inception needs torch-fidelity: pip install torch-fidelity, or name a classifier of "
-                f"your own: {error}"
-            ) from error
+        from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3
+        from torchmetrics.image.fid import NoTrainInceptionV3
+
         try:
             # Read here first, because torch-fidelity unpickles the file.
             torch.hub.load_state_dict_from_url(

@@ -16,6 +16,7 @@ from torchvision.transforms.functional import pil_to_tensor
 from ..networks.batched import BatchedModels
 from ..networks.torchvision import Architecture
 from ..utils.devices import to_device
+from ..utils.imports import require
 from .dataset import BadRows, load_raw, take_columns
 from .images import ImageColumn, ImageTask
 from .registry import register_task
@@ -47,6 +48,7 @@ class ObjectDetectionTask(ImageTask, MeasuredTask):
         model_args (`dict`, *optional*): More arguments of the builder, such as `rpn_post_nms_top_n_test`.
 
     Raises:
+        ImportError: when created, if the packages of the extra `detection` are not installed.
         ValueError: when created, for an unknown model or data set, or one that does not fit object detection.
     """
 
@@ -56,6 +58,7 @@ class ObjectDetectionTask(ImageTask, MeasuredTask):
     metric, unit = "AP", "%"
 
     def __post_init__(self) -> None:
+        require("object detection", "detection", "torchmetrics", "pycocotools")
         self._check_sizes()
         self._architecture = Architecture.find(self.model, detection, self.model_args)
         if self.image_size is not None and "min_size" in self._architecture.known_args:

@@ -2,6 +2,7 @@
 
 import importlib
 import importlib.abc
+import importlib.util
 import sys
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -32,6 +33,13 @@ def when_imported(module: str, function: Callable[[ModuleType], Any]) -> None:
         function(sys.modules[module])
     else:
         sys.meta_path.insert(0, _Finder(module, function))
+
+
+def require(what: str, extra: str, *modules: str) -> None:
+    """Raises an `ImportError` that names the extra of this package, if a module that `what` needs is not installed."""
+    missing = [name for name in modules if sys.modules.get(name, name) is None or not importlib.util.find_spec(name)]
+    if missing:
+        raise ImportError(f"{what} needs {' and '.join(missing)}: pip install 'pdiff_hf[{extra}]'")
 
 
 def register_components(module: ModuleType) -> None:

@@ -247,7 +247,7 @@ def test_wrong_folders_are_named(folder, tmp_path, monkeypatch):
         make_task(folder, dataset=str(tmp_path / "words"))
     for name in ("torch_fidelity", "torch_fidelity.feature_extractor_inceptionv3"):  # another test may have loaded both
         monkeypatch.setitem(sys.modules, name, None)
-    with pytest.raises(ValueError, match=r"needs torch-fidelity: pip install torch-fidelity"):
+    with pytest.raises(ImportError, match=r"FID needs torch_fidelity: pip install 'pdiff_hf\[fid\]'"):
         make_task(folder, fid_features="inception")
     with pytest.raises(RunError, match="latent_dim is 74, but only 73 parameters"):
         Run(make_recipe(folder, tmp_path / "out", latent_dim=74))

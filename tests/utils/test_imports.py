@@ -12,7 +12,7 @@ from diffusers import ModelMixin
 from diffusers.pipelines.pipeline_loading_utils import LOADABLE_CLASSES
 
 import pdiff_hf
-from pdiff_hf.utils.imports import register_components, when_imported
+from pdiff_hf.utils.imports import register_components, require, when_imported
 
 SCRIPTS = Path(__file__).parents[2] / "scripts"
 
@@ -54,6 +54,13 @@ def test_a_release_of_diffusers_without_the_table_is_a_warning():
     del module.LOADABLE_CLASSES
     with pytest.warns(UserWarning, match="those saved now may not load from the Hub; upgrade pdiff_hf"):
         register_components(module)
+
+
+def test_a_package_that_is_missing_is_named_with_the_extra_that_has_it(monkeypatch):
+    require("this", "report", "torch", "json")
+    monkeypatch.setitem(sys.modules, "torch_fidelity", None)
+    with pytest.raises(ImportError, match=r"^FID needs torch_fidelity and no_such: pip install 'pdiff_hf\[fid\]'$"):
+        require("FID", "fid", "torch", "torch_fidelity", "no_such")
 
 
 def test_a_function_is_called_once_after_the_import_of_a_module(tmp_path, monkeypatch):
