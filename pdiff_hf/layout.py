@@ -46,6 +46,8 @@ class ParameterLayout:
         aliases (`tuple[tuple[str, ...], ...]`, *optional*): Other names of each tensor, where a network shares it
             between modules or files call it otherwise; see [`~pdiff_hf.selection.fit_layout`]. Two layouts that differ
             in nothing else are equal.
+        adapters (`Mapping[str, dict]`, *optional*): The configuration, as JSON, of each adapter of PEFT that tensors
+            belong to, by its name: how the factors of LoRA are scaled, and what is needed to write adapters.
 
     Raises:
         LayoutError: for no tensors, repeated names, a type that float32 cannot hold exactly, names or types that are
@@ -56,6 +58,7 @@ class ParameterLayout:
     shapes: tuple[tuple[int, ...], ...]
     dtypes: tuple[str, ...]
     aliases: tuple[tuple[str, ...], ...] = field(default=(), compare=False, repr=False)
+    adapters: Mapping[str, dict] = field(default_factory=dict, compare=False, repr=False)
 
     def __post_init__(self):
         # Lists arrive here when a layout was read from JSON.
@@ -71,6 +74,8 @@ class ParameterLayout:
         for value in (*self.names, *self.dtypes, *itertools.chain.from_iterable(self.aliases)):
             if not isinstance(value, str):
                 raise LayoutError(f"names and dtypes of a layout must be strings, got {value!r:.200}")
+        if not isinstance(self.adapters, Mapping) or not all(isinstance(c, Mapping) for c in self.adapters.values()):
+            raise LayoutError(f"the adapters of a layout must be configurations by name, got {self.adapters!r:.200}")
         if not len(self.names) == len(self.shapes) == len(self.dtypes) == len(self.aliases):
             raise LayoutError(
                 f"a layout needs one shape and one dtype a name, got {len(self.names)} names, "
@@ -205,12 +210,13 @@ class ParameterLayout:
     def to_dict(self) -> dict:
         """Plain lists, as they are written to JSON."""
         values = {"names": list(self.names), "shapes": [list(s) for s in self.shapes], "dtypes": list(self.dtypes)}
-        return values | ({"aliases": [list(a) for a in self.aliases]} if any(self.aliases) else {})
+        values |= {"aliases": [list(a) for a in self.aliases]} if any(self.aliases) else {}
+        return values | ({"adapters": dict(self.adapters)} if self.adapters else {})
 
     @classmethod
     def from_dict(cls, values: Mapping) -> "ParameterLayout":
         """Inverse of `to_dict`."""
-        if not isinstance(values, Mapping) or set(values) - {"aliases"} != {"names", "shapes", "dtypes"}:
+        if not isinstance(values, Mapping) or set(values) - {"aliases", "adapters"} != {"names", "shapes", "dtypes"}:
             raise LayoutError(f"a layout needs the keys names, shapes and dtypes, got {values!r:.200}")
         return cls(**values)
 

@@ -3,13 +3,14 @@
 import fnmatch
 import itertools
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from .layout import LayoutError, ParameterLayout, closest_names
-from .tensor_names import adapter_names, match_names, other_names, shared_tensors
+from .lora import a_module, different_effects, scaling
+from .tensor_names import ADAPTER, adapter_configs, adapter_names, match_names, other_names, shared_tensors
 
 
 def is_normalization(module: nn.Module) -> bool:
@@ -51,7 +52,8 @@ def fit_layout(layout: ParameterLayout, model: nn.Module) -> ParameterLayout:
     modules that share a tensor, and with those in the files of PEFT.
 
     Raises:
-        LayoutError: if a tensor of the layout is not in the model, or shares a part of its memory with another one.
+        LayoutError: if a tensor of the layout is not in the model, or shares a part of its memory with another one; or
+            if the model scales the factors of adapters otherwise.
     """
     state_dict = model.state_dict()
     matched = match_names(layout.names, state_dict)
@@ -62,7 +64,10 @@ def fit_layout(layout: ParameterLayout, model: nn.Module) -> ParameterLayout:
         (*others, *itertools.chain.from_iterable(of_adapters.get(n, ()) for n in (name, *others)))
         for name, others in zip(names, shared, strict=True)
     )
-    fitted = ParameterLayout(names, layout.shapes, layout.dtypes, aliases)
+    used = {alias.removeprefix(ADAPTER).partition("/")[0] for alias in itertools.chain(*aliases) if ADAPTER in alias}
+    adapters = {name: config for name, config in adapter_configs(model).items() if name in used}
+    check_adapters(layout, adapters)
+    fitted = ParameterLayout(names, layout.shapes, layout.dtypes, aliases, adapters)
     fitted.check_fits(state_dict)
     for name, view in shared_tensors(model).items():
         if view.order is None and {name, view.source} & set(names):
@@ -71,6 +76,21 @@ def fit_layout(layout: ParameterLayout, model: nn.Module) -> ParameterLayout:
                 "both out of the selection"
             )
     return fitted
+
+
+def check_adapters(layout: ParameterLayout, adapters: Mapping[str, dict]) -> None:
+    """Raises a `LayoutError` where a model's adapters do other things with the tensors of a layout than its own."""
+    modules = {
+        module: shape[0] for n, shape in zip(layout.names, layout.shapes, strict=True) if (module := a_module(n))
+    }
+    for own, theirs in zip(layout.adapters.values(), adapters.values(), strict=False):
+        different = different_effects(own, theirs)
+        different += [m for m, r in modules.items() if scaling(own, m, r) != scaling(theirs, m, r)][:1]
+        if different:
+            raise LayoutError(
+                f"the model's adapter has another {different[0]} than the adapters of the layout, with which their "
+                "factors are other networks; take a base model with an adapter like theirs"
+            )
 
 
 def select_parameters(

@@ -8,11 +8,14 @@ import torch
 from torch import nn
 
 from .layout import LayoutError, ParameterLayout
+from .lora import plain_config
 
 # Modules that wrappers put around others, anywhere in a network: torch.compile, FSDP, activation checkpointing.
 INNER_WRAPPERS = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
 # What wrappers put around a whole network: data parallelism and EMA, PEFT, transformers (timm), Lightning.
 OUTER_WRAPPERS = (("base_model", "model"), ("module",), ("timm_model",), ("model",))
+# What PEFT puts before the names of a network's modules, in the network and in its files.
+PEFT_PREFIX = "base_model.model."
 # Aliases with this prefix, followed by `ADAPTER/NAME`, are names in the files of PEFT.
 ADAPTER = "adapter:"
 
@@ -150,7 +153,7 @@ def _overlap(tensor: torch.Tensor, other: torch.Tensor) -> bool:
 def adapter_names(model: nn.Module) -> dict[str, tuple[str, ...]]:
     """
     What PEFT calls the tensors of its adapters in its files, by their names in the network: `adapter:NAME/FILE_NAME`
-    with the name of the adapter, and the name in the file without prefixes. Empty for a network without adapters.
+    with the name of the adapter, and the name in the file without PEFT's prefix. Empty for a network without adapters.
     """
     (wrapper,) = getattr(model, "peft_wrapper", (model,))  # see `without_wrapper` in networks/adapters.py
     adapters = getattr(wrapper, "peft_config", None)
@@ -172,18 +175,33 @@ def adapter_names(model: nn.Module) -> dict[str, tuple[str, ...]]:
                 equal = [name for name, own_one in own.items() if _is_equal(own_one, tensor)]
                 found = equal[0] if len(equal) == 1 else None
             if found is not None:
-                names[found] = (*names.get(found, ()), f"{ADAPTER}{adapter}/{plain_name(file_name)}")
+                names[found] = (*names.get(found, ()), f"{ADAPTER}{adapter}/{file_name.removeprefix(PEFT_PREFIX)}")
     return names
+
+
+def adapter_configs(model: nn.Module) -> dict[str, dict]:
+    """The configurations of a network's adapters of PEFT as JSON has them, by the adapters' names."""
+    (wrapper,) = getattr(model, "peft_wrapper", (model,))
+    adapters = getattr(wrapper, "peft_config", None)
+    if not isinstance(adapters, Mapping):
+        return {}
+    return {name: plain_config(config.to_dict()) for name, config in adapters.items()}
 
 
 def _is_equal(tensor: torch.Tensor, other: torch.Tensor) -> bool:
     return tensor.shape == other.shape and torch.equal(tensor, other)
 
 
+def file_name(alias: str) -> str:
+    """The name in PEFT's files, with PEFT's prefix, that an alias stands for."""
+    name = alias.partition("/")[2]
+    return name if name.startswith("base_model.") else PEFT_PREFIX + name
+
+
 def adapter_file_names(layout: ParameterLayout) -> dict[str, str]:
     """By the names of a layout, what PEFT calls the tensors of an adapter in its files, with PEFT's prefix."""
     return {
-        name: f"base_model.model.{alias.partition('/')[2]}"
+        name: file_name(alias)
         for name, aliases in zip(layout.names, layout.aliases, strict=True)
         for alias in aliases
         if alias.startswith(ADAPTER)

@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_leaves
 from pdiff_hf.layout import ParameterLayout
 from pdiff_hf.models import ParameterAutoencoder
 from pdiff_hf.models.condition import Condition
+from pdiff_hf.networks.adapters import load_reference, with_adapters
 from pdiff_hf.networks.batch_norm import RecomputedStatistics
 from pdiff_hf.networks.batched import BatchedModels, Forward
 from pdiff_hf.networks.ensemble import EnsembleModel
@@ -92,9 +93,34 @@ class NetworkMixin(Base):
         The base model with the tensors of `state_dict`, in its own types and under all names of their memory. All other
         tensors are shared with it, not copied.
         """
+        model = self.need_base_model("a network")
+        return Replacement(model, state_dict).network(model, state_dict)
+
+    def load_base_model(self, **kwargs: Any) -> nn.Module:
+        """
+        The base model that the generator names, with adapters, from the Hub or its cache. It becomes a component, and
+        is loaded with the arguments given here, such as `dtype`, `device_map` or `quantization_config`, or else as the
+        adapters were made for, when a network is first asked for.
+
+        Raises:
+            ValueError: if the generator names no base model.
+            OSError: if it cannot be had.
+        """
+        reference = self.config.base_model_reference
+        if not reference:
+            raise ValueError("this generator names no base model on the Hub; pass base_model=...")
+        model = with_adapters(load_reference(reference, **kwargs), self.autoencoder.layout)
+        self.autoencoder.layout.check_fits(model.state_dict())
+        self.register_modules(base_model=model)
+        return model
+
+    def need_base_model(self, what: str) -> nn.Module:
+        """The base model, which is loaded if the generator names one; a `ValueError` for `what` if there is none."""
+        if self.base_model is None and self.config.base_model_reference:
+            self.load_base_model().to(self._execution_device)
         if self.base_model is None:
-            raise ValueError("this pipeline has no base model that the generated tensors could be put into")
-        return Replacement(self.base_model, state_dict).network(self.base_model, state_dict)
+            raise ValueError(f"{what} needs a base model, and this pipeline has none; pass base_model=...")
+        return self.base_model
 
     def ensemble(
         self,
@@ -112,8 +138,7 @@ class NetworkMixin(Base):
         Raises:
             ValueError: if the pipeline has no base model.
         """
-        if self.base_model is None:
-            raise ValueError("an ensemble needs a base model, and this pipeline has none; pass base_model=...")
+        model = self.need_base_model("an ensemble")
         (parameters,) = self(
             num_models,
             num_inference_steps,
@@ -123,7 +148,7 @@ class NetworkMixin(Base):
             output_type="pt",
             return_dict=False,
         )
-        return EnsembleModel(self.base_model, *self.recompute_statistics(parameters, batch_norm_data))
+        return EnsembleModel(model, *self.recompute_statistics(parameters, batch_norm_data))
 
     def posterior(
         self,
@@ -166,8 +191,7 @@ class NetworkMixin(Base):
         Raises:
             ValueError: for arguments out of range, and if there is no base model or no usable candidate.
         """
-        if self.base_model is None:
-            raise ValueError("a posterior needs a base model, and this pipeline has none; pass base_model=...")
+        base_model = self.need_base_model("a posterior")
         num_models, layout = whole_number("num_models", num_models), self.autoencoder.layout
         per_condition = whole_number("num_candidates", num_candidates)
         if condition is not None and not isinstance(condition, Mapping):
@@ -188,7 +212,7 @@ class NetworkMixin(Base):
             per_condition, num_inference_steps, generator, condition=condition, output_type="latent", return_dict=False
         )
 
-        models = BatchedModels(self.base_model, layout)
+        models = BatchedModels(base_model, layout)
         parts = itertools.chain(self.decode_in_blocks(latents), [] if candidates is None else [candidates])
         log_likelihood = torch.cat([log_likelihoods(models, examples, part, predict) for part in parts])
         log_prior = None
@@ -204,7 +228,7 @@ class NetworkMixin(Base):
             parameters = torch.cat([parameters, candidates[given.to(candidates.device)].to(parameters)])
         if refine_steps:
             parameters = refine(
-                self.base_model,
+                base_model,
                 layout,
                 parameters,
                 examples,
@@ -228,10 +252,8 @@ class NetworkMixin(Base):
         Raises:
             ValueError: for examples without labels, and if the pipeline has no base model.
         """
-        if self.base_model is None:
-            raise ValueError("a loss of examples needs a base model, and this pipeline has none; pass base_model=...")
-        layout = self.autoencoder.layout
-        return example_loss(self.base_model, layout, examples, class_weights=class_weights, predict=predict)
+        base_model, layout = self.need_base_model("a loss of examples"), self.autoencoder.layout
+        return example_loss(base_model, layout, examples, class_weights=class_weights, predict=predict)
 
 
 def _run(call: Callable, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:

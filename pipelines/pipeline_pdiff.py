@@ -4,7 +4,7 @@ import copy
 import functools
 import inspect
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Optional, SupportsIndex
 
@@ -19,9 +19,11 @@ from pdiff_hf.hub.pipeline import SavedPipeline
 from pdiff_hf.models import ConditionEncoder, LatentDenoiser, ParameterAutoencoder
 from pdiff_hf.models.condition import Condition
 from pdiff_hf.models.scheduler import check_scheduler
+from pdiff_hf.networks.adapters import has_adapters, with_adapters
 from pdiff_hf.networks.posterior import LossFunction
 from pdiff_hf.pipelines.conditions import embed_conditions, prepare_conditions
 from pdiff_hf.pipelines.guidance import check_losses, guided_latents
+from pdiff_hf.pipelines.latents import LatentMixin
 from pdiff_hf.pipelines.networks import NetworkMixin, whole_number
 from pdiff_hf.utils.blocks import in_blocks
 from pdiff_hf.utils.memory import InParts
@@ -29,7 +31,7 @@ from pdiff_hf.utils.memory import InParts
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-OUTPUT_TYPES = ("state_dict", "pt", "latent", "model")
+OUTPUT_TYPES = ("state_dict", "pt", "latent", "model", "adapter")
 
 
 @dataclass
@@ -38,13 +40,13 @@ class PDiffPipelineOutput(BaseOutput):
     Args:
         parameters (`list[dict[str, torch.Tensor]]`, `torch.Tensor` or `list[nn.Module]`): What `output_type` asks for:
             a state dict of the generated tensors for each network; all of them as one tensor of shape `(N, D)`, or
-            their latents of shape `(N, L)`; or whole networks.
+            their latents of shape `(N, L)`; whole networks; or adapters, each with `save_pretrained`.
     """
 
     parameters: list[dict[str, torch.Tensor]] | torch.Tensor | list[nn.Module]
 
 
-class PDiffPipeline(SavedPipeline, NetworkMixin, DiffusionPipeline):
+class PDiffPipeline(SavedPipeline, NetworkMixin, LatentMixin, DiffusionPipeline):
     r"""
     Pipeline for generating network parameters by latent diffusion (Neural Network Diffusion, arXiv 2402.13144).
 
@@ -69,6 +71,9 @@ class PDiffPipeline(SavedPipeline, NetworkMixin, DiffusionPipeline):
         num_inference_steps (`int`, *optional*, defaults to 10), guidance_scale (`float`, *optional*, defaults to 1),
         temperature (`float`, *optional*, defaults to 1):
             What a call takes where it is not told otherwise. A run saves those that its report was made with.
+        base_model_reference (`dict`, *optional*):
+            Of a generator of adapters: where on the Hub its base model is, in place of `base_model`. It is loaded when
+            a network is asked for; see [`load_base_model`].
     """
 
     model_cpu_offload_seq = "condition_encoder->denoiser->autoencoder"
@@ -88,6 +93,7 @@ class PDiffPipeline(SavedPipeline, NetworkMixin, DiffusionPipeline):
         num_inference_steps: int = 10,
         guidance_scale: float = 1.0,
         temperature: float = 1.0,
+        base_model_reference: dict | None = None,
     ):
         super().__init__()
         # Components may be None while a pipeline is put together from parts.
@@ -110,6 +116,7 @@ class PDiffPipeline(SavedPipeline, NetworkMixin, DiffusionPipeline):
                     "no conditions); they were not trained together"
                 )
         if autoencoder is not None and base_model is not None:
+            base_model = with_adapters(base_model, autoencoder.layout)
             autoencoder.layout.check_fits(base_model.state_dict())
         self.register_modules(
             autoencoder=autoencoder,
@@ -126,6 +133,7 @@ class PDiffPipeline(SavedPipeline, NetworkMixin, DiffusionPipeline):
             num_inference_steps=num_inference_steps,
             guidance_scale=guidance_scale,
             temperature=temperature,
+            base_model_reference=base_model_reference,
         )
 
     @classmethod
@@ -158,8 +166,10 @@ class PDiffPipeline(SavedPipeline, NetworkMixin, DiffusionPipeline):
             raise ValueError(f"num_inference_steps must be at most the {most} of training, got {num_inference_steps}")
         if output_type not in OUTPUT_TYPES:
             raise ValueError(f"output_type must be one of {', '.join(OUTPUT_TYPES)}, got {output_type!r}")
-        if output_type == "model" and self.base_model is None:
-            raise ValueError("output_type='model' needs a base model, and this pipeline has none; pass base_model=...")
+        if output_type == "model":
+            self.need_base_model("output_type='model'")
+        if output_type == "adapter" and not (self.autoencoder.layout.adapters or has_adapters(self.base_model)):
+            raise ValueError("output_type='adapter' is for a generator of adapters of PEFT, and this one has none")
         generators = generator if isinstance(generator, list) else [] if generator is None else [generator]
         if not all(isinstance(one, torch.Generator) for one in generators):
             raise ValueError(
@@ -256,7 +266,8 @@ class PDiffPipeline(SavedPipeline, NetworkMixin, DiffusionPipeline):
             output_type (`str`, *optional*, defaults to `"state_dict"`):
                 `"state_dict"` for a list of state dicts that hold the generated tensors; `"pt"` for all parameters as a
                 tensor of shape `(N, D)`; `"latent"` for their latents of shape `(N, L)`; `"model"` for a list of
-                networks, which share the tensors that were not generated, in the base model's types.
+                networks, which share the tensors that were not generated, in the base model's types; `"adapter"` for a
+                list of [`~pdiff_hf.networks.adapters.AdapterWeights`], for which no base model is loaded.
             return_dict (`bool`, *optional*, defaults to `True`):
                 Whether or not to return a [`PDiffPipelineOutput`] instead of a plain tuple.
             callback_on_step_end (`Callable`, *optional*):
@@ -296,7 +307,7 @@ class PDiffPipeline(SavedPipeline, NetworkMixin, DiffusionPipeline):
             raise ValueError(f"temperature must be finite and at least 0, got {temperature}")
         if loss_fn is not None and temperature != 1:
             raise ValueError(f"loss_fn steers samples of the generator as it is, at temperature 1; got {temperature}")
-        if batch_norm_data is not None and (output_type != "model" or self.base_model is None):
+        if batch_norm_data is not None and output_type != "model":
             raise ValueError(f"batch_norm_data is for output_type='model' and needs a base model, got {output_type!r}")
         group_size, num_models = num_models, num_models if known is None else len(known)
         self.check_inputs(
@@ -363,20 +374,9 @@ class PDiffPipeline(SavedPipeline, NetworkMixin, DiffusionPipeline):
                 latents = _schedule(scheduler, "step", prediction, timestep, latents, **extra).prev_sample
                 latents = on_step_end(step, timestep, latents)
 
-        output = latents.cpu() if output_type == "latent" else self.decode_latents(latents)
-        if not output.isfinite().all():
-            raise ValueError(
-                "the generated parameters are not finite: do the settings of the scheduler belong to this denoiser, "
-                "and is the precision high enough?"
-            )
-        if output_type in ("state_dict", "model"):
-            # Memory of their own, so that a file of one network does not hold all of them.
-            layout = self.autoencoder.layout
-            if output_type == "model":
-                layout, output = self.recompute_statistics(output, batch_norm_data)
-            output = [{name: part.clone() for name, part in layout.unflatten(row).items()} for row in output]
-        if output_type == "model":
-            output = [self.make_model(state_dict) for state_dict in output]
+        output = latents.cpu()
+        if output_type != "latent":
+            output = self.decode(latents, output_type, batch_norm_data=batch_norm_data)
         self.maybe_free_model_hooks()
         return PDiffPipelineOutput(parameters=output) if return_dict else (output,)
 
@@ -388,25 +388,6 @@ class PDiffPipeline(SavedPipeline, NetworkMixin, DiffusionPipeline):
         self.denoiser.compile(**kwargs)
         if self.autoencoder.config.block_out_channels:
             self.autoencoder.decoder.compile(**kwargs)
-
-    @torch.no_grad()
-    def decode_latents(self, latents: torch.Tensor) -> torch.Tensor:
-        """Latents of shape `(N, L)` to parameters of shape `(N, D)`, on the CPU."""
-        parameters, start = torch.empty(len(latents), self.autoencoder.layout.num_parameters), 0
-        for block in self.decode_in_blocks(latents):
-            parameters[start : start + len(block)] = block
-            start += len(block)
-        return parameters
-
-    @torch.no_grad()
-    def decode_in_blocks(self, latents: torch.Tensor) -> Iterator[torch.Tensor]:
-        """Parameters of consecutive networks, for latents of shape `(N, L)`, a few at a time."""
-
-        def decode(rows: torch.Tensor) -> torch.Tensor:
-            return self.autoencoder.decode(rows).sample
-
-        num_parameters = self.autoencoder.layout.num_parameters
-        yield from in_blocks(decode, latents.to(self._execution_device), num_parameters, InParts("networks"))
 
 
 def _schedule(scheduler: SchedulerMixin, method: str, *args, **kwargs):

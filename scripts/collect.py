@@ -11,6 +11,7 @@ Keys and flags are those of scripts/train.py, which goes on from here with the s
 """
 
 import dataclasses
+import tempfile
 
 from pdiff_hf.run.recipe import RecipeParser
 from pdiff_hf.utils.terminal import start_script
@@ -62,12 +63,13 @@ def main() -> None:
             found, fields = read_conditions(table)
             paths, conditions = [beside(table, name) for name in found], list(found.values())
         recipe = dataclasses.replace(recipe, stages=["base"] if paths else ["base", "collect"])
-        adapter = find_adapter(paths)
-        run = Run(recipe, task=None if adapter is None else make_task(recipe.with_dataset(), adapter))
-        with run.lock():
-            run.execute()
-            if paths and state.is_main_process:
-                collect_from_files(run, paths, align=flags.align, conditions=conditions, fields=fields)
+        with tempfile.TemporaryDirectory() as folder:
+            adapter = find_adapter(paths, folder, recipe.model)
+            run = Run(recipe, task=None if adapter is None else make_task(recipe.with_dataset(), adapter))
+            with run.lock():
+                run.execute()
+                if paths and state.is_main_process:
+                    collect_from_files(run, paths, align=flags.align, conditions=conditions, fields=fields)
         if state.is_main_process:
             count, size = len(run.snapshots[0]), run.layout.num_parameters
             print(f"{count} snapshots of {size:,} parameters are in {run.folder / 'snapshots'}")

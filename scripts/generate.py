@@ -11,6 +11,8 @@ The generator may be a Hub id as well. Each network is a folder that `from_pretr
     timm.create_model("local-dir:outputs/networks/network-00000", pretrained=True)
     timm.create_model("resnet18", num_classes=10, checkpoint_path="outputs/networks/network-00000/model.safetensors")
 
+A generator of adapters of PEFT writes adapters, for which its base model is not loaded: folders that
+`PeftModel.from_pretrained` reads, and `load_lora_weights` of diffusers if they are for a U-Net or a transformer.
 With --only_generated each network is one safetensors file with nothing but the generated tensors.
 """
 
@@ -33,6 +35,9 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0, help="The same seed gives the same networks.")
     parser.add_argument("--output_dir", default="outputs/networks", help="Must not hold generated networks yet.")
     parser.add_argument("--only_generated", action="store_true", help="Write only the generated tensors.")
+    parser.add_argument(
+        "--adapters", action="store_true", help="Write adapters alone, and refuse a generator of anything else."
+    )
     parser.add_argument(
         "--condition",
         type=condition,
@@ -76,6 +81,7 @@ def main() -> None:
             temperature=args.temperature,
             seed=args.seed,
             only_generated=args.only_generated,
+            adapters=args.adapters,
             condition=args.condition,
             task=None if recipe is None else make_task(recipe.with_dataset()),
         )

@@ -1,5 +1,6 @@
 """How a pipeline is saved, loaded and pushed."""
 
+import contextlib
 import inspect
 import json
 import os
@@ -8,14 +9,13 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import transformers
 from diffusers import SchedulerMixin
-from huggingface_hub.errors import HFValidationError, HTTPError
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HFValidationError, HTTPError, LocalEntryNotFoundError
 from huggingface_hub.utils import validate_repo_id
-from transformers import AutoConfig
 
 from ..models.saved import replaced_files
-from ..networks.adapters import ADAPTER_FOLDER, has_adapters, load_network, save_network
+from ..networks.adapters import ADAPTER_FOLDER, find_reference, has_adapters, plain_network, save_adapter
 from ..utils.errors import first_line, limited_modules
 from ..utils.files import is_disk_full
 from ..utils.names import PIPELINE, generator_folder
@@ -74,10 +74,6 @@ class SavedPipeline(Base):
         if not source.is_dir():
             _check_repo_id(pretrained_model_name_or_path)
         # Not False for all: transformers writes no `.bin` files any more. Every component finds out what there is.
-        folder = source / "base_model"
-        if "base_model" not in kwargs and (folder / ADAPTER_FOLDER).is_dir():
-            architecture = AutoConfig.from_pretrained(folder).architectures[0]
-            kwargs["base_model"] = load_network(folder, getattr(transformers, architecture))
         use_safetensors = kwargs.pop("use_safetensors", None) or None
         try:
             with limited_modules():
@@ -100,11 +96,18 @@ class SavedPipeline(Base):
         """
         _check_repo_id(pretrained_model_name)
         try:
-            return super().download(pretrained_model_name, **kwargs)
+            folder = super().download(pretrained_model_name, **kwargs)
         except OSError as error:
             if is_disk_full(error):
                 raise
             raise OSError(_no_pipeline(pretrained_model_name, error)) from error
+        # The adapters beside a base model, which are no component of a pipeline.
+        if not Path(folder, "base_model", ADAPTER_FOLDER).is_dir():
+            known = {name: kwargs.get(name) for name in ("cache_dir", "token", "local_files_only") if name in kwargs}
+            with contextlib.suppress(LocalEntryNotFoundError):
+                pattern = f"base_model/{ADAPTER_FOLDER}/*"
+                snapshot_download(pretrained_model_name, revision=Path(folder).name, allow_patterns=pattern, **known)
+        return folder
 
     @classmethod
     def load_config(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs):
@@ -136,15 +139,28 @@ class SavedPipeline(Base):
         `push_to_hub=True`, `kwargs` are those of [`push_to_hub`], and `repo_id` is the folder's name by default.
         """
         with replaced_files(Path(save_directory), *self.components, self.config_name, PIPELINE_FILE) as part:
-            super().save_pretrained(part, safe_serialization, variant, max_shard_size)
-            if has_adapters(
-                self.base_model
-            ):  # diffusers has written its tensors under the names that they have with those
-                shutil.rmtree(part / "base_model")
-                save_network(self.base_model, part / "base_model")
+            if has_adapters(self.base_model):
+                self._save_with_adapters(part, safe_serialization, variant, max_shard_size)
+            else:
+                super().save_pretrained(part, safe_serialization, variant, max_shard_size)
             shutil.copyfile(inspect.getfile(type(self)), part / PIPELINE_FILE)
         if push_to_hub:
             push_pipeline_to_hub(save_directory, **{"repo_id": Path(save_directory).name} | kwargs)
+
+    def _save_with_adapters(self, folder: Path, *args) -> None:
+        """
+        Saves a pipeline whose base model has adapters: with its tensors under its own names and the adapters beside it,
+        or by reference if the Hub has it.
+        """
+        base, reference = self.base_model, find_reference(self.base_model)
+        try:
+            self.register_modules(base_model=None if reference else plain_network(base))
+            self.register_to_config(base_model_reference=reference)
+            super().save_pretrained(folder, *args)
+        finally:
+            self.register_modules(base_model=base)
+        if reference is None:
+            save_adapter(base, folder / "base_model" / ADAPTER_FOLDER)
 
     def push_to_hub(
         self,

@@ -68,7 +68,11 @@ class ParameterDecoderOutput(BaseOutput):
 
 
 def autoencoder_architecture(
-    preset: str, num_parameters: int, token_size: int | None = None, num_snapshots: int | None = None
+    preset: str,
+    num_parameters: int,
+    token_size: int | None = None,
+    num_snapshots: int | None = None,
+    has_frames: bool = False,
 ) -> dict[str, Any]:
     """
     Arguments of [`ParameterAutoencoder`] for a preset.
@@ -80,12 +84,14 @@ def autoencoder_architecture(
             which the number of tokens and their size grow alike with D.
         num_snapshots (`int`, *optional*): K. A large network (from `LARGE` parameters) has bases of no more components
             than K - 1, which is all that K snapshots span.
+        has_frames (`bool`, *optional*, defaults to `False`): Whether these are adapters between frames, whose bases are
+            kept as those of large networks.
     """
     if preset != "tokens":
         return AUTOENCODER_PRESETS[preset]
     default = 2 ** math.ceil(math.log2(2 * math.sqrt(num_parameters)))
     architecture = AUTOENCODER_PRESETS[preset] | {"token_size": token_size or default}
-    if num_parameters < LARGE or architecture["token_size"] > BLOCK_SIZE // 4:
+    if (num_parameters < LARGE and not has_frames) or architecture["token_size"] > BLOCK_SIZE // 4:
         return architecture
     token_dim = architecture["token_dim"] if num_snapshots is None else num_snapshots - 1
     return architecture | {"basis_dtype": "int8", "token_dim": min(token_dim, architecture["token_dim"])}
@@ -226,6 +232,8 @@ class ParameterAutoencoder(TokenModel, ConfigMixin):
         adapter_products (`bool`, *optional*, defaults to `False`): Learn the factors of LoRA adapters as their
             products, see [`~models.products.AdapterProducts`]; D is then the number of values with products in what is
             said of the vector, of statistics and of bases.
+        adapter_frame_size (`int`, *optional*): With `adapter_products`, most vectors in a basis of the rows or columns
+            of products; None for whole products.
         format_version (`int`, *optional*): Of the saved files, which carry it so that an older release can refuse them.
 
     Raises:
@@ -246,13 +254,15 @@ class ParameterAutoencoder(TokenModel, ConfigMixin):
         variational: bool = False,
         tuned_map: bool = False,
         adapter_products: bool = False,
+        adapter_frame_size: int | None = None,
         basis_dtype: str = "float32",
         format_version: int = FORMAT_VERSION,
     ):
         super().__init__()
         check_format_version(format_version)
+        self.adapter_geometry: dict | None = None  # what training has found out about adapters
         self.layout = ParameterLayout.from_dict(layout)
-        self.products = AdapterProducts(self.layout) if adapter_products else None
+        self.products = AdapterProducts(self.layout, adapter_frame_size) if adapter_products else None
         vectors = self.layout if self.products is None else self.products.layout
         check_settings(
             vectors.num_parameters,
@@ -327,15 +337,24 @@ class ParameterAutoencoder(TokenModel, ConfigMixin):
         return ParameterEncoderOutput(latents=(latents - self.latent_mean) / self.latent_std)
 
     @apply_forward_hook
-    def decode(self, latents: torch.Tensor) -> ParameterDecoderOutput:
-        """Standardised latents, shape `(N, L)`, to parameters in natural units, shape `(N, D)`, always float32."""
+    def decode(self, latents: torch.Tensor, rank: int | None = None) -> ParameterDecoderOutput:
+        """
+        Standardised latents, shape `(N, L)`, to parameters in natural units, shape `(N, D)`, always float32. Adapters
+        that are learned as products may have another `rank` than the snapshots; see [`layout_of_rank`].
+        """
         sample = self.detokenize(self._decode(latents * self.latent_std + self.latent_mean))
         if self.config.tuned_map:
             sample = sample + latents.float() @ self.map_weight.float()
-        return ParameterDecoderOutput(sample=self._with_factors(sample))
+        return ParameterDecoderOutput(sample=self._with_factors(sample, rank))
 
-    def _with_factors(self, vectors: torch.Tensor) -> torch.Tensor:
-        return vectors if self.products is None else self.products.contract(vectors)
+    def _with_factors(self, vectors: torch.Tensor, rank: int | None = None) -> torch.Tensor:
+        return vectors if self.products is None else self.products.contract(vectors, rank)
+
+    def layout_of_rank(self, rank: int | None) -> ParameterLayout:
+        """The layout of what `decode` gives for a rank; a `ValueError` if only adapters' factors are known."""
+        if rank is not None and self.products is None:
+            raise ValueError("another rank is for adapters that are learned as products (adapter_products)")
+        return self.layout if self.products is None else self.products.layout_of_rank(rank)
 
     @torch.no_grad()
     @apply_forward_hook

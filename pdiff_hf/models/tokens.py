@@ -9,9 +9,10 @@ import torch
 import torch.nn.functional as F
 
 from ..layout import LayoutError, ParameterLayout
-from .products import AdapterProducts
+from .products import AdapterProducts, Geometry, ProductRows
 from .saved import SavedModel
 
+Vectors = torch.Tensor | ProductRows
 NORMALIZATIONS = ["coordinate", "tensor"]
 # So many parameters of each vector are worked on at once where not all of them need to be.
 BLOCK_SIZE = 2**18
@@ -34,7 +35,7 @@ class TokenModel(SavedModel):
         vector_layout (`ParameterLayout`): Of the vectors after that.
     """
 
-    products: AdapterProducts | None = None
+    products: AdapterProducts | None
 
     # What is stored in them is lost in half precision: the spread of a tensor is a small part of its mean.
     _keep_in_fp32_modules = [
@@ -82,18 +83,18 @@ class TokenModel(SavedModel):
         self.register_buffer("token_scale", (lengths.float() / token_dim).sqrt(), persistent=False)
         self.register_buffer("token_num_parameters", lengths, persistent=False)
 
-    def _vectors(self, parameters: torch.Tensor, rows: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
-        """Parameters, `(K, D)`, and indices of rows as vectors with products of adapters, where these are learned."""
-        if self.products is not None:
-            parameters, rows = self.products.expand(parameters if rows is None else parameters[rows]), None
-        return parameters, torch.arange(len(parameters)) if rows is None else rows
+    def _vectors(self, parameters: torch.Tensor, rows: torch.Tensor | None) -> tuple[Vectors, torch.Tensor]:
+        """Parameters, `(K, D)`, as vectors with products of adapters, where these are learned; and indices of rows."""
+        rows = torch.arange(len(parameters)) if rows is None else rows
+        return parameters if self.products is None else ProductRows(self.products, parameters), rows
 
     @torch.no_grad()
     def fit_parameter_statistics(
         self, parameters: torch.Tensor, normalization: str = "coordinate", rows: torch.Tensor | None = None
-    ) -> None:
+    ) -> Geometry | None:
         """
-        Sets everything that training leaves as it is, from snapshots: mean, standard deviation, and bases of tokens.
+        Sets everything that training leaves as it is, from snapshots: frames of adapters, mean, standard deviation, and
+        bases of tokens.
 
         Args:
             parameters (`torch.Tensor`): Shape `(K, D)`. It may be larger than memory: one tensor at a time is read,
@@ -103,37 +104,46 @@ class TokenModel(SavedModel):
                 not learn the mean network, and explains more of what differs between snapshots. `"tensor"` takes one
                 mean and standard deviation a tensor, as the published implementation does.
             rows (`torch.Tensor`, *optional*): Indices of the snapshots to take, all by default.
+
+        Returns:
+            [`Geometry`] or `None`: Of adapters that are learned as products.
         """
-        parameters, rows = self._vectors(parameters, rows)
+        vectors, rows = self._vectors(parameters, rows)
+        geometry = None if self.products is None else self.products.fit(parameters, rows)
         ends = list(itertools.accumulate(self.token_lengths or ()))  # where each token ends
         one_token = len(ends) == 1
         for i, (start, size) in enumerate(zip(self.vector_layout.offsets, self.vector_layout.sizes, strict=True)):
-            columns, chosen = parameters[:, start : start + size], rows
             if len(rows) * size <= MAX_VALUES:
-                columns, chosen = columns[rows], torch.arange(len(rows))
+                columns, chosen, first = vectors[rows, start : start + size], torch.arange(len(rows)), 0
+            else:
+                columns, chosen, first = vectors, rows, start
             mean = self.parameter_mean[start : start + size]  # a view
             pieces = [slice(j, min(j + BLOCK_SIZE // 4, size)) for j in range(0, size, BLOCK_SIZE // 4)]
             for piece in pieces:
-                mean[piece] = columns[chosen, piece].double().mean(0)
+                mean[piece] = columns[chosen, moved(piece, first)].double().mean(0)
             if normalization == "tensor":
                 mean.copy_(mean.double().mean())
-            squares = sum((columns[chosen, piece].double() - mean[piece]).square().sum() for piece in pieces)
+            parts = (columns[chosen, moved(piece, first)].double() - mean[piece] for piece in pieces)
+            squares = sum(part.square().sum() for part in parts)
             # A tensor that never changes, or an empty one, is left in its natural units.
             self.parameter_std[i] = (squares / (len(rows) * size)).sqrt() if size and squares > 0 else 1.0
             if size and ends and not one_token:
                 tokens = slice(bisect.bisect_right(ends, start), bisect.bisect_left(ends, start + size) + 1)
-                self._fit_bases(columns, chosen, start, tokens)
+                self._fit_bases(columns, chosen, first, start, size, tokens)
         if one_token:
-            self._fit_bases(parameters, rows, 0, slice(0, 1))
+            self._fit_bases(vectors, rows, 0, 0, self.vector_layout.num_parameters, slice(0, 1))
+        return geometry
 
-    def _fit_bases(self, columns: torch.Tensor, rows: torch.Tensor, offset: int, tokens: slice) -> None:
-        """Those of some tokens, which are the `columns` of vectors, and start at parameter `offset` of these."""
-        num_components, end = self.token_shape[0], offset + columns.shape[1]
+    def _fit_bases(
+        self, columns: Vectors, rows: torch.Tensor, first: int, offset: int, size: int, tokens: slice
+    ) -> None:
+        """Those of some tokens: `size` parameters from `offset` on, which are the `columns` of vectors from `first`."""
+        num_components, end = self.token_shape[0], offset + size
         mean, scale, basis = self.parameter_mean[offset:end], self._scale(offset, end), self.token_basis[offset:end]
 
         def vectors(start: int, stop: int, num_tokens: int) -> torch.Tensor:
             """Normalised parameters, shape `(n, N, t)`."""
-            block = (columns[rows, start:stop] - mean[start:stop]) / scale[start:stop]
+            block = (columns[rows, first + start : first + stop] - mean[start:stop]) / scale[start:stop]
             return block.view(len(block), num_tokens, -1).transpose(0, 1)
 
         # A token that is longer than a block comes in several.
@@ -177,14 +187,15 @@ class TokenModel(SavedModel):
         Parameters in natural units, shape `(K, D)`, on any device, to what the network sees of them, shape `(N, C, S)`:
         of the rows with the indices `rows`, shape `(N,)`, or of all.
         """
-        parameters, rows = self._vectors(parameters, rows)
+        vectors, rows = self._vectors(parameters, rows)
         if self.token_lengths is None:
-            return self.normalize(parameters[rows].to(self.parameter_mean.device)).unsqueeze(1)
+            whole = slice(0, self.vector_layout.num_parameters)
+            return self.normalize(vectors[rows, whole].to(self.parameter_mean.device)).unsqueeze(1)
         num_models, (num_components, num_tokens) = len(rows), self.token_shape
         device = self.parameter_mean.device
         tokens = torch.zeros(num_models, num_tokens, num_components, device=device)
         for start, stop, token, n in split_into_blocks(self.token_lengths, BLOCK_SIZE):
-            block = parameters[rows, start:stop].to(device) - self.parameter_mean[start:stop]
+            block = vectors[rows, start:stop].to(device) - self.parameter_mean[start:stop]
             block = block / self._scale(start, stop)
             basis = self.token_basis[start:stop].view(n, -1, num_components)
             block = block.view(num_models, n, -1).transpose(0, 1)  # (N, n t) -> (n, N, t)
@@ -209,6 +220,10 @@ class TokenModel(SavedModel):
             block = block.transpose(0, 1).reshape(num_models, -1)
             parameters[:, start:stop] = block * self._scale(start, stop) + self.parameter_mean[start:stop]
         return parameters
+
+
+def moved(piece: slice, by: int) -> slice:
+    return slice(piece.start + by, piece.stop + by)
 
 
 def split_into_blocks(token_lengths: Sequence[int], size: int) -> Iterator[tuple[int, int, int, int]]:

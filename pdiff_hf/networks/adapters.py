@@ -1,26 +1,40 @@
-"""Networks with adapters of PEFT: networks of transformers that hold the adapters in their own modules."""
+"""Networks with adapters of PEFT: networks of transformers or diffusers that hold the adapters in their own modules."""
 
 import json
 import os
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
+from diffusers import ModelMixin
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+from huggingface_hub.utils import validate_repo_id
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.utils.peft_utils import find_adapter_config_file
 
+from ..layout import ParameterLayout
+from ..lora import check_base_unchanged
+from ..tensor_names import ADAPTER, PEFT_PREFIX, adapter_configs, adapter_names, file_name
 from ..utils.errors import first_line
 
 ADAPTER_CONFIG = "adapter_config.json"
 # Beside a network that is saved whole. transformers would load an adapter in the same folder, but not all kinds rightly
 # (version 5.24 draws the magnitudes of DoRA anew).
 ADAPTER_FOLDER = "adapter"
+# In place of the weights of a network that the Hub has: its id, revision, class and type.
+REFERENCE = "reference.json"
 
 
-def has_adapters(model: nn.Module) -> bool:
-    """Whether `model` is a network of transformers with adapters."""
-    return hasattr(model, "peft_wrapper")
+def has_adapters(model: nn.Module | None) -> bool:
+    """Whether `model` is a network of transformers or diffusers that holds adapters."""
+    return isinstance(model, PreTrainedModel | ModelMixin) and bool(adapter_configs(model))
 
 
 def find_base(path: str) -> str | None:
@@ -51,7 +65,7 @@ def find_base(path: str) -> str | None:
     return str(base)
 
 
-def load_adapter(model: PreTrainedModel, path: str | os.PathLike, name: str = "default") -> PreTrainedModel:
+def load_adapter(model: Any, path: str | os.PathLike, name: str = "default") -> Any:
     """
     Puts the adapter of a folder or Hub id into `model`, in place, through PEFT's own loading.
 
@@ -59,15 +73,20 @@ def load_adapter(model: PreTrainedModel, path: str | os.PathLike, name: str = "d
         ValueError: if peft is not installed, or the adapter does not fit the network or works beside it (prompts).
     """
     try:
-        from peft import PeftModel
+        from peft import PeftConfig, PeftModel
     except ImportError as error:
         raise ValueError(f"'{path}' is an adapter of PEFT; it needs peft: pip install peft") from error
-    base = model.name_or_path
+    base = model.name_or_path if isinstance(model, PreTrainedModel) else None
+    _check_plain(path)
     try:
         with torch.random.fork_rng():  # adapters are drawn before they are loaded
+            if isinstance(model, ModelMixin):
+                return _load_into_diffusers(model, PeftConfig.from_pretrained(str(path)), Path(path), name)
             wrapped = PeftModel.from_pretrained(model, str(path), name, torch_device="cpu")
     except Exception as error:  # what an adapter of another network makes PEFT raise has no common type
-        raise ValueError(f"adapter '{path}' does not fit {type(model).__name__} ({first_line(error)})") from error
+        # PEFT says in lines of its own which tensors are too large.
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise ValueError(f"adapter '{path}' does not fit {type(model).__name__} ({reason:.600})") from error
     network = without_wrapper(wrapped)
     if network is wrapped:
         kind = wrapped.active_peft_config.peft_type.value
@@ -75,6 +94,71 @@ def load_adapter(model: PreTrainedModel, path: str | os.PathLike, name: str = "d
     for config in wrapped.peft_config.values():
         config.base_model_name_or_path = config.base_model_name_or_path or base
     return network.eval()
+
+
+def _load_into_diffusers(model: ModelMixin, config: Any, folder: Path, name: str) -> ModelMixin:
+    from peft import set_peft_model_state_dict
+
+    model.add_adapter(config, name)
+    with safe_open(folder / "adapter_model.safetensors", framework="pt") as file:
+        tensors = {key.removeprefix(PEFT_PREFIX): file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    left = set_peft_model_state_dict(model, tensors, name).unexpected_keys
+    if left:
+        raise ValueError(f"the network has no {left[0]}")
+    return model.eval()
+
+
+def add_adapters(model: Any, configs: Mapping[str, dict]) -> Any:
+    """
+    Puts adapters of the given configurations into a network of transformers or diffusers, in place; they change nothing
+    of what it computes.
+    """
+    from peft import PeftConfig, get_peft_model
+
+    with torch.random.fork_rng():
+        for name, values in configs.items():
+            config = PeftConfig.from_peft_type(**{k: v for k, v in values.items() if k != "peft_version"})
+            if isinstance(model, ModelMixin):
+                model.add_adapter(config, name)
+            elif hasattr(model, "peft_wrapper"):
+                model.peft_wrapper[0].add_adapter(name, config)
+            else:
+                model = without_wrapper(get_peft_model(model, config, adapter_name=name))
+    return model.eval()
+
+
+def with_adapters(model: Any, layout: ParameterLayout) -> Any:
+    """
+    `model` with the adapters whose tensors a layout has, in place: those that were saved beside it, or new ones if the
+    layout has all of their tensors. Unchanged if it has them already, or there are none.
+
+    Raises:
+        ValueError: if the layout does not have all, and they were not saved beside the network.
+    """
+    if not isinstance(model, PreTrainedModel | ModelMixin) or adapter_configs(model):
+        return model
+    if set(layout.names) <= model.state_dict().keys():
+        return model
+    folder = Path(getattr(model, "name_or_path", None) or getattr(model.config, "_name_or_path", "") or "")
+    if (folder / ADAPTER_FOLDER).is_dir():
+        return _load_beside(model, folder)
+    if not layout.adapters:
+        return model
+    model = add_adapters(model, layout.adapters)
+    missing = [name for name in adapter_names(model) if name not in layout.names]
+    if missing:
+        raise ValueError(
+            f"the base model's adapter has tensors that are not generated, such as '{missing[0]}', and its files are "
+            "missing; load the generator with PDiffPipeline.from_pretrained"
+        )
+    return model
+
+
+def _check_plain(path: str | os.PathLike) -> None:
+    """Raises a `ValueError` for an adapter that is right beside a changed base model only."""
+    file = find_adapter_config_file(str(path))
+    if file is not None:
+        check_base_unchanged(json.loads(Path(file).read_text(encoding="utf-8")), str(path))
 
 
 def without_wrapper(model: nn.Module) -> nn.Module:
@@ -92,32 +176,185 @@ def without_wrapper(model: nn.Module) -> nn.Module:
     return inner
 
 
-def save_adapter(model: PreTrainedModel, folder: str | os.PathLike) -> None:
+@dataclass
+class AdapterWeights:
+    """
+    Adapters of one network, without the network.
+
+    Args:
+        adapters (`dict`): By the names of the adapters, the configuration of each, and its tensors by the names that
+            PEFT's files have for them.
+        component (`str`, *optional*): What diffusers calls the network in a pipeline, `unet` or `transformer`, if it is
+            one of diffusers.
+    """
+
+    adapters: dict[str, tuple[dict, dict[str, torch.Tensor]]]
+    component: str | None = None
+
+    def save_pretrained(self, folder: str | os.PathLike) -> None:
+        """
+        Writes a folder that `PeftModel.from_pretrained` reads, or one for each adapter with a name; for a network of
+        diffusers, also the file that `load_lora_weights` reads.
+        """
+        for name, (config, tensors) in self.adapters.items():
+            place = Path(folder) if name == "default" else Path(folder, name)
+            place.mkdir(parents=True, exist_ok=True)
+            settings = {"inference_mode": True} | config
+            (place / ADAPTER_CONFIG).write_text(json.dumps(settings, indent=2, sort_keys=True), encoding="utf-8")
+            tensors = {key: tensor.cpu().contiguous() for key, tensor in tensors.items()}
+            save_file(tensors, place / "adapter_model.safetensors", {"format": "pt"})
+            base = config.get("base_model_name_or_path")
+            named = f"base_model: {base}\n" if base and is_hub_id(base) else ""
+            (place / "README.md").write_text(
+                f"---\n{named}library_name: peft\ntags:\n- pdiff-hf\n- neural-network-weights\n---\n"
+                "An adapter that was generated with pdiff_hf.\n",
+                encoding="utf-8",
+            )
+            if self.component:
+                own = {f"{self.component}.{key.removeprefix(PEFT_PREFIX)}": tensor for key, tensor in tensors.items()}
+                described = {f"{self.component}.{key}": value for key, value in config.items()}
+                metadata = {"format": "pt", "lora_adapter_metadata": json.dumps(described, sort_keys=True)}
+                save_file(own, place / "pytorch_lora_weights.safetensors", metadata)
+
+
+def is_hub_id(name: str) -> bool:
+    """Whether a name can be an id on the Hub, and is no folder here."""
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return not os.path.exists(name)
+
+
+def adapter_weights(
+    layout: ParameterLayout, tensors: Mapping[str, torch.Tensor], model: nn.Module | None = None
+) -> AdapterWeights:
+    """
+    Generated adapters.
+
+    Args:
+        tensors (`Mapping[str, torch.Tensor]`): Of the layout.
+        model (`nn.Module`, *optional*): The base model, for what its adapters have beside the tensors of the layout,
+            and for configurations that a layout of an older release lacks.
+    """
+    names = dict(zip(layout.names, layout.aliases, strict=True))
+    everything = dict(tensors)
+    if model is not None:
+        of_model, state = adapter_names(model), model.state_dict()
+        names = {n: of_model.get(n, aliases) for n, aliases in names.items()}
+        others = {name: aliases for name, aliases in of_model.items() if name not in names}
+        everything |= {name: state[name] for name in others}
+        names |= others
+    configs = dict(layout.adapters) or ({} if model is None else adapter_configs(model))
+    if not configs:
+        raise ValueError("this generator is not one of adapters, or of an older release without its base model")
+    found: dict[str, tuple[dict, dict[str, torch.Tensor]]] = {name: (config, {}) for name, config in configs.items()}
+    for name, aliases in names.items():
+        for alias in aliases:
+            adapter = alias.removeprefix(ADAPTER).partition("/")[0]
+            if alias.startswith(ADAPTER) and adapter in found:
+                found[adapter][1][file_name(alias)] = everything[name]
+    of_diffusers = isinstance(model, ModelMixin) or any(".transformer_blocks." in name for name in layout.names)
+    is_unet = any(name.startswith(("down_blocks.", "mid_block.", "up_blocks.")) for name in layout.names)
+    return AdapterWeights(found, ("unet" if is_unet else "transformer") if of_diffusers else None)
+
+
+def save_adapter(model: nn.Module, folder: str | os.PathLike) -> None:
     """Writes the adapters of a network as PEFT does: those with a name in a folder of that name."""
-    # Embeddings are those of the base model.
-    model.peft_wrapper[0].save_pretrained(str(folder), save_embedding_layers=False)
+    nothing = ParameterLayout(("none",), ((),), ("float32",), (), adapter_configs(model))
+    AdapterWeights(adapter_weights(nothing, {}, model).adapters).save_pretrained(folder)
 
 
-def save_network(model: PreTrainedModel, folder: str | os.PathLike) -> None:
-    """Writes a network whole: such that `from_pretrained` loads it, and its adapters, if it has any, in a folder."""
+def plain_network(model: Any) -> Any:
+    """A network of the same weights without its adapters."""
+    if hasattr(model, "peft_wrapper"):
+        from peft import get_base_model_state_dict
+
+        state = get_base_model_state_dict(model.peft_wrapper[0])
+    else:
+        adapters = adapter_names(model)
+        state = {name.replace(".base_layer.", "."): t for name, t in model.state_dict().items() if name not in adapters}
+    with torch.device("meta"):
+        is_own = isinstance(model, PreTrainedModel)
+        plain = type(model)(model.config) if is_own else type(model).from_config(model.config)
+    plain.load_state_dict(state, assign=True)
+    return plain
+
+
+def save_network(model: Any, folder: str | os.PathLike) -> None:
+    """
+    Writes a network: such that `from_pretrained` loads it, and its adapters, if it has any, in a folder. Of a network
+    with adapters that is on the Hub with the same weights, only where that is (see [`find_reference`]).
+    """
     if not has_adapters(model):
         model.save_pretrained(folder)
         return
-    from peft import get_base_model_state_dict
-
-    with torch.device("meta"):
-        plain = type(model)(model.config)
-    plain.load_state_dict(get_base_model_state_dict(model.peft_wrapper[0]), assign=True)
-    plain.save_pretrained(folder)
+    reference = find_reference(model)
+    if reference is None:
+        plain_network(model).save_pretrained(folder)
+    else:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        Path(folder, REFERENCE).write_text(json.dumps(reference, indent=2), encoding="utf-8")
     save_adapter(model, Path(folder, ADAPTER_FOLDER))
 
 
-def load_network(folder: str | os.PathLike, model_class: Any) -> PreTrainedModel:
+def load_network(folder: str | os.PathLike, model_class: Any, **kwargs: Any) -> Any:
     """What `save_network` wrote, in evaluation mode; `model_class` is the network's own, or one of the auto classes."""
-    model = model_class.from_pretrained(folder)
-    adapters = Path(folder, ADAPTER_FOLDER)
+    reference = Path(folder, REFERENCE)
+    if reference.is_file():
+        model = load_reference(json.loads(reference.read_text(encoding="utf-8")), **kwargs)
+    else:
+        model = model_class.from_pretrained(folder, **kwargs)
+    return _load_beside(model, Path(folder))
+
+
+def _load_beside(model: Any, folder: Path) -> Any:
+    """Puts the adapters that were saved beside a network into it."""
+    adapters = folder / ADAPTER_FOLDER
     if (adapters / ADAPTER_CONFIG).is_file():
         model = load_adapter(model, adapters)
     for config in sorted(adapters.glob(f"*/{ADAPTER_CONFIG}")):
         model = load_adapter(model, config.parent, config.parent.name)
     return model.eval()
+
+
+def find_reference(model: Any) -> dict[str, str] | None:
+    """
+    Where on the Hub a network with adapters is, without them: `id`, `revision`, `class` and `dtype`. None unless it was
+    loaded from there and all of its weights are those of the files in the Hub's cache, which are compared one at a
+    time; a fresh head, say, is nowhere else.
+    """
+    name, revision = getattr(model, "name_or_path", ""), getattr(model.config, "_commit_hash", None)
+    if not isinstance(model, PreTrainedModel) or not name or not revision or not is_hub_id(name):
+        return None
+    try:
+        cached = Path(snapshot_download(name, revision=revision, local_files_only=True, allow_patterns="*.safetensors"))
+    except (LocalEntryNotFoundError, OSError, ValueError):
+        return None
+    state = plain_network(model).state_dict()
+    places = {}
+    for file in sorted(cached.glob("*.safetensors")):
+        with safe_open(file, framework="pt") as opened:
+            names = set(opened.keys())
+            for key in names & state.keys():
+                places[key] = opened.get_tensor(key).to(state[key]).equal(state[key])
+    by_memory = {tensor.data_ptr() for name, tensor in state.items() if places.get(name)}
+    same = all(places.get(name, tensor.data_ptr() in by_memory) for name, tensor in state.items() if tensor.numel())
+    dtype = str(model.dtype).removeprefix("torch.")
+    return {"id": name, "revision": revision, "class": type(model).__name__, "dtype": dtype} if same else None
+
+
+def load_reference(reference: Mapping[str, str], **kwargs: Any) -> PreTrainedModel:
+    """
+    The network that `find_reference` has found, from the Hub or its cache; `kwargs` are those of `from_pretrained`,
+    such as `dtype`, `device_map` or `quantization_config`.
+
+    Raises:
+        ValueError: if its class is not one of transformers.
+        OSError: if it cannot be had.
+    """
+    model_class = getattr(transformers, str(reference.get("class")), None)
+    if not isinstance(model_class, type) or not issubclass(model_class, PreTrainedModel):
+        raise ValueError(f"the base model's class {reference.get('class')!r:.100} is not a network of transformers")
+    settings = {"dtype": getattr(torch, reference["dtype"])} | kwargs
+    return model_class.from_pretrained(reference["id"], revision=reference["revision"], **settings)

@@ -8,7 +8,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel, TimmWrapperForImageClassification
 
 from ..models.condition import Condition
-from ..networks.adapters import has_adapters, save_adapter
+from ..networks.adapters import adapter_weights, has_adapters, save_adapter
 from ..networks.batch_norm import RecomputedStatistics
 from ..pipelines import PDiffPipeline
 from ..tasks import Task
@@ -26,17 +26,19 @@ def write_networks(
     temperature: float | None = None,
     seed: int,
     only_generated: bool,
+    adapters: bool = False,
     condition: Condition | None = None,
     task: Task | None = None,
 ) -> None:
     """
     Samples networks and writes each to a folder that `from_pretrained` loads, or, with `only_generated`, its generated
-    tensors to one safetensors file.
+    tensors to one safetensors file. Of a generator of adapters, the adapters, for which no base model is needed.
 
     Args:
         source (`str`): Folder of a run or of a saved `PDiffPipeline`, or a Hub id.
         folder (`Path`): Must not hold generated networks yet.
         num_inference_steps, temperature (*optional*): By default those of the pipeline's report.
+        adapters (`bool`, *optional*, defaults to `False`): Refuse a generator of anything else than adapters.
         condition (`Mapping`, *optional*): What is known of the task, for a generator with conditions.
         task (`Task`, *optional*): The statistics of batch norm are recomputed for each network on its training data.
 
@@ -53,10 +55,13 @@ def write_networks(
     pipe.set_progress_bar_config(desc="sampling", leave=False)
     if task is not None and only_generated:
         raise ValueError("statistics of batch norm are those of whole networks; leave --only_generated out")
-    if pipe.base_model is None and not only_generated:
+    of_adapters = has_adapters(pipe.base_model) or bool(pipe.autoencoder.layout.adapters)
+    if adapters and not of_adapters:
+        raise ValueError("--adapters is for a generator of adapters of PEFT, and this one generates other tensors")
+    if pipe.base_model is None and not only_generated and not of_adapters:
         raise ValueError("this generator has no base model to complete its networks with; use --only_generated")
     size = 4 * pipe.autoencoder.layout.num_parameters
-    if pipe.base_model is not None and not only_generated:
+    if pipe.base_model is not None and not only_generated and not of_adapters:
         size = sum(t.numel() * t.element_size() for t in pipe.base_model.state_dict().values())
     free = free_space(folder)
     if size * num_models > free:
@@ -89,6 +94,8 @@ def write_networks(
         with replacing(folder / (f"{name}.safetensors" if only_generated else name)) as part:
             if only_generated:
                 save_file({names.get(name, name): tensor for name, tensor in state_dict.items()}, part)
+            elif of_adapters:
+                adapter_weights(layout, state_dict, pipe.base_model).save_pretrained(part)
             else:
                 save_network(pipe.make_model(state_dict), part)
 

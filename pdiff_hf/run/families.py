@@ -15,7 +15,7 @@ from ..evaluation.conditional import GENERATOR, ConditionalAudit, Cost, mean_net
 from ..evaluation.conditional_opponents import Regime, add_generic, add_hypernetwork, add_oracles
 from ..evaluation.render import format_summary
 from ..models import encode_in_batches
-from ..models.products import AdapterProducts, contracted
+from ..models.products import contracted
 from ..networks.stacked import StackedNetworks
 from ..pipelines import PDiffPipeline
 from ..pipelines.pipeline_pdiff import PDiffPipelineOutput
@@ -67,7 +67,7 @@ def regressed_latents(run: "Run") -> tuple[torch.Tensor, torch.Tensor]:
     r, family, autoencoder = run.recipe, run.family, run.autoencoder
     assert family is not None and r.regressed_networks
     networks = StackedNetworks(run.base_model, run.layout)
-    products = AdapterProducts(run.layout) if r.adapter_products else None
+    products = run.autoencoder.products
     seen, _, means = mean_networks(*known_snapshots(run), products)
     audit = ConditionalAudit(family, networks, {})
     ridge = audit.tuned_ridge(seen, means, run.conditions["validation"], products)
@@ -184,7 +184,7 @@ def evaluate(run: "Run", stage: "Stage") -> None:
         regime = make_regime(run, accelerator, networks)
         add_generators(run, audit, of_zoo, args)
         parameters, table = known_snapshots(run)
-        products = AdapterProducts(run.layout) if r.adapter_products else None
+        products = run.autoencoder.products
         audit.add_closed_form(
             parameters, table, run.conditions["validation"], Cost(of_zoo), seed=r.seed, products=products
         )

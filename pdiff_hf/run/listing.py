@@ -4,6 +4,7 @@ from collections.abc import Iterator
 
 import torch
 
+from ..models.products import AdapterProducts
 from ..selection import select_layout
 from ..training.estimate import estimate_autoencoder, estimate_denoiser
 from .folder import RunError
@@ -38,9 +39,10 @@ def describe_selection(recipe: Recipe, device: torch.device) -> Iterator[str]:
     yield ""
     if recipe.latent_dim > layout.num_parameters:
         raise RunError(f"latent_dim is {recipe.latent_dim}, more than the {layout.num_parameters} selected parameters")
+    vectors = AdapterProducts(layout, recipe.adapter_frame_size).layout if recipe.adapter_products else layout
     costs = {
         "autoencoder": estimate_autoencoder(
-            layout.num_parameters,
+            vectors.num_parameters,
             latent_dim=recipe.latent_dim,
             preset=recipe.autoencoder_preset,
             token_size=recipe.token_size,

@@ -180,6 +180,12 @@ class AutoencoderSection:
     adapter_products: bool = option(
         False, "Learn and compare LoRA adapters as the products BA of their factors, which are not unique."
     )
+    adapter_frame_size: int = option(
+        128,
+        "With adapter_products: products are kept by what they are between bases of at most this many rows and columns "
+        "that all adapters share; 0 for whole products.",
+        min=0,
+    )
     heldout_snapshots: float = option(
         0.1, "Share of the snapshots that generators never see, to measure R² on.", min=0, below=0.5
     )

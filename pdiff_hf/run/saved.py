@@ -14,6 +14,7 @@ from torch import nn
 from ..evaluation.compare import compare_generator
 from ..evaluation.scoring import make_scorer
 from ..layout import LayoutError, ParameterLayout
+from ..networks.adapters import with_adapters, without_wrapper
 from ..pipelines import PDiffPipeline
 from ..snapshots import load_snapshots, parameter_matrix, read_networks
 from ..tasks import Task
@@ -58,6 +59,8 @@ def evaluate_saved(source: str, recipe: Recipe) -> dict:
     pipeline = _load_pipeline(folder, layout) if Path(folder, PDiffPipeline.config_name).is_file() else None
     if pipeline is not None:
         pipeline.register_to_config(**recipe.sampling)
+        if pipeline.config.base_model_reference:
+            pipeline.load_base_model()
     carried = None if pipeline is None else pipeline.base_model
     if recipe.model is None and carried is None:
         raise ValueError(f"--model is needed: '{source}' does not carry the network that its tensors belong to")
@@ -112,12 +115,12 @@ def _load_pipeline(folder: str, layout: ParameterLayout) -> PDiffPipeline:
 def _load_model(task: Task, name: str, layout: ParameterLayout) -> nn.Module:
     """The network with its trained weights; without them if all of its tensors are replaced anyway."""
     torch.manual_seed(0)
-    model = task.load_base_model()
+    model = with_adapters(without_wrapper(task.load_base_model()), layout)
     frozen = [tensor for tensor in model.state_dict() if tensor not in layout.names]
     if not frozen:
         return model
     try:
-        return task.load_saved(name)
+        return with_adapters(without_wrapper(task.load_saved(name)), layout)
     except (OSError, ValueError) as error:
         raise ValueError(
             f"--model must be a folder or Hub id with the weights of the base model, because '{frozen[0]}' and "

@@ -70,11 +70,14 @@ def evaluate_saved_family(source: str, recipe: Recipe) -> dict:
     model = family.load_saved(model_name).to(PartialState().device)
     layout.check_fits(model.state_dict())
     networks = StackedNetworks(model, layout)
-    products = AdapterProducts(layout) if find_factors(layout) else None
 
     table = condition_table(dataset, fields)
     known = fields.known(table).all(1)
     table, parameters = table[known], parameter_matrix(dataset, layout)[known]
+    products = None if pipeline is None else pipeline.autoencoder.products
+    if products is None and find_factors(layout):
+        products = AdapterProducts(layout, recipe.adapter_frame_size)
+        products.fit(parameters, torch.arange(len(parameters)))
     sizes = {"validation": recipe.num_validation_tasks, "test": recipe.num_test_tasks}
     sizes |= dict.fromkeys(family.test_sets, recipe.num_test_tasks)
     keys = [family.key(condition) for condition in fields.conditions(table)]

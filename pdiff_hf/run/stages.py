@@ -147,12 +147,13 @@ def collect_from_files(
     check = FrozenCheck(run.base_model, run.layout, require_same=run.recipe.require_same_frozen)
     with run.resource_errors("import"), run.files.replacing(stage) as folder:
         folder.rmdir()
-        import_snapshots(paths, run.layout, folder, conditions=conditions, fields=fields, check=check)
+        adapters = import_snapshots(paths, run.layout, folder, conditions=conditions, fields=fields, check=check)
         if align:
             _align(run, folder)
     results = {
         "imported_from": [str(path) for path in paths],
         "aligned": align,
+        "adapters": adapters,
         "frozen": check.report(run.task),
         "barrier": _check_basins(run),
     }
@@ -220,15 +221,21 @@ def fit_autoencoder(run: "Run") -> None:
         return
     with run.files.replacing(stage) as folder:
         autoencoder.save_pretrained(folder)
-    run.finish(stage.name, {"losses": losses.tolist()})
+    geometry = {} if autoencoder.adapter_geometry is None else {"adapters": autoencoder.adapter_geometry}
+    run.finish(stage.name, {"losses": losses.tolist()} | geometry)
 
 
 def architecture(run: "Run") -> dict[str, Any]:
     """Of the autoencoder, apart from the length of a latent."""
     r = run.recipe
-    vectors = AdapterProducts(run.layout).layout if r.adapter_products else run.layout
-    settings = autoencoder_architecture(r.autoencoder_preset, vectors.num_parameters, r.token_size, len(run.seen))
-    return settings | ({"adapter_products": True} if r.adapter_products else {})
+    if not r.adapter_products:
+        return autoencoder_architecture(r.autoencoder_preset, run.layout.num_parameters, r.token_size, len(run.seen))
+    # K adapters of rank r span no more than K r rows and columns.
+    frame_size = min(r.adapter_frame_size, len(run.seen) * max(AdapterProducts(run.layout).ranks.values())) or None
+    products = AdapterProducts(run.layout, frame_size)
+    length, size = products.layout.num_parameters, r.token_size
+    settings = autoencoder_architecture(r.autoencoder_preset, length, size, len(run.seen), products.has_frames)
+    return settings | {"adapter_products": True, "adapter_frame_size": frame_size}
 
 
 def fit_denoiser(run: "Run") -> None:

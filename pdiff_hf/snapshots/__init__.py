@@ -1,6 +1,7 @@
 """Where snapshots come from and the parameter data set that keeps them."""
 
 from .alignment import align_snapshots
+from .canonical import adapter_layout
 from .collect import CollectArguments, collect_snapshots, train_base_model
 from .dataset import SnapshotError, SnapshotWriter, load_snapshots, parameter_matrix
 from .files import import_snapshots, read_networks
@@ -16,6 +17,7 @@ __all__ = [
     "SnapshotError",
     "SnapshotRecorder",
     "SnapshotWriter",
+    "adapter_layout",
     "align_snapshots",
     "collect_snapshots",
     "find_hidden_units",

@@ -15,7 +15,7 @@ import pyarrow as pa
 import torch
 from datasets.arrow_writer import ArrowWriter
 
-from ..layout import LayoutError, ParameterLayout
+from ..layout import ParameterLayout
 from ..models.condition import Condition, Fields
 from ..utils.errors import first_line
 from ..utils.files import sync
@@ -36,6 +36,8 @@ LAYOUT_FEATURES = datasets.Features(
     dtype=datasets.Value("string"),
     aliases=datasets.List(datasets.Value("string")),
 )
+# Of the adapters of PEFT that tensors belong to, in the first row.
+ADAPTERS_FEATURE = {"adapters": datasets.Value("string")}
 FIELDS_FEATURES = datasets.Features(name=datasets.Value("string"), field=datasets.Value("string"))
 FIELDS_CONFIG = """- config_name: fields
   data_files: fields/*
@@ -121,6 +123,10 @@ class SnapshotWriter:
         )
         return self
 
+    def find(self, parameters: torch.Tensor) -> int | None:
+        """The row that was written with these parameters, `(D,)`; None if there is none."""
+        return self._rows_by_digest.get(_digest(parameters))
+
     def write(
         self, parameters: torch.Tensor, *, step: int, seed: int, condition: Condition | None = None, **metrics: Any
     ) -> None:
@@ -141,13 +147,12 @@ class SnapshotWriter:
             )
         values = parameters.detach().to("cpu", torch.float32).contiguous().numpy()
         check_finite(values[None], self.layout, first_row=row)
-        digest = hashlib.blake2b(values.tobytes(), digest_size=16).digest()
-        if digest in self._rows_by_digest:
+        if (equal := self.find(parameters)) is not None:
             raise SnapshotError(
-                f"snapshot {row} (step {step}) equals snapshot {self._rows_by_digest[digest]} in every parameter; are "
+                f"snapshot {row} (step {step}) equals snapshot {equal} in every parameter; are "
                 "the selected tensors being trained, and is the learning rate above 0?"
             )
-        self._rows_by_digest[digest] = row
+        self._rows_by_digest[_digest(parameters)] = row
         if condition and not self.fields:
             raise SnapshotError(
                 "a condition was given, but the data set was made without fields; pass fields=Fields(...)"
@@ -161,11 +166,7 @@ class SnapshotWriter:
                 raise SnapshotError("no snapshot was written")
             if exception_type is None:
                 self._writer.finalize()
-                with ArrowWriter(path=str(self._part / LAYOUT_FILE), features=LAYOUT_FEATURES) as writer:
-                    columns = (self.layout.names, self.layout.shapes, self.layout.dtypes, self.layout.aliases)
-                    for values in zip(*columns, strict=True):
-                        writer.write(dict(zip(LAYOUT_FEATURES, values, strict=True)))
-                    writer.finalize()
+                self._write_layout()
                 if self.fields:
                     (self._part / FIELDS_FILE).parent.mkdir()
                     with ArrowWriter(path=str(self._part / FIELDS_FILE), features=FIELDS_FEATURES) as writer:
@@ -184,6 +185,21 @@ class SnapshotWriter:
                 self._writer.close()  # which writes again, and fails again where the disk is full
             finally:
                 shutil.rmtree(self._part, ignore_errors=True)
+
+    def _write_layout(self) -> None:
+        layout, adapters = self.layout, json.dumps(dict(self.layout.adapters)) if self.layout.adapters else None
+        features = datasets.Features(LAYOUT_FEATURES | (ADAPTERS_FEATURE if adapters else {}))
+        columns = (layout.names, layout.shapes, layout.dtypes, layout.aliases)
+        with ArrowWriter(path=str(self._part / LAYOUT_FILE), features=features) as writer:
+            for i, values in enumerate(zip(*columns, strict=True)):
+                row = dict(zip(LAYOUT_FEATURES, values, strict=True))
+                writer.write(row | ({"adapters": "" if i else adapters} if adapters else {}))
+            writer.finalize()
+
+
+def _digest(parameters: torch.Tensor) -> bytes:
+    values = parameters.detach().to("cpu", torch.float32).contiguous().numpy()
+    return hashlib.blake2b(values.data, digest_size=16).digest()
 
 
 def check_finite(parameters: np.ndarray, layout: ParameterLayout, first_row: int = 0) -> None:
@@ -229,8 +245,9 @@ def load_snapshots(path: str | os.PathLike, **kwargs: Any) -> tuple[datasets.Dat
             tuple(row["shape"] for row in rows),
             tuple(row["dtype"] for row in rows),
             tuple(row.get("aliases") or () for row in rows),
+            json.loads(rows[0].get("adapters") or "{}") if rows else {},
         )
-    except (KeyError, LayoutError) as error:
+    except (KeyError, ValueError) as error:
         raise SnapshotError(f"the layout of '{path}' cannot be used: {error}") from error
     feature = dataset.features.get("parameters")
     if feature != datasets.List(datasets.Value("float32"), length=layout.num_parameters):

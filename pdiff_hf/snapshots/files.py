@@ -3,6 +3,7 @@
 import os
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,10 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 
 from ..layout import LayoutError, ParameterLayout
 from ..models.condition import Condition, Fields
+from ..selection import check_adapters
 from ..utils.paths import expand_path
+from .adapters import ADAPTER_CONFIG, DIFFUSERS_FILE, Notes, find_adapters, read_config
+from .canonical import canonical_adapter
 from .dataset import (
     DATA_FILE,
     SnapshotError,
@@ -24,10 +28,15 @@ from .dataset import (
     parameter_matrix,
 )
 from .frozen import FrozenCheck
-from .readers import ADAPTER_CONFIG, SUFFIXES, find_adapters, open_network, read_tensors
+from .readers import SUFFIXES, adapter_reader, open_network, open_tensors, read_tensors
 
 # A folder with one of these is one network; others are folders of networks.
-MARKS = ("config.json", ADAPTER_CONFIG, "trainer_state.json", "model.safetensors.index.json")
+MARKS = ("config.json", ADAPTER_CONFIG, DIFFUSERS_FILE, "trainer_state.json", "model.safetensors.index.json")
+# What `Trainer` saves beside networks.
+_NO_NETWORK = re.compile(r"(training_args|optimizer|scheduler|scaler|rng_state\w*)\.(bin|pt|pth)")
+_ONE_NETWORK = re.compile(r"(checkpoint|network)-\d+")
+# Folders of folders are looked through to this depth, as that of `datasets--owner--name/snapshots/commit` is.
+MAX_DEPTH = 4
 _HUB_ID = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(?:/(?P<subfolder>[\w./-]+))?(?:@(?P<revision>[\w./-]+))?")
 
 
@@ -40,7 +49,7 @@ def import_snapshots(
     fields: Fields | None = None,
     check: FrozenCheck | None = None,
     **hub_kwargs: Any,
-) -> None:
+) -> dict[str, Any]:
     """
     Writes the parameter data set `folder` from networks that were saved during other training runs, one row each.
 
@@ -50,8 +59,11 @@ def import_snapshots(
             - a state dict: `.safetensors`, or `.pt`, `.pth` or `.bin` that `torch.load(weights_only=True)` reads, which
               may hold it under a key such as `state_dict`, `model` or `model_ema`;
             - a folder that `save_pretrained` or `Trainer` wrote, of a network or of PEFT adapters of any method;
-            - a folder with `checkpoint-N` folders, taken by N, or of state dicts or such folders, in natural order
-              of their names;
+            - a file of a LoRA adapter that diffusers or kohya has written, or a folder with
+              `pytorch_lora_weights.safetensors`;
+            - a folder with `checkpoint-N` folders, taken by N, and after them the adapter that training has left beside
+              them; or of state dicts or such folders, and folders of these (`runs/TASK/checkpoint-N`, the Hub's cache),
+              in natural order of their names;
             - a folder with a parameter data set, as [`SnapshotRecorder`] writes it, of which all rows are taken with
               their steps and conditions;
             - a Hub id `owner/name`, with a subfolder (`owner/name/checkpoint-500`) or a revision
@@ -67,8 +79,15 @@ def import_snapshots(
         check (`FrozenCheck`, *optional*): Is shown each network, to compare what is not selected.
         hub_kwargs: For `huggingface_hub.snapshot_download`, such as `token`.
 
+    LoRA adapters may have other scalings, ranks and modules than the layout's: see
+    [`~pdiff_hf.snapshots.adapters`]. A network that equals an earlier one is left out with a warning.
+
     The column `step` is the number that a file's or folder's name ends in, or its place in the list; `seed` counts the
     folders that the files lie in, as each is taken to be a run of its own.
+
+    Returns:
+        `dict`: What was done to adapters (`scaled`, `padded`, ...), and the `copies` that were left out; empty if
+        nothing was.
 
     Raises:
         SnapshotError: for a file that cannot be read, is a pickle with more than tensors in it, or gives a snapshot
@@ -87,31 +106,54 @@ def import_snapshots(
         for network in _expand(path, hub_kwargs)
     ]
     runs: dict[Path, int] = {}
+    notes, names, reader = Notes(), [], adapter_reader(layout)
+    if not layout.adapters:
+        layout = replace(layout, adapters=_first_config(found))
     with SnapshotWriter(folder, layout, fields=fields) as writer:
         for position, (name, path, condition) in enumerate(found):
             try:
                 if _is_data_set(path):
-                    _copy_rows(path, writer, runs.setdefault(path, len(runs)))
+                    names += [str(path)] * _copy_rows(path, writer, runs.setdefault(path, len(runs)))
                     continue
                 with open_network(path, layout) as tensors:
-                    vector = layout.flatten(read_tensors(tensors, layout))
+                    vector = layout.flatten(read_tensors(tensors, layout, reader, str(path), notes))
                     if check is not None:
-                        check.compare(path, tensors)
-                seed = runs.setdefault(path.parent, len(runs))
+                        check.compare(path, tensors, notes)
+                    else:
+                        for unused in reader.unused(tensors):
+                            notes.left_out.setdefault(unused, set()).add(str(path))
+                    bases = (file.config.get("base_model_name_or_path") for file in tensors.files.values())
+                    notes.base_models.update(str(base) for base in bases if base)
+                if (copy := writer.find(vector)) is not None:
+                    notes.copies[str(path)] = names[copy]
+                    continue
+                run = path if any(path.glob("checkpoint-*")) else path.parent
+                seed = runs.setdefault(run, len(runs))
                 writer.write(vector, step=_step(name, position), seed=seed, condition=condition)
+                names.append(str(path))
             except (SnapshotError, LayoutError) as error:
                 raise type(error)(f"'{path}': {error}") from error
+    return notes.report()
+
+
+def _first_config(found: Sequence[tuple]) -> dict[str, dict]:
+    """The configuration of the first network's adapters, by which a layout without one is read."""
+    for _, path, *_ in found[:1]:
+        if path.is_dir():
+            return {name: read_config(place / ADAPTER_CONFIG) for name, place in find_adapters(path).items()}
+    return {}
 
 
 def _is_data_set(path: Path) -> bool:
     return (path / DATA_FILE).is_file()
 
 
-def _copy_rows(folder: Path, writer: SnapshotWriter, seed: int) -> None:
-    """Writes all rows of a parameter data set, with their conditions."""
+def _copy_rows(folder: Path, writer: SnapshotWriter, seed: int) -> int:
+    """Writes all rows of a parameter data set, with their conditions, and returns their number."""
     dataset, layout = load_snapshots(folder)
     if layout != writer.layout:
         raise LayoutError("the data set has snapshots of other tensors than are selected")
+    check_adapters(layout, writer.layout.adapters)
     fields = load_fields(folder)
     if fields != writer.fields:
         raise SnapshotError(f"the conditions of the data set have the fields {fields}, and not {writer.fields}")
@@ -119,6 +161,7 @@ def _copy_rows(folder: Path, writer: SnapshotWriter, seed: int) -> None:
     conditions = fields.conditions(condition_table(dataset, fields))
     for row, step, condition in zip(parameter_matrix(dataset, layout, minimum=1), steps, conditions, strict=True):
         writer.write(row, step=step, seed=seed, condition=condition)
+    return len(dataset)
 
 
 def read_networks(path: str | os.PathLike, layout: ParameterLayout) -> torch.Tensor:
@@ -130,15 +173,19 @@ def read_networks(path: str | os.PathLike, layout: ParameterLayout) -> torch.Ten
         SnapshotError: for a file that cannot be read, or holds values that are not finite; names the file.
         LayoutError: for a file whose tensors do not fit the layout; names the file and the tensor.
     """
-    found = [file for _, file in _expand(path, {})]
+    found = _expand(path, {})
     parameters = torch.empty(len(found), layout.num_parameters)
-    for row, file in zip(parameters, found, strict=True):
+    if not layout.adapters:
+        layout = replace(layout, adapters=_first_config(found))
+    reader, notes = adapter_reader(layout), Notes()
+    for row, (_, file) in zip(parameters, found, strict=True):
         try:
             with open_network(file, layout) as tensors:
-                row.copy_(layout.flatten(read_tensors(tensors, layout)))
+                row.copy_(layout.flatten(read_tensors(tensors, layout, reader, str(file), notes)))
             check_finite(row[None].numpy(), layout)
         except (SnapshotError, LayoutError) as error:
             raise type(error)(f"'{file}': {error}") from error
+    notes.report()
     return parameters
 
 
@@ -148,16 +195,39 @@ def beside(table: str | os.PathLike, name: str) -> str:
     return str(path) if path.exists() else expand_path(name)
 
 
-def find_adapter(paths: Sequence[str | os.PathLike]) -> str | None:
-    """The folder of the first adapter of PEFT among networks that [`import_snapshots`] could read, if there is one."""
-    for path in paths[:1]:
-        for _, network in _expand(path, {})[:1]:
-            folders = find_adapters(network).values() if network.is_dir() else ()
-            return next(map(str, folders), None)
-    return None
+def find_adapter(paths: Sequence[str | os.PathLike], folder: str | os.PathLike, model: str | None = None) -> str | None:
+    """
+    The adapter that a base model needs so that networks can be imported for it: for adapters of PEFT, one with room for
+    all; see [`~pdiff_hf.snapshots.canonical.canonical_adapter`]. None for other networks.
+
+    Args:
+        folder (`str` or `os.PathLike`): Where it is written.
+        model (`str`, *optional*): The base model. If it is itself the folder of an adapter, that comes first.
+
+    Raises:
+        SnapshotError: for adapters that cannot be read, or have no configuration.
+        ValueError: for adapters that are different networks with the same tensors.
+    """
+    folders = [] if model is None or not Path(model, ADAPTER_CONFIG).is_file() else [Path(model)]
+    has_own = bool(folders)
+    for path in [path for one in paths for _, path in _expand(one, {}) if not _is_data_set(path)]:
+        if path.is_dir():
+            folders += find_adapters(path).values()
+            continue
+        with open_tensors(path) as tensors:
+            described = tensors.files.get("default")
+        if described is not None and described.scaling is None and has_own:
+            return None  # it is taken to be scaled as that adapter
+        if described is not None and not (described.config and path.with_name(ADAPTER_CONFIG).is_file()):
+            raise SnapshotError(
+                f"'{path}' is an adapter without its {ADAPTER_CONFIG}, which says how it is scaled; give the folder "
+                "that has both, or as --model an adapter that is scaled alike"
+            )
+        folders += [] if described is None else [path.parent]
+    return str(canonical_adapter(list(dict.fromkeys(folders)), Path(folder))) if folders[has_own:] else None
 
 
-def _expand(path: str | os.PathLike, hub_kwargs: Mapping) -> list[tuple[str, Path]]:
+def _expand(path: str | os.PathLike, hub_kwargs: Mapping, depth: int = MAX_DEPTH) -> list[tuple[str, Path]]:
     """The checkpoints that `path` stands for: what each is called, and the file, or the folder of one network."""
     local = Path(path)
     if local.is_file():
@@ -166,17 +236,28 @@ def _expand(path: str | os.PathLike, hub_kwargs: Mapping) -> list[tuple[str, Pat
         return _expand_hub(str(path), hub_kwargs)
     if _is_data_set(local):
         return [(local.name, local)]
-    checkpoints = [child for child in local.iterdir() if re.fullmatch(r"checkpoint-\d+", child.name)]
-    if not checkpoints and any((local / name).is_file() for name in MARKS):
-        return [(local.name, local)]
-    if not checkpoints:
-        checkpoints = [child for child in local.iterdir() if child.suffix in SUFFIXES]
-    if not checkpoints:  # as scripts/generate.py writes them; adapters with a name lie in a folder of that name
-        marks = (*MARKS, f"*/{ADAPTER_CONFIG}")
-        checkpoints = [child for child in local.iterdir() if any(any(child.glob(mark)) for mark in marks)]
-    if not checkpoints:
+    found = _look_through(local, depth)
+    if not found:
         raise SnapshotError(f"'{path}' has no checkpoint-N folders and no {', '.join(SUFFIXES)} files")
-    return [(child.stem, child) for child in sorted(checkpoints, key=_natural_order)]
+    return found
+
+
+def _look_through(folder: Path, depth: int) -> list[tuple[str, Path]]:
+    own = [(folder.name, folder)] if any((folder / name).is_file() for name in MARKS) else []
+    children = sorted((child for child in folder.iterdir() if not child.name.startswith(".")), key=_natural_order)
+    checkpoints = [(child.stem, child) for child in children if re.fullmatch(r"checkpoint-\d+", child.name)]
+    if checkpoints:  # an adapter beside them is the end of the same run
+        return checkpoints + (own if (folder / ADAPTER_CONFIG).is_file() else [])
+    # Of one network, adapters with a name lie in folders of that name.
+    if own or (_ONE_NETWORK.fullmatch(folder.name) and any(folder.glob(f"*/{ADAPTER_CONFIG}"))):
+        return own or [(folder.stem, folder)]
+    found = []
+    for child in children:
+        if child.suffix in SUFFIXES and not _NO_NETWORK.fullmatch(child.name):
+            found.append((child.stem, child))
+        elif child.is_dir() and depth:
+            found += _look_through(child, depth - 1)
+    return found
 
 
 def _expand_hub(path: str, hub_kwargs: Mapping) -> list[tuple[str, Path]]:

@@ -3,7 +3,6 @@
 import copy
 import logging
 import math
-from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -13,10 +12,11 @@ from ..layout import ParameterLayout
 from ..networks.batched import BatchedModels
 from ..selection import STATISTICS
 from ..tasks import ClassificationTask, Task, accuracy
-from ..tensor_names import match_names, shared_tensors
+from ..tensor_names import adapter_configs, adapter_names, shared_tensors
 from ..utils.files import without_nan
+from .adapters import AdapterReader, Notes
 from .dataset import SnapshotError
-from .readers import open_network, read_tensors
+from .readers import NetworkTensors, adapter_reader, open_network, read_tensors
 
 logger = logging.getLogger(__name__)
 
@@ -45,16 +45,29 @@ class FrozenCheck:
             if tensor.is_floating_point() and name not in layout.names and name not in shared
         }
         self._differences: dict[Path, tuple[float, str]] = {}
+        aliases = adapter_names(model)
+        shapes = [tuple(tensor.shape) for tensor in self._frozen.values()]
+        self._reader = AdapterReader(
+            list(self._frozen), shapes, [aliases.get(name, ()) for name in self._frozen], adapter_configs(model)
+        )
 
-    def compare(self, path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
+    def compare(self, path: Path, tensors: NetworkTensors, notes: Notes) -> None:
         """
-        Notes the largest difference between a network and the base model. Tensors that a file lacks do not count.
+        Notes the largest difference between a network and the base model. Tensors that a file lacks do not count, but
+        for the factors of a module that its adapter leaves as it is.
 
         Raises:
             SnapshotError: for a difference, if there must be none; names the tensor.
         """
-        matched = match_names(self._frozen, tensors)
-        found = {name: _difference(self._frozen[name], tensors[key]) for name, key in matched.items()}
+        read = self._reader.read(tensors, tensors.files, str(path), Notes())
+        found = {name: _difference(self._frozen[name], tensor) for name, tensor in read.items()}
+        for name in self._reader.unused(tensors, adapter_reader(self.layout)):
+            if self.require_same:
+                raise SnapshotError(
+                    f"tensor '{name}' of the adapter has no place in the base model; without it, it may be another "
+                    "network. Import without require_same_frozen to leave it out"
+                )
+            notes.left_out.setdefault(name, set()).add(str(path))
         name = max(found, key=lambda name: found[name], default=None)
         if name is None or found[name] <= MAX_DIFFERENCE:
             return
@@ -106,10 +119,8 @@ class FrozenCheck:
     def _score(self, task: ClassificationTask, path: Path) -> dict:
         with open_network(path, self.layout) as tensors:
             parameters = self.layout.flatten(read_tensors(tensors, self.layout))[None]  # (1, D)
-            matched = match_names(self._frozen, tensors)
-            own = {
-                name: tensors[key] for name, key in matched.items() if tensors[key].shape == self._frozen[name].shape
-            }
+            read = self._reader.read(tensors, tensors.files, str(path), Notes())
+            own = {name: tensor for name, tensor in read.items() if tensor.shape == self._frozen[name].shape}
         network = copy.deepcopy(self.model)
         network.load_state_dict(own, strict=False)
         models = {"own": network, "hybrid": self.model}

@@ -6,6 +6,7 @@ import re
 import zipfile
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,15 +16,27 @@ from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig
 
 from ..layout import EXACT_DTYPES, LayoutError, ParameterLayout, closest_names, some_names
-from ..tensor_names import ADAPTER, match_names, plain_name
+from ..lora import check_base_unchanged, scaling
+from ..tensor_names import ADAPTER, PEFT_PREFIX
 from ..utils.errors import first_line, limited_modules
+from .adapters import (
+    ADAPTER_CONFIG,
+    ADAPTER_FILES,
+    DIFFUSERS_FILE,
+    AdapterFile,
+    AdapterReader,
+    Notes,
+    describe_file,
+    find_adapters,
+    is_adapter,
+    match_tensors,
+    read_config,
+)
 from .dataset import SnapshotError
 
 SUFFIXES = (".safetensors", ".pt", ".pth", ".bin")
 # Where a folder has several of these, the first is read.
 WEIGHT_FILES = ("model.safetensors.index.json", "model.safetensors", "pytorch_model.bin")
-ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
-ADAPTER_CONFIG = "adapter_config.json"
 # Where training scripts keep the state dict among other things; of several, the first.
 NESTED = ("state_dict", "model_state_dict", "model", "state_dict_ema", "model_ema", "ema_state_dict", "ema", "module")
 MAX_DEPTH = 4
@@ -32,82 +45,85 @@ _REFUSED = re.compile(r"(?:GLOBAL|class|Type) ([\w.]+)")
 
 
 @contextmanager
-def open_network(path: Path, layout: ParameterLayout) -> Iterator[Mapping[str, torch.Tensor]]:
+def open_network(path: Path, layout: ParameterLayout) -> Iterator["NetworkTensors"]:
     """
     The tensors of a file, or of the folder of a network, by name; those of safetensors files are read when they are
-    asked for. Tensors of PEFT's adapters have the names that [`adapter_names`] gives them. Where a folder of
-    transformers lacks tensors of the layout, its network is loaded, because transformers gives some tensors other names
-    in its files.
+    asked for. Tensors of adapters have the names that [`adapter_names`] gives them, whether PEFT, diffusers or kohya
+    has written the file. Where a folder of transformers lacks tensors of the layout, its network is loaded, because
+    transformers gives some tensors other names in its files.
 
     Raises:
         SnapshotError: if a file cannot be read, or is a pickle with more than tensors in it.
     """
-    with ExitStack() as stack:
-        tensors: Mapping[str, torch.Tensor] = _open_folder(path, stack) if path.is_dir() else _open_file(path, stack)
-        if len(match_tensors(tensors, layout)) < len(layout.names) and (path / "config.json").is_file():
-            tensors = _load_pretrained(path)
+    with open_tensors(path, layout.names) as tensors:
+        missing = len(match_tensors(tensors, layout.names, layout.aliases)) < len(layout.names)
+        if missing and (path / "config.json").is_file():
+            loaded = _load_pretrained(path)
+            tensors = NetworkTensors({name: (loaded, name) for name in loaded})
         yield tensors
 
 
-def read_tensors(tensors: Mapping[str, torch.Tensor], layout: ParameterLayout) -> dict[str, torch.Tensor]:
+@contextmanager
+def open_tensors(path: Path, names: Iterable[str] = ()) -> Iterator["NetworkTensors"]:
+    """Like `open_network`, but for what the file has; `names` are those of a network that it may be for."""
+    with ExitStack() as stack:
+        yield _open_folder(path, stack, names) if path.is_dir() else _open_adapter(path, stack, names)
+
+
+def adapter_reader(layout: ParameterLayout) -> AdapterReader:
+    """Reads adapters as a layout has them."""
+    return AdapterReader(layout.names, layout.shapes, layout.aliases, layout.adapters)
+
+
+def read_tensors(
+    tensors: "NetworkTensors",
+    layout: ParameterLayout,
+    reader: AdapterReader | None = None,
+    what: str = "",
+    notes: Notes | None = None,
+) -> dict[str, torch.Tensor]:
     """
-    Those of `tensors` that the layout names, in its types, if that changes no value.
+    Those of `tensors` that the layout names, in its types, if that changes no value; those of adapters as
+    [`~pdiff_hf.snapshots.adapters.AdapterReader`] makes them fit, which notes what it did to the file `what`.
 
     Raises:
         LayoutError: names the first tensor that is missing, or has another shape or type.
     """
-    matched = match_tensors(tensors, layout)
-    read = {name: tensors[key] for name, key in matched.items()}
+    reader = reader or adapter_reader(layout)
+    read = reader.read(tensors, tensors.files, what, notes or Notes())
     missing = [name for name in layout.names if name not in read]
     if missing:
-        raise LayoutError(f"this file has no tensor '{missing[0]}'; {closest_names(missing[0], tensors)}")
+        raise LayoutError(
+            f"this file has no tensor '{missing[0]}'; {closest_names(missing[0], tensors)}{_why_missing(missing[0])}"
+        )
     layout.check_fits(read, "this file")
     dtypes = (EXACT_DTYPES[dtype] for dtype in layout.dtypes)
     return {name: _convert(name, read[name], dtype) for name, dtype in zip(layout.names, dtypes, strict=True)}
 
 
-def match_tensors(keys: Iterable[str], layout: ParameterLayout) -> dict[str, str]:
-    """For each name of the layout that a file has, by itself or by one of its aliases, the name in the file."""
-    keys = list(keys)
-    matched = match_names(layout.names, keys)
-    theirs = {_split(key)[0] for key in keys if key.startswith(ADAPTER)}
-    ours = {_split(alias)[0] for aliases in layout.aliases for alias in aliases if alias.startswith(ADAPTER)}
-
-    def in_file(alias: str) -> str:
-        if not alias.startswith(ADAPTER):
-            return alias
-        adapter, name = _split(alias)
-        if not theirs:  # the file of an adapter without its folder
-            return name
-        # What an adapter is called is up to who loads it.
-        return f"{ADAPTER}{next(iter(theirs)) if len(ours) == len(theirs) == 1 else adapter}/{name}"
-
-    missing = {
-        in_file(alias): name
-        for name, aliases in zip(layout.names, layout.aliases, strict=True)
-        for alias in aliases
-        if name not in matched
-    }
-    return matched | {missing[alias]: key for alias, key in match_names(missing, keys).items()}
+def _why_missing(name: str) -> str:
+    if ".original_module." not in name:
+        return ""
+    return (
+        ". That is the base model's own module, which adapters do not have; select the one that was trained with them: "
+        "'*.modules_to_save.*'"
+    )
 
 
-def find_adapters(folder: Path) -> dict[str, Path]:
-    """The folders of PEFT's adapters in the folder of a network, by their names."""
-    folders = {"default": folder} | {child.name: child for child in sorted(folder.iterdir())}
-    return {name: child for name, child in folders.items() if (child / ADAPTER_CONFIG).is_file()}
+class NetworkTensors(Mapping[str, torch.Tensor]):
+    """
+    Tensors that are read from safetensors files when they are asked for; `files` says of the adapters among them how
+    they are scaled.
+    """
 
-
-def _split(name: str) -> tuple[str, str]:
-    """The adapter and the name in its file, of a name in the terms of `adapter_names`."""
-    adapter, _, file_name = name.removeprefix(ADAPTER).partition("/")
-    return adapter, file_name
-
-
-class _LazyTensors(Mapping[str, torch.Tensor]):
-    """Tensors that are read from safetensors files when they are asked for."""
-
-    def __init__(self, sources: dict[str, tuple[Any, str]]):
+    def __init__(self, sources: dict[str, tuple[Any, str]], files: dict[str, AdapterFile] | None = None):
         self.sources = sources  # the file, or what it holds, and the name there
+        self.files = files or {}
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Of a tensor, which is not read for it."""
+        source, key = self.sources[name]
+        return tuple(source[key].shape if isinstance(source, Mapping) else source.get_slice(key).get_shape())
 
     def __getitem__(self, name: str) -> torch.Tensor:
         source, key = self.sources[name]
@@ -125,25 +141,48 @@ class _LazyTensors(Mapping[str, torch.Tensor]):
         return len(self.sources)
 
 
-def _open_folder(folder: Path, stack: ExitStack) -> _LazyTensors:
+def _open_folder(folder: Path, stack: ExitStack, names: Iterable[str]) -> NetworkTensors:
     sources: dict[str, tuple[Any, str]] = {}
+    files = {}
     if file := _first(folder, WEIGHT_FILES):
         sources |= _open_file(file, stack).sources
     for adapter, place in find_adapters(folder).items():
         if (file := _first(place, ADAPTER_FILES)) is None:
             raise SnapshotError(f"'{place}' has an {ADAPTER_CONFIG}, but no {' or '.join(ADAPTER_FILES)}")
         opened = _open_file(file, stack).sources
-        sources |= {f"{ADAPTER}{adapter}/{plain_name(name)}": source for name, source in opened.items()}
+        sources |= {f"{ADAPTER}{adapter}/{name.removeprefix(PEFT_PREFIX)}": s for name, s in opened.items()}
+        try:
+            config = read_config(place / ADAPTER_CONFIG)
+            check_base_unchanged(config, str(place))
+        except ValueError as error:
+            raise SnapshotError(str(error)) from error
+        files[adapter] = AdapterFile(config, partial(scaling, config))
+    if not sources and (file := _first(folder, (DIFFUSERS_FILE,))):
+        return _open_adapter(file, stack, names)
     if not sources:
         raise SnapshotError(f"the folder has no {', '.join(WEIGHT_FILES + ADAPTER_FILES)}")
-    return _LazyTensors(sources)
+    return NetworkTensors(sources, files)
+
+
+def _open_adapter(file: Path, stack: ExitStack, names: Iterable[str]) -> NetworkTensors:
+    """A file, with names as PEFT has them if it is that of a LoRA adapter."""
+    opened = _open_file(file, stack)
+    if not is_adapter(opened):
+        return opened
+    try:
+        renamed, description = describe_file(file, opened, names)
+        check_base_unchanged(description.config, str(file))
+    except ValueError as error:
+        raise SnapshotError(str(error)) from error
+    sources = {f"{ADAPTER}default/{n.removeprefix(PEFT_PREFIX)}": opened.sources[name] for name, n in renamed.items()}
+    return NetworkTensors(sources, {"default": description})
 
 
 def _first(folder: Path, names: Iterable[str]) -> Path | None:
     return next((folder / name for name in names if (folder / name).is_file()), None)
 
 
-def _open_file(file: Path, stack: ExitStack) -> _LazyTensors:
+def _open_file(file: Path, stack: ExitStack) -> NetworkTensors:
     if not file.is_file():  # a broken link, or what would wait for ever for someone to write into it
         raise SnapshotError("it is not a file")
     if file.suffix == ".json":
@@ -151,19 +190,19 @@ def _open_file(file: Path, stack: ExitStack) -> _LazyTensors:
     if file.suffix == ".safetensors":
         return _open_safetensors(file, stack)
     tensors = _load_pickle(file)
-    return _LazyTensors({name: (tensors, name) for name in tensors})
+    return NetworkTensors({name: (tensors, name) for name in tensors})
 
 
-def _open_safetensors(file: Path, stack: ExitStack) -> _LazyTensors:
+def _open_safetensors(file: Path, stack: ExitStack) -> NetworkTensors:
     try:
         opened = stack.enter_context(safe_open(file, framework="pt"))
         names = opened.keys()
-        return _LazyTensors({name: (opened, name) for name in names})
+        return NetworkTensors({name: (opened, name) for name in names})
     except (SafetensorError, OSError) as error:
         raise SnapshotError(f"{file.name} is not a whole safetensors file ({error})") from error
 
 
-def _open_shards(index: Path, stack: ExitStack) -> _LazyTensors:
+def _open_shards(index: Path, stack: ExitStack) -> NetworkTensors:
     try:
         # Names alone: a path would lead out of the folder.
         shards = {index.with_name(Path(shard).name) for shard in json.loads(index.read_text())["weight_map"].values()}
@@ -172,7 +211,7 @@ def _open_shards(index: Path, stack: ExitStack) -> _LazyTensors:
     sources: dict[str, tuple[Any, str]] = {}
     for shard in sorted(shards):
         sources |= _open_safetensors(shard, stack).sources
-    return _LazyTensors(sources)
+    return NetworkTensors(sources)
 
 
 def _load_pickle(file: Path) -> Mapping[str, torch.Tensor]:

@@ -53,7 +53,7 @@ class LabelledTask(DatasetTask, ClassificationTask):
 
     def __post_init__(self) -> None:
         if base := find_base(self.model):
-            self.model, self.adapter = base, self.model
+            self.model, self.adapter = base, self.adapter or self.model
 
     def _choose_label(self, features: Mapping[str, Any]) -> str:
         if list(features) == ["image"]:

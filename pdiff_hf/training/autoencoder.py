@@ -69,10 +69,12 @@ def train_autoencoder(
         layout.to_dict(), latent_dim=latent_dim, variational=kl_weight > 0, **architecture
     )
     seen = torch.arange(len(snapshots)) if seen is None else seen
-    autoencoder.fit_parameter_statistics(snapshots, normalization, rows=seen)
+    geometry = autoencoder.fit_parameter_statistics(snapshots, normalization, rows=seen)
+    if geometry is not None:
+        autoencoder.adapter_geometry = geometry.report()  # warnings come before anything is trained
     with torch.no_grad():  # what comes before the network never changes, so it is computed once
         tokens = torch.cat([autoencoder.tokenize(snapshots, rows) for rows in seen.split(BATCH_SIZE)])
-    basis = getattr(autoencoder, "token_basis", None)
+    basis, products = getattr(autoencoder, "token_basis", None), autoencoder.products
 
     def loss_function(model, indices, generator):
         output = model(tokens[indices].to(accelerator.device), **asdict(noise), generator=generator)
@@ -83,6 +85,7 @@ def train_autoencoder(
     if any(True for _ in autoencoder.parameters()):
         if basis is not None:  # training needs tokens alone
             autoencoder.token_basis = None
+        autoencoder.products = None
         losses = train(
             accelerator,
             autoencoder,
@@ -96,6 +99,7 @@ def train_autoencoder(
         )
     if basis is not None:
         autoencoder.token_basis = basis
+    autoencoder.products = products
     autoencoder.to("cpu").eval()
     autoencoder.fit_latent_statistics(tokens, scaling=latent_scaling)
     return autoencoder, losses

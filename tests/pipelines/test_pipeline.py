@@ -226,7 +226,7 @@ def test_a_failed_save_leaves_the_pipeline_before(base_model, tmp_path, monkeypa
         ({"num_models": True}, "num_models must be .* got True"),
         ({"generator": 0}, r"generator must be a torch.Generator, such as .*manual_seed\(0\).*, got 0"),
         ({"generator": [0]}, r"generator must be a torch.Generator.* got \[0\]"),
-        ({"output_type": "np"}, "output_type must be one of state_dict, pt, latent, model, got 'np'"),
+        ({"output_type": "np"}, "output_type must be one of state_dict, pt, latent, model, adapter, got 'np'"),
         ({"num_models": 3, "generator": [torch.Generator()]}, "one for each of the 3 models, got 1"),
         ({"num_models": 2, "latents": torch.zeros(2, 5)}, r"shape \(2, 6\), got \(2, 5\)"),
         ({"callback_on_step_end_tensor_inputs": ["images"]}, r"not \['images'\]"),

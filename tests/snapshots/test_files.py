@@ -241,11 +241,14 @@ def test_wrong_files(kind, error, message, networks, tmp_path):
     assert not (tmp_path / "snapshots").exists() and not (tmp_path / "touched").exists()
 
 
-def test_a_copy_is_refused(networks, tmp_path):
-    for name in ("a", "b"):
-        save_file(networks[0].state_dict(), tmp_path / f"{name}.safetensors")
-    with pytest.raises(SnapshotError, match="b.safetensors.*equals snapshot 0"):
-        import_snapshots([tmp_path / "a.safetensors", tmp_path / "b.safetensors"], LAYOUT, tmp_path / "snapshots")
+def test_a_copy_is_left_out(networks, tmp_path, caplog):
+    for name, network in zip("abc", (networks[0], networks[0], networks[1]), strict=True):
+        save_file(network.state_dict(), tmp_path / f"{name}.safetensors")
+    paths = [tmp_path / f"{name}.safetensors" for name in "abc"]
+    done = import_snapshots(paths, LAYOUT, tmp_path / "snapshots")
+    assert done == {"copies": {str(paths[1]): str(paths[0])}}
+    assert f"'{paths[1]}' is left out: it equals '{paths[0]}'" in caplog.text
+    assert torch.equal(parameter_matrix(*load_snapshots(tmp_path / "snapshots")), vectors(networks[:2]))
 
 
 # ------------------------------------------------------------------------------------------------------- other names

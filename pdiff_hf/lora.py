@@ -1,0 +1,89 @@
+"""What a configuration of PEFT says about its adapter, without PEFT and without the network it belongs to."""
+
+import math
+import re
+from collections.abc import Mapping
+from typing import Any
+
+# As PEFT names the factors of linear layers, convolutions and embeddings, in networks (`layer.lora_A.default.weight`)
+# and in its files (`layer.lora_A.weight`).
+FACTOR = re.compile(r"(?P<module>.*)\.(?P<kind>lora_(?:embedding_)?)(?P<letter>[AB])(?P<rest>\..*)?")
+# What of a configuration is folded into the factor B: adapters that differ in nothing else do the same.
+FOLDED = {"r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern"}
+# What says which tensors there are, where they come from or how they were trained, and not what they do.
+_NO_EFFECT = {
+    *("base_model_name_or_path", "revision", "inference_mode", "task_type", "auto_mapping", "peft_version"),
+    *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save", "bias"),
+    *("init_lora_weights", "init_weights", "lora_dropout", "rank_dropout", "module_dropout", "loftq_config"),
+    *("eva_config", "corda_config", "lora_ga_config", "velora_config", "runtime_config", "megatron_core"),
+    *("ensure_weight_tying", "fan_in_fan_out", "qalora_group_size"),
+    *("total_step", "tinit", "tfinal", "deltaT", "beta1", "beta2", "orth_reg_weight"),
+}
+_CHANGE_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+
+
+def factor_module(name: str) -> str | None:
+    """The module that a factor of LoRA is added to, without PEFT's prefix; None for any other tensor."""
+    match = FACTOR.fullmatch(name)
+    return None if match is None else match["module"].removeprefix("base_model.model.")
+
+
+def a_module(name: str) -> str | None:
+    """The module of a factor A, whose first dimension is the rank; None for any other tensor."""
+    match = FACTOR.fullmatch(name)
+    return factor_module(name) if match and match["letter"] == "A" else None
+
+
+def is_lora(config: Mapping[str, Any]) -> bool:
+    return config.get("peft_type", "LORA") == "LORA"
+
+
+def scaling(config: Mapping[str, Any], module: str, rank: int) -> float:
+    """What PEFT multiplies the product BA of a module by."""
+    if not is_lora(config):
+        return 1.0
+    patterns = config.get("alpha_pattern") or {}
+    # The first pattern that is the end of the module's name, as in PEFT's `get_pattern_key`.
+    key = next((key for key in patterns if re.match(rf"(.*\.)?({key})$", module)), None)
+    alpha = config.get("lora_alpha", 8) if key is None else patterns[key]
+    return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
+
+
+def plain_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A configuration as JSON has it, without what only one release of PEFT knows."""
+    plain = {}
+    for name, value in config.items():
+        value = sorted(value) if isinstance(value, set) else getattr(value, "value", value)
+        if value is not None and name not in ("auto_mapping", "runtime_config", "peft_version"):
+            plain[name] = value
+    return plain
+
+
+def different_effects(config: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
+    """The settings by which the same tensors are another adapter, apart from what can be folded into them."""
+    config, other = ({"peft_type": "LORA"} | dict(one) for one in (config, other))
+    ignored = _NO_EFFECT | (FOLDED if is_lora(config) and is_lora(other) else set())
+    return [
+        name
+        for name in dict.fromkeys((*config, *other))
+        if name not in ignored and (config.get(name) or None) != (other.get(name) or None)
+    ]
+
+
+def changed_base(config: Mapping[str, Any]) -> str | None:
+    """What has taken a part out of the base model's weights when the adapter was made; None if nothing has."""
+    if config.get("kasa_config"):
+        return "kasa_config"
+    start = config.get("init_lora_weights")
+    begins = isinstance(start, str) and start.lower().startswith(_CHANGE_THE_BASE)
+    return f"init_lora_weights={start}" if begins else None
+
+
+def check_base_unchanged(config: Mapping[str, Any], what: str) -> None:
+    """Raises a `ValueError` for an adapter that is right only beside a base model that was changed for it."""
+    if how := changed_base(config):
+        raise ValueError(
+            f"adapter '{what}' belongs to a base model whose weights its {how} has changed, so that beside the plain "
+            "one it is another network. Save it as plain LoRA, which PEFT does with "
+            "save_pretrained(FOLDER, path_initial_model_for_weight_conversion=THE_ADAPTER_BEFORE_TRAINING)"
+        )

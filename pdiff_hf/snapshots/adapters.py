@@ -1,0 +1,335 @@
+"""
+Adapters as files: what each does to its base model, in the terms of one layout and without the base model.
+
+A LoRA adapter adds `scaling · B A` to a weight. The scaling (`lora_alpha`, `use_rslora`, `alpha_pattern`) is folded
+into B, a smaller rank is filled up with zeros, and a module without an adapter has factors of zeros: the effects are
+the same.
+"""
+
+import json
+import logging
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from safetensors import safe_open
+
+from ..layout import LayoutError
+from ..lora import FACTOR, a_module, different_effects, factor_module, is_lora, scaling
+from ..tensor_names import ADAPTER, match_names, plain_name
+
+logger = logging.getLogger(__name__)
+
+ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
+# As `save_lora_weights` of diffusers' pipelines calls its file.
+DIFFUSERS_FILE = "pytorch_lora_weights.safetensors"
+# What diffusers and kohya put before the names of a pipeline's network.
+_NETWORKS = re.compile(r"(unet|transformer)\.|lora_unet_|lora_transformer_")
+# How else factors are called: by kohya, and by earlier releases of diffusers.
+_OTHER_NAMES = (
+    (re.compile(r"\.processor\.(to_[a-z]+)_lora\.(down|up)\b"), r".\1.lora_\2"),
+    (re.compile(r"\.lora\.(down|up)\b"), r".lora_\1"),
+    (re.compile(r"\.to_out\.lora_"), ".to_out.0.lora_"),
+    (re.compile(r"\.lora_(linear_layer\.)?down\b"), ".lora_A"),
+    (re.compile(r"\.lora_(linear_layer\.)?up\b"), ".lora_B"),
+)
+_ALPHA = re.compile(r"(.*)\.alpha")
+Scaling = Callable[[str, int], float]  # of a module and the rank there
+
+
+@dataclass
+class AdapterFile:
+    """
+    What the file of an adapter says of itself.
+
+    Args:
+        config (`dict`): Of PEFT; empty if there is none.
+        scaling (`Callable`, *optional*): Of a module and its rank; None if the file does not say.
+    """
+
+    config: Mapping[str, Any]
+    scaling: Scaling | None
+
+
+@dataclass
+class Notes:
+    """What was done to adapters so that they fit one layout: for each, the files."""
+
+    scaled: set[str] = field(default_factory=set)
+    padded: set[str] = field(default_factory=set)
+    absent: set[str] = field(default_factory=set)
+    unscaled: set[str] = field(default_factory=set)
+    left_out: dict[str, set[str]] = field(default_factory=dict)
+    copies: dict[str, str] = field(default_factory=dict)
+    base_models: Counter = field(default_factory=Counter)
+
+    def report(self) -> dict[str, Any]:
+        """For the record of an import; empty if nothing was done. Warns of what may make other networks."""
+        if self.unscaled:
+            logger.warning(
+                "%d adapters (such as '%s') have no %s, which says how their factors are scaled; they are taken to be "
+                "scaled as the base model's adapter",
+                len(self.unscaled),
+                min(self.unscaled),
+                ADAPTER_CONFIG,
+            )
+        for copy, first in self.copies.items():
+            logger.warning("'%s' is left out: it equals '%s' in every parameter", copy, first)
+        for name, files in sorted(self.left_out.items())[:3]:
+            logger.warning(
+                "tensor '%s' of %d adapters (such as '%s') is not used: the base model has no such tensor among those "
+                "that are selected or stay as they are. With it they may be other networks",
+                name,
+                len(files),
+                min(files),
+            )
+        known = {Path(name).name for name in self.base_models}
+        if len(known) > 1:
+            logger.warning(
+                "the adapters were trained for different base models, %s, and are used with one of them",
+                ", ".join(f"'{name}' ({count})" for name, count in self.base_models.most_common(4)),
+            )
+        found = {
+            "scaled": sorted(self.scaled),
+            "padded": sorted(self.padded),
+            "modules_absent": sorted(self.absent),
+            "scaling_unknown": sorted(self.unscaled),
+            "left_out": {name: sorted(files) for name, files in self.left_out.items()},
+            "copies": self.copies,
+            "base_models": dict(self.base_models) if len(known) > 1 else {},
+        }
+        return {name: value for name, value in found.items() if value}
+
+
+def read_config(file: Path) -> dict[str, Any]:
+    """
+    Raises:
+        ValueError: if the file is not the configuration of an adapter.
+    """
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+        if not isinstance(config.get("peft_type", "LORA"), str):
+            raise TypeError("peft_type is not a name")
+    except (ValueError, AttributeError, TypeError, OSError) as error:
+        raise ValueError(f"'{file}' is not the config of an adapter of PEFT ({error})") from error
+    return config
+
+
+def find_adapters(folder: Path) -> dict[str, Path]:
+    """The folders of PEFT's adapters in the folder of a network, by their names."""
+    folders = {"default": folder} | {child.name: child for child in sorted(folder.iterdir())}
+    return {name: child for name, child in folders.items() if (child / ADAPTER_CONFIG).is_file()}
+
+
+def is_adapter(names: Iterable[str]) -> bool:
+    """Whether tensors are those of the file of a LoRA adapter, whoever has written it."""
+    names = [_peft_name(name) for name in names if not _ALPHA.fullmatch(name)]
+    # In networks, the name of the adapter comes after the letter.
+    factors = [name for name in names if (m := FACTOR.fullmatch(name)) and m["rest"] in (None, ".weight")]
+    return len(factors) > len(names) / 2
+
+
+def describe_file(file: Path, tensors: Mapping[str, torch.Tensor], names: Iterable[str]) -> tuple[dict, AdapterFile]:
+    """
+    The file of a LoRA adapter: by the names in it, what PEFT would call the tensors; and how they are scaled.
+
+    Args:
+        names (`Iterable[str]`): Of the factors of a layout, which tell what is meant by kohya's names of modules, in
+            which dots are underscores.
+    """
+    modules = {m.replace(".", "_"): m for name in names if (m := factor_module(name))}
+    renamed, alphas = {}, {}
+    for name in tensors:
+        if alpha := _ALPHA.fullmatch(name):
+            alphas[_module(alpha[1], modules)] = float(tensors[name])
+            continue
+        match = FACTOR.fullmatch(_peft_name(name))
+        if match is None:
+            renamed[name] = _NETWORKS.sub("", name, count=1)
+        else:
+            rest = f".{match['kind']}{match['letter']}{match['rest'] or ''}"
+            renamed[name] = _module(match["module"], modules) + rest
+    config: dict[str, Any] = {}
+    scale: Scaling | None = None
+    beside = file.with_name(ADAPTER_CONFIG)
+    if alphas:
+
+        def scale(module: str, rank: int) -> float:
+            return alphas.get(module, rank) / rank
+
+    elif beside.is_file() and file.name in ADAPTER_FILES:
+        config = read_config(beside)
+    elif file.suffix == ".safetensors":
+        with safe_open(file, framework="pt") as opened:
+            saved = json.loads((opened.metadata() or {}).get("lora_adapter_metadata", "{}"))
+        config = {_NETWORKS.sub("", key, count=1): value for key, value in saved.items() if _NETWORKS.match(key)}
+    if config:
+        scale = partial(scaling, config)
+    return renamed, AdapterFile(config, scale)
+
+
+def _peft_name(name: str) -> str:
+    for pattern, replacement in _OTHER_NAMES:
+        name = pattern.sub(replacement, name)
+    return name
+
+
+def _module(name: str, modules: Mapping[str, str]) -> str:
+    short = _NETWORKS.sub("", name, count=1) if _NETWORKS.match(name) else name
+    return modules.get(short, short)
+
+
+def match_tensors(keys: Iterable[str], names: Sequence[str], aliases: Sequence[Sequence[str]]) -> dict[str, str]:
+    """
+    For each of the names of a network's tensors that a file has, by itself or by one of its aliases, the name in the
+    file; those in the files of adapters begin with `adapter:NAME/`.
+    """
+    keys = list(keys)
+    matched = match_names(names, keys)
+    in_files = {(_split(key)[0], plain_name(_split(key)[1])): key for key in keys if key.startswith(ADAPTER)}
+    theirs = {adapter for adapter, _ in in_files}
+    ours = {_split(alias)[0] for others in aliases for alias in others if alias.startswith(ADAPTER)} or {"default"}
+    # What an adapter is called is up to who loads it.
+    called = dict(zip(ours, theirs, strict=True)) if len(ours) == len(theirs) == 1 else {name: name for name in ours}
+    shared = {}
+    for name, others in zip(names, aliases, strict=True):
+        if name in matched:
+            continue
+        of_adapters = [_split(alias) for alias in others if alias.startswith(ADAPTER)]
+        for adapter, own in of_adapters or [("default", without_adapter(name))]:
+            if key := in_files.get((called.get(adapter, adapter), plain_name(own))):
+                matched[name] = key
+            elif of_adapters and not theirs:  # the file of another kind of adapter, without its folder
+                shared[own] = name
+        shared |= {alias: name for alias in others if not alias.startswith(ADAPTER)}
+    found = match_names([alias for alias, name in shared.items() if name not in matched], keys)
+    return {shared[alias]: key for alias, key in found.items()} | matched
+
+
+def without_adapter(name: str) -> str:
+    """What PEFT's files call a factor of a network: without the name of the adapter."""
+    match = FACTOR.fullmatch(name)
+    if match is None or match["rest"] is None:
+        return name
+    weight = ".weight" if match["rest"].endswith(".weight") else ""
+    return f"{match['module']}.{match['kind']}{match['letter']}{weight}"
+
+
+def _split(name: str) -> tuple[str, str]:
+    """The adapter and the name in its file, of a name in the terms of `adapter_names`."""
+    adapter, _, file_name = name.removeprefix(ADAPTER).partition("/")
+    return adapter, file_name
+
+
+class AdapterReader:
+    """
+    Reads the tensors of adapters as a network with adapters of its own has them.
+
+    Args:
+        names, shapes, aliases: Of the network's tensors.
+        adapters (`Mapping[str, dict]`): The configurations of its adapters; if empty, those of the first adapter that
+            is read.
+    """
+
+    def __init__(
+        self,
+        names: Sequence[str],
+        shapes: Sequence[tuple[int, ...]],
+        aliases: Sequence[Sequence[str]],
+        adapters: Mapping[str, dict],
+    ):
+        self.shapes = dict(zip(names, shapes, strict=True))
+        self.names, self.aliases, self.adapters = names, aliases, dict(adapters)
+        self.ranks = {module: self.shapes[name][0] for name in names if (module := a_module(name))}
+
+    def read(
+        self, tensors: Mapping[str, torch.Tensor], files: Mapping[str, AdapterFile], what: str, notes: Notes
+    ) -> dict[str, torch.Tensor]:
+        """
+        Those of the tensors that a file or network has, with what they do in this one. Tensors of another shape that
+        cannot be made to fit stay as they are.
+
+        Args:
+            files (`Mapping[str, AdapterFile]`): What the adapters among them say of themselves, by their names.
+            what (`str`): What the file is called in notes.
+
+        Raises:
+            LayoutError: for an adapter that does other things with its factors.
+        """
+        matched = match_tensors(tensors, self.names, self.aliases)
+        if files and not self.adapters:
+            self.adapters = {name: dict(file.config) for name, file in files.items() if file.config}
+        adapter_of = {name: _split(key)[0] for name, key in matched.items() if key.startswith(ADAPTER)}
+        for adapter in dict.fromkeys(adapter_of.values()):
+            own, theirs = self._config(adapter), files[adapter].config if adapter in files else None
+            different = different_effects(own, theirs) if own and theirs else []
+            if different:
+                name = different[0]
+                raise LayoutError(
+                    f"its adapter has {name}={theirs.get(name)!r}, and the base model's adapter "  # type: ignore[union-attr]
+                    f"{name}={own.get(name)!r}; such adapters are different networks with the same tensors, so import "  # type: ignore[union-attr]
+                    "them apart"
+                )
+        read = {}
+        for name, key in matched.items():
+            read[name] = self._fitted(name, tensors[key], adapter_of.get(name), files, what, notes)
+        of_lora = {factor_module(name) for name in adapter_of} - {None}
+        missing = [name for name in self.names if name not in read and factor_module(name)]
+        for name in missing if of_lora else []:
+            if factor_module(name) in of_lora:
+                continue  # a file with one of two factors
+            read[name] = torch.zeros(self.shapes[name])
+            notes.absent.add(what)
+        return read
+
+    def unused(self, tensors: Iterable[str], *others: "AdapterReader") -> list[str]:
+        """What the files of adapters hold that neither this network nor others have a place for."""
+        keys = [key for key in tensors if key.startswith(ADAPTER)]
+        used = {key for r in (self, *others) for key in match_tensors(keys, r.names, r.aliases).values()}
+        return [_split(key)[1] for key in keys if key not in used]
+
+    def _config(self, adapter: str) -> Mapping[str, Any] | None:
+        if adapter in self.adapters or len(self.adapters) != 1:
+            return self.adapters.get(adapter)
+        return next(iter(self.adapters.values()))
+
+    def _fitted(
+        self,
+        name: str,
+        tensor: torch.Tensor,
+        adapter: str | None,
+        files: Mapping[str, AdapterFile],
+        what: str,
+        notes: Notes,
+    ) -> torch.Tensor:
+        """A tensor of an adapter, scaled as this network's adapter scales it, and of its rank."""
+        match = FACTOR.fullmatch(name)
+        module = factor_module(name)
+        if adapter is None or match is None or module is None or adapter not in files:
+            return tensor
+        file, own, shape = files[adapter], self._config(adapter), self.shapes[name]
+        dim = 0 if match["letter"] == "A" else 1
+        rank = tensor.shape[dim] if tensor.ndim > dim else self.ranks.get(module, 1)
+        if file.scaling is None:
+            notes.unscaled.add(what)
+        elif own and match["letter"] == "B":
+            ratio = file.scaling(module, rank) / scaling(own, module, self.ranks.get(module, rank))
+            if ratio != 1:
+                tensor = tensor.float() * ratio
+                notes.scaled.add(what)
+        same = tensor.ndim == len(shape) and all(
+            a == b or i == dim for i, (a, b) in enumerate(zip(tensor.shape, shape, strict=True))
+        )
+        if same and tensor.ndim > dim and rank < shape[dim] and is_lora(file.config):
+            if file.config.get("target_parameters"):
+                raise LayoutError(f"tensor '{name}' belongs to experts, whose ranks must be the same")
+            notes.padded.add(what)
+            return F.pad(tensor, [0, 0] * (tensor.ndim - 1 - dim) + [0, shape[dim] - rank])
+        return tensor
