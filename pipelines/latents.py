@@ -2,35 +2,25 @@
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from os import PathLike
-from typing import TYPE_CHECKING, Any, SupportsIndex
+from typing import Any, SupportsIndex
 
 import torch
 from torch import nn
 
-from pdiff_hf.models import ConditionEncoder, ParameterAutoencoder
+from pdiff_hf.models import ParameterAutoencoder
 from pdiff_hf.models.autoencoder import encode_in_batches
 from pdiff_hf.networks.adapters import adapter_weights
 from pdiff_hf.networks.posterior import LossFunction
-from pdiff_hf.pipelines.networks import whole_number
+from pdiff_hf.pipelines.networks import NetworkMixin, whole_number
 from pdiff_hf.utils.blocks import in_blocks
 from pdiff_hf.utils.memory import InParts
 
-if TYPE_CHECKING:
-    from diffusers import DiffusionPipeline as Base
 
-    from pdiff_hf.pipelines.networks import NetworkMixin
-
-    class _Base(NetworkMixin, Base): ...
-
-else:  # diffusers takes a `pipeline.py` only if there is one class of pipelines in it
-    _Base = object
-
-
-class LatentMixin(_Base):
+class LatentMixin(NetworkMixin):
     """For a pipeline whose networks have latents of shape `(N, L)`."""
 
     autoencoder: ParameterAutoencoder
-    condition_encoder: ConditionEncoder | None
+    condition_encoder: Any  # a `ConditionEncoder`, or None
 
     def encode(
         self, networks: str | PathLike | Sequence[str | PathLike] | Mapping[str, torch.Tensor] | torch.Tensor

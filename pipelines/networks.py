@@ -45,8 +45,6 @@ class NetworkMixin(Base):
 
     autoencoder: ParameterAutoencoder
     base_model: nn.Module | None
-    decode_latents: Callable[[torch.Tensor], torch.Tensor]
-    decode_in_blocks: Callable[[torch.Tensor], Iterator[torch.Tensor]]
 
     def recompute_statistics(
         self, parameters: torch.Tensor, batch_norm_data: Iterable[Mapping[str, Any]] | None

@@ -24,7 +24,7 @@ from pdiff_hf.networks.posterior import LossFunction
 from pdiff_hf.pipelines.conditions import embed_conditions, prepare_conditions
 from pdiff_hf.pipelines.guidance import check_losses, guided_latents
 from pdiff_hf.pipelines.latents import LatentMixin
-from pdiff_hf.pipelines.networks import NetworkMixin, whole_number
+from pdiff_hf.pipelines.networks import whole_number
 from pdiff_hf.utils.blocks import in_blocks
 from pdiff_hf.utils.memory import InParts
 
@@ -46,7 +46,7 @@ class PDiffPipelineOutput(BaseOutput):
     parameters: list[dict[str, torch.Tensor]] | torch.Tensor | list[nn.Module]
 
 
-class PDiffPipeline(SavedPipeline, NetworkMixin, LatentMixin, DiffusionPipeline):
+class PDiffPipeline(SavedPipeline, LatentMixin, DiffusionPipeline):
     r"""
     Pipeline for generating network parameters by latent diffusion (Neural Network Diffusion, arXiv 2402.13144).
 

@@ -7,7 +7,7 @@ import os
 import shutil
 import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from diffusers import SchedulerMixin
 from huggingface_hub import snapshot_download
@@ -103,10 +103,12 @@ class SavedPipeline(Base):
             raise OSError(_no_pipeline(pretrained_model_name, error)) from error
         # The adapters beside a base model, which are no component of a pipeline.
         if not Path(folder, "base_model", ADAPTER_FOLDER).is_dir():
-            known = {name: kwargs.get(name) for name in ("cache_dir", "token", "local_files_only") if name in kwargs}
+            known: dict[str, Any] = {
+                key: kwargs[key] for key in kwargs if key in ("cache_dir", "token", "local_files_only")
+            }
+            pattern, revision = f"base_model/{ADAPTER_FOLDER}/*", Path(folder).name
             with contextlib.suppress(LocalEntryNotFoundError):
-                pattern = f"base_model/{ADAPTER_FOLDER}/*"
-                snapshot_download(pretrained_model_name, revision=Path(folder).name, allow_patterns=pattern, **known)
+                snapshot_download(str(pretrained_model_name), revision=revision, allow_patterns=pattern, **known)
         return folder
 
     @classmethod

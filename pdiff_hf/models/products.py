@@ -204,7 +204,7 @@ class AdapterProducts(nn.Module):
             if name == a:
                 break
             start += size
-        buffer = self.frame_right if side else self.frame_left
+        buffer: Any = self.frame_right if side else self.frame_left
         return buffer[start : start + size].view(self.sides[a][side], -1)
 
     def _product(self, a: str, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
@@ -268,9 +268,9 @@ class AdapterProducts(nn.Module):
             energy = here.diagonal().sum().item()
             whole += energy
             for side, (vectors, own, other) in enumerate(((columns, of_left, of_right), (lines.mT, of_right, of_left))):
-                if self.kept[a][side] is not None:
+                if number := self.kept[a][side]:
                     stored = self._stored(a, side)
-                    stored.copy_(_leading_directions(vectors, own, other, count, self.kept[a][side]))
+                    stored.copy_(_leading_directions(vectors, own, other, count, number))
             self._orthonormal.clear()
             if self.kept[a] == (None, None):
                 kept += energy

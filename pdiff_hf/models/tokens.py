@@ -113,6 +113,7 @@ class TokenModel(SavedModel):
         ends = list(itertools.accumulate(self.token_lengths or ()))  # where each token ends
         one_token = len(ends) == 1
         for i, (start, size) in enumerate(zip(self.vector_layout.offsets, self.vector_layout.sizes, strict=True)):
+            columns: Vectors
             if len(rows) * size <= MAX_VALUES:
                 columns, chosen, first = vectors[rows, start : start + size], torch.arange(len(rows)), 0
             else:

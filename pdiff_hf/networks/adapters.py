@@ -102,7 +102,7 @@ def _load_into_diffusers(model: ModelMixin, config: Any, folder: Path, name: str
     model.add_adapter(config, name)
     with safe_open(folder / "adapter_model.safetensors", framework="pt") as file:
         tensors = {key.removeprefix(PEFT_PREFIX): file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-    left = set_peft_model_state_dict(model, tensors, name).unexpected_keys
+    left = set_peft_model_state_dict(model, tensors, name).unexpected_keys  # type: ignore[attr-defined]
     if left:
         raise ValueError(f"the network has no {left[0]}")
     return model.eval()
@@ -353,8 +353,9 @@ def load_reference(reference: Mapping[str, str], **kwargs: Any) -> PreTrainedMod
         ValueError: if its class is not one of transformers.
         OSError: if it cannot be had.
     """
-    model_class = getattr(transformers, str(reference.get("class")), None)
+    model_class: Any = getattr(transformers, str(reference.get("class")), None)
     if not isinstance(model_class, type) or not issubclass(model_class, PreTrainedModel):
         raise ValueError(f"the base model's class {reference.get('class')!r:.100} is not a network of transformers")
     settings = {"dtype": getattr(torch, reference["dtype"])} | kwargs
-    return model_class.from_pretrained(reference["id"], revision=reference["revision"], **settings)
+    load: Any = model_class.from_pretrained
+    return load(reference["id"], revision=reference["revision"], **settings)

@@ -61,13 +61,13 @@ class FrozenCheck:
         """
         read = self._reader.read(tensors, tensors.files, str(path), Notes())
         found = {name: _difference(self._frozen[name], tensor) for name, tensor in read.items()}
-        for name in self._reader.unused(tensors, adapter_reader(self.layout)):
+        for unused in self._reader.unused(tensors, adapter_reader(self.layout)):
             if self.require_same:
                 raise SnapshotError(
-                    f"tensor '{name}' of the adapter has no place in the base model; without it, it may be another "
+                    f"tensor '{unused}' of the adapter has no place in the base model; without it, it may be another "
                     "network. Import without require_same_frozen to leave it out"
                 )
-            notes.left_out.setdefault(name, set()).add(str(path))
+            notes.left_out.setdefault(unused, set()).add(str(path))
         name = max(found, key=lambda name: found[name], default=None)
         if name is None or found[name] <= MAX_DIFFERENCE:
             return
