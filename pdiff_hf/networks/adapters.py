@@ -325,7 +325,7 @@ def find_reference(model: Any) -> dict[str, str] | None:
     time; a fresh head, say, is nowhere else.
     """
     name, revision = getattr(model, "name_or_path", ""), getattr(model.config, "_commit_hash", None)
-    if not isinstance(model, PreTrainedModel) or not name or not revision or not is_hub_id(name):
+    if not isinstance(model, PreTrainedModel) or not name or not is_hub_id(name):
         return None
     try:
         cached = Path(snapshot_download(name, revision=revision, local_files_only=True, allow_patterns="*.safetensors"))
@@ -340,7 +340,7 @@ def find_reference(model: Any) -> dict[str, str] | None:
                 places[key] = opened.get_tensor(key).to(state[key]).equal(state[key])
     by_memory = {tensor.data_ptr() for name, tensor in state.items() if places.get(name)}
     same = all(places.get(name, tensor.data_ptr() in by_memory) for name, tensor in state.items() if tensor.numel())
-    dtype = str(model.dtype).removeprefix("torch.")
+    dtype, revision = str(model.dtype).removeprefix("torch."), cached.name  # the commit, whatever it was asked for by
     return {"id": name, "revision": revision, "class": type(model).__name__, "dtype": dtype} if same else None
 
 
