@@ -43,16 +43,19 @@ def prepare_conditions(
         if condition.ndim != 2 or condition.shape[1] != length or len(condition) == 0:
             raise ConditionError(f"embeddings must have shape (M, {length}), got {tuple(condition.shape)}")
         return condition.repeat_interleave(num_models, 0)
-    if hasattr(condition, "iterrows"):  # a DataFrame; pandas itself is not needed here
-        condition = [row for _, row in condition.iterrows()]
-    if condition is None or isinstance(condition, Mapping) or hasattr(condition, "dropna"):
-        condition = [condition]
-    if isinstance(condition, str) or not isinstance(condition, Iterable):
-        raise ConditionError(f"condition is a mapping of fields, got {shown(condition)}; there is {encoder.fields}")
-    conditions = [_known(one) for one in condition]
+    given: Any = condition
+    if hasattr(given, "iterrows"):  # a DataFrame; pandas itself is not needed here
+        given = [row for _, row in given.iterrows()]
+    if given is None or isinstance(given, Mapping) or hasattr(given, "dropna"):
+        given = [given]
+    if isinstance(given, str) or not isinstance(given, Iterable):
+        raise ConditionError(f"condition is a mapping of fields, got {shown(given)}; there is {encoder.fields}")
+    conditions = [_known(one) for one in given]
     if not conditions:
         raise ConditionError("condition is an empty list; give at least one condition, or none at all")
-    return encoder.fields.table(conditions).repeat_interleave(num_models, 0)
+    table = encoder.fields.table(conditions)
+    encoder.warn_of_unlike_texts(table)
+    return table.repeat_interleave(num_models, 0)
 
 
 def _known(condition: Any) -> Condition:

@@ -89,7 +89,9 @@ def first_choice(encoder: ConditionEncoder) -> Choice:
 
     # Examples of numbers lie on the steps of their sliders; vectors say little unless they were seen.
     task = {name: field.example() for name, field in encoder.fields.items()}
-    task |= {name: value for name, value in kept.items() if isinstance(value, list)}
+    task |= {name: kept[name] for name, value in task.items() if name in kept and isinstance(value, list)}
+    for name, said in (encoder.config.seen_texts or {}).items():
+        task[name] = next(filter(None, said["texts"]), task[name])
     return Choice(task, tuple(encoder.fields))
 
 
@@ -120,7 +122,7 @@ def from_control(encoder: ConditionEncoder, name: str, value: Any) -> Any:
     if bits_of(encoder, name):
         return [float(i in value) for i in range(field.width)]
     try:
-        return [float(number) for number in value.replace(",", " ").split()]
+        return field.read(value)
     except ValueError as error:
         raise ValueError(f"'{name}' must be {field}: {error}") from error
 

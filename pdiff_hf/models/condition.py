@@ -1,5 +1,10 @@
 """The network that turns conditions into embeddings."""
 
+import logging
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from diffusers import ConfigMixin
@@ -17,8 +22,10 @@ from .fields import (
     Fields,
     ScalarField,
     VectorField,
+    shown,
 )
 from .saved import FORMAT_VERSION, SavedModel, check_format_version
+from .texts import TextField
 
 __all__ = [
     "AngleField",
@@ -30,21 +37,28 @@ __all__ = [
     "Field",
     "Fields",
     "ScalarField",
+    "TextField",
     "VectorField",
 ]
+
+# From fewer texts there is no telling how alike they are.
+FEWEST_TEXTS = 3
+
+logger = logging.getLogger(__name__)
 
 
 class ConditionEncoder(SavedModel, ConfigMixin):
     r"""
     Turns conditions into embeddings for a [`LatentDenoiser`], and knows which conditions were seen in training.
 
-    Angles enter as sine and cosine, numbers standardised, categories through an embedding each, vectors through a
-    linear map. There is no embedding for an unknown field: [`complete`] draws its value from the seen conditions.
+    Angles enter as sine and cosine, numbers standardised, categories through an embedding each, vectors and the
+    embeddings of texts through a linear map. There is no embedding for an unknown field: [`complete`] draws its value
+    from the seen conditions.
 
     Args:
         fields (`dict` or `list`): See [`Fields`].
         embedding_dim (`int`, *optional*, defaults to 128): E, the length of an embedding.
-        num_seen (`int`, *optional*, defaults to 0): Number of seen conditions, see [`remember`].
+        num_seen (`int`, *optional*, defaults to 0), seen_texts (`dict`, *optional*): See [`remember`].
         format_version (`int`, *optional*): Of the saved files, which carry it so that an older release can refuse them.
     """
 
@@ -56,6 +70,7 @@ class ConditionEncoder(SavedModel, ConfigMixin):
         fields: dict | list,
         embedding_dim: int = 128,
         num_seen: int = 0,
+        seen_texts: dict | None = None,
         format_version: int = FORMAT_VERSION,
     ):
         super().__init__()
@@ -72,15 +87,64 @@ class ConditionEncoder(SavedModel, ConfigMixin):
         self.register_buffer("feature_mean", torch.zeros(self.fields.num_features))
         self.register_buffer("feature_std", torch.ones(self.fields.num_features))
 
-    def remember(self, table: torch.Tensor) -> None:
-        """Keeps the seen conditions, a table of shape `(num_seen, width)`, and standardises features by them."""
-        self.register_to_config(num_seen=len(table))
+    def remember(
+        self, table: torch.Tensor, texts: Mapping[str, Sequence[Sequence[Mapping[str, Any]]]] | None = None
+    ) -> None:
+        """
+        Keeps the seen conditions, and standardises features by them.
+
+        Args:
+            table (`torch.Tensor`): Shape `(num_seen, width)`.
+            texts (`Mapping`, *optional*): For each field of texts, what describes each network, as
+                [`TextField.store`] has it. All of it must be in the table.
+        """
         self.seen_known = self.fields.known(table)
         self.seen = table.nan_to_num()
         complete = self.seen[self.seen_known.all(1)]
         if len(complete) > 1:
             std, mean = torch.std_mean(self.fields.features(complete), dim=0)
             self.feature_mean, self.feature_std = mean, torch.where(std > 0, std, 1.0)
+        said = {name: self._describe(name, networks) for name, networks in (texts or {}).items()}
+        self.register_to_config(num_seen=len(table), seen_texts=said or None)
+
+    def _describe(self, name: str, networks: Sequence[Sequence[Mapping[str, Any]]]) -> dict[str, Any]:
+        """The text of each row of `seen`, and how alike a text is at least to those of other networks."""
+        embeddings: dict[str, torch.Tensor] = {}
+        owners: dict[str, set[int]] = defaultdict(set)
+        for i, said in enumerate(networks):
+            for part in said or ():
+                embeddings[part["text"]] = torch.tensor(part["embedding"], dtype=torch.float32)
+                owners[part["text"]].add(i)
+        found = {embedding.numpy().tobytes(): text for text, embedding in embeddings.items()}
+        texts = [found.get(row.numpy().tobytes(), "") for row in self.seen[:, self.fields.columns[name]].cpu()]
+        alike = None
+        if len(embeddings) >= FEWEST_TEXTS:
+            stacked = F.normalize(torch.stack([*embeddings.values()]), dim=1)
+            others = torch.tensor([[not own & other for other in owners.values()] for own in owners.values()])
+            nearest = torch.where(others, stacked @ stacked.T, -1.0).max(1).values
+            alike = nearest.min().item()
+        return {"texts": texts, "alike": alike}
+
+    def warn_of_unlike_texts(self, table: torch.Tensor) -> None:
+        """Says which texts of a table, shape `(N, width)`, are less like seen ones than those are like each other."""
+        for name, said in (self.config.seen_texts or {}).items():
+            known = [i for i, text in enumerate(said["texts"]) if text]
+            given = table[:, self.fields.columns[name]]
+            given = F.normalize(given[~given.isnan().any(1)].unique(dim=0), dim=1)
+            if said["alike"] is None or not len(given):
+                continue
+            seen = F.normalize(self.seen[known][:, self.fields.columns[name]].to(given), dim=1)
+            for best, index in zip(*(given @ seen.T).max(1), strict=True):
+                if best < said["alike"]:
+                    logger.warning(
+                        "the '%s' is unlike all %d that were seen, so that its networks may be no better than others; "
+                        "the nearest is %s (similarity %.2f, seen ones have at least %.2f)",
+                        name,
+                        len(known),
+                        shown(said["texts"][known[int(index)]]),
+                        best,
+                        said["alike"],
+                    )
 
     @apply_forward_hook  # that moves an offloaded model to its device
     def complete(self, table: torch.Tensor, draws: torch.Tensor, num_neighbors: int | None = None) -> torch.Tensor:

@@ -74,9 +74,21 @@ class Field:
             raise ValueError("it is not finite")
         return [number]
 
+    def parse_all(self, value: Any) -> list[list[float]]:
+        """As `parse`, for each of several values that say the same."""
+        return [self.parse(value)]
+
     def format(self, columns: list[float]) -> Any:
         """The inverse of `parse`."""
         return columns[0]
+
+    def store(self, value: Any) -> Any:
+        """A value as the column of a data set has it, see `feature`; `parse_all` reads it again."""
+        return self.format(self.parse(value))
+
+    def read(self, text: str) -> Any:
+        """A value from what somebody has typed."""
+        return text
 
     def features(self, columns: torch.Tensor) -> torch.Tensor:
         """`(N, width)` to `(N, num_features)`, of about unit size."""
@@ -285,10 +297,13 @@ class VectorField(Field):
     def format(self, columns: list[float]) -> list[float]:
         return columns
 
+    def read(self, text: str) -> Any:
+        return [float(number) for number in text.replace(",", " ").split()]
+
     def features(self, columns: torch.Tensor) -> torch.Tensor:
         return columns
 
-    def example(self) -> list[float]:
+    def example(self) -> Any:
         return [1.0] + [0.0] * (self.length - 1)
 
     def feature(self) -> "datasets.List":
@@ -311,8 +326,8 @@ class Fields(Mapping[str, Field]):
 
     Args:
         fields (`Mapping[str, Field | Mapping]` or `Sequence[Mapping]`): A field, or what describes one in JSON: its
-            `type` (`scalar`, `angle`, `category` or `vector`) and the arguments of its class; in a list also its
-            `name`. There may be none: then all conditions are `{}`.
+            `type` (`scalar`, `angle`, `category`, `vector` or `text`) and the arguments of its class; in a list also
+            its `name`. There may be none: then all conditions are `{}`.
 
     Raises:
         ConditionError: for a description that does not describe a field.
@@ -344,7 +359,7 @@ class Fields(Mapping[str, Field]):
         except (TypeError, ValueError, KeyError) as error:
             raise ConditionError(
                 f"field '{name}' of a condition cannot be made from {field!r:.200} ({error}); it needs a type, one of "
-                f"{', '.join(FIELD_TYPES)}, with low and high, period, values, or length"
+                f"{', '.join(FIELD_TYPES)}, with low and high, period, values, length, or encoder"
             ) from error
 
     def __getitem__(self, name: str) -> Field:
@@ -374,10 +389,27 @@ class Fields(Mapping[str, Field]):
         Raises:
             ConditionError: for a field that there is not, or a value that a field cannot have; says what there is.
         """
-        rows = [self._row(condition) for condition in conditions]
+        rows = [[number for parts in self._parts(condition) for number in parts[0]] for condition in conditions]
         return torch.tensor(rows, dtype=torch.float32).view(len(rows), self.width)
 
-    def _row(self, condition: Condition) -> list[float]:
+    def alternatives(self, conditions: Iterable[Condition]) -> torch.Tensor:
+        """
+        As [`table`], with all that is said of each condition: shape `(N, K, width)`, where K is the most values that a
+        field has in one of them. Fewer values come several times.
+        """
+        rows = [self._parts(condition) for condition in conditions]
+        most = max((len(parts) for row in rows for parts in row), default=1)
+        table = [[[x for parts in row for x in parts[k % len(parts)]] for k in range(most)] for row in rows]
+        return torch.tensor(table, dtype=torch.float32).view(len(rows), most, self.width)
+
+    def stored(self, condition: Condition) -> dict[str, Any]:
+        """A condition as the columns of a data set have it."""
+        self._parts(condition)  # an error for what it cannot be
+        values = {name: condition.get(name) for name in self}
+        return {name: None if value is None else self[name].store(value) for name, value in values.items()}
+
+    def _parts(self, condition: Condition) -> list[list[list[float]]]:
+        """For each field, the columns of each of its values."""
         if not isinstance(condition, Mapping):
             raise ConditionError(f"a condition is a mapping of fields, got {shown(condition)}; there is {self}")
         unknown = [name for name in condition if name not in self]
@@ -385,14 +417,14 @@ class Fields(Mapping[str, Field]):
             raise ConditionError(
                 f"a condition has no field {unknown[0]!r}{nearest(str(unknown[0]), self)}; there is {self}"
             )
-        row = []
+        parts = []
         for name, field in self.items():
             value = condition.get(name)
             try:
-                row += [math.nan] * field.width if value is None else field.parse(value)
+                parts.append([[math.nan] * field.width] if value is None else field.parse_all(value))
             except (TypeError, ValueError, OverflowError) as error:
                 raise ConditionError(f"'{name}' must be {field}, got {shown(value)} ({error})") from error
-        return row
+        return parts
 
     def named(self, table: torch.Tensor) -> "Conditions":
         """The columns of a table by name."""
@@ -436,7 +468,7 @@ class Words(torch.Tensor):
     other operations give plain tensors.
     """
 
-    __torch_function__ = torch._C._disabled_torch_function_impl
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
     words: tuple[str, ...]
 
     @classmethod
@@ -499,7 +531,7 @@ class Conditions(Mapping[str, torch.Tensor]):
         column = column.reshape(-1, *[1] * (self._ndim - 1))
         return column if field.choices is None else Words.of(column, field.choices)
 
-    def __getattr__(self, name: str) -> torch.Tensor:
+    def __getattr__(self, name: str) -> Any:
         if name.startswith("_") or name not in self.fields:
             hint = "" if name.startswith("_") else f"{nearest(name, self.fields)}; there is {self.fields}"
             raise AttributeError(f"conditions have no field {name!r}{hint}")

@@ -2,28 +2,33 @@
 
 import logging
 import os
-from collections import Counter
+from collections.abc import Mapping
 from typing import Any
 
-from ..models.condition import ConditionError, Fields
-from ..models.fields import nearest
-from .tables import Column, read_column, read_numbers, read_table, read_vectors
+from ..models.condition import ConditionError, Field, Fields, TextField
+from ..models.fields import nearest, shown
+from ..models.texts import DEFAULT_TEXT_ENCODER
+from .tables import Column, read_column, read_numbers, read_table, read_texts, read_vectors
 
 RESERVED = ("parameters", "step", "seed")  # columns of a parameter data set
 
 logger = logging.getLogger(__name__)
 
 
-def read_conditions(path: str | os.PathLike, fields: Fields | None = None) -> tuple[dict[str, dict[str, Any]], Fields]:
+def read_conditions(
+    path: str | os.PathLike, fields: Fields | None = None, *, text_encoder: str = DEFAULT_TEXT_ENCODER
+) -> tuple[dict[str, dict[str, Any]], Fields]:
     """
     Reads a CSV file whose first column names networks (a path or an adapter id), and whose others are fields: numbers,
     words, or lists of numbers. A column `name:angle` holds angles in degrees, `name:category` words as they stand, even
-    where they look like numbers or like missing values. An empty cell is unknown; in a column of numbers or lists, so
-    is what pandas takes for missing. See [`~pdiff_hf.snapshots.tables.read_table`].
+    where they look like numbers or like missing values, `name:text` descriptions in words: one, a JSON list of them, or
+    one in each of several rows of a network. An empty cell is unknown; in a column of numbers or lists, so is what
+    pandas takes for missing. See [`~pdiff_hf.snapshots.tables.read_table`].
 
     Args:
         fields (`Fields`, *optional*): What the columns must be. By default types, ranges and words are those that
             occur; what was understood is logged.
+        text_encoder (`str`, *optional*): Of columns `name:text`, see [`TextField`].
 
     Returns:
         `tuple`: The condition of each network, and the fields.
@@ -36,19 +41,24 @@ def read_conditions(path: str | os.PathLike, fields: Fields | None = None) -> tu
     for row, name in first:
         if not name:
             raise ConditionError(f"'{path}', row {row}: the first column must name a network, and it is empty")
-    name, count = Counter(first.cells).most_common(1)[0]
-    if count > 1:
-        raise ConditionError(f"'{path}' names {name!r} more than once")
     values: dict[str, list[Any]] = {}
-    found = {}
+    found: dict[str, Field] = {}
     for column in columns:
         if column.name in RESERVED:
             raise column.error(f"a field cannot be called {', '.join(RESERVED)}")
-        if fields is None:
-            values[column.name], found[column.name] = read_column(column)
-        else:
+        if fields is not None:
             values[column.name] = _of_field(column, fields)
-    conditions = {name: {field: values[field][i] for field in values} for i, name in enumerate(first.cells)}
+        elif column.kind == "text":
+            values[column.name], found[column.name] = read_texts(column), TextField(encoder=text_encoder)
+        else:
+            values[column.name], found[column.name] = read_column(column)
+    conditions: dict[str, dict[str, Any]] = {}
+    for i, (row, name) in enumerate(first):
+        condition = {field: values[field][i] for field in values}
+        if name in conditions:
+            _merge(f"'{path}', row {row}: {name!r}", conditions[name], condition, fields or found)
+        else:
+            conditions[name] = condition
     if fields is None:
         fields = Fields(found)
         unknown = {name: cells.count(None) for name, cells in values.items()}
@@ -64,11 +74,28 @@ def read_conditions(path: str | os.PathLike, fields: Fields | None = None) -> tu
     return conditions, fields
 
 
+def _merge(where: str, condition: dict[str, Any], more: Mapping[str, Any], fields: Mapping[str, Field]) -> None:
+    """Adds the descriptions of another row of a network."""
+    texts = [name for name in more if isinstance(fields[name], TextField)]
+    if not texts:
+        raise ConditionError(f"{where} is named more than once")
+    for name, value in more.items():
+        if name in texts:
+            condition[name] = [*(condition[name] or []), *(value or [])] or None
+        elif value != condition[name]:
+            raise ConditionError(
+                f"{where} has another '{name}' than before ({shown(value)}, {shown(condition[name])}); only its "
+                "descriptions can differ"
+            )
+
+
 def _of_field(column: Column, fields: Fields) -> list[Any]:
     """The values of a column whose field is known."""
     if column.name not in fields:
         raise column.error(f"there is no such field{nearest(column.name, fields)}; there is {fields}")
     field = fields[column.name]
+    if isinstance(field, TextField):
+        return read_texts(column)
     if field.bounds:
         return read_numbers(column)
     return [cell or None for cell in column.cells] if field.choices else read_vectors(column)

@@ -157,7 +157,7 @@ class SnapshotWriter:
             raise SnapshotError(
                 "a condition was given, but the data set was made without fields; pass fields=Fields(...)"
             )
-        (columns,) = self.fields.conditions(self.fields.table([condition or {}]))
+        columns = self.fields.stored(condition or {})
         self._writer.write({"parameters": values, "step": step, "seed": seed, **metrics, **columns})
 
     def __exit__(self, exception_type, exception, traceback) -> None:
@@ -280,7 +280,12 @@ def load_fields(path: str | os.PathLike, **kwargs: Any) -> Fields:
 
 def condition_table(dataset: datasets.Dataset, fields: Fields) -> torch.Tensor:
     """The conditions of all rows as a table of shape `(N, width)`, NaN where a field is unknown."""
-    return fields.table(dataset.select_columns(list(fields)) if fields else [{}] * len(dataset))
+    return fields.table(condition_columns(dataset, fields))
+
+
+def condition_columns(dataset: datasets.Dataset, fields: Fields) -> Sequence[Condition]:
+    """The conditions of all rows, as the data set has them: of a text, with all that describe the network."""
+    return list(dataset.select_columns(list(fields))) if fields else [{}] * len(dataset)
 
 
 def _read_arrow(file: Path) -> datasets.Dataset:

@@ -22,7 +22,7 @@ from .dataset import (
     SnapshotError,
     SnapshotWriter,
     check_finite,
-    condition_table,
+    condition_columns,
     load_fields,
     load_snapshots,
     parameter_matrix,
@@ -158,7 +158,7 @@ def _copy_rows(folder: Path, writer: SnapshotWriter, seed: int) -> int:
     if fields != writer.fields:
         raise SnapshotError(f"the conditions of the data set have the fields {fields}, and not {writer.fields}")
     steps = dataset["step"][:]
-    conditions = fields.conditions(condition_table(dataset, fields))
+    conditions = condition_columns(dataset, fields)
     for row, step, condition in zip(parameter_matrix(dataset, layout, minimum=1), steps, conditions, strict=True):
         writer.write(row, step=step, seed=seed, condition=condition)
     return len(dataset)

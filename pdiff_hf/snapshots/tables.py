@@ -1,6 +1,7 @@
 """Tables that people have: the cells of a CSV file, and what numbers, vectors and words stand in them."""
 
 import io
+import json
 import os
 import re
 from collections import defaultdict
@@ -188,12 +189,31 @@ def read_column(column: Column) -> tuple[list, Field]:
         return values, AngleField()
     if len(known) == 1:
         raise column.error(f"it is {known[0]:g} for all networks, which says nothing; leave it out")
-    if len(set(np.float32(known))) < len(known):
+    if len(set(np.array(known, dtype=np.float32).tolist())) < len(known):
         raise column.error(
             "some of its numbers are equal in single precision: if they are not quantities but names, call it "
             f"'{column.name}:category'"
         )
     return values, ScalarField(known[0], known[-1])
+
+
+def read_texts(column: Column) -> list[list[str] | None]:
+    """Descriptions in words, one or several as a JSON list. Raises a `ConditionError` if there are none."""
+    texts: list[list[str] | None] = []
+    for row, cell in column:
+        found = [cell] if cell else None
+        if cell.startswith("["):
+            try:
+                found = json.loads(cell)
+            except ValueError:
+                pass  # words in brackets
+            else:
+                if not found or not all(isinstance(text, str) and text.strip() for text in found):
+                    raise column.error(f"{shown(cell)} is not a list of texts", row)
+        texts.append(found)
+    if not any(texts):
+        raise column.error("it is empty")
+    return texts
 
 
 def _is_missing(cell: str) -> bool:

@@ -85,8 +85,8 @@ def train_denoiser(
 
     Args:
         encoder (`ConditionEncoder`, *optional*): Of conditions; it is trained along, in place.
-        table (`torch.Tensor`, *optional*): With an encoder, the conditions of the snapshots, shape `(N, width)`.
-            Unknown fields are drawn anew at every step.
+        table (`torch.Tensor`, *optional*): With an encoder, the conditions of the snapshots, shape `(N, width)`, or
+            `(N, K, width)`, of which one is drawn anew at every step. So are unknown fields.
         condition_dropout (`float`, *optional*, defaults to 0): Share of conditions that are replaced by "no condition",
             for classifier-free guidance.
 
@@ -112,7 +112,11 @@ def train_denoiser(
         rows, dropped = None, None
         if encoder is not None and table is not None:
             draws = torch.rand(2, len(clean), generator=generator, device=clean.device)
-            rows = encoder.complete(table[indices].to(clean.device), draws[0])
+            rows = table[indices].to(clean.device)
+            if rows.ndim == 3:
+                ways = torch.randint(rows.shape[1], (len(rows),), generator=generator, device=clean.device)
+                rows = rows[torch.arange(len(rows), device=clean.device), ways]
+            rows = encoder.complete(rows, draws[0])
             dropped = draws[1] < condition_dropout if condition_dropout > 0 else None
         return denoising_loss(model, scheduler, clean, generator, rows, dropped)
 

@@ -5,15 +5,17 @@ import torch
 from safetensors.torch import save_file
 from support.blobs import Net
 from support.scripts import run_script
+from support.texts import make_text_encoder
 from torch import nn
 
 from pdiff_hf.layout import LayoutError
 from pdiff_hf.models import ConditionError
-from pdiff_hf.models.condition import Fields
+from pdiff_hf.models.condition import Fields, TextField
+from pdiff_hf.models.texts import load_text_encoder
 from pdiff_hf.selection import select_layout
 from pdiff_hf.snapshots import SnapshotError, SnapshotRecorder, import_snapshots, load_snapshots, parameter_matrix
 from pdiff_hf.snapshots.conditions import read_conditions
-from pdiff_hf.snapshots.dataset import load_fields
+from pdiff_hf.snapshots.dataset import SnapshotWriter, condition_columns, load_fields
 
 
 def write(tmp_path, text: str):
@@ -113,6 +115,39 @@ def test_words_that_look_like_missing_values_are_kept_where_asked_for(tmp_path):
     assert fields["region"].values == ("EU", "Eu", "NA")
 
 
+def test_descriptions_in_words(tmp_path):
+    encoder = make_text_encoder(tmp_path / "encoder")
+    rows = ['a,1,"[""about law"", ""questions on law""]"', "b,2,about chess", "b,2,chess", "c,,", "d,2,[law] texts"]
+    table = write(tmp_path, "network,rank,what:text\n" + "\n".join(rows) + "\n")
+    conditions, fields = read_conditions(table, text_encoder=encoder)
+    said = {name: condition["what"] for name, condition in conditions.items()}
+    lists = {"a": ["about law", "questions on law"], "b": ["about chess", "chess"], "c": None, "d": ["[law] texts"]}
+    assert said == lists and fields["what"] == TextField(encoder=encoder)
+    assert read_conditions(table, fields)[0] == conditions
+    with pytest.raises(ConditionError, match="row 3: 'a' has another 'rank' than before .2.0, 1.0.; only its desc"):
+        read_conditions(write(tmp_path, "network,rank,what:text\na,1,law\na,2,on law\n"), text_encoder=encoder)
+    with pytest.raises(ConditionError, match=r"column 'what:text', row 2: '\[1, 2\]' is not a list of texts"):
+        read_conditions(write(tmp_path, 'network,what:text\na,"[1, 2]"\n'), text_encoder=encoder)
+
+    network = Net()
+    with SnapshotWriter(tmp_path / "data", LAYOUT, fields=fields) as writer:
+        for name, condition in conditions.items():
+            nn.init.normal_(network.head.weight)
+            writer.write(LAYOUT.flatten(network.state_dict()), step=0, seed=0, condition=condition)
+            assert name in "abcd"
+    import_snapshots([tmp_path / "data"], LAYOUT, tmp_path / "copy")
+    for folder in ("data", "copy"):
+        dataset, _ = load_snapshots(tmp_path / folder)
+        found = load_fields(tmp_path / folder)
+        columns = condition_columns(dataset, found)
+        assert [[part["text"] for part in row["what"]] if row["what"] else None for row in columns] == [*lists.values()]
+        load_text_encoder.cache_clear()  # tables keep the embeddings
+        (tmp_path / "encoder").rename(tmp_path / "away")
+        expected = fields.alternatives(conditions.values())
+        torch.testing.assert_close(found.alternatives(columns), expected, rtol=0, atol=0, equal_nan=True)
+        (tmp_path / "away").rename(tmp_path / "encoder")
+
+
 def test_what_was_understood_is_said(tmp_path, caplog):
     with caplog.at_level("INFO"):
         read_conditions(write(tmp_path, "file,x,word\na,1,new\nb,,old\nc,3,old\n"))
@@ -140,7 +175,7 @@ def test_columns_of_known_fields(tmp_path):
     ("text", "message"),
     [
         ("network\na\n", "needs a header, a first column that names networks, and a column for each field"),
-        ("n,x\na,1\na,2\n", "names 'a' more than once"),
+        ("n,x\na,1\na,2\n", "row 3: 'a' is named more than once"),
         ("n,x\na,1\nb\n", "row 3 has 1 cells, and the header has 2"),
         ("", "is empty"),
         ("n;x,y;z\na;1,2;3\n", "can be read with commas and semicolons between its cells"),
