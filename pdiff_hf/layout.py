@@ -13,7 +13,7 @@ import torch
 
 # No vector is longer, as torch counts in signed integers of 64 bits.
 MAX_PARAMETERS = 2**63 - 1
-# Similar names are looked for among so many, up to this long: the time grows with the square of the length.
+# Limits of the search for similar names, whose time grows with the square of the length: how many, and how long.
 MAX_COMPARED, MAX_COMPARED_LENGTH = 10_000, 300
 # Every value of these types is a float32 as well, so that a round trip through the vector changes no bit.
 EXACT_DTYPES = {
@@ -78,7 +78,7 @@ class ParameterLayout:
             raise LayoutError(f"the adapters of a layout must be configurations by name, got {self.adapters!r:.200}")
         if not len(self.names) == len(self.shapes) == len(self.dtypes) == len(self.aliases):
             raise LayoutError(
-                f"a layout needs one shape and one dtype a name, got {len(self.names)} names, "
+                f"a layout needs one shape and one dtype per name, got {len(self.names)} names, "
                 f"{len(self.shapes)} shapes and {len(self.dtypes)} dtypes"
             )
         if not self.names:
@@ -171,8 +171,8 @@ class ParameterLayout:
 
         Returns:
             `dict[str, torch.Tensor]`: Tensors of the layout's shapes and types, with a leading N for a batch. float32
-            tensors are views of `parameters`. What no network can use is put right: integers are rounded, and variances
-            of batch norm (`running_var`) are at least 0.
+            tensors are views of `parameters`. Values that no network can use are corrected: integers are rounded, and
+            variances of batch norm (`running_var`) are at least 0.
         """
         if parameters.ndim not in (1, 2) or parameters.shape[-1] != self.num_parameters:
             raise LayoutError(
@@ -243,4 +243,4 @@ def closest_names(name: str, names: Iterable[str]) -> str:
     names = [name for name in names if len(name) <= MAX_COMPARED_LENGTH][:MAX_COMPARED]
     name = name[:MAX_COMPARED_LENGTH]
     close = difflib.get_close_matches(name, names, n=3, cutoff=0.5) or names[:3]
-    return f"similar names there are {some_names(close)}" if close else "it has none with a similar name"
+    return f"similar names: {some_names(close)}" if close else "no name is similar"

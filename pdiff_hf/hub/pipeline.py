@@ -21,14 +21,14 @@ from ..utils.files import is_disk_full
 from ..utils.names import PIPELINE, generator_folder
 from .push import PIPELINE_FILE, push_pipeline_to_hub
 
-# Schedulers take memory for so many steps when they are made; the longest schedules in use have 1000.
+# The longest schedule that is loaded: schedulers allocate memory for all steps. The longest ones in use have 1000.
 MAX_SCHEDULER_NUMBER = 1_000_000
 
 
 def _no_pipeline(name: str | os.PathLike, error: Exception) -> str:
     return (
         f"'{name}' is neither the folder of a pipeline (runs have theirs in OUTPUT_DIR/{PIPELINE}) nor the id of one "
-        f"on the Hub that can be had: {first_line(error)}"
+        f"of one that is available on the Hub: {first_line(error)}"
     )
 
 
@@ -90,7 +90,7 @@ class SavedPipeline(Base):
         Like diffusers' own; the folder of a pipeline on the Hub, from the cache or after it is downloaded.
 
         Raises:
-            OSError: if there is no such repository, or a file of it cannot be had.
+            OSError: if there is no such repository, or one of its files is not available.
             HTTPError: of `huggingface_hub.errors`, if the connection to the Hub fails.
             ValueError: if it has code that is not trusted.
         """
@@ -181,7 +181,7 @@ class SavedPipeline(Base):
         address.
 
         Raises:
-            HubError: if it cannot be pushed; nothing is published by halves, and the push can be repeated.
+            HubError: if it cannot be pushed; no partial upload is published, and the push can be repeated.
         """
         with tempfile.TemporaryDirectory() as folder:
             self.save_pretrained(folder, safe_serialization, variant)

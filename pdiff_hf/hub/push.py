@@ -2,7 +2,7 @@
 To the Hub: trained generators with a model card, and parameter data sets.
 
 It reads folders only, as `PDiffPipeline.save_pretrained`, a run and `SnapshotWriter` leave them, so that the pipeline
-can use it as well. What is published is chosen by name; nothing else in a folder ever leaves the machine.
+can use it as well. What is published is chosen by name; nothing else in a folder leaves the machine.
 """
 
 import json
@@ -38,7 +38,7 @@ def push_run_to_hub(
 ) -> CommitInfo:
     """
     Pushes the generator of a run in one commit: the pipeline's components, its code as `pipeline.py`, the report, the
-    figures, the recipe, and a model card made from them, which takes the place of the card that the repository has.
+    figures, the recipe, and a model card made from them, which replaces the repository's card.
 
     Args:
         folder (`str` or `os.PathLike`): A run's `output_dir`.
@@ -132,7 +132,7 @@ def resolve_repo_id(repo_id: str, token: str | None = None) -> str:
     namespace, _, name = repo_id.rpartition("/")
     namespaces = [user["name"], *(organization["name"] for organization in user["orgs"])]
     if namespace and namespace not in namespaces:
-        raise HubError(f"cannot push to '{repo_id}': the token is of {user['name']}, who can push to {namespaces}")
+        raise HubError(f"cannot push to '{repo_id}': the token belongs to {user['name']}, who can push to {namespaces}")
     return f"{namespace or user['name']}/{name}"
 
 
@@ -140,19 +140,19 @@ def pipeline_files(folder: Path) -> dict[str, Path | bytes]:
     """What a folder of `PDiffPipeline.save_pretrained` holds, by path in the repository."""
     index = folder / "model_index.json"
     if not index.is_file() or not (folder / PIPELINE_FILE).is_file():
-        raise HubError(f"'{folder}' holds no finished pipeline: it has no {index.name} or no {PIPELINE_FILE}")
+        raise HubError(f"'{folder}' is not a finished pipeline: {index.name} or {PIPELINE_FILE} is missing")
     files: dict[str, Path | bytes] = {name: folder / name for name in (index.name, PIPELINE_FILE)}
     try:
         values = json.loads(index.read_text()).items()
         components = [name for name, value in values if isinstance(value, list) and any(value)]
     except (ValueError, AttributeError) as error:
-        raise HubError(f"'{folder}' holds no finished pipeline: {index.name} is damaged ({error})") from error
+        raise HubError(f"'{folder}' is not a finished pipeline: {index.name} is damaged ({error})") from error
     for component in components:
         if not component.isidentifier():  # a path would publish what lies elsewhere
-            raise HubError(f"'{component}' is not the name of a component, but '{index}' has it as one")
+            raise HubError(f"'{component}' is not a valid name of a component, but '{index}' lists it")
         paths = [path for path in sorted((folder / component).rglob("*")) if path.is_file()]
         if not paths:
-            raise HubError(f"'{folder}' has no files of its component {component}")
+            raise HubError(f"'{folder}' has no files for its component {component}")
         files |= {path.relative_to(folder).as_posix(): path for path in paths}
     if (folder / TUNING).is_file():
         files[TUNING] = folder / TUNING
@@ -165,7 +165,9 @@ def _check_report_is_of_pipeline(folder: Path) -> None:
     records = [folder / "stages" / f"{stage}.json" for stage in (generator, "evaluate")]
     pipeline, report = (json.loads(path.read_text())["settings"] if path.is_file() else {} for path in records)
     if any(report.get(key) != value for key, value in pipeline.items()):
-        raise HubError(f"the report in '{folder}' is of a pipeline with other settings; run the stage evaluate again")
+        raise HubError(
+            f"the report in '{folder}' describes a pipeline with other settings; run the stage evaluate again"
+        )
 
 
 def _push(
@@ -210,7 +212,7 @@ def _push(
         if isinstance(error, HubError):
             raise
         raise HubError(
-            f"'{repo_id}' could not be pushed: {_reason(error)}. Nothing is published by halves; push it again"
+            f"'{repo_id}' could not be pushed: {_reason(error)}. No partial upload was published; push again"
         ) from error
 
 
@@ -222,5 +224,5 @@ def _reason(error: BaseException) -> str:
         status = error.response.status_code
         said = error.server_message or error.response.reason_phrase
         hint = "; log in with `hf auth login`, or give a token that can write" if status in (401, 403) else ""
-        return f"the Hub answers {status} ({said}){hint}"
+        return f"the Hub answered {status} ({said}){hint}"
     return " ".join(str(error).split()) or type(error).__name__

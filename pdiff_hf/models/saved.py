@@ -109,13 +109,13 @@ class SavedModel(ModelMixin):
         except ValueError:
             raise
         except Exception as error:  # what wrong settings make the layers of torch raise has no common type
-            raise ValueError(f"the config of {cls.__name__} is of no network ({first_line(error)})") from error
+            raise ValueError(f"{cls.__name__}'s config does not describe a network ({first_line(error)})") from error
         model = built[0] if isinstance(built, tuple) else built
         needed = sum(t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers()))
         available = psutil.virtual_memory().available
         if needed > available:
             raise ValueError(
-                f"the config of {cls.__name__} is of a network of {needed / 1e9:,.1f} GB, and this machine has "
+                f"{cls.__name__}'s config describes a network of {needed / 1e9:,.1f} GB, and this machine has "
                 f"{available / 1e9:,.1f} GB of free memory"
             )
         return super().from_config(config, **kwargs)

@@ -81,7 +81,7 @@ class InceptionFeatures(nn.Module):
             )
         except Exception as error:  # of the connection, of the disk, and of a file that is not what it should be
             raise ValueError(
-                f"the weights of fid_features=inception cannot be had from {URL_INCEPTION_V3}; put the file into "
+                f"the weights of fid_features=inception are not available from {URL_INCEPTION_V3}; put the file into "
                 f"'{torch.hub.get_dir()}/checkpoints', or name a classifier of your own: {error}"
             ) from error
         self.network = NoTrainInceptionV3(name="inception-v3-compat", features_list=["2048"])

@@ -136,12 +136,12 @@ def test_a_run_is_pushed_in_one_commit(hub, run):
 
 
 def test_an_unfinished_run_is_not_pushed(hub, run, tmp_path):
-    with pytest.raises(HubError, match=r"holds no finished pipeline: it has no model_index.json"):
+    with pytest.raises(HubError, match=r"is not a finished pipeline: model_index.json .*is missing"):
         push_run_to_hub(tmp_path, ID)
     make_pipeline(make_network()).save_pretrained(tmp_path / "pipeline")
     (tmp_path / "pipeline" / "denoiser" / "config.json").unlink()
     (tmp_path / "pipeline" / "denoiser" / "diffusion_pytorch_model.safetensors").unlink()
-    with pytest.raises(HubError, match="has no files of its component denoiser"):
+    with pytest.raises(HubError, match="has no files for its component denoiser"):
         push_run_to_hub(tmp_path, ID)
     with pytest.raises(HubError, match="is not a parameter data set"):
         push_snapshots_to_hub(tmp_path, ID)
@@ -155,7 +155,7 @@ def test_a_report_of_another_pipeline_is_not_pushed(hub, run):
     changed["settings"]["denoiser_steps"] += 1
     record.write_text(json.dumps(changed))
     try:
-        with pytest.raises(HubError, match="is of a pipeline with other settings; run the stage evaluate again"):
+        with pytest.raises(HubError, match="describes a pipeline with other settings; run the stage evaluate again"):
             push_run_to_hub(run.folder, ID)
     finally:
         record.write_text(kept)
@@ -356,9 +356,9 @@ def test_code_of_a_repository_does_not_run_unasked(published, tmp_path):
 @pytest.mark.parametrize(
     ("repo_id", "token", "message"),
     [
-        (ID, "wrong-token", "the Hub answers 401 .*hf auth login"),
-        ("bob/generator", "alice-token", r"the token is of alice, who can push to \['alice', 'lab'\]"),
-        (ID, "reader-token", "the Hub answers 403 .*token that can write"),
+        (ID, "wrong-token", "the Hub answered 401 .*hf auth login"),
+        ("bob/generator", "alice-token", r"the token belongs to alice, who can push to \['alice', 'lab'\]"),
+        (ID, "reader-token", "the Hub answered 403 .*token that can write"),
     ],
 )
 def test_whoever_may_not_write_is_told_so(hub, pipe, repo_id, token, message):
@@ -401,7 +401,7 @@ def test_an_invalid_card_is_found_out_before_anything_is_created(hub, run):
 )
 def test_a_push_that_fails_publishes_nothing_and_can_be_repeated(hub, pipe, no_waiting, tmp_path, method, path, fault):
     hub.faults.append(Fault(method, path, times=100, **fault))
-    with pytest.raises(HubError, match=f"'{ID}' could not be pushed: .*push it again"):
+    with pytest.raises(HubError, match=f"'{ID}' could not be pushed: .*push again"):
         pipe.push_to_hub(ID)
     assert not hub.repos or files(hub) == {}
     hub.faults.clear()
@@ -664,7 +664,7 @@ def test_train_pushes_what_it_has_made(hub, tmp_path, monkeypatch, capsys):
     argv += ["--hub_model_id", "lab/digits", "--hub_token", "alice-token"]
     hub.fail("POST", "/commit/", status=503)
     failed = run_script(monkeypatch, capsys, *argv)
-    assert failed.startswith("error: ") and failed.endswith("push it again")
+    assert failed.startswith("error: ") and failed.endswith("push again")
     assert files(hub, "lab/digits") == {}
     assert f"{hub.url}/lab/digits/commit/" in run_script(monkeypatch, capsys, *argv)
     assert hub.repos["models", "lab/digits"].private

@@ -178,7 +178,7 @@ def test_weights_that_are_not_those_of_the_config(saved, component):
 def test_a_network_that_does_not_fit_into_memory_is_refused_before_it_is_made(saved, component, values):
     rewrite(saved, component, **values)
     with pytest.raises(
-        ValueError, match=r"is of a network of [\d,.]+ GB, and this machine has [\d,.]+ GB of free memory"
+        ValueError, match=r"describes a network of [\d,.]+ GB, and this machine has [\d,.]+ GB of free memory"
     ):
         PDiffPipeline.from_pretrained(saved)
 

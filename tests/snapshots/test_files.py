@@ -222,7 +222,7 @@ def wrong_file(kind: str, folder: Path) -> Path:
         ("a whole module", SnapshotError, "holds more than tensors"),
         ("no state dict", SnapshotError, "holds a list, not a state dict"),
         ("another architecture", LayoutError, "no tensor 'norm.weight'"),
-        ("missing tensor", LayoutError, "no tensor 'norm.bias'; similar names there are.*'norm.weight'"),
+        ("missing tensor", LayoutError, "no tensor 'norm.bias'; similar names: .*'norm.weight'"),
         ("another shape", LayoutError, r"tensor 'head.weight' has shape \(5, 3\) there and \(2, 3\)"),
         ("integers", LayoutError, "tensor 'head.bias' is torch.int64"),
         ("double precision", LayoutError, "tensor 'head.bias' is torch.float64"),
