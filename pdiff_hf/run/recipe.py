@@ -83,7 +83,12 @@ class TaskSection:
         "default, but for a model of your own there is no default.",
         path=True,
     )
-    image_size: int = option(8, "Side of the square that images are scaled to; 0 for the model's own.", min=0)
+    image_size: int | None = option(
+        None,
+        "Side of the square that images are scaled to; 0 for the model's own. By default also its own if it has "
+        "weights, and else that of the images, if the model takes it.",
+        min=0,
+    )
     model_args: str = option(
         "{}",
         "More arguments of a timm architecture or torchvision builder, or the config of a UNet2DModel, as JSON.",

@@ -155,7 +155,7 @@ def collect_from_files(
         "aligned": align,
         "adapters": adapters,
         "frozen": check.report(run.task),
-        "barrier": _check_basins(run),
+        "barrier": _check_basins(run, align),
     }
     run.finish(stage.name, results)
 
@@ -179,7 +179,7 @@ def _align(run: "Run", folder: Path) -> None:
             writer.write(row, seed=known["seed"], step=known["step"], condition=condition)
 
 
-def _check_basins(run: "Run") -> dict | None:
+def _check_basins(run: "Run", aligned: bool = False) -> dict | None:
     """Warns of snapshots that one generator can hardly learn; see `check_basins`. For classifiers."""
     if not isinstance(run.task, ClassificationTask) or run.family is not None:
         return None
@@ -189,7 +189,7 @@ def _check_basins(run: "Run") -> dict | None:
     seeds, steps = (
         dataset[name][:] if name in dataset.column_names else [0] * len(dataset) for name in ("seed", "step")
     )
-    barrier = check_basins(run.task, models, run.parameters, seeds, steps)
+    barrier = check_basins(run.task, models, run.parameters, seeds, steps, aligned)
     run.base_model.to("cpu")
     return barrier
 

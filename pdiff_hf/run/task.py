@@ -13,7 +13,7 @@ def make_task(recipe: Recipe, adapter: str | None = None) -> tasks.Task:
     The task that a recipe describes. A class from elsewhere gets only the keys that differ from their defaults, which
     are those of this package's tasks. The task's model gets `adapter`, the folder or Hub id of one of PEFT, if given.
     """
-    settings = vars(recipe) | {"image_size": recipe.image_size or None}
+    settings = vars(recipe)
     if ":" in recipe.task:
         defaults = {f.name: f.default for f in dataclasses.fields(TaskSection)}
         settings = {key: value for key, value in settings.items() if key == "task" or value != defaults.get(key)}

@@ -18,6 +18,9 @@ MAX_EXAMPLES = 1000
 MAX_PAIRS = 3
 # In percentage points of accuracy. Below 2, arXiv 1912.05671 calls two networks linearly connected.
 MAX_BARRIER = 2.0
+# In percent of the examples. Where the two snapshots that lie farthest apart answer fewer of them differently, there is
+# next to nothing that networks could be compared in.
+MIN_DIFFERENCE = 1.0
 
 
 @dataclass(frozen=True)
@@ -31,6 +34,7 @@ class Barrier:
         loss_barrier (`float`): In nats: the most by which the cross-entropy is above the line between theirs.
         accuracies (`list[float]`): In percent at evenly spaced points, the networks themselves first and last.
         losses (`list[float]`): Cross-entropies there.
+        difference (`float`): Percentage of the examples for which the two networks predict different classes.
         num_examples (`int`): Of the validation split.
     """
 
@@ -38,6 +42,7 @@ class Barrier:
     loss_barrier: float
     accuracies: list[float]
     losses: list[float]
+    difference: float
     num_examples: int
 
 
@@ -64,7 +69,9 @@ def measure_barrier(
     line = torch.lerp(first, second, weights[:, None])  # (P, D)
     num_examples = min(max_examples, len(task.load_split("validation")))
     correct, loss = torch.zeros(num_points, num_examples), torch.zeros(num_points, num_examples)
+    predicted = torch.zeros(num_points, num_examples, dtype=torch.int64)
     for rows, examples, logits, labels in predict_logits(task, models, "validation", line, max_examples):
+        predicted[rows, examples] = logits.argmax(-1).cpu()
         correct[rows, examples] = (logits.argmax(-1) == labels).float().cpu()
         targets = labels.expand(len(logits), -1)
         loss[rows, examples] = F.cross_entropy(logits.float().mT, targets, reduction="none").cpu()
@@ -74,6 +81,7 @@ def measure_barrier(
         loss_barrier=(losses - torch.lerp(losses[0], losses[-1], weights)).max().item(),
         accuracies=accuracies.tolist(),
         losses=losses.tolist(),
+        difference=100 * (predicted[0] != predicted[-1]).float().mean().item(),
         num_examples=num_examples,
     )
 
@@ -112,13 +120,16 @@ def check_basins(
     parameters: torch.Tensor,
     seeds: Sequence[int],
     steps: Sequence[int],
+    aligned: bool = False,
 ) -> dict:
     """
-    Measures the barrier between a few pairs of snapshots, and logs one warning if it is above `MAX_BARRIER` anywhere.
+    Measures the barrier between a few pairs of snapshots, and warns if it is above `MAX_BARRIER` anywhere, and if they
+    hardly differ.
 
     Args:
         parameters (`torch.Tensor`): Shape `(K, D)`.
         seeds, steps (`Sequence[int]`): The run and the step of each snapshot.
+        aligned (`bool`, *optional*, defaults to `False`): Whether they have been brought into one order already.
 
     Returns:
         `dict`: The highest barrier, with the pair that it lies between.
@@ -133,11 +144,24 @@ def check_basins(
         f"measured: {len(pairs)}, validation examples: {worst.num_examples})"
     )
     if worst.barrier > MAX_BARRIER:
+        advice = (
+            "They are aligned as well as their units can be matched: train a generator for each basin, or collect "
+            "snapshots that start from one network"
+            if aligned
+            else "Align them (scripts/collect.py --import ... --align, for MLPs and plain CNNs), or train a generator "
+            "for each basin"
+        )
         logger.warning(
             f"the snapshots lie in different basins: {message}. Above {MAX_BARRIER:g} points, networks between them "
-            "work badly, and one generator may learn little. Align them (scripts/collect.py --import ... --align, "
-            "for MLPs and plain CNNs), or train a generator for each basin"
+            f"work badly, and one generator may learn little. {advice}"
         )
     else:
         logger.info(f"the snapshots lie in one basin: {message}")
+    difference = max(each.difference for each in measured)
+    if difference < MIN_DIFFERENCE:
+        logger.warning(
+            f"the snapshots hardly differ: of {worst.num_examples} validation examples, the two farthest apart "
+            f"answer {difference:.1f}% differently, so that a report will find all networks alike. A higher "
+            "collect_learning_rate or collect_every makes them differ more"
+        )
     return without_nan({"snapshots": [a, b], **asdict(worst)})

@@ -1,7 +1,6 @@
 """Tasks on a Hugging Face data set: its splits, its columns, and examples that cannot be used."""
 
 import logging
-import os
 from abc import abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -11,12 +10,11 @@ import datasets
 import numpy as np
 from sklearn.model_selection import train_test_split
 
+from .sources import VALIDATION_NAMES
 from .task import Batch, Split, Task
 
 logger = logging.getLogger(__name__)
 
-VALIDATION_NAMES = ("validation", "valid", "val", "dev")
-FILE_TYPES = {".csv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
 # Fixed, and not the run's seed: models of different runs must be comparable.
 SPLIT_SEED = 0
 # What of an example cannot be used: its row, to the column and what is wrong there.
@@ -102,40 +100,6 @@ def describe_row(dataset: str, split: str, column: str, row: int) -> str:
     return f"dataset '{dataset}', split {split}, column {column}, row {row}"
 
 
-def load_raw(dataset: str, others: str = "") -> dict[str, datasets.Dataset]:
-    """
-    The splits that tasks use of a local folder or file, or of a data set on the Hub; see [`DatasetTask`].
-
-    Args:
-        others (`str`, *optional*): What else the name might have been, for the message.
-
-    Raises:
-        ValueError: if there is no such data set, or it has no training split.
-    """
-    suffix = os.path.splitext(dataset)[1]
-    path, config = dataset, None
-    try:
-        if os.path.isfile(dataset) and suffix in FILE_TYPES:
-            raw = datasets.load_dataset(FILE_TYPES[suffix], data_files={"train": dataset})
-        else:
-            if not os.path.exists(dataset):
-                path, _, config = dataset.partition(":")
-            raw = datasets.load_dataset(path, config or None)
-    except datasets.exceptions.DatasetGenerationError as error:  # its files are there, but do not belong together
-        words = str(error.__cause__ or error).split()
-        reason = " ".join(words if len(words) <= 60 else [*words[:30], "...", *words[-20:]])
-        raise ValueError(f"the files of dataset '{dataset}' cannot be read: {reason}") from error
-    except (OSError, ValueError) as error:
-        raise ValueError(
-            f"dataset '{dataset}' is neither {others}a local data set folder nor a Hub id that can be "
-            f"reached, nor a file that ends in {', '.join(FILE_TYPES)}: {error}"
-        ) from error
-    if "train" not in raw:
-        raise ValueError(f"dataset '{dataset}' needs a split named train, got {sorted(raw)}")
-    validation = [name for name in VALIDATION_NAMES if name in raw][:1]
-    return {name: raw[name] for name in ("train", *validation, "test") if name in raw}
-
-
 def take_columns(rows: datasets.Dataset, names: Mapping[str, str]) -> datasets.Dataset:
     """The columns `names`, under new names, and the column `row`, by which messages call an example."""
     return rows.select_columns(list(names)).rename_columns(dict(names)).add_column("row", np.arange(len(rows)))
@@ -184,7 +148,7 @@ def make_splits(
     validation comes out of the training data.
 
     Args:
-        raw (`Mapping[str, datasets.Dataset]`): What `load_raw` returned.
+        raw (`Mapping[str, datasets.Dataset]`): What [`load_raw`] returned.
         dataset (`str`): What the data set is called in messages.
         validation_fraction (`float`): Share of the training data that becomes a split that is not there.
         max_train_samples, max_eval_samples (`int`, *optional*): Use no more than this many examples of a split.
@@ -220,6 +184,7 @@ def _hold_out(split: datasets.Dataset, dataset: str, fraction: float) -> tuple[d
     except ValueError as error:
         raise ValueError(
             f"dataset '{dataset}' is too small to hold out {fraction:.0%} of its {len(split)} training examples from "
-            f"every class: {error}"
+            f"every class: {error}. Give it a split for validation and one for test, or choose another "
+            "validation_fraction"
         ) from error
     return split.select(np.sort(rest)), split.select(np.sort(held_out))

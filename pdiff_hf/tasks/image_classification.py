@@ -2,6 +2,7 @@
 
 import copy
 import difflib
+import logging
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -32,6 +33,8 @@ from .labels import LabelledTask, bad_labels, find_weights, name_classes, withou
 from .registry import register_task
 from .task import Batch, Split
 
+logger = logging.getLogger(__name__)
+
 
 @register_task("image_classification")
 @dataclass
@@ -54,15 +57,18 @@ class ImageClassificationTask(ImageTask, LabelledTask):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        may_choose = self.image_size is None
         self._check_sizes()
         # Looked up now: a mistyped name must not be found out after an hour of work.
         config, self._has_weights = self._find_model()
-        raw = load_image_data(self.dataset)
+        raw = load_image_data(self.dataset, self.image_column)
         features = raw["train"].features
         names = {self._choose_image(features): "image", self._choose_label(features): "label"}
-        raw = without_unlabelled_test({name: take_columns(rows, names) for name, rows in raw.items()})
+        raw = without_unlabelled_test({name: take_columns(rows, names) for name, rows in raw.items()}, self.dataset)
         for name, rows in raw.items():
             raw[name] = self._usable(rows, name, {**self._bad_images(rows), **bad_labels(rows)})
+        if may_choose and getattr(config, "architecture", "") == self.model:
+            config = self._fit_to_images(config, max(ImageColumn(raw["train"], "image", self.dataset)[0].size))
         self._set_labels(raw, config, self._has_weights)
 
     def _find_model(self) -> tuple[Any, bool]:
@@ -102,6 +108,18 @@ class ImageClassificationTask(ImageTask, LabelledTask):
                 "std": [float(np.mean(cfg["std"]))] * channels if channels != len(cfg["std"]) else list(cfg["std"]),
             },
         )
+
+    def _fit_to_images(self, config: TimmWrapperConfig, side: int) -> TimmWrapperConfig:
+        """The configuration for images of their own size, where they are smaller and the network takes any size."""
+        fixed = self._on_meta_device(self.model_args).pretrained_cfg.get("fixed_input_size")  # type: ignore[operator]
+        if fixed or "img_size" in self.model_args or side >= max(config.pretrained_cfg["input_size"][1:]):
+            return config
+        self.image_size = side
+        try:
+            return self._timm_config()
+        except ValueError:  # it does not take such small ones
+            self.image_size = None
+            return config
 
     def _on_meta_device(self, model_args: dict[str, Any]) -> nn.Module:
         try:
@@ -148,7 +166,12 @@ class ImageClassificationTask(ImageTask, LabelledTask):
 
     def _prepare(self, split: Split) -> ImageSplit:
         """Images as the network's own preprocessing makes them."""
-        return ImageSplit(*self.raw_examples(split), self._preparation)
+        images, labels = self.raw_examples(split)
+        examples = ImageSplit(images, labels, self._preparation)
+        (width, height), shape = images[0].size, tuple(examples.__getitems__([0])["pixel_values"].shape[-2:])
+        if split == "train" and shape != (height, width):
+            logger.info("images of %d×%d are scaled to %d×%d; image_size chooses another size", height, width, *shape)
+        return examples
 
     def raw_examples(self, split: Split) -> tuple[ImageColumn, torch.Tensor]:
         """The images of a split as they are stored, and their labels."""

@@ -48,7 +48,7 @@ class ImageGenerationTask(ImageTask, MeasuredTask):
         dataset (`str`, *optional*, defaults to `"digits"`): `digits`, a local folder or the Hub id of a data set of
             images. Where it has labels, splits are stratified by them, and the same as those of image classification.
         image_size (`int`, *optional*): Side of the square that images are scaled to, and cropped to in the middle if
-            they are not square; the model's own by default.
+            they are not square; by default the model's own, or that of the images for a fresh one.
         model_args (`dict`, *optional*): The configuration of a fresh `UNet2DModel`. With `in_channels` of 1, images are
             grey.
         fid_features (`str`, *optional*, defaults to `"inception"`): `inception` for FID as it is usually reported, or
@@ -68,7 +68,11 @@ class ImageGenerationTask(ImageTask, MeasuredTask):
     higher_is_better = False
 
     def __post_init__(self) -> None:
+        may_choose = self.image_size is None and self.model == FRESH_MODEL and "sample_size" not in self.model_args
         self._check_sizes("num_steps")
+        rows = self._load_rows()
+        if may_choose:
+            self.image_size = max(ImageColumn(rows["train"], "image", self.dataset)[0].size)
         self._network = find_unet(self.model, self.model_args, self.image_size)
         self.scheduler, self._shape = self._network.scheduler, self._network.shape
         self.image_size = self._shape[-1]
@@ -77,7 +81,7 @@ class ImageGenerationTask(ImageTask, MeasuredTask):
                 f"num_steps must be at most the {self.scheduler.config.num_train_timesteps} steps of the model's "
                 f"schedule, got {self.num_steps}"
             )
-        self._set_splits(self._load_rows())
+        self._set_splits(rows)
         for name in ("validation", "test"):
             if len(self._raw[name]) < 2:
                 raise ValueError(f"the {name} split of dataset '{self.dataset}' has one image; a distance needs two")
@@ -86,7 +90,7 @@ class ImageGenerationTask(ImageTask, MeasuredTask):
 
     def _load_rows(self) -> dict[str, datasets.Dataset]:
         """Images, with their classes if there are any, by which splits are stratified."""
-        raw = load_image_data(self.dataset)
+        raw = load_image_data(self.dataset, self.image_column)
         features = raw["train"].features
         names = {self._choose_image(features): "image"}
         labels = label_candidates(features)

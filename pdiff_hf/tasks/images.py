@@ -1,6 +1,9 @@
 """Images of data sets: their columns, modes and files, what is kept in memory, and augmentation."""
 
+import base64
 import hashlib
+import os
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,8 +18,9 @@ from torchvision.transforms import v2
 
 from ..utils.errors import first_line
 from ..utils.memory import is_out_of_memory
-from .dataset import BadRows, DatasetTask, choose_column, describe_row, load_raw
+from .dataset import BadRows, DatasetTask, choose_column, describe_row
 from .digits import EMBEDDED
+from .sources import load_raw
 from .task import Batch, Split
 
 # Prepared images are kept in memory (as uint8) up to this size, and made anew for each batch beyond it.
@@ -32,8 +36,8 @@ class ImageTask(DatasetTask):
     What tasks on images have in common.
 
     Args:
-        image_size (`int`, *optional*): Side of the square that images are scaled to; the model's own by default, and
-            for 0.
+        image_size (`int`, *optional*): Side of the square that images are scaled to; 0 for the model's own. By default
+            also its own if it has weights, and else that of the images, if it takes them and is made for larger ones.
         model_args (`dict`, *optional*): More arguments of a model with fresh weights.
         image_column (`str`, *optional*): By default `image`, or else the only column of images.
         augmentation (`str`, *optional*, defaults to `"none"`): What training, and nothing else, does to each image of a
@@ -107,17 +111,76 @@ class ImageTask(DatasetTask):
         return digest.hexdigest()
 
 
-def load_image_data(dataset: str) -> dict[str, datasets.Dataset]:
+def load_image_data(dataset: str, column: str | None = None) -> dict[str, datasets.Dataset]:
     """
     The splits of an image data set.
 
     Args:
         dataset (`str`): `digits` or `moving_digits`, which need no download (see `digits.py`), or what `load_raw`
             takes.
+        column (`str`, *optional*): Of the images, `image` by default. Paths (relative to the data set or the current
+            folder), whole files as bytes, and files in base64 become images.
+
+    Raises:
+        ValueError: for a column of addresses in the web, and of texts that are neither paths nor base64.
     """
     if dataset in EMBEDDED:
         return EMBEDDED[dataset]()
-    return load_raw(dataset, "'digits', 'moving_digits', ")
+    raw = load_raw(dataset, "'digits', 'moving_digits', ")
+    column = column or "image"
+    feature = raw["train"].features.get(column)
+    if isinstance(feature, datasets.Image) or not isinstance(feature, datasets.Value | dict):
+        return raw
+    if isinstance(feature, dict):
+        return {n: rows.cast_column(column, datasets.Image()) for n, rows in raw.items()} if "bytes" in feature else raw
+    first = next((value for value in raw["train"].to_iterable_dataset().select_columns(column)), {}).get(column)
+    convert = _reader(dataset, column, first)
+    if convert is None:
+        return raw
+    stored = datasets.Features({column: {"bytes": datasets.Value("binary"), "path": datasets.Value("string")}})
+
+    def read(batch: dict[str, list]) -> dict[str, list]:
+        return {column: [None if value is None else convert(value) for value in batch[column]]}
+
+    for name, rows in raw.items():
+        features = datasets.Features(rows.features | stored)
+        raw[name] = rows.map(read, batched=True, batch_size=DECODE_BATCH, features=features)
+        raw[name] = raw[name].cast_column(column, datasets.Image())
+    return raw
+
+
+def _reader(dataset: str, column: str, first: Any) -> Callable[[Any], dict[str, Any]] | None:
+    """From what a column of images holds, of which `first` is an example, to what datasets stores of an image."""
+    if isinstance(first, bytes):
+        return lambda value: {"bytes": value, "path": None}
+    if not isinstance(first, str):
+        return None
+    where = f"dataset '{dataset}', column {column}"
+    if re.match(r"\w+://", first):
+        raise ValueError(
+            f"{where}, holds addresses such as '{first:.100}'. Nothing is downloaded from them, because they change "
+            "and fail in the middle of a run: download the images into a folder, and name their paths instead"
+        )
+    base = Path(dataset) if os.path.isdir(dataset) else Path(dataset).parent
+    folder = next((folder for folder in (base, Path()) if (folder / first).is_file()), None)
+    if folder is not None:
+        return lambda value: {"bytes": None, "path": str((folder / value).absolute())}
+    try:
+        decode({"bytes": _from_base64(first), "path": None})
+    except ValueError:
+        raise ValueError(
+            f"{where}, holds '{first:.100}', which is neither a file in '{base}' or the current folder nor an image in "
+            "base64"
+        ) from None
+    return lambda value: {"bytes": _from_base64(value), "path": None}
+
+
+def _from_base64(text: str) -> bytes:
+    """The file; of what is no base64 nothing, which is no image."""
+    try:
+        return base64.b64decode(text.partition("base64,")[2] or text, validate=True)
+    except ValueError:
+        return b""
 
 
 class ImageColumn(Sequence[Any]):

@@ -26,6 +26,8 @@ ALMOST_ALL = 0.9
 NUMBER = re.compile(r"[+-]?\d+(\.\d+)?")
 # Files of weights, whole or in parts.
 WEIGHTS = re.compile(r"(pytorch_)?model.*\.(safetensors|bin)(\.index\.json)?")
+# What stands for a missing value in a column of numbers, and may be a class in one of names.
+NO_CLASS = ("na", "n/a", "nan", "null", "none", "?")
 # What transformers calls classes that nobody has named.
 NO_NAME = re.compile(r"LABEL_\d+")
 
@@ -203,19 +205,30 @@ def _names_of(rows: datasets.Dataset, dataset: str, split: str) -> list[str]:
     return [str(value) for value in values]
 
 
-def without_unlabelled_test(raw: Mapping[str, datasets.Dataset]) -> dict[str, datasets.Dataset]:
-    """Without a test split of which all labels are withheld, as those of ImageNet are."""
+def without_unlabelled_test(raw: Mapping[str, datasets.Dataset], dataset: str) -> dict[str, datasets.Dataset]:
+    """Without a test split of which all labels are withheld, as those of ImageNet are; a warning says so."""
     kept = dict(raw)
     if "test" in kept and all(label == -1 or _is_empty(label) for label in kept["test"]["label"]):
+        logger.warning("the test split of dataset '%s' has no labels: another one takes its place", dataset)
         del kept["test"]
     return kept
 
 
 def bad_labels(rows: datasets.Dataset) -> BadRows:
-    """The rows without a label, which a `ClassLabel` may say with -1."""
-    nothing = -1 if isinstance(rows.features["label"], datasets.ClassLabel) else None
-    labels = enumerate(rows["label"][:])
-    return {i: ("label", "it is empty") for i, label in labels if label == nothing or _is_empty(label)}
+    """The rows without a label: what is empty, -1 beside classes from 0, and `NA` and the like beside numbers."""
+    labels = rows["label"][:]
+    counted = isinstance(rows.features["label"], datasets.ClassLabel) or 0 in labels
+    texts = {label for label in labels if isinstance(label, str)}
+    are_numbers = any(map(NUMBER.fullmatch, texts)) and all(NUMBER.fullmatch(t) or t.lower() in NO_CLASS for t in texts)
+    bad = {}
+    for i, label in enumerate(labels):
+        if _is_empty(label):
+            bad[i] = ("label", "it is empty")
+        elif counted and label == -1 and not isinstance(label, bool):
+            bad[i] = ("label", "it is -1, which stands for no class")
+        elif are_numbers and label.lower() in NO_CLASS:
+            bad[i] = ("label", f"it is '{label}' among numbers")
+    return bad
 
 
 def _is_empty(label: Any) -> bool:

@@ -17,8 +17,8 @@ from torchvision.models import segmentation
 from ..networks.batched import BatchedModels
 from ..networks.torchvision import Architecture
 from ..utils.devices import to_device
-from .dataset import BadRows, load_raw, take_columns
-from .images import MEMORY_BUDGET, ImageColumn, ImageTask
+from .dataset import BadRows, take_columns
+from .images import MEMORY_BUDGET, ImageColumn, ImageTask, load_image_data
 from .registry import register_task
 from .task import Batch, MeasuredTask, Split, take
 
@@ -67,7 +67,7 @@ class SemanticSegmentationTask(ImageTask, MeasuredTask):
         self._architecture = Architecture.find(self.model, segmentation, self.model_args)
         if self._architecture.weights is not None and "aux_loss" in self._architecture.known_args:
             self._architecture = Architecture.find(self.model, segmentation, {"aux_loss": True} | self.model_args)
-        raw = load_raw(self.dataset)
+        raw = load_image_data(self.dataset, self.image_column)
         columns = self._choose_columns(raw["train"].features)
         classes = 0
         for name, rows in raw.items():

@@ -26,9 +26,10 @@ from transformers import (
 )
 
 from ..networks.adapters import load_network
-from .dataset import load_raw, take_columns
+from .dataset import take_columns
 from .labels import LabelledTask, bad_labels, find_weights, name_classes, without_unlabelled_test
 from .registry import register_task
+from .sources import load_raw
 from .task import Batch, Split
 
 SPECIAL_TOKENS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]
@@ -59,7 +60,7 @@ class TextClassificationTask(LabelledTask):
         raw = load_raw(self.dataset)
         features = raw["train"].features
         names = {self._choose_text(features): "text", self._choose_label(features): "label"}
-        raw = without_unlabelled_test({name: take_columns(rows, names) for name, rows in raw.items()})
+        raw = without_unlabelled_test({name: take_columns(rows, names) for name, rows in raw.items()}, self.dataset)
         for name, rows in raw.items():
             empty = {i: ("text", "it is empty") for i, text in enumerate(rows["text"][:]) if not (text or "").strip()}
             raw[name] = self._usable(rows, name, {**empty, **bad_labels(rows)})
