@@ -31,6 +31,7 @@ from pdiff_hf.networks.posterior import (
     select_by_likelihood,
 )
 from pdiff_hf.networks.replacement import Replacement
+from pdiff_hf.pipelines.inputs import prepare_inputs
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline as Base
@@ -45,6 +46,7 @@ class NetworkMixin(Base):
 
     autoencoder: ParameterAutoencoder
     base_model: nn.Module | None
+    processor: Any
 
     def recompute_statistics(
         self, parameters: torch.Tensor, batch_norm_data: Iterable[Mapping[str, Any]] | None
@@ -76,15 +78,25 @@ class NetworkMixin(Base):
             raise ValueError("batch_norm_data is gone through twice: pass a list of batches or a DataLoader")
         assert self.base_model is not None  # checked before sampling
         model = self.base_model
-        device = next(model.parameters()).device
 
         def batches() -> Iterator[Forward]:
             for batch in batch_norm_data:
-                inputs = {name: value.to(device) for name, value in batch.items() if isinstance(value, torch.Tensor)}
+                prepared = self.prepare(batch).items()
+                inputs = {name: value for name, value in prepared if isinstance(value, torch.Tensor)}
                 yield functools.partial(_run, inputs=inputs)
 
         statistics = RecomputedStatistics(model, layout, batches)
         return statistics.layout, statistics(parameters)
+
+    def prepare(self, examples: Mapping[str, Any]) -> dict[str, Any]:
+        """
+        What people have, as the base model and the generated networks take it: `network(**pipe.prepare({"images":
+        [image]}))`. What may be in `examples` is said in [`prepare_inputs`].
+
+        Raises:
+            ValueError: if there is no base model, or nothing says how to prepare an input.
+        """
+        return prepare_inputs(examples, self.need_base_model("the preparation of inputs"), self.processor)
 
     def make_model(self, state_dict: dict[str, torch.Tensor]) -> nn.Module:
         """
@@ -171,7 +183,8 @@ class NetworkMixin(Base):
         memory grows with the number of their latents only.
 
         Args:
-            examples (`Mapping`): A batch of the task with `labels`, int64 of shape `(B,)`; the rest is for the network.
+            examples (`Mapping`): `labels` of shape `(B,)`, and `images`, `text` or what the network takes; see
+                [`prepare`].
             num_candidates (`int`, *optional*, defaults to 2048): How many networks to sample.
             num_models (`int`, *optional*, defaults to 64): How many to draw from them; the same may come several times.
             condition (`Mapping` or list of them, *optional*): What else is known of the task; the rest is drawn from
@@ -196,6 +209,7 @@ class NetworkMixin(Base):
             per_condition, rest = divmod(per_condition, max(1, len(condition)))
             if rest:
                 raise ValueError(f"{num_candidates} candidates cannot be shared by {len(condition)} conditions evenly")
+        examples = self.prepare(examples)
         check_examples(examples)
         for name, value in {"temperature": temperature, "refine_learning_rate": refine_learning_rate}.items():
             if not 0 < value < math.inf:
@@ -251,7 +265,7 @@ class NetworkMixin(Base):
             ValueError: for examples without labels, and if the pipeline has no base model.
         """
         base_model, layout = self.need_base_model("a loss of examples"), self.autoencoder.layout
-        return example_loss(base_model, layout, examples, class_weights=class_weights, predict=predict)
+        return example_loss(base_model, layout, self.prepare(examples), class_weights=class_weights, predict=predict)
 
 
 def _run(call: Callable, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:

@@ -6,14 +6,14 @@ import inspect
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Optional, SupportsIndex
+from typing import TYPE_CHECKING, Any, Optional, SupportsIndex, Union
 
 import torch
 from diffusers import DiffusionPipeline, ModelMixin, SchedulerMixin
 from diffusers.utils import BaseOutput
 from diffusers.utils.torch_utils import randn_tensor
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import BaseImageProcessor, PreTrainedModel, PreTrainedTokenizerBase
 
 from pdiff_hf.hub.pipeline import SavedPipeline
 from pdiff_hf.models import ConditionEncoder, LatentDenoiser, ParameterAutoencoder
@@ -66,6 +66,8 @@ class PDiffPipeline(SavedPipeline, LatentMixin, DiffusionPipeline):
             the pipeline; any other is passed again to `from_pretrained`.
         condition_encoder ([`ConditionEncoder`], *optional*):
             Of a generator for a family of tasks: turns what is known of a task into what the denoiser takes.
+        processor (`BaseImageProcessor` or `PreTrainedTokenizerBase`, *optional*):
+            What prepares images or texts for the base model; networks of timm say it in their configuration.
         recomputed_statistics (`bool`, *optional*, defaults to `False`):
             Whether its networks were evaluated with statistics of batch norm that were recomputed for each.
         num_inference_steps (`int`, *optional*, defaults to 10), guidance_scale (`float`, *optional*, defaults to 1),
@@ -77,7 +79,7 @@ class PDiffPipeline(SavedPipeline, LatentMixin, DiffusionPipeline):
     """
 
     model_cpu_offload_seq = "condition_encoder->denoiser->autoencoder"
-    _optional_components = ["base_model", "condition_encoder"]
+    _optional_components = ["base_model", "condition_encoder", "processor"]
     _exclude_from_cpu_offload = ["base_model"]
     _callback_tensor_inputs = ["latents"]
 
@@ -89,6 +91,7 @@ class PDiffPipeline(SavedPipeline, LatentMixin, DiffusionPipeline):
         # Releases of diffusers before 0.38 do not read `nn.Module | None`.
         base_model: Optional[nn.Module] = None,  # noqa: UP045
         condition_encoder: Optional[ConditionEncoder] = None,  # noqa: UP045
+        processor: Optional[Union[BaseImageProcessor, PreTrainedTokenizerBase]] = None,  # noqa: UP007, UP045
         recomputed_statistics: bool = False,
         num_inference_steps: int = 10,
         guidance_scale: float = 1.0,
@@ -123,6 +126,7 @@ class PDiffPipeline(SavedPipeline, LatentMixin, DiffusionPipeline):
             denoiser=denoiser,
             scheduler=scheduler,
             condition_encoder=condition_encoder,
+            processor=processor,
         )
         if isinstance(base_model, PreTrainedModel | ModelMixin | None):
             self.register_modules(base_model=base_model)

@@ -61,6 +61,12 @@ def check_examples(examples: Mapping[str, Any]) -> None:
             raise ValueError(f"there are {len(labels)} labels, but {name} has the shape {tuple(value.shape)}")
 
 
+def check_labels(labels: torch.Tensor, num_classes: int) -> None:
+    """Raises a `ValueError` for a label that a network of so many classes has no output for."""
+    if len(labels) and not 0 <= labels.min() <= labels.max() < num_classes:
+        raise ValueError(f"labels must lie between 0 and {num_classes - 1}, got {labels.unique().tolist()!s:.200}")
+
+
 @torch.no_grad()
 def log_likelihoods(
     models: BatchedModels, examples: Mapping[str, Any], parameters: torch.Tensor, predict: Predict = predict_logits
@@ -83,8 +89,7 @@ def log_likelihoods(
     if len(labels) == 0:
         return total
     for rows, logits in models(lambda call: predict(call, examples), parameters.to(device)):  # (n, B, C)
-        if not 0 <= labels.min() <= labels.max() < logits.shape[-1]:
-            raise ValueError(f"labels must lie between 0 and {logits.shape[-1] - 1}, got {labels.unique().tolist()}")
+        check_labels(labels, logits.shape[-1])
         log_probs = logits.float().log_softmax(-1)
         total[rows] = log_probs.gather(-1, labels.expand(len(log_probs), -1).unsqueeze(-1)).sum((1, 2)).cpu()
     return total
@@ -154,6 +159,7 @@ def example_loss(
             return functional_call(model, tensors, args, kwargs, tie_weights=False)
 
         logits = predict(call, examples).float()
+        check_labels(examples["labels"], logits.shape[-1])
         weight = None if class_weights is None else class_weights.to(logits.device)
         return F.cross_entropy(logits, examples["labels"].to(logits.device), weight, reduction="sum")
 

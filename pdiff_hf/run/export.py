@@ -4,6 +4,7 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import save_file, save_model
+from timm.models import model_entrypoint
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, TimmWrapperForImageClassification
 
@@ -15,6 +16,19 @@ from ..tasks import Task
 from ..tasks.task import statistics_batches
 from ..tensor_names import adapter_file_names
 from ..utils.files import check_writable, free_space, replacing
+
+PACKAGE = __name__.partition(".")[0]
+# Of a network that other programs load only after they have imported this package.
+README = """The architecture `{architecture}` comes with pdiff_hf, which has to be imported before \
+the network is loaded; without it, timm says `Unknown model ({architecture})`.
+
+```python
+import pdiff_hf
+from transformers import AutoModelForImageClassification
+
+network = AutoModelForImageClassification.from_pretrained(FOLDER)
+```
+"""
 
 
 def write_networks(
@@ -98,6 +112,8 @@ def write_networks(
                 adapter_weights(layout, state_dict, pipe.base_model).save_pretrained(part)
             else:
                 save_network(pipe.make_model(state_dict), part)
+                if pipe.processor is not None:
+                    pipe.processor.save_pretrained(part)
 
 
 def save_network(model: PreTrainedModel, folder: Path) -> None:
@@ -116,3 +132,6 @@ def save_network(model: PreTrainedModel, folder: Path) -> None:
     model.config.model_args = model.config.model_args or {}
     model.config.save_pretrained(folder)
     save_model(model.timm_model, str(folder / "model.safetensors"), metadata={"format": "pt"})
+    architecture = model.config.architecture
+    if model_entrypoint(architecture).__module__.startswith(PACKAGE):
+        (folder / "README.md").write_text(README.format(architecture=architecture), encoding="utf-8")

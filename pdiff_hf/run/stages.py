@@ -280,6 +280,7 @@ def fit_denoiser(run: "Run") -> None:
         sampler,
         base_model=base_model,
         condition_encoder=encoder,
+        processor=run.task.processor,
         recomputed_statistics=r.recomputes_statistics,
         **r.sampling,
     )

@@ -13,10 +13,8 @@ import numpy as np
 import timm
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from timm.layers import to_2tuple
 from torch import nn
-from torchvision.transforms.functional import pil_to_tensor
 from transformers import (
     AutoImageProcessor,
     AutoModelForImageClassification,
@@ -28,7 +26,7 @@ from transformers.models.timm_wrapper import TimmWrapperConfig
 from ..networks.adapters import load_network
 from ..utils.errors import first_line
 from .dataset import take_columns
-from .images import ImageColumn, ImageSplit, ImageTask, Preparation, load_image_data
+from .images import ImageColumn, ImageSplit, ImageTask, Preparation, load_image_data, make_preparation
 from .labels import LabelledTask, bad_labels, find_weights, name_classes, without_unlabelled_test
 from .registry import register_task
 from .task import Batch, Split
@@ -141,11 +139,12 @@ class ImageClassificationTask(ImageTask, LabelledTask):
     def load_base_model(self) -> PreTrainedModel:
         """The network with one output a class. Fresh weights depend on torch's global seed."""
         if self._has_weights:
-            return self._load_network(AutoModelForImageClassification.from_pretrained)
+            model = self._load_network(AutoModelForImageClassification.from_pretrained)
+            self._note_size(model.config)
+            return model
         config = copy.deepcopy(self._config)
         name_classes(config, self.class_names)
-        if self.image_size is not None and isinstance(config, TimmWrapperConfig):
-            config.pretrained_cfg["input_size"] = [config.pretrained_cfg["input_size"][0], *[self.image_size] * 2]
+        self._note_size(config)
         model = AutoModelForImageClassification.from_config(config)
         if isinstance(config, TimmWrapperConfig):
             # transformers has drawn every weight anew; timm's own initialization trains better.
@@ -154,11 +153,17 @@ class ImageClassificationTask(ImageTask, LabelledTask):
             model.timm_model.load_state_dict(fresh.state_dict())
         return model
 
+    def _note_size(self, config: Any) -> None:
+        """Writes the size of its images into the configuration of a network of timm."""
+        if self.image_size is not None and isinstance(config, TimmWrapperConfig):
+            channels = config.pretrained_cfg["input_size"][0]
+            config.pretrained_cfg |= {"input_size": [channels, *[self.image_size] * 2], "crop_pct": 1.0}
+
     def save_base_model(self, model: nn.Module, folder: str | os.PathLike) -> None:
-        """The network, and its image processor; timm's preprocessing is a part of the network's configuration."""
+        """The network, and its image processor if it has one."""
         super().save_base_model(model, folder)
-        if not isinstance(self._config, TimmWrapperConfig):
-            self._load_processor().save_pretrained(folder)
+        if self.processor is not None:
+            self.processor.save_pretrained(folder)
 
     def load_saved(self, folder: str | os.PathLike) -> PreTrainedModel:
         """What `save_base_model` wrote."""
@@ -185,22 +190,19 @@ class ImageClassificationTask(ImageTask, LabelledTask):
 
     @cached_property
     def _preparation(self) -> Preparation:
+        preparation = make_preparation(self._config, self.processor, self.image_size)
+        assert preparation is not None  # there is one for networks of timm, and for all others a processor
+        return preparation
+
+    @cached_property
+    def processor(self) -> BaseImageProcessor | None:
+        """None for a network of timm, whose preprocessing is a part of its configuration."""
         if isinstance(self._config, TimmWrapperConfig):
-            cfg = timm.data.resolve_data_config(pretrained_cfg=self._config.pretrained_cfg, verbose=False)
-            if self.image_size is not None:
-                cfg |= {"input_size": (cfg["input_size"][0], self.image_size, self.image_size), "crop_pct": 1.0}
-            mode = "L" if cfg["input_size"][0] == 1 else "RGB"
-            to_tensor = timm.data.create_transform(**cfg, is_training=False, normalize=False)
-            return Preparation(to_tensor, cfg["mean"], cfg["std"], mode, str(sorted(cfg.items())))
+            return None
         processor = self._load_processor()
-        size = {} if self.image_size is None else {"size": {"height": self.image_size, "width": self.image_size}}
-
-        def process(image: Image.Image) -> torch.Tensor:
-            values = processor(pil_to_tensor(image), do_rescale=False, do_normalize=False, return_tensors="pt", **size)
-            return values["pixel_values"][0]
-
-        mean, std = (processor.image_mean, processor.image_std) if processor.do_normalize else ([0.0] * 3, [1.0] * 3)
-        return Preparation(process, mean, std, "RGB", f"{processor.to_json_string()} {size}")
+        if self.image_size is not None:
+            processor.size = {"height": self.image_size, "width": self.image_size}
+        return processor
 
     def _load_processor(self) -> BaseImageProcessor:
         try:

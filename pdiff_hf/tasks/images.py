@@ -12,9 +12,12 @@ from typing import Any
 import datasets
 import numpy as np
 import pyarrow.compute as pc
+import timm
 import torch
 from PIL import Image
 from torchvision.transforms import v2
+from torchvision.transforms.functional import pil_to_tensor
+from transformers import BaseImageProcessor
 
 from ..utils.errors import first_line
 from ..utils.memory import is_out_of_memory
@@ -118,35 +121,46 @@ def load_image_data(dataset: str, column: str | None = None) -> dict[str, datase
     Args:
         dataset (`str`): `digits` or `moving_digits`, which need no download (see `digits.py`), or what `load_raw`
             takes.
-        column (`str`, *optional*): Of the images, `image` by default. Paths (relative to the data set or the current
-            folder), whole files as bytes, and files in base64 become images.
+        column (`str`, *optional*): See [`as_images`].
+    """
+    if dataset in EMBEDDED:
+        return EMBEDDED[dataset]()
+    return as_images(load_raw(dataset, "'digits', 'moving_digits', "), dataset, column)
+
+
+def as_images(
+    raw: Mapping[str, datasets.Dataset], dataset: str, column: str | None = None
+) -> dict[str, datasets.Dataset]:
+    """
+    The splits with a column of images in place of one of paths (relative to the data set or the current folder), whole
+    files as bytes, or files in base64.
+
+    Args:
+        column (`str`, *optional*): `image` by default.
 
     Raises:
         ValueError: for a column of addresses in the web, and of texts that are neither paths nor base64.
     """
-    if dataset in EMBEDDED:
-        return EMBEDDED[dataset]()
-    raw = load_raw(dataset, "'digits', 'moving_digits', ")
-    column = column or "image"
-    feature = raw["train"].features.get(column)
-    if isinstance(feature, datasets.Image) or not isinstance(feature, datasets.Value | dict):
-        return raw
-    if isinstance(feature, dict):
-        return {n: rows.cast_column(column, datasets.Image()) for n, rows in raw.items()} if "bytes" in feature else raw
-    first = next((value for value in raw["train"].to_iterable_dataset().select_columns(column)), {}).get(column)
+    splits, column = dict(raw), column or "image"
+    feature = splits["train"].features.get(column)
+    if isinstance(feature, dict) and "bytes" in feature:
+        return {name: rows.cast_column(column, datasets.Image()) for name, rows in splits.items()}
+    if not isinstance(feature, datasets.Value):
+        return splits
+    first = next((row[column] for row in splits["train"].select_columns(column) if row[column] is not None), None)
     convert = _reader(dataset, column, first)
     if convert is None:
-        return raw
-    stored = datasets.Features({column: {"bytes": datasets.Value("binary"), "path": datasets.Value("string")}})
+        return splits
+    stored = {column: {"bytes": datasets.Value("binary"), "path": datasets.Value("string")}}
 
     def read(batch: dict[str, list]) -> dict[str, list]:
         return {column: [None if value is None else convert(value) for value in batch[column]]}
 
-    for name, rows in raw.items():
-        features = datasets.Features(rows.features | stored)
-        raw[name] = rows.map(read, batched=True, batch_size=DECODE_BATCH, features=features)
-        raw[name] = raw[name].cast_column(column, datasets.Image())
-    return raw
+    for name, rows in splits.items():
+        features = datasets.Features({**rows.features, **stored})
+        rows = rows.map(read, batched=True, batch_size=DECODE_BATCH, features=features)
+        splits[name] = rows.cast_column(column, datasets.Image())
+    return splits
 
 
 def _reader(dataset: str, column: str, first: Any) -> Callable[[Any], dict[str, Any]] | None:
@@ -283,9 +297,6 @@ class ImageSplit(torch.utils.data.Dataset):
     def __init__(self, images: ImageColumn, labels: torch.Tensor, preparation: "Preparation"):
         self.column, self.labels = images, labels
         self.preparation = preparation
-        # The images are still 0 to 255 when mean and standard deviation are applied.
-        self.mean = 255 * torch.tensor(preparation.mean).view(-1, 1, 1)  # (C, 1, 1)
-        self.std = 255 * torch.tensor(preparation.std).view(-1, 1, 1)
         self._images: torch.Tensor | None = None
         if len(images) * self._prepare([0]).numel() <= MEMORY_BUDGET:
             parts = torch.arange(len(images)).split(DECODE_BATCH)
@@ -299,7 +310,7 @@ class ImageSplit(torch.utils.data.Dataset):
 
     def __getitems__(self, indices: Sequence[int]) -> Batch:
         images = self._prepare(indices) if self._images is None else self._images[indices]
-        return {"pixel_values": (images.float() - self.mean) / self.std, "labels": self.labels[indices]}
+        return {"pixel_values": self.preparation.normalize(images), "labels": self.labels[indices]}
 
 
 @dataclass(frozen=True)
@@ -322,3 +333,36 @@ class Preparation:
 
     def __call__(self, image: Image.Image) -> torch.Tensor:
         return torch.as_tensor(self.transform(image.convert(self.mode)))
+
+    def normalize(self, images: torch.Tensor) -> torch.Tensor:
+        """Prepared images, uint8 of shape `(B, C, H, W)`, as float32 with the network's mean and deviation."""
+        mean, std = (255 * torch.tensor(values).view(-1, 1, 1) for values in (self.mean, self.std))
+        return (images.float() - mean) / std
+
+
+def make_preparation(config: Any, processor: Any, image_size: int | None = None) -> Preparation | None:
+    """
+    How a network takes its images; None if neither says it.
+
+    Args:
+        config (`PreTrainedConfig`): Of the network; that of timm says it itself.
+        processor (`BaseImageProcessor`, *optional*): Of any other network.
+        image_size (`int`, *optional*): Another size than they say.
+    """
+    if cfg := getattr(config, "pretrained_cfg", None):
+        cfg = timm.data.resolve_data_config(pretrained_cfg=cfg, verbose=False)
+        if image_size is not None:
+            cfg |= {"input_size": (cfg["input_size"][0], image_size, image_size), "crop_pct": 1.0}
+        mode = "L" if cfg["input_size"][0] == 1 else "RGB"
+        to_tensor = timm.data.create_transform(**cfg, is_training=False, normalize=False)
+        return Preparation(to_tensor, cfg["mean"], cfg["std"], mode, str(sorted(cfg.items())))
+    if not isinstance(processor, BaseImageProcessor):
+        return None
+    size = {} if image_size is None else {"size": {"height": image_size, "width": image_size}}
+
+    def process(image: Image.Image) -> torch.Tensor:
+        values = processor(pil_to_tensor(image), do_rescale=False, do_normalize=False, return_tensors="pt", **size)
+        return values["pixel_values"][0]
+
+    mean, std = (processor.image_mean, processor.image_std) if processor.do_normalize else ([0.0] * 3, [1.0] * 3)
+    return Preparation(process, mean, std, "RGB", f"{processor.to_json_string()} {size}")

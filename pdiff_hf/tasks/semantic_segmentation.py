@@ -18,8 +18,9 @@ from ..networks.batched import BatchedModels
 from ..networks.torchvision import Architecture
 from ..utils.devices import to_device
 from .dataset import BadRows, take_columns
-from .images import MEMORY_BUDGET, ImageColumn, ImageTask, load_image_data
+from .images import MEMORY_BUDGET, ImageColumn, ImageTask, as_images
 from .registry import register_task
+from .sources import load_raw
 from .task import Batch, MeasuredTask, Split, take
 
 # Pixels of this class are neither trained on nor counted.
@@ -67,7 +68,7 @@ class SemanticSegmentationTask(ImageTask, MeasuredTask):
         self._architecture = Architecture.find(self.model, segmentation, self.model_args)
         if self._architecture.weights is not None and "aux_loss" in self._architecture.known_args:
             self._architecture = Architecture.find(self.model, segmentation, {"aux_loss": True} | self.model_args)
-        raw = load_image_data(self.dataset, self.image_column)
+        raw = as_images(load_raw(self.dataset), self.dataset, self.image_column)
         columns = self._choose_columns(raw["train"].features)
         classes = 0
         for name, rows in raw.items():

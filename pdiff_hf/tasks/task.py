@@ -45,9 +45,12 @@ class Task(ABC):
 
     Attributes:
         new_head (`str`): After `load_base_model`: which tensors of a pretrained network had to be drawn anew, and why.
+        processor (*optional*): The image processor or tokenizer of transformers that prepares the network's inputs; it
+            goes with a generator.
     """
 
     new_head: str = ""
+    processor: Any = None
 
     @abstractmethod
     def load_base_model(self) -> nn.Module:

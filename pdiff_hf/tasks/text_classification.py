@@ -95,10 +95,20 @@ class TextClassificationTask(LabelledTask):
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        """The model's own, or one of the words of the training texts."""
+        """The model's own, or one of the words of the training texts; it cuts texts to `max_length`."""
         if os.path.isdir(self.model) and not any(name.startswith("tokenizer") for name in os.listdir(self.model)):
-            return self._train_tokenizer()
-        return AutoTokenizer.from_pretrained(self.model)
+            tokenizer = self._train_tokenizer()
+        else:
+            tokenizer = AutoTokenizer.from_pretrained(self.model)
+        tokenizer.model_max_length = min(
+            self.max_length, getattr(self._config, "max_position_embeddings", self.max_length)
+        )
+        return tokenizer
+
+    @property
+    def processor(self) -> PreTrainedTokenizerBase:  # type: ignore[override]
+        """The tokenizer."""
+        return self.tokenizer
 
     def _train_tokenizer(self) -> PreTrainedTokenizerFast:
         tokenizer = Tokenizer(WordLevel(unk_token="[UNK]"))
@@ -120,8 +130,7 @@ class TextClassificationTask(LabelledTask):
 
     def _prepare(self, split: Split) -> "TextSplit":
         """Texts as token ids."""
-        longest = min(self.max_length, getattr(self._config, "max_position_embeddings", self.max_length))
-        return TextSplit(self._raw[split]["text"], self._labels(split), self.tokenizer, longest)
+        return TextSplit(self._raw[split]["text"], self._labels(split), self.tokenizer)
 
     def fingerprint(self, split: Split) -> str:
         """Follows all token ids and labels."""
@@ -138,6 +147,12 @@ class TextClassificationTask(LabelledTask):
         return call(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
 
 
+def tokenize(texts: Iterable[str], tokenizer: Callable[..., Any]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Token ids and attention mask of texts, each of shape `(N, T)`, where T is the length of the longest."""
+    tokens = tokenizer(list(texts), padding=True, padding_side="right", truncation=True, return_tensors="pt")
+    return tokens["input_ids"], tokens["attention_mask"]
+
+
 class TextSplit(torch.utils.data.Dataset):
     """
     Tokenized texts, in memory.
@@ -146,18 +161,8 @@ class TextSplit(torch.utils.data.Dataset):
     of its longest text, and `labels` of shape `(B,)`.
     """
 
-    def __init__(
-        self, texts: Iterable[str], labels: torch.Tensor, tokenizer: Callable[..., Any], max_length: int
-    ) -> None:
-        tokens = tokenizer(
-            list(texts),
-            padding=True,
-            padding_side="right",
-            truncation=True,
-            max_length=max_length,
-            return_tensors="pt",
-        )
-        self.input_ids, self.attention_mask = tokens["input_ids"], tokens["attention_mask"]  # (N, T)
+    def __init__(self, texts: Iterable[str], labels: torch.Tensor, tokenizer: Callable[..., Any]) -> None:
+        self.input_ids, self.attention_mask = tokenize(texts, tokenizer)
         self.labels = labels
 
     def __len__(self) -> int:

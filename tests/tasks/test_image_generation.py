@@ -126,6 +126,7 @@ def test_images_and_splits(folder, tmp_path):
     torch.testing.assert_close(batch["pixel_values"][1, 0], scan / 8 - 1, atol=0.004, rtol=0)
     classification = ImageClassificationTask("test_resnet", str(folder / "digits"), image_size=8)
     assert torch.equal(classification.load_split("validation").labels, task.load_split("validation").labels)
+    assert make_task(folder, image_size=None).image_size == 8  # that of the images
     colour = make_task(folder, model_args=UNET | {"in_channels": 3, "out_channels": 3}, image_size=6)
     assert take(colour.load_split("test"), [0])["pixel_values"].shape == (1, 3, 6, 6)
     write_digits(tmp_path, labels=False)
@@ -217,7 +218,6 @@ def test_models_from_the_hub(folder, hub, tmp_path):
         ({"model_args": UNET | {"depth": 3}}, r"does not take the model_args \['depth'\]"),
         ({"model_args": UNET | {"norm_num_groups": 5}}, "does not work on images of 8x8: num_channels"),
         ({"image_size": 7}, "does not work on images of 7x7"),
-        ({"image_size": None}, "has no size of its own; set image_size"),
         ({"model_args": UNET | {"num_class_embeds": 3}}, "conditional"),
         ({"model_args": UNET | {"out_channels": 2}}, "got in_channels=1 and out_channels=2"),
         ({"num_steps": 1001}, "num_steps must be at most the 1000 steps"),

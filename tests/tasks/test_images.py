@@ -59,7 +59,10 @@ def test_every_mode_keeps_its_brightness(image, kind, expected, mode, tmp_path):
     columns = {"image": [stored] * 20, "label": [0, 1] * 10}
     write_parquet(tmp_path / "train.parquet", columns, {"image": datasets.Image(mode=mode), "label": label})
     split = ImageClassificationTask("test_resnet", str(tmp_path), image_size=2).load_split("test")
-    pixels = (split.__getitems__([0])["pixel_values"] * split.std + split.mean)[0].round()
+    mean, std = (
+        255 * torch.tensor(values).view(-1, 1, 1) for values in (split.preparation.mean, split.preparation.std)
+    )
+    pixels = (split.__getitems__([0])["pixel_values"] * std + mean)[0].round()
     expected = np.stack([expected] * 3) if expected.ndim == 2 else np.moveaxis(expected, -1, 0)
     assert torch.equal(pixels, torch.as_tensor(expected).float())
 
