@@ -80,6 +80,10 @@ class SavedPipeline(Base):
                 return super().from_pretrained(pretrained_model_name_or_path, use_safetensors=use_safetensors, **kwargs)
         except (OSError, ValueError, HTTPError):
             raise
+        except ImportError as error:
+            raise ValueError(
+                f"the pipeline in '{pretrained_model_name_or_path}' needs a package that is not installed: {error}"
+            ) from error
         except Exception as error:  # what damaged files make diffusers and transformers raise has no common type
             what = f"the pipeline in '{pretrained_model_name_or_path}' cannot be used"
             raise ValueError(f"{what}: {first_line(error)}") from error
