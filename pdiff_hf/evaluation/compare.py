@@ -363,4 +363,4 @@ def write_report(report: dict, folder: str | os.PathLike) -> None:
     folder = Path(folder)
     write_json(folder / "report.json", report)
     with replacing(folder / "report.md") as part:
-        part.write_text(format_report(report, [path.name for path in folder.glob("*.png")]))
+        part.write_text(format_report(report, [path.name for path in folder.glob("*.png")]), encoding="utf-8")

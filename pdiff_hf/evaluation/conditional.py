@@ -145,7 +145,11 @@ class ConditionalAudit:
         self.test_sets = dict(test_sets)
         self.rows: dict[str, dict[str, Any]] = {}
         self.cache = None if cache is None else Path(cache)
-        self._kept = json.loads(self.cache.read_text()) if self.cache is not None and self.cache.is_file() else {}
+        self._kept = (
+            json.loads(self.cache.read_text(encoding="utf-8"))
+            if self.cache is not None and self.cache.is_file()
+            else {}
+        )
 
     def score(self, table: torch.Tensor, parameters: torch.Tensor, split: Split) -> tuple[torch.Tensor, torch.Tensor]:
         """Accuracy and loss of networks `(T, D)`, or of n for each task, `(T, n, D)`, averaged over them."""

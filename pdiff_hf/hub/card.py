@@ -59,11 +59,13 @@ def make_model_card(
         HubError: if the run's report is of another version of this library.
     """
     pipeline = Path(pipeline)
-    layout = ParameterLayout.from_dict(json.loads((pipeline / "autoencoder" / "config.json").read_text())["layout"])
+    layout = ParameterLayout.from_dict(
+        json.loads((pipeline / "autoencoder" / "config.json").read_text(encoding="utf-8"))["layout"]
+    )
     base = pipeline / "base_model" / "config.json"
-    base_config = json.loads(base.read_text()) if base.is_file() else {}
+    base_config = json.loads(base.read_text(encoding="utf-8")) if base.is_file() else {}
     encoder = pipeline / "condition_encoder" / "config.json"
-    encoder_config = json.loads(encoder.read_text()) if encoder.is_file() else {}
+    encoder_config = json.loads(encoder.read_text(encoding="utf-8")) if encoder.is_file() else {}
     fields = Fields(encoder_config["fields"]) if encoder_config else None
     recipe: dict = {}
     report, figures = None, list[dict]()

@@ -143,7 +143,7 @@ def pipeline_files(folder: Path) -> dict[str, Path | bytes]:
         raise HubError(f"'{folder}' is not a finished pipeline: {index.name} or {PIPELINE_FILE} is missing")
     files: dict[str, Path | bytes] = {name: folder / name for name in (index.name, PIPELINE_FILE)}
     try:
-        values = json.loads(index.read_text()).items()
+        values = json.loads(index.read_text(encoding="utf-8")).items()
         components = [name for name, value in values if isinstance(value, list) and any(value)]
     except (ValueError, AttributeError) as error:
         raise HubError(f"'{folder}' is not a finished pipeline: {index.name} is damaged ({error})") from error
@@ -163,7 +163,9 @@ def _check_report_is_of_pipeline(folder: Path) -> None:
     """The settings of a later stage hold those of all earlier ones; a stage that was interrupted has none."""
     generator = "tune" if generator_folder(folder).name == TUNED else "denoiser"
     records = [folder / "stages" / f"{stage}.json" for stage in (generator, "evaluate")]
-    pipeline, report = (json.loads(path.read_text())["settings"] if path.is_file() else {} for path in records)
+    pipeline, report = (
+        json.loads(path.read_text(encoding="utf-8"))["settings"] if path.is_file() else {} for path in records
+    )
     if any(report.get(key) != value for key, value in pipeline.items()):
         raise HubError(
             f"the report in '{folder}' describes a pipeline with other settings; run the stage evaluate again"

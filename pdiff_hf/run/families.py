@@ -248,7 +248,7 @@ def add_generators(run: "Run", audit: ConditionalAudit, of_zoo: int, args: TuneA
     assert family is not None
     tuning = 0
     if r.tune_steps:
-        record = json.loads((run.folder / names.STAGES / "tune.json").read_text())
+        record = json.loads((run.folder / names.STAGES / "tune.json").read_text(encoding="utf-8"))
         tuning = len(record["results"]["losses"]) * args.num_tasks * args.num_examples
         untuned = PDiffPipeline.from_pretrained(run.folder / names.PIPELINE).to(device)
         untuned.register_to_config(**r.sampling)

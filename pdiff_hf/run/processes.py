@@ -60,10 +60,10 @@ def check_shared(folder: Path) -> None:
     word, path = [uuid.uuid4().hex], folder / SHARED_FILE
     broadcast_object_list(word)
     if state.is_main_process:
-        path.write_text(word[0])
+        path.write_text(word[0], encoding="utf-8")
     state.wait_for_everyone()
     end = time.monotonic() + SHARED_SECONDS
-    while not (seen := path.is_file() and path.read_text() == word[0]) and time.monotonic() < end:
+    while not (seen := path.is_file() and path.read_text(encoding="utf-8") == word[0]) and time.monotonic() < end:
         time.sleep(0.1)
     found = gather_object([(state.process_index, socket.gethostname(), seen)])
     if state.is_main_process:

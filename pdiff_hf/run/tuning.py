@@ -71,7 +71,7 @@ def tune_denoiser(run: "Run", stage: "Stage") -> None:
 def load_tuning(folder: Path) -> Tuning | None:
     """How the pipeline in `folder` was tuned for its task; None where it was not."""
     path = folder / names.TUNING
-    return Tuning.from_dict(json.loads(path.read_text())) if path.is_file() else None
+    return Tuning.from_dict(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else None
 
 
 def _tune_for_task(

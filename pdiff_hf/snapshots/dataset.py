@@ -176,7 +176,8 @@ class SnapshotWriter:
                 (self._part / "README.md").write_text(
                     CARD.format(
                         num_parameters=self.layout.num_parameters, fields_config=FIELDS_CONFIG if self.fields else ""
-                    )
+                    ),
+                    encoding="utf-8",
                 )
                 sync(self._part)
                 self._part.rename(self.folder)

@@ -205,7 +205,10 @@ def _open_safetensors(file: Path, stack: ExitStack) -> NetworkTensors:
 def _open_shards(index: Path, stack: ExitStack) -> NetworkTensors:
     try:
         # Names alone: a path would lead out of the folder.
-        shards = {index.with_name(Path(shard).name) for shard in json.loads(index.read_text())["weight_map"].values()}
+        shards = {
+            index.with_name(Path(shard).name)
+            for shard in json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
+        }
     except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
         raise SnapshotError(f"{index.name} is not the index of a sharded network ({error!r})") from error
     sources: dict[str, tuple[Any, str]] = {}

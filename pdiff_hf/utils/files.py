@@ -130,7 +130,7 @@ def check_writable(folder: Path) -> None:
 def write_json(path: str | os.PathLike, values) -> None:
     """The file is always whole."""
     with replacing(path) as part:
-        part.write_text(json.dumps(values, indent=1, allow_nan=False) + "\n")
+        part.write_text(json.dumps(values, indent=1, allow_nan=False) + "\n", encoding="utf-8")
 
 
 def without_nan(values):

@@ -253,7 +253,10 @@ def main() -> None:
             name = "products" if products else "factors"
             own = {"snapshots": str(zoo.folder / "snapshots"), "adapter_products": products}
             run = execute(Recipe(**settings | own | {"output_dir": str(folder / name)}))
-            print(f"## Seed {seed}, {name}\n\n{(run.folder / 'evaluation' / 'report.md').read_text()}", flush=True)
+            print(
+                f"## Seed {seed}, {name}\n\n{(run.folder / 'evaluation' / 'report.md').read_text(encoding='utf-8')}",
+                flush=True,
+            )
 
 
 if __name__ == "__main__":

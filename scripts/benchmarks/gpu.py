@@ -73,7 +73,7 @@ class Bench:
             result["took_seconds"] = time.perf_counter() - began
         self.found["measurements"][name] = result
         self.found["seconds"] = time.perf_counter() - self.start
-        self.path.write_text(json.dumps(self.found, indent=2))
+        self.path.write_text(json.dumps(self.found, indent=2), encoding="utf-8")
         print(f"{name}: {json.dumps(result)}", flush=True)
 
     def seconds(self, function: Callable[[], Any], repeats: int = REPEATS) -> float:

@@ -44,7 +44,7 @@ def main() -> None:
         print(json.dumps(clock.seconds), flush=True)
     report = pool_reports(reports)
     write_json(folder / "report.json", report)
-    (folder / "report.md").write_text(render_markdown(report))
+    (folder / "report.md").write_text(render_markdown(report), encoding="utf-8")
     print(render_markdown(report))
 
 

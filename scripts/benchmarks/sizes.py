@@ -58,12 +58,12 @@ SETTINGS = {
 
 def peak_memory(command: list[str], output: str = os.devnull) -> int:
     """Bytes of anonymous memory that a process takes at most; what it prints goes to the file `output`."""
-    with open(output, "w") as file:
+    with open(output, "w", encoding="utf-8") as file:
         process = subprocess.Popen(command, stdout=file)
     status, peak = Path(f"/proc/{process.pid}/status"), 0
     while process.poll() is None:
         try:
-            lines = status.read_text().splitlines()
+            lines = status.read_text(encoding="utf-8").splitlines()
         except ProcessLookupError:
             break
         peak = max([peak, *(1024 * int(line.split()[1]) for line in lines if line.startswith("RssAnon:"))])
@@ -83,7 +83,7 @@ def measure(name: str, folder: Path, flags: list[str]) -> list[str]:
         command = [sys.executable, str(SCRIPTS / "train.py"), *flags, "--stages", stage]
         peaks.append(peak_memory([*command, "--resume_from_checkpoint", "latest"]))
         print(f"{name} {stage}: {peaks[-1] / 1e9:.2f} GB, {children_seconds(before):.0f} s of CPU", flush=True)
-    report = json.loads((folder / "evaluation" / "report.json").read_text())
+    report = json.loads((folder / "evaluation" / "report.json").read_text(encoding="utf-8"))
     groups, explained = {group["name"]: group for group in report["groups"]}, report["reconstruction"]
     files = [*(folder / "pipeline" / "autoencoder").iterdir(), *(folder / "pipeline" / "denoiser").iterdir()]
     return [

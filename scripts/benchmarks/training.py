@@ -204,7 +204,7 @@ def _random_snapshots(path: Path, num_snapshots: int, length: int) -> torch.Tens
 
 def resident_memory(name: str) -> int:
     """Bytes of this process in memory, now (`VmRSS`) or at most so far (`VmHWM`)."""
-    lines = Path("/proc/self/status").read_text().splitlines()
+    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
     return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(f"{name}:"))
 
 

@@ -170,7 +170,7 @@ def read_reports(recipes: Sequence[Recipe]) -> list[dict]:
     for recipe in recipes:
         path, selected = Path(recipe.output_dir, names.EVALUATION, names.REPORT), Path(recipe.output_dir, SELECTED)
         if path.is_file():
-            more = {"selected": json.loads(selected.read_text())} if selected.is_file() else {}
+            more = {"selected": json.loads(selected.read_text(encoding="utf-8"))} if selected.is_file() else {}
             reports.append(load_report(path) | more)
     return reports
 

@@ -1,11 +1,14 @@
 """The terminals that people start scripts from, and those that are none."""
 
+import ast
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 from support.run_server import FLAGS
+
+import pdiff_hf
 
 SCRIPTS = Path(__file__).parents[2] / "scripts"
 NAMES = ("train", "collect", "generate", "evaluate", "push_to_hub", "app", "reproduce")
@@ -56,3 +59,18 @@ def test_without_docstrings():
     scripts = [str(SCRIPTS / f"{name}.py") for name in NAMES]
     done = subprocess.run([sys.executable, "-OO", "-c", code, *scripts], capture_output=True, text=True)
     assert done.returncode == 0 and done.stdout.count("usage:") == len(NAMES), done.stderr
+
+
+def test_no_file_is_read_or_written_in_the_encoding_of_the_locale():
+    """A report has letters that ISO 8859-1 lacks, and a folder goes from one machine to another."""
+    rooms = [Path(pdiff_hf.__file__).parent, SCRIPTS, SCRIPTS.parent / "pipelines"]
+    found = []
+    for path in (path for room in rooms for path in room.rglob("*.py")):
+        for call in (node for node in ast.walk(ast.parse(path.read_bytes())) if isinstance(node, ast.Call)):
+            name = getattr(call.func, "attr", getattr(call.func, "id", ""))
+            is_method = isinstance(call.func, ast.Attribute)
+            mode = next((a.value for a in call.args[not is_method :] if isinstance(a, ast.Constant)), "r")
+            opens = name == "open" and not is_method and "b" not in str(mode)
+            if (opens or name in ("read_text", "write_text")) and "encoding" not in [k.arg for k in call.keywords]:
+                found.append(f"{path.name}:{call.lineno}")
+    assert found == []
