@@ -157,11 +157,11 @@ def check_basins(
         )
     else:
         logger.info(f"the snapshots lie in one basin: {message}")
-    difference = max(each.difference for each in measured)
-    if difference < MIN_DIFFERENCE:
-        logger.warning(
-            f"the snapshots hardly differ: of {worst.num_examples} validation examples, the two farthest apart "
-            f"answer {difference:.1f}% differently, so that a report will find all networks alike. A higher "
-            "collect_learning_rate or collect_every makes them differ more"
-        )
+        difference = max(each.difference for each in measured)
+        if difference < MIN_DIFFERENCE:
+            logger.warning(
+                f"the snapshots hardly differ: of {worst.num_examples} validation examples, the two farthest apart "
+                f"answer {difference:.1f}% differently, so that a report will find all networks alike. When snapshots "
+                "are collected, a higher collect_learning_rate or collect_every makes them differ more"
+            )
     return without_nan({"snapshots": [a, b], **asdict(worst)})

@@ -39,6 +39,12 @@ _ONE_NETWORK = re.compile(r"(checkpoint|network)-\d+")
 MAX_DEPTH = 4
 _HUB_ID = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(?:/(?P<subfolder>[\w./-]+))?(?:@(?P<revision>[\w./-]+))?")
 
+# Of a zoo, some of whose networks fit.
+OTHER_KIND = (
+    ". The networks before it fit: those of another architecture or width are a data set of their own, so import each "
+    "kind with a --model and an --output_dir of its own"
+)
+
 
 def import_snapshots(
     paths: Sequence[str | os.PathLike],
@@ -132,7 +138,8 @@ def import_snapshots(
                 writer.write(vector, step=_step(name, position), seed=seed, condition=condition)
                 names.append(str(path))
             except (SnapshotError, LayoutError) as error:
-                raise type(error)(f"'{path}': {error}") from error
+                hint = OTHER_KIND if names and isinstance(error, LayoutError) else ""
+                raise type(error)(f"'{path}': {error}{hint}") from error
     return notes.report()
 
 

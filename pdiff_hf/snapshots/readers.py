@@ -35,6 +35,14 @@ from .adapters import (
 from .dataset import SnapshotError
 
 SUFFIXES = (".safetensors", ".pt", ".pth", ".bin")
+# What people name in place of them, and what to do with it.
+OTHER_FORMATS = dict.fromkeys(
+    (".zip", ".tar", ".gz", ".tgz", ".bz2", ".xz", ".7z", ".rar"), "an archive: unpack it, and name the folder"
+) | dict.fromkeys(
+    (".npz", ".npy", ".h5", ".hdf5", ".keras", ".onnx", ".gguf", ".msgpack", ".tflite"),
+    f"of a format that is not read: save the state dict of each network as one of {', '.join(SUFFIXES)}",
+)
+IN_MEMORY = "PDiffTrainer(snapshots=torch.load(FILE)) takes"
 # Where a folder has several of these, the first is read.
 WEIGHT_FILES = ("model.safetensors.index.json", "model.safetensors", "pytorch_model.bin")
 # Where training scripts keep the state dict among other things; of several, the first.
@@ -189,6 +197,8 @@ def _open_file(file: Path, stack: ExitStack) -> NetworkTensors:
         return _open_shards(file, stack)
     if file.suffix == ".safetensors":
         return _open_safetensors(file, stack)
+    if hint := OTHER_FORMATS.get(file.suffix.lower()):
+        raise SnapshotError(f"{file.name} is {hint}")
     tensors = _load_pickle(file)
     return NetworkTensors({name: (tensors, name) for name in tensors})
 
@@ -248,6 +258,16 @@ def _find_tensors(content: Any, what: str, depth: int = MAX_DEPTH) -> Mapping[st
         raise SnapshotError(
             f"{what} holds several state dicts, under {some_names(list(map(str, nested)), 20)}; save the right one of "
             f"them alone, or under '{NESTED[0]}'"
+        )
+    if isinstance(content, torch.Tensor):
+        raise SnapshotError(
+            f"{what} holds a tensor of shape {tuple(content.shape)}, not a state dict; {IN_MEMORY} one with a row for "
+            "each network"
+        )
+    if isinstance(content, list | tuple) and content and all(_holds_tensors(item, depth - 1) for item in content):
+        raise SnapshotError(
+            f"{what} holds {len(content)} state dicts in a {type(content).__name__}; {IN_MEMORY} them, or save each as "
+            "a file"
         )
     if not tensors:
         keys = f" with the keys {some_names(list(map(str, content)), 20)}" if isinstance(content, Mapping) else ""
