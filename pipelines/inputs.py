@@ -66,7 +66,8 @@ def _is_float(values: Any) -> bool:
 
 def _images(values: Any, preparation: Preparation | None) -> torch.Tensor:
     """Float32 of shape `(B, C, H, W)`."""
-    if isinstance(values, Image.Image | str) or not hasattr(values, "__len__") or len(values) == 0:
+    is_list = isinstance(values, list | tuple) and len(values) > 0
+    if not is_list and not isinstance(values, torch.Tensor | np.ndarray):
         raise ValueError(f"images are a list of them, or an array of all with the batch first, got {values!r:.80}")
     if _is_float(values):
         images = values if isinstance(values, torch.Tensor) else torch.stack([torch.as_tensor(v) for v in values])
