@@ -1,7 +1,9 @@
 """From what a caller says of tasks to what a denoiser takes."""
 
+import logging
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 
@@ -9,6 +11,10 @@ from pdiff_hf.models.condition import Condition, ConditionEncoder, ConditionErro
 from pdiff_hf.models.fields import shown
 from pdiff_hf.utils.blocks import in_blocks
 from pdiff_hf.utils.memory import InParts
+
+_SAID: WeakKeyDictionary[ConditionEncoder, set[tuple[str, ...]]] = WeakKeyDictionary()
+
+logger = logging.getLogger(__name__)
 
 
 def prepare_conditions(
@@ -55,7 +61,18 @@ def prepare_conditions(
         raise ConditionError("condition is an empty list; give at least one condition, or none at all")
     table = encoder.fields.table(conditions)
     encoder.warn_of_unlike_texts(table)
+    _say_drawn(encoder, table)
     return table.repeat_interleave(num_models, 0)
+
+
+def _say_drawn(encoder: ConditionEncoder, table: torch.Tensor) -> None:
+    """Says once for each set of fields which of them are drawn, because a condition leaves them out."""
+    known = encoder.fields.known(table)
+    drawn = tuple(name for name, column in zip(encoder.fields, known.T, strict=True) if not column.all())
+    if drawn and drawn not in _SAID.setdefault(encoder, set()):
+        _SAID[encoder].add(drawn)
+        level = logging.WARNING if known.any() else logging.INFO  # nothing is known: nobody has forgotten a field
+        logger.log(level, "drawn from the conditions seen in training: %s", ", ".join(drawn))
 
 
 def _known(condition: Any) -> Condition:

@@ -73,7 +73,9 @@ def read_table(path: str | os.PathLike) -> list[Column]:
     """
     try:
         text = Path(path).read_text(encoding="utf-8-sig").lstrip("\r\n")  # spreadsheets begin a file with a mark
-    except (OSError, UnicodeDecodeError) as error:
+    except UnicodeDecodeError as error:
+        raise ConditionError(f"the table '{path}' is not in UTF-8 ({error}); save it as CSV UTF-8") from error
+    except OSError as error:
         raise ConditionError(f"the table '{path}' cannot be read: {error}") from error
     frame = _frame(str(path), text)
     cells = [[cell.strip() for cell in row] for row in frame.values.tolist()]
@@ -87,6 +89,9 @@ def read_table(path: str | os.PathLike) -> list[Column]:
     for i, title in enumerate(titles):
         name, _, kind = (part.strip() for part in title.partition(":"))
         columns.append(Column(str(path), name, kind, [row[i] for row in body], rows[1:]))
+    index = columns[0]
+    if not index.name and list(index.cells) == [str(i) for i in range(len(body))]:
+        columns = columns[1:]  # the index that pandas writes
     _check_titles(path, columns)
     return columns
 
@@ -141,9 +146,8 @@ def _check_titles(path: str | os.PathLike, columns: Sequence[Column]) -> None:
         for column in fields
         if not column.name or _number(column.name) is not None or column.name in column.cells
     ]
-    names_network = first.name and (
-        Path(path).parent.joinpath(first.name).exists() or first.name.endswith(SUFFIXES) or first.name in first.cells
-    )
+    is_path = "/" in first.name and Path(path).parent.joinpath(first.name).exists()
+    names_network = is_path or first.name.endswith(SUFFIXES) or (first.name and first.name in first.cells)
     if untitled or names_network:
         raise ConditionError(
             f"'{path}' needs a header such as network,rate: its first row has {shown(first.name)} and "
@@ -178,6 +182,7 @@ def read_column(column: Column) -> tuple[list, Field]:
         lengths = sorted({len(vector) for vector in vectors if vector is not None})
         if len(lengths) > 1:
             raise column.error(f"it holds lists of {lengths} numbers")
+        _check_differ(column, vectors)
         return vectors, VectorField(lengths[0])
     if column.kind != "angle" and not any(_number(c) is not None or _NUMBERISH.fullmatch(c) for c in present):
         return words(column)
@@ -185,16 +190,21 @@ def read_column(column: Column) -> tuple[list, Field]:
     known = sorted({value for value in values if value is not None})
     if not known:
         raise column.error("it has no values")
+    _check_differ(column, values)
     if column.kind == "angle":
         return values, AngleField()
-    if len(known) == 1:
-        raise column.error(f"it is {known[0]:g} for all networks, which says nothing; leave it out")
     if len(set(np.array(known, dtype=np.float32).tolist())) < len(known):
         raise column.error(
             "some of its numbers are equal in single precision: if they are not quantities but names, call it "
             f"'{column.name}:category'"
         )
     return values, ScalarField(known[0], known[-1])
+
+
+def _check_differ(column: Column, values: Sequence) -> None:
+    known = [value for value in values if value is not None]
+    if all(value == known[0] for value in known):
+        raise column.error(f"it is {shown(known[0])} for all networks, which says nothing; leave it out")
 
 
 def read_texts(column: Column) -> list[list[str] | None]:
@@ -213,6 +223,7 @@ def read_texts(column: Column) -> list[list[str] | None]:
         texts.append(found)
     if not any(texts):
         raise column.error("it is empty")
+    _check_differ(column, texts)
     return texts
 
 
@@ -302,8 +313,7 @@ def words(column: Column, as_they_stand: bool = False) -> tuple[list[str | None]
                     f"alike, or {keep} apart",
                     rows[0],
                 )
-        if len(places) == 1:
-            raise column.error(f"it is {cell!r} for all networks, which says nothing; leave it out")
+        _check_differ(column, [cell or None for cell in column.cells])
         length = sum(len(cell.split()) for cell in places) / len(places)
         once = len(places) > sum(map(len, places.values())) / 2
         if once and (len(places) > MANY_WORDS or length >= WORDS_OF_A_SENTENCE):

@@ -108,6 +108,17 @@ def test_conditions_as_other_libraries_have_them(pipe):
     assert torch.equal(sample(pipe, 2, condition=frame.iloc[0]), sample(pipe, 2, condition=rows[0]))
 
 
+def test_fields_that_are_drawn_are_said_once(caplog):
+    pipe = make_conditional_pipeline()
+    for condition in (KNOWN, {"blur": 1.0, "bits": [0, 0, 1]}, {"blur": 1.5, "bits": [0, 1, 1]}, {"blur": 1.0}):
+        sample(pipe, 1, condition=condition)
+    said = [record.getMessage() for record in caplog.records if "drawn" in record.getMessage()]
+    assert said == [
+        "drawn from the conditions seen in training: angle, kind",
+        "drawn from the conditions seen in training: angle, kind, bits",
+    ]
+
+
 @pytest.mark.parametrize("dropout", [0.0, None])
 def test_guidance_without_dropout_is_refused(pipe, tmp_path, dropout):
     denoiser = pipe.denoiser

@@ -102,11 +102,18 @@ def test_vectors_as_other_programs_print_them(tmp_path, cell):
         "file|x|word\r\na|1|new\r\nb|2.5|old\r\n",
         "\ufefffile, x, word\na, 1, new \nb, 2.5, old\n",
         "file,x,word,\na,1,new,\nb,2.5,old,\n,,,\n",
+        ",file,x,word\n0,a,1,new\n1,b,2.5,old\n",
     ],
 )
 def test_delimiters_are_found(tmp_path, text):
     conditions, _ = read_conditions(write(tmp_path, text))
     assert conditions == {"a": {"x": 1.0, "word": "new"}, "b": {"x": 2.5, "word": "old"}}
+
+
+def test_other_encodings_of_a_file(tmp_path):
+    (tmp_path / "table.csv").write_bytes("file,x\na,grün\nb,blau\n".encode("latin-1"))
+    with pytest.raises(ConditionError, match="is not in UTF-8 .* save it as CSV UTF-8"):
+        read_conditions(tmp_path / "table.csv")
 
 
 def test_words_that_look_like_missing_values_are_kept_where_asked_for(tmp_path):
@@ -199,6 +206,8 @@ def test_columns_of_known_fields(tmp_path):
         ("n,x\na,cat\nb,dog\nc,Cat \n", "column 'x', row 4: 'Cat' differs from 'cat' .row 2. only in case or spaces"),
         ("n,x\na,EU\nb,NA\n", "column 'x', row 3: 'NA' can be a missing value or a word"),
         ("n,x\na,new\nb,new\n", "column 'x': it is 'new' for all networks, which says nothing"),
+        ("n,x:angle\na,3\nb,3\n", "column 'x:angle': it is 3.0 for all networks, which says nothing"),
+        ('n,x\na,"[1, 2]"\nb,"[1, 2]"\n', r"it is \[1.0, 2.0\] for all networks, which says nothing"),
         ('n,x\na,"[0.1 0.2 ... 0.3]"\n', "row 2: .* is not a list of numbers .* it was shortened when it was printed"),
         ('n,x\na,"[1]"\nb,"[]"\n', r"row 3: '\[\]' is not a list of numbers"),
         ('n,x\na,"[1]"\nb,"[1e40]"\n', "row 3: .* infinite or too large"),
@@ -208,7 +217,7 @@ def test_columns_of_known_fields(tmp_path):
         ("n,seed\na,1\nb,2\n", "column 'seed': a field cannot be called parameters, step, seed"),
         ("n,x\n" + "".join(f"a{i},w{i}\n" for i in range(30)), "has 30 different texts, such as 'w0'. .* 'x:text'"),
         ("n,x\na,is it good or bad\nb,is it long\n", "has 2 different texts, .* 'x:text' .* 'x:category'"),
-        ("n,x\na,3\nb,3\n", "is 3 for all networks, which says nothing"),
+        ("n,x\na,3\nb,3\n", "is 3.0 for all networks, which says nothing"),
         ('n,x\na,"[1]"\nb,"[1,2]"\n', r"it holds lists of \[1, 2\] numbers"),
     ],
 )
