@@ -1,7 +1,6 @@
 """What a conditional generator must face: networks that are trained for conditions, or for the unseen tasks."""
 
 import copy
-import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -15,6 +14,7 @@ from ..networks.stacked import StackedNetworks
 from ..snapshots.zoo import ZooArguments, train_specialists
 from ..tasks.family import Family
 from ..training.denoiser import LatentGenerator
+from ..training.loop import Loop
 from ..training.tune import GeneratedNetworks, TaskBatches, TuneArguments, tune
 from ..utils.seeds import named_seed
 from .conditional import ConditionalAudit, Cost, score_tasks
@@ -37,7 +37,6 @@ class Regime:
         num_tasks (`int`): Of the seen tasks.
         validation (`torch.Tensor`): Conditions of the validation tasks, shape `(T, width)`.
         seed (`int`): Of all of them.
-        checkpoint_dir (`str` or `os.PathLike`): Of those that are not resumed.
     """
 
     family: Family
@@ -47,7 +46,6 @@ class Regime:
     num_tasks: int
     validation: torch.Tensor
     seed: int
-    checkpoint_dir: str | os.PathLike
 
     def validate(self, module: nn.Module) -> float:
         """The mean loss of `module(table, batch, generator)` on the validation tasks, always with the same noise."""
@@ -60,11 +58,16 @@ class Regime:
         _, loss = score_tasks(self.family, respond, table, "validation", VALIDATION_EXAMPLES)
         return loss.mean().item()
 
-    def fit(self, module: nn.Module, args: TuneArguments, what: str, **kwargs: Any) -> dict[str, list[float]]:
+    def loop(self, what: str) -> Loop:
+        """Without checkpoints."""
+        return Loop(self.accelerator, named_seed(self.seed, what))
+
+    def fit(
+        self, module: nn.Module, args: TuneArguments, what: str, loop: Loop | None = None, **kwargs: Any
+    ) -> dict[str, list]:
         """Tunes `module` in place; see [`~pdiff_hf.training.tune.tune`], which gets `kwargs`."""
-        kwargs = {"seed": named_seed(self.seed, what), "checkpoint_dir": self.checkpoint_dir} | kwargs
         return tune(
-            self.accelerator,
+            loop or self.loop(what),
             module,
             self.batches(args),
             self.num_tasks,
@@ -82,20 +85,10 @@ def add_oracles(
     Adds networks that are trained on the unseen tasks themselves, for so many times as long as those of the seen ones.
     """
     for factor in factors:
-        longer = replace(args, num_steps=factor * args.num_steps, num_snapshots=1, checkpointing_steps=None)
+        longer = replace(args, num_steps=factor * args.num_steps, num_snapshots=1)
 
         def train(_, table: torch.Tensor, longer: ZooArguments = longer) -> torch.Tensor:
-            seed = named_seed(regime.seed, "oracles")
-            specialists = train_specialists(
-                regime.accelerator,
-                regime.family,
-                regime.networks,
-                table,
-                longer,
-                seed=seed,
-                checkpoint_dir=regime.checkpoint_dir,
-            )
-            return specialists[-1]
+            return train_specialists(regime.loop("oracles"), regime.family, regime.networks, table, longer)[-1]
 
         name = "trained on the task" if factor == 1 else f"trained on the task, {factor} times longer"
         audit.add(name, "oracle", train, Cost(cost.once, longer.num_steps * longer.batch_size))
@@ -110,7 +103,7 @@ def add_generic(audit: ConditionalAudit, regime: Regime, args: TuneArguments, on
         args (`TuneArguments`): As the generator was tuned, but for as many passes as it took in all.
         once (`int`): Passes of the base model.
     """
-    args = replace(args, learning_rate=LEARNING_RATE, validate_every=VALIDATE_EVERY, checkpointing_steps=None)
+    args = replace(args, learning_rate=LEARNING_RATE, validate_every=VALIDATE_EVERY)
     start, fields = regime.networks.base_parameters(), regime.family.fields
     predict = regime.family.predict
     cost = Cost(once + args.num_steps * args.num_tasks * args.num_examples)

@@ -44,10 +44,8 @@ def collect(run: "Run", stage: "Stage") -> None:
     r, family = run.recipe, run.family
     assert family is not None
     args, networks = zoo_arguments(run.recipe), StackedNetworks(run.base_model, run.layout)
-    loop = run.loop(stage.name, num_steps=1, batch_size=1, learning_rate=1.0)
-    del loop["args"]
-    with run.accelerator() as accelerator:
-        snapshots = train_specialists(accelerator, family, networks, run.conditions["train"], args, **loop)
+    with run.loop(stage.name) as loop:
+        snapshots = train_specialists(loop, family, networks, run.conditions["train"], args)
     run.base_model.to("cpu")
     if not PartialState().is_main_process:
         return
@@ -95,7 +93,6 @@ def zoo_arguments(recipe: "Recipe") -> ZooArguments:
         batch_size=recipe.collect_batch_size,
         learning_rate=recipe.collect_learning_rate,
         weight_decay=recipe.collect_weight_decay,
-        checkpointing_steps=recipe.checkpointing_steps,
     )
 
 
@@ -107,7 +104,6 @@ def tune_arguments(run: "Run") -> TuneArguments:
         num_tasks=r.tune_models,
         num_examples=r.tune_batch_size,
         validate_every=max(1, (r.tune_steps or 0) // (10 if run.family else 5)),
-        checkpointing_steps=r.checkpointing_steps,
     )
 
 
@@ -131,7 +127,6 @@ def make_regime(run: "Run", accelerator: Accelerator, networks: StackedNetworks)
         len(seen),
         run.conditions["validation"],
         r.seed,
-        run.folder / names.CHECKPOINTS / "opponents",
     )
 
 

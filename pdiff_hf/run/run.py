@@ -11,7 +11,7 @@ from typing import Any
 from accelerate import Accelerator, PartialState
 
 from ..tasks import Task
-from ..training.loop import LoopArguments
+from ..training import Loop
 from ..utils import names
 from ..utils.errors import resource_errors
 from ..utils.files import replacing
@@ -66,20 +66,22 @@ class Run(RunResults):
         super().__init__(recipe, task, make_family(recipe, task), extra_groups)
         check_run(self)
 
-    def loop(self, stage: str, **kwargs: Any) -> dict[str, Any]:
-        """What the training stages have in common, as arguments."""
+    @contextlib.contextmanager
+    def loop(self, stage: str) -> Iterator[Loop]:
+        """Where the training of a stage runs."""
         r = self.recipe
         resume = r.resume_from_checkpoint is not None
         if PartialState().is_main_process:
             self.files.open_checkpoints(STAGES[stage], self.settings(stage), resume)
-        return {
-            "args": LoopArguments(
-                checkpointing_steps=r.checkpointing_steps, checkpoints_total_limit=r.checkpoints_total_limit, **kwargs
-            ),
-            "seed": named_seed(r.seed, f"{stage} training"),
-            "checkpoint_dir": self.files.checkpoints(STAGES[stage]),
-            "resume": resume,
-        }
+        with self.accelerator() as accelerator:
+            yield Loop(
+                accelerator,
+                named_seed(r.seed, f"{stage} training"),
+                self.files.checkpoints(STAGES[stage]),
+                r.checkpointing_steps,
+                r.checkpoints_total_limit,
+                resume,
+            )
 
     @contextlib.contextmanager
     def accelerator(self) -> Iterator[Accelerator]:

@@ -108,7 +108,6 @@ def evaluate_saved_family(source: str, recipe: Recipe) -> dict:
             len(table),
             validation,
             recipe.seed,
-            output / names.CHECKPOINTS,
         )
         add_oracles(audit, regime, zoo_arguments(recipe), Cost(), (1,))
         part.mkdir(parents=True)

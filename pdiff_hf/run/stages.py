@@ -33,7 +33,7 @@ from ..snapshots.barrier import check_basins
 from ..snapshots.dataset import load_fields
 from ..snapshots.frozen import FrozenCheck
 from ..tasks import ClassificationTask
-from ..training import NoiseArguments, make_training_scheduler, train_autoencoder, train_denoiser
+from ..training import LoopArguments, NoiseArguments, make_training_scheduler, train_autoencoder, train_denoiser
 from ..utils import names
 from ..utils.files import remove, write_json
 from ..utils.seeds import named_seed
@@ -65,20 +65,15 @@ def train_base(run: "Run") -> None:
     if r.base_epochs:
         num_examples = len(run.task.load_split("train"))  # type: ignore[arg-type]  # a map-style data set
         steps = max(1, r.base_epochs * num_examples // r.base_batch_size)
-        with run.accelerator() as accelerator:
-            losses = train_base_model(
-                accelerator,
-                run.task,
-                model,
-                **run.loop(
-                    stage.name,
-                    num_steps=steps,
-                    batch_size=r.base_batch_size,
-                    learning_rate=r.base_learning_rate,
-                    lr_warmup_steps=r.base_warmup_steps,
-                    weight_decay=r.base_weight_decay,
-                ),
-            )
+        args = LoopArguments(
+            num_steps=steps,
+            batch_size=r.base_batch_size,
+            learning_rate=r.base_learning_rate,
+            lr_warmup_steps=r.base_warmup_steps,
+            weight_decay=r.base_weight_decay,
+        )
+        with run.loop(stage.name) as loop:
+            losses = train_base_model(loop, run.task, model, args)
         results["losses"] = losses.tolist()
     if not PartialState().is_main_process:
         return
@@ -197,24 +192,24 @@ def _check_basins(run: "Run", aligned: bool = False) -> dict | None:
 def fit_autoencoder(run: "Run") -> None:
     """The autoencoder that turns snapshots into latents."""
     r, stage = run.recipe, STAGES["autoencoder"]
-    with run.accelerator() as accelerator:
+    args = LoopArguments(
+        num_steps=r.autoencoder_steps,
+        batch_size=r.autoencoder_batch_size,
+        learning_rate=r.autoencoder_learning_rate,
+        lr_warmup_steps=r.autoencoder_warmup_steps,
+        max_grad_norm=r.max_grad_norm,
+    )
+    with run.loop(stage.name) as loop:
         autoencoder, losses = train_autoencoder(
-            accelerator,
+            loop,
             run.parameters,
             run.layout,
+            args,
             seen=run.seen,
             latent_dim=r.latent_dim,
             architecture=architecture(run),
             normalization=r.normalization,
             latent_scaling=r.latent_scaling,
-            **run.loop(
-                stage.name,
-                num_steps=r.autoencoder_steps,
-                batch_size=r.autoencoder_batch_size,
-                learning_rate=r.autoencoder_learning_rate,
-                lr_warmup_steps=r.autoencoder_warmup_steps,
-                max_grad_norm=r.max_grad_norm,
-            ),
             noise=NoiseArguments(parameter_noise=r.parameter_noise, latent_noise=r.latent_noise),
         )
     if not PartialState().is_main_process:
@@ -250,24 +245,24 @@ def fit_denoiser(run: "Run") -> None:
     if run.family is not None and r.regressed_networks:
         regressed, conditions = families.regressed_latents(run)
         latents, table = torch.cat([latents, regressed]), torch.cat([run.snapshot_conditions[run.seen], conditions])
-    with run.accelerator() as accelerator:
+    args = LoopArguments(
+        num_steps=r.denoiser_steps,
+        batch_size=r.denoiser_batch_size,
+        learning_rate=r.denoiser_learning_rate,
+        lr_warmup_steps=r.denoiser_warmup_steps,
+        max_grad_norm=r.max_grad_norm,
+        ema_decay=r.ema_decay,
+    )
+    with run.loop(stage.name) as loop:
         denoiser, losses = train_denoiser(
-            accelerator,
+            loop,
             latents,
+            args,
             scheduler=scheduler,
             encoder=encoder,
             table=table,
             condition_dropout=r.condition_dropout if encoder is not None else 0.0,
             **DENOISER_PRESETS[r.denoiser_preset],
-            **run.loop(
-                stage.name,
-                num_steps=r.denoiser_steps,
-                batch_size=r.denoiser_batch_size,
-                learning_rate=r.denoiser_learning_rate,
-                lr_warmup_steps=r.denoiser_warmup_steps,
-                max_grad_norm=r.max_grad_norm,
-                ema_decay=r.ema_decay,
-            ),
         )
     if not PartialState().is_main_process:
         return

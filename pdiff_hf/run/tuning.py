@@ -2,12 +2,14 @@
 
 import copy
 import json
+import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from accelerate import Accelerator, PartialState
+from accelerate import PartialState
 
 from ..networks.stacked import StackedNetworks
 from ..pipelines import PDiffPipeline
@@ -41,17 +43,15 @@ def tune_denoiser(run: "Run", stage: "Stage") -> None:
         pipeline.autoencoder.add_tuned_map()
     networks = StackedNetworks(run.base_model.to(PartialState().device), run.layout)
     args = tune_arguments(run)
-    loop = run.loop(stage.name, num_steps=args.num_steps, batch_size=r.tune_models, learning_rate=r.tune_learning_rate)
-    del loop["args"]
     tuning = None
     if run.family is not None:
         model = generated_networks(run, pipeline, networks)
-        with run.accelerator() as accelerator:
-            extra = _weight_loss(run, model.generator, accelerator) if r.tune_weight_loss else None
-            regime = make_regime(run, accelerator, networks)
-            history = regime.fit(model, args, "tuning", extra_loss=extra, **loop)
+        with run.loop(stage.name) as loop:
+            extra = _weight_loss(run, model.generator) if r.tune_weight_loss else None
+            regime = make_regime(run, loop.accelerator, networks)
+            history = regime.fit(model, args, "tuning", loop, extra_loss=extra)
     else:
-        pipeline, tuning, history = _tune_for_task(run, pipeline, networks, loop)
+        pipeline, tuning, history = _tune_for_task(run, stage, pipeline, networks)
     run.base_model.to("cpu")
     if not PartialState().is_main_process:
         return
@@ -75,7 +75,7 @@ def load_tuning(folder: Path) -> Tuning | None:
 
 
 def _tune_for_task(
-    run: "Run", pipeline: PDiffPipeline, networks: StackedNetworks, loop: dict
+    run: "Run", stage: "Stage", pipeline: PDiffPipeline, networks: StackedNetworks
 ) -> tuple[PDiffPipeline, Tuning, dict]:
     """
     Tunes once for each weight of diversity.
@@ -89,13 +89,12 @@ def _tune_for_task(
     unseen = validation_batch(task, device)
     results: list[tuple[float, float, PDiffPipeline, dict]] = []
     passes = 0
-    for diversity in r.tune_diversity:
-        objective = EnsembleObjective(r.tune_ensemble_size, diversity, r.tune_penalty)
-        candidate = copy.deepcopy(pipeline)
-        latents = DiffusionLatents(LatentGenerator(candidate.denoiser), candidate.scheduler, r.tune_inference_steps)
-
-        with run.accelerator() as accelerator:
-            parts = accelerator.num_processes * accelerator.gradient_accumulation_steps
+    with run.loop(stage.name) as loop:
+        parts = loop.accelerator.num_processes * loop.accelerator.gradient_accumulation_steps
+        for diversity in r.tune_diversity:
+            objective = EnsembleObjective(r.tune_ensemble_size, diversity, r.tune_penalty)
+            candidate = copy.deepcopy(pipeline)
+            latents = DiffusionLatents(LatentGenerator(candidate.denoiser), candidate.scheduler, r.tune_inference_steps)
             model = TunedEnsembles(
                 latents, candidate.autoencoder, networks, task.predict, objective, r.tune_models // parts
             )
@@ -105,18 +104,18 @@ def _tune_for_task(
                 return model.validate(unseen, noise)
 
             history = tune(
-                accelerator,
+                replace(loop, checkpoint_dir=Path(str(loop.checkpoint_dir), f"diversity-{diversity:g}")),
                 model,
                 single_task(task, args, device),
                 len(task.load_split("train")),
                 args,
                 validate=validate,
-                extra_loss=_weight_loss(run, latents.generator, accelerator) if r.tune_weight_loss else None,
-                **loop | {"checkpoint_dir": Path(loop["checkpoint_dir"], f"diversity-{diversity:g}")},
+                extra_loss=_weight_loss(run, latents.generator) if r.tune_weight_loss else None,
             )
-        passes += training_passes(len(history["losses"]), r.tune_models, r.tune_batch_size)
-        passes += len(history["steps"]) * model.num_networks * len(unseen["labels"])
-        results.append((min(history["validation_losses"]), diversity, candidate, history))
+            passes += training_passes(len(history["losses"]), r.tune_models, r.tune_batch_size)
+            passes += len(history["steps"]) * model.num_networks * len(unseen["labels"])
+            lowest = min((loss for loss in history["validation_losses"] if loss is not None), default=math.inf)
+            results.append((lowest, diversity, candidate, history))
     _, diversity, chosen, history = min(results, key=lambda result: result[0])
     objective = EnsembleObjective(r.tune_ensemble_size, diversity, r.tune_penalty)
     tuning = Tuning(objective, args.num_steps, r.tune_models, r.tune_batch_size, passes)
@@ -124,11 +123,9 @@ def _tune_for_task(
     return chosen, tuning, history | {"diversity": diversity, "validation_loss_of_diversity": tried}
 
 
-def _weight_loss(
-    run: "Run", generator: LatentGenerator, accelerator: Accelerator
-) -> Callable[[torch.Generator], torch.Tensor]:
+def _weight_loss(run: "Run", generator: LatentGenerator) -> Callable[[torch.Generator], torch.Tensor]:
     """The denoiser's own loss on the snapshots that generators see, weighted."""
-    r, device = run.recipe, accelerator.device
+    r, device = run.recipe, PartialState().device
     latents = run.latents[run.seen].to(device)
     table = run.snapshot_conditions[run.seen].to(device) if run.fields else None
     scheduler = make_training_scheduler(r.num_train_timesteps, r.prediction_type)

@@ -14,7 +14,7 @@ from ..layout import ParameterLayout
 from ..networks.batched import BatchedModels, Forward, PrefixCache
 from ..networks.cropping import CroppedConvolutions
 from ..tasks import ClassificationTask, Task, accuracy, take
-from ..training.loop import LoopArguments, TrainingError, epoch_indices, largest, make_optimizer, train
+from ..training.loop import Loop, LoopArguments, TrainingError, epoch_indices, largest, make_optimizer
 from ..utils.devices import to_device
 from ..utils.seeds import derive_seed
 from .dataset import SnapshotWriter
@@ -46,37 +46,18 @@ class CollectArguments:
     batch_size: int = 128
 
 
-def train_base_model(
-    accelerator: Accelerator,
-    task: Task,
-    model: nn.Module,
-    args: LoopArguments,
-    *,
-    seed: int,
-    checkpoint_dir: str | os.PathLike,
-    resume: bool = False,
-) -> torch.Tensor:
-    """Trains all parameters of `model` in place on the task's training split; see [`~pdiff_hf.training.loop.train`]."""
+def train_base_model(loop: Loop, task: Task, model: nn.Module, args: LoopArguments) -> torch.Tensor:
+    """Trains all parameters of `model` in place on the task's training split; see [`~pdiff_hf.training.Loop.train`]."""
     split = task.load_split("train")
 
     def loss_function(model, indices, generator):
         # What a task or a network draws by chance, such as dropout, follows from the step, as the examples do.
         torch.manual_seed(generator.initial_seed())
-        batch = to_device(task.augment(task.collate(take(split, indices.tolist()))), accelerator.device)
+        batch = to_device(task.augment(task.collate(take(split, indices.tolist()))), loop.device)
         with CroppedConvolutions():
             return task.loss(model, batch)
 
-    return train(
-        accelerator,
-        model,
-        loss_function,
-        len(split),
-        args,
-        seed=seed,
-        checkpoint_dir=checkpoint_dir,
-        description="base model",
-        resume=resume,
-    )
+    return loop.train(model, loss_function, len(split), args, description="base model")
 
 
 def collect_snapshots(

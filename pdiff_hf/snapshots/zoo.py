@@ -7,14 +7,13 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from accelerate import Accelerator
 from torch import nn
 
 from ..layout import ParameterLayout
 from ..models.condition import Condition
 from ..networks.stacked import StackedNetworks
 from ..tasks.family import Family
-from ..training.loop import LoopArguments, train
+from ..training.loop import Loop, LoopArguments, LoopState
 from .dataset import SnapshotWriter
 
 
@@ -29,7 +28,6 @@ class ZooArguments:
         learning_rate (`float`, *optional*, defaults to 3e-3): Of AdamW.
         lr_scheduler (`str`, *optional*, defaults to `"cosine"`): A schedule of diffusers' `get_scheduler`.
         weight_decay (`float`, *optional*, defaults to 0).
-        checkpointing_steps (`int`, *optional*): Save a checkpoint every so many steps.
     """
 
     num_steps: int = 400
@@ -39,7 +37,6 @@ class ZooArguments:
     learning_rate: float = 3e-3
     lr_scheduler: str = "cosine"
     weight_decay: float = 0.0
-    checkpointing_steps: int | None = None
 
     @property
     def snapshot_steps(self) -> list[int]:
@@ -62,15 +59,11 @@ class Specialists(nn.Module):
 
 
 def train_specialists(
-    accelerator: Accelerator,
+    loop: Loop,
     family: Family,
     networks: StackedNetworks,
     table: torch.Tensor,
     args: ZooArguments,
-    *,
-    seed: int,
-    checkpoint_dir: str | os.PathLike,
-    resume: bool = False,
     start: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """
@@ -78,16 +71,17 @@ def train_specialists(
     batched pass forward and backward a step. They do not influence each other.
 
     Args:
+        loop (`Loop`): Where the training runs.
         table (`torch.Tensor`): The conditions of the tasks, shape `(T, width)`.
         start (`torch.Tensor`, *optional*): Shape `(D,)`; the base model's own parameters by default.
 
     Returns:
         `torch.Tensor`: Parameters after `args.snapshot_steps`, shape `(S, T, D)`.
     """
-    networks.model.to(accelerator.device)
+    networks.model.to(loop.device)
     start = networks.base_parameters() if start is None else start
     specialists = Specialists(start, len(table), args.num_snapshots)
-    table = table.to(accelerator.device)
+    table = table.to(loop.device)
 
     def loss_function(model, indices, generator):
         torch.manual_seed(generator.initial_seed())  # of what a network draws by chance
@@ -96,13 +90,11 @@ def train_specialists(
         # The sum over tasks of the mean over examples: each network gets the gradient of its own loss.
         return F.cross_entropy(logits.flatten(0, 1), batch["labels"].flatten()) * len(table)
 
-    def after_step(step: int) -> bool:
-        if step in args.snapshot_steps:
-            specialists.snapshots[args.snapshot_steps.index(step)] = specialists.values.detach()
-        return False
+    def after_step(state: LoopState) -> None:
+        if state.step in args.snapshot_steps:
+            specialists.snapshots[args.snapshot_steps.index(state.step)] = specialists.values.detach()
 
-    train(
-        accelerator,
+    loop.train(
         specialists,
         loss_function,
         family.num_examples("train"),
@@ -112,48 +104,30 @@ def train_specialists(
             args.learning_rate,
             weight_decay=args.weight_decay,
             lr_scheduler=args.lr_scheduler,
-            checkpointing_steps=args.checkpointing_steps,
         ),
-        seed=seed,
-        checkpoint_dir=checkpoint_dir,
         description=f"{len(table)} specialists",
-        resume=resume,
         after_step=after_step,
     )
     return specialists.snapshots.cpu()
 
 
 def collect_zoo(
-    accelerator: Accelerator,
+    loop: Loop,
     family: Family,
     networks: StackedNetworks,
     conditions: Sequence[Condition],
     folder: str | os.PathLike,
     args: ZooArguments,
-    *,
-    seed: int,
-    checkpoint_dir: str | os.PathLike,
-    resume: bool = False,
     start: torch.Tensor | None = None,
 ) -> None:
     """
     Writes the specialists of `conditions` to the parameter data set `folder`, with their conditions; see
     [`train_specialists`].
     """
-    snapshots = train_specialists(
-        accelerator,
-        family,
-        networks,
-        family.fields.table(conditions),
-        args,
-        seed=seed,
-        checkpoint_dir=checkpoint_dir,
-        resume=resume,
-        start=start,
-    )
-    if accelerator.is_main_process:
-        write_zoo(folder, family, networks.layout, conditions, args, snapshots, seed)
-    accelerator.wait_for_everyone()
+    snapshots = train_specialists(loop, family, networks, family.fields.table(conditions), args, start)
+    if loop.accelerator.is_main_process:
+        write_zoo(folder, family, networks.layout, conditions, args, snapshots, loop.seed)
+    loop.accelerator.wait_for_everyone()
 
 
 def write_zoo(

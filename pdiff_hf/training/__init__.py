@@ -2,9 +2,15 @@
 
 from .autoencoder import NoiseArguments, train_autoencoder
 from .denoiser import make_training_scheduler, train_denoiser
+from .loop import Loop, LoopArguments, LoopCallback, LoopState, TrainingError
 
 __all__ = [
+    "Loop",
+    "LoopArguments",
+    "LoopCallback",
+    "LoopState",
     "NoiseArguments",
+    "TrainingError",
     "make_training_scheduler",
     "train_autoencoder",
     "train_denoiser",

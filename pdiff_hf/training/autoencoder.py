@@ -1,18 +1,16 @@
 """Trains the parameter autoencoder (paper, section 2.3)."""
 
-import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from accelerate import Accelerator
 
 from ..layout import ParameterLayout
 from ..models import ParameterAutoencoder
 from ..models.autoencoder import BATCH_SIZE
 from ..utils.seeds import derive_seed
-from .loop import LoopArguments, train
+from .loop import Loop, LoopArguments
 
 
 @dataclass(frozen=True)
@@ -28,7 +26,7 @@ class NoiseArguments:
 
 
 def train_autoencoder(
-    accelerator: Accelerator,
+    loop: Loop,
     snapshots: torch.Tensor,
     layout: ParameterLayout,
     args: LoopArguments,
@@ -40,9 +38,6 @@ def train_autoencoder(
     normalization: str = "coordinate",
     latent_scaling: str = "each",
     kl_weight: float = 0.0,
-    seed: int,
-    checkpoint_dir: str | os.PathLike,
-    resume: bool = False,
 ) -> tuple[ParameterAutoencoder, torch.Tensor]:
     """
     Trains an autoencoder on snapshots to return the clean vector for a noisy one, and sets its statistics from them.
@@ -53,6 +48,7 @@ def train_autoencoder(
     with unit variance in normalised units (times 2 / D, plus a constant).
 
     Args:
+        loop (`Loop`): Where the training runs.
         snapshots (`torch.Tensor`): Shape `(K, D)`; it may be mapped from a file.
         seen (`torch.Tensor`, *optional*): Indices of the snapshots to train on, shape `(N,)`; all by default.
         architecture (`Mapping[str, Any]`): More arguments of [`ParameterAutoencoder`], see
@@ -64,7 +60,7 @@ def train_autoencoder(
         `tuple`: The autoencoder in eval mode on the CPU, and the loss (mean squared error in normalised units, plus the
         weighted divergence of a variational one) at every step, shape `(args.num_steps,)`.
     """
-    torch.manual_seed(derive_seed(seed, 0))
+    torch.manual_seed(derive_seed(loop.seed, 0))
     autoencoder = ParameterAutoencoder(
         layout.to_dict(), latent_dim=latent_dim, variational=kl_weight > 0, **architecture
     )
@@ -77,7 +73,7 @@ def train_autoencoder(
     basis, products = getattr(autoencoder, "token_basis", None), autoencoder.products
 
     def loss_function(model, indices, generator):
-        output = model(tokens[indices].to(accelerator.device), **asdict(noise), generator=generator)
+        output = model(tokens[indices].to(loop.device), **asdict(noise), generator=generator)
         loss = autoencoder.reconstruction_loss(output)
         return loss if output.kl is None else loss + kl_weight * 2 / layout.num_parameters * output.kl.mean()
 
@@ -86,17 +82,8 @@ def train_autoencoder(
         if basis is not None:  # training needs tokens alone
             autoencoder.token_basis = None
         autoencoder.products = None
-        losses = train(
-            accelerator,
-            autoencoder,
-            loss_function,
-            len(tokens),
-            args,
-            seed=seed,
-            checkpoint_dir=checkpoint_dir,
-            description="VAE" if kl_weight > 0 else "autoencoder",
-            resume=resume,
-        )
+        description = "VAE" if kl_weight > 0 else "autoencoder"
+        losses = loop.train(autoencoder, loss_function, len(tokens), args, description=description)
     if basis is not None:
         autoencoder.token_basis = basis
     autoencoder.products = products

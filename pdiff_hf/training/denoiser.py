@@ -1,16 +1,13 @@
 """Trains the latent denoiser (paper, section 2.4), with or without conditions."""
 
-import os
-
 import torch
 import torch.nn.functional as F
-from accelerate import Accelerator
 from diffusers import DDPMScheduler
 from torch import nn
 
 from ..models import ConditionEncoder, LatentDenoiser
 from ..utils.seeds import derive_seed
-from .loop import LoopArguments, train
+from .loop import Loop, LoopArguments
 
 
 class LatentGenerator(nn.Module):
@@ -65,7 +62,7 @@ def make_training_scheduler(num_train_timesteps: int = 1000, prediction_type: st
 
 
 def train_denoiser(
-    accelerator: Accelerator,
+    loop: Loop,
     latents: torch.Tensor,
     args: LoopArguments,
     *,
@@ -75,15 +72,13 @@ def train_denoiser(
     encoder: ConditionEncoder | None = None,
     table: torch.Tensor | None = None,
     condition_dropout: float = 0.0,
-    seed: int,
-    checkpoint_dir: str | os.PathLike,
-    resume: bool = False,
 ) -> tuple[LatentDenoiser, torch.Tensor]:
     """
     Trains a denoiser on the standardised latents of snapshots, shape `(N, L)`, to predict the noise in them (paper,
     equation 6), or what else the scheduler's `prediction_type` says.
 
     Args:
+        loop (`Loop`): Where the training runs.
         encoder (`ConditionEncoder`, *optional*): Of conditions; it is trained along, in place.
         table (`torch.Tensor`, *optional*): With an encoder, the conditions of the snapshots, shape `(N, width)`, or
             `(N, K, width)`, of which one is drawn anew at every step. So are unknown fields.
@@ -94,8 +89,8 @@ def train_denoiser(
         `tuple`: The denoiser in eval mode on the CPU, with averaged weights if `args.ema_decay` is set, and the loss at
         every step, shape `(args.num_steps,)`.
     """
-    latents = latents.to(accelerator.device)
-    torch.manual_seed(derive_seed(seed, 0))
+    latents = latents.to(loop.device)
+    torch.manual_seed(derive_seed(loop.seed, 0))
     denoiser = LatentDenoiser(
         latents.shape[1],
         block_out_channels=block_out_channels,
@@ -120,17 +115,8 @@ def train_denoiser(
             dropped = draws[1] < condition_dropout if condition_dropout > 0 else None
         return denoising_loss(model, scheduler, clean, generator, rows, dropped)
 
-    losses = train(
-        accelerator,
-        LatentGenerator(denoiser, encoder),
-        loss_function,
-        len(latents),
-        args,
-        seed=seed,
-        checkpoint_dir=checkpoint_dir,
-        description="denoiser",
-        resume=resume,
-    )
+    model = LatentGenerator(denoiser, encoder)
+    losses = loop.train(model, loss_function, len(latents), args, description="denoiser")
     if encoder is not None:
         denoiser.null_condition.requires_grad_(True)
         encoder.to("cpu").eval()

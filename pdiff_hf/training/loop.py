@@ -1,12 +1,14 @@
-"""The training loop that the base model, the autoencoder and the denoiser share, placed by Accelerate."""
+"""The loop of all trainings, placed by Accelerate; a resumed training repeats an uninterrupted one bit for bit."""
 
+import contextlib
 import logging
 import math
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -43,8 +45,6 @@ class LoopArguments:
         lr_warmup_steps (`int`, *optional*, defaults to 0).
         max_grad_norm (`float`, *optional*): Gradients are clipped to this norm.
         ema_decay (`float`, *optional*): Keep an exponential moving average of the weights, and end with it.
-        checkpointing_steps (`int`, *optional*): Save a checkpoint every so many steps.
-        checkpoints_total_limit (`int`, *optional*, defaults to 2): Keep no more than this many.
     """
 
     num_steps: int
@@ -56,8 +56,310 @@ class LoopArguments:
     lr_warmup_steps: int = 0
     max_grad_norm: float | None = None
     ema_decay: float | None = None
+
+
+@dataclass
+class LoopState:
+    """
+    What hooks see of a training, and how they change its course. All processes must ask for the same.
+
+    Attributes:
+        description (`str`): What is trained.
+        num_steps (`int`): Of the whole training.
+        step (`int`): The step that has just been taken, counted from 1.
+        losses (`torch.Tensor`): Of all steps up to this one, shape `(step,)`, on the training's device.
+        learning_rate (`float`): Of the next step.
+        is_checked (`bool`): Whether losses are looked at after this step: to look at others stalls a GPU.
+        should_stop (`bool`): Set it to end the training after this step.
+    """
+
+    description: str
+    num_steps: int
+    parameters: list[nn.Parameter] = field(repr=False)
+    optimizer: Any = field(repr=False)
+    lr_scheduler: Any = field(repr=False)
+    ema: EMAModel | None = field(repr=False)
+    losses: torch.Tensor = field(default_factory=lambda: torch.empty(0), repr=False)
+    step: int = 0
+    trusted_from: int = 0
+    is_checked: bool = False
+    should_stop: bool = False
+
+    @property
+    def learning_rate(self) -> float:
+        return self.lr_scheduler.get_last_lr()[0]
+
+    @contextlib.contextmanager
+    def averaged_weights(self) -> Iterator[None]:
+        """Within the block the model has its averaged weights, if an average is kept."""
+        if self.ema is None:
+            yield
+            return
+        self.ema.store(self.parameters)
+        self.ema.copy_to(self.parameters)
+        try:
+            yield
+        finally:
+            self.ema.restore(self.parameters)
+
+    def restart(self) -> None:
+        """
+        Goes on from the weights that the model has now, such as earlier ones, at half the learning rate: what
+        optimizer, average and losses were before this step counts no more.
+        """
+        for group in self.optimizer.param_groups:
+            group["lr"] /= 2
+        schedule = self.lr_scheduler.scheduler
+        schedule.base_lrs = [rate / 2 for rate in schedule.base_lrs]  # part of a checkpoint
+        schedule._last_lr = [group["lr"] for group in self.optimizer.param_groups]
+        self.optimizer.optimizer.state.clear()
+        if self.ema is not None:
+            self.ema.shadow_params = [parameter.detach().clone() for parameter in self.parameters]
+        self.trusted_from = self.step
+
+
+class LoopCallback:
+    """What a training says while it runs, on every process; the methods of a subclass need not do anything."""
+
+    def on_step_end(self, state: LoopState) -> None:
+        """After every step."""
+
+    def on_log(self, state: LoopState, logs: dict[str, float]) -> None:
+        """With `loss` and `learning_rate`, every `CHECK_EVERY` steps and after the last one."""
+
+    def on_save(self, state: LoopState, checkpoint: Path) -> None:
+        """After a checkpoint was written."""
+
+
+@dataclass(frozen=True)
+class Loop:
+    """
+    Where a training runs, what its random numbers follow from, and how it goes on after a stop.
+
+    Args:
+        accelerator (`Accelerator`): With its `gradient_accumulation_steps`; what it has prepared before, it forgets.
+        seed (`int`): Of the order of the examples and of the noise.
+        checkpoint_dir (`str` or `os.PathLike`, *optional*): Where `checkpoint-N` folders are kept.
+        checkpointing_steps (`int`, *optional*): Save a checkpoint every so many steps.
+        checkpoints_total_limit (`int`, *optional*, defaults to 2): Keep no more than this many.
+        resume (`bool`, *optional*, defaults to `False`): Go on from the latest checkpoint in `checkpoint_dir`, if any.
+        callbacks (`Sequence[LoopCallback]`, *optional*): Are told what happens.
+    """
+
+    accelerator: Accelerator
+    seed: int
+    checkpoint_dir: str | os.PathLike | None = None
     checkpointing_steps: int | None = None
     checkpoints_total_limit: int = 2
+    resume: bool = False
+    callbacks: Sequence[LoopCallback] = ()
+
+    @property
+    def device(self) -> torch.device:
+        return self.accelerator.device
+
+    def train(
+        self,
+        model: nn.Module,
+        loss_function: Callable[[nn.Module, torch.Tensor, torch.Generator], torch.Tensor],
+        num_examples: int,
+        args: LoopArguments,
+        *,
+        description: str,
+        after_step: Callable[[LoopState], None] | None = None,
+    ) -> torch.Tensor:
+        """
+        Trains `model` in place.
+
+        Which examples a step sees and which noise it draws follow from the seed and the step alone, and the batch is
+        cut into equal parts for processes and accumulation steps, so that a resumed run repeats an uninterrupted one
+        bit for bit, and several processes see the examples that one would see.
+
+        Args:
+            model (`nn.Module`): On return on its device, with the averaged weights if `args.ema_decay` is set.
+            loss_function (`Callable`): `loss_function(model, indices, generator)` gives the mean loss of the examples
+                `indices`, a scalar; it takes all its noise from `generator`, which is on the accelerator's device.
+            num_examples (`int`): Indices are below this.
+            args (`LoopArguments`): See there.
+            description (`str`): For the progress bar and the trackers.
+            after_step (`Callable`, *optional*): Called after every step, before the callbacks. What it must remember
+                goes into buffers of `model`, which are part of a checkpoint.
+
+        Returns:
+            `torch.Tensor`: The loss at every step that was taken, on the CPU, shape `(args.num_steps,)` unless it ended
+            early.
+
+        Raises:
+            ValueError: if the batch cannot be cut into equal parts.
+            TrainingError: if the loss or a weight is no longer finite. The last checkpoint is kept, and has finite
+                weights.
+        """
+        try:
+            return self._train(model, loss_function, num_examples, args, description, after_step)
+        finally:
+            self.accelerator.free_memory()  # it saves all that it has prepared with every checkpoint
+
+    def _train(
+        self,
+        model: nn.Module,
+        loss_function: Callable[[nn.Module, torch.Tensor, torch.Generator], torch.Tensor],
+        num_examples: int,
+        args: LoopArguments,
+        description: str,
+        after_step: Callable[[LoopState], None] | None,
+    ) -> torch.Tensor:
+        accelerator, num_accumulated = self.accelerator, self.accelerator.gradient_accumulation_steps
+        parts = accelerator.num_processes * num_accumulated
+        if args.batch_size % parts:
+            raise ValueError(
+                f"a batch of {args.batch_size} cannot be cut into {parts} equal parts ({accelerator.num_processes} "
+                f"processes × {num_accumulated} accumulation steps)"
+            )
+        optimizer = make_optimizer(args.optimizer, model.parameters(), args.learning_rate, args.weight_decay)
+        lr_scheduler = get_scheduler(
+            args.lr_scheduler, optimizer, num_warmup_steps=args.lr_warmup_steps, num_training_steps=args.num_steps
+        )
+        wrapped, optimizer, lr_scheduler = accelerator.prepare(model, optimizer, lr_scheduler)
+        ema = EMAModel(model.parameters(), decay=args.ema_decay, foreach=True) if args.ema_decay is not None else None
+        state = LoopState(description, args.num_steps, list(model.parameters()), optimizer, lr_scheduler, ema)
+        losses = torch.full((args.num_steps,), math.nan, device=accelerator.device)
+        gradients = [torch.tensor(0.0)] * args.num_steps  # the largest entry of each step's
+        first_step = 0
+        if self.resume and (latest := self.latest_checkpoint()) is not None:
+            state.step = first_step = _load(accelerator, latest, state, losses)
+            logger.info("%s: going on from step %d", description, first_step)
+
+        wrapped.train()
+        batches = epoch_indices(num_examples, args.batch_size, self.seed, first_step)
+        part_size = args.batch_size // parts
+        progress = tqdm(
+            range(first_step, args.num_steps),
+            initial=first_step,
+            total=args.num_steps,
+            desc=description,
+            disable=not accelerator.is_local_main_process,
+            leave=False,
+            mininterval=1.0,
+        )
+        for step in progress:
+            indices = next(batches)
+            step_loss = 0.0
+            for accumulation in range(num_accumulated):
+                part = accumulation * accelerator.num_processes + accelerator.process_index
+                generator = torch.Generator(accelerator.device).manual_seed(derive_seed(self.seed, step, part, 1))
+                with accelerator.accumulate(wrapped):
+                    loss = loss_function(wrapped, indices[part * part_size : (part + 1) * part_size], generator)
+                    accelerator.backward(loss)
+                    if accelerator.sync_gradients:
+                        gradients[step] = largest(p.grad for p in wrapped.parameters() if p.grad is not None)
+                        if args.max_grad_norm is not None:
+                            accelerator.clip_grad_norm_(wrapped.parameters(), args.max_grad_norm)
+                    optimizer.step()
+                    if accelerator.optimizer_step_was_skipped:  # by the loss scaling of fp16, which tries larger scales
+                        gradients[step] = torch.tensor(0.0)
+                    if accelerator.sync_gradients:
+                        lr_scheduler.step()
+                    optimizer.zero_grad()
+                step_loss = step_loss + loss.detach() / num_accumulated
+            if ema is not None:
+                ema.step(state.parameters)
+            losses[step] = accelerator.reduce(step_loss, "mean")
+            state.step, state.losses = step + 1, losses[: step + 1]
+            last = state.step == args.num_steps
+            saves = bool(self.checkpointing_steps) and state.step % self.checkpointing_steps == 0 and not last
+            state.is_checked = state.step % CHECK_EVERY == 0 or last or saves
+            for hook in (after_step, *(callback.on_step_end for callback in self.callbacks)):
+                if hook is not None:
+                    hook(state)
+            last, saves = last or state.should_stop, saves and not state.should_stop
+            if state.is_checked or last:
+                weights = largest(state.parameters) if last or saves else None  # nothing else looks at them again
+                self._check_finite(state, gradients, weights, args.learning_rate)
+                logs = {"loss": losses[step].item(), "learning_rate": state.learning_rate}
+                progress.set_postfix(loss=f"{logs['loss']:.4g}", refresh=False)
+                accelerator.log({f"{description}/loss": logs["loss"], f"{description}/lr": logs["learning_rate"]}, step)
+                for callback in self.callbacks:
+                    callback.on_log(state, logs)
+            if saves:
+                checkpoint = self._save(state, losses)
+                for callback in self.callbacks:
+                    callback.on_save(state, checkpoint)
+            if last:
+                break
+        if ema is not None:
+            ema.copy_to(state.parameters)
+        return losses[: state.step].cpu()
+
+    def latest_checkpoint(self) -> Path | None:
+        """The `checkpoint-N` folder with the highest N."""
+        return None if self.checkpoint_dir is None else latest_checkpoint(self.checkpoint_dir)
+
+    def _check_finite(
+        self,
+        state: LoopState,
+        gradients: list[torch.Tensor],
+        largest_weight: torch.Tensor | None,
+        learning_rate: float,
+    ) -> None:
+        """Raises a `TrainingError` that names the step which went wrong."""
+        losses, start = state.losses, state.trusted_from
+        bad = torch.nonzero(~losses[start:].isfinite()) + start
+        last_weights_are_bad = largest_weight is not None and not largest_weight.isfinite()
+        if not len(bad) and not last_weights_are_bad:
+            return
+        precision = self.accelerator.mixed_precision
+        hint = "" if precision == "no" else f", or another precision than {precision}"
+        step = int(bad[0]) if len(bad) else len(losses)
+        cause = next((i for i in range(start, step) if not gradients[i].isfinite()), None)
+        if cause is not None:
+            what = (
+                f"the gradient of step {cause} is not finite, although its loss of {losses[cause]:.4g} is. Look for "
+                "what has no finite derivative in the loss (a root, a logarithm or a quotient of 0), or try a learning "
+                f"rate below {learning_rate:g}{hint}"
+            )
+        elif len(bad):
+            before = f" (it was {losses[step - 1]:.4g} before)" if step else ""
+            what = (
+                f"the loss is {losses[step]} at step {step}{before}. Try a learning rate below {learning_rate:g}, "
+                "warm-up steps, or gradient clipping" + hint
+            )
+        else:
+            what = (
+                f"the weights are not finite after step {step - 1}. Try a learning rate below {learning_rate:g}{hint}"
+            )
+        latest = self.latest_checkpoint() or "not written yet"
+        raise TrainingError(f"{state.description}: {what}. The last checkpoint is {latest}.")
+
+    def _save(self, state: LoopState, losses: torch.Tensor) -> Path:
+        """Under a temporary name first, so that a `checkpoint-N` folder is always whole."""
+        assert self.checkpoint_dir is not None
+        accelerator, folder = self.accelerator, Path(self.checkpoint_dir)
+        part, checkpoint = folder / f"part-{state.step}", folder / f"checkpoint-{state.step}"
+        if accelerator.is_main_process:
+            remove(part)
+        accelerator.wait_for_everyone()
+        try:
+            accelerator.save_state(str(part))
+            accelerator.wait_for_everyone()
+            if accelerator.is_main_process:
+                # Not registered with Accelerate, which would pickle and unpickle it.
+                tensors = {"losses": losses, "step": torch.tensor(state.step)}
+                tensors["trusted_from"] = torch.tensor(state.trusted_from)
+                for i, tensor in enumerate(state.ema.shadow_params if state.ema is not None else ()):
+                    tensors[f"ema.{i}"] = tensor.contiguous()
+                save_file(tensors, part / "loop.safetensors")
+                sync(part)
+                remove(checkpoint)
+                part.rename(checkpoint)
+        except BaseException:
+            if accelerator.is_main_process:
+                remove(part)
+            raise
+        if accelerator.is_main_process:
+            for old in _checkpoints(folder)[: -self.checkpoints_total_limit]:
+                remove(old)
+        accelerator.wait_for_everyone()
+        return checkpoint
 
 
 def make_optimizer(name: str, parameters, learning_rate: float, weight_decay: float) -> torch.optim.Optimizer:
@@ -86,128 +388,6 @@ def epoch_indices(num_examples: int, batch_size: int, seed: int, first_step: int
         yield torch.tensor(batch)
 
 
-def train(
-    accelerator: Accelerator,
-    model: nn.Module,
-    loss_function: Callable[[nn.Module, torch.Tensor, torch.Generator], torch.Tensor],
-    num_examples: int,
-    args: LoopArguments,
-    *,
-    seed: int,
-    checkpoint_dir: str | os.PathLike,
-    description: str,
-    resume: bool = False,
-    after_step: Callable[[int], bool] | None = None,
-) -> torch.Tensor:
-    """
-    Trains `model` in place.
-
-    Which examples a step sees and which noise it draws follow from the seed and the step alone, and the batch is cut
-    into equal parts for processes and accumulation steps, so that a resumed run repeats an uninterrupted one bit for
-    bit, and several processes see the examples that one would see.
-
-    Args:
-        accelerator (`Accelerator`): Made for this training, with its `gradient_accumulation_steps`.
-        model (`nn.Module`): On return on its device, with the averaged weights if `args.ema_decay` is set.
-        loss_function (`Callable`): `loss_function(model, indices, generator)` gives the mean loss of the examples
-            `indices`, a scalar; it takes all its noise from `generator`, which is on the accelerator's device.
-        num_examples (`int`): Indices are below this.
-        args (`LoopArguments`): See there.
-        seed (`int`): Of the order of the examples and of the noise.
-        checkpoint_dir (`str` or `os.PathLike`): Where `checkpoint-N` folders are kept.
-        description (`str`): For the progress bar and the trackers.
-        resume (`bool`, *optional*, defaults to `False`): Go on from the latest checkpoint in `checkpoint_dir`, if any.
-        after_step (`Callable`, *optional*): Called as `after_step(n)` after step n, counted from 1; True ends the
-            training. What it must remember goes into buffers of `model`, which are part of a checkpoint.
-
-    Returns:
-        `torch.Tensor`: The loss at every step that was taken, shape `(args.num_steps,)` unless it ended early.
-
-    Raises:
-        ValueError: if the batch cannot be cut into equal parts.
-        TrainingError: if the loss or a weight is no longer finite. The last checkpoint is kept, and has finite weights.
-    """
-    parts = accelerator.num_processes * accelerator.gradient_accumulation_steps
-    if args.batch_size % parts:
-        raise ValueError(
-            f"a batch of {args.batch_size} cannot be cut into {parts} equal parts ({accelerator.num_processes} "
-            f"processes × {accelerator.gradient_accumulation_steps} accumulation steps)"
-        )
-    checkpoint_dir = Path(checkpoint_dir)
-    optimizer = make_optimizer(args.optimizer, model.parameters(), args.learning_rate, args.weight_decay)
-    lr_scheduler = get_scheduler(
-        args.lr_scheduler,
-        optimizer,
-        num_warmup_steps=args.lr_warmup_steps,
-        num_training_steps=args.num_steps,
-    )
-    wrapped, optimizer, lr_scheduler = accelerator.prepare(model, optimizer, lr_scheduler)
-    ema = EMAModel(model.parameters(), decay=args.ema_decay, foreach=True) if args.ema_decay is not None else None
-    losses = torch.full((args.num_steps,), math.nan)
-    largest_gradients = [torch.tensor(0.0)] * args.num_steps
-    precision = accelerator.mixed_precision
-    hint = "" if precision == "no" else f", or another precision than {precision}"
-    first_step = 0
-    if resume and (latest := latest_checkpoint(checkpoint_dir)) is not None:
-        first_step = _load(accelerator, latest, ema, losses)
-        logger.info("%s: going on from step %d", description, first_step)
-
-    wrapped.train()
-    batches = epoch_indices(num_examples, args.batch_size, seed, first_step)
-    part_size = args.batch_size // parts
-    progress = tqdm(
-        range(first_step, args.num_steps),
-        initial=first_step,
-        total=args.num_steps,
-        desc=description,
-        disable=not accelerator.is_local_main_process,
-        leave=False,
-        mininterval=1.0,
-    )
-    for step in progress:
-        indices = next(batches)
-        step_loss = 0.0
-        for accumulation in range(accelerator.gradient_accumulation_steps):
-            part = accumulation * accelerator.num_processes + accelerator.process_index
-            generator = torch.Generator(accelerator.device).manual_seed(derive_seed(seed, step, part, 1))
-            with accelerator.accumulate(wrapped):
-                loss = loss_function(wrapped, indices[part * part_size : (part + 1) * part_size], generator)
-                accelerator.backward(loss)
-                if accelerator.sync_gradients:
-                    largest_gradients[step] = largest(p.grad for p in wrapped.parameters() if p.grad is not None)
-                    if args.max_grad_norm is not None:
-                        accelerator.clip_grad_norm_(wrapped.parameters(), args.max_grad_norm)
-                optimizer.step()
-                if accelerator.optimizer_step_was_skipped:  # by the loss scaling of fp16, which tries larger scales
-                    largest_gradients[step] = torch.tensor(0.0)
-                if accelerator.sync_gradients:
-                    lr_scheduler.step()
-                optimizer.zero_grad()
-            step_loss = step_loss + loss.detach() / accelerator.gradient_accumulation_steps
-        if ema is not None:
-            ema.step(model.parameters())
-        losses[step] = accelerator.reduce(step_loss, "mean")
-        ends = after_step is not None and after_step(step + 1)
-        last = ends or step == args.num_steps - 1
-        saves = bool(args.checkpointing_steps) and (step + 1) % args.checkpointing_steps == 0 and not last
-        if (step + 1) % CHECK_EVERY == 0 or last or saves:
-            weights = largest(model.parameters()) if last or saves else None  # nothing else looks at them again
-            latest = latest_checkpoint(checkpoint_dir)
-            _check_finite(losses[: step + 1], largest_gradients, weights, description, args.learning_rate, hint, latest)
-            progress.set_postfix(loss=f"{losses[step]:.4g}", refresh=False)
-            accelerator.log(
-                {f"{description}/loss": losses[step].item(), f"{description}/lr": lr_scheduler.get_last_lr()[0]}, step
-            )
-        if saves:
-            _save(accelerator, checkpoint_dir, step + 1, ema, losses, args.checkpoints_total_limit)
-        if ends:
-            losses = losses[: step + 1]
-            break
-    if ema is not None:
-        ema.copy_to(model.parameters())
-    return losses
-
-
 def latest_checkpoint(checkpoint_dir: str | os.PathLike) -> Path | None:
     """The `checkpoint-N` folder with the highest N."""
     checkpoints = _checkpoints(Path(checkpoint_dir))
@@ -226,77 +406,12 @@ def largest(tensors: Iterable[torch.Tensor]) -> torch.Tensor:
     return torch.stack(extremes).abs().amax() if extremes else torch.tensor(0.0)
 
 
-def _check_finite(
-    losses: torch.Tensor,
-    largest_gradients: list[torch.Tensor],
-    largest_weight: torch.Tensor | None,
-    description: str,
-    learning_rate: float,
-    hint: str,
-    latest: Path | None,
-) -> None:
-    """Raises a `TrainingError` that names the step which went wrong."""
-    bad = torch.nonzero(~losses.isfinite())
-    last_weights_are_bad = largest_weight is not None and not largest_weight.isfinite()
-    if not len(bad) and not last_weights_are_bad:
-        return
-    step = int(bad[0]) if len(bad) else len(losses)
-    cause = next((i for i, gradient in enumerate(largest_gradients[:step]) if not gradient.isfinite()), None)
-    if cause is not None:
-        what = (
-            f"the gradient of step {cause} is not finite, although its loss of {losses[cause]:.4g} is. Look for what "
-            "has no finite derivative in the loss (a root, a logarithm or a quotient of 0), or try a learning rate "
-            f"below {learning_rate:g}{hint}"
-        )
-    elif len(bad):
-        before = f" (it was {losses[step - 1]:.4g} before)" if step else ""
-        what = (
-            f"the loss is {losses[step]} at step {step}{before}. Try a learning rate below {learning_rate:g}, warm-up "
-            "steps, or gradient clipping" + hint
-        )
-    else:
-        what = f"the weights are not finite after step {step - 1}. Try a learning rate below {learning_rate:g}{hint}"
-    raise TrainingError(f"{description}: {what}. The last checkpoint is {latest or 'not written yet'}.")
-
-
-def _save(accelerator, checkpoint_dir: Path, step: int, ema: EMAModel | None, losses: torch.Tensor, limit: int) -> None:
-    """Under a temporary name first, so that a `checkpoint-N` folder is always whole."""
-    part = checkpoint_dir / f"part-{step}"
-    if accelerator.is_main_process:
-        remove(part)
-    accelerator.wait_for_everyone()
-    try:
-        _write(accelerator, checkpoint_dir, part, step, ema, losses)
-    except BaseException:
-        if accelerator.is_main_process:
-            remove(part)
-        raise
-    if accelerator.is_main_process:
-        for old in _checkpoints(checkpoint_dir)[:-limit]:
-            remove(old)
-    accelerator.wait_for_everyone()
-
-
-def _write(accelerator, checkpoint_dir: Path, part: Path, step: int, ema: EMAModel | None, losses) -> None:
-    accelerator.save_state(str(part))
-    accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
-        # Not registered with Accelerate, which would pickle and unpickle it.
-        state = {"losses": losses, "step": torch.tensor(step)}
-        for i, tensor in enumerate(ema.shadow_params if ema is not None else ()):
-            state[f"ema.{i}"] = tensor.contiguous()
-        save_file(state, part / "loop.safetensors")
-        sync(part)
-        remove(checkpoint_dir / f"checkpoint-{step}")
-        part.rename(checkpoint_dir / f"checkpoint-{step}")
-
-
-def _load(accelerator: Accelerator, checkpoint: Path, ema: EMAModel | None, losses: torch.Tensor) -> int:
+def _load(accelerator: Accelerator, checkpoint: Path, state: LoopState, losses: torch.Tensor) -> int:
     accelerator.load_state(str(checkpoint))
-    state = load_file(checkpoint / "loop.safetensors")
-    step = int(state["step"])
-    losses[:step] = state["losses"][:step].cpu()
-    if ema is not None:
-        ema.shadow_params = [state[f"ema.{i}"].to(accelerator.device) for i in range(len(ema.shadow_params))]
-        ema.optimization_step = step
+    tensors = load_file(checkpoint / "loop.safetensors")
+    step, state.trusted_from = int(tensors["step"]), int(tensors["trusted_from"])
+    losses[:step] = tensors["losses"][:step].to(losses.device)
+    if state.ema is not None:
+        shadow = [tensors[f"ema.{i}"].to(accelerator.device) for i in range(len(state.parameters))]
+        state.ema.shadow_params, state.ema.optimization_step = shadow, step
     return step

@@ -1,14 +1,13 @@
 """Tunes whatever gives a network for a task on the loss of those networks, instead of on parameters."""
 
 import copy
+import logging
 import math
-import os
 from collections.abc import Callable, Collection, Hashable
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from accelerate import Accelerator
 from diffusers import SchedulerMixin
 from torch import nn
 
@@ -19,10 +18,17 @@ from ..tasks.task import Batch, ClassificationTask, take
 from ..utils.devices import to_device
 from ..utils.seeds import derive_seed
 from .denoiser import LatentGenerator
-from .loop import LoopArguments, train
+from .loop import Loop, LoopArguments, LoopState
+
+logger = logging.getLogger(__name__)
 
 # Conditions of shape `(T, width)`, or None, and examples of shape `(T, B, ...)`, for indices of tasks.
 TaskBatches = Callable[[torch.Tensor, torch.Generator], tuple[torch.Tensor | None, Batch]]
+ExtraLoss = Callable[[torch.Generator], torch.Tensor]
+# The learning rate rises for this share of the steps.
+WARM_UP = 0.05
+# A loss has jumped if it has risen by so much of the first one, on average over so many steps.
+JUMP, WINDOW = 0.25, 10
 
 
 @dataclass(frozen=True)
@@ -37,7 +43,6 @@ class TuneArguments:
         validate_every (`int`, *optional*, defaults to 100): Steps between two looks at the validation tasks.
         patience (`int`, *optional*, defaults to 5): End after so many looks without a lower loss.
         max_grad_norm (`float`, *optional*, defaults to 1).
-        checkpointing_steps (`int`, *optional*): Save a checkpoint every so many steps.
     """
 
     num_steps: int = 1200
@@ -48,7 +53,6 @@ class TuneArguments:
     validate_every: int = 100
     patience: int = 5
     max_grad_norm: float | None = 1.0
-    checkpointing_steps: int | None = None
 
 
 def denoise(
@@ -182,26 +186,50 @@ def single_task(task: ClassificationTask, args: TuneArguments, device: torch.dev
 
 
 class _Tuned(nn.Module):
-    """What is tuned, its averaged weights, the best of those so far, and how they were validated."""
+    """What is tuned, the best of its averaged weights so far, and how they were validated: all part of a checkpoint."""
 
-    best_loss: torch.Tensor
-    num_worse: torch.Tensor
+    validation_losses: torch.Tensor
+    num_looks: torch.Tensor
+    restarted: torch.Tensor
 
-    def __init__(self, model: nn.Module, extra_loss: Callable[[torch.Generator], torch.Tensor] | None):
+    def __init__(self, model: nn.Module, args: "TuneArguments", extra_loss: ExtraLoss | None):
         super().__init__()
         self.model, self.extra_loss = model, extra_loss
-        state = {name: value.detach().clone() for name, value in model.named_parameters() if value.requires_grad}
-        self.names = list(state)
-        for kind in ("average", "best"):
-            for i, value in enumerate(state.values()):
-                self.register_buffer(f"{kind}_{i}", value.clone())
-        self.register_buffer("best_loss", torch.tensor(math.inf))
-        self.register_buffer("num_worse", torch.tensor(0))
+        self.tuned = {name: value for name, value in model.named_parameters() if value.requires_grad}
+        for i, value in enumerate(self.tuned.values()):
+            self.register_buffer(f"best_{i}", value.detach().clone())
+        self.look_steps = [*range(0, args.num_steps, args.validate_every), args.num_steps]
+        self.register_buffer("validation_losses", torch.full((len(self.look_steps),), math.nan))
+        self.register_buffer("num_looks", torch.tensor(0))
+        self.register_buffer("restarted", torch.zeros(args.num_steps + 1, dtype=torch.bool))
         # They are the same on every process, and not to be sent at every step.
         self._ddp_params_and_buffers_to_ignore = [name for name, _ in self.named_buffers(recurse=False)]
 
-    def kept(self, kind: str) -> dict[str, torch.Tensor]:
-        return {name: getattr(self, f"{kind}_{i}") for i, name in enumerate(self.names)}
+    @property
+    def best_look(self) -> int:
+        return int(self.validation_losses.nan_to_num(math.inf).argmin())  # the first of several
+
+    @torch.no_grad()
+    def look(self, loss: float) -> None:
+        """Takes note of a validation loss of the weights as they are now, and of the weights if it is the lowest."""
+        self.validation_losses[self.num_looks] = loss
+        if self.best_look == self.num_looks:
+            for i, value in enumerate(self.tuned.values()):
+                getattr(self, f"best_{i}").copy_(value)
+        self.num_looks += 1
+
+    @torch.no_grad()
+    def restore_best(self) -> None:
+        for i, value in enumerate(self.tuned.values()):
+            value.copy_(getattr(self, f"best_{i}"))
+
+    def history(self) -> dict[str, list]:
+        looks = range(int(self.num_looks))
+        return {
+            "steps": [self.look_steps[i] for i in looks],
+            "validation_losses": _numbers(self.validation_losses[: len(looks)]),
+            "restarts": self.restarted.nonzero().flatten().tolist(),
+        }
 
     def forward(self, table: torch.Tensor | None, batch: Batch, generator: torch.Generator) -> torch.Tensor:
         """The mean loss over tasks and examples, a scalar, plus the other one."""
@@ -212,24 +240,26 @@ class _Tuned(nn.Module):
 
 
 def tune(
-    accelerator: Accelerator,
+    loop: Loop,
     model: nn.Module,
     batches: TaskBatches,
     num_tasks: int,
     args: TuneArguments,
     *,
     validate: Callable[[], float] | None = None,
-    extra_loss: Callable[[torch.Generator], torch.Tensor] | None = None,
-    seed: int,
-    checkpoint_dir: str | os.PathLike,
+    extra_loss: ExtraLoss | None = None,
     description: str = "tuning",
-    resume: bool = False,
-) -> dict[str, list[float]]:
+) -> dict[str, list]:
     """
     Trains `model` in place on the loss of the networks that it gives, and leaves it with averaged weights: those with
     the lowest validation loss, or the last ones where nothing is validated.
 
+    With validation it cannot do harm: the weights before tuning are among those that it chooses from, and where the
+    loss jumps, tuning goes on from the best weights so far at half the learning rate. A warning says so, and where no
+    weights were better than those before.
+
     Args:
+        loop (`Loop`): Where the training runs.
         model (`nn.Module`): `model(table, batch, generator)` gives the logits of T networks on their batches,
             `(T, B, C)`, such as a [`GeneratedNetworks`], or a loss of its own, such as [`TunedEnsembles`].
         batches (`TaskBatches`): [`fresh_tasks`], [`seen_tasks`] or [`single_task`].
@@ -238,49 +268,44 @@ def tune(
         extra_loss (`Callable`, *optional*): Another loss of `model`, which is added.
 
     Returns:
-        `dict`: `losses` at every step, and the validation losses with the steps after which they were taken.
+        `dict`: `losses` at every step (None where they are not finite); the `validation_losses` with the `steps` after
+        which they were taken, from 0; and `restarts`, the steps after which the loss had jumped.
     """
-    model.to(accelerator.device)
-    tuned = _Tuned(model, extra_loss)
-    parameters = dict(model.named_parameters())
-    history: dict[str, list[float]] = {"steps": [], "validation_losses": []}
+    model.to(loop.device)
+    tuned = _Tuned(model, args, extra_loss)
 
     def loss_function(wrapped, indices, generator):
         torch.manual_seed(derive_seed(generator.initial_seed(), 1))  # of what a network draws by chance
         table, batch = batches(indices, generator)
         return wrapped(table, batch, generator)
 
-    @torch.no_grad()
-    def swap_average() -> None:
-        for name, average in tuned.kept("average").items():
-            value = parameters[name].clone()
-            parameters[name].copy_(average)
-            average.copy_(value)
+    def after_step(state: LoopState) -> None:
+        assert validate is not None
+        jumped = state.is_checked and has_jumped(state.losses[state.trusted_from :])
+        if state.step % args.validate_every == 0 or state.step == args.num_steps:
+            with state.averaged_weights():
+                loss = validate()
+                tuned.look(loss)
+            first, lowest = tuned.validation_losses[0], tuned.validation_losses[tuned.best_look]
+            jumped = jumped or not loss <= lowest + JUMP * first
+            state.should_stop = int(tuned.num_looks) - 1 - tuned.best_look >= args.patience
+        if jumped and state.step < args.num_steps:
+            tuned.restarted[state.step] = True
+            tuned.restore_best()
+            state.restart()
+            logger.warning(
+                "%s: the loss has jumped to %.4g at step %d: going on from the weights of step %d at a learning rate "
+                "of %.2g",
+                description,
+                state.losses[-1],
+                state.step,
+                tuned.look_steps[tuned.best_look],
+                state.learning_rate,
+            )
 
-    @torch.no_grad()
-    def after_step(step: int) -> bool:
-        # The average of few steps must not remember the start for long.
-        decay = min(args.ema_decay, (1 + step) / (10 + step))
-        for name, average in tuned.kept("average").items():
-            average.lerp_(parameters[name], 1 - decay)
-        if validate is None or (step % args.validate_every and step != args.num_steps):
-            return False
-        swap_average()
-        loss = validate()
-        swap_average()
-        history["steps"].append(step)
-        history["validation_losses"].append(loss)
-        if loss < tuned.best_loss:
-            tuned.best_loss.fill_(loss)
-            tuned.num_worse.zero_()
-            for best, average in zip(tuned.kept("best").values(), tuned.kept("average").values(), strict=True):
-                best.copy_(average)
-        else:
-            tuned.num_worse += 1
-        return int(tuned.num_worse) >= args.patience
-
-    losses = train(
-        accelerator,
+    if validate is not None:
+        tuned.look(validate())
+    losses = loop.train(
         tuned,
         loss_function,
         num_tasks,
@@ -288,17 +313,39 @@ def tune(
             args.num_steps,
             args.num_tasks,
             args.learning_rate,
+            lr_warmup_steps=round(WARM_UP * args.num_steps),
             max_grad_norm=args.max_grad_norm,
-            checkpointing_steps=args.checkpointing_steps,
+            ema_decay=args.ema_decay,
         ),
-        seed=seed,
-        checkpoint_dir=checkpoint_dir,
         description=description,
-        resume=resume,
-        after_step=after_step,
+        after_step=None if validate is None else after_step,
     )
-    with torch.no_grad():
-        for name, value in tuned.kept("average" if validate is None else "best").items():
-            parameters[name].copy_(value)
+    if validate is not None:
+        tuned.restore_best()
+        if tuned.best_look == 0:
+            logger.warning(
+                "%s brought nothing: of %d validation losses the lowest is %.4g, before the first step. The weights "
+                "stay as they were; try a learning rate below %g, or more steps",
+                description,
+                int(tuned.num_looks),
+                tuned.validation_losses[0],
+                args.learning_rate,
+            )
     model.eval()
-    return {"losses": losses.tolist()} | history
+    return {"losses": _numbers(losses)} | tuned.history()
+
+
+def has_jumped(losses: torch.Tensor) -> bool:
+    """
+    Whether the mean of the last `WINDOW` losses lies above the lowest mean of as many before by more than `JUMP` times
+    the first loss, and by more than chance explains; or is not finite.
+    """
+    recent, before = losses[-WINDOW:].mean(), losses[: max(1, len(losses) - WINDOW)]
+    lowest = before.unfold(0, min(WINDOW, len(before)), 1).mean(1).amin()
+    # Of the mean of a window, from the differences between losses that follow each other.
+    error = before.diff().std() / (2 * WINDOW) ** 0.5 if len(before) > 2 else 0.0
+    return not bool(recent <= lowest + JUMP * losses[0] + 4 * error)
+
+
+def _numbers(values: torch.Tensor) -> list[float | None]:
+    return [value if math.isfinite(value) else None for value in values.tolist()]

@@ -12,7 +12,6 @@ validation images at most.
 
 import argparse
 import json
-import tempfile
 import time
 
 import torch
@@ -30,7 +29,7 @@ from pdiff_hf.snapshots.alignment import match_weights
 from pdiff_hf.snapshots.barrier import measure_barrier
 from pdiff_hf.tasks import ImageClassificationTask, accuracy, take
 from pdiff_hf.training import NoiseArguments, train_autoencoder
-from pdiff_hf.training.loop import LoopArguments, epoch_indices
+from pdiff_hf.training.loop import Loop, LoopArguments, epoch_indices
 
 HEADER = [
     "networks",
@@ -88,20 +87,15 @@ def measure(
     num_train = len(parameters) * 9 // 10
     train, heldout = parameters[:num_train], parameters[num_train:]
     mean = train.mean(0)
-    with tempfile.TemporaryDirectory() as folder:
-        autoencoder, _ = train_autoencoder(
-            Accelerator(),
-            train,
-            models.layout,
-            LoopArguments(
-                args.autoencoder_steps, batch_size=50, learning_rate=1e-3, lr_warmup_steps=30, max_grad_norm=1.0
-            ),
-            NoiseArguments(),
-            latent_dim=args.latent_dim,
-            architecture=autoencoder_architecture("tokens", models.layout.num_parameters),
-            seed=args.seed,
-            checkpoint_dir=folder,
-        )
+    autoencoder, _ = train_autoencoder(
+        Loop(Accelerator(), args.seed),
+        train,
+        models.layout,
+        LoopArguments(args.autoencoder_steps, batch_size=50, learning_rate=1e-3, lr_warmup_steps=30, max_grad_norm=1.0),
+        NoiseArguments(),
+        latent_dim=args.latent_dim,
+        architecture=autoencoder_architecture("tokens", models.layout.num_parameters),
+    )
     with torch.no_grad():
         decoded = autoencoder.decode(autoencoder.encode(parameters).latents).sample
     # The best that a linear map can do is to keep what lies in the span of the networks it has seen.

@@ -26,7 +26,7 @@ from pdiff_hf.models.tokens import BASIS_DTYPES
 from pdiff_hf.run.recipe import load_recipe
 from pdiff_hf.run.run import Run
 from pdiff_hf.training import NoiseArguments, train_autoencoder
-from pdiff_hf.training.loop import LoopArguments
+from pdiff_hf.training.loop import Loop, LoopArguments
 
 
 @torch.no_grad()
@@ -47,7 +47,7 @@ def measure(folder: str, dtype: str, token_dim: int, steps: int) -> None:
     architecture = autoencoder_architecture("tokens", snapshots.shape[1])
     with tempfile.TemporaryDirectory() as temporary:
         autoencoder, _ = train_autoencoder(
-            Accelerator(),
+            Loop(Accelerator(), seed=0),
             snapshots,
             run.layout,
             LoopArguments(
@@ -62,8 +62,6 @@ def measure(folder: str, dtype: str, token_dim: int, steps: int) -> None:
             seen=seen,
             latent_dim=r.latent_dim,
             architecture=architecture | {"basis_dtype": dtype, "token_dim": token_dim},
-            seed=0,
-            checkpoint_dir=temporary,
         )
         autoencoder.eval().save_pretrained(f"{temporary}/saved")
         size = sum(file.stat().st_size for file in Path(temporary, "saved").iterdir())

@@ -20,7 +20,6 @@ import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import diffusers
@@ -37,7 +36,7 @@ from pdiff_hf.run.stages import make_sampling_scheduler
 from pdiff_hf.selection import select_parameters
 from pdiff_hf.tasks import ImageClassificationTask
 from pdiff_hf.training import NoiseArguments, make_training_scheduler, train_autoencoder, train_denoiser
-from pdiff_hf.training.loop import LoopArguments
+from pdiff_hf.training.loop import Loop, LoopArguments
 
 LATENT_DIM = 128
 REPEATS = 5
@@ -141,25 +140,23 @@ class Bench:
         snapshots = torch.randn(8 if self.small else 64, length, generator=generator)
 
         def train(num_steps: int) -> float:
-            with TemporaryDirectory() as folder:
-                args = LoopArguments(num_steps=num_steps, batch_size=min(50, len(snapshots)), learning_rate=1e-4)
-                loop: dict[str, Any] = {"args": args, "seed": 0, "checkpoint_dir": folder}
-                start = time.perf_counter()
-                if network == "denoiser":
-                    scheduler = make_training_scheduler()
-                    train_denoiser(accelerator, snapshots, scheduler=scheduler, **DENOISER_PRESETS[preset], **loop)
-                else:
-                    train_autoencoder(
-                        accelerator,
-                        snapshots,
-                        layout_of(length),
-                        noise=NoiseArguments(),
-                        latent_dim=LATENT_DIM,
-                        architecture=autoencoder_architecture(preset, length),
-                        **loop,
-                    )
-                self.wait()
-                return time.perf_counter() - start
+            args = LoopArguments(num_steps=num_steps, batch_size=min(50, len(snapshots)), learning_rate=1e-4)
+            loop, start = Loop(accelerator, seed=0), time.perf_counter()
+            if network == "denoiser":
+                scheduler = make_training_scheduler()
+                train_denoiser(loop, snapshots, args, scheduler=scheduler, **DENOISER_PRESETS[preset])
+            else:
+                train_autoencoder(
+                    loop,
+                    snapshots,
+                    layout_of(length),
+                    args,
+                    NoiseArguments(),
+                    latent_dim=LATENT_DIM,
+                    architecture=autoencoder_architecture(preset, length),
+                )
+            self.wait()
+            return time.perf_counter() - start
 
         train(1)
         # A step of the token autoencoder is far shorter than what comes before the first one.

@@ -8,7 +8,6 @@ python scripts/benchmarks/posterior.py --dataset path/to/fashion_mnist --image_s
 import argparse
 import json
 import resource
-import tempfile
 from pathlib import Path
 
 import torch
@@ -34,9 +33,8 @@ def main() -> None:
     folder, reports = Path(args.output_dir), []
     for seed in args.seeds:
         clock = Clock()
-        with tempfile.TemporaryDirectory() as checkpoints:
-            bench = FamilyBench(args, seed, clock, checkpoints)
-            report = run(bench, Priors(bench, folder / f"seed{seed}" / "trained"))
+        bench = FamilyBench(args, seed, clock)
+        report = run(bench, Priors(bench, folder / f"seed{seed}" / "trained"))
         report["settings"] |= {"seed": seed, "cpu_seconds": clock.seconds}
         report["settings"]["peak_memory_gb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
         write_json(folder / f"seed{seed}" / "report.json", report)

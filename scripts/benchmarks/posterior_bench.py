@@ -23,7 +23,7 @@ from pdiff_hf.tasks.image_families import TransformedFamily
 from pdiff_hf.tasks.label_groups import GroupedFamily
 from pdiff_hf.training import make_training_scheduler
 from pdiff_hf.training.denoiser import LatentGenerator, train_denoiser
-from pdiff_hf.training.loop import LoopArguments
+from pdiff_hf.training.loop import Loop, LoopArguments
 from pdiff_hf.training.tune import GeneratedNetworks, TuneArguments, fresh_tasks, tune
 from pdiff_hf.utils.seeds import derive_seed
 
@@ -72,11 +72,10 @@ class FamilyBench:
     Args:
         args (`argparse.Namespace`): Of `add_arguments`.
         clock (`Clock`): Told of every stage that ends.
-        checkpoints (`str`): A folder for checkpoints.
     """
 
-    def __init__(self, args: argparse.Namespace, seed: int, clock: Clock, checkpoints: str):
-        self.args, self.seed, self.clock, self.checkpoints = args, seed, clock, checkpoints
+    def __init__(self, args: argparse.Namespace, seed: int, clock: Clock):
+        self.args, self.seed, self.clock = args, seed, clock
         self.accelerator = Accelerator(cpu=True)
         model_args = {"img_size": args.image_size, "in_chans": 1} if args.model == "perceptron_mini" else {}
         model_args |= {"hidden_size": args.hidden_size} if args.model == "perceptron_mini" else {}
@@ -108,6 +107,9 @@ class FamilyBench:
         self.opponent_passes = self.base_passes + self.opponent_args.num_steps * self.per_step
         clock("data")
 
+    def loop(self, number: int) -> Loop:
+        return Loop(self.accelerator, derive_seed(self.seed, number))
+
     def tuned(self, module: nn.Module, arguments: TuneArguments, what: str, mask=None) -> None:
         """
         Trains a module on the loss of fresh tasks, validated on the validation tasks; see [`tune`]. With
@@ -127,14 +129,12 @@ class FamilyBench:
             return score_tasks(self.family, respond, table, "validation", 500)[1].mean().item()
 
         tune(
-            self.accelerator,
+            self.loop(2),
             module,
             batches,
             self.args.num_seen,
             arguments,
             validate=validate,
-            seed=derive_seed(self.seed, 2),
-            checkpoint_dir=self.checkpoints,
             description=what,
         )
         self.clock(what)
@@ -150,13 +150,11 @@ class FamilyBench:
     def oracle(self, table: torch.Tensor) -> torch.Tensor:
         """Networks that are trained on the tasks themselves, as long as those of the zoo: shape `(T, D)`."""
         specialists = train_specialists(
-            self.accelerator,
+            self.loop(7),
             self.family,
             self.networks,
             table,
             dataclasses.replace(self.zoo_args, num_snapshots=1),
-            seed=derive_seed(self.seed, 7),
-            checkpoint_dir=self.checkpoints,
             start=self.start,
         )
         return specialists[-1]
@@ -165,14 +163,12 @@ class FamilyBench:
         """A specialist for each seen task: snapshots `(N, D)` and their conditions `(N, width)`, also in a folder."""
         shutil.rmtree(folder, ignore_errors=True)
         collect_zoo(
-            self.accelerator,
+            self.loop(3),
             self.family,
             self.networks,
             self.conditions["train"],
             folder,
             self.zoo_args,
-            seed=derive_seed(self.seed, 3),
-            checkpoint_dir=self.checkpoints,
             start=self.start,
         )
         # From here on it is any folder of networks with conditions.
@@ -209,14 +205,12 @@ class FamilyBench:
         """A generator of latents `(N, L)` by weights, given conditions `(N, width)` where there are any."""
         encoder = None if table is None else self.encoder()
         denoiser, _ = train_denoiser(
-            self.accelerator,
+            self.loop(4),
             latents,
             LoopArguments(self.args.denoiser_steps, 64, 1e-3, ema_decay=0.999, max_grad_norm=1.0),
             scheduler=self.training_scheduler,
             encoder=encoder,
             table=table,
-            seed=derive_seed(self.seed, 4),
-            checkpoint_dir=self.checkpoints,
             **DENOISER_PRESETS[self.args.denoiser_preset],
         )
         self.clock(what)

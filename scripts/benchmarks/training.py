@@ -31,7 +31,7 @@ from pdiff_hf.models import DENOISER_PRESETS, autoencoder_architecture
 from pdiff_hf.run.recipe import Recipe
 from pdiff_hf.training import NoiseArguments, make_training_scheduler, train_autoencoder, train_denoiser
 from pdiff_hf.training.estimate import estimate_autoencoder, estimate_denoiser
-from pdiff_hf.training.loop import LoopArguments
+from pdiff_hf.training.loop import Loop, LoopArguments
 
 TABLES = Path(__file__).parents[1] / "reproduce" / "tables.yaml"
 # The paper's Table 13: megabytes of the autoencoder on an A100, length of the latent, megabytes of the diffusion model.
@@ -164,26 +164,22 @@ def _measure(
             # The whole machine must not suffer from what does not fit.
             limit = psutil.Process().memory_info().vms + free
             resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
-        loop = {
-            "args": LoopArguments(num_steps=num_steps, batch_size=50, learning_rate=1e-5),
-            "seed": 0,
-            "checkpoint_dir": folder,
-        }
+        loop, args = Loop(accelerator, seed=0), LoopArguments(num_steps=num_steps, batch_size=50, learning_rate=1e-5)
         before, start = resident_memory("VmRSS"), time.process_time()
         try:
             if network == "autoencoder":
                 train_autoencoder(
-                    accelerator,
+                    loop,
                     snapshots,
                     ParameterLayout(("parameters",), ((length,),), ("float32",)),
-                    noise=NoiseArguments(),
+                    args,
+                    NoiseArguments(),
                     latent_dim=latent_dim,
                     architecture=autoencoder_architecture(preset, length),
-                    **loop,
                 )
             else:
                 scheduler = make_training_scheduler()
-                train_denoiser(accelerator, snapshots, scheduler=scheduler, **DENOISER_PRESETS[preset], **loop)
+                train_denoiser(loop, snapshots, args, scheduler=scheduler, **DENOISER_PRESETS[preset])
         except RuntimeError as error:
             if on_cpu and "can't allocate memory" in str(error):
                 raise MemoryError(str(error)) from error

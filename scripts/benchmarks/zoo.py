@@ -10,7 +10,6 @@ the last bits. One after the other, each network is trained by the same function
 """
 
 import argparse
-import tempfile
 import time
 
 import torch
@@ -22,7 +21,7 @@ from pdiff_hf.selection import select_layout
 from pdiff_hf.snapshots.zoo import ZooArguments, train_specialists
 from pdiff_hf.tasks import ImageClassificationTask
 from pdiff_hf.tasks.image_families import TransformedFamily
-from pdiff_hf.training.loop import epoch_indices, make_optimizer
+from pdiff_hf.training.loop import Loop, epoch_indices, make_optimizer
 
 
 def main() -> None:
@@ -49,10 +48,7 @@ def main() -> None:
     family.pixels("train")
 
     def train(table: torch.Tensor) -> torch.Tensor:
-        with tempfile.TemporaryDirectory() as folder:
-            return train_specialists(
-                Accelerator(cpu=True), family, networks, table, zoo, seed=0, checkpoint_dir=folder
-            )[0]
+        return train_specialists(Loop(Accelerator(cpu=True), seed=0), family, networks, table, zoo)[0]
 
     before = time.process_time()
     together = train(table)

@@ -21,7 +21,7 @@ from pdiff_hf.snapshots import CollectArguments, SnapshotError, SnapshotWriter, 
 from pdiff_hf.snapshots.dataset import load_snapshots, parameter_matrix
 from pdiff_hf.tasks import ClassificationTask
 from pdiff_hf.training import NoiseArguments, make_training_scheduler, train_autoencoder, train_denoiser
-from pdiff_hf.training.loop import LoopArguments, TrainingError, latest_checkpoint, train
+from pdiff_hf.training.loop import Loop, LoopArguments, TrainingError, latest_checkpoint
 
 # ------------------------------------------------------------------------------------- training that leaves the numbers
 
@@ -58,12 +58,11 @@ def run(folder, bad_step=None, bad=math.nan, spoil="gradient", num_steps=30, acc
         loss = scale * F.mse_loss(output, target)
         return loss + bad if step == bad_step and spoil == "loss" else loss
 
+    checkpointing_steps = kwargs.pop("checkpointing_steps", None)
     args = LoopArguments(**{"num_steps": num_steps, "batch_size": 4, "learning_rate": 1e-3} | kwargs)
     accelerator = Accelerator(cpu=True, gradient_accumulation_steps=accumulation, step_scheduler_with_optimizer=False)
-    losses = train(
-        accelerator, model, loss_function, 8, args, seed=0, checkpoint_dir=folder, description="test", resume=False
-    )
-    return model, losses
+    loop = Loop(accelerator, 0, folder, checkpointing_steps)
+    return model, loop.train(model, loss_function, 8, args, description="test")
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
@@ -180,28 +179,25 @@ def whole_chain(
     snapshots = parameter_matrix(*load_snapshots(folder / "snapshots"))
     assert torch.equal(snapshots, parameters)
     loop = {"num_steps": 12, "batch_size": 4, "learning_rate": 1e-3, "max_grad_norm": 1.0}
-    common = {"seed": 0, "checkpoint_dir": folder / "checkpoints"}
-    accelerator = Accelerator(cpu=True, step_scheduler_with_optimizer=False)
+    where = Loop(Accelerator(cpu=True, step_scheduler_with_optimizer=False), seed=0)
     autoencoder, losses = train_autoencoder(
-        accelerator,
+        where,
         snapshots,
         layout,
         LoopArguments(**loop),
         NoiseArguments(),
         latent_dim=latent_dim,
         architecture=architecture,
-        **common,
     )
     assert losses.isfinite().all()
     scheduler = make_training_scheduler(100)
     denoiser, losses = train_denoiser(
-        Accelerator(cpu=True, step_scheduler_with_optimizer=False),
+        where,
         autoencoder.encode(snapshots).latents.detach(),
         LoopArguments(**loop, ema_decay=0.9),
         scheduler=scheduler,
         block_out_channels=(4, 4),
         bottleneck_dim=8,
-        **common,
     )
     assert losses.isfinite().all()
     PDiffPipeline(autoencoder, denoiser, make_sampling_scheduler(scheduler)).save_pretrained(folder / "pipeline")

@@ -10,7 +10,7 @@ from pdiff_hf import ParameterLayout
 from pdiff_hf.models import ConditionError, Fields
 from pdiff_hf.snapshots.dataset import SnapshotError, SnapshotWriter, condition_table, load_fields, load_snapshots
 from pdiff_hf.snapshots.zoo import ZooArguments, collect_zoo, train_specialists
-from pdiff_hf.training.loop import epoch_indices
+from pdiff_hf.training.loop import Loop, epoch_indices
 
 ARGS = ZooArguments(num_steps=12, num_snapshots=2, every_n_steps=4, batch_size=8, learning_rate=0.01)
 
@@ -19,9 +19,7 @@ def test_a_zoo_is_what_one_after_the_other_gives(tmp_path):
     family = make_family()
     networks = make_networks(family)
     conditions = family.conditions(3, seed=0)
-    collect_zoo(
-        Accelerator(cpu=True), family, networks, conditions, tmp_path / "zoo", ARGS, seed=5, checkpoint_dir=tmp_path
-    )
+    collect_zoo(Loop(Accelerator(cpu=True), 5), family, networks, conditions, tmp_path / "zoo", ARGS)
     dataset, layout = load_snapshots(tmp_path / "zoo")
     assert dataset["step"] == [8] * 3 + [12] * 3
     fields = load_fields(tmp_path / "zoo")
@@ -52,10 +50,8 @@ def test_a_resumed_zoo_is_the_uninterrupted_one(tmp_path):
     family = make_family()
     networks = make_networks(family)
     table = family.fields.table(family.conditions(2, seed=0))
-    arguments = {"seed": 1, "resume": True}
-    whole = train_specialists(
-        Accelerator(cpu=True), family, networks, table, ARGS, checkpoint_dir=tmp_path / "a", **arguments
-    )
+    whole = train_specialists(Loop(Accelerator(cpu=True), 1), family, networks, table, ARGS)
+    loop = Loop(Accelerator(cpu=True), 1, tmp_path, checkpointing_steps=9, resume=True)
 
     class Killed(Exception):
         pass
@@ -67,16 +63,10 @@ def test_a_resumed_zoo_is_the_uninterrupted_one(tmp_path):
         return batch(split, table, indices)
 
     calls, family.batch = [], killed_batch
-    args = ZooArguments(**{**vars(ARGS), "checkpointing_steps": 9})
     with pytest.raises(Killed):
-        train_specialists(
-            Accelerator(cpu=True), family, networks, table, args, checkpoint_dir=tmp_path / "b", **arguments
-        )
+        train_specialists(loop, family, networks, table, ARGS)
     del family.batch
-    again = train_specialists(
-        Accelerator(cpu=True), family, networks, table, args, checkpoint_dir=tmp_path / "b", **arguments
-    )
-    assert torch.equal(again, whole)
+    assert torch.equal(train_specialists(loop, family, networks, table, ARGS), whole)
 
 
 def test_columns_of_conditions(tmp_path):

@@ -17,6 +17,7 @@ from pdiff_hf.training.ensembles import (
     validation_batch,
     validation_loss,
 )
+from pdiff_hf.training.loop import Loop
 from pdiff_hf.training.tune import TuneArguments, single_task, tune
 
 CPU = torch.device("cpu")
@@ -79,7 +80,7 @@ def tuned(objective: EnsembleObjective, folder, tuned_map: bool = False) -> dict
 
     before, logits = measure()
     first = ensemble_loss(logits, batch["labels"], 4).item()
-    tune(Accelerator(cpu=True), model, single_task(task, ARGS, CPU), 8, ARGS, seed=0, checkpoint_dir=folder)
+    tune(Loop(Accelerator(cpu=True), 0), model, single_task(task, ARGS, CPU), 8, ARGS)
     after, logits = measure()
     return {
         "first": first,

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from accelerate import Accelerator
 from torch import nn
 
-from pdiff_hf.training.loop import LoopArguments, TrainingError, epoch_indices, latest_checkpoint, train
+from pdiff_hf.training.loop import Loop, LoopArguments, LoopCallback, TrainingError, epoch_indices, latest_checkpoint
 from pdiff_hf.utils.seeds import derive_seed
 
 TARGET = torch.randn(23, 5, generator=torch.Generator().manual_seed(7))
@@ -18,7 +18,9 @@ class Interrupted(Exception):
     pass
 
 
-def run(folder, *, accumulation=1, stop_at=None, resume=False, scale=1.0, seed=0, noise=0.1, dropout=0.2, **kwargs):
+def run(
+    folder, *, accumulation=1, stop_at=None, resume=False, scale=1.0, noise=0.1, dropout=0.2, callbacks=(), **kwargs
+):
     """Trains a network with dropout on noisy data for 30 steps; the weights and the losses."""
     torch.manual_seed(3)
     model = nn.Sequential(nn.Linear(5, 8), nn.Dropout(dropout), nn.Linear(8, 5))
@@ -32,18 +34,10 @@ def run(folder, *, accumulation=1, stop_at=None, resume=False, scale=1.0, seed=0
         return scale * F.mse_loss(model(target + noise * torch.randn(target.shape, generator=generator)), target)
 
     accelerator = Accelerator(cpu=True, gradient_accumulation_steps=accumulation, step_scheduler_with_optimizer=False)
+    limits = {key: kwargs.pop(key) for key in ("checkpointing_steps", "checkpoints_total_limit") if key in kwargs}
     args = LoopArguments(**{"num_steps": 30, "batch_size": 8, "learning_rate": 1e-2} | kwargs)
-    losses = train(
-        accelerator,
-        model,
-        loss_function,
-        len(TARGET),
-        args,
-        seed=seed,
-        checkpoint_dir=folder,
-        description="test",
-        resume=resume,
-    )
+    loop = Loop(accelerator, 0, folder, resume=resume, callbacks=callbacks, **limits)
+    losses = loop.train(model, loss_function, len(TARGET), args, description="test")
     return torch.cat([p.detach().flatten() for p in model.parameters()]), losses, calls
 
 
@@ -74,6 +68,34 @@ def test_accumulation_gives_the_gradients_and_the_schedule_of_the_whole_batch(tm
     parts, part_losses, _ = run(tmp_path, accumulation=4, **options)
     torch.testing.assert_close(parts, weights, atol=1e-6, rtol=1e-5)
     torch.testing.assert_close(part_losses, losses, atol=1e-6, rtol=1e-5)
+
+
+class Events(LoopCallback):
+    def __init__(self, stop_at: int | None = None):
+        self.steps, self.losses, self.logs, self.saved, self.stop_at = [], [], [], [], stop_at
+
+    def on_step_end(self, state):
+        self.steps.append(state.step)
+        self.losses.append(state.losses[-1].item())
+        state.should_stop = state.step == self.stop_at
+
+    def on_log(self, state, logs):
+        self.logs.append((state.step, logs["loss"], logs["learning_rate"]))
+
+    def on_save(self, state, checkpoint):
+        self.saved.append((state.step, checkpoint.name))
+
+
+def test_callbacks_are_told_and_may_end_the_training(tmp_path):
+    events = Events()
+    _, losses, _ = run(tmp_path, callbacks=[events], checkpointing_steps=12)
+    assert events.steps == list(range(1, 31)) and events.losses == losses.tolist()
+    assert [step for step, *_ in events.logs] == [10, 12, 20, 24, 30]
+    assert events.logs[0][1] == losses[9] and 0 < events.logs[2][2] < events.logs[0][2] < 1e-2
+    assert events.saved == [(12, "checkpoint-12"), (24, "checkpoint-24")]
+    events = Events(stop_at=13)
+    _, few, _ = run(tmp_path, callbacks=[events], checkpointing_steps=13)
+    assert torch.equal(few, losses[:13]) and events.saved == [] and events.logs[-1][0] == 13
 
 
 def test_without_resume_it_starts_again(tmp_path):

@@ -8,24 +8,20 @@ from safetensors.torch import load_file
 from pdiff_hf.layout import ParameterLayout
 from pdiff_hf.models import autoencoder_architecture
 from pdiff_hf.training import NoiseArguments, train_autoencoder
-from pdiff_hf.training.loop import LoopArguments
+from pdiff_hf.training.loop import Loop, LoopArguments
 
 LAYOUT = ParameterLayout(("weight", "bias"), ((20, 30), (20,)), ("float32", "float32"))
 
 
-def train(snapshots: torch.Tensor, folder, num_steps: int = 6, preset: str = "tokens", **kwargs):
+def train(snapshots: torch.Tensor, folder, num_steps: int = 6, preset: str = "tokens", resume=False, **kwargs):
     return train_autoencoder(
-        Accelerator(cpu=True, step_scheduler_with_optimizer=False),
+        Loop(Accelerator(cpu=True, step_scheduler_with_optimizer=False), 0, folder, 3, resume=resume),
         snapshots,
         LAYOUT,
-        LoopArguments(
-            num_steps=num_steps, batch_size=8, learning_rate=1e-3, lr_scheduler="constant", checkpointing_steps=3
-        ),
+        LoopArguments(num_steps=num_steps, batch_size=8, learning_rate=1e-3, lr_scheduler="constant"),
         NoiseArguments(),
         latent_dim=4,
         architecture=autoencoder_architecture(preset, LAYOUT.num_parameters),
-        seed=0,
-        checkpoint_dir=folder,
         **kwargs,
     )
 

@@ -1,7 +1,10 @@
 """Tuning on the task loss: it lowers that loss, keeps the best weights, ends early, and needs no condition."""
 
+import math
+
 import pytest
 import torch
+import torch.nn.functional as F
 from accelerate import Accelerator
 from diffusers import DPMSolverMultistepScheduler
 from support.families import make_family, make_generated, make_networks
@@ -10,8 +13,8 @@ from pdiff_hf import ParameterAutoencoder
 from pdiff_hf.models import ConditionEncoder
 from pdiff_hf.training import make_training_scheduler
 from pdiff_hf.training.denoiser import LatentGenerator, denoising_loss, train_denoiser
-from pdiff_hf.training.loop import LoopArguments
-from pdiff_hf.training.tune import TuneArguments, fresh_tasks, seen_tasks, tune
+from pdiff_hf.training.loop import Loop, LoopArguments
+from pdiff_hf.training.tune import TuneArguments, fresh_tasks, has_jumped, seen_tasks, tune
 
 CPU = torch.device("cpu")
 ARGS = TuneArguments(num_steps=120, learning_rate=0.01, num_tasks=8, num_examples=8, ema_decay=0.9, validate_every=10)
@@ -28,7 +31,7 @@ def test_tuning_lowers_the_loss_of_the_networks(tmp_path, kind):
         batches = seen_tasks(family, ARGS, table, CPU, condition_noise=0.1)
     else:
         batches = fresh_tasks(family, ARGS, (), CPU)
-    history = tune(Accelerator(cpu=True), generated, batches, 6, ARGS, seed=0, checkpoint_dir=tmp_path)
+    history = tune(Loop(Accelerator(cpu=True), 0), generated, batches, 6, ARGS)
     losses = history["losses"]
     assert len(losses) == ARGS.num_steps
     first, last = (torch.tensor(part).mean() for part in (losses[:5], losses[-5:]))
@@ -47,7 +50,7 @@ def test_a_tuned_map_leaves_the_span_of_the_snapshots_and_is_saved(tmp_path):
     losses = {}
     for name, generated in (("plain", plain), ("mapped", mapped)):
         batches = fresh_tasks(family, args, (), CPU)
-        history = tune(Accelerator(cpu=True), generated, batches, 6, args, seed=0, checkpoint_dir=tmp_path)
+        history = tune(Loop(Accelerator(cpu=True), 0), generated, batches, 6, args)
         losses[name] = sum(history["losses"][-10:]) / 10
     assert losses["mapped"] < losses["plain"] - 0.1  # eight random directions are little to learn with
     mapped.autoencoder.save_pretrained(tmp_path / "autoencoder")
@@ -71,7 +74,7 @@ def test_another_loss_counts_too(tmp_path):
             return weight * denoising_loss(model, scheduler, latents, generator, table)
 
         seen = seen_tasks(family, args, table, CPU)
-        tune(Accelerator(cpu=True), generated, seen, 6, args, extra_loss=denoising, seed=0, checkpoint_dir=tmp_path)
+        tune(Loop(Accelerator(cpu=True), 0), generated, seen, 6, args, extra_loss=denoising)
         with torch.no_grad():
             noise = torch.Generator().manual_seed(1)
             own[weight] = sum(denoising(noise, 1.0, generated.generator).item() for _ in range(20)) / 20
@@ -81,7 +84,7 @@ def test_another_loss_counts_too(tmp_path):
 def test_the_best_weights_are_kept_and_training_ends_when_validation_gets_worse(tmp_path):
     family = make_family()
     generated = make_generated(family, make_networks(family), True)
-    kept, results = [], iter([3.0, 1.0, 2.0, 1.5])
+    kept, results = [], iter([4.0, 3.0, 1.0, 1.5, 1.25])
 
     def validate() -> float:
         kept.append(generated.generator.denoiser.layer_out.weight.detach().clone())
@@ -89,19 +92,76 @@ def test_the_best_weights_are_kept_and_training_ends_when_validation_gets_worse(
 
     args = TuneArguments(**{**vars(ARGS), "num_steps": 100, "validate_every": 3, "patience": 2})
     history = tune(
-        Accelerator(cpu=True),
+        Loop(Accelerator(cpu=True), 0),
         generated,
         fresh_tasks(family, args, (), CPU),
         4,
         args,
         validate=validate,
-        seed=0,
-        checkpoint_dir=tmp_path,
     )
-    assert history["steps"] == [3, 6, 9, 12] and len(history["losses"]) == 12
-    assert history["validation_losses"] == [3.0, 1.0, 2.0, 1.5]
-    assert torch.equal(generated.generator.denoiser.layer_out.weight, kept[1])
-    assert not torch.equal(kept[0], kept[1])
+    assert history["steps"] == [0, 3, 6, 9, 12] and len(history["losses"]) == 12 and history["restarts"] == []
+    assert history["validation_losses"] == [4.0, 3.0, 1.0, 1.5, 1.25]
+    assert torch.equal(generated.generator.denoiser.layer_out.weight, kept[2])
+    assert not torch.equal(kept[1], kept[2])
+
+
+def validated(folder, *, resume: bool = False, stop_at: int | None = None, **kwargs) -> tuple[dict, float, float]:
+    """Tunes with validation on other tasks; the history, and the validation losses before and after."""
+    family = make_family(ranges={"angle": None, "occlude": None})
+    generated = make_generated(family, make_networks(family), True)
+    args = TuneArguments(**{**vars(ARGS), "num_steps": 60} | kwargs)
+    draw = fresh_tasks(family, args, (), CPU)
+    table, batch = draw(torch.arange(6), torch.Generator().manual_seed(123))
+    generated.generator.encoder.remember(table)
+
+    @torch.no_grad()
+    def validate() -> float:
+        logits = generated(table, batch, torch.Generator().manual_seed(0))
+        return F.cross_entropy(logits.flatten(0, 1), batch["labels"].flatten()).item()
+
+    count = 0
+
+    def batches(*arguments):
+        nonlocal count
+        count += 1
+        if stop_at is not None and count > stop_at:
+            raise KeyboardInterrupt
+        return draw(*arguments)
+
+    before = validate()
+    loop = Loop(Accelerator(cpu=True), 0, folder, checkpointing_steps=7, resume=resume)
+    return tune(loop, generated, batches, 6, args, validate=validate), before, validate()
+
+
+@pytest.mark.parametrize("learning_rate", [0.01, 1.0, 1e3, 1e10])
+def test_tuning_does_no_harm_whatever_the_learning_rate(tmp_path, learning_rate, caplog):
+    history, before, after = validated(tmp_path, learning_rate=learning_rate)
+    assert history["steps"][0] == 0 and history["validation_losses"][0] == pytest.approx(before, rel=1e-6)
+    assert after == pytest.approx(min(loss for loss in history["validation_losses"] if loss), rel=1e-6)
+    assert after <= before * (1 + 1e-6) and all(loss is None or loss < math.inf for loss in history["losses"])
+    assert bool(history["restarts"]) == (learning_rate >= 1.0)
+    assert ("at a learning rate of" in caplog.text) == (learning_rate >= 1.0)
+    assert ("brought nothing" in caplog.text) == (after == before)
+    if learning_rate == 0.01:
+        assert after < before - 0.05
+
+
+@pytest.mark.parametrize("learning_rate", [0.01, 1e3])
+def test_a_resumed_tuning_has_the_history_of_an_uninterrupted_one(tmp_path, learning_rate):
+    whole = validated(tmp_path / "whole", learning_rate=learning_rate)
+    with pytest.raises(KeyboardInterrupt):
+        validated(tmp_path / "parts", learning_rate=learning_rate, stop_at=34)
+    assert validated(tmp_path / "parts", learning_rate=learning_rate, resume=True) == whole
+
+
+def test_what_a_jump_is():
+    falling = torch.linspace(2.0, 1.0, 60) + 0.1 * torch.randn(60, generator=torch.Generator().manual_seed(0))
+    assert not any(has_jumped(falling[:n]) for n in range(1, 61))
+    assert has_jumped(torch.cat([falling, falling[-1:] + torch.linspace(0.2, 2.0, 10)]))
+    assert has_jumped(torch.linspace(2.2, 4.0, 10))
+    assert has_jumped(torch.tensor([1.0, 0.9, math.nan])) and not has_jumped(torch.tensor([0.3]))
+    noise = 0.02 + 0.01 * torch.randn(2000, generator=torch.Generator().manual_seed(1))
+    assert not any(has_jumped(noise[:n]) for n in range(10, 2001, 10))
 
 
 def test_fresh_tasks_leave_out_what_is_tested():
@@ -132,7 +192,7 @@ def test_a_denoiser_learns_what_follows_from_a_condition(tmp_path):
     encoder.remember(values)
     scheduler = make_training_scheduler(prediction_type="v_prediction")
     denoiser, _ = train_denoiser(
-        Accelerator(cpu=True),
+        Loop(Accelerator(cpu=True), 0),
         torch.cat([values, -values], dim=1),
         LoopArguments(300, 32, 5e-3),
         scheduler=scheduler,
@@ -141,8 +201,6 @@ def test_a_denoiser_learns_what_follows_from_a_condition(tmp_path):
         encoder=encoder,
         table=values,
         condition_dropout=0.1,
-        seed=0,
-        checkpoint_dir=tmp_path,
     )
     sampler = DPMSolverMultistepScheduler.from_config(scheduler.config, final_sigmas_type="zero")
     sampler.set_timesteps(10)
