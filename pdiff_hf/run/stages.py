@@ -189,22 +189,26 @@ def _check_basins(run: "Run", aligned: bool = False) -> dict | None:
     return barrier
 
 
+def autoencoder_arguments(recipe: Recipe) -> LoopArguments:
+    """Of the autoencoder's training."""
+    return LoopArguments(
+        num_steps=recipe.autoencoder_steps,
+        batch_size=recipe.autoencoder_batch_size,
+        learning_rate=recipe.autoencoder_learning_rate,
+        lr_warmup_steps=recipe.autoencoder_warmup_steps,
+        max_grad_norm=recipe.max_grad_norm,
+    )
+
+
 def fit_autoencoder(run: "Run") -> None:
     """The autoencoder that turns snapshots into latents."""
     r, stage = run.recipe, STAGES["autoencoder"]
-    args = LoopArguments(
-        num_steps=r.autoencoder_steps,
-        batch_size=r.autoencoder_batch_size,
-        learning_rate=r.autoencoder_learning_rate,
-        lr_warmup_steps=r.autoencoder_warmup_steps,
-        max_grad_norm=r.max_grad_norm,
-    )
     with run.loop(stage.name) as loop:
         autoencoder, losses = train_autoencoder(
             loop,
             run.parameters,
             run.layout,
-            args,
+            autoencoder_arguments(r),
             seen=run.seen,
             latent_dim=r.latent_dim,
             architecture=architecture(run),

@@ -231,7 +231,7 @@ class Loop:
 
         wrapped.train()
         batches = epoch_indices(num_examples, args.batch_size, self.seed, first_step)
-        part_size = args.batch_size // parts
+        part_size, every = args.batch_size // parts, self.checkpointing_steps or 0
         progress = tqdm(
             range(first_step, args.num_steps),
             initial=first_step,
@@ -266,7 +266,7 @@ class Loop:
             losses[step] = accelerator.reduce(step_loss, "mean")
             state.step, state.losses = step + 1, losses[: step + 1]
             last = state.step == args.num_steps
-            saves = bool(self.checkpointing_steps) and state.step % self.checkpointing_steps == 0 and not last
+            saves = every > 0 and state.step % every == 0 and not last
             state.is_checked = state.step % CHECK_EVERY == 0 or last or saves
             for hook in (after_step, *(callback.on_step_end for callback in self.callbacks)):
                 if hook is not None:

@@ -337,14 +337,16 @@ def tune(
 
 def has_jumped(losses: torch.Tensor) -> bool:
     """
-    Whether the mean of the last `WINDOW` losses lies above the lowest mean of as many before by more than `JUMP` times
-    the first loss, and by more than chance explains; or is not finite.
+    Whether the mean of the last `WINDOW` losses lies above the lowest one before by more than `JUMP` times the first
+    losses, and by more than chance explains; or is not finite.
     """
-    recent, before = losses[-WINDOW:].mean(), losses[: max(1, len(losses) - WINDOW)]
-    lowest = before.unfold(0, min(WINDOW, len(before)), 1).mean(1).amin()
-    # Of the mean of a window, from the differences between losses that follow each other.
-    error = before.diff().std() / (2 * WINDOW) ** 0.5 if len(before) > 2 else 0.0
-    return not bool(recent <= lowest + JUMP * losses[0] + 4 * error)
+    recent, before, first = losses[-WINDOW:].mean(), losses[: max(3, len(losses) - WINDOW)], losses[:3].mean()
+    lowest = before.unfold(0, min(WINDOW, len(before)), 1).mean(1).amin().minimum(first)
+    # The standard error of a mean follows from differences between neighbours, whose median a few jumps do not move;
+    # the lowest of many means and one more may well be eight apart.
+    change = losses.diff()
+    error = (change - change.median()).abs().median() / WINDOW**0.5 if len(change) else 0.0
+    return not bool(recent <= lowest + JUMP * first + 8 * error)
 
 
 def _numbers(values: torch.Tensor) -> list[float | None]:

@@ -8,7 +8,7 @@ from pdiff_hf.evaluation.geometry import Rows
 from pdiff_hf.evaluation.sampling import Group
 from pdiff_hf.evaluation.scoring import Scorer
 from pdiff_hf.run.run import Run
-from pdiff_hf.run.stages import architecture
+from pdiff_hf.run.stages import architecture, autoencoder_arguments
 from pdiff_hf.training import NoiseArguments, train_autoencoder
 from pdiff_hf.utils.seeds import named_seed
 
@@ -24,11 +24,12 @@ def hyper_representations(run: Run, scorer: Scorer) -> Iterator[Group]:
 def vae(run: Run, scorer: Scorer) -> Iterator[Group]:
     """Table 8: the prior of a variational autoencoder that is trained as the generator's own, but with the KL term."""
     r = run.recipe
-    with run.accelerator() as accelerator:
+    with run.loop("evaluate") as loop:
         autoencoder, _ = train_autoencoder(
-            accelerator,
+            loop,
             run.parameters,
             run.layout,
+            autoencoder_arguments(r),
             seen=run.seen,
             latent_dim=r.latent_dim,
             architecture=architecture(run),
@@ -36,14 +37,6 @@ def vae(run: Run, scorer: Scorer) -> Iterator[Group]:
             latent_scaling=r.latent_scaling,
             noise=NoiseArguments(parameter_noise=r.parameter_noise, latent_noise=0.0),
             kl_weight=1.0,
-            **run.loop(
-                "evaluate",
-                num_steps=r.autoencoder_steps,
-                batch_size=r.autoencoder_batch_size,
-                learning_rate=r.autoencoder_learning_rate,
-                lr_warmup_steps=r.autoencoder_warmup_steps,
-                max_grad_norm=r.max_grad_norm,
-            ),
         )
     generator = torch.Generator().manual_seed(named_seed(r.seed, "vae"))
     with torch.no_grad():
