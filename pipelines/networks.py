@@ -17,7 +17,6 @@ from pdiff_hf.models import ParameterAutoencoder
 from pdiff_hf.models.condition import Condition
 from pdiff_hf.networks.adapters import load_reference, with_adapters
 from pdiff_hf.networks.batch_norm import RecomputedStatistics
-from pdiff_hf.networks.batched import BatchedModels, Forward
 from pdiff_hf.networks.ensemble import EnsembleModel
 from pdiff_hf.networks.posterior import (
     LossFunction,
@@ -224,7 +223,7 @@ class NetworkMixin(Base):
             per_condition, num_inference_steps, generator, condition=condition, output_type="latent", return_dict=False
         )
 
-        models = BatchedModels(base_model, layout)
+        models = NetworkRunner(base_model, layout)
         parts = itertools.chain(self.decode_in_blocks(latents), [] if candidates is None else [candidates])
         log_likelihood = torch.cat([log_likelihoods(models, examples, part, predict) for part in parts])
         log_prior = None

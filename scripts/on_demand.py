@@ -21,7 +21,7 @@ from pdiff_hf.evaluation.scores import ClassifierScores
 from pdiff_hf.evaluation.scoring import Scorer, make_scorer
 from pdiff_hf.models import ConditionEncoder
 from pdiff_hf.models.condition import Condition
-from pdiff_hf.networks.batched import BatchedModels
+from pdiff_hf.networks.runner import NetworkRunner
 from pdiff_hf.run.families import SHOWN
 from pdiff_hf.scripts.watch import LETTERS
 from pdiff_hf.tasks.family import Family
@@ -199,7 +199,7 @@ class AtWork:
         indices = torch.linspace(0, total - 1, min(EXAMPLES, total)).round().long()
         table = self.family.fields.table([choice.task]).to(self.device)
         batch = {name: values[0] for name, values in self.family.batch("test", table, indices).items()}
-        models = BatchedModels(self.model, self.layout)
+        models = NetworkRunner(self.model, self.layout)
         logits = [part for _, part in models(lambda call: self.family.predict(call, batch), parameters)]
         return batch, torch.cat(logits).argmax(-1)
 

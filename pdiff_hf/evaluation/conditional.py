@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 
 from ..models.kernel_ridge import KernelRidge
 from ..models.products import AdapterProducts, contracted, expanded
-from ..networks.stacked import StackedNetworks
+from ..networks.runner import NetworkRunner
 from ..tasks.family import Family
 from ..tasks.task import Split
 from ..utils.files import write_json
@@ -126,7 +126,7 @@ class ConditionalAudit:
 
     Args:
         family (`Family`): Of the tasks.
-        networks (`StackedNetworks`): Runs the networks.
+        networks (`NetworkRunner`): Runs the networks.
         test_sets (`Mapping[str, torch.Tensor]`): Tables of unseen conditions; `test` is what the verdict is about.
         num_examples (`int`, *optional*, defaults to 2000): Of the test split, for each task.
         cache (`str` or `os.PathLike`, *optional*): A file that keeps the scores of each method that is done, so that an
@@ -136,7 +136,7 @@ class ConditionalAudit:
     def __init__(
         self,
         family: Family,
-        networks: StackedNetworks,
+        networks: NetworkRunner,
         test_sets: Mapping[str, torch.Tensor],
         num_examples: int = 2000,
         cache: str | os.PathLike | None = None,
@@ -157,7 +157,7 @@ class ConditionalAudit:
 
         def score(sample: torch.Tensor) -> torch.Tensor:
             def respond(rows: torch.Tensor, batch: Any) -> torch.Tensor:
-                return self.networks(self.family.predict, sample[rows], batch)
+                return self.networks.stack(self.family.predict, sample[rows], batch)
 
             return torch.stack(score_tasks(self.family, respond, table, split, self.num_examples))
 

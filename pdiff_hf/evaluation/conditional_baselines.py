@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from ..models.condition import Fields
-from ..networks.stacked import StackedNetworks
+from ..networks.runner import NetworkRunner
 from ..tasks.task import Batch
 
 
@@ -34,7 +34,7 @@ class GenericNetwork(nn.Module):
 
     def __init__(
         self,
-        networks: StackedNetworks,
+        networks: NetworkRunner,
         predict: Callable,
         start: torch.Tensor,
         fields: Fields | None = None,
@@ -53,7 +53,7 @@ class GenericNetwork(nn.Module):
         if self.fields is not None:
             values = batch["pixel_values"]  # (T, B, C, H, W)
             batch = {**batch, "pixel_values": values + self.image(self.fields.features(table)).view_as(values[:, :1])}
-        return self.networks(self.predict, self.values.expand(len(table), -1), batch)
+        return self.networks.stack(self.predict, self.values.expand(len(table), -1), batch)
 
 
 class BasisNetworks(nn.Module):
@@ -63,7 +63,7 @@ class BasisNetworks(nn.Module):
     """
 
     def __init__(
-        self, networks: StackedNetworks, predict: Callable, start: torch.Tensor, fields: Fields, num_basis: int = 16
+        self, networks: NetworkRunner, predict: Callable, start: torch.Tensor, fields: Fields, num_basis: int = 16
     ):
         super().__init__()
         self.basis = nn.Parameter(start.repeat(num_basis, 1))  # (K, D)
@@ -77,4 +77,4 @@ class BasisNetworks(nn.Module):
         return self.coefficients(self.fields.features(table)).softmax(1) @ self.basis
 
     def forward(self, table: torch.Tensor, batch: Batch, generator: torch.Generator) -> torch.Tensor:
-        return self.networks(self.predict, self.sample_parameters(table), batch)
+        return self.networks.stack(self.predict, self.sample_parameters(table), batch)

@@ -10,7 +10,7 @@ from accelerate import Accelerator
 from torch import nn
 
 from ..models import ConditionEncoder, LatentDenoiser
-from ..networks.stacked import StackedNetworks
+from ..networks.runner import NetworkRunner
 from ..snapshots.zoo import ZooArguments, train_specialists
 from ..tasks.family import Family
 from ..training.denoiser import LatentGenerator
@@ -32,7 +32,7 @@ class Regime:
     What all that is trained on the loss of tasks has in common.
 
     Args:
-        family (`Family`), networks (`StackedNetworks`), accelerator (`Accelerator`).
+        family (`Family`), networks (`NetworkRunner`), accelerator (`Accelerator`).
         batches (`Callable`): `batches(args)` gives the tasks that training may use: fresh ones, or the seen ones alone.
         num_tasks (`int`): Of the seen tasks.
         validation (`torch.Tensor`): Conditions of the validation tasks, shape `(T, width)`.
@@ -40,7 +40,7 @@ class Regime:
     """
 
     family: Family
-    networks: StackedNetworks
+    networks: NetworkRunner
     accelerator: Accelerator
     batches: Callable[[TuneArguments], TaskBatches]
     num_tasks: int

@@ -20,7 +20,7 @@ from tqdm.auto import tqdm
 
 from ..layout import ParameterLayout
 from ..networks.batch_norm import RecomputedStatistics
-from ..networks.batched import GPU_MEMORY_BUDGET, BatchedModels
+from ..networks.runner import GPU_MEMORY_BUDGET, NetworkRunner
 from ..tasks import ClassificationTask, MeasuredTask, Task, predict_logits, take
 from ..tasks.task import EVAL_BATCH_SIZE, Split, statistics_batches
 from ..utils.devices import to_device
@@ -76,7 +76,7 @@ class Scorer(ABC, Generic[S]):
             device = next(model.parameters()).device
             self._statistics = RecomputedStatistics(model, layout, lambda: statistics_batches(task, device))
             self._context.update(f"recomputed from {task.fingerprint('train')}".encode())
-        self.models = BatchedModels(model, layout if self._statistics is None else self._statistics.layout)
+        self.models = NetworkRunner(model, layout if self._statistics is None else self._statistics.layout)
 
     def complete(self, parameters: Tensor) -> Tensor:
         """Parameters of shape `(N, D)` with all that `models` needs of a network: its statistics, if it has its own."""

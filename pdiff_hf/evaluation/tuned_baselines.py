@@ -14,7 +14,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from ..models import ParameterAutoencoder
-from ..networks.stacked import StackedNetworks
+from ..networks.runner import NetworkRunner
 from ..tasks import ClassificationTask
 from ..tasks.task import Batch, take
 from ..training.ensembles import Tuning, training_passes, validation_batch, validation_loss
@@ -72,7 +72,7 @@ class TunedBaselines:
     def groups(self) -> Iterator[Group]:
         """One setting after the other."""
         tuning, temperatures = self.tuning, TEMPERATURES[self.which]
-        networks = StackedNetworks(self.scorer.models.model, self.scorer.layout)
+        networks = NetworkRunner(self.scorer.models.model, self.scorer.layout)
         assert isinstance(self.scorer.task, ClassificationTask)  # nothing else is tuned
         feedback = _Feedback(self.scorer.task, networks, tuning, self.seed, self.scorer.models.model)
         once = training_passes(tuning.num_steps, tuning.num_networks, tuning.num_examples)
@@ -184,7 +184,7 @@ class _Feedback:
     """The task as a generator sees it when it is tuned: batches of the training split, the same for all networks."""
 
     def __init__(
-        self, task: ClassificationTask, networks: StackedNetworks, tuning: Tuning, seed: int, model: torch.nn.Module
+        self, task: ClassificationTask, networks: NetworkRunner, tuning: Tuning, seed: int, model: torch.nn.Module
     ):
         self.task, self.networks, self.tuning, self.seed = task, networks, tuning, seed
         self.device = next(model.parameters()).device
@@ -194,7 +194,7 @@ class _Feedback:
 
     def logits(self, parameters: Tensor, batch: Batch) -> Tensor:
         """Shape `(N, B, C)`."""
-        return self.networks(self.task.predict, parameters, batch, shared=True)
+        return self.networks.stack(self.task.predict, parameters, batch, shared=True)
 
     def descend(
         self,

@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from ..layout import ParameterLayout
-from .batched import BatchedModels, Forward
+from .runner import Forward, NetworkRunner
 
 
 class RecomputedStatistics:
@@ -36,7 +36,7 @@ class RecomputedStatistics:
     """
 
     def __init__(self, model: nn.Module, layout: ParameterLayout, batches: Callable[[], Iterable[Forward]]):
-        self.models, self.batches = BatchedModels(model, layout), batches
+        self.models, self.batches = NetworkRunner(model, layout), batches
         named = {
             name: module
             for name, module in model.named_modules()
@@ -49,13 +49,13 @@ class RecomputedStatistics:
             raise ValueError("there are no batches of data to compute the statistics of batch norm from")
         self.layers = list(named.values())
         if named:
-            rows = torch.stack([self.models._own_row(), self.models._other_row()])
+            rows = torch.stack([self.models.base_parameters(), self.models.other_parameters()])
             own, other = self._statistics_of(first, rows).split(1)
             sizes = [2 * layer.num_features for layer in self.layers]
             differs = [not torch.equal(a, b) for a, b in zip(own.split(sizes, 1), other.split(sizes, 1), strict=True)]
             named = {name: layer for (name, layer), yes in zip(named.items(), differs, strict=True) if yes}
             self.layers = list(named.values())
-            self.models = BatchedModels(model, layout)  # afresh: with other layers, other things can be shared
+            self.models = NetworkRunner(model, layout)  # afresh: with other layers, other things can be shared
         if not named:
             raise ValueError(
                 f"{type(model).__name__} has no batch norm behind the tensors that are generated, so that there are no "

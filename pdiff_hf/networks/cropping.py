@@ -5,6 +5,9 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
+from torch._C._functorch import is_batchedtensor
+from torch.nn.modules.utils import _pair
 from torch.overrides import TorchFunctionMode
 
 CONVOLUTIONS = {torch.conv1d: 1, torch.conv2d: 2, torch.conv3d: 3}
@@ -64,7 +67,7 @@ def convolve(
         for size, (first, last), d in zip(sizes, taps, dilations, strict=True)
     )
     if covers_input and groups == 1:
-        output = torch.nn.functional.linear(input.flatten(-num_dims - 1), weight.flatten(1), bias)  # (*, C_out)
+        output = F.linear(input.flatten(-num_dims - 1), weight.flatten(1), bias)  # (*, C_out)
         return output[(..., *[None] * num_dims)]
     return function(input, weight, bias, stride, paddings, dilation, groups)
 
@@ -90,3 +93,29 @@ def useful_taps(size: int, kernel: int, stride: int, padding: int, dilation: int
     left = padding - first * dilation
     same = left >= 0 and (size + 2 * left - dilation * (last - first - 1) - 1) // stride + 1 == count
     return (first, last) if same else (0, kernel)
+
+
+class ConvolutionsAsProducts(CroppedConvolutions):
+    """Convolutions with weights of their own are a grouped convolution for vmap, and as matrix products much faster."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func is F.conv2d and is_batchedtensor(args[1] if len(args) > 1 else (kwargs or {})["weight"]):
+            return _conv2d(*args, **kwargs or {})
+        return super().__torch_function__(func, types, args, kwargs)
+
+
+def _conv2d(images, weight, bias=None, stride=1, padding=0, dilation=1, groups=1) -> torch.Tensor:
+    if groups != 1 or isinstance(padding, str):
+        return F.conv2d(images, weight, bias, stride, padding, dilation, groups)
+    stride, padding, dilation = _pair(stride), _pair(padding), _pair(dilation)
+    columns = F.unfold(images, weight.shape[-2:], dilation, padding, stride)  # (B, C kh kw, positions)
+    output = weight.flatten(1) @ columns  # (B, O, positions)
+    if bias is not None:
+        output = output + bias.unsqueeze(1)
+    sizes = (
+        (size + 2 * pad - dil * (kernel - 1) - 1) // step + 1
+        for size, pad, dil, kernel, step in zip(
+            images.shape[-2:], padding, dilation, weight.shape[-2:], stride, strict=True
+        )
+    )
+    return output.unflatten(-1, tuple(sizes))

@@ -1,20 +1,16 @@
 """Many networks as one, whose prediction is the weighted mean of theirs, and what they disagree about."""
 
 import copy
-import logging
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
 from diffusers.utils import BaseOutput
 from torch import nn
-from torch.func import functional_call, vmap
-from torch.nn.modules.conv import _ConvNd
 
 from ..layout import LayoutError, ParameterLayout
-from .cropping import CroppedConvolutions
-from .replacement import Replacement
-
-logger = logging.getLogger(__name__)
+from ..utils.memory import InParts
+from .runner import NetworkRunner
 
 
 @dataclass
@@ -52,10 +48,10 @@ class EnsembleModel(nn.Module):
     `torch.export.export`.
 
     What is computed before the first of those tensors is used is computed once, because `vmap` runs an operation many
-    times only if one of its inputs differs; the rest takes N times the memory, which is for the batch size to bound.
-    The networks run one after the other where convolutions would become grouped ones, which are no faster, or where
-    the base model writes in place to what they share, which `vmap` refuses. An export with `vmap` has the batch size of
-    its example inputs, because most of torch's rules for `vmap` fix it.
+    times only if one of its inputs differs; the rest takes N times the memory, and where that runs out, fewer networks
+    run at once. The networks run one after the other where convolutions would become grouped ones, which are no faster,
+    or where the base model writes in place to what they share, which `vmap` refuses. An export with `vmap` has the
+    batch size of its example inputs, because most of torch's rules for `vmap` fix it.
 
     Args:
         base_model (`nn.Module`): A classifier that returns logits, or an output that has them. It is copied.
@@ -80,7 +76,6 @@ class EnsembleModel(nn.Module):
     ):
         super().__init__()
         layout.check_fits(base_model.state_dict())
-        self._replacement = Replacement(base_model, layout.names)
         if parameters.ndim != 2 or len(parameters) == 0 or parameters.shape[1] != layout.num_parameters:
             raise LayoutError(
                 f"an ensemble needs parameters of shape (N, {layout.num_parameters}) with N at least 1, got "
@@ -98,8 +93,9 @@ class EnsembleModel(nn.Module):
         device = next(base_model.parameters()).device
         self.register_buffer("parameters_of_networks", parameters.detach().to(device, torch.float32, copy=True))
         self.register_buffer("weights", (weights.detach() / weights.sum()).to(device, torch.float32))
-        owners = {name.rpartition(".")[0] for name in layout.names}
-        self._side_by_side = not any(isinstance(self.base_model.get_submodule(owner), _ConvNd) for owner in owners)
+        self.base_model.requires_grad_(False)
+        self._runner = NetworkRunner(self.base_model, layout)
+        self._in_parts = InParts("networks")
         self.eval()
 
     def _load_from_state_dict(self, state_dict, prefix, *args) -> None:
@@ -124,23 +120,13 @@ class EnsembleModel(nn.Module):
 
     def _log_probs(self, *args, **kwargs) -> torch.Tensor:
         """Log-probabilities of every network, shape `(N, B, C)`."""
-        rows = self.layout.unflatten(self.parameters_of_networks)
-        stacked = self._replacement.tensors(self.base_model, rows)  # (N, *shape) each
 
-        def call(tensors: dict[str, torch.Tensor]) -> torch.Tensor:
-            with CroppedConvolutions():
-                output = functional_call(self.base_model, tensors, args, kwargs, tie_weights=False)
-            return (output if isinstance(output, torch.Tensor) else output.logits).float().log_softmax(-1)
+        def predict(call: Callable, _: Mapping) -> torch.Tensor:
+            output = call(*args, **kwargs)
+            return (output if isinstance(output, torch.Tensor) else output.logits).float().log_softmax(-1)  # (B, C)
 
-        log_probs = None
-        if self._side_by_side:
-            try:
-                log_probs = vmap(call)(stacked)  # (N, B, C)
-            except RuntimeError as error:
-                logger.debug("vmap failed", exc_info=error)
-        if log_probs is None:
-            num_networks = len(self.parameters_of_networks)
-            log_probs = torch.stack([call({name: t[i] for name, t in stacked.items()}) for i in range(num_networks)])
-            # Only now: what failed for one network as well, such as a wrong input, says nothing about `vmap`.
-            self._side_by_side = False
-        return log_probs
+        def log_probs(rows: torch.Tensor) -> torch.Tensor:
+            side_by_side = not self._runner.has_convolutions
+            return self._runner.stack(predict, rows, {}, shared=True, side_by_side=side_by_side)
+
+        return self._in_parts(log_probs, self.parameters_of_networks)

@@ -10,11 +10,9 @@ import torch
 import torch.nn.functional as F
 from diffusers.utils import BaseOutput
 from torch import nn
-from torch.func import functional_call, vmap
 
 from ..layout import ParameterLayout
-from .batched import BatchedModels
-from .replacement import Replacement
+from .runner import NetworkRunner
 
 logger = logging.getLogger(__name__)
 
@@ -69,13 +67,13 @@ def check_labels(labels: torch.Tensor, num_classes: int) -> None:
 
 @torch.no_grad()
 def log_likelihoods(
-    models: BatchedModels, examples: Mapping[str, Any], parameters: torch.Tensor, predict: Predict = predict_logits
+    models: NetworkRunner, examples: Mapping[str, Any], parameters: torch.Tensor, predict: Predict = predict_logits
 ) -> torch.Tensor:
     """
     Logarithm of the probability that each of N networks gives to the labels of B examples, in nats, shape `(N,)`.
 
     Args:
-        models (`BatchedModels`): Runs the networks.
+        models (`NetworkRunner`): Runs the networks.
         examples (`Mapping[str, Any]`): A batch of the task with `labels`, int64 of shape `(B,)`.
         parameters (`torch.Tensor`): Shape `(N, D)`.
         predict (`Callable`, *optional*): As `predict` of a task.
@@ -152,22 +150,15 @@ def example_loss(
         `Callable`: Parameters of shape `(n, D)` to the loss of each network, shape `(n,)`.
     """
     check_examples(examples)
-    replacement = Replacement(model, layout.names)
+    runner = NetworkRunner(model, layout)
 
-    def loss(tensors: dict[str, torch.Tensor]) -> torch.Tensor:
-        def call(*args, **kwargs):
-            return functional_call(model, tensors, args, kwargs, tie_weights=False)
-
+    def loss(call: Callable, batch: Mapping[str, Any]) -> torch.Tensor:
         logits = predict(call, examples).float()
         check_labels(examples["labels"], logits.shape[-1])
         weight = None if class_weights is None else class_weights.to(logits.device)
         return F.cross_entropy(logits, examples["labels"].to(logits.device), weight, reduction="sum")
 
-    def losses(parameters: torch.Tensor) -> torch.Tensor:
-        tensors = replacement.tensors(model, layout.unflatten(parameters))
-        return vmap(loss, randomness="different")(tensors)
-
-    return losses
+    return lambda parameters: runner.stack(loss, parameters, {}, shared=True)
 
 
 def refine(

@@ -120,7 +120,7 @@ class Replayer(CroppedConvolutions):
         if func != recorded:
             result = super().__torch_function__(func, types, args, kwargs)
             if not _is_setting(_tensors((args, kwargs)), result):
-                raise RuntimeError(f"expected a call of {recorded}, got {func}")
+                raise ReplayError(f"expected a call of {recorded}, got {func}")
             return result
         self.next = next(self.calls, None)
         if isinstance(result, torch.Tensor):
@@ -128,6 +128,10 @@ class Replayer(CroppedConvolutions):
         if isinstance(result, (tuple, list, dict)):
             return tree_map_only(torch.Tensor, lambda tensor: self.replaced.get(id(tensor), tensor), result)
         return result
+
+
+class ReplayError(RuntimeError):
+    """A forward pass calls something else than the one that was recorded."""
 
 
 class FirstUse(Exception):

@@ -16,7 +16,7 @@ from ..evaluation.conditional_opponents import Regime, add_generic, add_hypernet
 from ..evaluation.render import format_summary
 from ..models import encode_in_batches
 from ..models.products import contracted
-from ..networks.stacked import StackedNetworks
+from ..networks.runner import NetworkRunner
 from ..pipelines import PDiffPipeline
 from ..pipelines.pipeline_pdiff import PDiffPipelineOutput
 from ..snapshots.zoo import ZooArguments, train_specialists, write_zoo
@@ -43,7 +43,7 @@ def collect(run: "Run", stage: "Stage") -> None:
     """Snapshots of a network for each seen task, all fine-tuned from the base model side by side."""
     r, family = run.recipe, run.family
     assert family is not None
-    args, networks = zoo_arguments(run.recipe), StackedNetworks(run.base_model, run.layout)
+    args, networks = zoo_arguments(run.recipe), NetworkRunner(run.base_model, run.layout)
     with run.loop(stage.name) as loop:
         snapshots = train_specialists(loop, family, networks, run.conditions["train"], args)
     run.base_model.to("cpu")
@@ -64,7 +64,7 @@ def regressed_latents(run: "Run") -> tuple[torch.Tensor, torch.Tensor]:
     """
     r, family, autoencoder = run.recipe, run.family, run.autoencoder
     assert family is not None and r.regressed_networks
-    networks = StackedNetworks(run.base_model, run.layout)
+    networks = NetworkRunner(run.base_model, run.layout)
     products = run.autoencoder.products
     seen, _, means = mean_networks(*known_snapshots(run), products)
     audit = ConditionalAudit(family, networks, {})
@@ -107,7 +107,7 @@ def tune_arguments(run: "Run") -> TuneArguments:
     )
 
 
-def make_regime(run: "Run", accelerator: Accelerator, networks: StackedNetworks) -> Regime:
+def make_regime(run: "Run", accelerator: Accelerator, networks: NetworkRunner) -> Regime:
     """Which tasks the recipe allows to train on."""
     r, family = run.recipe, run.family
     assert family is not None
@@ -144,7 +144,7 @@ def seen_conditions(run: "Run") -> torch.Tensor:
     return table[run.fields.known(table).all(1)].unique(dim=0)
 
 
-def generated_networks(run: "Run", pipeline: PDiffPipeline, networks: StackedNetworks) -> GeneratedNetworks:
+def generated_networks(run: "Run", pipeline: PDiffPipeline, networks: NetworkRunner) -> GeneratedNetworks:
     """The generator of a pipeline, followed by the networks that it gives, to be tuned."""
     predict = run.task.predict  # type: ignore[attr-defined]  # of classification, which is checked before any work
     return GeneratedNetworks(
@@ -165,7 +165,7 @@ def evaluate(run: "Run", stage: "Stage") -> None:
     r, family, device = run.recipe, run.family, PartialState().device
     assert family is not None
     args, zoo = tune_arguments(run), zoo_arguments(r)
-    networks = StackedNetworks(run.base_model.to(device), run.layout)
+    networks = NetworkRunner(run.base_model.to(device), run.layout)
     sets = {name: table for name, table in run.conditions.items() if name not in ("train", "validation")}
     key = hashlib.blake2b(json.dumps(run.settings(stage.name), sort_keys=True).encode(), digest_size=8).hexdigest()
     audit = ConditionalAudit(family, networks, sets, cache=run.folder / names.SCORES / f"conditional-{key}.json")

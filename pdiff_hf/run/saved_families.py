@@ -11,7 +11,7 @@ from ..evaluation.conditional import GENERATOR, ConditionalAudit, Cost
 from ..evaluation.conditional_opponents import Regime, add_oracles
 from ..layout import LayoutError
 from ..models.products import AdapterProducts, find_factors
-from ..networks.stacked import StackedNetworks
+from ..networks.runner import NetworkRunner
 from ..pipelines import PDiffPipeline
 from ..snapshots import load_snapshots, parameter_matrix, read_networks
 from ..snapshots.conditions import read_conditions
@@ -69,7 +69,7 @@ def evaluate_saved_family(source: str, recipe: Recipe) -> dict:
         raise ValueError(f"the snapshots have conditions with the fields {fields}, and the family has {family.fields}")
     model = family.load_saved(model_name).to(PartialState().device)
     layout.check_fits(model.state_dict())
-    networks = StackedNetworks(model, layout)
+    networks = NetworkRunner(model, layout)
 
     table = condition_table(dataset, fields)
     known = fields.known(table).all(1)
@@ -119,7 +119,7 @@ def evaluate_saved_family(source: str, recipe: Recipe) -> dict:
     return report
 
 
-def _read_table(path: str, family: Family, networks: StackedNetworks) -> tuple[torch.Tensor, torch.Tensor]:
+def _read_table(path: str, family: Family, networks: NetworkRunner) -> tuple[torch.Tensor, torch.Tensor]:
     """The networks of a table, shape `(T, n, D)`, and their conditions, shape `(T, width)`."""
     found, _ = read_conditions(path, family.fields)
     table = family.fields.table(found.values())

@@ -16,7 +16,7 @@ from ..models import DENOISER_PRESETS, ConditionEncoder, autoencoder_architectur
 from ..models.condition import Condition, Fields
 from ..models.products import AdapterProducts
 from ..networks.adapters import without_wrapper
-from ..networks.batched import BatchedModels
+from ..networks.runner import NetworkRunner
 from ..pipelines import PDiffPipeline
 from ..snapshots import (
     CollectArguments,
@@ -179,7 +179,7 @@ def _check_basins(run: "Run", aligned: bool = False) -> dict | None:
     if not isinstance(run.task, ClassificationTask) or run.family is not None:
         return None
     dataset = run.snapshots[0]
-    models = BatchedModels(run.base_model.to(PartialState().device), run.layout)
+    models = NetworkRunner(run.base_model.to(PartialState().device), run.layout)
     # Data sets from elsewhere may have the parameters alone.
     seeds, steps = (
         dataset[name][:] if name in dataset.column_names else [0] * len(dataset) for name in ("seed", "step")

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 from accelerate import PartialState
 
-from ..networks.stacked import StackedNetworks
+from ..networks.runner import NetworkRunner
 from ..pipelines import PDiffPipeline
 from ..tasks import ClassificationTask
 from ..training import make_training_scheduler
@@ -41,7 +41,7 @@ def tune_denoiser(run: "Run", stage: "Stage") -> None:
     pipeline = PDiffPipeline.from_pretrained(run.folder / names.PIPELINE).to(PartialState().device)
     if r.tune_map:
         pipeline.autoencoder.add_tuned_map()
-    networks = StackedNetworks(run.base_model.to(PartialState().device), run.layout)
+    networks = NetworkRunner(run.base_model.to(PartialState().device), run.layout)
     args = tune_arguments(run)
     tuning = None
     if run.family is not None:
@@ -75,7 +75,7 @@ def load_tuning(folder: Path) -> Tuning | None:
 
 
 def _tune_for_task(
-    run: "Run", stage: "Stage", pipeline: PDiffPipeline, networks: StackedNetworks
+    run: "Run", stage: "Stage", pipeline: PDiffPipeline, networks: NetworkRunner
 ) -> tuple[PDiffPipeline, Tuning, dict]:
     """
     Tunes once for each weight of diversity.

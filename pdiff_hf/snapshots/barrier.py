@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 import torch
 import torch.nn.functional as F
 
-from ..networks.batched import BatchedModels
+from ..networks.runner import NetworkRunner
 from ..tasks import ClassificationTask, predict_logits
 from ..utils.files import without_nan
 
@@ -48,7 +48,7 @@ class Barrier:
 
 def measure_barrier(
     task: ClassificationTask,
-    models: BatchedModels,
+    models: NetworkRunner,
     first: torch.Tensor,
     second: torch.Tensor,
     *,
@@ -60,7 +60,7 @@ def measure_barrier(
 
     Args:
         task (`ClassificationTask`): Gives the data and the prediction.
-        models (`BatchedModels`): Runs the networks.
+        models (`NetworkRunner`): Runs the networks.
         first, second (`torch.Tensor`): Parameters, shape `(D,)` each.
         num_points (`int`, *optional*, defaults to 5): On the line, with its ends; at least 3.
         max_examples (`int`, *optional*, defaults to 1000): Evenly spaced over the validation split.
@@ -116,7 +116,7 @@ def _describe(row: int, seeds: Sequence[int], steps: Sequence[int]) -> str:
 
 def check_basins(
     task: ClassificationTask,
-    models: BatchedModels,
+    models: NetworkRunner,
     parameters: torch.Tensor,
     seeds: Sequence[int],
     steps: Sequence[int],

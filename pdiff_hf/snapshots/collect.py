@@ -11,8 +11,9 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from ..layout import ParameterLayout
-from ..networks.batched import BatchedModels, Forward, PrefixCache
 from ..networks.cropping import CroppedConvolutions
+from ..networks.prefix_cache import PrefixCache
+from ..networks.runner import Forward, NetworkRunner
 from ..tasks import ClassificationTask, Task, accuracy, take
 from ..training.loop import Loop, LoopArguments, TrainingError, epoch_indices, largest, make_optimizer
 from ..utils.devices import to_device
@@ -89,7 +90,7 @@ def collect_snapshots(
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name in trained)
     model.to(accelerator.device).eval()
-    models = BatchedModels(model, layout)
+    models = NetworkRunner(model, layout)
     normalizing = [module for name, module in model.named_modules() if f"{name}.running_mean" in layout.names]
 
     def loss_of(indices: torch.Tensor) -> Forward:

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from ..layout import ParameterLayout
-from ..networks.batched import BatchedModels
+from ..networks.runner import NetworkRunner
 from ..selection import STATISTICS
 from ..tasks import ClassificationTask, Task, accuracy
 from ..tensor_names import adapter_configs, adapter_names, shared_tensors
@@ -125,7 +125,7 @@ class FrozenCheck:
         network.load_state_dict(own, strict=False)
         models = {"own": network, "hybrid": self.model}
         scores = {
-            key: accuracy(task, BatchedModels(model, self.layout), "validation", parameters).item()
+            key: accuracy(task, NetworkRunner(model, self.layout), "validation", parameters).item()
             for key, model in models.items()
         }
         return {"file": str(path)} | scores

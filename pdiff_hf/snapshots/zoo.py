@@ -11,7 +11,7 @@ from torch import nn
 
 from ..layout import ParameterLayout
 from ..models.condition import Condition
-from ..networks.stacked import StackedNetworks
+from ..networks.runner import NetworkRunner
 from ..tasks.family import Family
 from ..training.loop import Loop, LoopArguments, LoopState
 from .dataset import SnapshotWriter
@@ -54,14 +54,14 @@ class Specialists(nn.Module):
         self.values = nn.Parameter(start.repeat(num_tasks, 1))
         self.register_buffer("snapshots", torch.zeros(num_snapshots, *self.values.shape))
 
-    def forward(self, networks: StackedNetworks, family: Family, batch: Any) -> torch.Tensor:
-        return networks(family.predict, self.values, batch)
+    def forward(self, networks: NetworkRunner, family: Family, batch: Any) -> torch.Tensor:
+        return networks.stack(family.predict, self.values, batch)
 
 
 def train_specialists(
     loop: Loop,
     family: Family,
-    networks: StackedNetworks,
+    networks: NetworkRunner,
     table: torch.Tensor,
     args: ZooArguments,
     start: torch.Tensor | None = None,
@@ -114,7 +114,7 @@ def train_specialists(
 def collect_zoo(
     loop: Loop,
     family: Family,
-    networks: StackedNetworks,
+    networks: NetworkRunner,
     conditions: Sequence[Condition],
     folder: str | os.PathLike,
     args: ZooArguments,

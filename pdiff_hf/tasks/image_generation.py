@@ -14,7 +14,7 @@ from diffusers import DDIMScheduler, DDPMPipeline
 from torch import nn
 from torchvision.transforms import CenterCrop, Compose, PILToTensor, Resize
 
-from ..networks.batched import BatchedModels
+from ..networks.runner import NetworkRunner
 from ..utils.memory import InParts
 from .dataset import take_columns
 from .fid import INCEPTION, frechet_distance, load_features
@@ -161,7 +161,7 @@ class ImageGenerationTask(ImageTask, MeasuredTask):
             images = self._sampler.step(prediction, timestep, images).prev_sample
         return images
 
-    def measure(self, models: BatchedModels, split: Split, parameters: torch.Tensor) -> torch.Tensor:
+    def measure(self, models: NetworkRunner, split: Split, parameters: torch.Tensor) -> torch.Tensor:
         """The Fréchet distance of as many generated images as the split has to those of the split."""
         device = next(models.model.parameters()).device
         parameters, features = parameters.to(device), self._features.to(device)

@@ -13,7 +13,7 @@ from torchvision.models import detection
 from torchvision.transforms import v2
 from torchvision.transforms.functional import pil_to_tensor
 
-from ..networks.batched import BatchedModels
+from ..networks.runner import NetworkRunner
 from ..networks.torchvision import Architecture
 from ..utils.devices import to_device
 from ..utils.imports import require
@@ -144,7 +144,7 @@ class ObjectDetectionTask(ImageTask, MeasuredTask):
             packed.append(nn.functional.pad(rows, (0, 0, 0, MAX_DETECTIONS - len(rows))))
         return torch.stack(packed)
 
-    def measure(self, models: BatchedModels, split: Split, parameters: torch.Tensor) -> torch.Tensor:
+    def measure(self, models: NetworkRunner, split: Split, parameters: torch.Tensor) -> torch.Tensor:
         """The AP of N networks on a split; see [`MeasuredTask`]."""
         # It takes seconds to import, which whoever measures nothing should not wait for.
         from torchmetrics.detection import MeanAveragePrecision

@@ -14,7 +14,7 @@ from torch.utils.data import Dataset
 from torchvision import tv_tensors
 from torchvision.models import segmentation
 
-from ..networks.batched import BatchedModels
+from ..networks.runner import NetworkRunner
 from ..networks.torchvision import Architecture
 from ..utils.devices import to_device
 from .dataset import BadRows, take_columns
@@ -145,7 +145,7 @@ class SemanticSegmentationTask(ImageTask, MeasuredTask):
         """The class of every pixel, shape `(B, H, W)`."""
         return call(batch["pixel_values"])["out"].argmax(1)
 
-    def measure(self, models: BatchedModels, split: Split, parameters: torch.Tensor) -> torch.Tensor:
+    def measure(self, models: NetworkRunner, split: Split, parameters: torch.Tensor) -> torch.Tensor:
         """The mIoU of N networks on a split; see [`MeasuredTask`]."""
         examples = self.load_split(split)
         device = next(models.model.parameters()).device

@@ -14,7 +14,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..networks.adapters import load_network, save_network, without_wrapper
-from ..networks.batched import BatchedModels
+from ..networks.runner import NetworkRunner
 from ..utils.devices import to_device
 from ..utils.memory import halve, is_out_of_memory
 
@@ -132,12 +132,12 @@ class MeasuredTask(Task):
     higher_is_better: bool = True
 
     @abstractmethod
-    def measure(self, models: BatchedModels, split: Split, parameters: torch.Tensor) -> torch.Tensor:
+    def measure(self, models: NetworkRunner, split: Split, parameters: torch.Tensor) -> torch.Tensor:
         """
         The metric of N networks on a split, float64 of shape `(N,)`, in as few passes over the data as can be.
 
         Args:
-            models (`BatchedModels`): Runs the networks, `models(lambda call: ..., parameters)`, and computes what they
+            models (`NetworkRunner`): Runs the networks, `models(lambda call: ..., parameters)`, and computes what they
                 have in common once; `models.model` is the base model, in evaluation mode.
             split (`str`): Networks are selected on `validation` and reported on `test`.
             parameters (`torch.Tensor`): Shape `(N, D)`.
@@ -182,7 +182,7 @@ def take(split: Examples, indices: Sequence[int]) -> Any:
 
 def predict_logits(
     task: ClassificationTask,
-    models: BatchedModels,
+    models: NetworkRunner,
     split: Split,
     parameters: torch.Tensor,
     max_examples: int | None = None,
@@ -222,7 +222,7 @@ def predict_logits(
         size = halve(examples.stop - start, "examples")
 
 
-def accuracy(task: ClassificationTask, models: BatchedModels, split: Split, parameters: torch.Tensor) -> torch.Tensor:
+def accuracy(task: ClassificationTask, models: NetworkRunner, split: Split, parameters: torch.Tensor) -> torch.Tensor:
     """Accuracy of N networks in percent, shape `(N,)`, in one pass over the data."""
     correct = torch.zeros(len(parameters), len(task.load_split(split)), dtype=torch.bool)
     for rows, examples, logits, labels in predict_logits(task, models, split, parameters):

@@ -11,7 +11,7 @@ from diffusers import SchedulerMixin
 from torch import nn
 
 from ..models import ParameterAutoencoder
-from ..networks.stacked import StackedNetworks
+from ..networks.runner import NetworkRunner
 from ..tasks.task import Batch, ClassificationTask, take
 from ..utils.devices import to_device
 from .denoiser import LatentGenerator
@@ -154,7 +154,7 @@ class TunedEnsembles(nn.Module):
     Args:
         latents (`nn.Module`): The map, which is trained: such as a [`DiffusionLatents`].
         autoencoder (`ParameterAutoencoder`): Frozen, but for its `tuned_map` where it has one.
-        networks (`StackedNetworks`), predict (`Callable`): What the parameters are used in.
+        networks (`NetworkRunner`), predict (`Callable`): What the parameters are used in.
         objective (`EnsembleObjective`): What the loss is made of.
         num_networks (`int`): In a step, a multiple of the size of an ensemble.
     """
@@ -163,7 +163,7 @@ class TunedEnsembles(nn.Module):
         self,
         latents: nn.Module,
         autoencoder: ParameterAutoencoder,
-        networks: StackedNetworks,
+        networks: NetworkRunner,
         predict: Callable,
         objective: EnsembleObjective,
         num_networks: int,
@@ -185,7 +185,7 @@ class TunedEnsembles(nn.Module):
 
     def logits(self, latents: torch.Tensor, batch: Batch) -> torch.Tensor:
         """Of the networks of latents `(N, L)` on one batch, shape `(N, B, C)`."""
-        return self.networks(self.predict, self._frozen[0].decode(latents).sample, batch, shared=True)
+        return self.networks.stack(self.predict, self._frozen[0].decode(latents).sample, batch, shared=True)
 
     def forward(self, table: None, batch: Batch, generator: torch.Generator) -> torch.Tensor:
         """The loss, a scalar."""

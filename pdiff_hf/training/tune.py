@@ -12,7 +12,7 @@ from diffusers import SchedulerMixin
 from torch import nn
 
 from ..models import ParameterAutoencoder
-from ..networks.stacked import StackedNetworks
+from ..networks.runner import NetworkRunner
 from ..tasks.family import Family
 from ..tasks.task import Batch, ClassificationTask, take
 from ..utils.devices import to_device
@@ -83,7 +83,7 @@ class GeneratedNetworks(nn.Module):
         autoencoder (`ParameterAutoencoder`): Frozen, but for its `tuned_map` where it has one.
         scheduler (`SchedulerMixin`): Of the sampler; None for a deterministic network, which gets no noise.
         num_inference_steps (`int`): Of the sampler.
-        networks (`StackedNetworks`), predict (`Callable`): What the parameters are used in.
+        networks (`NetworkRunner`), predict (`Callable`): What the parameters are used in.
     """
 
     def __init__(
@@ -92,7 +92,7 @@ class GeneratedNetworks(nn.Module):
         autoencoder: ParameterAutoencoder,
         scheduler: SchedulerMixin | None,
         num_inference_steps: int,
-        networks: StackedNetworks,
+        networks: NetworkRunner,
         predict: Callable,
     ):
         super().__init__()
@@ -132,7 +132,7 @@ class GeneratedNetworks(nn.Module):
     def forward(self, table: torch.Tensor | None, batch: Batch, generator: torch.Generator) -> torch.Tensor:
         """The logits of one network for each task on its batch, shape `(T, B, C)`."""
         parameters = self.sample_parameters(table, generator, len(batch["labels"]))
-        return self.networks(self.predict, parameters, batch)
+        return self.networks.stack(self.predict, parameters, batch)
 
 
 def fresh_tasks(

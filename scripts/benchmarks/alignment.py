@@ -22,7 +22,7 @@ from pdiff_hf.evaluation.geometry import r2_score
 from pdiff_hf.evaluation.render import table
 from pdiff_hf.layout import ParameterLayout
 from pdiff_hf.models import autoencoder_architecture
-from pdiff_hf.networks.batched import BatchedModels
+from pdiff_hf.networks.runner import NetworkRunner
 from pdiff_hf.selection import select_layout
 from pdiff_hf.snapshots import align_snapshots, find_hidden_units
 from pdiff_hf.snapshots.alignment import match_weights
@@ -77,7 +77,7 @@ def train_networks(task: ImageClassificationTask, args: argparse.Namespace) -> t
 
 
 def measure(
-    name: str, task: ImageClassificationTask, models: BatchedModels, parameters: torch.Tensor, args: argparse.Namespace
+    name: str, task: ImageClassificationTask, models: NetworkRunner, parameters: torch.Tensor, args: argparse.Namespace
 ) -> list[str]:
     """A row of the table."""
     pairs = [(2 * i, 2 * i + 1) for i in range(min(args.num_pairs, len(parameters) // 2))]  # no network in two
@@ -155,7 +155,7 @@ def main() -> None:
     print(f"alignment: {time.process_time() - start:.1f} s\n")
     to_first = independent.clone()
     match_weights(to_first, independent[0], layout, find_hidden_units(task, model, layout), seed=0)
-    models = BatchedModels(model, layout)
+    models = NetworkRunner(model, layout)
     variants = {"as trained": independent, "aligned to the first": to_first, "aligned": aligned}
     rows = [measure(name, task, models, parameters, args) for name, parameters in variants.items()]
     print(table(HEADER, rows))

@@ -15,7 +15,7 @@ from pdiff_hf.evaluation.conditional import score_tasks
 from pdiff_hf.evaluation.conditional_baselines import GenericNetwork
 from pdiff_hf.layout import ParameterLayout
 from pdiff_hf.models import DENOISER_PRESETS, ConditionEncoder, ParameterAutoencoder
-from pdiff_hf.networks.stacked import StackedNetworks
+from pdiff_hf.networks.runner import NetworkRunner
 from pdiff_hf.snapshots.dataset import condition_table, load_fields, load_snapshots, parameter_matrix
 from pdiff_hf.snapshots.zoo import ZooArguments, collect_zoo, train_specialists
 from pdiff_hf.tasks import ImageClassificationTask
@@ -91,7 +91,7 @@ class FamilyBench:
         torch.manual_seed(derive_seed(seed, 1))
         model = self.family.load_base_model()
         layout = ParameterLayout.from_state_dict(model.state_dict(), [name for name, _ in model.named_parameters()])
-        self.networks = StackedNetworks(model, layout)
+        self.networks = NetworkRunner(model, layout)
         for split in ("train", "validation", "test"):
             self.family.pixels(split)
         self.training_scheduler = make_training_scheduler(prediction_type="v_prediction")

@@ -17,8 +17,8 @@ from posterior_metrics import (
 from posterior_priors import NUM_CANDIDATES, Priors, fine_tune
 from posterior_report import GENERATOR, TRAINING_NETWORKS, ZOO_GENERATOR
 
-from pdiff_hf.networks.batched import BatchedModels
 from pdiff_hf.networks.posterior import log_likelihoods, posterior_weights, resample
+from pdiff_hf.networks.runner import NetworkRunner
 from pdiff_hf.utils.seeds import derive_seed
 
 NUM_EXAMPLES = (0, 1, 3, 6, 10, 20, 50)
@@ -33,7 +33,7 @@ class Tasks:
 
     def __init__(self, bench: FamilyBench, split: str):
         self.bench, self.split, self.table = bench, split, bench.tables[split]
-        self.models = BatchedModels(bench.networks.model, bench.networks.layout)
+        self.models = NetworkRunner(bench.networks.model, bench.networks.layout)
         generator = torch.Generator().manual_seed(derive_seed(bench.seed, 30, len(self.table)))
         num_images = bench.family.num_examples("validation")
         order = torch.stack([torch.randperm(num_images, generator=generator) for _ in self.table])

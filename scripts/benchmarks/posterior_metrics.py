@@ -7,8 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from pdiff_hf.evaluation.conditional import score_tasks
-from pdiff_hf.networks.batched import BatchedModels
-from pdiff_hf.networks.stacked import StackedNetworks
+from pdiff_hf.networks.runner import NetworkRunner
 from pdiff_hf.tasks.family import Family
 from pdiff_hf.tasks.task import Batch, Split
 
@@ -55,7 +54,7 @@ def fit_temperature(probabilities: torch.Tensor, labels: torch.Tensor) -> float:
 
 def validity(
     family: Family,
-    networks: StackedNetworks,
+    networks: NetworkRunner,
     parameters: torch.Tensor,
     table: torch.Tensor,
     split: Split = "test",
@@ -73,7 +72,7 @@ def validity(
     """
     accuracies = []
     for row in parameters:
-        respond = lambda rows, batch, row=row: networks(family.predict, row.expand(len(rows), -1), batch)  # noqa: E731
+        respond = lambda rows, batch, row=row: networks.stack(family.predict, row.expand(len(rows), -1), batch)  # noqa: E731
         accuracies.append(score_tasks(family, respond, table, split, num_examples)[0])
     return torch.stack(accuracies).max(1)
 
@@ -107,7 +106,7 @@ class Evidence:
 
 @torch.no_grad()
 def weigh(
-    models: BatchedModels,
+    models: NetworkRunner,
     predict: Callable,
     parameters: torch.Tensor,
     examples: Batch,

@@ -119,7 +119,7 @@ class Priors:
 
         def loss(ridge: KernelRidge) -> float:
             parameters = ridge(validation * known)
-            respond = lambda rows, batch: bench.networks(bench.family.predict, parameters[rows], batch)  # noqa: E731
+            respond = lambda rows, batch: bench.networks.stack(bench.family.predict, parameters[rows], batch)  # noqa: E731
             return score_tasks(bench.family, respond, validation, "validation", 300)[1].mean().item()
 
         return KernelRidge.tuned(bench.family.fields, seen * known, means, loss)
@@ -168,7 +168,7 @@ def tune_on_sets(bench: FamilyBench, module: GeneratedNetworks, sharpness: float
         batch = {name: values.flatten(0, 1) for name, values in family.batch("train", table[rows], indices).items()}
         networks = module.sample_parameters(None, noise, SET_SIZE)  # (P, D)
         batch = {name: values.expand(SET_SIZE, *values.shape) for name, values in batch.items()}
-        logits = bench.networks(family.predict, networks, batch)  # (P, T B, K)
+        logits = bench.networks.stack(family.predict, networks, batch)  # (P, T B, K)
         log_probs = -F.cross_entropy(logits.transpose(1, 2), batch["labels"], reduction="none")
         log_probs = log_probs.unflatten(1, shape)  # (P, T, B)
         if sharpness is not None:
@@ -195,7 +195,7 @@ def fine_tune(
     optimizer = torch.optim.AdamW([values], lr=learning_rate, weight_decay=0)
     found = {0: start}
     for step in range(1, max(steps) + 1):
-        logits = bench.networks(bench.family.predict, values, batch)
+        logits = bench.networks.stack(bench.family.predict, values, batch)
         loss = F.cross_entropy(logits.flatten(0, 1), batch["labels"].flatten()) * len(start)
         optimizer.zero_grad()
         loss.backward()

@@ -25,8 +25,8 @@ import pdiff_hf.networks  # noqa: F401  registers the minis with timm
 from pdiff_hf.evaluation.scoring import make_scorer
 from pdiff_hf.layout import ParameterLayout
 from pdiff_hf.networks import cropping
-from pdiff_hf.networks.batched import BatchedModels
 from pdiff_hf.networks.cropping import CroppedConvolutions
+from pdiff_hf.networks.runner import NetworkRunner
 from pdiff_hf.selection import select_parameters
 from pdiff_hf.tasks import ImageClassificationTask, take
 from pdiff_hf.tasks.task import EVAL_BATCH_SIZE
@@ -93,7 +93,7 @@ def flops(function) -> int:
 @torch.no_grad()
 def bound(task, model, layout) -> dict:
     """Seconds and operations for one example: of the whole network, of the prefix, and of the rest (the tail)."""
-    models, split = BatchedModels(model, layout), task.load_split("test")
+    models, split = NetworkRunner(model, layout), task.load_split("test")
 
     def batch_of(size: int) -> dict:
         return task.collate(take(split, (torch.arange(size) % len(split)).tolist()))

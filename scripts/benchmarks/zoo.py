@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 
-from pdiff_hf.networks.stacked import StackedNetworks
+from pdiff_hf.networks.runner import NetworkRunner
 from pdiff_hf.selection import select_layout
 from pdiff_hf.snapshots.zoo import ZooArguments, train_specialists
 from pdiff_hf.tasks import ImageClassificationTask
@@ -41,7 +41,7 @@ def main() -> None:
     )
     family = TransformedFamily(base)
     model = family.load_base_model()
-    networks = StackedNetworks(model, select_layout(model, "all"))
+    networks = NetworkRunner(model, select_layout(model, "all"))
     table = family.fields.table(family.conditions(args.num_tasks, seed=0))
     zoo = ZooArguments(num_steps=args.num_steps, num_snapshots=1, learning_rate=3e-3)
     start = networks.base_parameters()

@@ -19,7 +19,7 @@ from pdiff_hf.evaluation.conditional import (
 )
 from pdiff_hf.evaluation.conditional_baselines import BasisNetworks, GenericNetwork, nearest_mean
 from pdiff_hf.models.kernel_ridge import KernelRidge
-from pdiff_hf.networks.batched import BatchedModels
+from pdiff_hf.networks.runner import NetworkRunner
 from pdiff_hf.tasks import accuracy
 
 
@@ -85,11 +85,11 @@ def test_scores_are_those_of_each_task_by_itself():
     conditions = family.conditions(3, seed=0)
     parameters = networks.base_parameters() + 0.2 * torch.randn(3, networks.layout.num_parameters)
     table = family.fields.table(conditions)
-    respond = lambda rows, batch: networks(family.predict, parameters[rows], batch)  # noqa: E731
+    respond = lambda rows, batch: networks.stack(family.predict, parameters[rows], batch)  # noqa: E731
     accuracies, losses = score_tasks(family, respond, table, "test", 10_000)
     for t, condition in enumerate(conditions):
         task = family.task(condition)
-        models = BatchedModels(networks.model, networks.layout)
+        models = NetworkRunner(networks.model, networks.layout)
         assert accuracies[t].item() == pytest.approx(accuracy(task, models, "test", parameters[t : t + 1]).item())
         networks.model.load_state_dict(networks.layout.unflatten(parameters[t]))
         split = task.load_split("test")

@@ -11,7 +11,7 @@ from PIL import Image
 from support.data import grey, write_csv, write_parquet
 from transformers import BertConfig
 
-from pdiff_hf.networks.batched import PrefixCache
+from pdiff_hf.networks.prefix_cache import PrefixCache
 from pdiff_hf.run.recipe import Recipe
 from pdiff_hf.run.run import Run
 from pdiff_hf.snapshots import load_snapshots, parameter_matrix

@@ -8,8 +8,8 @@ from torch import nn
 from transformers import AutoModelForSequenceClassification, BartConfig, BartForSequenceClassification
 
 from pdiff_hf.layout import ParameterLayout
-from pdiff_hf.networks.batched import BatchedModels
 from pdiff_hf.networks.ensemble import EnsembleModel
+from pdiff_hf.networks.runner import NetworkRunner
 from pdiff_hf.selection import select_layout, select_parameters
 from pdiff_hf.tensor_names import shared_tensors
 
@@ -69,7 +69,7 @@ def test_scored_networks_models_and_ensembles_agree(tie, select):
     x = torch.randn(6, 8)
     expected = torch.stack([written(tie, layout, row, x) for row in rows])
 
-    models = BatchedModels(network, layout)
+    models = NetworkRunner(network, layout)
     scored = torch.cat([output for _, output in models(lambda call: call(x), rows)])
     torch.testing.assert_close(scored, expected)
     alone = torch.cat([output for row in rows for _, output in models(lambda call: call(x), row[None])])
@@ -114,7 +114,7 @@ def test_a_layout_with_several_names_of_one_tensor():
         row = layout.flatten(network.state_dict())
         other = row + torch.randn(len(row))
         own = network(x)
-        (_, scored), *_ = BatchedModels(network, layout)(lambda call, network=network: call(x), other[None])
+        (_, scored), *_ = NetworkRunner(network, layout)(lambda call, network=network: call(x), other[None])
         generated = make_pipeline(network, "all").make_model(layout.unflatten(other))
         torch.testing.assert_close(generated(x), scored[0])
         torch.testing.assert_close(generated.decode.weight, layout.unflatten(other)["encode.weight"])
@@ -143,7 +143,7 @@ def test_a_network_of_transformers_is_saved_as_it_was_scored(tmp_path):
     layout = select_layout(network, "all")
     row = layout.flatten(network.state_dict()) + 0.1 * torch.randn(layout.num_parameters)
     ids = torch.tensor([[2, 3, 4, 5]])
-    (_, scored), *_ = BatchedModels(network, layout)(lambda call: call(ids).logits, row[None])
+    (_, scored), *_ = NetworkRunner(network, layout)(lambda call: call(ids).logits, row[None])
     generated = make_pipeline(network, "all").make_model(layout.unflatten(row))
     embedding = generated.model.shared.weight
     assert embedding is generated.model.encoder.embed_tokens.weight is generated.model.decoder.embed_tokens.weight

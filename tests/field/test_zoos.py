@@ -12,7 +12,7 @@ from support.blobs import Blobs, Net
 from torch import nn
 
 from pdiff_hf import LayoutError, ParameterLayout
-from pdiff_hf.networks.batched import BatchedModels
+from pdiff_hf.networks.runner import NetworkRunner
 from pdiff_hf.snapshots import SnapshotError, import_snapshots
 from pdiff_hf.snapshots.barrier import check_basins
 
@@ -70,7 +70,7 @@ def test_networks_of_several_architectures_or_widths(other, tmp_path):
 
 
 @pytest.fixture(scope="module")
-def blobs() -> tuple[Blobs, BatchedModels, torch.Tensor]:
+def blobs() -> tuple[Blobs, NetworkRunner, torch.Tensor]:
     """A task, what runs networks on it, and the parameters of a trained one."""
     task, network = Blobs(), Net().eval()
     with torch.no_grad():  # the sum of the coordinates tells the clouds apart
@@ -79,7 +79,7 @@ def blobs() -> tuple[Blobs, BatchedModels, torch.Tensor]:
         network.head.weight.copy_(torch.tensor([[-1.0] * 3, [1.0] * 3]))
         network.head.bias.zero_()
     layout = ParameterLayout.from_state_dict(network.state_dict(), ["body.weight", "body.bias", "head.weight"])
-    return task, BatchedModels(network, layout), layout.flatten(network.state_dict())
+    return task, NetworkRunner(network, layout), layout.flatten(network.state_dict())
 
 
 @pytest.mark.parametrize("aligned", [False, True])

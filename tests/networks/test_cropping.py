@@ -10,8 +10,8 @@ from torch import nn
 from torch.func import functional_call, vmap
 from torch.utils.flop_counter import FlopCounterMode
 
-from pdiff_hf.networks.batched import BatchedModels
 from pdiff_hf.networks.cropping import CroppedConvolutions, useful_taps
+from pdiff_hf.networks.runner import NetworkRunner
 from pdiff_hf.selection import select_layout
 
 
@@ -119,7 +119,7 @@ def test_an_export_is_cropped_where_sizes_are_known():
 def test_scored_networks_are_cropped():
     model = timm.create_model("resnet18", num_classes=5).eval()
     layout = select_layout(model, "norm[-2:]")
-    models, x = BatchedModels(model, layout), torch.randn(4, 3, 32, 32)
+    models, x = NetworkRunner(model, layout), torch.randn(4, 3, 32, 32)
     rows = layout.flatten(model.state_dict()).repeat(2, 1)
     list(models(lambda call: call(x), rows))
     batch = 2 * len(x)  # the last convolution, 512 to 512 channels on 1 × 1, and the classifier

@@ -98,7 +98,7 @@ def test_any_selection(architecture, select, side_by_side, images):
     torch.testing.assert_close(
         probabilities, mean_probabilities(ensemble, network, pixel_values=images), atol=1e-5, rtol=0
     )
-    assert ensemble._side_by_side == side_by_side
+    assert (ensemble._runner._goes_under_vmap and not ensemble._runner.has_convolutions) == side_by_side
 
 
 def test_a_text_classifier():
@@ -188,4 +188,4 @@ def test_what_does_not_fit(network, images):
         ensemble(images[:, :1])
     with torch.no_grad():
         ensemble(images)
-    assert ensemble._side_by_side  # the wrong input has changed nothing
+    assert ensemble._runner._goes_under_vmap  # the wrong input has changed nothing

@@ -7,9 +7,9 @@ import torch
 from support.pipelines import make_network, make_pipeline
 from torch import nn
 
-from pdiff_hf.networks.batched import BatchedModels
 from pdiff_hf.networks.ensemble import EnsembleModel
 from pdiff_hf.networks.posterior import effective_sample_size, log_likelihoods, posterior_weights, refine, resample
+from pdiff_hf.networks.runner import NetworkRunner
 from pdiff_hf.selection import select_layout
 
 
@@ -47,7 +47,7 @@ def brute_force(model, examples, rows) -> list[float]:
 def test_likelihoods_weights_and_effective_sample_size(model, examples):
     rows = candidates(model)
     expected = brute_force(model, examples, rows)
-    found = log_likelihoods(BatchedModels(model, select_layout(model, "all")), examples, rows, predict)
+    found = log_likelihoods(NetworkRunner(model, select_layout(model, "all")), examples, rows, predict)
     torch.testing.assert_close(found, torch.tensor(expected), atol=1e-4, rtol=1e-5)
     total = sum(math.exp(value / 2) for value in expected)
     weights = [math.exp(value / 2) / total for value in expected]
@@ -55,7 +55,7 @@ def test_likelihoods_weights_and_effective_sample_size(model, examples):
     size = 1 / sum(weight**2 for weight in weights)
     assert effective_sample_size(torch.tensor(weights)) == pytest.approx(size, rel=1e-4)
     nothing = {"points": torch.zeros(0, 4), "labels": torch.zeros(0, dtype=torch.long)}
-    assert not log_likelihoods(BatchedModels(model, select_layout(model, "all")), nothing, rows, predict).any()
+    assert not log_likelihoods(NetworkRunner(model, select_layout(model, "all")), nothing, rows, predict).any()
 
 
 def test_a_network_without_a_likelihood_has_no_weight():
@@ -114,7 +114,7 @@ def test_a_pipeline_draws_networks_for_examples(caplog):
     sampled = pipe(12, 2, torch.Generator().manual_seed(0), output_type="pt").parameters
     assert all(torch.isclose(row, sampled, atol=1e-6).all(1).any() for row in found.parameters)
     refined = pipe.posterior(examples, generator=torch.Generator().manual_seed(0), refine_steps=3, **settings)
-    models = BatchedModels(pipe.base_model, pipe.autoencoder.layout)
+    models = NetworkRunner(pipe.base_model, pipe.autoencoder.layout)
     after = log_likelihoods(models, examples, refined.parameters)
     assert (after > refined.log_likelihoods).all()
     with caplog.at_level("WARNING"):

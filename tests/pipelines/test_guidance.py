@@ -7,8 +7,8 @@ from support.pipelines import make_network, make_pipeline, sample
 from test_conditional_pipeline import KNOWN, make_conditional_pipeline
 
 from pdiff_hf import ParameterAutoencoder, ParameterLayout, PDiffPipeline
-from pdiff_hf.networks.batched import BatchedModels
 from pdiff_hf.networks.posterior import log_likelihoods
+from pdiff_hf.networks.runner import NetworkRunner
 from pdiff_hf.pipelines import guidance
 
 MEAN, COVARIANCE = torch.tensor([0.5, -0.3]), torch.tensor([[0.9, 0.4], [0.4, 0.6]])  # of clean latents
@@ -105,7 +105,7 @@ def examples() -> dict:
 
 def test_labels_and_class_weights_steer_real_networks(examples):
     pipe = make_pipeline(make_network())
-    models = BatchedModels(pipe.base_model, pipe.autoencoder.layout)
+    models = NetworkRunner(pipe.base_model, pipe.autoencoder.layout)
     plain = log_likelihoods(models, examples, sample(pipe, 30))
     loss_fn = pipe.example_loss(examples)
     # The labels are of noise, and networks differ little in them, so that the loss must count much.

@@ -18,8 +18,8 @@ from benchmarks.posterior_metrics import (
 )
 from support.families import make_family, make_networks
 
-from pdiff_hf.networks.batched import BatchedModels
 from pdiff_hf.networks.posterior import effective_sample_size
+from pdiff_hf.networks.runner import NetworkRunner
 
 COUNTS, TEMPERATURES = (0, 2, 5), (1.0, 3.0)
 
@@ -71,7 +71,7 @@ def brute_force(case, prior, count, temperature):
 
 def test_weights_predictions_and_scores_are_those_of_a_plain_sum(case):
     family, networks, _, examples, queries, parameters = case
-    models = BatchedModels(networks.model, networks.layout)
+    models = NetworkRunner(networks.model, networks.layout)
     first = weigh(models, family.predict, parameters[:2], examples, queries, COUNTS, TEMPERATURES)
     rest = weigh(models, family.predict, parameters[2:], examples, queries, COUNTS, TEMPERATURES)
     prior = [0.35, 0.35] + 4 * [0.075]

@@ -29,7 +29,7 @@ from reproduce.tables import ARCHITECTURES, DATASETS, EXPERIMENTS, ExperimentErr
 from support.recipes import TINY_ROW as TINY
 
 from pdiff_hf.layout import ParameterLayout
-from pdiff_hf.networks.batched import BatchedModels
+from pdiff_hf.networks.runner import NetworkRunner
 from pdiff_hf.run.recipe import RecipeParser
 from pdiff_hf.run.run import Run
 from pdiff_hf.run.stages import stage_settings
@@ -255,7 +255,7 @@ def test_a_table_that_was_killed_goes_on_and_its_rows_share_their_stages(tmp_pat
     assert len(list((tmp_path / "runs").iterdir())) == 2
     ((_, (recipe,)),) = expand("table1", tmp_path, **arguments | {"patterns": name})
     run, everything = Run(recipe), make_task(dataclasses.replace(recipe, max_eval_samples=None))
-    models = BatchedModels(run.base_model, run.layout)
+    models = NetworkRunner(run.base_model, run.layout)
     best = run.parameters[accuracy(run.task, models, "validation", run.parameters).argmax()]
     expected = accuracy(everything, models, "test", best[None]).item()
     assert float(row["snapshots on all test images"]) == pytest.approx(expected)

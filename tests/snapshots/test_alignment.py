@@ -14,7 +14,7 @@ from torch import nn
 from torch.func import functional_call
 
 from pdiff_hf.layout import ParameterLayout
-from pdiff_hf.networks.batched import BatchedModels
+from pdiff_hf.networks.runner import NetworkRunner
 from pdiff_hf.run.recipe import Recipe
 from pdiff_hf.run.run import Run
 from pdiff_hf.run.stages import collect_from_files
@@ -448,7 +448,7 @@ def test_the_barrier_is_what_a_plain_loop_finds(basins):
     layout = select_layout(model, "all")
     network = copy.deepcopy(model)
     rows = other_networks(model, layout, 2)
-    barrier = measure_barrier(task, BatchedModels(model, layout), *rows, num_points=6)
+    barrier = measure_barrier(task, NetworkRunner(model, layout), *rows, num_points=6)
     split = task.load_split("validation")
     batch = split.__getitems__(list(range(len(split))))
     accuracies, losses = [], []
@@ -464,7 +464,7 @@ def test_the_barrier_is_what_a_plain_loop_finds(basins):
     assert barrier.barrier == pytest.approx(expected, abs=1e-4)
     expected = max(losses[i] - (1 - i / 5) * losses[0] - i / 5 * losses[5] for i in range(6))
     assert barrier.loss_barrier == pytest.approx(expected, rel=1e-3, abs=1e-5)
-    few = measure_barrier(task, BatchedModels(model, layout), *rows, max_examples=7)
+    few = measure_barrier(task, NetworkRunner(model, layout), *rows, max_examples=7)
     assert few.num_examples == 7 and len(few.accuracies) == 5
 
 

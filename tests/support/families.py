@@ -5,7 +5,7 @@ from diffusers import DPMSolverMultistepScheduler
 
 from pdiff_hf import LatentDenoiser, ParameterAutoencoder, ParameterLayout
 from pdiff_hf.models import ConditionEncoder
-from pdiff_hf.networks.stacked import StackedNetworks
+from pdiff_hf.networks.runner import NetworkRunner
 from pdiff_hf.tasks import ImageClassificationTask
 from pdiff_hf.tasks.family import Family
 from pdiff_hf.tasks.image_families import TransformedFamily
@@ -27,11 +27,11 @@ def make_family(kind: str = "transformed", **arguments) -> Family:
     return (TransformedFamily if kind == "transformed" else GroupedFamily)(base, **arguments)
 
 
-def make_networks(family: Family) -> StackedNetworks:
+def make_networks(family: Family) -> NetworkRunner:
     torch.manual_seed(0)
     model = family.load_base_model()
     names = [name for name, _ in model.named_parameters()]
-    return StackedNetworks(model, ParameterLayout.from_state_dict(model.state_dict(), names))
+    return NetworkRunner(model, ParameterLayout.from_state_dict(model.state_dict(), names))
 
 
 def make_generated(

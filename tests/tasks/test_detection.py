@@ -12,7 +12,7 @@ from torch.func import functional_call
 from torch.utils._python_dispatch import TorchDispatchMode
 from torchvision.models import get_model_builder, get_model_weights
 
-from pdiff_hf.networks.batched import BatchedModels
+from pdiff_hf.networks.runner import NetworkRunner
 from pdiff_hf.run.recipe import Recipe
 from pdiff_hf.run.run import Run
 from pdiff_hf.selection import select_layout
@@ -94,7 +94,7 @@ def test_many_detectors_share_what_is_frozen(task, detector):
     layout = select_layout(detector, ["roi_heads.box_predictor*"])
     original = layout.flatten(detector.state_dict())
     parameters = torch.stack([original, 1.3 * original, original - 0.02])
-    models = BatchedModels(detector, layout)
+    models = NetworkRunner(detector, layout)
     images = task.load_split("test").__getitems__([0, 1, 2])
 
     def forward(call):
@@ -142,7 +142,7 @@ class Oracle(nn.Module):
 
 def test_average_precision(task):
     oracle = Oracle(task.load_split("test"))
-    models = BatchedModels(oracle, select_layout(oracle, ["shift"]))
+    models = NetworkRunner(oracle, select_layout(oracle, ["shift"]))
     shifts = torch.tensor([[0.0], [1.0], [40.0]])
     ap = task.measure(models, "test", shifts)
     assert ap.dtype == torch.float64 and ap.shape == (3,)
@@ -278,5 +278,5 @@ def test_the_whole_job(tmp_path, canvases):
     generated = run.pipeline(num_models=2, num_inference_steps=2, output_type="pt").parameters
     parameters = torch.cat([run.parameters, generated.cpu().float()])
     assert run.parameters.shape == (6, run.layout.num_parameters) and len(run.parameters.unique(dim=0)) == 6
-    ap = run.task.measure(BatchedModels(run.base_model, run.layout), "validation", parameters)
+    ap = run.task.measure(NetworkRunner(run.base_model, run.layout), "validation", parameters)
     assert ap.shape == (8,) and ((ap >= 0) & (ap <= 100)).all()

@@ -16,7 +16,8 @@ from support.inception import put_inception
 from transformers import AutoModelForImageClassification, ViTConfig, ViTForImageClassification, ViTImageProcessor
 
 from pdiff_hf import PDiffPipeline
-from pdiff_hf.networks.batched import BatchedModels, PrefixCache
+from pdiff_hf.networks.prefix_cache import PrefixCache
+from pdiff_hf.networks.runner import NetworkRunner
 from pdiff_hf.run.folder import RunError
 from pdiff_hf.run.recipe import Recipe
 from pdiff_hf.run.run import Run
@@ -309,8 +310,8 @@ def test_measuring_many_networks_is_measuring_each_alone(folder):
     model = task.load_base_model()
     layout = select_layout(model, ["conv_out*", "conv_norm_out*"], [])
     rows = layout.flatten(model.state_dict()) + 0.3 * torch.randn(4, layout.num_parameters)
-    together = task.measure(BatchedModels(model, layout), "test", rows)
-    alone = [task.measure(BatchedModels(model, layout), "test", row[None]) for row in rows]
+    together = task.measure(NetworkRunner(model, layout), "test", rows)
+    alone = [task.measure(NetworkRunner(model, layout), "test", row[None]) for row in rows]
     assert together.dtype == torch.float64 and together.shape == (4,) and len(together.unique()) == 4
     torch.testing.assert_close(together, torch.cat(alone), rtol=1e-9, atol=1e-9)
     # As whole networks, from the same noise, without what networks have in common.
@@ -327,7 +328,7 @@ def test_noise_is_never_cached(folder):
     """Collection keeps what is the same each time; noise is not, and nor is what follows from it."""
     task = make_task(folder, max_train_samples=50)
     model = task.load_base_model()
-    models = BatchedModels(model, select_layout(model, ["conv_out*"], []))
+    models = NetworkRunner(model, select_layout(model, ["conv_out*"], []))
     split = task.load_split("train")
 
     def forward(indices):
@@ -355,7 +356,7 @@ def test_the_whole_job(finished, folder):
     snapshots = parameter_matrix(*load_snapshots(finished.folder / "snapshots"))
     noise = torch.randn(snapshots[-2:].shape, generator=torch.Generator().manual_seed(0))
     broken = snapshots[-2:] + 0.5 * snapshots.std() * noise
-    models = BatchedModels(finished.base_model, finished.layout)
+    models = NetworkRunner(finished.base_model, finished.layout)
     scores = finished.task.measure(models, "validation", torch.cat([snapshots[-2:], rows, broken]))
     assert scores[2:4].max() < 1.5 * scores[:2].max() and scores[4:].min() > 1.5 * scores[:2].max()
 

@@ -9,7 +9,7 @@ from torch import nn
 from torch.func import functional_call
 from torchvision.models import get_model_builder, get_model_weights
 
-from pdiff_hf.networks.batched import BatchedModels
+from pdiff_hf.networks.runner import NetworkRunner
 from pdiff_hf.run.recipe import Recipe
 from pdiff_hf.run.run import Run
 from pdiff_hf.selection import select_layout
@@ -81,7 +81,7 @@ def test_many_networks_are_measured_as_each_alone(task, network):
     layout = select_layout(network, ["classifier.*_classifier*"])
     original = layout.flatten(network.state_dict())
     parameters = original + 2 * torch.randn(3, len(original), generator=torch.Generator().manual_seed(0))
-    miou = task.measure(BatchedModels(network, layout), "validation", parameters)
+    miou = task.measure(NetworkRunner(network, layout), "validation", parameters)
     assert miou.dtype == torch.float64 and miou.shape == (3,) and len(miou.unique()) == 3
     batch = task.load_split("validation").__getitems__(range(6))
     for row, expected in zip(parameters, miou, strict=True):
@@ -117,7 +117,7 @@ class Oracle(nn.Module):
 
 def test_mean_iou(task):
     oracle = Oracle(task.load_split("test"), 11)
-    models = BatchedModels(oracle, select_layout(oracle, ["offset"]))
+    models = NetworkRunner(oracle, select_layout(oracle, ["offset"]))
     miou = task.measure(models, "test", torch.tensor([[0.0], [2.0]]))
     assert miou[0] == 100
     masks = task.load_split("test").masks
@@ -238,5 +238,5 @@ def test_the_whole_job(tmp_path, canvases):
     generated = run.pipeline(num_models=2, num_inference_steps=2, output_type="pt").parameters
     parameters = torch.cat([run.parameters, generated.cpu().float()])
     assert run.parameters.shape == (6, run.layout.num_parameters) and len(run.parameters.unique(dim=0)) == 6
-    miou = run.task.measure(BatchedModels(run.base_model, run.layout), "validation", parameters)
+    miou = run.task.measure(NetworkRunner(run.base_model, run.layout), "validation", parameters)
     assert miou.shape == (8,) and ((miou >= 0) & (miou <= 100)).all()

@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, BertConfig
 
-from pdiff_hf.networks.batched import BatchedModels
+from pdiff_hf.networks.runner import NetworkRunner
 from pdiff_hf.run.recipe import Recipe
 from pdiff_hf.run.run import Run
 from pdiff_hf.tasks import TextClassificationTask, predict_logits
@@ -122,7 +122,7 @@ def test_the_whole_job(folder, tmp_path):
         rows = list(csv.DictReader(file))
     with torch.no_grad():
         logits = model(**tokenizer([row["text"] for row in rows], padding=True, return_tensors="pt")).logits
-    models = BatchedModels(run.base_model, run.layout)
+    models = NetworkRunner(run.base_model, run.layout)
     scored = list(predict_logits(run.task, models, "test", parameters))
     assert len(scored) == 1
     torch.testing.assert_close(scored[0][2][0], logits, atol=1e-5, rtol=1e-4)

@@ -12,8 +12,9 @@ from torch import nn
 from transformers import ViTConfig, ViTForImageClassification
 
 from pdiff_hf.layout import LayoutError, ParameterLayout
-from pdiff_hf.networks import batched
-from pdiff_hf.networks.batched import BatchedModels, PrefixCache
+from pdiff_hf.networks import prefix_cache, runner
+from pdiff_hf.networks.prefix_cache import PrefixCache
+from pdiff_hf.networks.runner import NetworkRunner
 from pdiff_hf.selection import select_parameters
 from pdiff_hf.snapshots.collect import CollectArguments, collect_snapshots
 from pdiff_hf.snapshots.dataset import load_snapshots, parameter_matrix
@@ -196,7 +197,7 @@ def plain_loop(model, layout, parameters, x):
     return torch.stack(outputs)
 
 
-def run(models: BatchedModels, parameters, x):
+def run(models: NetworkRunner, parameters, x):
     pieces = list(models(lambda call: predict(call, x), parameters))
     assert [i for rows, _ in pieces for i in range(rows.start, rows.stop)] == list(range(len(parameters)))
     return torch.cat([output for _, output in pieces])
@@ -207,7 +208,7 @@ def test_the_outputs_are_those_of_a_plain_loop(case):
     model, layout, parameters, x = make(case)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     data = x.clone()
-    models = BatchedModels(model, layout)
+    models = NetworkRunner(model, layout)
     for batch in (x, x.flip(0)[:4]):  # the second time with what was found out on the first batch, and a smaller one
         expected = plain_loop(model, layout, parameters, batch)
         output = run(models, parameters, batch)
@@ -222,25 +223,25 @@ def test_the_outputs_are_those_of_a_plain_loop(case):
 )
 def test_nothing_depends_on_which_networks_share_a_pass(case, monkeypatch):
     model, layout, parameters, x = make(case)
-    together = run(BatchedModels(model, layout), parameters, x)
-    alone = torch.cat([run(BatchedModels(model, layout), row[None], x) for row in parameters])
+    together = run(NetworkRunner(model, layout), parameters, x)
+    alone = torch.cat([run(NetworkRunner(model, layout), row[None], x) for row in parameters])
     torch.testing.assert_close(alone, together, rtol=1e-6, atol=1e-6)
-    reverse = run(BatchedModels(model, layout), parameters.flip(0), x).flip(0)
+    reverse = run(NetworkRunner(model, layout), parameters.flip(0), x).flip(0)
     torch.testing.assert_close(reverse, together, rtol=1e-6, atol=1e-6)
-    models = BatchedModels(model, layout)
+    models = NetworkRunner(model, layout)
     run(models, parameters[:1], x)
     monkeypatch.setattr(models, "_side_by_side", 2)
     torch.testing.assert_close(run(models, parameters, x), together, rtol=1e-6, atol=1e-6)
     # One network of nonsense does not reach its neighbours.
     spoilt = torch.cat([torch.full_like(parameters[:1], torch.nan), parameters])
-    torch.testing.assert_close(run(BatchedModels(model, layout), spoilt, x)[1:], together, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(run(NetworkRunner(model, layout), spoilt, x)[1:], together, rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("case", ["resnet18, last two norms", "resnet18, norm in a shortcut", "vit, last two norms"])
 def test_what_is_frozen_is_computed_once_for_a_batch(case):
     """The inputs of the first layer are seen by torch's own operators, not only by Python."""
     model, layout, parameters, x = make(case)
-    models = BatchedModels(model, layout)
+    models = NetworkRunner(model, layout)
     run(models, parameters[:1], x)
     first = next(module for module in model.modules() if isinstance(module, nn.Conv2d))
     with torch.profiler.profile(record_shapes=True) as profile:
@@ -251,7 +252,7 @@ def test_what_is_frozen_is_computed_once_for_a_batch(case):
 
 def test_only_what_the_rest_needs_is_kept():
     model, layout, parameters, x = make("resnet18, last two norms")
-    models = BatchedModels(model, layout)
+    models = NetworkRunner(model, layout)
     run(models, parameters, x)
     with torch.no_grad():
         prefix = models.record(lambda call: call(x))
@@ -262,7 +263,7 @@ def test_only_what_the_rest_needs_is_kept():
 
 def test_shared_results_that_are_written_to_do_not_prevent_vmap():
     model, layout, parameters, x = make("in place")
-    models = BatchedModels(model, layout)
+    models = NetworkRunner(model, layout)
     run(models, parameters, x)
     assert models._side_by_side > 1
     assert models._has_prefix
@@ -272,16 +273,16 @@ def test_shared_results_that_are_written_to_do_not_prevent_vmap():
 @pytest.mark.parametrize("case", ["resnet18, convolution", "branching"])
 def test_where_vmap_does_not_pay_or_work_the_prefix_is_still_shared(case):
     model, layout, parameters, x = make(case)
-    models = BatchedModels(model, layout)
+    models = NetworkRunner(model, layout)
     run(models, parameters, x)
     assert models._side_by_side == 1
     assert models._has_prefix
 
 
 def test_networks_beyond_the_memory_budget_run_in_turn(monkeypatch):
-    monkeypatch.setattr(batched, "CPU_MEMORY_BUDGET", 10_000)
+    monkeypatch.setattr(runner, "CPU_MEMORY_BUDGET", 10_000)
     model, layout, parameters, x = make("vit, last two norms")
-    models = BatchedModels(model, layout)
+    models = NetworkRunner(model, layout)
     torch.testing.assert_close(run(models, parameters, x), plain_loop(model, layout, parameters, x))
     assert models._side_by_side == 1
 
@@ -292,7 +293,7 @@ def test_a_bfloat16_model():
     layout = ParameterLayout.from_state_dict(model.state_dict(), select_parameters(model, "all"))
     parameters = layout.flatten(model.state_dict()) + 0.1 * torch.randn(4, layout.num_parameters)
     x = torch.randn(6, 8, dtype=torch.bfloat16)
-    output = run(BatchedModels(model, layout), parameters, x)
+    output = run(NetworkRunner(model, layout), parameters, x)
     assert output.dtype == torch.bfloat16
     torch.testing.assert_close(output, plain_loop(model, layout, parameters, x), rtol=2e-2, atol=2e-2)
 
@@ -301,7 +302,7 @@ def test_a_bfloat16_model():
 def test_an_error_in_the_middle_leaves_the_model_as_it_was(when):
     model, layout, parameters, x = make("resnet18, last two norms")
     expected = predict(model, x)
-    models = BatchedModels(model, layout)
+    models = NetworkRunner(model, layout)
     if when == "later":
         run(models, parameters, x)
 
@@ -324,7 +325,7 @@ def test_an_error_in_the_middle_leaves_the_model_as_it_was(when):
 def test_random_forward_passes_are_not_shared():
     """What cannot be repeated must not be replayed: here every call draws new noise."""
     model, layout, parameters, x = make("mlp, head")
-    models = BatchedModels(model, layout)
+    models = NetworkRunner(model, layout)
     outputs = models(lambda call: call(x + torch.rand(())), parameters)
     assert sum(len(output) for _, output in outputs) == len(parameters)
 
@@ -332,7 +333,7 @@ def test_random_forward_passes_are_not_shared():
 def test_a_layout_that_does_not_fit_is_refused():
     model, layout, _, _ = make("mlp, head")
     with pytest.raises(LayoutError, match="does not fit"):
-        BatchedModels(nn.Linear(3, 3), layout)
+        NetworkRunner(nn.Linear(3, 3), layout)
 
 
 def train(model, layout, data, labels, cached: bool, num_steps: int = 12, batch_size: int = 5):
@@ -346,7 +347,7 @@ def train(model, layout, data, labels, cached: bool, num_steps: int = 12, batch_
         x, y = data[indices], labels[indices]
         return lambda call: F.cross_entropy(predict(call, x), y)
 
-    cache = PrefixCache.build(BatchedModels(model, layout), forward, len(data), batch_size) if cached else None
+    cache = PrefixCache.build(NetworkRunner(model, layout), forward, len(data), batch_size) if cached else None
     generator = torch.Generator().manual_seed(0)
     rows = []
     for _ in range(num_steps):
@@ -383,12 +384,12 @@ def test_prefixes_that_cannot_be_replayed_by_example_are_not_cached(case):
         batch = x[indices]
         return lambda call: call(batch).square().mean()
 
-    assert PrefixCache.build(BatchedModels(model, layout), forward, len(x), 4) is None
+    assert PrefixCache.build(NetworkRunner(model, layout), forward, len(x), 4) is None
 
 
 def test_prefixes_that_depend_on_chance_or_exceed_the_memory_are_not_cached(monkeypatch):
     model, layout, _, x = make("mlp, head")
-    models = BatchedModels(model, layout)
+    models = NetworkRunner(model, layout)
 
     def augmented(indices):
         batch = x[indices] + torch.randn(len(indices), 1)
@@ -400,7 +401,7 @@ def test_prefixes_that_depend_on_chance_or_exceed_the_memory_are_not_cached(monk
 
     assert PrefixCache.build(models, augmented, len(x), 4) is None
     assert PrefixCache.build(models, fixed, len(x), 4) is not None
-    monkeypatch.setattr(batched, "CACHE_BUDGET", 100)
+    monkeypatch.setattr(prefix_cache, "CACHE_BUDGET", 100)
     assert PrefixCache.build(models, fixed, len(x), 4) is None
 
 
@@ -413,8 +414,8 @@ def test_snapshots_are_the_same_with_and_without_cached_prefixes(tmp_path, monke
     builds = []
     build = PrefixCache.build
     monkeypatch.setattr(PrefixCache, "build", lambda *args: builds.append(build(*args)) or builds[-1])
-    for name, budget in (("cached", batched.CACHE_BUDGET), ("plain", 0)):
-        monkeypatch.setattr(batched, "CACHE_BUDGET", budget)
+    for name, budget in (("cached", prefix_cache.CACHE_BUDGET), ("plain", 0)):
+        monkeypatch.setattr(prefix_cache, "CACHE_BUDGET", budget)
         collect_snapshots(Accelerator(cpu=True), task, model, layout, tmp_path / name, args, seed=0)
     assert builds[0] is not None
     assert builds[1] is None
