@@ -10,6 +10,7 @@ from torch import nn
 
 from ..layout import LayoutError, ParameterLayout
 from ..utils.memory import InParts
+from .replacement import Replacement
 from .runner import NetworkRunner
 
 
@@ -94,7 +95,7 @@ class EnsembleModel(nn.Module):
         self.register_buffer("parameters_of_networks", parameters.detach().to(device, torch.float32, copy=True))
         self.register_buffer("weights", (weights.detach() / weights.sum()).to(device, torch.float32))
         self.base_model.requires_grad_(False)
-        self._runner = NetworkRunner(self.base_model, layout)
+        self._runner = NetworkRunner(self.base_model, layout, Replacement(base_model, layout.names))
         self._in_parts = InParts("networks")
         self.eval()
 

@@ -56,6 +56,8 @@ class NetworkRunner:
     Args:
         model (`nn.Module`): The base model; it is put in eval mode. Nothing of it is ever written to.
         layout (`ParameterLayout`): The tensors that differ.
+        replacement (`Replacement`, *optional*): Of a network whose tensors share memory as those of `model` should; by
+            default of `model` itself. A copy does not share memory everywhere.
 
     Attributes:
         has_convolutions (`bool`): Whether weights of convolutions differ.
@@ -64,9 +66,9 @@ class NetworkRunner:
         LayoutError: if the layout does not fit the model.
     """
 
-    def __init__(self, model: nn.Module, layout: ParameterLayout):
+    def __init__(self, model: nn.Module, layout: ParameterLayout, replacement: Replacement | None = None):
         layout.check_fits(model.state_dict())
-        self._replacement = Replacement(model, layout.names)
+        self._replacement = replacement or Replacement(model, layout.names)
         self.model = model.eval()
         self.layout = layout
         owners = {name.rpartition(".")[0] for name in layout.names}
