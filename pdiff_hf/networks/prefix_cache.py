@@ -71,7 +71,7 @@ class PrefixCache:
         shuffled = torch.randperm(num_examples, generator=torch.Generator().manual_seed(0))
         indices = shuffled[torch.arange(batch_size) % num_examples]
         check, cache = forward(indices), cls(first, rows)
-        tensors = runner.tensors(runner._other_row())
+        tensors = runner.tensors(runner.other_parameters())
         expected, replay = runner.call(check, tensors), cache.replay(indices)
         try:
             with replay:
