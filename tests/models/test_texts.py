@@ -17,7 +17,7 @@ from pdiff_hf.models.texts import load_text_encoder
 from pdiff_hf.pipelines.conditions import prepare_conditions
 from pdiff_hf.training import make_training_scheduler
 from pdiff_hf.training.denoiser import train_denoiser
-from pdiff_hf.training.loop import LoopArguments
+from pdiff_hf.training.loop import Loop, LoopArguments
 
 LAW, COOKING = "answers questions on law", "answers questions on cooking"
 
@@ -134,7 +134,7 @@ def test_a_text_that_is_unlike_all_seen_ones_is_said(tmp_path, caplog):
         assert "the 'what' is unlike all 6 that were seen" in said and "the nearest is 'cooking 0'" in said
 
 
-def test_one_of_several_descriptions_is_drawn_at_each_step(tmp_path):
+def test_one_of_several_descriptions_is_drawn_at_each_step():
     fields = Fields({"what": {"type": "vector", "length": 2}})
     encoder = ConditionEncoder(fields.to_list(), embedding_dim=8)
     table = torch.arange(24.0).view(4, 3, 2)  # 4 networks, 3 ways to say it
@@ -143,7 +143,7 @@ def test_one_of_several_descriptions_is_drawn_at_each_step(tmp_path):
     complete = encoder.complete
     encoder.complete = lambda rows, draws: seen.append(rows.clone()) or complete(rows, draws)
     train_denoiser(
-        Accelerator(cpu=True),
+        Loop(Accelerator(cpu=True), 0),
         torch.randn(4, 6),
         LoopArguments(num_steps=40, batch_size=4, learning_rate=1e-3),
         scheduler=make_training_scheduler(),
@@ -151,8 +151,6 @@ def test_one_of_several_descriptions_is_drawn_at_each_step(tmp_path):
         bottleneck_dim=8,
         encoder=encoder,
         table=table,
-        seed=0,
-        checkpoint_dir=tmp_path,
     )
     rows = torch.cat(seen).unique(dim=0, return_counts=True)
     assert rows[0].shape == (12, 2) and rows[1].min() >= 3  # each of 160 / 12 = 13.3
