@@ -30,6 +30,7 @@ from pdiff_hf.networks.posterior import (
     select_by_likelihood,
 )
 from pdiff_hf.networks.replacement import Replacement
+from pdiff_hf.networks.runner import Forward, NetworkRunner
 from pdiff_hf.pipelines.inputs import prepare_inputs
 
 if TYPE_CHECKING:
