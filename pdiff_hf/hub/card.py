@@ -79,7 +79,7 @@ def make_model_card(
         library_name="pdiff_hf",
         pipeline_tag="other",
         tags=["diffusers", "pdiff-hf", "neural-network-diffusion", "neural-network-weights", "arxiv:2402.13144"],
-        base_model=_hub_id(recipe.get("model") or ""),
+        base_model=_base_model(pipeline, layout, recipe),
         datasets=_hub_id((recipe.get("dataset") or "").partition(":")[0]),
         metrics=None if report is None else [report["metric"]["name"]],
         model_name=None if report is None else name,
@@ -97,7 +97,7 @@ def make_model_card(
         trained_on="scikit-learn's digits" if dataset == "digits" else f"`{dataset}`",
         recipe=yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True) if recipe else "",
         repository=metadata("pdiff_hf").json.get("home_page"),
-        complete=bool(base_config),
+        complete=bool(base_config or _reference(pipeline)),
         fields=fields,
         num_seen=encoder_config.get("num_seen", 0),
         condition="" if fields is None else ", ".join(f'"{name}": {_example(fields[name])}' for name in fields),
@@ -119,6 +119,18 @@ def published_recipe(folder: Path) -> dict:
 
 def _is_local(value: object) -> bool:
     return isinstance(value, str) and (value.startswith(("/", ".", "~")) or os.path.exists(value))
+
+
+def _reference(pipeline: Path) -> dict:
+    """Where on the Hub the base model is, of a generator of adapters that names it."""
+    return json.loads((pipeline / "model_index.json").read_text()).get("base_model_reference") or {}
+
+
+def _base_model(pipeline: Path, layout: ParameterLayout, recipe: dict) -> str | None:
+    """The Hub's id of the base model, which the adapters' own configurations may know better than the recipe."""
+    of_adapters = [config.get("base_model_name_or_path") or "" for config in layout.adapters.values()]
+    names = [_reference(pipeline).get("id") or "", *of_adapters, recipe.get("model") or ""]
+    return next(filter(None, map(_hub_id, names)), None)
 
 
 def _hub_id(name: str) -> str | None:

@@ -154,6 +154,12 @@ def with_adapters(model: Any, layout: ParameterLayout) -> Any:
     return model
 
 
+def adapter_task(path: str | os.PathLike) -> str | None:
+    """What an adapter says it is for, as PEFT calls it, such as `SEQ_CLS`; None if it does not say."""
+    file = find_adapter_config_file(str(path))
+    return None if file is None else json.loads(Path(file).read_text(encoding="utf-8")).get("task_type")
+
+
 def _check_plain(path: str | os.PathLike) -> None:
     """Raises a `ValueError` for an adapter that is right beside a changed base model only."""
     file = find_adapter_config_file(str(path))

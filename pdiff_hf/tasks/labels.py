@@ -14,7 +14,7 @@ import torch
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 from transformers.models.timm_wrapper import TimmWrapperConfig
 
-from ..networks.adapters import find_base, load_adapter
+from ..networks.adapters import adapter_task, find_base, load_adapter
 from .dataset import BadRows, DatasetTask, choose_column, describe_row
 from .task import ClassificationTask, Split
 
@@ -28,6 +28,8 @@ NUMBER = re.compile(r"[+-]?\d+(\.\d+)?")
 WEIGHTS = re.compile(r"(pytorch_)?model.*\.(safetensors|bin)(\.index\.json)?")
 # What stands for a missing value in a column of numbers, and may be a class in one of names.
 NO_CLASS = ("na", "n/a", "nan", "null", "none", "?")
+# What adapters of PEFT for language models say they are for.
+LANGUAGE_TASKS = ("CAUSAL_LM", "SEQ_2_SEQ_LM")
 # What transformers calls classes that nobody has named.
 NO_NAME = re.compile(r"LABEL_\d+")
 
@@ -56,6 +58,12 @@ class LabelledTask(DatasetTask, ClassificationTask):
     def __post_init__(self) -> None:
         if base := find_base(self.model):
             self.model, self.adapter = base, self.adapter or self.model
+        kind = adapter_task(self.adapter) if self.adapter else None
+        if kind in LANGUAGE_TASKS:
+            raise ValueError(
+                f"adapter '{self.adapter}' is one of a language model (task_type {kind}), not of a classifier; use "
+                "--task causal_lm"
+            )
 
     def _choose_label(self, features: Mapping[str, Any]) -> str:
         if list(features) == ["image"]:

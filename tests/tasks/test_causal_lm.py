@@ -1,0 +1,132 @@
+"""Language models: what is read and what is predicted, the metric, and adapters from files to generated ones."""
+
+import math
+
+import datasets
+import pytest
+import torch
+from support.scripts import run_script
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from pdiff_hf.networks.batched import BatchedModels
+from pdiff_hf.selection import select_layout
+from pdiff_hf.tasks.causal_lm import IGNORED, CausalLMTask
+from pdiff_hf.tasks.task import take
+
+peft = pytest.importorskip("peft")
+WORDS = ["<pad>", "<eos>", "<user>", "<bot>", *"abcdefgh"]
+TEMPLATE = (
+    "{% for m in messages %}{{ '<user> ' if m['role'] == 'user' else '<bot> ' }}{{ m['content'] }} {% endfor %}"
+    "{% if add_generation_prompt %}<bot> {% endif %}"
+)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    """A small Llama with a tokenizer of twelve words, and three adapters for it."""
+    folder = tmp_path_factory.mktemp("llama")
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 12, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
+    network = LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=2, max_position_embeddings=32))
+    network.save_pretrained(folder / "model")
+    words = Tokenizer(WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<pad>"))
+    words.pre_tokenizer = WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", eos_token="<eos>")
+    tokenizer.chat_template = TEMPLATE
+    tokenizer.save_pretrained(folder / "model")
+    for i in range(3):
+        base = LlamaForCausalLM.from_pretrained(folder / "model")
+        config = peft.LoraConfig(r=2 + i, lora_alpha=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
+        wrapped = peft.get_peft_model(base, config)
+        for name, parameter in wrapped.named_parameters():
+            if "lora_" in name:
+                parameter.data.normal_(std=0.5, generator=torch.Generator().manual_seed(i))
+        wrapped.save_pretrained(folder / "adapters" / f"task{i}")
+    return folder
+
+
+def write(folder, rows):
+    datasets.Dataset.from_list(rows * 10).to_json(folder / "train.jsonl")
+    return str(folder / "train.jsonl")
+
+
+def ids(text):
+    return [WORDS.index(word) for word in text.split()]
+
+
+KINDS = {
+    "text": ({"text": "a b c"}, "a b c <eos>", 0),
+    "prompt": ({"prompt": "a b", "completion": "c d"}, "a b c d <eos>", 2),
+    "messages": (
+        {"messages": [{"role": "user", "content": "a b"}, {"role": "assistant", "content": "c d"}]},
+        "<user> a b <bot> c d",
+        4,
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_is_read_and_what_is_predicted(kind, model, tmp_path):
+    row, text, read = KINDS[kind]
+    task = CausalLMTask(str(model / "model"), write(tmp_path, [row]))
+    batch = take(task.load_split("train"), [0, 1])
+    assert batch["input_ids"][0].tolist() == ids(text)
+    assert batch["labels"][0].tolist() == [IGNORED] * read + ids(text)[read:]
+    assert CausalLMTask(str(model / "model"), write(tmp_path, [row]), max_length=3).fingerprint("train") != (
+        task.fingerprint("train")
+    )
+
+
+@torch.no_grad()
+def test_the_loss_of_a_token(model, tmp_path):
+    rows = [{"prompt": "a b", "completion": "c d e"}, {"prompt": "f", "completion": "g"}]
+    task = CausalLMTask(str(model / "model"), write(tmp_path, rows), adapter=str(model / "adapters" / "task0"))
+    network = task.load_base_model()
+    layout = select_layout(network, "*.lora_*")
+    parameters = torch.stack([layout.flatten(network.state_dict()), torch.zeros(layout.num_parameters)])
+    measured = task.measure(BatchedModels(network, layout), "test", parameters)
+    plain = LlamaForCausalLM.from_pretrained(model / "model").eval()
+    for one, expected in ((network, measured[0]), (plain, measured[1])):
+        losses = []
+        for i in range(len(task.load_split("test"))):
+            batch = take(task.load_split("test"), [i])
+            logits = one(batch["input_ids"]).logits.log_softmax(-1)[0, :-1]
+            labels = batch["labels"][0, 1:]
+            losses += [-logits[t, label].item() for t, label in enumerate(labels) if label != IGNORED]
+        assert math.isclose(sum(losses) / len(losses), expected.item(), rel_tol=1e-5)
+    assert task.higher_is_better is False
+
+
+def test_from_adapters_to_generated_adapters(model, tmp_path, monkeypatch, capsys):
+    rows = [{"prompt": "a b", "completion": "c d"}, {"prompt": "e f", "completion": "g h"}]
+    flags = (
+        *("--task=causal_lm", "--dataset", write(tmp_path, rows), "--model", model / "model", "--select", "*.lora_*"),
+        *("--base_epochs=0", "--adapter_products=true", "--autoencoder_preset=pca", "--latent_dim=2"),
+        *("--heldout_snapshots=0", "--denoiser_steps=2", "--num_models=2", "--baseline_models=0"),
+        *("--output_dir", tmp_path / "out"),
+    )
+    run_script(monkeypatch, "collect.py", *flags, "--import", model / "adapters")
+    assert "3 snapshots of" in capsys.readouterr().out
+    run_script(monkeypatch, "train.py", *flags)
+    assert "loss of a token" in (tmp_path / "out" / "evaluation" / "report.md").read_text()
+    run_script(
+        monkeypatch, "generate.py", tmp_path / "out", "--num_models=1", "--adapters", "--output_dir", tmp_path / "g"
+    )
+    base = LlamaForCausalLM.from_pretrained(model / "model")
+    made = peft.PeftModel.from_pretrained(base, tmp_path / "g" / "network-00000")
+    assert made.peft_config["default"].r == 4 and made(torch.tensor([[4, 5]])).logits.isfinite().all()
+
+
+def test_what_is_refused(model, tmp_path):
+    with pytest.raises(ValueError, match="no column text, nor messages, nor prompt and completion.*columns are x"):
+        CausalLMTask(str(model / "model"), write(tmp_path, [{"x": "a"}]))
+    with pytest.raises(ValueError, match="column completion, row 1: it is empty"):
+        CausalLMTask(str(model / "model"), write(tmp_path, [KINDS["prompt"][0], {"prompt": "a", "completion": " "}]))
+    from pdiff_hf.tasks.text_classification import TextClassificationTask
+
+    rows = write(tmp_path, [{"text": "a", "label": "x"}, {"text": "b", "label": "y"}])
+    with pytest.raises(ValueError, match="one of a language model .task_type CAUSAL_LM.*--task causal_lm"):
+        TextClassificationTask(str(model / "model"), rows, adapter=str(model / "adapters" / "task0"))
