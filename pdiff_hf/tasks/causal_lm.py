@@ -16,9 +16,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from ..networks.adapters import find_base, load_adapter, load_network
 from ..networks.batched import BatchedModels
 from ..utils.devices import to_device
-from .dataset import DatasetTask, load_raw, make_splits
+from .dataset import DatasetTask, make_splits
 from .labels import find_weights
 from .registry import register_task
+from .sources import load_raw
 from .task import Batch, MeasuredTask, Split, take
 
 # What is not predicted: prompts and padding.
