@@ -14,7 +14,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..networks.adapters import find_base, load_adapter, load_network
-from ..networks.batched import BatchedModels
+from ..networks.runner import NetworkRunner
 from ..utils.devices import to_device
 from .dataset import DatasetTask, make_splits
 from .labels import find_weights
@@ -151,7 +151,7 @@ class CausalLMTask(DatasetTask, MeasuredTask):
         labels = batch["labels"][:, 1:]
         return F.cross_entropy(logits.float().mT, labels, ignore_index=IGNORED, reduction="none")
 
-    def measure(self, models: BatchedModels, split: Split, parameters: torch.Tensor) -> torch.Tensor:
+    def measure(self, models: NetworkRunner, split: Split, parameters: torch.Tensor) -> torch.Tensor:
         """The mean loss of a token over the split."""
         device = next(models.model.parameters()).device
         examples, count = self.load_split(split), 0

@@ -11,7 +11,7 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from pdiff_hf.networks.batched import BatchedModels
+from pdiff_hf.networks.runner import NetworkRunner
 from pdiff_hf.selection import select_layout
 from pdiff_hf.tasks.causal_lm import IGNORED, CausalLMTask
 from pdiff_hf.tasks.task import take
@@ -87,7 +87,7 @@ def test_the_loss_of_a_token(model, tmp_path):
     network = task.load_base_model()
     layout = select_layout(network, "*.lora_*")
     parameters = torch.stack([layout.flatten(network.state_dict()), torch.zeros(layout.num_parameters)])
-    measured = task.measure(BatchedModels(network, layout), "test", parameters)
+    measured = task.measure(NetworkRunner(network, layout), "test", parameters)
     plain = LlamaForCausalLM.from_pretrained(model / "model").eval()
     for one, expected in ((network, measured[0]), (plain, measured[1])):
         losses = []
