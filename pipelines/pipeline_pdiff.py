@@ -88,7 +88,7 @@ class PDiffPipeline(SavedPipeline, LatentMixin, DiffusionPipeline):
         autoencoder: ParameterAutoencoder,
         denoiser: LatentDenoiser,
         scheduler: SchedulerMixin,
-        # Releases of diffusers before 0.38 do not read `nn.Module | None`.
+        # Releases of diffusers before 0.37 do not read `nn.Module | None`.
         base_model: Optional[nn.Module] = None,  # noqa: UP045
         condition_encoder: Optional[ConditionEncoder] = None,  # noqa: UP045
         processor: Optional[Union[BaseImageProcessor, PreTrainedTokenizerBase]] = None,  # noqa: UP007, UP045

@@ -9,6 +9,7 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from accelerate.utils import compare_versions
 from diffusers import SchedulerMixin
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError, HTTPError, LocalEntryNotFoundError
@@ -23,6 +24,8 @@ from .push import PIPELINE_FILE, push_pipeline_to_hub
 
 # The longest schedule that is loaded: schedulers allocate memory for all steps. The longest ones in use have 1000.
 MAX_SCHEDULER_NUMBER = 1_000_000
+# That a pipeline's index may name classes of.
+LIBRARIES = ("diffusers", "pdiff_hf", "transformers")
 
 
 def _no_pipeline(name: str | os.PathLike, error: Exception) -> str:
@@ -75,6 +78,8 @@ class SavedPipeline(Base):
             _check_repo_id(pretrained_model_name_or_path)
         # Not False for all: transformers writes no `.bin` files any more. Every component finds out what there is.
         use_safetensors = kwargs.pop("use_safetensors", None) or None
+        if "dtype" in kwargs and compare_versions("diffusers", "<", "0.40"):
+            kwargs["torch_dtype"] = kwargs.pop("dtype")
         try:
             with limited_modules():
                 return super().from_pretrained(pretrained_model_name_or_path, use_safetensors=use_safetensors, **kwargs)
@@ -119,6 +124,14 @@ class SavedPipeline(Base):
     def load_config(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs):
         """The index of a saved pipeline, as diffusers asks for it before it loads the components."""
         config = super().load_config(pretrained_model_name_or_path, **kwargs)
+        # Older releases of diffusers import whatever module an index names.
+        for name, value in (config[0] if isinstance(config, tuple) else config).items():
+            library = value[0] if isinstance(value, list | tuple) and len(value) == 2 else None
+            if isinstance(library, str) and library.partition(".")[0] not in LIBRARIES:
+                raise ValueError(
+                    f"'{pretrained_model_name_or_path}' names {library}.{value[1]} as its {name}; components are "
+                    f"loaded from {', '.join(LIBRARIES)} alone"
+                )
         scheduler = Path(pretrained_model_name_or_path, "scheduler", SchedulerMixin.config_name)
         if scheduler.is_file():
             try:

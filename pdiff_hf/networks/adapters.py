@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +29,8 @@ ADAPTER_CONFIG = "adapter_config.json"
 # Beside a network that is saved whole. transformers would load an adapter in the same folder, but not all kinds rightly
 # (version 5.24 draws the magnitudes of DoRA anew).
 ADAPTER_FOLDER = "adapter"
+# Where PEFT has put the modules that its own have replaced.
+INSIDE = re.compile(r"\.(base_layer|original_module|token_adapter)(?=\.)")
 # In place of the weights of a network that the Hub has: its id, revision, class and type.
 REFERENCE = "reference.json"
 
@@ -273,17 +276,11 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike) -> None:
 
 def plain_network(model: Any) -> Any:
     """A network of the same weights without its adapters."""
-    if hasattr(model, "peft_wrapper"):
-        from peft import get_base_model_state_dict
-
-        state = get_base_model_state_dict(model.peft_wrapper[0])
-    else:
-        adapters = adapter_names(model)
-        state = {name.replace(".base_layer.", "."): t for name, t in model.state_dict().items() if name not in adapters}
     with torch.device("meta"):
         is_own = isinstance(model, PreTrainedModel)
         plain = type(model)(model.config) if is_own else type(model).from_config(model.config)
-    plain.load_state_dict(state, assign=True)
+    state = {INSIDE.sub("", name): tensor for name, tensor in model.state_dict().items()}
+    plain.load_state_dict({name: state[name] for name in plain.state_dict() if name in state}, assign=True)
     return plain
 
 

@@ -42,8 +42,9 @@ RESHAPING = {
     aten.squeeze.dim,
     aten.squeeze.dims,
 }
-# Work on each number alone, but are not tagged as `pointwise`.
+# Work on each number alone, but are not tagged as `pointwise` (by older releases of torch).
 POINTWISE = {
+    aten.leaky_relu.default,
     aten.dropout.default,
     aten.feature_dropout.default,
     aten.clone.default,

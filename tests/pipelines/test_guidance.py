@@ -122,7 +122,7 @@ def test_labels_and_class_weights_steer_real_networks(examples):
 
 def test_networks_of_a_condition_compete_among_themselves(examples):
     pipe = make_conditional_pipeline()
-    settings = {"loss_fn": pipe.example_loss(examples), "loss_guidance_scale": 5.0}
+    settings = {"loss_fn": pipe.example_loss(examples), "loss_guidance_scale": 20.0}
     both = sample(pipe, 5, condition=[KNOWN, KNOWN | {"angle": 211.0}], **settings)
     assert torch.equal(both[:5], sample(pipe, 5, condition=KNOWN, **settings))
     assert not any(torch.equal(one, other) for one in both[:5] for other in both[5:])

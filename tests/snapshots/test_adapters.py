@@ -110,7 +110,9 @@ def test_adapters_with_names(tmp_path):
 
 
 def test_adapters_are_recorded_as_the_trainer_saves_them(tmp_path):
-    model = peft.get_peft_model(vit(), peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj"], use_dora=True))
+    model = peft.get_peft_model(
+        vit(), peft.LoraConfig(r=2, target_modules=r".*\.(q_proj|v_proj|query|value)", use_dora=True)
+    )
     callback = SnapshotCallback(tmp_path / "snapshots", "*.lora_*")
     kwargs = {"max_steps": 3, "save_steps": 1, "gradient_accumulation_steps": 2, "per_device_train_batch_size": 4}
     make_trainer(tmp_path / "out", callback, model=model, **kwargs).train()
