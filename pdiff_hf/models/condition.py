@@ -12,6 +12,7 @@ from diffusers.configuration_utils import register_to_config
 from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import nn
 
+from .embedded import ImageField, TextField
 from .fields import (
     AngleField,
     CategoryField,
@@ -25,7 +26,6 @@ from .fields import (
     shown,
 )
 from .saved import FORMAT_VERSION, SavedModel, check_format_version
-from .texts import TextField
 
 __all__ = [
     "AngleField",
@@ -36,6 +36,7 @@ __all__ = [
     "Conditions",
     "Field",
     "Fields",
+    "ImageField",
     "ScalarField",
     "TextField",
     "VectorField",

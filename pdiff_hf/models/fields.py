@@ -326,8 +326,8 @@ class Fields(Mapping[str, Field]):
 
     Args:
         fields (`Mapping[str, Field | Mapping]` or `Sequence[Mapping]`): A field, or what describes one in JSON: its
-            `type` (`scalar`, `angle`, `category`, `vector` or `text`) and the arguments of its class; in a list also
-            its `name`. There may be none: then all conditions are `{}`.
+            `type` (`scalar`, `angle`, `category`, `vector`, `text` or `image`) and the arguments of its class; in a
+            list also its `name`. There may be none: then all conditions are `{}`.
 
     Raises:
         ConditionError: for a description that does not describe a field.

@@ -5,10 +5,11 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
-from ..models.condition import ConditionError, Field, Fields, TextField
+from ..models.condition import ConditionError, Field, Fields, ImageField, TextField
+from ..models.embedded import DEFAULT_TEXT_ENCODER
 from ..models.fields import nearest, shown
-from ..models.texts import DEFAULT_TEXT_ENCODER
-from .tables import Column, read_column, read_numbers, read_table, read_texts, read_vectors
+from .files import beside
+from .tables import Column, check_differ, read_column, read_numbers, read_table, read_texts, read_vectors
 
 RESERVED = ("parameters", "step", "seed")  # columns of a parameter data set
 
@@ -26,8 +27,8 @@ def read_conditions(
     pandas takes for missing. See [`~pdiff_hf.snapshots.tables.read_table`].
 
     Args:
-        fields (`Fields`, *optional*): What the columns must be. By default types, ranges and words are those that
-            occur; what was understood is logged.
+        fields (`Fields`, *optional*): What the columns must be; those of an [`ImageField`] hold files of pictures. By
+            default types, ranges and words are those that occur; what was understood is logged.
         text_encoder (`str`, *optional*): Of columns `name:text`, see [`TextField`].
 
     Returns:
@@ -50,6 +51,7 @@ def read_conditions(
             values[column.name] = _of_field(column, fields)
         elif column.kind == "text":
             values[column.name], found[column.name] = read_texts(column), TextField(encoder=text_encoder)
+            check_differ(column, values[column.name])
         else:
             values[column.name], found[column.name] = read_column(column)
     conditions: dict[str, dict[str, Any]] = {}
@@ -96,6 +98,8 @@ def _of_field(column: Column, fields: Fields) -> list[Any]:
     field = fields[column.name]
     if isinstance(field, TextField):
         return read_texts(column)
+    if isinstance(field, ImageField):
+        return [cells and [beside(column.table, cell) for cell in cells] for cells in read_texts(column)]
     if field.bounds:
         return read_numbers(column)
     return [cell or None for cell in column.cells] if field.choices else read_vectors(column)

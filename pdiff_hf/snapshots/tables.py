@@ -182,7 +182,7 @@ def read_column(column: Column) -> tuple[list, Field]:
         lengths = sorted({len(vector) for vector in vectors if vector is not None})
         if len(lengths) > 1:
             raise column.error(f"it holds lists of {lengths} numbers")
-        _check_differ(column, vectors)
+        check_differ(column, vectors)
         return vectors, VectorField(lengths[0])
     if column.kind != "angle" and not any(_number(c) is not None or _NUMBERISH.fullmatch(c) for c in present):
         return words(column)
@@ -190,7 +190,7 @@ def read_column(column: Column) -> tuple[list, Field]:
     known = sorted({value for value in values if value is not None})
     if not known:
         raise column.error("it has no values")
-    _check_differ(column, values)
+    check_differ(column, values)
     if column.kind == "angle":
         return values, AngleField()
     if len(set(np.array(known, dtype=np.float32).tolist())) < len(known):
@@ -201,7 +201,8 @@ def read_column(column: Column) -> tuple[list, Field]:
     return values, ScalarField(known[0], known[-1])
 
 
-def _check_differ(column: Column, values: Sequence) -> None:
+def check_differ(column: Column, values: Sequence) -> None:
+    """Raises a `ConditionError` for a column that has the same for all networks."""
     known = [value for value in values if value is not None]
     if all(value == known[0] for value in known):
         raise column.error(f"it is {shown(known[0])} for all networks, which says nothing; leave it out")
@@ -223,7 +224,6 @@ def read_texts(column: Column) -> list[list[str] | None]:
         texts.append(found)
     if not any(texts):
         raise column.error("it is empty")
-    _check_differ(column, texts)
     return texts
 
 
@@ -313,7 +313,7 @@ def words(column: Column, as_they_stand: bool = False) -> tuple[list[str | None]
                     f"alike, or {keep} apart",
                     rows[0],
                 )
-        _check_differ(column, [cell or None for cell in column.cells])
+        check_differ(column, [cell or None for cell in column.cells])
         length = sum(len(cell.split()) for cell in places) / len(places)
         once = len(places) > sum(map(len, places.values())) / 2
         if once and (len(places) > MANY_WORDS or length >= WORDS_OF_A_SENTENCE):

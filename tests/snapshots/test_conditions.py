@@ -11,7 +11,7 @@ from torch import nn
 from pdiff_hf.layout import LayoutError
 from pdiff_hf.models import ConditionError
 from pdiff_hf.models.condition import Fields, TextField
-from pdiff_hf.models.texts import load_text_encoder
+from pdiff_hf.models.embedded import load_encoder
 from pdiff_hf.selection import select_layout
 from pdiff_hf.snapshots import SnapshotError, SnapshotRecorder, import_snapshots, load_snapshots, parameter_matrix
 from pdiff_hf.snapshots.conditions import read_conditions
@@ -148,7 +148,7 @@ def test_descriptions_in_words(tmp_path):
         found = load_fields(tmp_path / folder)
         columns = condition_columns(dataset, found)
         assert [[part["text"] for part in row["what"]] if row["what"] else None for row in columns] == [*lists.values()]
-        load_text_encoder.cache_clear()  # tables keep the embeddings
+        load_encoder.cache_clear()  # tables keep the embeddings
         (tmp_path / "encoder").rename(tmp_path / "away")
         expected = fields.alternatives(conditions.values())
         torch.testing.assert_close(found.alternatives(columns), expected, rtol=0, atol=0, equal_nan=True)

@@ -4,17 +4,20 @@ import json
 from pathlib import Path
 
 import datasets
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
+from PIL import Image
 from support.texts import make_text_encoder
-from transformers import AutoModel, AutoTokenizer
+from transformers import AutoImageProcessor, AutoModel, AutoTokenizer, ViTConfig, ViTImageProcessor, ViTModel
 
 from pdiff_hf.models import ConditionEncoder, ConditionError, Fields
-from pdiff_hf.models.condition import TextField
-from pdiff_hf.models.texts import load_text_encoder
+from pdiff_hf.models.condition import ImageField, TextField
+from pdiff_hf.models.embedded import load_encoder
 from pdiff_hf.pipelines.conditions import prepare_conditions
+from pdiff_hf.snapshots.conditions import read_conditions
 from pdiff_hf.training import make_training_scheduler
 from pdiff_hf.training.denoiser import train_denoiser
 from pdiff_hf.training.loop import Loop, LoopArguments
@@ -76,7 +79,7 @@ def test_what_is_no_text(encoder, value):
 
 
 def test_encoders_that_cannot_be_used(tmp_path):
-    with pytest.raises(ConditionError, match="the text encoder '.*nothing' cannot be loaded.*Embeddings can be given"):
+    with pytest.raises(ConditionError, match="the encoder '.*nothing' cannot be loaded.*Embeddings can be given"):
         TextField(encoder=str(tmp_path / "nothing"))
     with pytest.raises(ValueError, match="pooling must be mean or cls, got 'max'"):
         TextField(length=3, pooling="max")
@@ -84,12 +87,12 @@ def test_encoders_that_cannot_be_used(tmp_path):
     torch.save(AutoModel.from_pretrained(pickled).state_dict(), pickled / "pytorch_model.bin")
     (pickled / "model.safetensors").unlink()
     with pytest.raises(ConditionError, match="cannot be loaded"):
-        load_text_encoder(str(pickled))
+        load_encoder(str(pickled))
     dense = Path(make_text_encoder(tmp_path / "dense"))
     parts = [{"type": f"sentence_transformers.models.{kind}"} for kind in ("Transformer", "Pooling", "Dense")]
     (dense / "modules.json").write_text(json.dumps(parts))
     with pytest.raises(ConditionError, match="has a layer Dense behind its pooling"):
-        load_text_encoder(str(dense))
+        load_encoder(str(dense))
 
 
 def test_code_of_an_encoder_does_not_run(tmp_path):
@@ -99,7 +102,7 @@ def test_code_of_an_encoder_does_not_run(tmp_path):
     (folder / "config.json").write_text(json.dumps(config))
     (folder / "code.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
     with pytest.raises(ConditionError, match="cannot be loaded"):
-        load_text_encoder(str(folder))
+        load_encoder(str(folder))
     assert not (tmp_path / "ran").exists()
 
 
@@ -130,7 +133,7 @@ def test_a_text_that_is_unlike_all_seen_ones_is_said(tmp_path, caplog):
         prepare_conditions(one, {"what": [0.9, 0.436, 0]}, 2)
         assert not caplog.records
         prepare_conditions(one, [{"what": [0, 0.1, 0.995]}, {}], 2)
-        (said,) = caplog.messages
+        (said,) = (message for message in caplog.messages if "drawn" not in message)
         assert "the 'what' is unlike all 6 that were seen" in said and "the nearest is 'cooking 0'" in said
 
 
@@ -154,6 +157,34 @@ def test_one_of_several_descriptions_is_drawn_at_each_step():
     )
     rows = torch.cat(seen).unique(dim=0, return_counts=True)
     assert rows[0].shape == (12, 2) and rows[1].min() >= 3  # each of 160 / 12 = 13.3
+
+
+@torch.no_grad()
+def test_pictures(tmp_path):
+    torch.manual_seed(0)
+    config = ViTConfig(
+        hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8, image_size=32, patch_size=16
+    )
+    ViTModel(config).save_pretrained(tmp_path / "vit")
+    ViTImageProcessor(size={"height": 32, "width": 32}).save_pretrained(tmp_path / "vit")
+    pixels = np.random.default_rng(0).integers(0, 256, (2, 32, 32, 3), dtype=np.uint8)
+    first, second = map(Image.fromarray, pixels)
+    second.save(tmp_path / "second.png")
+    fields = Fields({"style": ImageField(encoder=str(tmp_path / "vit"))})
+    table = fields.alternatives([{"style": [pixels[0], first]}, {"style": str(tmp_path / "second.png")}])
+    assert table.shape == (2, 2, 8) and torch.equal(table[0, 0], table[0, 1])
+    processor, model = AutoImageProcessor.from_pretrained(tmp_path / "vit"), ViTModel.from_pretrained(tmp_path / "vit")
+    for picture, row in zip((first, second), table[:, 0], strict=True):
+        pooled = model.eval()(**processor(picture, return_tensors="pt")).pooler_output[0]
+        torch.testing.assert_close(row, F.normalize(pooled, dim=0))
+    stored = fields.stored({"style": first})
+    assert torch.equal(fields.table([stored])[0], table[0, 0]) and stored["style"][0]["text"] == ""
+    assert Fields(json.loads(json.dumps(fields.to_list()))) == fields
+    (tmp_path / "table.csv").write_text("network,style\na,second.png\n")
+    conditions, _ = read_conditions(tmp_path / "table.csv", fields)
+    assert torch.equal(fields.table(conditions.values())[0], table[1, 0])
+    with pytest.raises(ConditionError, match="'style' must be a picture or its file"):
+        fields.table([{"style": "nothing.png"}])
 
 
 def test_the_packaged_encoder_knows_what_is_alike():
