@@ -10,15 +10,14 @@ Collects snapshots of a network, without training a generator for them.
 Keys and flags are those of scripts/train.py, which goes on from here with the same ones.
 """
 
-import dataclasses
 import tempfile
 
-from pdiff_hf.run.recipe import RecipeParser
+from pdiff_hf.run.cli import ConfigParser
 from pdiff_hf.utils.terminal import start_script
 
 
 def main() -> None:
-    parser = RecipeParser("digits.yaml", description=start_script(__doc__))
+    parser = ConfigParser("digits.yaml", description=start_script(__doc__))
     parser.add_argument("--list", action="store_true", help="Only print tensors, selection, and estimated cost.")
     parser.add_argument(
         "--import", dest="paths", nargs="+", metavar="PATH", help="Files, folders or Hub ids to take snapshots from."
@@ -27,24 +26,29 @@ def main() -> None:
         "--align", action="store_true", help="With --import: bring independently trained networks into one order."
     )
     parser.add_argument(
+        "--require_same_frozen",
+        action="store_true",
+        help="With --import: refuse networks that differ from the base model in tensors that are not selected.",
+    )
+    parser.add_argument(
         "--conditions",
         metavar="TABLE.csv",
         help="In place of --import: its first column names files, folders or Hub ids (relative to the table, or to the "
         "current folder), and each other column is a field: numbers, `name:angle`, words or JSON lists of numbers.",
     )
-    recipe = parser.parse_recipe()
-    flags = parser.parse_known_args()[0]
+    config, flags = parser.parse_config()
     if flags.paths and flags.conditions:
         parser.error("--conditions names the networks itself: leave --import out")
-    if flags.align and not (flags.paths or flags.conditions):
-        parser.error("--align needs --import or --conditions: it is for snapshots from files")
+    for flag in ("align", "require_same_frozen"):
+        if getattr(flags, flag) and not (flags.paths or flags.conditions):
+            parser.error(f"--{flag} needs --import or --conditions: it is for snapshots from files")
     # These take seconds to import, which a mistyped flag should not wait for.
+    from pdiff_hf.run.collecting import collect_from_files
     from pdiff_hf.run.listing import describe_selection
     from pdiff_hf.run.processes import start_processes
-    from pdiff_hf.run.run import Run
-    from pdiff_hf.run.stages import collect_from_files
     from pdiff_hf.run.task import make_task
     from pdiff_hf.run.terminal import one_line_errors, quiet_libraries
+    from pdiff_hf.run.trainer import execute, prepare
     from pdiff_hf.snapshots.conditions import read_conditions
     from pdiff_hf.snapshots.files import beside, find_adapter
     from pdiff_hf.utils.paths import expand_path
@@ -54,7 +58,7 @@ def main() -> None:
     quiet_libraries(state.is_main_process)
     with one_line_errors():
         if flags.list:
-            for line in describe_selection(recipe.with_dataset(), state.device):
+            for line in describe_selection(config.with_dataset(), state.device):
                 print(line)
             return
         paths, conditions, fields = [expand_path(path) for path in flags.paths or []], None, None
@@ -62,14 +66,21 @@ def main() -> None:
             table = expand_path(flags.conditions)
             found, fields = read_conditions(table)
             paths, conditions = [beside(table, name) for name in found], list(found.values())
-        recipe = dataclasses.replace(recipe, stages=["base"] if paths else ["base", "collect"])
+        config = config.changed(stages=["base"] if paths else ["base", "collect"])
         with tempfile.TemporaryDirectory() as folder:
-            adapter = find_adapter(paths, folder, recipe.model)
-            run = Run(recipe, task=None if adapter is None else make_task(recipe.with_dataset(), adapter))
+            adapter = find_adapter(paths, folder, config.model)
+            run = prepare(config, task=None if adapter is None else make_task(config.with_dataset(), adapter))
+            execute(run)
             with run.lock():
-                run.execute()
                 if paths and state.is_main_process:
-                    collect_from_files(run, paths, align=flags.align, conditions=conditions, fields=fields)
+                    collect_from_files(
+                        run,
+                        paths,
+                        align=flags.align,
+                        conditions=conditions,
+                        fields=fields,
+                        require_same_frozen=flags.require_same_frozen,
+                    )
         if state.is_main_process:
             count, size = len(run.snapshots[0]), run.layout.num_parameters
             print(f"{count} snapshots of {size:,} parameters are in {run.folder / 'snapshots'}")

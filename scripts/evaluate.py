@@ -11,19 +11,18 @@ networks and the conditions that any generator made them for. Keys and flags are
 kept: a second call with more networks computes only the new ones.
 """
 
-from pdiff_hf.run.recipe import RecipeParser
+from pdiff_hf.run.cli import ConfigParser
 from pdiff_hf.utils.terminal import start_script
 
 
 def main() -> None:
-    parser = RecipeParser(description=start_script(__doc__))
+    # A saved network says itself how large its images are.
+    defaults = {"output_dir": "outputs/evaluation", "model": None, "dataset": None, "image_size": 0}
+    parser = ConfigParser(defaults=defaults, description=start_script(__doc__))
     parser.add_argument(
         "generator", metavar="GENERATOR", help="Saved pipeline (folder or Hub id), or folder of networks."
     )
-    # A saved network says itself how large its images are.
-    parser.set_defaults(output_dir="outputs/evaluation", model=None, dataset=None, image_size=0)
-    recipe = parser.parse_recipe()
-    generator = parser.parse_known_args()[0].generator
+    config, flags = parser.parse_config()
     # These take seconds to import, which a mistyped flag should not wait for.
     from pdiff_hf.evaluation.render import format_summary
     from pdiff_hf.run.processes import start_processes
@@ -34,9 +33,9 @@ def main() -> None:
         start_processes()
     quiet_libraries()
     with one_line_errors():
-        report = evaluate_saved(generator, recipe)
+        report = evaluate_saved(flags.generator, config)
         print(format_summary(report))
-        print(f"The report is in {recipe.output_dir}.")
+        print(f"The report is in {config.output_dir}.")
 
 
 if __name__ == "__main__":

@@ -31,8 +31,9 @@ from pdiff_hf.evaluation.scores import ClassifierScores
 from pdiff_hf.evaluation.scoring import Scorer, make_scorer
 from pdiff_hf.models.condition import Condition
 from pdiff_hf.networks.adapters import has_adapters
+from pdiff_hf.run.cli import load_config
+from pdiff_hf.run.config import PDiffConfig
 from pdiff_hf.run.export import save_network
-from pdiff_hf.run.recipe import Recipe
 from pdiff_hf.run.task import make_family, make_task
 from pdiff_hf.scripts.on_demand import AtWork, as_code, draw_field
 from pdiff_hf.scripts.watch import LETTERS
@@ -158,7 +159,7 @@ def _find_file(where: Path | str, path: str) -> Path | None:
 
 def _load_task(source: Source, folder: Path) -> None:
     """The snapshots of a run, and what scores networks on its task."""
-    recipe = Recipe(**yaml.safe_load((folder / "recipe.yaml").read_text(encoding="utf-8")))
+    recipe = load_config(folder / "recipe.yaml")
     if recipe.family is not None:
         return _load_family(source, folder, recipe)
     snapshots, layout = load_snapshots(recipe.snapshots or folder / names.SNAPSHOTS)
@@ -174,7 +175,7 @@ def _load_task(source: Source, folder: Path) -> None:
     source.snapshots = parameter_matrix(snapshots, layout)
 
 
-def _load_family(source: Source, folder: Path, recipe: Recipe) -> None:
+def _load_family(source: Source, folder: Path, recipe: PDiffConfig) -> None:
     """What runs networks on the tasks of a run's family, and the networks of its seen tasks."""
     encoder, layout = source.pipe.condition_encoder, source.pipe.autoencoder.layout
     family = make_family(recipe, make_task(recipe))

@@ -64,14 +64,14 @@ def condition(text: str) -> dict:
 def main() -> None:
     args = parse_args()
     # These take seconds to import, which a mistyped flag should not wait for.
+    from pdiff_hf.run.cli import load_config
     from pdiff_hf.run.export import write_networks
-    from pdiff_hf.run.recipe import load_recipe
     from pdiff_hf.run.task import make_task
     from pdiff_hf.run.terminal import one_line_errors, quiet_libraries
 
     quiet_libraries()
     with one_line_errors():
-        recipe = None if args.batch_norm_data is None else load_recipe(expand_path(args.batch_norm_data))
+        recipe = None if args.batch_norm_data is None else load_config(expand_path(args.batch_norm_data))
         folder = Path(expand_path(args.output_dir))
         write_networks(
             expand_path(args.pipeline),

@@ -22,7 +22,7 @@ from pdiff_hf.evaluation.scoring import Scorer, make_scorer
 from pdiff_hf.models import ConditionEncoder
 from pdiff_hf.models.condition import Condition
 from pdiff_hf.networks.runner import NetworkRunner
-from pdiff_hf.run.families import SHOWN
+from pdiff_hf.run.evaluating import SHOWN
 from pdiff_hf.scripts.watch import LETTERS
 from pdiff_hf.tasks.family import Family
 from pdiff_hf.tasks.image_families import ImageFamily
@@ -230,7 +230,9 @@ class AtWork:
         if not isinstance(self.family, ImageFamily):
             return ['<p class="note">Its examples are no images.</p>']
         examples = self.family.base.load_split("test")
-        pixels = (batch["pixel_values"].cpu() * examples.std + examples.mean).round().clamp(0, 255).byte()
+        preparation = examples.preparation
+        mean, std = (255 * torch.tensor(values).view(-1, 1, 1) for values in (preparation.mean, preparation.std))
+        pixels = (batch["pixel_values"].cpu() * std + mean).round().clamp(0, 255).byte()
         names = self.class_names
         pairs = [(names[int(a)], names[int(b)]) for a, b in zip(predicted, batch["labels"], strict=True)]
         return ['<div class="images">', *map(_picture, pixels, pairs), "</div>"]

@@ -15,7 +15,7 @@ tables too; an experiment that was stopped goes on with the same command.
 import argparse
 import sys
 
-from pdiff_hf.run.recipe import RecipeParser
+from pdiff_hf.run.cli import ConfigParser
 from pdiff_hf.utils.paths import expand_path
 from pdiff_hf.utils.terminal import start_script
 
@@ -38,7 +38,7 @@ def main() -> None:
     args, rest = parser.parse_known_args()
     if args.name is not None and args.name != sys.argv[1]:  # it would be the value of a flag that is not known here
         parser.error("the name of the table or figure comes first, before all flags")
-    changes = RecipeParser().parse_changes(rest)
+    changes = ConfigParser().parse_changes(rest)
     if args.name is None and not args.list:
         parser.error("which table or figure? --list shows them")
     if args.name is None and (args.rows or changes):

@@ -16,18 +16,18 @@ On several hosts (on CPUs with ACCELERATE_USE_CPU=true and GLOO_SOCKET_IFNAME=et
 
 import sys
 
-from pdiff_hf.run.recipe import RecipeParser
+from pdiff_hf.run.cli import ConfigParser
 from pdiff_hf.utils.terminal import start_script
 
 
 def main() -> None:
-    recipe = RecipeParser("digits.yaml", description=start_script(__doc__)).parse_recipe()
+    config, _ = ConfigParser("digits.yaml", description=start_script(__doc__)).parse_config()
     # These take seconds to import, which a mistyped flag should not wait for.
     from pdiff_hf.evaluation.render import format_summary
     from pdiff_hf.hub.push import push_run_to_hub, resolve_repo_id
     from pdiff_hf.run.processes import start_processes
-    from pdiff_hf.run.run import Run
     from pdiff_hf.run.terminal import command, one_line_errors, quiet_libraries
+    from pdiff_hf.run.trainer import execute, prepare
     from pdiff_hf.utils import names
     from pdiff_hf.utils.reports import load_report
 
@@ -36,25 +36,21 @@ def main() -> None:
     quiet_libraries(state.is_main_process)
     try:
         with one_line_errors():
-            run = Run(recipe)
-            repo_id = recipe.hub_model_id or run.folder.name
-            if recipe.push_to_hub and state.is_main_process:
-                repo_id = resolve_repo_id(repo_id, recipe.hub_token)  # a wrong token must not be found out after hours
-            with run.lock():
-                run.execute()
-                if recipe.push_to_hub and state.is_main_process:
+            run = prepare(config)
+            repo_id = config.hub_model_id or run.folder.name
+            if config.push_to_hub and state.is_main_process:
+                repo_id = resolve_repo_id(repo_id)  # a wrong token must not be found out after hours
+            execute(run)
+            if config.push_to_hub and state.is_main_process:
+                with run.lock():
                     url = push_run_to_hub(
                         run.folder,
                         repo_id,
-                        private=recipe.hub_private_repo or None,
-                        token=recipe.hub_token,
-                        license=recipe.hub_license,
+                        private=config.hub_private_repo or None,
                     )
-                    print(f"The generator is on the Hub: {url}")
+                print(f"The generator is on the Hub: {url}")
     except KeyboardInterrupt:
         again = [a for a in sys.argv[1:] if a not in ("--resume_from_checkpoint", "latest")]
-        if recipe.hub_token is not None:
-            again = [a.replace(recipe.hub_token, "...") for a in again]  # what is printed may end up in a log
         again += ["--resume_from_checkpoint", "latest"]
         sys.exit(f"\nstopped; go on with: {command('train', *again, launcher='accelerate launch')}")
     with one_line_errors():

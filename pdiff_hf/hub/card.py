@@ -6,6 +6,7 @@ import re
 from importlib.metadata import metadata
 from pathlib import Path
 from statistics import fmean
+from typing import Any
 
 import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
@@ -23,13 +24,10 @@ PRIVATE_KEYS = (
     "resume_from_checkpoint",
     "overwrite_output_dir",
     "checkpointing_steps",
-    "checkpoints_total_limit",
     "report_to",
     "push_to_hub",
     "hub_model_id",
-    "hub_token",
     "hub_private_repo",
-    "hub_license",
 )
 MAX_LISTED_TENSORS = 20
 
@@ -114,11 +112,14 @@ def published_recipe(folder: Path) -> dict:
     """The recipe of a run without what concerns this machine or the push; local folders by their names only."""
     recipe = yaml.safe_load((folder / "recipe.yaml").read_text(encoding="utf-8"))
     recipe = {key: value for key, value in recipe.items() if key not in PRIVATE_KEYS}
-    return {key: Path(value).name if _is_local(value) else value for key, value in recipe.items()}
+    return _without_paths(recipe)
 
 
-def _is_local(value: object) -> bool:
-    return isinstance(value, str) and (value.startswith(("/", ".", "~")) or os.path.exists(value))
+def _without_paths(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_paths(item) for key, item in value.items()}
+    is_local = isinstance(value, str) and (value.startswith(("/", ".", "~")) or os.path.exists(value))
+    return Path(value).name if is_local else value
 
 
 def _reference(pipeline: Path) -> dict:

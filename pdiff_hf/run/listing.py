@@ -7,13 +7,13 @@ import torch
 from ..models.products import AdapterProducts
 from ..selection import select_layout
 from ..training.estimate import estimate_autoencoder, estimate_denoiser
+from .config import PDiffConfig
 from .folder import RunError
-from .recipe import Recipe
 from .task import make_task
 from .terminal import duration
 
 
-def describe_selection(recipe: Recipe, device: torch.device) -> Iterator[str]:
+def describe_selection(recipe: PDiffConfig, device: torch.device) -> Iterator[str]:
     """
     Lines: all parameters of the base model with those that are selected marked, and what training a generator for them
     takes on this machine, which is measured on a smaller step.
@@ -39,13 +39,17 @@ def describe_selection(recipe: Recipe, device: torch.device) -> Iterator[str]:
     yield ""
     if recipe.latent_dim > layout.num_parameters:
         raise RunError(f"latent_dim is {recipe.latent_dim}, more than the {layout.num_parameters} selected parameters")
-    vectors = AdapterProducts(layout, recipe.adapter_frame_size).layout if recipe.adapter_products else layout
+    vectors = (
+        AdapterProducts(layout, recipe.autoencoder_args.adapter_frame_size).layout
+        if recipe.adapter_products
+        else layout
+    )
     costs = {
         "autoencoder": estimate_autoencoder(
             vectors.num_parameters,
             latent_dim=recipe.latent_dim,
             preset=recipe.autoencoder_preset,
-            token_size=recipe.token_size,
+            token_size=recipe.autoencoder_args.token_size,
             num_steps=recipe.autoencoder_steps,
             batch_size=recipe.autoencoder_batch_size,
             device=device,

@@ -1,10 +1,12 @@
-"""Keys of a recipe: a field of a dataclass with its bounds in the metadata, and the one validator of their values."""
+"""Settings: fields of a dataclass with their bounds in the metadata, and the one validator of their values."""
 
+import copy
 import dataclasses
+import difflib
 import json
 import math
 import typing
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import field
 from typing import Any
 
@@ -13,15 +15,36 @@ import yaml
 from ..utils.paths import expand_path
 
 
-def option(default: Any, help: str, **bounds: Any) -> Any:
+def option(
+    default: Any,
+    help: str,
+    *,
+    read_when: Callable[[Any], bool] = lambda config: True,
+    why: str = "",
+    common: bool = False,
+    **bounds: Any,
+) -> Any:
     """
-    A key of a recipe. `bounds` are what `check_value` looks at: `min` and `max`, `above` and `below` (which exclude
-    the number itself), `choices`, `path` (`~` and environment variables are expanded) and `json` (a mapping).
+    A setting.
+
+    Args:
+        default: A value; or a dataclass of settings, which this is a group of.
+        read_when (`Callable`, *optional*): `read_when(config)` says whether a run reads it at all; `why` says why not.
+        common (`bool`, *optional*): Whether `--help` shows it.
+        bounds: What `check_value` looks at: `min` and `max`, `above` and `below` (which exclude the number itself),
+            `choices`, and `path` (`~` and environment variables are expanded).
     """
-    metadata = {"help": help, **bounds}
-    if isinstance(default, list):
-        return field(default_factory=lambda: list(default), metadata=metadata)
+    metadata = {"help": help, "read_when": read_when, "why": why, "common": common, **bounds}
+    if isinstance(default, type):
+        return field(default_factory=default, metadata=metadata | {"group": default})
+    if isinstance(default, list | dict):
+        return field(default_factory=lambda: copy.copy(default), metadata=metadata)
     return field(default=default, metadata=metadata)
+
+
+def group_of(key: dataclasses.Field) -> type | None:
+    """The dataclass of a setting that is a group of them."""
+    return key.metadata.get("group")
 
 
 def is_list(key: dataclasses.Field) -> bool:
@@ -34,15 +57,65 @@ def is_nullable(key: dataclasses.Field) -> bool:
     return type(None) in typing.get_args(key.type)
 
 
-def check_value(key: dataclasses.Field, value: Any) -> Any:
+def nested(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings with names such as `tune_args.penalty` as mappings in mappings."""
+    result: dict[str, Any] = {}
+    for name, value in settings.items():
+        group, _, inner = name.rpartition(".")
+        if group:
+            result[group] = {**result.get(group, {}), inner: value}
+        else:
+            result[name] = {**result.get(name, {}), **value} if isinstance(value, dict) else value
+    return result
+
+
+def check_value(key: dataclasses.Field, value: Any, prefix: str = "") -> Any:
     """`value` as it is to be used; a `ValueError` that begins with the key unless it is possible."""
+    name, group = prefix + key.name, group_of(key)
+    if group is not None:
+        return _check_group(name, group, value)
     if value is None and is_nullable(key):
         return None
+    if is_list(key) and isinstance(value, str):
+        value = [value]
     if is_list(key) != isinstance(value, list):
-        raise ValueError(f"{key.name} must {'' if is_list(key) else 'not '}be a list, got {value!r}")
+        raise ValueError(f"{name} must {'' if is_list(key) else 'not '}be a list, got {value!r}")
+    if key.type is dict:
+        return _check_mapping(name, value)
     kind = next((t for t in typing.get_args(key.type) if t is not type(None)), key.type)
-    checked = [_check_one(key.name, kind, key.metadata, item) for item in (value if is_list(key) else [value])]
+    checked = [_check_one(name, kind, key.metadata, item) for item in (value if is_list(key) else [value])]
     return checked if is_list(key) else checked[0]
+
+
+def _check_group(name: str, group: type, value: Any) -> Any:
+    if not isinstance(value, group):
+        value, known = _check_mapping(name, value), {key.name for key in dataclasses.fields(group)}
+        unknown = [key for key in value if key not in known]
+        if unknown:
+            raise ValueError(f"{name} has no setting {unknown[0]!r}{did_you_mean(unknown[0], known)}")
+        value = group(**value)
+    checked = {key.name: check_value(key, getattr(value, key.name), f"{name}.") for key in dataclasses.fields(group)}
+    return group(**checked)
+
+
+def _check_mapping(name: str, value: Any) -> dict[str, Any]:
+    if isinstance(value, str):
+        try:
+            value = json.loads(value)
+        except (json.JSONDecodeError, RecursionError) as error:
+            raise ValueError(f"{name} must be JSON, got {value!r}: {error}") from error
+    if not isinstance(value, Mapping):
+        raise ValueError(f"{name} must be a mapping, got {value!r}")
+    try:
+        return json.loads(json.dumps(dict(value)))  # a run that goes on compares what JSON has kept
+    except TypeError as error:
+        raise ValueError(f"{name} must hold what JSON can, got {value!r:.200}: {error}") from error
+
+
+def did_you_mean(name: str, known: Collection[str]) -> str:
+    """The end of an error about an unknown name."""
+    close = difflib.get_close_matches(name, known, n=3)
+    return f"; did you mean {' or '.join(close)}?" if close else f"; there is {', '.join(sorted(known))}"
 
 
 def _check_one(name: str, kind: Any, bounds: Mapping[str, Any], value: Any) -> Any:
@@ -66,13 +139,6 @@ def _check_one(name: str, kind: Any, bounds: Mapping[str, Any], value: Any) -> A
     require(all(holds for _, holds in given), " and ".join(text for text, _ in given))
     if "choices" in bounds:
         require(value in bounds["choices"], f"one of {', '.join(bounds['choices'])}")
-    if bounds.get("json"):
-        try:
-            mapping = json.loads(value)
-        except (json.JSONDecodeError, RecursionError) as error:
-            raise ValueError(f"{name} must be JSON, got {value!r}: {error}") from error
-        require(isinstance(mapping, dict), "a mapping, as JSON")
-        value = json.dumps(mapping)  # a run that goes on compares the text
     if bounds.get("path"):
         try:
             value = expand_path(value)

@@ -1,7 +1,6 @@
 """Evaluates a generator from elsewhere: a saved pipeline, or networks that anything has written as state dicts."""
 
 import contextlib
-import dataclasses
 import os
 from pathlib import Path
 
@@ -22,13 +21,13 @@ from ..tasks.labels import LabelledTask
 from ..utils import names
 from ..utils.errors import resource_errors
 from ..utils.files import check_writable, remove
-from .recipe import Recipe
+from .config import PDiffConfig
 from .saved_families import evaluate_saved_family
 from .task import make_task
 from .tuning import load_tuning
 
 
-def evaluate_saved(source: str, recipe: Recipe) -> dict:
+def evaluate_saved(source: str, recipe: PDiffConfig) -> dict:
     """
     Writes the report on the generator `source` and its figures to `recipe.output_dir`. A second call scores only what
     is new.
@@ -36,7 +35,7 @@ def evaluate_saved(source: str, recipe: Recipe) -> dict:
     Args:
         source (`str`): Folder or Hub id of a saved `PDiffPipeline`, or a folder of networks as
             [`~pdiff_hf.snapshots.read_networks`] reads it. With a `family`, see [`evaluate_saved_family`].
-        recipe (`Recipe`): Its `snapshots`, its task (`dataset`, `model`, ...) and its section for the evaluation.
+        recipe (`PDiffConfig`): Its `snapshots`, its task (`dataset`, `model`, ...) and its section for the evaluation.
             `model` may be `None` for a pipeline that carries its base model.
 
     Returns:
@@ -65,7 +64,7 @@ def evaluate_saved(source: str, recipe: Recipe) -> dict:
     if recipe.model is None and carried is None:
         raise ValueError(f"--model is needed: '{source}' does not carry the network that its tensors belong to")
     name = recipe.model or str(Path(folder, names.BASE_MODEL))
-    task = make_task(dataclasses.replace(recipe, model=name))
+    task = make_task(recipe.changed(model=name))
     model = _load_model(task, name, layout) if carried is None else carried
     layout.check_fits(model.state_dict())
     if isinstance(task, LabelledTask):
@@ -82,7 +81,6 @@ def evaluate_saved(source: str, recipe: Recipe) -> dict:
             read_networks(folder, layout) if pipeline is None else pipeline.to(device),
             part,
             num_models=recipe.num_models,
-            score_models=recipe.score_models,
             tuning=None if pipeline is None else load_tuning(Path(folder)),
             baseline_models=recipe.baseline_models,
             baselines=recipe.baselines,

@@ -1,6 +1,5 @@
 """Evaluates a generator from elsewhere on a family of tasks: a saved pipeline, or a table of networks."""
 
-import dataclasses
 import os
 from pathlib import Path
 
@@ -23,12 +22,13 @@ from ..utils import names
 from ..utils.errors import resource_errors
 from ..utils.files import check_writable, remove
 from ..utils.seeds import named_seed
-from .families import sample_for, write_report, zoo_arguments
-from .recipe import Recipe
+from .collecting import zoo_arguments
+from .config import PDiffConfig
+from .evaluating import sample_for, write_report
 from .task import make_family, make_task
 
 
-def evaluate_saved_family(source: str, recipe: Recipe) -> dict:
+def evaluate_saved_family(source: str, recipe: PDiffConfig) -> dict:
     """
     Writes the audit of the generator `source` on unseen tasks to `recipe.output_dir`. With the seed and the numbers of
     tasks of a run they are the unseen ones of that run; with others its generator may have been tuned on them.
@@ -37,7 +37,7 @@ def evaluate_saved_family(source: str, recipe: Recipe) -> dict:
         source (`str`): Folder or Hub id of a saved `PDiffPipeline` with conditions, or a table of networks with their
             conditions as [`~pdiff_hf.snapshots.conditions.read_conditions`] reads it: then its tasks are the unseen
             ones, and each of them needs as many networks.
-        recipe (`Recipe`): Its `family` and task, its `snapshots` with conditions, which are the seen tasks, and
+        recipe (`PDiffConfig`): Its `family` and task, its `snapshots` with conditions, which are the seen tasks, and
             `model`, the base model.
 
     Returns:
@@ -63,8 +63,7 @@ def evaluate_saved_family(source: str, recipe: Recipe) -> dict:
         model_name = str(Path(pipeline.config._name_or_path, names.BASE_MODEL))
     if model_name is None:
         raise ValueError("--model is needed: the folder of the base model that the networks were fine-tuned from")
-    family = make_family(recipe, make_task(dataclasses.replace(recipe, model=model_name)))
-    assert family is not None
+    family = make_family(recipe, make_task(recipe.changed(model=model_name)))
     if fields != family.fields:
         raise ValueError(f"the snapshots have conditions with the fields {fields}, and the family has {family.fields}")
     model = family.load_saved(model_name).to(PartialState().device)

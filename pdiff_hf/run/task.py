@@ -1,28 +1,29 @@
-"""From a recipe to its task, and its family of tasks."""
+"""From a config to its task, and its family of tasks."""
 
 import dataclasses
-import json
 
 from .. import tasks
-from ..tasks.family import Family
-from .recipe import Recipe, TaskSection
+from ..tasks.family import Family, as_family
+from .config import PDiffConfig, TaskSection, default_of
 
 
-def make_task(recipe: Recipe, adapter: str | None = None) -> tasks.Task:
+def make_task(config: PDiffConfig, adapter: str | None = None) -> tasks.Task:
     """
-    The task that a recipe describes. A class from elsewhere gets only the keys that differ from their defaults, which
-    are those of this package's tasks. The task's model gets `adapter`, the folder or Hub id of one of PEFT, if given.
+    The task that a config describes. A class from elsewhere gets only the settings that differ from their defaults,
+    which are those of this package's tasks. The task's model gets `adapter`, the folder or Hub id of one of PEFT, if
+    given.
+
+    Raises:
+        ValueError: for a setting that the task's class does not take, and for what the class itself refuses.
     """
-    settings = vars(recipe)
-    if ":" in recipe.task:
-        defaults = {f.name: f.default for f in dataclasses.fields(TaskSection)}
-        settings = {key: value for key, value in settings.items() if key == "task" or value != defaults.get(key)}
-    task_args = json.loads(recipe.task_args) | ({} if adapter is None else {"adapter": adapter})
-    return tasks.make_task(settings, task_args)
+    keys = [key for key in dataclasses.fields(TaskSection) if key.name not in ("task", "task_args")]
+    changed = {key.name for key in keys if getattr(config, key.name) != default_of(key)}
+    names = changed if ":" in config.task else {key.name for key in keys}
+    settings = {"task": config.task} | {name: getattr(config, name) for name in names}
+    arguments = config.task_args | ({} if adapter is None else {"adapter": adapter})
+    return tasks.make_task(settings, arguments, must_take=changed - config.soft - {"dataset"})
 
 
-def make_family(recipe: Recipe, base: tasks.Task) -> Family | None:
-    """The family that a recipe describes, over its task `base`; None for one task."""
-    if recipe.family is None:
-        return None
-    return tasks.make_family(recipe.family, base, json.loads(recipe.family_args))
+def make_family(config: PDiffConfig, base: tasks.Task) -> Family:
+    """The family that a config describes, over its task `base`; without one, that whose only member is `base`."""
+    return as_family(base) if config.family is None else tasks.make_family(config.family, base, config.family_args)

@@ -6,11 +6,11 @@ import math
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
-from accelerate import PartialState
+from accelerate import Accelerator, PartialState
 
+from ..evaluation.conditional_opponents import Regime
 from ..networks.runner import NetworkRunner
 from ..pipelines import PDiffPipeline
 from ..tasks import ClassificationTask
@@ -24,35 +24,39 @@ from ..training.ensembles import (
     training_passes,
     validation_batch,
 )
-from ..training.tune import single_task, tune
+from ..training.tune import (
+    GeneratedNetworks,
+    TaskBatches,
+    TuneArguments,
+    fresh_tasks,
+    seen_tasks,
+    single_task,
+    tune,
+)
 from ..utils import names
 from ..utils.files import write_json
 from ..utils.seeds import named_seed
-from .families import generated_networks, make_regime, tune_arguments
-
-if TYPE_CHECKING:
-    from .folder import Stage
-    from .run import Run
+from .context import RunContext, Stage
 
 
-def tune_denoiser(run: "Run", stage: "Stage") -> None:
+def tune_denoiser(context: RunContext, stage: Stage) -> None:
     """The denoiser fine-tuned on the loss of its networks; validation data say which of its weights are kept."""
-    r = run.recipe
-    pipeline = PDiffPipeline.from_pretrained(run.folder / names.PIPELINE).to(PartialState().device)
-    if r.tune_map:
+    c = context.config
+    pipeline = PDiffPipeline.from_pretrained(context.folder / names.PIPELINE).to(PartialState().device)
+    if c.tune_args.map:
         pipeline.autoencoder.add_tuned_map()
-    networks = NetworkRunner(run.base_model.to(PartialState().device), run.layout)
-    args = tune_arguments(run)
+    networks = NetworkRunner(context.base_model.to(PartialState().device), context.layout)
+    args = tune_arguments(context)
     tuning = None
-    if run.family is not None:
-        model = generated_networks(run, pipeline, networks)
-        with run.loop(stage.name) as loop:
-            extra = _weight_loss(run, model.generator) if r.tune_weight_loss else None
-            regime = make_regime(run, loop.accelerator, networks)
+    if context.family.fields:
+        model = generated_networks(context, pipeline, networks)
+        with context.loop(stage) as loop:
+            extra = _weight_loss(context, model.generator) if c.tune_args.weight_loss else None
+            regime = make_regime(context, loop.accelerator, networks)
             history = regime.fit(model, args, "tuning", loop, extra_loss=extra)
     else:
-        pipeline, tuning, history = _tune_for_task(run, stage, pipeline, networks)
-    run.base_model.to("cpu")
+        pipeline, tuning, history = _tune_for_task(context, stage, pipeline, networks)
+    context.base_model.to("cpu")
     if not PartialState().is_main_process:
         return
     pipeline.to("cpu")
@@ -61,11 +65,11 @@ def tune_denoiser(run: "Run", stage: "Stage") -> None:
             part.requires_grad_(True)
             part.register_to_config(_name_or_path="")  # the folder of this run would be published with it
     pipeline.register_to_config(_name_or_path="")
-    with run.files.replacing(stage) as folder:
+    with context.files.replacing(stage) as folder:
         pipeline.save_pretrained(folder)
         if tuning is not None:
             write_json(folder / names.TUNING, tuning.to_dict())
-    run.finish(stage.name, history)
+    context.finish(stage, history)
 
 
 def load_tuning(folder: Path) -> Tuning | None:
@@ -75,7 +79,7 @@ def load_tuning(folder: Path) -> Tuning | None:
 
 
 def _tune_for_task(
-    run: "Run", stage: "Stage", pipeline: PDiffPipeline, networks: NetworkRunner
+    context: RunContext, stage: Stage, pipeline: PDiffPipeline, networks: NetworkRunner
 ) -> tuple[PDiffPipeline, Tuning, dict]:
     """
     Tunes once for each weight of diversity.
@@ -83,24 +87,25 @@ def _tune_for_task(
     Returns:
         `tuple`: The pipeline that is best on validation data, how it was tuned, and the history of that.
     """
-    r, task, args = run.recipe, run.task, tune_arguments(run)
+    c, task, args = context.config, context.task, tune_arguments(context)
     assert isinstance(task, ClassificationTask)  # checked before any work
     device = PartialState().device
     unseen = validation_batch(task, device)
     results: list[tuple[float, float, PDiffPipeline, dict]] = []
     passes = 0
-    with run.loop(stage.name) as loop:
+    with context.loop(stage) as loop:
         parts = loop.accelerator.num_processes * loop.accelerator.gradient_accumulation_steps
-        for diversity in r.tune_diversity:
-            objective = EnsembleObjective(r.tune_ensemble_size, diversity, r.tune_penalty)
+        for diversity in c.tune_args.diversity:
+            objective = EnsembleObjective(c.tune_args.ensemble_size, diversity, c.tune_args.penalty)
             candidate = copy.deepcopy(pipeline)
-            latents = DiffusionLatents(LatentGenerator(candidate.denoiser), candidate.scheduler, r.tune_inference_steps)
+            steps = c.tune_args.inference_steps
+            latents = DiffusionLatents(LatentGenerator(candidate.denoiser), candidate.scheduler, steps)
             model = TunedEnsembles(
-                latents, candidate.autoencoder, networks, task.predict, objective, r.tune_models // parts
+                latents, candidate.autoencoder, networks, task.predict, objective, c.tune_models // parts
             )
 
             def validate(model: TunedEnsembles = model) -> float:
-                noise = torch.Generator(device).manual_seed(named_seed(r.seed, "tune validation"))
+                noise = torch.Generator(device).manual_seed(named_seed(c.seed, "tune validation"))
                 return model.validate(unseen, noise)
 
             history = tune(
@@ -110,32 +115,78 @@ def _tune_for_task(
                 len(task.load_split("train")),
                 args,
                 validate=validate,
-                extra_loss=_weight_loss(run, latents.generator) if r.tune_weight_loss else None,
+                extra_loss=_weight_loss(context, latents.generator) if c.tune_args.weight_loss else None,
             )
-            passes += training_passes(len(history["losses"]), r.tune_models, r.tune_batch_size)
+            passes += training_passes(len(history["losses"]), c.tune_models, c.tune_batch_size)
             passes += len(history["steps"]) * model.num_networks * len(unseen["labels"])
             lowest = min((loss for loss in history["validation_losses"] if loss is not None), default=math.inf)
             results.append((lowest, diversity, candidate, history))
     _, diversity, chosen, history = min(results, key=lambda result: result[0])
-    objective = EnsembleObjective(r.tune_ensemble_size, diversity, r.tune_penalty)
-    tuning = Tuning(objective, args.num_steps, r.tune_models, r.tune_batch_size, passes)
+    objective = EnsembleObjective(c.tune_args.ensemble_size, diversity, c.tune_args.penalty)
+    tuning = Tuning(objective, args.num_steps, c.tune_models, c.tune_batch_size, passes)
     tried = {f"{weight:g}": loss for loss, weight, _, _ in results}
     return chosen, tuning, history | {"diversity": diversity, "validation_loss_of_diversity": tried}
 
 
-def _weight_loss(run: "Run", generator: LatentGenerator) -> Callable[[torch.Generator], torch.Tensor]:
+def _weight_loss(context: RunContext, generator: LatentGenerator) -> Callable[[torch.Generator], torch.Tensor]:
     """The denoiser's own loss on the snapshots that generators see, weighted."""
-    r, device = run.recipe, PartialState().device
-    latents = run.latents[run.seen].to(device)
-    table = run.snapshot_conditions[run.seen].to(device) if run.fields else None
-    scheduler = make_training_scheduler(r.num_train_timesteps, r.prediction_type)
+    c, device = context.config, PartialState().device
+    latents = context.latents[context.seen].to(device)
+    table = context.snapshot_conditions[context.seen].to(device) if context.fields else None
+    scheduler = make_training_scheduler(c.denoiser_args.num_train_timesteps, c.prediction_type)
     encoder = generator.encoder
 
     def loss(noise: torch.Generator) -> torch.Tensor:
-        rows = torch.randint(len(latents), (r.denoiser_batch_size,), generator=noise, device=device)
+        rows = torch.randint(len(latents), (c.denoiser_batch_size,), generator=noise, device=device)
         known = None
         if encoder is not None and table is not None:
             known = encoder.complete(table[rows], torch.rand(len(rows), generator=noise, device=device))
-        return r.tune_weight_loss * denoising_loss(generator, scheduler, latents[rows], noise, known)
+        return c.tune_args.weight_loss * denoising_loss(generator, scheduler, latents[rows], noise, known)
 
     return loss
+
+
+def tune_arguments(context: RunContext) -> TuneArguments:
+    c = context.config
+    return TuneArguments(
+        num_steps=c.num_tune_steps or 0,
+        learning_rate=c.tune_learning_rate,
+        num_tasks=c.tune_models,
+        num_examples=c.tune_batch_size,
+        validate_every=max(1, (c.num_tune_steps or 0) // (10 if context.family.fields else 5)),
+    )
+
+
+def make_regime(context: RunContext, accelerator: Accelerator, networks: NetworkRunner) -> Regime:
+    """Which tasks the recipe allows to train on."""
+    c, family = context.config, context.family
+    unseen = context.unseen_tasks
+    seen = context.seen_conditions
+
+    def batches(args: TuneArguments) -> TaskBatches:
+        if c.tune_tasks == "fresh":
+            return fresh_tasks(family, args, unseen, accelerator.device)
+        return seen_tasks(family, args, seen, accelerator.device, condition_noise=c.tune_args.condition_noise)
+
+    return Regime(
+        family,
+        networks,
+        accelerator,
+        batches,
+        len(seen),
+        context.conditions["validation"],
+        c.seed,
+    )
+
+
+def generated_networks(context: RunContext, pipeline: PDiffPipeline, networks: NetworkRunner) -> GeneratedNetworks:
+    """The generator of a pipeline, followed by the networks that it gives, to be tuned."""
+    predict = context.task.predict  # type: ignore[attr-defined]  # of classification, which is checked before any work
+    return GeneratedNetworks(
+        LatentGenerator(pipeline.denoiser, pipeline.condition_encoder),
+        pipeline.autoencoder,
+        pipeline.scheduler,
+        context.config.tune_args.inference_steps,
+        networks,
+        predict,
+    )

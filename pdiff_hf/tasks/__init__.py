@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from .registry import make_family, make_task, register_task, task_class, task_names
+from .registry import make_family, make_task, register_family, register_task, task_class, task_names
 from .task import (
     Batch,
     ClassificationTask,
@@ -35,6 +35,7 @@ __all__ = [
     "make_family",
     "make_task",
     "predict_logits",
+    "register_family",
     "register_task",
     "take",
     "task_class",

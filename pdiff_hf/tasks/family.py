@@ -4,7 +4,7 @@ import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -31,8 +31,11 @@ class Family(ABC):
         fields (`Fields`): Of a condition.
         test_sets (`Mapping[str, str]`): Regions of conditions that are kept for tests, by name, with what they are;
             none by default.
+        takes (`type[Task]`, *optional*): The kind of task that the family is over, which is then the first argument of
+            its class.
     """
 
+    takes: ClassVar[type[Task] | None] = None
     fields: Fields
     test_sets: Mapping[str, str] = {}
 
@@ -120,6 +123,10 @@ class Family(ABC):
     @abstractmethod
     def fingerprint(self, split: Split) -> str:
         """A string that changes when the examples of a split, or what conditions do to them, change."""
+
+    def source_classes(self) -> tuple[type, ...]:
+        """Classes whose source results depend on."""
+        return (type(self),)
 
     def task(self, condition: Condition) -> Task:
         """One task by itself."""
@@ -221,7 +228,11 @@ class TaskFamily(Family):
         base (`LabelledTask`): Its data and its network.
     """
 
+    takes: ClassVar[type[Task] | None] = LabelledTask
     base: LabelledTask
+
+    def source_classes(self) -> tuple[type, ...]:
+        return (type(self), *self.base.source_classes())
 
     def num_examples(self, split: Split) -> int:
         return len(self.base.load_split(split))  # type: ignore[arg-type]  # a map-style data set
@@ -249,6 +260,9 @@ class SingleTask(Family):
 
     def __init__(self, base: Task):
         self.base, self.fields = base, Fields({})
+
+    def source_classes(self) -> tuple[type, ...]:
+        return self.base.source_classes()
 
     def draw(self, generator: torch.Generator) -> dict[str, Any]:
         return {}

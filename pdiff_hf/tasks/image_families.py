@@ -4,7 +4,7 @@ import math
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, get_args
+from typing import Any, ClassVar, get_args
 
 import torch
 import torch.nn.functional as F
@@ -14,7 +14,8 @@ from .changes import apply_change
 from .draws import ExampleGenerator
 from .family import TaskFamily
 from .image_classification import ImageClassificationTask
-from .task import Batch, Split
+from .registry import register_family
+from .task import Batch, Split, Task
 
 
 @dataclass
@@ -26,6 +27,7 @@ class ImageFamily(TaskFamily):
         base (`ImageClassificationTask`): Its data and its network.
     """
 
+    takes: ClassVar[type[Task] | None] = ImageClassificationTask
     base: ImageClassificationTask
     _pixels: dict = field(default_factory=dict, init=False, repr=False)
     _checked: set = field(default_factory=set, init=False, repr=False)
@@ -34,9 +36,9 @@ class ImageFamily(TaskFamily):
         """All images of a split, uint8 of shape `(M, C, H, W)`, and their labels."""
         if split not in self._pixels:
             examples = self.base.load_split(split)
-            parts = [examples.__getitems__(rows.tolist()) for rows in torch.arange(len(examples)).split(1000)]
-            values = torch.cat([(p["pixel_values"] * examples.std + examples.mean).round().byte() for p in parts])
-            self._pixels[split] = values, torch.cat([part["labels"] for part in parts])
+            parts = torch.arange(len(examples)).split(1000)
+            pixels = torch.cat([examples.pixels(rows.tolist()) for rows in parts])
+            self._pixels[split] = pixels, examples.labels
         return self._pixels[split]
 
     def batch(self, split: Split, table: torch.Tensor, indices: torch.Tensor) -> Batch:
@@ -53,8 +55,8 @@ class ImageFamily(TaskFamily):
         is_first = split not in self._checked
         images, labels = apply_change(self, self.fields.named(table), images, labels, generator, check_values=is_first)
         self._checked.add(split)
-        examples = self.base.load_split(split)
-        mean, std = (value.to(table.device) / 255 for value in (examples.mean, examples.std))
+        preparation = self.base.load_split(split).preparation
+        mean, std = (torch.tensor(v, device=table.device).view(-1, 1, 1) for v in (preparation.mean, preparation.std))
         return {"pixel_values": (images - mean) / std, "labels": labels}
 
     @abstractmethod
@@ -92,6 +94,7 @@ REGIONS = {
 }
 
 
+@register_family("transformed")
 @dataclass
 class TransformedFamily(ImageFamily):
     """

@@ -309,8 +309,11 @@ class ImageSplit(torch.utils.data.Dataset):
         return len(self.labels)
 
     def __getitems__(self, indices: Sequence[int]) -> Batch:
-        images = self._prepare(indices) if self._images is None else self._images[indices]
-        return {"pixel_values": self.preparation.normalize(images), "labels": self.labels[indices]}
+        return {"pixel_values": self.preparation.normalize(self.pixels(indices)), "labels": self.labels[indices]}
+
+    def pixels(self, indices: Sequence[int]) -> torch.Tensor:
+        """Prepared images, uint8 of shape `(B, C, H, W)`."""
+        return self._prepare(indices) if self._images is None else self._images[indices]
 
 
 @dataclass(frozen=True)

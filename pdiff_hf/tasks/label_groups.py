@@ -3,7 +3,7 @@
 import os
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -11,7 +11,9 @@ from torch import nn
 from ..models.condition import Condition, Conditions, Fields
 from .family import TaskFamily
 from .image_families import ImageFamily
-from .task import Batch, Split
+from .registry import register_family
+from .task import Batch, Split, Task
+from .text_classification import TextClassificationTask
 
 
 @dataclass
@@ -49,9 +51,12 @@ class LabelGroups(TaskFamily):
             self.base.class_names = names
 
 
+@register_family("grouped")
 @dataclass
 class GroupedFamily(LabelGroups, ImageFamily):
     """`LabelGroups` of images."""
+
+    takes: ClassVar[type[Task] | None] = ImageFamily.takes
 
     def change(
         self, conditions: Conditions, images: torch.Tensor, labels: torch.Tensor
@@ -59,6 +64,7 @@ class GroupedFamily(LabelGroups, ImageFamily):
         return images, self.is_positive(conditions.table, labels)
 
 
+@register_family("grouped")
 @dataclass
 class GroupedTextFamily(LabelGroups):
     """
@@ -67,6 +73,8 @@ class GroupedTextFamily(LabelGroups):
     Networks of transformers look at the values of a mask of padding, which many networks side by side do not allow.
     They get it in the form that attention needs, which is right for networks whose tokens see all others.
     """
+
+    takes: ClassVar[type[Task] | None] = TextClassificationTask
 
     def load_base_model(self) -> nn.Module:
         """

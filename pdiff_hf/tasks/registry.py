@@ -4,10 +4,8 @@ import difflib
 import importlib
 import importlib.util
 import inspect
-import json
-import re
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from functools import cache
 from pathlib import Path
 from types import ModuleType
@@ -20,30 +18,48 @@ if TYPE_CHECKING:
     from .family import Family
 
 T = TypeVar("T", bound=type[Task])
-REGISTERED: dict[str, type[Task]] = {}
-# Modules are imported when a family is asked for.
-FAMILIES = {"transformed": "image_families:TransformedFamily", "grouped": "label_groups:GroupedFamily"}
-FAMILIES_OF_TEXTS = {"grouped": "label_groups:GroupedTextFamily"}
+F = TypeVar("F", bound=type["Family"])
+# The tasks of this package, each in the module of its name, and the modules with its families. They are imported when
+# one is asked for, which takes seconds.
+TASKS = (
+    "image_classification",
+    "image_generation",
+    "object_detection",
+    "semantic_segmentation",
+    "text_classification",
+)
+FAMILIES = {"transformed": ("image_families",), "grouped": ("label_groups",)}
+_tasks: dict[str, type[Task]] = {}
+_families: dict[str, list[type["Family"]]] = {}
 
 
 def register_task(name: str) -> Callable[[T], T]:
-    """Makes a task of a module in this folder known by a name: `@register_task("image_classification")`."""
+    """Makes a class of a task known by a name, such as `@register_task("image_classification")`."""
 
     def register(task: T) -> T:
-        REGISTERED[name] = task
+        _tasks[name] = task
         return task
 
     return register
 
 
-@cache
-def task_names() -> dict[str, str]:
-    """The names of all registered tasks, with their modules. They are read, not imported, which would take seconds."""
-    found: dict[str, str] = {}
-    for path in sorted(Path(__file__).parent.glob("*.py")):
-        names = re.findall(r'^@register_task\("(\w+)"\)', path.read_text(encoding="utf-8"), re.MULTILINE)
-        found |= dict.fromkeys(names, f"{__package__}.{path.stem}")
-    return found
+def register_family(name: str) -> Callable[[F], F]:
+    """
+    Makes a class of a family known by a name, such as `@register_family("transformed")`. Several classes may share one,
+    if they take tasks of different kinds: see [`Family`].
+    """
+
+    def register(family: F) -> F:
+        kinds = _families.setdefault(name, [])
+        kinds[:] = [kind for kind in kinds if kind.takes is not family.takes] + [family]
+        return family
+
+    return register
+
+
+def task_names() -> tuple[str, ...]:
+    """The names of all tasks that are known."""
+    return tuple(dict.fromkeys((*TASKS, *_tasks)))
 
 
 def task_class(name: str) -> type[Task]:
@@ -56,9 +72,10 @@ def task_class(name: str) -> type[Task]:
     Raises:
         ValueError: if there is none, or it is no task, or lacks methods of one.
     """
-    if name in task_names():
-        importlib.import_module(task_names()[name])
-        return REGISTERED[name]
+    if name in TASKS and name not in _tasks:
+        importlib.import_module(f"{__package__}.{name}")
+    if name in _tasks:
+        return _tasks[name]
     if ":" not in name:
         close = difflib.get_close_matches(name, task_names(), n=3) or list(task_names())
         raise ValueError(
@@ -66,6 +83,28 @@ def task_class(name: str) -> type[Task]:
             "path/to/file.py:Class"
         )
     return _own_class("task", name, Task)
+
+
+def _family_class(name: str, base: Task) -> type["Family"]:
+    """The class of a family over a task like `base`."""
+    for module in FAMILIES.get(name, ()):
+        importlib.import_module(f"{__package__}.{module}")
+    if name in _families:
+        kinds = _families[name]
+    elif ":" in name:
+        from .family import Family
+
+        kinds = [_own_class("family", name, Family)]
+    else:
+        known = ", ".join(dict.fromkeys((*FAMILIES, *_families)))
+        raise ValueError(
+            f"family '{name}' is neither one of {known} nor a class of your own, module:Class or path/to/file.py:Class"
+        )
+    for kind in kinds:
+        if kind.takes is None or isinstance(base, kind.takes):
+            return kind
+    takes = " or ".join(kind.takes.__name__ for kind in kinds if kind.takes is not None)
+    raise ValueError(f"family '{name}' is over the data of a task of the kind {takes}, got {type(base).__name__}")
 
 
 def _own_class(kind: str, name: str, base: type) -> Any:
@@ -87,26 +126,36 @@ def _own_class(kind: str, name: str, base: type) -> Any:
     return found
 
 
-@cache
 def _load_file(path: Path) -> ModuleType:
+    """The module in a file, which may import what lies beside it; once, as long as the file stays as it is."""
     if not path.is_file():
         raise FileNotFoundError(f"there is no file '{path}'")
+    return _load_source(path, path.read_bytes())
+
+
+@cache
+def _load_source(path: Path, source: bytes) -> ModuleType:
+    if str(path.parent) not in sys.path:
+        sys.path.append(str(path.parent))
     spec = importlib.util.spec_from_file_location(str(path), path)
     assert spec is not None and spec.loader is not None  # of a file that ends in .py
     module = importlib.util.module_from_spec(spec)
     sys.modules[module.__name__] = module  # where dataclasses look for it
-    spec.loader.exec_module(module)
+    exec(compile(source, path, "exec"), module.__dict__)  # and not bytecode of an earlier second
     return module
 
 
-def make_task(settings: Mapping[str, Any], task_args: Mapping[str, Any] | None = None) -> Task:
+def make_task(
+    settings: Mapping[str, Any], task_args: Mapping[str, Any] | None = None, must_take: Collection[str] = ()
+) -> Task:
     """
     The task that settings describe.
 
     Args:
         settings (`Mapping[str, Any]`): `task`, a name for `task_class`, and what goes to the arguments of that class
-            with the same names; None leaves an argument at its default, and a mapping may be JSON.
+            with the same names; None leaves an argument at its default.
         task_args (`Mapping[str, Any]`, *optional*): More arguments of that class.
+        must_take (`Collection[str]`, *optional*): Settings that would have no effect if the class had no such argument.
 
     Raises:
         ValueError: for an unknown task or argument, and for what the task itself refuses.
@@ -119,14 +168,16 @@ def make_task(settings: Mapping[str, Any], task_args: Mapping[str, Any] | None =
         raise ValueError(
             f"task '{name}' does not take the task_args {', '.join(unknown)}; it takes {', '.join(parameters)}"
         )
+    without_effect = sorted(set(must_take) - set(parameters))
+    if without_effect:
+        key = without_effect[0]
+        raise ValueError(f"{key}={settings[key]} has no effect: task '{name}' does not take it; leave it out")
     args = {key: settings[key] for key in parameters if settings.get(key) is not None} | dict(task_args)
     variable = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
     needed = [key for key, value in parameters.items() if value.default is value.empty and value.kind not in variable]
     missing = [key for key in needed if key not in args]
     if missing:
         raise ValueError(f"task '{name}' needs {', '.join(missing)}")
-    if isinstance(args.get("model_args"), str):
-        args["model_args"] = json.loads(args["model_args"])
     return cls(**args)
 
 
@@ -135,38 +186,22 @@ def make_family(name: str, base: Task, family_args: Mapping[str, Any] | None = N
     A family of tasks.
 
     Args:
-        name (`str`): One of `FAMILIES`, `module:Class`, or `path/to/file.py:Class`.
-        base (`Task`): What the family changes; for a class of one's own, only if its first argument is called `base`.
+        name (`str`): A registered name, `module:Class`, or `path/to/file.py:Class`.
+        base (`Task`): What the family is over, its first argument if it takes one.
         family_args (`Mapping[str, Any]`, *optional*): More arguments of the class.
 
     Raises:
         ValueError: for an unknown family or argument, for what the family itself refuses, and for what
             [`Family.check`] finds in a class of one's own.
     """
-    from .family import Family
-    from .image_families import ImageFamily
-
-    family_args = family_args or {}
-    if name in FAMILIES:
-        of_texts = hasattr(base, "tokenizer") and name in FAMILIES_OF_TEXTS
-        module, _, class_name = (FAMILIES_OF_TEXTS if of_texts else FAMILIES)[name].partition(":")
-        cls = getattr(importlib.import_module(f"{__package__}.{module}"), class_name)
-    elif ":" not in name:
-        raise ValueError(
-            f"family '{name}' is neither one of {', '.join(FAMILIES)} nor a class of your own, module:Class or "
-            "path/to/file.py:Class"
-        )
-    else:
-        cls = _own_class("family", name, Family)
-    if issubclass(cls, ImageFamily) and not hasattr(base, "raw_examples"):
-        raise ValueError(f"family '{name}' changes images, and a {type(base).__name__} has none")
-    parameters = list(inspect.signature(cls).parameters)
-    takes_base = parameters[:1] == ["base"]
-    unknown = sorted(set(family_args) - set(parameters[takes_base:]))
+    family_args, cls = family_args or {}, _family_class(name, base)
+    takes_base = cls.takes is not None
+    parameters = list(inspect.signature(cls).parameters)[takes_base:]
+    unknown = sorted(set(family_args) - set(parameters))
     if unknown:
         raise ValueError(
             f"family '{name}' does not take the family_args {', '.join(unknown)}; it takes "
-            f"{', '.join(parameters[takes_base:]) or 'none'}"
+            f"{', '.join(parameters) or 'none'}"
         )
     family = cls(*[base] * takes_base, **family_args)
     if ":" in name:

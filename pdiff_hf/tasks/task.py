@@ -82,6 +82,10 @@ class Task(ABC):
     def loss(self, call: Callable, batch: Batch) -> torch.Tensor:
         """The training loss of one batch, a scalar, whether the network is in training or in evaluation mode."""
 
+    def source_classes(self) -> tuple[type, ...]:
+        """Classes whose source results depend on, so that a run is not taken for one of an edited class."""
+        return (type(self),)
+
     def save_base_model(self, model: nn.Module, folder: str | os.PathLike) -> None:
         """Writes the network into the existing folder; a task may add what it prepares its inputs with."""
         save_base(model, folder)

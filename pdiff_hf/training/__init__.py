@@ -1,7 +1,7 @@
 """Training of the autoencoder and the denoiser in one loop."""
 
 from .autoencoder import NoiseArguments, train_autoencoder
-from .denoiser import make_training_scheduler, train_denoiser
+from .denoiser import make_sampling_scheduler, make_training_scheduler, train_denoiser
 from .loop import Loop, LoopArguments, LoopCallback, LoopState, TrainingError
 
 __all__ = [
@@ -11,6 +11,7 @@ __all__ = [
     "LoopState",
     "NoiseArguments",
     "TrainingError",
+    "make_sampling_scheduler",
     "make_training_scheduler",
     "train_autoencoder",
     "train_denoiser",

@@ -27,8 +27,9 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, Bert
 from pdiff_hf import LatentDenoiser, ParameterAutoencoder, PDiffPipeline
 from pdiff_hf.models import DENOISER_PRESETS, autoencoder_architecture
 from pdiff_hf.models.products import AdapterProducts
-from pdiff_hf.run.recipe import Recipe
-from pdiff_hf.run.run import Run
+from pdiff_hf.run.config import PDiffConfig
+from pdiff_hf.run.context import RunContext
+from pdiff_hf.run.trainer import execute, prepare
 from pdiff_hf.snapshots import adapter_layout, import_snapshots, load_snapshots, parameter_matrix
 
 PACKAGES = ("datasets", "diffusers", "matplotlib", "numpy", "pandas", "sklearn", "torch", "transformers")
@@ -55,11 +56,11 @@ RECIPE = {
     "collect_steps": 300,
     "collect_every": 50,
     "collect_learning_rate": 0.005,
-    "collect_weight_decay": 0.0,
+    "collect_args": {"weight_decay": 0.0},
     "collect_batch_size": 16,
     "autoencoder_preset": "pca",
     "latent_dim": 100,
-    "latent_scaling": "together",
+    "autoencoder_args": {"latent_scaling": "together"},
     "heldout_snapshots": 0.0,
     "denoiser_preset": "mlp",
     "denoiser_steps": 1500,
@@ -106,10 +107,9 @@ def write_texts(folder: Path, seed: int) -> None:
             csv.writer(file).writerows([("text", "label"), *part])
 
 
-def execute(recipe: Recipe) -> Run:
-    run = Run(recipe)
-    with run.lock():
-        run.execute()
+def finish(recipe: PDiffConfig) -> RunContext:
+    run = prepare(recipe)
+    execute(run)
     return run
 
 
@@ -127,7 +127,7 @@ def make_adapter(folder: Path, texts: Path, seed: int, rank: int) -> Path:
         "select": ["*classifier*"],
         "seed": seed,
     }
-    trained = execute(Recipe(**settings)).folder / "base_model"
+    trained = finish(PDiffConfig(**settings)).folder / "base_model"
     torch.manual_seed(seed)
     names = {0: "negative", 1: "positive"}
     network = AutoModelForSequenceClassification.from_pretrained(
@@ -245,14 +245,14 @@ def main() -> None:
             "num_tasks": args.num_tasks,
             "num_snapshots": 2 * args.num_tasks,
             "tune_steps": args.tune_steps,
-            "tune_map": bool(args.tune_steps),
+            "tune_args": {"map": bool(args.tune_steps)},
             "seed": seed,
         }
-        zoo = execute(Recipe(**settings | {"output_dir": str(folder / "zoo"), "stages": ["base", "collect"]}))
+        zoo = finish(PDiffConfig(**settings | {"output_dir": str(folder / "zoo"), "stages": ["base", "collect"]}))
         for products in (True, False):
             name = "products" if products else "factors"
             own = {"snapshots": str(zoo.folder / "snapshots"), "adapter_products": products}
-            run = execute(Recipe(**settings | own | {"output_dir": str(folder / name)}))
+            run = finish(PDiffConfig(**settings | own | {"output_dir": str(folder / name)}))
             print(
                 f"## Seed {seed}, {name}\n\n{(run.folder / 'evaluation' / 'report.md').read_text(encoding='utf-8')}",
                 flush=True,

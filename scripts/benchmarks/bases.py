@@ -10,7 +10,6 @@ snapshots that the autoencoder keeps, of seen and of held-out snapshots.
 """
 
 import argparse
-import dataclasses
 import json
 import sys
 import tempfile
@@ -23,10 +22,11 @@ from sizes import peak_memory
 from pdiff_hf.evaluation.render import table
 from pdiff_hf.models import ParameterAutoencoder, autoencoder_architecture
 from pdiff_hf.models.tokens import BASIS_DTYPES
-from pdiff_hf.run.recipe import load_recipe
-from pdiff_hf.run.run import Run
+from pdiff_hf.run.cli import load_config
+from pdiff_hf.run.learning import autoencoder_arguments
+from pdiff_hf.run.trainer import prepare
 from pdiff_hf.training import NoiseArguments, train_autoencoder
-from pdiff_hf.training.loop import Loop, LoopArguments
+from pdiff_hf.training.loop import Loop
 
 
 @torch.no_grad()
@@ -42,21 +42,16 @@ def explained(autoencoder: ParameterAutoencoder, snapshots: torch.Tensor, rows: 
 
 def measure(folder: str, dtype: str, token_dim: int, steps: int) -> None:
     """In a process of its own: trains an autoencoder, and prints its bytes on disk and R²."""
-    run = Run(dataclasses.replace(load_recipe(f"{folder}/recipe.yaml"), output_dir=folder))
-    snapshots, seen, r = run.parameters, run.seen, run.recipe
+    run = prepare(load_config(f"{folder}/recipe.yaml", output_dir=folder))
+    snapshots, seen, r = run.parameters, run.seen, run.config
     architecture = autoencoder_architecture("tokens", snapshots.shape[1])
     with tempfile.TemporaryDirectory() as temporary:
         autoencoder, _ = train_autoencoder(
             Loop(Accelerator(), seed=0),
             snapshots,
             run.layout,
-            LoopArguments(
-                num_steps=steps,
-                batch_size=min(r.autoencoder_batch_size, len(seen)),
-                learning_rate=r.autoencoder_learning_rate,
-                lr_scheduler="cosine",
-                lr_warmup_steps=r.autoencoder_warmup_steps,
-                max_grad_norm=r.max_grad_norm,
+            autoencoder_arguments(
+                r.changed(autoencoder_steps=steps, autoencoder_batch_size=min(r.autoencoder_batch_size, len(seen)))
             ),
             NoiseArguments(),
             seen=seen,

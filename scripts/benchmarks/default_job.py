@@ -8,16 +8,15 @@ The second form computes as a processor without AVX does.
 """
 
 import argparse
-import dataclasses
 import resource
 import sys
 import tempfile
 from pathlib import Path
 
 from pdiff_hf.evaluation.render import format_summary
-from pdiff_hf.run.recipe import load_recipe
-from pdiff_hf.run.run import Run
+from pdiff_hf.run.cli import load_config
 from pdiff_hf.run.task import make_task
+from pdiff_hf.run.trainer import execute, prepare
 from pdiff_hf.utils import names
 from pdiff_hf.utils.reports import load_report
 
@@ -34,13 +33,12 @@ def main() -> None:
     seed = parser.parse_args().seed
     rows = [("imports", *used())]
     with tempfile.TemporaryDirectory() as folder:
-        recipe = load_recipe("digits.yaml", output_dir=folder, seed=seed)
+        recipe = load_config("digits.yaml", output_dir=folder, seed=seed)
         task = make_task(recipe)
         rows.append(("data", *used()))
         for stage in recipe.stages:
-            run = Run(dataclasses.replace(recipe, stages=[stage]), task=task)
-            with run.lock():
-                run.execute()
+            run = prepare(recipe.changed(stages=[stage]), task=task)
+            execute(run)
             rows.append((stage, *used()))
         print(format_summary(load_report(Path(folder, names.EVALUATION, names.REPORT))))
     print(f"{'stage':12} {'CPU s':>7} {'peak MB':>8}")

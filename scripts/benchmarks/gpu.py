@@ -32,10 +32,15 @@ from pdiff_hf import PDiffPipeline
 from pdiff_hf.evaluation.scoring import make_scorer
 from pdiff_hf.layout import ParameterLayout
 from pdiff_hf.models import DENOISER_PRESETS, LatentDenoiser, ParameterAutoencoder, autoencoder_architecture
-from pdiff_hf.run.stages import make_sampling_scheduler
 from pdiff_hf.selection import select_parameters
 from pdiff_hf.tasks import ImageClassificationTask
-from pdiff_hf.training import NoiseArguments, make_training_scheduler, train_autoencoder, train_denoiser
+from pdiff_hf.training import (
+    NoiseArguments,
+    make_sampling_scheduler,
+    make_training_scheduler,
+    train_autoencoder,
+    train_denoiser,
+)
 from pdiff_hf.training.loop import Loop, LoopArguments
 
 LATENT_DIM = 128

@@ -9,7 +9,6 @@ It executes the recipe once for each seed, with other tasks each time, and pools
 other flags are those of scripts/train.py.
 """
 
-import dataclasses
 import json
 import resource
 from collections.abc import Mapping, Sequence
@@ -18,36 +17,36 @@ from typing import Any
 
 from pdiff_hf.evaluation.conditional import compared
 from pdiff_hf.evaluation.render import format_summary
-from pdiff_hf.run.recipe import Recipe, RecipeParser
-from pdiff_hf.run.run import Run
+from pdiff_hf.run.cli import ConfigParser
+from pdiff_hf.run.config import PDiffConfig
 from pdiff_hf.run.terminal import quiet_libraries
+from pdiff_hf.run.trainer import execute, prepare
 from pdiff_hf.utils import names
 from pdiff_hf.utils.files import write_json
 from pdiff_hf.utils.reports import load_report
 
 
 def main() -> None:
-    parser = RecipeParser("on_demand.yaml", description=__doc__.strip().split("\n\n")[0])
+    parser = ConfigParser("on_demand.yaml", description=__doc__.strip().split("\n\n")[0])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
-    recipe = parser.parse_recipe()
-    seeds = parser.parse_known_args()[0].seeds
+    recipe, flags = parser.parse_config()
+    seeds = flags.seeds
     quiet_libraries()
     folder = Path(recipe.output_dir)
-    reports = [execute(dataclasses.replace(recipe, seed=s, output_dir=str(folder / f"seed{s}"))) for s in seeds]
+    reports = [finish(recipe.changed(seed=s, output_dir=str(folder / f"seed{s}"))) for s in seeds]
     report = pool_reports(reports)
     write_json(folder / names.REPORT, report)
     (folder / "report.md").write_text(format_summary(report), encoding="utf-8")
     print(format_summary(report))
 
 
-def execute(recipe: Recipe) -> dict:
+def finish(recipe: PDiffConfig) -> dict:
     """The report of one seed; with the CPU seconds of the stages that were not finished before, and peak memory."""
     seconds = {}
     for stage in recipe.stages:
         before = _cpu_seconds()
-        run = Run(dataclasses.replace(recipe, stages=[stage]))
-        with run.lock():
-            run.execute()
+        run = prepare(recipe.changed(stages=[stage]))
+        execute(run)
         seconds[stage] = round(_cpu_seconds() - before, 1)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     print(f"seed {recipe.seed}: {sum(seconds.values()):.0f} s of CPU, {peak:.1f} GB at most", json.dumps(seconds))

@@ -25,8 +25,8 @@ from pdiff_hf.evaluation.metrics import accuracy, iou_within
 from pdiff_hf.evaluation.render import table
 from pdiff_hf.evaluation.scoring import make_scorer
 from pdiff_hf.models import DENOISER_PRESETS, LatentDenoiser
-from pdiff_hf.run.recipe import RecipeParser
-from pdiff_hf.run.run import Run
+from pdiff_hf.run.cli import load_config
+from pdiff_hf.run.trainer import prepare
 
 NAIVE_STEPS = 1000
 NAIVE_MODELS = 2  # that are timed
@@ -54,8 +54,8 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="Of the starting noise.")
     args = parser.parse_args()
     torch.manual_seed(args.seed)
-    recipe = RecipeParser().parse_recipe([str(Path(args.run, "recipe.yaml")), "--output_dir", args.run])
-    run = Run(recipe)
+    recipe = load_config(Path(args.run, "recipe.yaml"), output_dir=args.run)
+    run = prepare(recipe)
     pipe = run.pipeline
     pipe.set_progress_bar_config(disable=True)
     scorer = make_scorer(run.task, run.base_model, run.layout, cache_dir=run.folder / "scores")

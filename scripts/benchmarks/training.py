@@ -28,7 +28,7 @@ from accelerate import Accelerator
 from pdiff_hf.evaluation.render import table
 from pdiff_hf.layout import ParameterLayout
 from pdiff_hf.models import DENOISER_PRESETS, autoencoder_architecture
-from pdiff_hf.run.recipe import Recipe
+from pdiff_hf.run.config import PDiffConfig
 from pdiff_hf.training import NoiseArguments, make_training_scheduler, train_autoencoder, train_denoiser
 from pdiff_hf.training.estimate import estimate_autoencoder, estimate_denoiser
 from pdiff_hf.training.loop import Loop, LoopArguments
@@ -89,7 +89,7 @@ def main() -> None:
     )
     header = ["parameters", "network", "form", "GFLOP a step", "s once", "s a step", "peak MB", "paper, MB on A100"]
     print(table(header, rows))
-    recipe = Recipe()
+    recipe = PDiffConfig()
     for size in args.sizes:
         if (size, "denoiser", NAIVE) in step_seconds and (size, "autoencoder", NAIVE) in step_seconds:
             steps = {

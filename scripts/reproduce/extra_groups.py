@@ -7,24 +7,24 @@ import torch
 from pdiff_hf.evaluation.geometry import Rows
 from pdiff_hf.evaluation.sampling import Group
 from pdiff_hf.evaluation.scoring import Scorer
-from pdiff_hf.run.run import Run
-from pdiff_hf.run.stages import architecture, autoencoder_arguments
+from pdiff_hf.run.context import RunContext
+from pdiff_hf.run.learning import architecture, autoencoder_arguments
 from pdiff_hf.training import NoiseArguments, train_autoencoder
 from pdiff_hf.utils.seeds import named_seed
 
 from .hyper_representations import sample_hyper_representations
 
 
-def hyper_representations(run: Run, scorer: Scorer) -> Iterator[Group]:
+def hyper_representations(run: RunContext, scorer: Scorer) -> Iterator[Group]:
     """Table 7: as many networks as are generated for each of S_KDE30, SANE_SUB and SANE_KDE30."""
-    r, seen = run.recipe, Rows(run.parameters, ~run.heldout)
-    return sample_hyper_representations(scorer, seen, run.pipeline.autoencoder, r.score_models or r.num_models, r.seed)
+    r, seen = run.config, Rows(run.parameters, ~run.heldout)
+    return sample_hyper_representations(scorer, seen, run.pipeline.autoencoder, r.num_models, r.seed)
 
 
-def vae(run: Run, scorer: Scorer) -> Iterator[Group]:
+def vae(run: RunContext, scorer: Scorer) -> Iterator[Group]:
     """Table 8: the prior of a variational autoencoder that is trained as the generator's own, but with the KL term."""
-    r = run.recipe
-    with run.loop("evaluate") as loop:
+    r = run.config
+    with run.loop(run.stages["evaluate"]) as loop:
         autoencoder, _ = train_autoencoder(
             loop,
             run.parameters,
@@ -33,9 +33,9 @@ def vae(run: Run, scorer: Scorer) -> Iterator[Group]:
             seen=run.seen,
             latent_dim=r.latent_dim,
             architecture=architecture(run),
-            normalization=r.normalization,
-            latent_scaling=r.latent_scaling,
-            noise=NoiseArguments(parameter_noise=r.parameter_noise, latent_noise=0.0),
+            normalization=r.autoencoder_args.normalization,
+            latent_scaling=r.autoencoder_args.latent_scaling,
+            noise=NoiseArguments(parameter_noise=r.autoencoder_args.parameter_noise, latent_noise=0.0),
             kl_weight=1.0,
         )
     generator = torch.Generator().manual_seed(named_seed(r.seed, "vae"))
@@ -43,7 +43,7 @@ def vae(run: Run, scorer: Scorer) -> Iterator[Group]:
         yield Group("vae", autoencoder.eval().sample_prior(r.baseline_models, generator).cpu(), "VAE")
 
 
-EXTRA_GROUPS: Mapping[str | None, Callable[[Run, Scorer], Iterator[Group]]] = {
+EXTRA_GROUPS: Mapping[str | None, Callable[[RunContext, Scorer], Iterator[Group]]] = {
     "hyper_representations": hyper_representations,
     "vae": vae,
 }

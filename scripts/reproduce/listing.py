@@ -13,8 +13,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from pdiff_hf.evaluation.baselines import standard_baselines
 from pdiff_hf.evaluation.render import table
-from pdiff_hf.run.recipe import Recipe
-from pdiff_hf.run.stages import stage_settings
+from pdiff_hf.run.config import PDiffConfig
+from pdiff_hf.run.context import stage_settings
+from pdiff_hf.run.stages import STAGES
 from pdiff_hf.selection import select_parameters
 from pdiff_hf.training.estimate import estimate_autoencoder, estimate_denoiser
 
@@ -75,7 +76,7 @@ def _cost(plan: Plan, at_paper: bool) -> tuple[int, float]:
                 stages = _stage_seconds(recipe, _network_cost(recipe, architecture.operations), at_paper)
             else:
                 stages = {"evaluate": 60 * architecture.minutes}
-            seconds |= {(stage, json.dumps(stage_settings(recipe, stage))): s for stage, s in stages.items()}
+            seconds |= {(stage, json.dumps(stage_settings(recipe, stage, STAGES))): s for stage, s in stages.items()}
     return sum(stage == "evaluate" for stage, _ in seconds), sum(seconds.values()) / 60
 
 
@@ -89,16 +90,16 @@ class _NetworkCost:
     parameters: int
 
 
-def _network_cost(r: Recipe, known: Mapping[str, float] | None) -> _NetworkCost:
+def _network_cost(r: PDiffConfig, known: Mapping[str, float] | None) -> _NetworkCost:
     """Of the network of a recipe: `known`, or those of a classifier, counted."""
     if known is None:
-        arguments = r.model, r.model_args, tuple(r.select), tuple(r.exclude)
+        arguments = r.model, json.dumps(r.model_args), tuple(r.select), tuple(r.exclude)
         whole, suffix = _operations(*arguments, r.image_size)
         known = {"whole": whole, "suffix": suffix, "parameters": _num_parameters(*arguments)}
     return _NetworkCost(**{"score": known["suffix"]} | known)
 
 
-def _stage_seconds(r: Recipe, cost: _NetworkCost, at_paper: bool) -> dict[str, float]:
+def _stage_seconds(r: PDiffConfig, cost: _NetworkCost, at_paper: bool) -> dict[str, float]:
     num_train, *validation, num_test = NUM_IMAGES.get(r.dataset, USUAL_NUM_IMAGES)
     num_validation = validation[0] if validation else r.validation_fraction * num_train
     num_train = min(num_train if validation else num_train - num_validation, r.max_train_samples or math.inf)
@@ -119,7 +120,7 @@ def _stage_seconds(r: Recipe, cost: _NetworkCost, at_paper: bool) -> dict[str, f
     return {stage: count / A100_OPERATIONS_PER_SECOND for stage, count in operations.items()}
 
 
-def _generator_operations(r: Recipe, num_parameters: int) -> dict[str, int]:
+def _generator_operations(r: PDiffConfig, num_parameters: int) -> dict[str, int]:
     """Of training, and of a forward pass of the denoiser (a third of a step) for each network and step of sampling."""
     autoencoder, denoiser = _step_operations(num_parameters, r.latent_dim, r.autoencoder_preset, r.denoiser_preset)
     return {

@@ -10,10 +10,11 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from pdiff_hf.run.recipe import Recipe
-from pdiff_hf.run.stages import stage_settings
+from pdiff_hf.run.cli import flat, read_recipe
+from pdiff_hf.run.config import PDiffConfig
+from pdiff_hf.run.context import stage_settings
+from pdiff_hf.run.options import nested
+from pdiff_hf.run.stages import STAGES
 from pdiff_hf.utils import names
 
 from .tables import ARCHITECTURES, DATASETS, SCALE_SETTINGS, ExperimentError, Row, find_experiment
@@ -21,7 +22,7 @@ from .tables import ARCHITECTURES, DATASETS, SCALE_SETTINGS, ExperimentError, Ro
 RECIPES = Path(__file__).parents[1] / "recipes"
 SCALES = ("small", "paper")
 SMALL_DATASET = "zalando-datasets/fashion_mnist"
-Plan = list[tuple[Row, list[Recipe]]]
+Plan = list[tuple[Row, list[PDiffConfig]]]
 
 
 def expand(
@@ -44,7 +45,7 @@ def expand(
         dataset (`str`, *optional*): In place of the paper's data sets; at the small scale `SMALL_DATASET` by default.
         seeds (`Sequence[int]`, *optional*, defaults to `(0,)`): Every row is run with each.
         patterns (`Sequence[str]`, *optional*): Globs of the names of runs; all by default.
-        changes (`Mapping`, *optional*): Recipe keys to set for all rows.
+        changes (`Mapping`, *optional*): Settings to set for all rows.
 
     Raises:
         ExperimentError: for an unknown experiment, row or scale, and for changes of what the experiment itself varies.
@@ -80,7 +81,7 @@ def canvases_folder(architecture: str, output_dir: str | os.PathLike, dataset: s
     return Path(output_dir, f"canvases-{Path(dataset).name.partition(':')[0]}-{sizes}")
 
 
-def features_recipe(architecture: str, output_dir: str | os.PathLike, dataset: str) -> Recipe | None:
+def features_recipe(architecture: str, output_dir: str | os.PathLike, dataset: str) -> PDiffConfig | None:
     """
     Of the classifier on whose features FID is measured, if `architecture` needs one: the same for all seeds, because
     FIDs on different features cannot be compared.
@@ -114,7 +115,7 @@ def _select_rows(name: str, patterns: Sequence[str] | None, one_dataset: bool) -
 
 
 def _row_settings(row: Row, scale: str, dataset: str | None, output_dir: str | os.PathLike) -> dict[str, Any]:
-    """Recipe keys that follow from the row's architecture, the scale and the data set."""
+    """Settings that follow from the row's architecture, the scale and the data set."""
     architecture = ARCHITECTURES[row.architecture]
     settings = dict(_read_recipe(architecture.recipe))
     if scale == "paper":
@@ -133,21 +134,21 @@ def _row_settings(row: Row, scale: str, dataset: str | None, output_dir: str | o
         settings["dataset"] = str(canvases_folder(row.architecture, output_dir, dataset))
     classifier = features_recipe(row.architecture, output_dir, dataset)
     if classifier is not None:
-        settings["fid_features"] = str(Path(classifier.output_dir, names.BASE_MODEL))
+        settings["task_args.fid_features"] = str(Path(classifier.output_dir, names.BASE_MODEL))
     return settings
 
 
 @lru_cache
 def _read_recipe(name: str) -> dict[str, Any]:
-    values = yaml.safe_load((RECIPES / f"{name}.yaml").read_text(encoding="utf-8"))
-    return {key: json.dumps(value) if isinstance(value, dict) else value for key, value in values.items()}
+    return flat(read_recipe(RECIPES / f"{name}.yaml"))
 
 
-def _place(settings: Mapping[str, Any], output_dir: str | os.PathLike, extra_groups: str | None = None) -> Recipe:
+def _place(settings: Mapping[str, Any], output_dir: str | os.PathLike, extra_groups: str | None = None) -> PDiffConfig:
     """A recipe in a folder that is named after what it is about, with a digest of all that its outcome follows from."""
-    recipe = Recipe(**settings, resume_from_checkpoint="latest")
-    settings = stage_settings(recipe, "evaluate") | ({"extra_groups": extra_groups} if extra_groups else {})
+    recipe = PDiffConfig(**nested(settings), resume_from_checkpoint="latest")
+    recipe.soft = frozenset(settings)  # what a row varies may leave others of its recipe without effect
+    settings = stage_settings(recipe, "evaluate", STAGES) | ({"extra_groups": extra_groups} if extra_groups else {})
     digest = hashlib.blake2b(json.dumps(settings).encode(), digest_size=5).hexdigest()
     model, dataset = (Path(name).name.partition(":")[0] for name in (recipe.model, recipe.dataset))
     folder = Path(output_dir, "runs", f"{model}-{dataset}-seed{recipe.seed}-{digest}")
-    return dataclasses.replace(recipe, output_dir=str(folder))
+    return recipe.changed(output_dir=str(folder))

@@ -6,7 +6,6 @@ has finished with the same settings: a base model is trained and its snapshots a
 for them, and what was killed goes on where it was.
 """
 
-import dataclasses
 import json
 import logging
 import os
@@ -22,11 +21,12 @@ from filelock import FileLock, Timeout
 from pdiff_hf.evaluation.render import metric_title
 from pdiff_hf.evaluation.sampling import named_generator
 from pdiff_hf.evaluation.scoring import make_scorer
+from pdiff_hf.run.config import PDiffConfig, TaskSection
+from pdiff_hf.run.context import RunContext
 from pdiff_hf.run.folder import link
-from pdiff_hf.run.recipe import Recipe, TaskSection
-from pdiff_hf.run.run import Run
 from pdiff_hf.run.stages import STAGES
 from pdiff_hf.run.task import make_task
+from pdiff_hf.run.trainer import execute, prepare
 from pdiff_hf.tasks import Task
 from pdiff_hf.utils import names
 from pdiff_hf.utils.files import write_json
@@ -74,14 +74,14 @@ def reproduce(
                 _measure_rows(name, [row for row, _ in plan], folder, scale, changes or {})
             else:
                 if scale == "small":
-                    prepare(plan, output_dir, arguments.get("dataset") or SMALL_DATASET)
+                    make_data(plan, output_dir, arguments.get("dataset") or SMALL_DATASET)
                 _run_rows(name, plan, folder)
     except Timeout as error:
         raise ExperimentError(f"another experiment is at work in '{output_dir}'; wait, or choose another") from error
     return folder
 
 
-def prepare(plan: Plan, output_dir: str | os.PathLike, dataset: str) -> None:
+def make_data(plan: Plan, output_dir: str | os.PathLike, dataset: str) -> None:
     """Makes what the networks of a plan need at the small scale: canvases, and a classifier for FID."""
     for architecture in {row.architecture for row, _ in plan}:
         canvases, folder = ARCHITECTURES[architecture].canvases, canvases_folder(architecture, output_dir, dataset)
@@ -91,7 +91,7 @@ def prepare(plan: Plan, output_dir: str | os.PathLike, dataset: str) -> None:
         recipe = features_recipe(architecture, output_dir, dataset)
         if recipe is not None:
             logger.info("features for FID: %s", Path(recipe.output_dir).name)
-            _execute(Run(recipe))
+            execute(prepare(recipe))
 
 
 def _run_rows(name: str, plan: Plan, folder: Path) -> None:
@@ -99,10 +99,11 @@ def _run_rows(name: str, plan: Plan, folder: Path) -> None:
     on_all = any(column.statistic == "best_on_all" for column in find_experiment(name).columns)
     for number, (path, recipe) in enumerate(runs.items(), start=1):
         logger.info("%s: run %d of %d, %s", name, number, len(runs), Path(path).name)
-        run = Run(recipe, task=_load_task(recipe), extra_groups=EXTRA_GROUPS.get(find_experiment(name).extra_groups))
+        extra = EXTRA_GROUPS.get(find_experiment(name).extra_groups)
+        run = prepare(recipe, task=_load_task(recipe), extra_groups=extra)
         if not run.is_finished("evaluate"):
             share_stages(run)
-            _execute(run)
+            execute(run)
         if on_all and recipe.max_eval_samples is not None and not Path(path, SELECTED).is_file():
             write_json(Path(path, SELECTED), score_selected(run))
         reports_of = [read_reports(recipes) for _, recipes in plan]
@@ -110,7 +111,7 @@ def _run_rows(name: str, plan: Plan, folder: Path) -> None:
         write_tables(name, [row for row, _ in plan], reports_of, folder, about)
 
 
-def share_stages(run: Run) -> None:
+def share_stages(run: RunContext) -> None:
     """
     Gives a run, as links, every stage that a run beside it has finished with the same settings, and the scores of all
     runs beside it.
@@ -125,29 +126,24 @@ def share_stages(run: Run) -> None:
             logger.info("%s: taken over from %s", name, other.name)
 
 
-def _execute(run: Run) -> None:
-    with run.lock():
-        run.execute()
-
-
-def _load_task(recipe: Recipe) -> Task:
+def _load_task(recipe: PDiffConfig) -> Task:
     """The same object for runs on the same data, which it holds."""
-    return _make_task(json.dumps(recipe.section(TaskSection) | {"fid_features": recipe.fid_features}))
+    return _make_task(json.dumps(recipe.section(TaskSection)))
 
 
 @lru_cache(maxsize=2)
 def _make_task(settings: str) -> Task:
-    return make_task(Recipe(**json.loads(settings)))
+    return make_task(PDiffConfig(**json.loads(settings)))
 
 
-def score_selected(run: Run) -> dict[str, float]:
+def score_selected(run: RunContext) -> dict[str, float]:
     """
     Scores the networks of a finished run that validation selects once more, on all test images.
 
     Returns:
         `dict`: Accuracy in percent of the best snapshot and of the best generated network, and the number of `images`.
     """
-    recipe, everything = run.recipe, dataclasses.replace(run.recipe, max_eval_samples=None)
+    recipe, everything = run.config, run.config.changed(max_eval_samples=None)
     generated = run.pipeline(
         recipe.num_models,
         generator=named_generator(recipe.seed, "generated"),  # as `compare_generator` samples them
@@ -164,7 +160,7 @@ def score_selected(run: Run) -> dict[str, float]:
     return {**dict(zip(best, scores, strict=True)), "images": len(whole.task.load_split("test"))}
 
 
-def read_reports(recipes: Sequence[Recipe]) -> list[dict]:
+def read_reports(recipes: Sequence[PDiffConfig]) -> list[dict]:
     """The reports of the runs that are finished, each with `selected`, what `score_selected` gave."""
     reports = []
     for recipe in recipes:
@@ -233,7 +229,7 @@ def _measure_rows(name: str, rows: Sequence[Row], folder: Path, scale: str, chan
     if unknown:
         raise ExperimentError(f"{name} takes {' and '.join(presets)}, not {', '.join(unknown)}")
     presets |= changes
-    Recipe(**presets)  # refuses unknown ones
+    PDiffConfig(**presets)  # refuses unknown ones
     where = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
     autoencoder_preset, denoiser_preset = presets.values()
     about = [

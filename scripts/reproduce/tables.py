@@ -20,7 +20,7 @@ class Dataset:
         id (`str`): On the Hub.
         title (`str`): The paper's name.
         num_images (`Sequence[int]`): Of the splits for training, validation (if there is one) and test.
-        settings (`Mapping`, *optional*): Recipe keys that runs on it need.
+        settings (`Mapping`, *optional*): Settings that runs on it need.
     """
 
     id: str
@@ -69,7 +69,7 @@ class Row:
     Args:
         run (`str`): Name of the run; rows with the same name describe the same run.
         label (`str`): First cell of the row.
-        varies (`Mapping`): Recipe keys in which the runs of the experiment differ.
+        varies (`Mapping`): Settings in which the runs of the experiment differ.
         paper (`Sequence[str]`): What the paper prints, as it prints it, for the first columns or none.
         group (`str`, *optional*, defaults to `"generated"`): Group of the report.
         architecture (`str`, *optional*, defaults to `"resnet18"`): One of `ARCHITECTURES`.
@@ -96,7 +96,7 @@ class Experiment:
         columns (`Sequence[Column]`): Columns of numbers.
         rows (`Sequence[Row]`): In the paper's order.
         figure (`str`, *optional*): One of `figures.FIGURES`.
-        settings (`Mapping`, *optional*): Recipe keys that all of its rows need.
+        settings (`Mapping`, *optional*): Settings that all of its rows need.
         note (`str`, *optional*): What a reader has to know to compare the numbers.
         extra_groups (`str`, *optional*): One of `extra_groups.EXTRA_GROUPS`, whose groups its reports have too.
     """

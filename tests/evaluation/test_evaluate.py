@@ -12,13 +12,12 @@ from transformers import AutoModelForImageClassification
 
 from pdiff_hf import LatentDenoiser, ParameterAutoencoder, PDiffPipeline
 from pdiff_hf.layout import ParameterLayout
-from pdiff_hf.run.recipe import Recipe
+from pdiff_hf.run.config import PDiffConfig
 from pdiff_hf.run.saved import evaluate_saved
-from pdiff_hf.run.stages import make_sampling_scheduler
 from pdiff_hf.selection import select_parameters
 from pdiff_hf.snapshots import SnapshotWriter, read_networks
 from pdiff_hf.tasks import ImageClassificationTask
-from pdiff_hf.training import make_training_scheduler
+from pdiff_hf.training import make_sampling_scheduler, make_training_scheduler
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "evaluate.py"
 
@@ -52,7 +51,7 @@ def saved(tmp_path_factory) -> Path:
     return folder
 
 
-def recipe(saved: Path, output_dir: Path, **changes) -> Recipe:
+def recipe(saved: Path, output_dir: Path, **changes) -> PDiffConfig:
     values = {
         "snapshots": str(saved / "snapshots"),
         "dataset": "digits",
@@ -65,7 +64,7 @@ def recipe(saved: Path, output_dir: Path, **changes) -> Recipe:
         "baseline_models": 1,
         "output_dir": str(output_dir),
     }
-    return Recipe(**values | changes)
+    return PDiffConfig(**values | changes)
 
 
 def test_a_pipeline_and_a_second_call_that_scores_only_what_is_new(saved, tmp_path):

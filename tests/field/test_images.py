@@ -12,8 +12,8 @@ from support.data import grey, write_csv, write_parquet
 from transformers import BertConfig
 
 from pdiff_hf.networks.prefix_cache import PrefixCache
-from pdiff_hf.run.recipe import Recipe
-from pdiff_hf.run.run import Run
+from pdiff_hf.run.config import PDiffConfig
+from pdiff_hf.run.trainer import execute, prepare
 from pdiff_hf.snapshots import load_snapshots, parameter_matrix
 from pdiff_hf.tasks.image_classification import ImageClassificationTask
 from pdiff_hf.tasks.image_generation import ImageGenerationTask
@@ -227,11 +227,11 @@ def test_training_and_collection_augment_and_nothing_else_does(tmp_path, monkeyp
     monkeypatch.setattr(PrefixCache, "build", lambda *args: pytest.fail("what changes by chance was kept"))
 
     def run(name, augmentation):
-        recipe = Recipe(
+        recipe = PDiffConfig(
             output_dir=str(tmp_path / name),
             stages=["base", "collect"],
             model="test_resnet",
-            augmentation=augmentation,
+            task_args={"augmentation": augmentation},
             max_train_samples=60,
             max_eval_samples=40,
             base_epochs=1,
@@ -239,8 +239,8 @@ def test_training_and_collection_augment_and_nothing_else_does(tmp_path, monkeyp
             collect_batch_size=30,
             latent_dim=8,
         )
-        run = Run(recipe)
-        run.execute()
+        run = prepare(recipe)
+        execute(run)
         weight = run.base_model.state_dict()["timm_model.fc.weight"]
         return run.task, weight, parameter_matrix(*load_snapshots(tmp_path / name / "snapshots"))
 

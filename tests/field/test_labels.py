@@ -18,8 +18,8 @@ from transformers import (
     ViTImageProcessor,
 )
 
-from pdiff_hf.run.recipe import Recipe
-from pdiff_hf.run.run import Run
+from pdiff_hf.run.config import PDiffConfig
+from pdiff_hf.run.trainer import prepare
 from pdiff_hf.tasks import check_head
 from pdiff_hf.tasks.image_classification import ImageClassificationTask
 from pdiff_hf.tasks.labels import align_labels, number_labels
@@ -212,7 +212,7 @@ def test_the_column_of_texts(tmp_path):
 
 def test_a_head_of_another_size_is_refused_or_said(tmp_path, caplog):
     def run(model, epochs):
-        recipe = Recipe(
+        recipe = PDiffConfig(
             output_dir=str(tmp_path / "out"),
             stages=["base"],
             latent_dim=4,
@@ -221,7 +221,7 @@ def test_a_head_of_another_size_is_refused_or_said(tmp_path, caplog):
             image_size=8,
             base_epochs=epochs,
         )
-        return Run(recipe)
+        return prepare(recipe)
 
     twelve = save_vit(tmp_path / "twelve", num_labels=12)
     message = r"classifier.bias, classifier.weight of model .*the data have 10 classes.*the network has 12 outputs"

@@ -10,8 +10,8 @@ from safetensors.torch import save_file
 from support.pipelines import make_network, make_pipeline
 from support.run_server import RECIPE
 
+from pdiff_hf.run.config import PDiffConfig
 from pdiff_hf.run.folder import RunError, RunFolder
-from pdiff_hf.run.recipe import Recipe
 from pdiff_hf.run.stages import STAGES
 from pdiff_hf.scripts import explore
 from pdiff_hf.utils.files import check_writable, replacing
@@ -86,14 +86,14 @@ def test_a_link_to_somebody_elses_snapshots_is_not_replaced(tmp_path):
 
 
 def test_such_a_link_is_refused_before_any_work(tmp_path, monkeypatch):
-    from pdiff_hf.run.run import Run
+    from pdiff_hf.run.trainer import prepare
 
     (tmp_path / "theirs").mkdir()
     (tmp_path / "theirs" / "data").touch()
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "snapshots").symlink_to(tmp_path / "theirs")
     with pytest.raises(RunError, match="stage collect"):
-        Run(Recipe(**RECIPE, output_dir=str(tmp_path / "run")))
+        prepare(PDiffConfig(**RECIPE, output_dir=str(tmp_path / "run")))
 
 
 def test_an_output_folder_on_a_disk_that_is_not_mounted(tmp_path):

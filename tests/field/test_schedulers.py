@@ -8,8 +8,7 @@ from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler,
 from support.pipelines import make_network, make_pipeline
 
 from pdiff_hf.models.scheduler import check_scheduler
-from pdiff_hf.run.stages import make_sampling_scheduler
-from pdiff_hf.training import make_training_scheduler
+from pdiff_hf.training import make_sampling_scheduler, make_training_scheduler
 
 CLASSES = {
     name: kind

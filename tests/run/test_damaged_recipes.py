@@ -7,15 +7,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 from support.damage import changed, damaged, fuzz, only
 
-from pdiff_hf.run.recipe import Recipe, RecipeParser
+from pdiff_hf.run.cli import ConfigParser
+from pdiff_hf.run.config import PDiffConfig
 
 
-def parse(path: Path, capsys) -> Recipe | None:
+def parse(path: Path, capsys) -> PDiffConfig | None:
     """The recipe, or `None` where it was refused in one line."""
     capsys.readouterr()
     try:
         with only():
-            return RecipeParser(prog="train.py").parse_recipe([str(path)])
+            return ConfigParser(prog="train.py").parse_config([str(path)])[0]
     except SystemExit as end:
         text = capsys.readouterr().err
         assert end.code == 2 and text.count("\n") == 1 and "error: " in text, text
@@ -23,7 +24,7 @@ def parse(path: Path, capsys) -> Recipe | None:
 
 
 def test_damaged_recipes(room, full, capsys):
-    Recipe(select=["norm[-2:]", "ü*"], exclude=["re:.*bias"], model_args='{"img_size": 32}').save("recipe.yaml")
+    PDiffConfig(select=["norm[-2:]", "ü*"], exclude=["re:.*bias"], model_args='{"img_size": 32}').save("recipe.yaml")
     content = Path("recipe.yaml").read_bytes()
     values = yaml.safe_load(content)
     tags = st.sampled_from(

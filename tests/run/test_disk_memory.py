@@ -9,8 +9,8 @@ import torch
 from safetensors.torch import load_file
 from support.run_server import FLAGS, RECIPE, RESUME, STAGES, files
 
-from pdiff_hf.run.recipe import Recipe
-from pdiff_hf.run.run import Run
+from pdiff_hf.run.config import PDiffConfig
+from pdiff_hf.run.trainer import prepare
 from pdiff_hf.utils.errors import ResourceError
 
 
@@ -88,7 +88,7 @@ def finished(folder) -> dict[str, str]:
 
 
 def test_memory_that_runs_out_in_training_is_told_in_one_line(tmp_path):
-    run = Run(Recipe(**RECIPE | {"output_dir": str(tmp_path / "out")}))
+    run = prepare(PDiffConfig(**RECIPE | {"output_dir": str(tmp_path / "out")}))
     with pytest.raises(ResourceError) as caught, run.resource_errors("stage base"):
         torch.empty(2**50)
     message = str(caught.value)
@@ -129,7 +129,7 @@ def test_sampling_goes_on_with_fewer_networks_at_once(run_server, tmp_path):
     program = """
 from safetensors.torch import save_file
 from pdiff_hf import LatentDenoiser, ParameterAutoencoder, ParameterLayout, PDiffPipeline
-from pdiff_hf.run.stages import make_sampling_scheduler
+from pdiff_hf.training import make_sampling_scheduler
 from pdiff_hf.training import make_training_scheduler
 
 torch.manual_seed(0)

@@ -10,8 +10,9 @@ from transformers import AutoModelForSequenceClassification, BertConfig, BertFor
 
 from pdiff_hf import PDiffPipeline
 from pdiff_hf.models.products import AdapterProducts
-from pdiff_hf.run.recipe import Recipe
-from pdiff_hf.run.run import Run
+from pdiff_hf.run.config import PDiffConfig
+from pdiff_hf.run.context import RunContext
+from pdiff_hf.run.trainer import execute, prepare
 from pdiff_hf.snapshots import load_snapshots, parameter_matrix
 
 TOPICS = {"sea": ["wave", "salt"], "wood": ["tree", "leaf"], "town": ["street", "bus"], "sky": ["cloud", "wind"]}
@@ -77,16 +78,15 @@ def folder(tmp_path_factory):
     return path
 
 
-def recipe(folder, **changes) -> Recipe:
+def recipe(folder, **changes) -> PDiffConfig:
     paths = {"model": str(folder / "adapter"), "dataset": str(folder / "texts"), "output_dir": str(folder / "run")}
-    return Recipe(**SETTINGS | paths | changes)
+    return PDiffConfig(**SETTINGS | paths | changes)
 
 
 @pytest.fixture(scope="module")
-def finished(folder) -> Run:
-    run = Run(recipe(folder))
-    with run.lock():
-        run.execute()
+def finished(folder) -> RunContext:
+    run = prepare(recipe(folder))
+    execute(run)
     return run
 
 
@@ -125,4 +125,4 @@ def test_generated_adapters_load_with_plain_peft(finished, folder, tmp_path, mon
 
 def test_what_products_do_not_go_with_is_refused_before_any_work(folder):
     with pytest.raises(ValueError, match="lora_A and lora_B .* leave adapter_products out"):
-        Run(recipe(folder, select=["*classifier*"]))
+        prepare(recipe(folder, select=["*classifier*"]))

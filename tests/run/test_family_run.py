@@ -1,6 +1,5 @@
 """A run for a family of tasks at a tiny size: its stages, what is kept, zoos from elsewhere, and what is refused."""
 
-import dataclasses
 import json
 
 import pytest
@@ -12,10 +11,11 @@ from support.scripts import run_script
 from pdiff_hf import PDiffPipeline
 from pdiff_hf.evaluation import conditional_opponents
 from pdiff_hf.evaluation.conditional import GENERATOR
-from pdiff_hf.run.families import regressed_latents, unseen_tasks
+from pdiff_hf.run.config import PDiffConfig
+from pdiff_hf.run.context import RunContext
 from pdiff_hf.run.folder import RunError
-from pdiff_hf.run.recipe import Recipe
-from pdiff_hf.run.run import Run
+from pdiff_hf.run.learning import regressed_latents
+from pdiff_hf.run.trainer import execute, prepare
 from pdiff_hf.snapshots import load_snapshots, parameter_matrix
 from pdiff_hf.utils.seeds import named_seed
 
@@ -27,43 +27,40 @@ CHANGES = {
     "collect_every": 2,
     "denoiser_steps": 10,
     "tune_steps": 6,
-    "tune_map": True,
-    "tune_weight_loss": 0.1,
+    "tune_args": {"inference_steps": 4, "map": True, "weight_loss": 0.1},
     "baselines": "all",
 }
-TINY = Recipe(**TINY_FAMILY | CHANGES)
+TINY = PDiffConfig(**TINY_FAMILY | CHANGES)
+TINY.soft = frozenset({*TINY_FAMILY, *CHANGES, "tune_args.map", "tune_args.weight_loss"})  # as those of a recipe
 
 
-def run_in(folder, **changes) -> Run:
-    return Run(dataclasses.replace(TINY, output_dir=str(folder), **changes))
+def run_in(folder, **changes) -> RunContext:
+    return prepare(TINY.changed(output_dir=str(folder), **changes))
 
 
-def execute(folder, **changes) -> Run:
+def finish(folder, **changes) -> RunContext:
     run = run_in(folder, **changes)
-    with run.lock():
-        run.execute()
+    execute(run)
     return run
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory) -> Run:
-    return execute(tmp_path_factory.mktemp("family") / "out")
+def finished(tmp_path_factory) -> RunContext:
+    return finish(tmp_path_factory.mktemp("family") / "out")
 
 
 def test_a_denoiser_can_learn_what_a_regression_gives_for_other_conditions(finished, monkeypatch):
-    monkeypatch.setattr(finished, "recipe", dataclasses.replace(finished.recipe, regressed_networks=9))
+    monkeypatch.setattr(finished, "config", finished.config.changed(**{"denoiser_args.regressed_networks": 9}))
     latents, table = regressed_latents(finished)
     assert latents.shape == (9, 5) and table.shape == (9, finished.family.fields.width)
     family, again = finished.family, regressed_latents(finished)
     assert torch.equal(latents, again[0]) and torch.equal(table, again[1])
     keys = {family.key(condition) for condition in family.fields.conditions(table)}
-    assert len(keys) == 9 and not keys & unseen_tasks(finished)
+    assert len(keys) == 9 and not keys & finished.unseen_tasks
     # Snapshots have a spread of 1 on average, and a regression on them less.
     assert 0 < latents.square().mean() < 1.5
-    assert Recipe(**TINY_FAMILY, tune_tasks="seen").regressed_networks == 1500
-    assert Recipe(**TINY_FAMILY).regressed_networks == 0
-    with pytest.raises(ValueError, match="regressed_networks=5 needs a family"):
-        Recipe(regressed_networks=5)
+    assert PDiffConfig(**TINY_FAMILY, tune_tasks="seen").num_regressed == 1500
+    assert PDiffConfig(**TINY_FAMILY).num_regressed == 0
 
 
 def test_the_report_has_every_answer_on_unseen_tasks(finished):
@@ -125,7 +122,7 @@ def test_a_stopped_audit_goes_on_with_what_it_has_not_scored(finished, tmp_path,
     monkeypatch.setattr(
         conditional_opponents.Regime, "fit", lambda *args, **kwargs: trained.append(args[3]) or fit(*args, **kwargs)
     )
-    execute(finished.folder)
+    finish(finished.folder)
     assert trained == ["basis networks", "hypernetwork"]
     assert json.loads((finished.folder / "evaluation" / "report.json").read_text()) == expected
 
@@ -147,7 +144,7 @@ def test_a_zoo_from_elsewhere(finished, tmp_path):
     """Its tasks are the seen ones, and none of them is tested; the family must have its fields."""
     zoo = finished.folder / "snapshots"
     changes = {"snapshots": str(zoo), "baselines": "few", "tune_tasks": "seen", "tune_steps": 2, "num_tasks": 3}
-    run = execute(tmp_path / "out", **changes)
+    run = finish(tmp_path / "out", **changes)
     seen = {finished.family.key(condition) for condition in load_snapshots(zoo)[0].select_columns(list(run.fields))}
     keys = {name: {run.family.key(c) for c in run.fields.conditions(t)} for name, t in run.conditions.items()}
     assert len(seen) == 6 and not seen & (keys["validation"] | keys["test"] | keys["angle"])
@@ -160,8 +157,13 @@ def test_a_zoo_from_elsewhere(finished, tmp_path):
 
 
 def evaluate(monkeypatch, finished, source, folder, *flags) -> dict:
-    r = finished.recipe
-    task = [f"--family={r.family}", f"--family_args={r.family_args}", "--dataset=digits", "--max_train_samples=120"]
+    r = finished.config
+    task = [
+        f"--family={r.family}",
+        f"--family_args={json.dumps(r.family_args)}",
+        "--dataset=digits",
+        "--max_train_samples=120",
+    ]
     task += ["--max_eval_samples=40", f"--model={finished.folder / 'base_model'}", "--num_test_tasks=3"]
     task += ["--num_validation_tasks=2", "--collect_steps=2", "--collect_batch_size=8", "--num_models=2"]
     task += [f"--snapshots={finished.folder / 'snapshots'}", f"--output_dir={folder}", *flags]
@@ -224,10 +226,14 @@ def test_a_family_of_ones_own_is_one_class(tmp_path):
     path = tmp_path / "darker.py"
     path.write_text(OWN)
     changes = {"family_args": "{}", "baselines": "few", "tune_steps": 0, "num_test_tasks": 2}
-    run = execute(tmp_path / "out", family=f"{path}:Darker", **changes)
+    run = finish(tmp_path / "out", family=f"{path}:Darker", **changes)
     report = json.loads((run.folder / "evaluation" / "report.json").read_text())
     assert report["fields"] == {"gamma": {"type": "scalar", "low": 1, "high": 4}}
     assert set(report["conditions"]) == {"test", "gamma"} and GENERATOR in report["rows"]
+    # Another body under the same name: nothing that was finished is reused.
+    path.write_text(OWN.replace("gamma, labels", "gamma.square(), labels"))
+    with pytest.raises(RunError, match=r"holds a run with other settings \(darker.py has been edited\)"):
+        run_in(tmp_path / "out", family=f"{path}:Darker", **changes)
 
 
 @pytest.mark.parametrize(
@@ -239,8 +245,10 @@ def test_a_family_of_ones_own_is_one_class(tmp_path):
         ({"family_args": '{"hold_out": ["moon"]}'}, "hold_out can have combinations, extrapolation, not 'moon'"),
         ({"num_snapshots": 13}, "num_snapshots must be a multiple of num_tasks=6, got 13"),
         ({"collect_every": 6}, "need more than collect_steps=6"),
-        ({"collect_optimizer": "sgd"}, "trained with adamw, not with sgd"),
-        ({"augmentation": "flip"}, "augmentation=flip is not for a family"),
+        (
+            {"collect_args": {"optimizer": "sgd"}},
+            "collect_args.optimizer=sgd has no effect: .* it is for a single task",
+        ),
         ({"family": "grouped", "family_args": "{}", "num_tasks": 510, "num_snapshots": 510}, "fewer than"),
     ],
 )

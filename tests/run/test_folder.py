@@ -5,16 +5,17 @@ import shutil
 import pytest
 from support.run_server import RECIPE
 
+from pdiff_hf.run.config import PDiffConfig
+from pdiff_hf.run.context import Stage, stage_settings, stages_before
 from pdiff_hf.run.folder import RunError, RunFolder
-from pdiff_hf.run.recipe import Recipe
-from pdiff_hf.run.stages import STAGES, stage_settings, stages_before
+from pdiff_hf.run.stages import STAGES
 from pdiff_hf.utils.files import replacing, write_json
 from pdiff_hf.utils.seeds import derive_seed, named_seed
 
 
 def test_stages_are_linked_and_links_to_what_is_gone_are_not_kept(tmp_path):
     runs = tmp_path / "here" / "runs"
-    settings = {name: stage_settings(Recipe(**RECIPE), name) for name in ("base", "autoencoder")}
+    settings = {name: stage_settings(PDiffConfig(**RECIPE), name, STAGES) for name in ("base", "autoencoder")}
     first, second = RunFolder(runs / "a"), RunFolder(runs / "b")
     for name, values in settings.items():
         with first.replacing(STAGES[name]) as folder:
@@ -25,7 +26,7 @@ def test_stages_are_linked_and_links_to_what_is_gone_are_not_kept(tmp_path):
     assert (second / "base_model").is_symlink() and (second / "base_model" / "weights").read_text() == "base"
     assert second.is_finished(STAGES["base"], settings["base"])
     assert second.take_over(STAGES["base"], settings["base"]) is None  # it has it now
-    other = settings["autoencoder"] | {"latent_noise": 1.0}
+    other = settings["autoencoder"] | {"autoencoder_args.latent_noise": 1.0}
     assert second.take_over(STAGES["autoencoder"], other) is None and not (second / "autoencoder").exists()
 
     (tmp_path / "here").rename(tmp_path / "there")  # links are relative
@@ -68,19 +69,18 @@ def test_one_run_at_a_time(tmp_path):
 
 
 def test_a_stage_depends_on_its_own_settings_and_on_those_of_the_stages_before_it():
-    assert stages_before("evaluate") == ["base", "collect", "autoencoder", "denoiser", "tune"]
-    assert stages_before("autoencoder") == ["base", "collect"] and stages_before("base") == []
-    of = {name: set(stage_settings(Recipe(), name)) for name in STAGES}
+    assert stages_before("evaluate", STAGES) == ["base", "collect", "autoencoder", "denoiser", "tune"]
+    assert stages_before("autoencoder", STAGES) == ["base", "collect"] and stages_before("base", STAGES) == []
+    of = {name: set(stage_settings(PDiffConfig(), name, STAGES)) for name in STAGES}
     assert of["base"] < of["collect"] < of["autoencoder"] < of["denoiser"] < of["evaluate"]
     # How a run is executed is no part of what comes out.
-    assert not {"output_dir", "stages", "report_to", "hub_token", "checkpointing_steps"} & of["evaluate"]
+    assert not {"output_dir", "stages", "report_to", "checkpointing_steps"} & of["evaluate"]
 
 
-def test_a_new_stage_is_one_entry_and_changes_no_other(monkeypatch, tmp_path):
+def test_a_new_stage_is_one_entry_and_changes_no_other():
     """Neither settings nor seeds of other stages follow from where a stage stands in the table."""
-    before = {name: stage_settings(Recipe(), name) for name in STAGES}
-    stages = dict(reversed(STAGES.items()))
-    new = STAGES["base"].__class__("new", "new", ("base",), (), "something else", lambda run: None)
-    monkeypatch.setattr("pdiff_hf.run.stages.STAGES", {"new": new} | stages)
-    assert {name: stage_settings(Recipe(), name) for name in stages} == before
+    before = {name: stage_settings(PDiffConfig(), name, STAGES) for name in STAGES}
+    new = Stage("new", "new", ("base",), (), "something else", lambda context, stage: None)
+    stages = {"new": new} | dict(reversed(STAGES.items()))
+    assert {name: stage_settings(PDiffConfig(), name, stages) for name in before} == before
     assert named_seed(7, "base") == derive_seed(7, *b"base") != named_seed(7, "collect") != named_seed(8, "collect")

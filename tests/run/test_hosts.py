@@ -98,5 +98,5 @@ def test_a_host_that_dies_is_told_and_the_run_goes_on(hosts, run_server, tmp_pat
     processes = start(hosts, tmp_path, str(shared), "--resume_from_checkpoint=latest")
     texts = outputs(tmp_path, processes)
     assert [process.returncode for process in processes] == [0, 0], texts
-    assert "[3/4] autoencoder: finished before, reused" in texts[0]
+    assert "[3/4] autoencoder: already finished; reusing" in texts[0]
     assert_same_tensors(tmp_path / "one", shared)

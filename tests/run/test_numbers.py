@@ -13,14 +13,19 @@ from torch import nn
 from pdiff_hf import ParameterLayout, PDiffPipeline
 from pdiff_hf.evaluation.compare import compare_generator
 from pdiff_hf.evaluation.scoring import make_scorer
+from pdiff_hf.run.config import PDiffConfig
 from pdiff_hf.run.folder import RunError
-from pdiff_hf.run.recipe import Recipe
-from pdiff_hf.run.run import Run
-from pdiff_hf.run.stages import make_sampling_scheduler
+from pdiff_hf.run.trainer import execute, prepare
 from pdiff_hf.snapshots import CollectArguments, SnapshotError, SnapshotWriter, collect_snapshots
 from pdiff_hf.snapshots.dataset import load_snapshots, parameter_matrix
 from pdiff_hf.tasks import ClassificationTask
-from pdiff_hf.training import NoiseArguments, make_training_scheduler, train_autoencoder, train_denoiser
+from pdiff_hf.training import (
+    NoiseArguments,
+    make_sampling_scheduler,
+    make_training_scheduler,
+    train_autoencoder,
+    train_denoiser,
+)
 from pdiff_hf.training.loop import Loop, LoopArguments, TrainingError, latest_checkpoint
 
 # ------------------------------------------------------------------------------------- training that leaves the numbers
@@ -259,14 +264,15 @@ def test_one_snapshot_is_too_few(tmp_path):
         writer.write(torch.zeros(7), step=0, seed=0)
     with pytest.raises(SnapshotError, match="at least 2 snapshots are needed to learn a distribution, got 1"):
         parameter_matrix(*load_snapshots(tmp_path / "snapshots"))
-    recipe = Recipe(output_dir=str(tmp_path / "run"), snapshots=str(tmp_path / "snapshots"), latent_dim=2)
+    recipe = PDiffConfig(output_dir=str(tmp_path / "run"), snapshots=str(tmp_path / "snapshots"), latent_dim=2)
     with pytest.raises(RunError, match="1 snapshots leave fewer than 2 to train on"):
-        Run(recipe, task=Points())
+        prepare(recipe, task=Points())
     with pytest.raises(ValueError, match="num_snapshots must be at least 2, got 1"):
-        Recipe(num_snapshots=1)
+        PDiffConfig(num_snapshots=1)
     with pytest.raises(RunError, match="latent_dim is 8, but only 7 parameters are selected"):
-        Run(
-            Recipe(output_dir=str(tmp_path / "run"), snapshots=str(tmp_path / "snapshots"), latent_dim=8), task=Points()
+        prepare(
+            PDiffConfig(output_dir=str(tmp_path / "run"), snapshots=str(tmp_path / "snapshots"), latent_dim=8),
+            task=Points(),
         )
 
 
@@ -305,7 +311,7 @@ def test_snapshots_whose_training_has_no_finite_gradient(tmp_path, every_n_steps
 
 
 def test_a_run_that_diverges_keeps_what_was_finished(tmp_path):
-    recipe = Recipe(
+    recipe = PDiffConfig(
         output_dir=str(tmp_path),
         stages=["base", "collect", "autoencoder"],
         base_epochs=1,
@@ -317,11 +323,11 @@ def test_a_run_that_diverges_keeps_what_was_finished(tmp_path):
         autoencoder_batch_size=4,
         autoencoder_learning_rate=1e30,
         checkpointing_steps=5,
-        autoencoder_warmup_steps=0,
+        autoencoder_args={"warmup_steps": 0},
     )
-    run = Run(recipe, task=Points())
-    with pytest.raises(TrainingError, match=r"autoencoder: the loss is (nan|inf) at step \d"), run.lock():
-        run.execute()
+    run = prepare(recipe, task=Points())
+    with pytest.raises(TrainingError, match=r"autoencoder: the loss is (nan|inf) at step \d"):
+        execute(run)
     assert run.is_finished("base") and run.is_finished("collect") and not run.is_finished("autoencoder")
     assert not (tmp_path / "autoencoder").exists()
-    assert Run(recipe, task=Points()).parameters.shape == (10, 9)  # what was collected is whole
+    assert prepare(recipe, task=Points()).parameters.shape == (10, 9)  # what was collected is whole

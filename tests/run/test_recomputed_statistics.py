@@ -12,12 +12,13 @@ from transformers import AutoModelForImageClassification
 
 from pdiff_hf import PDiffPipeline
 from pdiff_hf.evaluation.scoring import make_scorer
+from pdiff_hf.run.config import PDiffConfig
+from pdiff_hf.run.context import RunContext
 from pdiff_hf.run.folder import RunError
-from pdiff_hf.run.recipe import Recipe
-from pdiff_hf.run.run import Run
+from pdiff_hf.run.trainer import execute, prepare
 from pdiff_hf.tasks import take
 
-TINY = Recipe(
+TINY = PDiffConfig(
     model="test_resnet",
     dataset="digits",
     image_size=16,
@@ -40,10 +41,9 @@ TINY = Recipe(
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory) -> Run:
-    run = Run(dataclasses.replace(TINY, output_dir=str(tmp_path_factory.mktemp("recomputed") / "out")))
-    with run.lock():
-        run.execute()
+def run(tmp_path_factory) -> RunContext:
+    run = prepare(dataclasses.replace(TINY, output_dir=str(tmp_path_factory.mktemp("recomputed") / "out")))
+    execute(run)
     return run
 
 
@@ -146,7 +146,7 @@ def test_wrong_data(pipe, arguments, message):
 )
 def test_what_is_refused_before_any_work(tmp_path, changes, message):
     with pytest.raises((RunError, ValueError), match=message):
-        Run(dataclasses.replace(TINY, output_dir=str(tmp_path / "out"), **changes))
+        prepare(dataclasses.replace(TINY, output_dir=str(tmp_path / "out"), **changes))
     assert not (tmp_path / "out").exists()
 
 

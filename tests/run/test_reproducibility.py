@@ -7,8 +7,7 @@ from safetensors.torch import load_file
 
 from pdiff_hf import LatentDenoiser, ParameterAutoencoder, ParameterLayout, PDiffPipeline
 from pdiff_hf.models import DENOISER_PRESETS, autoencoder_architecture
-from pdiff_hf.run.stages import make_sampling_scheduler
-from pdiff_hf.training import make_training_scheduler
+from pdiff_hf.training import make_sampling_scheduler, make_training_scheduler
 
 SIZES = {
     "small": (2048, 128, autoencoder_architecture("tokens", 2048), DENOISER_PRESETS["small"]),

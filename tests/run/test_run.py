@@ -12,20 +12,22 @@ from transformers import AutoModelForImageClassification
 
 from pdiff_hf import PDiffPipeline
 from pdiff_hf.layout import LayoutError
+from pdiff_hf.run.cli import load_config
+from pdiff_hf.run.config import PDiffConfig
+from pdiff_hf.run.context import RunContext
 from pdiff_hf.run.folder import RunError
-from pdiff_hf.run.recipe import Recipe, load_recipe
-from pdiff_hf.run.run import Run
+from pdiff_hf.run.trainer import execute, prepare
 from pdiff_hf.snapshots import SnapshotError, load_snapshots, parameter_matrix
 from pdiff_hf.tasks import ImageClassificationTask
 from pdiff_hf.utils.seeds import named_seed
 
 
-def run_in(folder, **changes) -> Run:
-    return Run(Recipe(**RECIPE | {"output_dir": str(folder)} | changes))
+def run_in(folder, **changes) -> RunContext:
+    return prepare(PDiffConfig(**RECIPE | {"output_dir": str(folder)} | changes))
 
 
 @pytest.fixture(scope="module")
-def finished(whole_run) -> Run:
+def finished(whole_run) -> RunContext:
     return run_in(whole_run[0])
 
 
@@ -69,9 +71,9 @@ def test_the_base_model_warms_up(tmp_path):
     """AdamW moves by about the learning rate in a step; it is still near 0 where the warm-up is far from its end."""
     moved = {}
     for steps in (0, 10_000):
-        run = run_in(tmp_path / str(steps), stages=["base"], base_warmup_steps=steps)
-        run.execute()
-        torch.manual_seed(named_seed(run.recipe.seed, "base weights"))
+        run = run_in(tmp_path / str(steps), stages=["base"], base_args={"warmup_steps": steps})
+        execute(run)
+        torch.manual_seed(named_seed(run.config.seed, "base weights"))
         before = dict(run.task.load_base_model().named_parameters())
         moved[steps] = max((p - before[n]).abs().max().item() for n, p in run.base_model.named_parameters())
     assert moved[10_000] < 0.02 * moved[0]
@@ -120,7 +122,7 @@ def test_what_it_prints(run_server, copied):
     # Progress bars clear their lines when they end.
     lines = [line for line in result.errors.splitlines() if line.strip() and "%|" not in line]
     stages = ["base", "collect", "autoencoder", "denoiser"]
-    assert lines[:4] == [f"[{i}/5] {stage}: finished before, reused" for i, stage in enumerate(stages, 1)]
+    assert lines[:4] == [f"[{i}/5] {stage}: already finished; reusing" for i, stage in enumerate(stages, 1)]
     assert lines[4] == "[5/5] evaluate: 6 generated networks, and 2 of each baseline"
     assert re.fullmatch(r"\[5/5\] evaluate: done in [\d.]+ s", lines[-1])
     others = [line for line in lines[4:] if not line.startswith(("scoring: about", "[5/5]"))]
@@ -153,11 +155,11 @@ def test_other_data_or_another_task_do_not_take_over_finished_stages(copied):
         pass
 
     settings = {key: RECIPE[key] for key in ("model", "image_size", "max_train_samples", "max_eval_samples")}
-    recipe = Recipe(**RECIPE | {"output_dir": str(copied)})
+    recipe = PDiffConfig(**RECIPE | {"output_dir": str(copied)})
     with pytest.raises(RunError, match=r"task_class: '[^']*\.ImageClassificationTask' there, '[^']*\.Same' asked for"):
-        Run(recipe, task=Same(**settings, dataset="digits"))
+        prepare(recipe, task=Same(**settings, dataset="digits"))
     with pytest.raises(RunError, match="train data: .* turned' asked for"):
-        Run(recipe, task=Turned(**settings, dataset="digits"))
+        prepare(recipe, task=Turned(**settings, dataset="digits"))
 
 
 def test_stages_that_are_missing_are_named(run_server, copied):
@@ -177,7 +179,11 @@ def test_stages_that_are_missing_are_named(run_server, copied):
         ({"select": ["layer9.*"]}, LayoutError, "'layer9.*' selects no parameter"),
         ({"select": ["norm[-2:]"], "exclude": ["all"]}, LayoutError, "nothing is left to generate"),
         ({"latent_dim": 5000}, RunError, "latent_dim is 5000, but only 160 parameters"),
-        ({"num_inference_steps": 50, "num_train_timesteps": 10}, RunError, "num_inference_steps is 50"),
+        (
+            {"num_inference_steps": 50, "denoiser_args": {"num_train_timesteps": 10}},
+            RunError,
+            "num_inference_steps is 50",
+        ),
         ({"gradient_accumulation_steps": 3}, RunError, "autoencoder_batch_size=8 cannot be cut into 3"),
         ({"mixed_precision": "fp16"}, RunError, "mixed_precision=fp16 needs a GPU, and this run has a CPU"),
         ({"num_snapshots": 2, "heldout_snapshots": 0.4}, RunError, "2 snapshots leave fewer than 2 to train on"),
@@ -188,8 +194,8 @@ def test_stages_that_are_missing_are_named(run_server, copied):
 )
 def test_what_is_wrong_is_found_before_any_work(changes, error, message, tmp_path):
     with pytest.raises(error, match=re.escape(message)):
-        run_in(**{"folder": tmp_path / "out"} | changes) if "output_dir" not in changes else Run(
-            Recipe(**RECIPE | changes)
+        run_in(**{"folder": tmp_path / "out"} | changes) if "output_dir" not in changes else prepare(
+            PDiffConfig(**RECIPE | changes)
         )
     assert not (tmp_path / "out").exists()
 
@@ -214,7 +220,7 @@ def test_the_precision_of_the_launcher_is_used_and_recorded(run_server, whole_ru
         run_server.run(tmp_path / "flag", *FLAGS, *stages, "--mixed_precision=bf16", "--report_to=tensorboard"),
     ]
     assert [result.status for result in results] == [0, 0], results
-    assert load_recipe(tmp_path / "launch" / "recipe.yaml").mixed_precision == "bf16"
+    assert load_config(tmp_path / "launch" / "recipe.yaml").mixed_precision == "bf16"
     assert list((tmp_path / "flag" / "logs").rglob("events.out.tfevents.*"))
     for name in ("base_model", "snapshots", "autoencoder", "stages"):
         assert files(tmp_path / "launch" / name) == files(tmp_path / "flag" / name)
@@ -231,7 +237,9 @@ def test_the_precision_of_the_launcher_is_used_and_recorded(run_server, whole_ru
 
 
 def test_the_linear_autoencoder_takes_the_place_of_the_learned_one(run_server, copied):
-    flags = [*FLAGS, "--autoencoder_preset=pca", "--normalization=tensor", "--overwrite_output_dir"]
+    trained = ("--autoencoder_steps", "--autoencoder_batch_size", "--autoencoder_args")
+    flags = [flag for flag in FLAGS if not flag.startswith(trained)]
+    flags += ["--autoencoder_preset=pca", "--autoencoder_args=normalization=tensor", "--overwrite_output_dir"]
     result = run_server.run(copied, *flags)
     assert result.status == 0, result.errors
     pipe = PDiffPipeline.from_pretrained(copied / "pipeline")

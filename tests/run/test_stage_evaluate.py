@@ -10,10 +10,10 @@ from safetensors.torch import load_file
 
 from pdiff_hf import PDiffPipeline
 from pdiff_hf.evaluation.sampling import named_generator
+from pdiff_hf.run.config import PDiffConfig
 from pdiff_hf.run.folder import RunError
-from pdiff_hf.run.recipe import Recipe
-from pdiff_hf.run.run import Run
 from pdiff_hf.run.saved import evaluate_saved
+from pdiff_hf.run.trainer import execute, prepare
 from pdiff_hf.utils.names import generator_folder
 from pdiff_hf.utils.reports import load_report
 
@@ -37,19 +37,17 @@ TINY = {
 
 
 def test_extra_groups_stand_in_the_report_and_belong_to_it(tmp_path):
-    settings = Recipe(**TINY, output_dir=str(tmp_path / "run"))
-    run = Run(settings, extra_groups=vae)
-    with run.lock():
-        run.execute()
+    settings = PDiffConfig(**TINY, output_dir=str(tmp_path / "run"))
+    run = prepare(settings, extra_groups=vae)
+    execute(run)
     report = json.loads((run.folder / "evaluation/report.json").read_text())
     assert {row["name"]: row["n"] for row in report["groups"]}["vae"] == 1
     assert "VAE" in {row["family"] for row in report["frontier"]["rows"]}
     assert len(list((run.folder / "evaluation").glob("*.png"))) == 6
-    assert not Run(dataclasses.replace(settings, overwrite_output_dir=True)).is_finished("evaluate")
+    assert not prepare(dataclasses.replace(settings, overwrite_output_dir=True)).is_finished("evaluate")
 
-    again = Run(dataclasses.replace(settings, num_models=4, overwrite_output_dir=True))
-    with again.lock():
-        again.execute()
+    again = prepare(dataclasses.replace(settings, num_models=4, overwrite_output_dir=True))
+    execute(again)
     assert json.loads((run.folder / "evaluation/report.json").read_text())["groups"][3]["n"] == 4
 
 
@@ -57,15 +55,14 @@ def test_scores_that_will_not_fit_into_memory_are_refused_before_anything_is_tra
     with pytest.raises(
         ValueError, match=r"more than half of the [\d,]+ bytes of free memory; use .*--max_eval_samples"
     ):
-        Run(Recipe(**TINY | {"num_models": 10**11}, output_dir=str(tmp_path / "run")))
+        prepare(PDiffConfig(**TINY | {"num_models": 10**11}, output_dir=str(tmp_path / "run")))
     assert not (tmp_path / "run").exists()
 
 
 def test_a_tuned_generator_is_the_one_that_is_evaluated(tmp_path):
     changes = {"tune_steps": 4, "tune_models": 3, "tune_batch_size": 5, "baseline_models": 0}
-    run = Run(Recipe(**TINY | changes, output_dir=str(tmp_path / "run")))
-    with run.lock():
-        run.execute()
+    run = prepare(PDiffConfig(**TINY | changes, output_dir=str(tmp_path / "run")))
+    execute(run)
     weights = {name: load_file(run.folder / name / "denoiser/diffusion_pytorch_model.safetensors") for name in FOLDERS}
     assert any(not torch.equal(weights["pipeline"][key], weights["tuned"][key]) for key in weights["tuned"])
     assert generator_folder(run.folder) == run.folder / "tuned"
@@ -78,15 +75,18 @@ def test_a_tuned_generator_is_the_one_that_is_evaluated(tmp_path):
     for config in (run.folder / "tuned").rglob("*.json"):
         assert str(tmp_path) not in config.read_text()  # it may be published
     with pytest.raises(RunError, match="tune_models=3 cannot be cut into 2 equal parts"):
-        Run(Recipe(**TINY | changes, gradient_accumulation_steps=2, output_dir=str(tmp_path / "other")))
+        prepare(PDiffConfig(**TINY | changes, gradient_accumulation_steps=2, output_dir=str(tmp_path / "other")))
 
 
 def test_validation_chooses_the_diversity_and_the_report_gives_others_the_same(tmp_path):
-    changes = {"tune_steps": 4, "tune_models": 4, "tune_batch_size": 5, "tune_ensemble_size": 2}
-    changes |= {"tune_diversity": [0.0, 5.0], "tune_penalty": 0.1, "baseline_models": 2, "baselines": "few"}
-    run = Run(Recipe(**TINY | changes, temperature=0.5, output_dir=str(tmp_path / "run")))
-    with run.lock():
-        run.execute()
+    changes = {"tune_steps": 4, "tune_models": 4, "tune_batch_size": 5}
+    changes |= {
+        "tune_args": {"ensemble_size": 2, "diversity": [0.0, 5.0], "penalty": 0.1},
+        "baseline_models": 2,
+        "baselines": "few",
+    }
+    run = prepare(PDiffConfig(**TINY | changes, temperature=0.5, output_dir=str(tmp_path / "run")))
+    execute(run)
     results = json.loads((run.folder / "stages/tune.json").read_text())["results"]
     tried = results["validation_loss_of_diversity"]
     assert set(tried) == {"0", "5"} and tried[f"{results['diversity']:g}"] == min(tried.values())
@@ -108,7 +108,7 @@ def test_validation_chooses_the_diversity_and_the_report_gives_others_the_same(t
     assert scores == pytest.approx([100 * row.float().mean().item() for row in right])
     assert "SWAG, 4 steps" in {row["name"] for row in report["groups"]}
     assert "with the same feedback it is better than" in report["verdict"]
-    recipe = Recipe(
+    recipe = PDiffConfig(
         **TINY | changes | {"model": None, "max_eval_samples": 20},
         snapshots=str(run.folder / "snapshots"),
         dataset="digits",

@@ -21,8 +21,9 @@ from support.recipes import TINY, TINY_FAMILY
 
 from pdiff_hf import PDiffPipeline
 from pdiff_hf.hub.push import push_run_to_hub
-from pdiff_hf.run.recipe import Recipe
-from pdiff_hf.run.run import Run
+from pdiff_hf.run.config import PDiffConfig
+from pdiff_hf.run.context import RunContext
+from pdiff_hf.run.trainer import execute, prepare
 from pdiff_hf.scripts import app, explore, on_demand
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(find_spec("gradio") is None, reason="needs gradio")]
@@ -43,10 +44,9 @@ TIMEOUT = 900_000  # milliseconds: what is waited for comes at last on a machine
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory) -> Run:
-    run = Run(Recipe(**TINY, output_dir=str(tmp_path_factory.mktemp("app") / "out")))
-    with run.lock():
-        run.execute()
+def run(tmp_path_factory) -> RunContext:
+    run = prepare(PDiffConfig(**TINY, output_dir=str(tmp_path_factory.mktemp("app") / "out")))
+    execute(run)
     return run
 
 
@@ -191,9 +191,8 @@ def run_code(code, folder):
 def family_run(tmp_path_factory) -> Path:
     """A finished run for a family, moved after it was finished."""
     folder = tmp_path_factory.mktemp("family")
-    run = Run(Recipe(**TINY_FAMILY, output_dir=str(folder / "out")))
-    with run.lock():
-        run.execute()
+    run = prepare(PDiffConfig(**TINY_FAMILY, output_dir=str(folder / "out")))
+    execute(run)
     return (folder / "out").rename(folder / "moved")
 
 

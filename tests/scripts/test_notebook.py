@@ -7,17 +7,16 @@ import matplotlib
 import matplotlib.pyplot as plt
 from support.recipes import TINY
 
-from pdiff_hf.run.recipe import Recipe
-from pdiff_hf.run.run import Run
+from pdiff_hf.run.config import PDiffConfig
+from pdiff_hf.run.trainer import execute, prepare
 
 NOTEBOOK = Path(__file__).parents[2] / "scripts" / "quickstart.ipynb"
 
 
 def test_every_cell_runs(tmp_path, monkeypatch, capsys):
     changes = {"tune_steps": 2, "tune_models": 4, "tune_batch_size": 4, "baseline_models": 0, "num_models": 2}
-    run = Run(Recipe(**TINY | changes, output_dir=str(tmp_path / "run")))
-    with run.lock():
-        run.execute()
+    run = prepare(PDiffConfig(**TINY | changes, output_dir=str(tmp_path / "run")))
+    execute(run)
     monkeypatch.setenv("PDIFF_RUN", str(run.folder))
     matplotlib.use("Agg")
     names: dict = {}

@@ -11,8 +11,8 @@ from support.families import make_family, make_networks
 from support.recipes import TINY_FAMILY
 
 from pdiff_hf.models import ConditionEncoder
-from pdiff_hf.run.recipe import Recipe
-from pdiff_hf.run.run import Run
+from pdiff_hf.run.config import PDiffConfig
+from pdiff_hf.run.trainer import execute, prepare
 from pdiff_hf.scripts import explore, on_demand
 
 SCRIPT = str(Path(__file__).parents[2] / "scripts" / "app.py")
@@ -22,9 +22,8 @@ SCRIPT = str(Path(__file__).parents[2] / "scripts" / "app.py")
 def moved(tmp_path_factory) -> Path:
     """The folder of a finished run, which is not where its recipe says."""
     folder = tmp_path_factory.mktemp("family")
-    run = Run(Recipe(**TINY_FAMILY, output_dir=str(folder / "out")))
-    with run.lock():
-        run.execute()
+    run = prepare(PDiffConfig(**TINY_FAMILY, output_dir=str(folder / "out")))
+    execute(run)
     return (folder / "out").rename(folder / "renamed")
 
 

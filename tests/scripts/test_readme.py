@@ -47,10 +47,19 @@ def small_flags(line: str, arguments: list[str]) -> list[str]:
     if "--list" in arguments or script not in SMALL:
         return []
     settings = ON_DEMAND if "on_demand" in line else SMALL[script]
-    flags = [f"--{key}={value}" for key, value in settings.items() if value is not None]
-    flags = [flag for flag in flags if flag.partition("=")[0] not in arguments]
-    if "--model" in arguments or "--task" in arguments:
-        flags = [flag for flag in flags if not flag.startswith(("--model=", "--image_size="))]
+    settings = {key: value for key, value in settings.items() if value is not None and f"--{key}" not in arguments}
+    # What has no effect is refused.
+    without = {"model", "image_size"} if {"--model", "--task"} & set(arguments) else set()
+    without |= {"max_train_samples", "max_eval_samples"} if "--task" in arguments else set()
+    if script == "train" and ("--snapshots" in arguments or "outputs/imported" in arguments):
+        without |= {"num_snapshots", "collect_batch_size"}
+    flags = [
+        f"--{key}={json.dumps(value) if isinstance(value, dict) else value}"
+        for key, value in settings.items()
+        if key not in without
+    ]
+    if script == "train" and len(arguments) == 1:
+        flags.append("--output_dir=outputs/digits")  # with another model than the recipe's
     return flags + [flag for part, more in MORE.items() if part in line for flag in more]
 
 

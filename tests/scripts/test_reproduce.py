@@ -24,16 +24,17 @@ from benchmarks.training import _measure, measure_training
 from reproduce.cells import compare, summarise
 from reproduce.listing import list_experiments, list_runs
 from reproduce.plan import RECIPES, SCALES, SMALL_DATASET, expand
-from reproduce.runner import prepare, reproduce
+from reproduce.runner import make_data, reproduce
 from reproduce.tables import ARCHITECTURES, DATASETS, EXPERIMENTS, ExperimentError
 from support.recipes import TINY_ROW as TINY
 
 from pdiff_hf.layout import ParameterLayout
 from pdiff_hf.networks.runner import NetworkRunner
-from pdiff_hf.run.recipe import RecipeParser
-from pdiff_hf.run.run import Run
-from pdiff_hf.run.stages import stage_settings
+from pdiff_hf.run.cli import ConfigParser
+from pdiff_hf.run.context import stage_settings
+from pdiff_hf.run.stages import STAGES
 from pdiff_hf.run.task import make_task
+from pdiff_hf.run.trainer import prepare
 from pdiff_hf.selection import select_parameters
 from pdiff_hf.tasks.task import accuracy
 
@@ -50,7 +51,7 @@ def test_rows_differ_in_what_is_varied_and_in_nothing_else(name, scale):
             assert recipes == []
             continue
         assert [recipe.seed for recipe in recipes] == [0, 1]
-        settings = stage_settings(recipes[0], "evaluate")
+        settings = stage_settings(recipes[0], "evaluate", STAGES)
         assert {key: settings[key] for key in row.varies} == row.varies
         rest = {key: value for key, value in settings.items() if key not in row.varies}
         shared[row.architecture, row.dataset, tuple(sorted(row.varies))].add(json.dumps(rest))
@@ -89,7 +90,11 @@ def test_default_rows_of_all_tables_are_one_run():
     [
         ("table5", {}, "no experiment 'table5'.*table3a"),
         ("table1", {"patterns": ["resnet81*"]}, "no row of table1 is named 'resnet81.*resnet18/cifar100"),
-        ("table3a", {"changes": {"latent_noise": 1.0}}, "table3a sets latent_noise itself"),
+        (
+            "table3a",
+            {"changes": {"autoencoder_args.latent_noise": 1.0}},
+            "table3a sets autoencoder_args.latent_noise itself",
+        ),
         ("figure3", {"changes": {"baseline_models": 0}}, "figure3 sets baseline_models itself"),
         ("table3a", {"changes": {"seed": 1}}, "seed is set with --seeds"),
         ("table3a", {"changes": {"denoiser_steps": 0}}, "denoiser_steps must be at least 1, got 0"),
@@ -160,7 +165,7 @@ COUNTS = {
 def test_recipes_generate_the_numbers_of_table_6(name):
     architecture = ARCHITECTURES[name]
     model = [f"--model={architecture.small['model']}"] if architecture.recipe == "partial" else []
-    recipe = RecipeParser().parse_recipe([str(RECIPES / f"{architecture.recipe}.yaml"), *model])
+    recipe = ConfigParser().parse_config([str(RECIPES / f"{architecture.recipe}.yaml"), *model])[0]
     with torch.device("meta"):
         network = timm.create_model(recipe.model, num_classes=10)
     names = select_parameters(network, recipe.select, recipe.exclude)
@@ -254,7 +259,7 @@ def test_a_table_that_was_killed_goes_on_and_its_rows_share_their_stages(tmp_pat
     (row,) = csv.DictReader((reproduce("table1", tmp_path, **arguments | {"patterns": name}) / "table.csv").open())
     assert len(list((tmp_path / "runs").iterdir())) == 2
     ((_, (recipe,)),) = expand("table1", tmp_path, **arguments | {"patterns": name})
-    run, everything = Run(recipe), make_task(dataclasses.replace(recipe, max_eval_samples=None))
+    run, everything = prepare(recipe), make_task(dataclasses.replace(recipe, max_eval_samples=None))
     models = NetworkRunner(run.base_model, run.layout)
     best = run.parameters[accuracy(run.task, models, "validation", run.parameters).argmax()]
     expected = accuracy(everything, models, "test", best[None]).item()
@@ -265,15 +270,15 @@ def test_a_table_that_was_killed_goes_on_and_its_rows_share_their_stages(tmp_pat
 
 def test_fid_is_measured_on_the_same_features_for_all_seeds():
     ((_, recipes),) = expand("table12", "out", seeds=(0, 1))
-    assert recipes[0].fid_features == recipes[1].fid_features
-    assert re.fullmatch(r"out/runs/cnn3_mini-fashion_mnist-seed0-\w+/base_model", recipes[0].fid_features)
+    assert recipes[0].task_args["fid_features"] == recipes[1].task_args["fid_features"]
+    assert re.fullmatch(r"out/runs/cnn3_mini-fashion_mnist-seed0-\w+/base_model", recipes[0].task_args["fid_features"])
     ((_, recipes),) = expand("table12", "out", scale="paper")
-    assert recipes[0].fid_features == "inception"
+    assert recipes[0].task_args["fid_features"] == "inception"
 
 
 def test_detectors_get_canvases_of_the_data_set_that_was_asked_for(tmp_path):
     plan = expand("table10", tmp_path, dataset="digits")
-    prepare(plan, tmp_path, "digits")
+    make_data(plan, tmp_path, "digits")
     folders = {recipe.dataset for _, recipes in plan for recipe in recipes}
     assert folders == {str(tmp_path / "canvases-digits-3200-100")}
     assert {path.name for path in Path(*folders).iterdir()} == {"train.parquet", "validation.parquet", "test.parquet"}
@@ -330,5 +335,7 @@ def test_memory_of_training_grows_with_what_is_trained(tmp_path):
     (row,) = csv.DictReader((folder / "table.csv").open())
     assert row["autoencoder (MB) (paper)"] == "658" and 10 < int(row["autoencoder (MB)"]) < 658
     assert "![Memory of training" in (folder / "table.md").read_text() and (folder / "table13.png").is_file()
-    with pytest.raises(ExperimentError, match="table13 takes autoencoder_preset and denoiser_preset, not latent_noise"):
-        reproduce("table13", tmp_path, changes={"latent_noise": 1.0})
+    with pytest.raises(
+        ExperimentError, match="table13 takes autoencoder_preset and denoiser_preset, not autoencoder_args.latent_noise"
+    ):
+        reproduce("table13", tmp_path, changes={"autoencoder_args.latent_noise": 1.0})

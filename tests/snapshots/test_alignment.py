@@ -15,9 +15,9 @@ from torch.func import functional_call
 
 from pdiff_hf.layout import ParameterLayout
 from pdiff_hf.networks.runner import NetworkRunner
-from pdiff_hf.run.recipe import Recipe
-from pdiff_hf.run.run import Run
-from pdiff_hf.run.stages import collect_from_files
+from pdiff_hf.run.collecting import collect_from_files
+from pdiff_hf.run.config import PDiffConfig
+from pdiff_hf.run.trainer import execute, prepare
 from pdiff_hf.selection import select_layout
 from pdiff_hf.snapshots import (
     AlignmentError,
@@ -366,7 +366,7 @@ def basins(tmp_path_factory):
 
 def imported(folder, paths, align=False) -> dict:
     """What a run records about the barrier of snapshots from files."""
-    recipe = Recipe(
+    recipe = PDiffConfig(
         output_dir=str(folder),
         model="mlp_mini",
         model_args='{"img_size": 8}',
@@ -377,9 +377,9 @@ def imported(folder, paths, align=False) -> dict:
         latent_dim=2,
         stages=["base"],
     )
-    run = Run(recipe)
+    run = prepare(recipe)
+    execute(run)
     with run.lock():
-        run.execute()
         collect_from_files(run, [str(path) for path in paths], align=align)
     record = json.loads((folder / "stages" / "collect.json").read_text())["results"]
     assert record["aligned"] == align and len(record["barrier"]["accuracies"]) == 5
@@ -421,10 +421,11 @@ def test_alignment_brings_permuted_snapshots_back_into_one_basin(basins, tmp_pat
 
 
 def test_a_network_that_cannot_be_aligned_is_refused_before_files_are_read(tmp_path):
-    recipe = Recipe(output_dir=str(tmp_path / "out"), model="test_resnet", base_epochs=0, latent_dim=2, stages=["base"])
-    run = Run(recipe)
-    with run.lock():
-        run.execute()
+    recipe = PDiffConfig(
+        output_dir=str(tmp_path / "out"), model="test_resnet", base_epochs=0, latent_dim=2, stages=["base"]
+    )
+    run = prepare(recipe)
+    execute(run)
     with pytest.raises(AlignmentError, match="combines several tensors"):
         collect_from_files(run, [str(tmp_path / "not_there")], align=True)
     assert not run.is_finished("collect")

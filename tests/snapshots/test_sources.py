@@ -18,8 +18,8 @@ from transformers import (
 
 from pdiff_hf import PDiffPipeline
 from pdiff_hf.layout import LayoutError
-from pdiff_hf.run.recipe import Recipe
-from pdiff_hf.run.run import Run
+from pdiff_hf.run.config import PDiffConfig
+from pdiff_hf.run.trainer import execute, prepare
 from pdiff_hf.selection import select_layout
 from pdiff_hf.snapshots import (
     SnapshotError,
@@ -41,11 +41,10 @@ TINY = {
 
 
 def test_a_task_of_ones_own(tmp_path):
-    recipe = Recipe(**TINY, output_dir=str(tmp_path / "out"), base_epochs=3, base_batch_size=16, num_snapshots=20)
+    recipe = PDiffConfig(**TINY, output_dir=str(tmp_path / "out"), base_epochs=3, base_batch_size=16, num_snapshots=20)
     recipe = dataclasses.replace(recipe, select=["all"], collect_batch_size=16, collect_learning_rate=0.01)
-    run = Run(recipe, task=Blobs())
-    with run.lock():
-        run.execute()
+    run = prepare(recipe, task=Blobs())
+    execute(run)
     assert run.layout.num_parameters == sum(p.numel() for p in Net().parameters())
     report = json.loads((tmp_path / "out" / "evaluation" / "report.json").read_text())
     assert report["num_parameters"] == run.layout.num_parameters
@@ -62,7 +61,7 @@ def test_a_task_says_how_networks_are_judged(tmp_path):
         collate, loss = Blobs.collate, Blobs.loss
 
     with pytest.raises(ValueError, match="Neither must be a ClassificationTask or a MeasuredTask"):
-        Run(Recipe(**TINY, output_dir=str(tmp_path / "out"), select=["all"]), task=Neither())
+        prepare(PDiffConfig(**TINY, output_dir=str(tmp_path / "out"), select=["all"]), task=Neither())
     assert not (tmp_path / "out").exists()
 
 
@@ -105,9 +104,11 @@ def test_from_a_trainer_run_to_generated_networks(recorded, tmp_path, monkeypatc
 
 def test_snapshots_of_another_network_are_refused(recorded, tmp_path):
     with pytest.raises(LayoutError, match="does not fit the base model: it has no tensor 'resnet"):
-        Run(Recipe(**TINY, model="test_resnet", snapshots=str(recorded / "snapshots"), output_dir=str(tmp_path)))
+        prepare(
+            PDiffConfig(**TINY, model="test_resnet", snapshots=str(recorded / "snapshots"), output_dir=str(tmp_path))
+        )
     with pytest.raises(SnapshotError, match="not a parameter data set"):
-        Run(Recipe(**TINY, model="test_resnet", snapshots=str(tmp_path), output_dir=str(tmp_path)))
+        prepare(PDiffConfig(**TINY, model="test_resnet", snapshots=str(tmp_path), output_dir=str(tmp_path)))
 
 
 def test_collect_lists_what_would_be_generated(tmp_path, monkeypatch, capsys):

@@ -5,8 +5,7 @@ from transformers import AutoConfig, AutoModelForImageClassification, PreTrained
 
 from pdiff_hf import LatentDenoiser, ParameterAutoencoder, ParameterLayout, PDiffPipeline, select_parameters
 from pdiff_hf.models import ConditionEncoder
-from pdiff_hf.run.stages import make_sampling_scheduler
-from pdiff_hf.training import make_training_scheduler
+from pdiff_hf.training import make_sampling_scheduler, make_training_scheduler
 
 LATENT_DIM = 6
 FIELDS = {

@@ -37,7 +37,7 @@ RECIPE = {
     "latent_dim": 8,
     "autoencoder_steps": 20,
     "autoencoder_batch_size": 8,
-    "autoencoder_warmup_steps": 3,
+    "autoencoder_args": {"warmup_steps": 3},
     "denoiser_steps": 30,
     "denoiser_batch_size": 8,
     "num_models": 6,
@@ -45,7 +45,7 @@ RECIPE = {
     "baseline_models": 2,
     "checkpointing_steps": 7,
 }
-FLAGS = [f"--{key}={value}" for key, value in RECIPE.items()]
+FLAGS = [f"--{k}={json.dumps(v) if isinstance(v, dict) else v}" for k, v in RECIPE.items()]
 RESUME = [*FLAGS, "--resume_from_checkpoint=latest"]
 
 
@@ -148,8 +148,8 @@ class RunServer:
 def serve() -> None:
     import pdiff_hf.run.export  # noqa: F401
     import pdiff_hf.run.listing  # noqa: F401
-    import pdiff_hf.run.run  # noqa: F401
     import pdiff_hf.run.saved  # noqa: F401
+    import pdiff_hf.run.trainer  # noqa: F401
 
     for line in sys.stdin:
         job = json.loads(line)

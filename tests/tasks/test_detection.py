@@ -13,8 +13,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torchvision.models import get_model_builder, get_model_weights
 
 from pdiff_hf.networks.runner import NetworkRunner
-from pdiff_hf.run.recipe import Recipe
-from pdiff_hf.run.run import Run
+from pdiff_hf.run.config import PDiffConfig
+from pdiff_hf.run.trainer import execute, prepare
 from pdiff_hf.selection import select_layout
 from pdiff_hf.tasks import ObjectDetectionTask
 
@@ -250,7 +250,7 @@ def test_augmentation_moves_boxes_with_their_objects(task, canvases):
 
 
 def test_the_whole_job(tmp_path, canvases):
-    recipe = Recipe(
+    recipe = PDiffConfig(
         output_dir=str(tmp_path / "out"),
         stages=["base", "collect", "autoencoder", "denoiser"],
         task="object_detection",
@@ -271,10 +271,9 @@ def test_the_whole_job(tmp_path, canvases):
         denoiser_steps=3,
         num_models=2,
     )
-    run = Run(recipe)
-    with run.lock():
-        run.execute()
-    run = Run(recipe)  # all of it read from the folder
+    run = prepare(recipe)
+    execute(run)
+    run = prepare(recipe)  # all of it read from the folder
     generated = run.pipeline(num_models=2, num_inference_steps=2, output_type="pt").parameters
     parameters = torch.cat([run.parameters, generated.cpu().float()])
     assert run.parameters.shape == (6, run.layout.num_parameters) and len(run.parameters.unique(dim=0)) == 6

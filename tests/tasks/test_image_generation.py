@@ -18,9 +18,10 @@ from transformers import AutoModelForImageClassification, ViTConfig, ViTForImage
 from pdiff_hf import PDiffPipeline
 from pdiff_hf.networks.prefix_cache import PrefixCache
 from pdiff_hf.networks.runner import NetworkRunner
+from pdiff_hf.run.config import PDiffConfig
+from pdiff_hf.run.context import RunContext
 from pdiff_hf.run.folder import RunError
-from pdiff_hf.run.recipe import Recipe
-from pdiff_hf.run.run import Run
+from pdiff_hf.run.trainer import execute, prepare
 from pdiff_hf.selection import select_layout
 from pdiff_hf.snapshots import load_snapshots, parameter_matrix
 from pdiff_hf.tasks import ImageClassificationTask, ImageGenerationTask, take
@@ -76,13 +77,13 @@ def make_task(folder, **changes) -> ImageGenerationTask:
     return ImageGenerationTask(**settings | changes)
 
 
-def make_recipe(folder, output_dir, **changes) -> Recipe:
+def make_recipe(folder, output_dir, **changes) -> PDiffConfig:
     settings = {
         "task": "image_generation",
         "model": "unet2d",
-        "model_args": str(UNET).replace("'", '"').replace("None", "null"),
+        "model_args": UNET,
         "dataset": str(folder / "digits"),
-        "fid_features": str(folder / "classifier"),
+        "task_args": {"fid_features": str(folder / "classifier")},
         "max_eval_samples": 100,
         "output_dir": str(output_dir),
         "stages": ["base", "collect", "autoencoder", "denoiser"],
@@ -99,13 +100,13 @@ def make_recipe(folder, output_dir, **changes) -> Recipe:
         "denoiser_steps": 100,
         "denoiser_batch_size": 10,
     }
-    return Recipe(**settings | changes)
+    return PDiffConfig(**settings | changes)
 
 
 @pytest.fixture(scope="module")
-def finished(folder) -> Run:
-    run = Run(make_recipe(folder, folder / "run"))
-    run.execute()
+def finished(folder) -> RunContext:
+    run = prepare(make_recipe(folder, folder / "run"))
+    execute(run)
     return run
 
 
@@ -251,7 +252,7 @@ def test_wrong_folders_are_named(folder, tmp_path, monkeypatch):
     with pytest.raises(ImportError, match=r"FID needs torch_fidelity: pip install 'pdiff_hf\[fid\]'"):
         make_task(folder, fid_features="inception")
     with pytest.raises(RunError, match="latent_dim is 74, but only 73 parameters"):
-        Run(make_recipe(folder, tmp_path / "out", latent_dim=74))
+        prepare(make_recipe(folder, tmp_path / "out", latent_dim=74))
 
 
 def test_the_distance_is_that_of_the_definition(folder):
@@ -363,9 +364,9 @@ def test_the_whole_job(finished, folder):
 
 def test_snapshots_do_not_depend_on_what_the_process_did_before(finished, folder, tmp_path):
     torch.manual_seed(99)
-    Run(make_recipe(folder, tmp_path, stages=["base"])).execute()
+    execute(prepare(make_recipe(folder, tmp_path, stages=["base"])))
     torch.manual_seed(100)
-    Run(make_recipe(folder, tmp_path)).execute()
+    execute(prepare(make_recipe(folder, tmp_path)))
     for name in ("base_model", "pipeline"):
         assert bits(tmp_path / name) == bits(finished.folder / name)
 
@@ -381,8 +382,8 @@ def test_stopped_and_resumed_it_ends_with_the_same_bits(finished, folder, tmp_pa
     recipe = make_recipe(folder, tmp_path, stages=["base"])
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(ImageGenerationTask, "loss", stop)
-        Run(recipe).execute()
+        execute(prepare(recipe))
     assert (tmp_path / "checkpoints" / "base" / "checkpoint-100").is_dir()
     torch.manual_seed(99)
-    Run(make_recipe(folder, tmp_path, stages=["base"], resume_from_checkpoint="latest")).execute()
+    execute(prepare(make_recipe(folder, tmp_path, stages=["base"], resume_from_checkpoint="latest")))
     assert bits(tmp_path / "base_model") == bits(finished.folder / "base_model")

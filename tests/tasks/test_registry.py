@@ -1,5 +1,6 @@
 """Tasks by name: registered ones, and those in modules and files of others."""
 
+import importlib
 import json
 import subprocess
 import sys
@@ -9,9 +10,9 @@ import pytest
 import support.file_task
 
 from pdiff_hf import tasks
-from pdiff_hf.run.recipe import Recipe
-from pdiff_hf.run.run import Run
-from pdiff_hf.tasks import make_task, task_class, task_names
+from pdiff_hf.run.config import PDiffConfig
+from pdiff_hf.run.trainer import execute, prepare
+from pdiff_hf.tasks import make_task, registry, task_class, task_names
 from pdiff_hf.tasks.image_classification import ImageClassificationTask
 
 FILE = Path(support.file_task.__file__)
@@ -21,7 +22,7 @@ def test_registered_tasks_are_imported_when_they_are_asked_for():
     code = (
         "import sys, pdiff_hf.tasks as tasks\n"
         "names = tasks.task_names()\n"
-        "assert len(names) >= 5 and not set(names.values()) & set(sys.modules)\n"
+        "assert len(names) >= 5 and not {f'pdiff_hf.tasks.{name}' for name in names} & set(sys.modules)\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
     assert {"image_classification", "object_detection", "image_generation"} <= set(task_names())
@@ -30,7 +31,7 @@ def test_registered_tasks_are_imported_when_they_are_asked_for():
 
 def test_settings_go_to_the_arguments_of_the_same_names():
     settings = {"task": "image_classification", "model": "test_resnet", "image_size": 0, "max_eval_samples": 7}
-    task = make_task(settings | {"model_args": '{"in_chans": 1}', "dataset": None, "num_snapshots": 3})
+    task = make_task(settings | {"model_args": {"in_chans": 1}, "dataset": None, "num_snapshots": 3})
     assert isinstance(task, ImageClassificationTask) and task.dataset == "digits" and task.model_args == {"in_chans": 1}
     assert task.image_size is None and len(task.load_split("test")) == 7
     for name in (f"{FILE}:Clouds", "support.file_task:Clouds"):
@@ -69,7 +70,7 @@ def test_wrong_arguments_are_named(tmp_path):
 
 
 def test_a_run_of_a_task_in_a_file_outside_the_package(tmp_path):
-    recipe = Recipe(
+    recipe = PDiffConfig(
         output_dir=str(tmp_path),
         task=f"{FILE}:Clouds",
         max_eval_samples=200,
@@ -86,6 +87,28 @@ def test_a_run_of_a_task_in_a_file_outside_the_package(tmp_path):
         num_inference_steps=3,
         baseline_models=0,
     )
-    Run(recipe).execute()
+    execute(prepare(recipe))
     report = json.loads((tmp_path / "evaluation" / "report.json").read_text())
     assert any(group["name"] == "generated" and group["n"] == 3 for group in report["groups"])
+
+
+def test_the_names_that_are_listed_are_those_that_are_registered():
+    for name in registry.TASKS:
+        assert task_class(name).__module__ == f"pdiff_hf.tasks.{name}"
+    for name, modules in registry.FAMILIES.items():
+        for module in modules:
+            importlib.import_module(f"pdiff_hf.tasks.{module}")
+        assert {kind.__module__.rpartition(".")[2] for kind in registry._families[name]} == set(modules)
+
+
+def test_a_family_says_which_task_it_takes():
+    clouds = make_task({"task": f"{FILE}:Clouds"})
+    message = "family 'grouped' is over .* ImageClassificationTask or TextClassificationTask, got Clouds"
+    with pytest.raises(ValueError, match=message):
+        tasks.make_family("grouped", clouds)
+
+
+def test_own_classes_can_be_registered(monkeypatch):
+    monkeypatch.setattr(registry, "_tasks", dict(registry._tasks))
+    assert tasks.register_task("clouds")(support.file_task.Clouds) is support.file_task.Clouds
+    assert task_class("clouds") is support.file_task.Clouds and "clouds" in task_names()

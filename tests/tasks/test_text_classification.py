@@ -8,8 +8,8 @@ import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, BertConfig
 
 from pdiff_hf.networks.runner import NetworkRunner
-from pdiff_hf.run.recipe import Recipe
-from pdiff_hf.run.run import Run
+from pdiff_hf.run.config import PDiffConfig
+from pdiff_hf.run.trainer import execute, prepare
 from pdiff_hf.tasks import TextClassificationTask, predict_logits
 
 WORDS = {"good": ["fine", "lovely", "great", "warm", "kind"], "bad": ["poor", "awful", "cold", "dull", "sad"]}
@@ -88,7 +88,7 @@ def test_wrong_data_sets(folder, tmp_path):
 
 
 def test_the_whole_job(folder, tmp_path):
-    recipe = Recipe(
+    recipe = PDiffConfig(
         task="text_classification",
         model=str(folder / "model"),
         dataset=str(folder / "reviews"),
@@ -108,8 +108,8 @@ def test_the_whole_job(folder, tmp_path):
         baseline_models=0,
         num_inference_steps=3,
     )
-    run = Run(recipe)
-    run.execute()
+    run = prepare(recipe)
+    execute(run)
     report = json.loads((tmp_path / "evaluation" / "report.json").read_text())
     groups = {group["name"]: group for group in report["groups"]}
     assert groups["snapshots"]["n"] == 10 and groups["generated"]["n"] == 4

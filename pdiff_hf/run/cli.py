@@ -1,0 +1,279 @@
+"""The command line: flags for every setting, after an optional recipe file. Errors are one line that names the key."""
+
+import argparse
+import dataclasses
+import importlib.util
+import json
+import os
+import sys
+import typing
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+import yaml
+
+from ..utils.paths import expand_path
+from ..utils.terminal import shorten
+from .config import SECTIONS, BaseArgs, PDiffConfig
+from .options import RecipeLoader, did_you_mean, group_of, is_list, is_nullable
+
+# Those of `scripts/recipes`, in a clone or an installed package; a name alone is enough for them.
+_SCRIPTS = importlib.util.find_spec("pdiff_hf.scripts")
+PACKAGED = Path(*(_SCRIPTS.submodule_search_locations or ())[:1] if _SCRIPTS else "") / "recipes"
+KEYS = {key.name: key for key in dataclasses.fields(PDiffConfig)}
+GROUPS = {name: group for name, key in KEYS.items() if (group := group_of(key)) is not None}
+
+
+def _renamed() -> dict[str, str]:
+    """What settings of version 0.2 are called now."""
+    found = {"holdout_fraction": "validation_fraction", "heldout_fraction": "heldout_snapshots"}
+    for group, section in GROUPS.items():
+        for key in dataclasses.fields(section):
+            found[f"{group.removesuffix('_args')}_{key.name}"] = f"{group}.{key.name}"
+            if section is not BaseArgs:
+                found[key.name] = f"{group}.{key.name}"
+    arguments = ("label_column", "image_column", "text_column", "max_length", "skip_bad_examples", "augmentation")
+    found |= {name: f"task_args.{name}" for name in (*arguments, "fid_features")}
+    return {name: now for name, now in found.items() if name not in KEYS}
+
+
+RENAMED = _renamed()
+REMOVED = {
+    "hub_token": "set HF_TOKEN or use `hf auth login`",
+    "hub_license": "use scripts/push_to_hub.py --hub_license",
+    "require_same_frozen": "it is a flag of scripts/collect.py --import",
+    "checkpoints_total_limit": "the last two checkpoints of a stage are kept",
+    "max_grad_norm": "gradients are clipped to a norm of 1",
+    "denoiser_warmup_steps": "the denoiser's learning rate has no warm-up",
+    "score_models": "generate as many as are to be scored, with num_models",
+    "hyper_representations": "it is part of scripts/reproduce.py table7",
+}
+
+
+class ConfigParser(argparse.ArgumentParser):
+    """
+    Flags for every setting of [`PDiffConfig`], after an optional recipe file; flags take precedence. `--help` shows
+    what people set, `--help-all` the rest.
+
+    Args:
+        default_recipe (`str`, *optional*): The recipe where neither a recipe nor `--model` or `--task` is given.
+        defaults (`Mapping[str, Any]`, *optional*): Values of settings that neither a recipe nor a flag gives.
+    """
+
+    def __init__(self, default_recipe: str | None = None, defaults: Mapping[str, Any] | None = None, **kwargs: Any):
+        super().__init__(allow_abbrev=False, add_help=False, formatter_class=argparse.HelpFormatter, **kwargs)
+        self.default_recipe, self.defaults = default_recipe, dict(defaults or {})
+        everything = "--help-all" in sys.argv
+        default = f" Without one, and without --model and --task, {default_recipe}." if default_recipe else ""
+        self.add_argument(
+            "recipe", nargs="?", metavar="RECIPE.yaml", help=f"A recipe file; flags take precedence.{default}"
+        )
+        self.add_argument("-h", "--help", action="help", help="Show the most common settings and exit.")
+        self.add_argument("--help-all", action="help", help="Show all settings and exit.")
+        for title, section in SECTIONS.items():
+            group = self.add_argument_group(title, section.__doc__)
+            for key in dataclasses.fields(section):
+                shown = everything or key.metadata["common"]
+                group.add_argument(f"--{key.name}", **_argument(key), help=_help(key) if shown else argparse.SUPPRESS)
+
+    def error(self, message: str) -> NoReturn:
+        print(f"{self.prog}: error: {shorten(message)} (--help-all lists every key)", file=sys.stderr)
+        sys.exit(2)
+
+    def parse_config(self, argv: Sequence[str] | None = None) -> tuple[PDiffConfig, argparse.Namespace]:
+        """The config that the file and the flags give, and the values of all other arguments."""
+        argv = sys.argv[1:] if argv is None else list(argv)
+        namespace, flags = self._flags(argv)
+        recipe = namespace.recipe
+        if recipe is None and not flags.keys() & {"model", "task"}:
+            recipe = self.default_recipe
+        try:
+            found = {} if recipe is None else read_recipe(recipe)
+            values = self.defaults | found
+            for name, value in flags.items():
+                inner = {**_as_mapping(values.get(name, {})), **value} if name in GROUPS else value
+                values[name] = inner
+            config = PDiffConfig(**values)
+            config.soft = frozenset(flat(self.defaults | found).keys() - flat(flags).keys())
+        except ValueError as error:
+            self.error(str(error))
+        return config, namespace
+
+    def parse_changes(self, argv: Sequence[str]) -> dict[str, Any]:
+        """The settings that `argv` has flags for, and no others; those in groups with names such as `tune_args.map`."""
+        namespace, flags = self._flags(argv)
+        if namespace.recipe is not None:
+            self._refuse(namespace.recipe)
+        return flat(flags)
+
+    def _flags(self, argv: Sequence[str]) -> tuple[argparse.Namespace, dict[str, Any]]:
+        namespace, unknown = self.parse_known_args(argv)
+        if unknown:  # before the value that follows an unknown flag is taken for the recipe file
+            self._refuse(unknown[0])
+        try:
+            return namespace, {n: _value(KEYS[n], v) for n, v in vars(namespace).items() if n in KEYS and v is not None}
+        except ValueError as error:
+            self.error(str(error))
+
+    def _refuse(self, argument: str) -> NoReturn:
+        self.error(f"unknown argument '{argument}'{_suggest(argument.lstrip('-').partition('=')[0])}")
+
+
+def read_recipe(path: str | os.PathLike) -> dict[str, Any]:
+    """
+    The values in a recipe file, with text where YAML has none for a number, such as `1e-2`.
+
+    Raises:
+        ValueError: if it cannot be read, has an unknown key, or one without effect.
+    """
+    try:
+        file = Path(expand_path(os.fspath(path)))
+        if not file.exists() and (PACKAGED / file.name).is_file():
+            file = PACKAGED / file.name
+        values = yaml.load(file.read_text(encoding="utf-8"), RecipeLoader)
+    except FileNotFoundError as error:
+        known = sorted(file.name for file in PACKAGED.glob("*.yaml"))
+        raise ValueError(f"there is no recipe '{path}'{did_you_mean(Path(path).name, known)}") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"recipe '{path}' cannot be read: {error}") from error
+    except Exception as error:  # what odd values make the parts of yaml raise has no common type
+        raise ValueError(f"recipe '{path}' is not YAML: {error}") from error
+    values = {} if values is None else values
+    if not isinstance(values, dict):
+        raise ValueError(f"recipe '{path}' must be a mapping of keys to values, got a {type(values).__name__}")
+    for key, value in values.items():
+        if key not in KEYS:
+            raise ValueError(f"recipe '{path}' has the unknown key '{key}'{_suggest(str(key))}")
+        if value is None and not is_nullable(KEYS[key]):
+            raise ValueError(f"recipe '{path}' has no value for the key '{key}'")
+        if isinstance(value, list) and not is_list(KEYS[key]):
+            raise ValueError(f"recipe '{path}' has a list for the key '{key}', which takes one value")
+        values[key] = _from_text(KEYS[key], value)
+    try:
+        PDiffConfig(**values).check()
+    except ValueError as error:
+        raise ValueError(f"recipe '{path}': {error}") from error
+    return values
+
+
+def load_config(path: str | os.PathLike, **changes: Any) -> PDiffConfig:
+    """
+    The config in a recipe file, with some settings changed.
+
+    Raises:
+        ValueError: if the file cannot be read, or its values cannot be used.
+    """
+    found = read_recipe(path)
+    config = PDiffConfig(**found)
+    config.soft = frozenset(flat(found))
+    return config.changed(**changes)
+
+
+def flat(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings with those of groups, and a task's arguments, under names such as `tune_args.penalty`."""
+    grouped = {*GROUPS, "task_args"}
+    groups = [(name, value) for name, value in values.items() if name in grouped]
+    inner = {f"{group}.{name}": item for group, value in groups for name, item in _as_mapping(value).items()}
+    return {name: value for name, value in values.items() if name not in grouped} | inner
+
+
+def _as_mapping(value: Any) -> dict[str, Any]:
+    return dataclasses.asdict(value) if dataclasses.is_dataclass(value) else dict(value)  # type: ignore[call-overload]
+
+
+def _suggest(key: str) -> str:
+    if key in RENAMED:
+        return f"; it is called {RENAMED[key]} now"
+    if key in REMOVED:
+        return f", which is no setting any more: {REMOVED[key]}"
+    return did_you_mean(key, KEYS) if did_you_mean(key, KEYS).startswith("; did") else ""
+
+
+def _help(key: dataclasses.Field) -> str:
+    choices = key.metadata.get("choices")
+    text = key.metadata["help"] + (f" One of {', '.join(choices)}." if choices else "")
+    if (group := group_of(key)) is not None:
+        inner = (
+            f"{k.name} ({k.metadata['help'].rstrip('.')}; default: {_shown(k)})" for k in dataclasses.fields(group)
+        )
+        return f"{text.rstrip('.')}, as KEY=VALUE ...: {'; '.join(inner)}.".replace("%", "%%")
+    return f"{text} (default: {_shown(key)})".replace("%", "%%")
+
+
+def _shown(key: dataclasses.Field) -> Any:
+    value = key.default if key.default is not dataclasses.MISSING else key.default_factory()  # type: ignore[misc]
+    return " ".join(map(str, value)) or "none" if isinstance(value, list) else "none" if value in (None, {}) else value
+
+
+def _argument(key: dataclasses.Field) -> dict[str, Any]:
+    """How argparse reads a setting: as text, of which `_value` makes its value."""
+    if key.type is dict or group_of(key) is not None:
+        return {"nargs": "+", "metavar": "KEY=VALUE"}
+    kind = _kind(key)
+    if kind is bool:
+        return {"nargs": "?", "const": "true", "metavar": "BOOL"}
+    metavar = {int: "N", float: "X"}.get(kind, "TEXT")
+    return {"nargs": "*" if is_list(key) else None, "metavar": metavar}
+
+
+def _kind(key: dataclasses.Field) -> Any:
+    return next((t for t in typing.get_args(key.type) if t is not type(None)), key.type)
+
+
+def _value(key: dataclasses.Field, given: Any) -> Any:
+    """The value of a flag."""
+    if key.type is dict or group_of(key) is not None:
+        if len(given) == 1 and given[0].lstrip().startswith(("{", "[")):
+            values = json.loads(_json(key, given[0]))
+        else:
+            wrong = [part for part in given if "=" not in part]
+            if wrong:
+                raise ValueError(f"--{key.name} takes KEY=VALUE or a mapping as JSON, got {wrong[0]!r}")
+            parts = (part.partition("=") for part in given)
+            values = {name: yaml.load(text, RecipeLoader) for name, _, text in parts}
+        if not isinstance(values, dict):
+            raise ValueError(f"{key.name} must be a mapping, got {values!r}")
+        return _from_text(key, values)
+    return _from_text(key, given)
+
+
+def _json(key: dataclasses.Field, text: str) -> str:
+    try:
+        json.loads(text)
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise ValueError(f"{key.name} must be JSON, got {text!r}: {error}") from error
+    return text
+
+
+def _from_text(key: dataclasses.Field, value: Any) -> Any:
+    """A value of the right type where it is text, as flags are, and as YAML has `1e-2`."""
+    group = group_of(key)
+    if group is not None:
+        fields = {inner.name: inner for inner in dataclasses.fields(group)}
+        if not isinstance(value, dict):
+            raise ValueError(f"{key.name} must be a mapping, got {value!r}")
+        for name in value:
+            if name not in fields:
+                raise ValueError(f"{key.name} has no setting {name!r}{did_you_mean(str(name), fields)}")
+        return {name: _from_text(fields[name], inner) for name, inner in value.items()}
+    if is_list(key):
+        return [_from_text_one(key, item) for item in (value if isinstance(value, list) else [value])]
+    return value if key.type is dict else _from_text_one(key, value)
+
+
+def _from_text_one(key: dataclasses.Field, value: Any) -> Any:
+    kind = _kind(key)
+    if kind is str and value is not None and not isinstance(value, str):
+        return str(value)
+    if not isinstance(value, str) or kind is str:
+        return value
+    if value.lower() in ("none", "null") and is_nullable(key):
+        return None
+    if kind is bool and value.lower() in ("true", "false", "yes", "no", "1", "0"):
+        return value.lower() in ("true", "yes", "1")
+    try:
+        return kind(value) if kind in (int, float) else value
+    except ValueError:
+        words = {int: "a whole number", float: "a number"}
+        raise ValueError(f"--{key.name} must be {words[kind]}, got {value!r}") from None

@@ -1,0 +1,158 @@
+"""The stages that learn a generator of parameters: an autoencoder, and a denoiser of its latents."""
+
+import itertools
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from diffusers import ModelMixin
+from transformers import PreTrainedModel
+
+from ..evaluation.conditional import ConditionalAudit, mean_networks
+from ..models import DENOISER_PRESETS, ConditionEncoder, autoencoder_architecture, encode_in_batches
+from ..models.products import AdapterProducts, contracted
+from ..networks.runner import NetworkRunner
+from ..pipelines import PDiffPipeline
+from ..tasks.family import MAX_DRAWS
+from ..training import (
+    LoopArguments,
+    NoiseArguments,
+    make_sampling_scheduler,
+    make_training_scheduler,
+    train_autoencoder,
+    train_denoiser,
+)
+from ..utils.seeds import named_seed
+from .config import PDiffConfig
+from .context import RunContext, Stage
+
+# Gradients of the autoencoder and of the denoiser are clipped to this norm.
+MAX_GRAD_NORM = 1.0
+# So many networks of a regression are made at once.
+REGRESSED_AT_ONCE = 256
+
+
+def autoencoder_arguments(config: PDiffConfig) -> LoopArguments:
+    """Of the autoencoder's training."""
+    return LoopArguments(
+        num_steps=config.autoencoder_steps,
+        batch_size=config.autoencoder_batch_size,
+        learning_rate=config.autoencoder_learning_rate,
+        lr_warmup_steps=config.autoencoder_args.warmup_steps,
+        max_grad_norm=MAX_GRAD_NORM,
+    )
+
+
+def fit_autoencoder(context: RunContext, stage: Stage) -> None:
+    """The autoencoder that turns snapshots into latents."""
+    c, args = context.config, context.config.autoencoder_args
+    with context.loop(stage) as loop:
+        autoencoder, losses = train_autoencoder(
+            loop,
+            context.parameters,
+            context.layout,
+            autoencoder_arguments(c),
+            seen=context.seen,
+            latent_dim=c.latent_dim,
+            architecture=architecture(context),
+            normalization=args.normalization,
+            latent_scaling=args.latent_scaling,
+            noise=NoiseArguments(parameter_noise=args.parameter_noise, latent_noise=args.latent_noise),
+        )
+    if not PartialState().is_main_process:
+        return
+    with context.files.replacing(stage) as folder:
+        autoencoder.save_pretrained(folder)
+    geometry = {} if autoencoder.adapter_geometry is None else {"adapters": autoencoder.adapter_geometry}
+    context.finish(stage, {"losses": losses.tolist()} | geometry)
+
+
+def architecture(context: RunContext) -> dict[str, Any]:
+    """Of the autoencoder, apart from the length of a latent."""
+    c, args, num_seen = context.config, context.config.autoencoder_args, len(context.seen)
+    if not c.adapter_products:
+        length = context.layout.num_parameters
+        return autoencoder_architecture(c.autoencoder_preset, length, args.token_size, num_seen)
+    # K adapters of rank r span no more than K r rows and columns.
+    most = num_seen * max(AdapterProducts(context.layout).ranks.values())
+    frame_size = min(args.adapter_frame_size, most) or None
+    products = AdapterProducts(context.layout, frame_size)
+    length = products.layout.num_parameters
+    settings = autoencoder_architecture(c.autoencoder_preset, length, args.token_size, num_seen, products.has_frames)
+    return settings | {"adapter_products": True, "adapter_frame_size": frame_size}
+
+
+def fit_denoiser(context: RunContext, stage: Stage) -> None:
+    """The denoiser, and with it the whole pipeline."""
+    c = context.config
+    scheduler = make_training_scheduler(c.denoiser_args.num_train_timesteps, c.prediction_type)
+    encoder, table, latents = None, None, context.latents[context.seen]
+    if context.fields:
+        torch.manual_seed(named_seed(c.seed, "condition encoder"))
+        encoder, table = ConditionEncoder(context.fields.to_dict()), context.snapshot_conditions[context.seen]
+        encoder.remember(table.nan_to_num(torch.inf).unique(dim=0).nan_to_num(posinf=torch.nan))
+    if c.num_regressed:
+        regressed, conditions = regressed_latents(context)
+        latents, table = (
+            torch.cat([latents, regressed]),
+            torch.cat([context.snapshot_conditions[context.seen], conditions]),
+        )
+    args = LoopArguments(
+        num_steps=c.denoiser_steps,
+        batch_size=c.denoiser_batch_size,
+        learning_rate=c.denoiser_learning_rate,
+        max_grad_norm=MAX_GRAD_NORM,
+        ema_decay=c.denoiser_args.ema_decay,
+    )
+    with context.loop(stage) as loop:
+        denoiser, losses = train_denoiser(
+            loop,
+            latents,
+            args,
+            scheduler=scheduler,
+            encoder=encoder,
+            table=table,
+            condition_dropout=c.denoiser_args.condition_dropout if encoder is not None else 0.0,
+            **DENOISER_PRESETS[c.denoiser_preset],
+        )
+    if not PartialState().is_main_process:
+        return
+    # A network of no library that can save it does not go with its generator.
+    base_model = context.base_model if isinstance(context.base_model, PreTrainedModel | ModelMixin) else None
+    sampler = make_sampling_scheduler(scheduler)
+    pipeline = PDiffPipeline(
+        context.autoencoder,
+        denoiser,
+        sampler,
+        base_model=base_model,
+        condition_encoder=encoder,
+        processor=context.task.processor,
+        recomputed_statistics=c.recomputes_statistics,
+        **c.sampling,
+    )
+    with context.files.replacing(stage) as folder:
+        pipeline.save_pretrained(folder)
+    context.finish(stage, {"losses": losses.tolist()})
+
+
+def regressed_latents(context: RunContext) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    Latents, shape `(N, L)`, and conditions, `(N, width)`, of the networks that kernel ridge regression gives
+    for conditions that are in no set of unseen tasks. Where seen tasks are few, a denoiser that learns them too says
+    between the seen tasks what the regression says, and tuning on seen tasks goes on from there.
+    """
+    c, family, autoencoder = context.config, context.family, context.autoencoder
+    assert family is not None
+    networks = NetworkRunner(context.base_model, context.layout)
+    products = autoencoder.products
+    seen, _, means = mean_networks(*context.known_snapshots(), products)
+    audit = ConditionalAudit(family, networks, {})
+    ridge = audit.tuned_ridge(seen, means, context.conditions["validation"], products)
+    unseen, generator = context.unseen_tasks, torch.Generator().manual_seed(named_seed(c.seed, "regressed"))
+    draws = (family.draw(generator) for _ in range(MAX_DRAWS * c.num_regressed))
+    allowed = (c for c in draws if family.region(c) is None and family.key(c) not in unseen)
+    table = family.fields.table(list(itertools.islice(allowed, c.num_regressed)))
+    latents = [
+        encode_in_batches(autoencoder, contracted(ridge(rows), products)) for rows in table.split(REGRESSED_AT_ONCE)
+    ]
+    return torch.cat(latents), table

@@ -1,0 +1,143 @@
+"""`PDiffTrainer`: from Python alone, on tensors in memory and without a folder of its own."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from support.families import make_family
+from torch import nn
+
+from pdiff_hf import ModuleTask, PDiffConfig, PDiffPipeline, PDiffTrainer, load_snapshots
+from pdiff_hf.run.folder import RunError
+
+SETTINGS = {
+    "select": ["all"],
+    "base_epochs": 10,
+    "num_snapshots": 20,
+    "collect_learning_rate": 0.01,
+    "autoencoder_preset": "pca",
+    "latent_dim": 6,
+    "denoiser_steps": 60,
+    "num_models": 4,
+    "baseline_models": 2,
+}
+
+
+def make_task() -> ModuleTask:
+    torch.manual_seed(0)
+    inputs = torch.randn(400, 4)
+    net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+    return ModuleTask(net, (inputs, (inputs.sum(1) > 0).long()))
+
+
+@pytest.fixture(scope="module")
+def trained() -> PDiffTrainer:
+    trainer = PDiffTrainer(make_task(), args=PDiffConfig(**SETTINGS))
+    trainer.train()
+    return trainer
+
+
+def test_ten_lines_train_sample_and_evaluate_a_generator_of_a_module(trained):
+    assert isinstance(trained.pipeline, PDiffPipeline)
+    networks = trained.pipeline(8, generator=torch.Generator().manual_seed(0), output_type="model").parameters
+    test = trained.task.load_split("test")
+    scores = [(network(test.inputs).argmax(1) == test.labels).float().mean() for network in networks]
+    assert len(test) == 80 and sum(scores) / 8 > 0.8
+    report = trained.evaluate()
+    assert next(group["n"] for group in report["groups"] if group["name"] == "generated") == 4
+    folder = trained.context.folder
+    assert folder.is_dir()
+    again = PDiffTrainer(make_task(), args=PDiffConfig(**SETTINGS, output_dir=str(folder)))
+    assert all(map(again.context.is_finished, ("base", "collect", "denoiser", "evaluate")))
+
+
+@pytest.mark.parametrize("kind", ["tensor", "state dicts", "data set", "folder"])
+def test_snapshots_of_every_kind(trained, kind, tmp_path):
+    folder = trained.context.folder / "snapshots"
+    dataset, layout = load_snapshots(folder)
+    rows = trained.context.parameters
+    args = PDiffConfig(**SETTINGS | {"output_dir": str(tmp_path)})
+    arguments = {}
+    if kind == "tensor":
+        snapshots = rows
+    elif kind == "state dicts":
+        snapshots = [layout.unflatten(row) for row in rows]
+    elif kind == "data set":
+        snapshots, arguments = dataset, {"layout": layout}
+    else:
+        snapshots, args = folder, args.changed(select=PDiffConfig().select)
+    args = args.changed(num_snapshots=PDiffConfig().num_snapshots, collect_learning_rate=0.03)
+    trainer = PDiffTrainer(make_task(), snapshots, args, **arguments)
+    assert torch.equal(trainer.context.parameters, rows) and trainer.context.layout == layout
+    pipe = trainer.train()
+    assert pipe(2, output_type="pt").parameters.shape == (2, layout.num_parameters)
+    if kind == "tensor":
+        with pytest.raises(RunError, match="snapshots: '.*' there, '.*' asked for"):
+            PDiffTrainer(make_task(), rows + 1, args)
+
+
+def test_snapshots_with_conditions_of_a_family():
+    family = make_family(ranges={"blur": None, "invert": None, "occlude": None})
+    rows = torch.randn(12, sum(p.numel() for p in family.load_base_model().parameters())) / 10
+    conditions = [{"angle": 30.0 * i} for i in range(12)]
+    args = PDiffConfig(
+        select=["all"],
+        base_epochs=1,
+        autoencoder_preset="pca",
+        latent_dim=4,
+        denoiser_steps=5,
+        tune_steps=0,
+        num_tasks=2,
+        num_validation_tasks=1,
+        num_test_tasks=2,
+    )
+    trainer = PDiffTrainer(family, rows, args, conditions=conditions)
+    assert trainer.context.fields == family.fields
+    assert trainer.context.snapshot_conditions.tolist() == [[30.0 * i] for i in range(12)]
+    pipe = trainer.train()
+    assert pipe(2, condition={"angle": 45.0}, output_type="pt").parameters.shape == (2, rows.shape[1])
+
+
+@pytest.mark.parametrize(
+    ("snapshots", "arguments", "message"),
+    [
+        (torch.zeros(5, 7), {}, r"snapshots must have shape \(K, 58\), as is selected, got \(5, 7\)"),
+        (torch.randn(5, 58), {"conditions": [{}]}, "there are 5 snapshots and 1 conditions"),
+        (None, {"conditions": [{}]}, "layout and conditions are those of snapshots in memory"),
+    ],
+)
+def test_what_cannot_be_learned_from_is_refused(snapshots, arguments, message, tmp_path):
+    args = PDiffConfig(select=["all"], latent_dim=2, output_dir=str(tmp_path / "out"))
+    with pytest.raises(ValueError, match=message):
+        PDiffTrainer(make_task(), snapshots, args, **arguments)
+    assert not Path(tmp_path, "out").exists()
+
+
+def test_settings_without_effect_are_refused():
+    with pytest.raises(ValueError, match="tune_learning_rate=0.1 has no effect: tune_steps is 0"):
+        PDiffTrainer(make_task(), args=PDiffConfig(**SETTINGS, tune_learning_rate=0.1))
+    with pytest.raises(ValueError, match="model=resnet50 has no effect: the task is given"):
+        PDiffTrainer(make_task(), args=PDiffConfig(**SETTINGS, model="resnet50"))
+
+
+def test_data_of_a_module_that_do_not_belong_together():
+    inputs, labels = torch.randn(10, 4), torch.zeros(10, dtype=torch.long)
+    for data, message in (
+        ((inputs, labels[:9]), "train: there are 10 inputs and 9 labels"),
+        ((inputs, labels.float()), r"train: labels must be whole numbers of shape \(M,\), got torch.float32"),
+        ((inputs[:3], labels[:3]), "3 training examples leave none for validation and test"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            ModuleTask(nn.Linear(4, 2), data)
+    task = ModuleTask(nn.Linear(4, 2), (inputs, labels))
+    assert {split: len(task.load_split(split)) for split in ("train", "validation", "test")} == {
+        "train": 6,
+        "validation": 2,
+        "test": 2,
+    }
+    rows = torch.cat([task.load_split(split).inputs for split in ("train", "validation", "test")])
+    assert torch.equal(rows.sort(0).values, inputs.sort(0).values)
+    other = ModuleTask(nn.Linear(4, 2), (inputs, labels))
+    assert task.fingerprint("test") == other.fingerprint("test") and task.fingerprint("train") != other.fingerprint(
+        "train"
+    )
