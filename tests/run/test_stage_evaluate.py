@@ -93,7 +93,7 @@ def test_validation_chooses_the_diversity_and_the_report_gives_others_the_same(t
     saved = json.loads((run.folder / "tuned/tuning.json").read_text())
     assert saved["objective"] == {"ensemble_size": 2, "diversity": results["diversity"], "penalty": 0.1}
     num_unseen = len(run.task.load_split("validation"))
-    assert saved["passes"] == 2 * (3 * 4 * 4 * 5 + 4 * 4 * num_unseen)  # validated after each of the steps
+    assert saved["passes"] == 2 * (3 * 4 * 4 * 5 + 5 * 4 * num_unseen)  # validated before and after each of the steps
     report = load_report(run.folder / "evaluation/report.json")
     assert report["tuning"]["passes"] == saved["passes"] and report["tuning"]["temperature"] == 0.5
     # What was judged is what everybody gets who samples the run's generator without a word about how.

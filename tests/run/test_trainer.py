@@ -1,11 +1,13 @@
 """`PDiffTrainer`: from Python alone, on tensors in memory and without a folder of its own."""
 
+from collections import Counter
 from pathlib import Path
 
 import pytest
 import torch
 from support.families import make_family
 from torch import nn
+from transformers import TrainerCallback
 
 from pdiff_hf import ModuleTask, PDiffConfig, PDiffPipeline, PDiffTrainer, load_snapshots
 from pdiff_hf.run.folder import RunError
@@ -141,3 +143,38 @@ def test_data_of_a_module_that_do_not_belong_together():
     assert task.fingerprint("test") == other.fingerprint("test") and task.fingerprint("train") != other.fingerprint(
         "train"
     )
+
+
+class Counting(TrainerCallback):
+    """Counts events of each stage, and ends the autoencoder's training early."""
+
+    def __init__(self):
+        self.events = Counter()
+
+    def on_train_begin(self, args, state, control, stage, **kwargs):
+        self.events[stage, "begin"] += 1
+
+    def on_step_end(self, args, state, control, stage, **kwargs):
+        self.events[stage, "step"] += 1
+        control.should_training_stop = stage == "autoencoder" and state.global_step == 3
+
+    def on_log(self, args, state, control, stage, logs, **kwargs):
+        assert logs["loss"] > 0 and state.log_history[-1]["step"] == state.global_step <= state.max_steps
+        self.events[stage, "log"] += 1
+
+    def on_save(self, args, state, control, stage, checkpoint, **kwargs):
+        assert checkpoint.is_dir()
+        self.events[stage, "save"] += 1
+
+    def on_train_end(self, args, state, control, stage, **kwargs):
+        self.events[stage, "end"] += 1
+
+
+def test_callbacks_of_transformers_are_told_and_may_stop_a_training():
+    counting = Counting()
+    settings = SETTINGS | {"autoencoder_preset": "tokens", "autoencoder_batch_size": 5, "checkpointing_steps": 25}
+    PDiffTrainer(make_task(), args=PDiffConfig(**settings), callbacks=[counting]).train()
+    assert counting.events["autoencoder", "step"] == 3 and counting.events["autoencoder", "save"] == 0
+    assert counting.events["denoiser", "step"] == 60 and counting.events["denoiser", "save"] == 2
+    for stage in ("base", "autoencoder", "denoiser"):
+        assert counting.events[stage, "begin"] == counting.events[stage, "end"] == 1 <= counting.events[stage, "log"]
