@@ -172,10 +172,11 @@ class ImageField(EmbeddedField):
 
     @torch.no_grad()
     def _embed(self, value: Any) -> Sequence[float]:
-        if isinstance(value, np.ndarray):
-            image = Image.fromarray(value)
-        else:
-            image = value if isinstance(value, Image.Image) else Image.open(expand_path(str(value)))
+        try:
+            image = Image.fromarray(value) if isinstance(value, np.ndarray) else value
+            image = image if isinstance(image, Image.Image) else Image.open(expand_path(str(image)))
+        except OSError as error:
+            raise ValueError(f"it cannot be read: {first_line(error)}") from error
         processor, model = load_encoder(self.encoder, self.revision, "AutoImageProcessor")
         pixels = processor(image.convert("RGB"), return_tensors="pt")
         output = getattr(model, "get_image_features", model)(**pixels)
