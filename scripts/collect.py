@@ -67,7 +67,7 @@ def main() -> None:
             found, fields = read_conditions(table)
             paths, conditions = [beside(table, name) for name in found], list(found.values())
         config = config.changed(stages=["base"] if paths else ["base", "collect"])
-        with tempfile.TemporaryDirectory() as folder:
+        with tempfile.TemporaryDirectory(prefix="all-adapters-") as folder:
             adapter = find_adapter(paths, folder, config.model)
             run = prepare(config, task=None if adapter is None else make_task(config.with_dataset(), adapter))
             execute(run)

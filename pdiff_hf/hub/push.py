@@ -8,6 +8,7 @@ can use it as well. What is published is chosen by name; nothing else in a folde
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 import yaml
 from huggingface_hub import (
@@ -20,7 +21,7 @@ from huggingface_hub import (
 from huggingface_hub.errors import HfHubHTTPError, HTTPError
 
 from ..utils.names import TUNED, TUNING, generator_folder
-from .card import HubError, make_model_card, published_recipe
+from .card import HUB_ID, HubError, make_model_card, published_recipe
 
 PIPELINE_FILE = "pipeline.py"
 FIGURES = (".png", ".svg")
@@ -156,7 +157,21 @@ def pipeline_files(folder: Path) -> dict[str, Path | bytes]:
         files |= {path.relative_to(folder).as_posix(): path for path in paths}
     if (folder / TUNING).is_file():
         files[TUNING] = folder / TUNING
-    return files
+    of_adapters = [name for name in files if name == "autoencoder/config.json" or name.endswith("/adapter_config.json")]
+    return files | {name: _without_folders(json.loads((folder / name).read_text())) for name in of_adapters}
+
+
+def _without_folders(config: Any) -> bytes:
+    """A configuration in which adapters name their base model by an id on the Hub, or not at all."""
+
+    def cleaned(value: Any) -> Any:
+        if not isinstance(value, dict):
+            return value
+        base = value.get("base_model_name_or_path")
+        kept = {key: cleaned(item) for key, item in value.items()}
+        return kept | ({"base_model_name_or_path": None} if base and not HUB_ID.fullmatch(base) else {})
+
+    return json.dumps(cleaned(config), indent=2).encode()
 
 
 def _check_report_is_of_pipeline(folder: Path) -> None:

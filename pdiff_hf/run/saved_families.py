@@ -10,6 +10,7 @@ from ..evaluation.conditional import GENERATOR, ConditionalAudit, Cost
 from ..evaluation.conditional_opponents import Regime, add_oracles
 from ..layout import LayoutError
 from ..models.products import AdapterProducts, find_factors
+from ..networks.adapters import with_adapters, without_wrapper
 from ..networks.runner import NetworkRunner
 from ..pipelines import PDiffPipeline
 from ..snapshots import load_snapshots, parameter_matrix, read_networks
@@ -66,7 +67,7 @@ def evaluate_saved_family(source: str, recipe: PDiffConfig) -> dict:
     family = make_family(recipe, make_task(recipe.changed(model=model_name)))
     if fields != family.fields:
         raise ValueError(f"the snapshots have conditions with the fields {fields}, and the family has {family.fields}")
-    model = family.load_saved(model_name).to(PartialState().device)
+    model = with_adapters(without_wrapper(family.load_saved(model_name)), layout).to(PartialState().device)
     layout.check_fits(model.state_dict())
     networks = NetworkRunner(model, layout)
 

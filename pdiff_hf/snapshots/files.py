@@ -1,5 +1,6 @@
 """Snapshots from files: state dicts, checkpoints of `transformers.Trainer`, and repositories of the Hub."""
 
+import logging
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -29,6 +30,8 @@ from .dataset import (
 )
 from .frozen import FrozenCheck
 from .readers import SUFFIXES, adapter_reader, open_network, open_tensors, read_tensors
+
+logger = logging.getLogger(__name__)
 
 # A folder with one of these is one network; others are folders of networks.
 MARKS = ("config.json", ADAPTER_CONFIG, DIFFUSERS_FILE, "trainer_state.json", "model.safetensors.index.json")
@@ -217,6 +220,7 @@ def find_adapter(paths: Sequence[str | os.PathLike], folder: str | os.PathLike, 
     """
     folders = [] if model is None or not Path(model, ADAPTER_CONFIG).is_file() else [Path(model)]
     has_own = bool(folders)
+    base = None if model is None or has_own else Path(model).name
     for path in [path for one in paths for _, path in _expand(one, {}) if not _is_data_set(path)]:
         if path.is_dir():
             folders += find_adapters(path).values()
@@ -231,7 +235,18 @@ def find_adapter(paths: Sequence[str | os.PathLike], folder: str | os.PathLike, 
                 "that has both, or as --model an adapter that is scaled alike"
             )
         folders += [] if described is None else [path.parent]
-    return str(canonical_adapter(list(dict.fromkeys(folders)), Path(folder))) if folders[has_own:] else None
+    if not folders[has_own:]:
+        return None
+    named = [read_config(one / ADAPTER_CONFIG).get("base_model_name_or_path") for one in folders]
+    others = sorted({str(name) for name in named if name and base and Path(name).name != base})
+    if others:
+        logger.warning(
+            "the adapters were trained for '%s', and the base model is '%s': if it has other weights, they are other "
+            "networks with it",
+            "', '".join(others[:3]),
+            model,
+        )
+    return str(canonical_adapter(list(dict.fromkeys(folders)), Path(folder)))
 
 
 def _expand(path: str | os.PathLike, hub_kwargs: Mapping, depth: int = MAX_DEPTH) -> list[tuple[str, Path]]:
