@@ -209,7 +209,6 @@ class RunContext:
         finally:
             if c.report_to is not None:
                 accelerator.end_training()
-            accelerator.free_memory()
 
     # ---- what stages left
 

@@ -23,6 +23,10 @@ class LatentGenerator(nn.Module):
         super().__init__()
         self.denoiser, self.encoder = denoiser, encoder
 
+    def encode(self, table: torch.Tensor | None) -> torch.Tensor | None:
+        """Embeddings of conditions, shape `(N, E)`, if there is an encoder."""
+        return None if self.encoder is None else self.encoder(table)
+
     def forward(
         self,
         sample: torch.Tensor,
@@ -37,11 +41,9 @@ class LatentGenerator(nn.Module):
             table (`torch.Tensor`, *optional*): Conditions without unknown fields, shape `(N, width)`.
             dropped (`torch.Tensor`, *optional*): Which of them are replaced by "no condition", bool of shape `(N,)`.
         """
-        condition = None
-        if self.encoder is not None:
-            condition = self.encoder(table)  # (N, E)
-            if dropped is not None:
-                condition = torch.where(dropped.unsqueeze(1), self.denoiser.null_condition, condition)
+        condition = self.encode(table)
+        if condition is not None and dropped is not None:
+            condition = torch.where(dropped.unsqueeze(1), self.denoiser.null_condition, condition)
         return self.denoiser(sample, timestep, condition).sample
 
 

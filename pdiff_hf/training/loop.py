@@ -118,6 +118,16 @@ class LoopState:
         self.trusted_from = self.step
 
 
+class Average(EMAModel):
+    """diffusers' moving average, in one pass over memory a step: several times faster on a CPU."""
+
+    @torch.no_grad()
+    def step(self, parameters: Sequence[nn.Parameter]) -> None:
+        self.optimization_step += 1
+        self.cur_decay_value = self.get_decay(self.optimization_step)
+        torch._foreach_lerp_(self.shadow_params, list(parameters), 1 - self.cur_decay_value)
+
+
 class LoopCallback:
     """What a training says while it runs, on every process; the methods of a subclass need not do anything."""
 
@@ -220,10 +230,10 @@ class Loop:
             args.lr_scheduler, optimizer, num_warmup_steps=args.lr_warmup_steps, num_training_steps=args.num_steps
         )
         wrapped, optimizer, lr_scheduler = accelerator.prepare(model, optimizer, lr_scheduler)
-        ema = EMAModel(model.parameters(), decay=args.ema_decay, foreach=True) if args.ema_decay is not None else None
+        ema = Average(model.parameters(), decay=args.ema_decay) if args.ema_decay is not None else None
         state = LoopState(description, args.num_steps, list(model.parameters()), optimizer, lr_scheduler, ema)
         losses = torch.full((args.num_steps,), math.nan, device=accelerator.device)
-        gradients = [torch.tensor(0.0)] * args.num_steps  # the largest entry of each step's
+        gradients = [torch.tensor(0.0)] * args.num_steps  # how large each step's is: not finite if it is not
         first_step = 0
         if self.resume and (latest := self.latest_checkpoint()) is not None:
             state.step = first_step = _load(accelerator, latest, state, losses)
@@ -250,10 +260,10 @@ class Loop:
                 with accelerator.accumulate(wrapped):
                     loss = loss_function(wrapped, indices[part * part_size : (part + 1) * part_size], generator)
                     accelerator.backward(loss)
-                    if accelerator.sync_gradients:
-                        gradients[step] = largest(p.grad for p in wrapped.parameters() if p.grad is not None)
-                        if args.max_grad_norm is not None:
-                            accelerator.clip_grad_norm_(wrapped.parameters(), args.max_grad_norm)
+                    if accelerator.sync_gradients and args.max_grad_norm is not None:
+                        gradients[step] = accelerator.clip_grad_norm_(state.parameters, args.max_grad_norm)
+                    elif accelerator.sync_gradients:
+                        gradients[step] = largest(p.grad for p in state.parameters if p.grad is not None)
                     optimizer.step()
                     if accelerator.optimizer_step_was_skipped:  # by the loss scaling of fp16, which tries larger scales
                         gradients[step] = torch.tensor(0.0)

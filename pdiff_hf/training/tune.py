@@ -63,12 +63,13 @@ def denoise(
     table: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Noise to latents, both of shape `(N, L)`. Only the last step of the sampler has gradients."""
-    scheduler = copy.deepcopy(scheduler)
+    scheduler = copy.copy(scheduler)  # everything that steps change is made anew by `set_timesteps`
     scheduler.set_timesteps(num_inference_steps, device=noise.device)
-    latents = noise * scheduler.init_noise_sigma
+    latents, condition = noise * scheduler.init_noise_sigma, generator.encode(table)
     for i, timestep in enumerate(scheduler.timesteps):
         with torch.set_grad_enabled(torch.is_grad_enabled() and i == len(scheduler.timesteps) - 1):
-            prediction = generator(scheduler.scale_model_input(latents, timestep), timestep, table)
+            noisy = scheduler.scale_model_input(latents, timestep)
+            prediction = generator.denoiser(noisy, timestep, condition).sample
             latents = scheduler.step(prediction, timestep, latents).prev_sample
     return latents
 
