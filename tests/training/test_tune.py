@@ -180,7 +180,8 @@ def test_only_the_last_step_of_the_sampler_has_gradients():
     generated = make_generated(family, make_networks(family), True)
     table = family.fields.table(family.conditions(2, seed=0))
     calls = []
-    generated.generator.register_forward_hook(lambda module, inputs, output: calls.append(output.requires_grad))
+    hook = lambda module, inputs, output: calls.append(output.sample.requires_grad)  # noqa: E731
+    generated.generator.denoiser.register_forward_hook(hook)
     latents = generated.sample_latents(table, torch.Generator().manual_seed(0), 2)
     assert calls == [False, False, True] and latents.requires_grad
 
