@@ -128,9 +128,9 @@ def test_stopped_in_tuning_it_ends_with_the_same_record(finished, tmp_path, monk
     monkeypatch.setattr(conditional_opponents.Regime, "validate", stopped)
     changes = {"stages": ["tune"], "checkpointing_steps": 3, "resume_from_checkpoint": "latest"}
     with pytest.raises(KeyboardInterrupt):
-        execute(folder, **changes)
+        finish(folder, **changes)
     assert list(folder.glob("checkpoints/tune/checkpoint-3"))
-    execute(folder, **changes)
+    finish(folder, **changes)
     for name in ("stages/tune.json", "tuned/denoiser/diffusion_pytorch_model.safetensors"):
         assert (folder / name).read_bytes() == (finished.folder / name).read_bytes()
 
