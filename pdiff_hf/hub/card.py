@@ -124,7 +124,7 @@ def _without_paths(value: Any) -> Any:
 
 def _reference(pipeline: Path) -> dict:
     """Where on the Hub the base model is, of a generator of adapters that names it."""
-    return json.loads((pipeline / "model_index.json").read_text()).get("base_model_reference") or {}
+    return json.loads((pipeline / "model_index.json").read_text(encoding="utf-8")).get("base_model_reference") or {}
 
 
 def _base_model(pipeline: Path, layout: ParameterLayout, recipe: dict) -> str | None:

@@ -3,7 +3,7 @@
 import textwrap
 
 import pytest
-from support.run_server import FLAGS, ROOT
+from support.run_server import ROOT
 from support.scripts import run_script
 
 from pdiff_hf.tasks import task_class
@@ -89,7 +89,8 @@ def test_an_error_in_the_middle_of_ones_own_task(raised, message, run_server, tm
                 raise {raised}
         """)
     (tmp_path / "own.py").write_text(text, encoding="utf-8")
-    result = run_server.run(tmp_path / "out", f"--task={tmp_path / 'own.py'}:Broken", "--select=all", *FLAGS[2:])
+    flags = ["--select=all", "--base_epochs=1", "--num_snapshots=16", "--latent_dim=8"]
+    result = run_server.run(tmp_path / "out", f"--task={tmp_path / 'own.py'}:Broken", *flags)
     last = result.errors.strip().splitlines()[-1]
     assert result.status == 1 and "Traceback" not in result.errors
     assert last.startswith(f"error: {message} (") and last.endswith(
