@@ -9,6 +9,7 @@ __version__ = "0.2.0"
 
 # What this package is for: all of it is imported when it is asked for.
 _PUBLIC = {
+    ".evaluation": ("Report", "evaluate"),
     ".layout": ("LayoutError", "ParameterLayout"),
     ".models": ("ConditionEncoder", "ConditionError", "Fields", "LatentDenoiser", "ParameterAutoencoder"),
     ".networks.ensemble": ("EnsembleModel",),
@@ -32,6 +33,7 @@ _PUBLIC = {
 _MODULES = {name: module for module, names in _PUBLIC.items() for name in names}
 
 if TYPE_CHECKING:
+    from .evaluation import Report, evaluate
     from .layout import LayoutError, ParameterLayout
     from .models import ConditionEncoder, ConditionError, Fields, LatentDenoiser, ParameterAutoencoder
     from .networks.ensemble import EnsembleModel
@@ -74,6 +76,7 @@ __all__ = [
     "PDiffTrainer",
     "ParameterAutoencoder",
     "ParameterLayout",
+    "Report",
     "SemanticSegmentationTask",
     "SnapshotCallback",
     "SnapshotRecorder",
@@ -82,6 +85,7 @@ __all__ = [
     "TaskFamily",
     "TextClassificationTask",
     "TransformedFamily",
+    "evaluate",
     "import_snapshots",
     "load_snapshots",
     "register_family",

@@ -1,7 +1,7 @@
 """
 Compares a generator of networks with trivial ones, and looks for copies of the networks that it was made from.
 
-    python scripts/evaluate.py outputs/digits/pipeline --snapshots outputs/digits/snapshots --dataset digits
+    python scripts/evaluate.py outputs/digits --snapshots outputs/digits/snapshots --dataset digits
     python scripts/evaluate.py FOLDER_OF_STATE_DICTS --snapshots DIR --model BASE_MODEL --dataset DATASET
     python scripts/evaluate.py TABLE.csv --family transformed --snapshots ZOO --model BASE_MODEL --dataset DATASET
 
@@ -20,11 +20,10 @@ def main() -> None:
     defaults = {"output_dir": "outputs/evaluation", "model": None, "dataset": None, "image_size": 0}
     parser = ConfigParser(defaults=defaults, description=start_script(__doc__))
     parser.add_argument(
-        "generator", metavar="GENERATOR", help="Saved pipeline (folder or Hub id), or folder of networks."
+        "generator", metavar="GENERATOR", help="Run, saved pipeline (folder or Hub id), or folder of networks."
     )
     config, flags = parser.parse_config()
     # These take seconds to import, which a mistyped flag should not wait for.
-    from pdiff_hf.evaluation.render import format_summary
     from pdiff_hf.run.processes import start_processes
     from pdiff_hf.run.saved import evaluate_saved
     from pdiff_hf.run.terminal import one_line_errors, quiet_libraries
@@ -34,7 +33,7 @@ def main() -> None:
     quiet_libraries()
     with one_line_errors():
         report = evaluate_saved(flags.generator, config)
-        print(format_summary(report))
+        print(report.to_terminal())
         print(f"The report is in {config.output_dir}.")
 
 

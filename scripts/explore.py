@@ -20,15 +20,16 @@ from safetensors.torch import save
 from transformers import PreTrainedModel
 
 from pdiff_hf import LayoutError, PDiffPipeline
-from pdiff_hf.evaluation.figures import scatter_group
+from pdiff_hf.evaluation.groups import Kind
 from pdiff_hf.evaluation.metrics import max_iou
 from pdiff_hf.evaluation.plots import (
     ScatterGroup,
     plot_accuracy_vs_similarity,
     sampling_error,
+    scatter_group,
 )
-from pdiff_hf.evaluation.scores import ClassifierScores
-from pdiff_hf.evaluation.scoring import Scorer, make_scorer
+from pdiff_hf.evaluation.report import Report
+from pdiff_hf.evaluation.score import ClassifierScores, Scorer, make_scorer
 from pdiff_hf.models.condition import Condition
 from pdiff_hf.networks.adapters import has_adapters
 from pdiff_hf.run.cli import load_config
@@ -42,7 +43,6 @@ from pdiff_hf.snapshots.dataset import condition_table
 from pdiff_hf.tasks import ClassificationTask
 from pdiff_hf.tasks.labels import LabelledTask
 from pdiff_hf.utils import names
-from pdiff_hf.utils.reports import load_report
 
 MAX_BYTES = 2**30  # of all networks that are sampled at once, and of their archive
 FIRST_SCORED = 10  # networks that are drawn first, because the reader waits for them
@@ -62,7 +62,7 @@ class Source:
         pipe (`PDiffPipeline`): The generator.
         location (`str`): Of the pipeline, as `from_pretrained` takes it.
         dataset (`str`, *optional*): What its networks were trained on.
-        report (`dict`, *optional*): Its `report.json`.
+        report (`Report`, *optional*): Its report.
         scorer (`Scorer`, *optional*): Of the run's task; with it come `snapshots`, shape `(K, D)`.
         at_work (`AtWork`, *optional*): Of a run's family of tasks, in place of `scorer`.
         snapshots (`torch.Tensor`, *optional*): Of the run.
@@ -73,7 +73,7 @@ class Source:
     pipe: PDiffPipeline
     location: str = ""
     dataset: str | None = None
-    report: dict | None = None
+    report: Report | None = None
     scorer: Scorer | None = None
     at_work: AtWork | None = None
     snapshots: torch.Tensor | None = None
@@ -121,12 +121,12 @@ def load_source(name: str) -> Source:
         source.dataset = settings.get("dataset")
     try:
         if path := _find_file(where, f"{names.EVALUATION}/{names.REPORT}"):
-            source.report = load_report(path)
+            source.report = Report.load(path)
         else:
             source.missing.append("its report: it has not been evaluated")
     except ValueError as error:
         source.missing.append(f"its report: {one_line(error)}")
-    if source.report is not None and not is_conditional(source) and "max_iou" not in source.report["groups"][0]:
+    if source.report is not None and not is_conditional(source) and "max_iou" not in source.report.generated.measures:
         source.report = None
         source.missing.append("its report, which is not one of classifiers: see report.md beside the pipeline")
     what = "the accuracy of what is sampled here"
@@ -143,8 +143,8 @@ def load_source(name: str) -> Source:
 
 
 def is_conditional(source: Source) -> bool:
-    """Whether the report is of an audit on the tasks of a family."""
-    return source.report is not None and source.report.get("kind") == "conditional"
+    """Whether the report is on members of a family."""
+    return source.report is not None and bool(source.report.fields)
 
 
 def _find_file(where: Path | str, path: str) -> Path | None:
@@ -214,14 +214,14 @@ def compare(source: Source, path: Path, scores: ClassifierScores | None = None) 
     if is_conditional(source):  # of many tasks: they cannot share a figure with networks of one
         return draw_field(report, path)
     if report is not None:
-        baselines = [group for group in report["groups"] if group["family"] is not None]
-        others = [scatter_group(report, group["name"], group["family"]) for group in baselines]
-        generated = scatter_group(report, "generated", "generated, report")
+        compared = report.of_kind(Kind.BASELINE, Kind.OPPONENT)
+        others = [scatter_group(report, group.name, group.sweep or group.name) for group in compared]
+        generated = scatter_group(report, report.generated.name, "generated, report")
     if scores is None:
         if report is None:
             rest = " yet; sample, to see how these networks do." if source.scorer else "."
             return f"There is nothing to compare: there is no report{rest}"
-        snapshots, num_examples = scatter_group(report, "snapshots", "snapshots"), report["splits"]["test"]
+        snapshots, num_examples = scatter_group(report, "snapshots", "snapshots"), report.splits["test"]
         text = f"The {len(generated.accuracy)} networks of the report on {num_examples:,} test examples. "
         text += "Those that you sample will be " if source.scorer else "Networks that are sampled here are not "
         text += "in this figure." if source.scorer else "in this figure: see above."
@@ -238,7 +238,7 @@ def compare(source: Source, path: Path, scores: ClassifierScores | None = None) 
             f"{num_examples:,} test examples give ± {sampling_error(mean, num_examples):.2f}. Maximum IoU with a "
             f"snapshot {generated.max_iou.nanmean():.3f} on average."
         )
-    plot_accuracy_vs_similarity(path, {"": (snapshots, generated, others)}, num_examples, legend_columns=2)
+    plot_accuracy_vs_similarity(path, {"": (snapshots, generated, others)}, num_examples)
     return text
 
 

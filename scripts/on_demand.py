@@ -15,14 +15,12 @@ from PIL import Image
 from torch import nn
 
 from pdiff_hf import ParameterLayout
-from pdiff_hf.evaluation.conditional import plot_field
-from pdiff_hf.evaluation.plots import sampling_error
-from pdiff_hf.evaluation.scores import ClassifierScores
-from pdiff_hf.evaluation.scoring import Scorer, make_scorer
+from pdiff_hf.evaluation.plots import plot_field, sampling_error
+from pdiff_hf.evaluation.report import Report
+from pdiff_hf.evaluation.score import ClassifierScores, Scorer, make_scorer
 from pdiff_hf.models import ConditionEncoder
 from pdiff_hf.models.condition import Condition
 from pdiff_hf.networks.runner import NetworkRunner
-from pdiff_hf.run.evaluating import SHOWN
 from pdiff_hf.scripts.watch import LETTERS
 from pdiff_hf.tasks.family import Family
 from pdiff_hf.tasks.image_families import ImageFamily
@@ -281,24 +279,18 @@ def frame(choice: Choice, shown: str) -> str:
 
 
 @rc_context(LETTERS)
-def draw_field(report: Mapping[str, Any], path: Path) -> str:
-    """Draws the accuracies of a conditional report along a field to `path`, if it has them; returns what they are."""
-    field = _field_of(report)
-    if field is not None:
-        plot_field(report, field, field, [name for name in SHOWN if name in report["rows"]], path)
+def draw_field(report: Report, path: Path) -> str:
+    """Draws the accuracies of a report along a field to `path`, if it has them; returns what they are."""
+    plot_field(report, path)
     return about_field(report)
 
 
-def _field_of(report: Mapping[str, Any]) -> str | None:
-    return next((name for name in report["conditions"] if name in report["fields"]), None)
-
-
-def about_field(report: Mapping[str, Any]) -> str:
+def about_field(report: Report) -> str:
     """Markdown: what the figure of `draw_field` shows."""
-    field = _field_of(report)
+    field = next((name for name in report.conditions if name in report.fields), None)
     if field is None:
         return "The report has no accuracies along a field."
-    fixed = {name: value for name, value in report["conditions"][field][0].items() if name != field}
+    fixed = {name: value for name, value in report.conditions[field][0].items() if name != field}
     rest = f"; {in_words(fixed)}" if fixed else ""
     return f"From the report: accuracy on tasks along *{field}*{rest}."
 

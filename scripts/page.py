@@ -15,6 +15,7 @@ from gradio.components import Component
 from huggingface_hub.errors import HTTPError
 
 from pdiff_hf.evaluation.render import table
+from pdiff_hf.evaluation.report import Report
 from pdiff_hf.models.condition import Field
 from pdiff_hf.scripts import explore, on_demand
 from pdiff_hf.scripts.watch import WATCHED, WATCHED_EXAMPLES, Watcher, draw_heat_map
@@ -25,7 +26,8 @@ MAX_STEPS = 1000
 WATCHED_STEPS = 40  # of a longer process so many are drawn
 SECONDS_A_PICTURE = 1.0  # drawing takes time that sampling needs
 TENSORS, WHOLE = "Generated tensors", "Whole networks"
-NARROW = ("n", "best", "passes once", "passes a task")  # columns of the summary that a phone has no room for
+# Columns of the summary that a phone has no room for.
+NARROW = ("n", "best", "passes once", "passes before", "passes a task", "size")
 ON_DEMAND = "on demand"
 CSS = (
     """
@@ -83,14 +85,15 @@ def announce(source: explore.Source) -> str:
     )
 
 
-def narrow_report(report: dict | None) -> tuple[str, str]:
+def narrow_report(report: Report | None) -> tuple[str, str]:
     """Verdict, warnings and the summary with the few columns that a phone has room for; and what explains them."""
     if report is None:
         return "There is no report.", ""
-    summary = report["summary"]
+    summary = report.summary
     kept = [i for i, title in enumerate(summary["header"]) if title not in NARROW]
     rows = [[row[i] for i in kept] for row in summary["rows"]]
-    parts = [f"**Verdict:** {report['verdict']}", *(f"> **Warning:** {warning}" for warning in report["warnings"])]
+    parts = ["\n".join(f"- {line}" for line in report.verdict)]
+    parts += [f"> **Warning:** {warning}" for warning in report.warnings]
     return "\n\n".join([*parts, table([summary["header"][i] for i in kept], rows)]), summary["about"]
 
 

@@ -23,13 +23,12 @@ from pdiff_hf.utils.terminal import start_script
 def main() -> None:
     config, _ = ConfigParser("digits.yaml", description=start_script(__doc__)).parse_config()
     # These take seconds to import, which a mistyped flag should not wait for.
-    from pdiff_hf.evaluation.render import format_summary
+    from pdiff_hf.evaluation.report import Report
     from pdiff_hf.hub.push import push_run_to_hub, resolve_repo_id
     from pdiff_hf.run.processes import start_processes
     from pdiff_hf.run.terminal import command, one_line_errors, quiet_libraries
     from pdiff_hf.run.trainer import execute, prepare
     from pdiff_hf.utils import names
-    from pdiff_hf.utils.reports import load_report
 
     with one_line_errors():
         state = start_processes()
@@ -56,7 +55,7 @@ def main() -> None:
     with one_line_errors():
         if state.is_main_process and run.is_finished("evaluate"):
             report = run.folder / names.EVALUATION / names.REPORT
-            print(format_summary(load_report(report)))
+            print(Report.load(report).to_terminal())
             generator = names.generator_folder(run.folder)
             print(f"The generator is in {generator}, the report in {report.parent}. Next:")
             print(f"  {command('generate', generator, '--num_models', 10)}")

@@ -10,8 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from pdiff_hf.evaluation.plots import GENERATED, plot_reverse_process
-from pdiff_hf.evaluation.scores import ClassifierScores
-from pdiff_hf.evaluation.scoring import Scorer
+from pdiff_hf.evaluation.score import ClassifierScores, Scorer
 from pdiff_hf.models.products import expanded
 from pdiff_hf.tasks import take
 

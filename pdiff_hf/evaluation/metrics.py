@@ -201,7 +201,7 @@ def _check_same_group(a: Tensor, b: Tensor) -> None:
 
 
 @dataclass(frozen=True)
-class Evidence:
+class GroupEvidence:
     """
     What is known of a group of N networks.
 
@@ -240,25 +240,25 @@ class GroupMetric:
     key: str
     title: str
     format: str
-    function: Callable[[Evidence], float]
+    function: Callable[[GroupEvidence], float]
     table: str = "scores"
     classifiers_only: bool = False
 
 
-def _std(e: Evidence) -> float:
+def _std(e: GroupEvidence) -> float:
     defined = e.values[~e.values.isnan()]
     return defined.std().item() if len(defined) > 1 else 0.0
 
 
-def _best(e: Evidence) -> float:
+def _best(e: GroupEvidence) -> float:
     return e.values[(e.sign * e.validation).nan_to_num(nan=-math.inf).argmax()].item()
 
 
-def _best_on_test(e: Evidence) -> float:
+def _best_on_test(e: GroupEvidence) -> float:
     return e.sign * (e.sign * e.values).nan_to_num(nan=-math.inf).max().item()
 
 
-def _placed(name: str) -> Callable[[Evidence], float]:
+def _placed(name: str) -> Callable[[GroupEvidence], float]:
     return lambda e: e.place[name]
 
 
@@ -269,7 +269,7 @@ METRICS = [
     GroupMetric("score_best_on_test", "best on test", ".2f", _best_on_test),
     GroupMetric("validation_score_mean", "validation", ".2f", lambda e: e.validation.nanmean().item()),
     GroupMetric("iou_within", "IoU within", ".3f", lambda e: iou_within(e.scores.wrong), classifiers_only=True),
-    GroupMetric("max_iou", "max IoU", ".3f", lambda e: e.max_iou.nanmean().item(), classifiers_only=True),
+    GroupMetric("max_iou", "similarity", ".3f", lambda e: e.max_iou.nanmean().item(), classifiers_only=True),
     GroupMetric(
         "nll",
         "NLL",

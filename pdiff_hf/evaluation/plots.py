@@ -5,10 +5,12 @@ again. Every figure can be read at 600 pixels of width. Only `Figure` objects: n
 """
 
 import math
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import cycle
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -17,6 +19,11 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from sklearn.decomposition import PCA
 from torch import Tensor
+
+from ..utils.reports import FIELD_FIGURE, TEST
+
+if TYPE_CHECKING:
+    from .report import GroupRow, Report
 
 SNAPSHOTS, GENERATED = "#000000", "#D55E00"
 OTHERS = ("#0072B2", "#009E73", "#E69F00", "#56B4E9", "#CC79A7")  # their yellow is too pale for thin marks on white
@@ -51,7 +58,6 @@ def plot_accuracy_vs_similarity(
     path: str | Path,
     panels: Mapping[str, tuple[ScatterGroup, ScatterGroup, Sequence[ScatterGroup]]],
     num_examples: int,
-    legend_columns: int = 3,
 ) -> Path:
     """Accuracy against maximum IoU to the snapshots, one panel a setting (paper, figures 3, 4 and 5a), in the region of
     most snapshots and generated networks; how much lies outside is written below. Small dots are those networks, moved
@@ -62,34 +68,59 @@ def plot_accuracy_vs_similarity(
         path (`str` or `Path`): of the PNG.
         panels (`Mapping`): title of the panel to snapshots, generated networks and other groups.
         num_examples (`int`): of the test data.
-        legend_columns (`int`, *optional*, defaults to 3): fewer leave room for larger letters.
     """
     columns = min(2, len(panels))
     lines = -(-len(panels) // columns)
-    height = 1.5 + (4.2 if columns == 1 else 2.9) * lines + 0.8 * (3 - legend_columns)
-    figure = Figure(figsize=(WIDTH, height), layout="constrained")
+    figure = Figure(figsize=(WIDTH, 0.4 + 4.4 * lines if columns == 1 else 1.5 + 2.9 * lines), layout="constrained")
     handles: dict = {}
     grid = figure.subplots(lines, columns, squeeze=False).flatten()
     for axes, (title, groups) in zip(grid, panels.items(), strict=False):
-        _draw_scatter(axes, *groups, num_examples)
+        labels = _draw_scatter(axes, *groups, num_examples)
         axes.set_title(title, fontsize="medium")
+        if len(panels) == 1:
+            _label_beside(axes, labels)
         handles |= {label: handle for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)}
     for axes in grid[len(panels) :]:
         axes.set_axis_off()
     for i in range(len(panels)):
         if i + columns >= len(panels):
-            grid[i].set_xlabel("maximum IoU with a snapshot\n(left: less similar)")
+            grid[i].set_xlabel("similarity to the nearest snapshot\n(max IoU of errors; left: newer)")
         if i % columns == 0:
             grid[i].set_ylabel("test accuracy (%)")
-    figure.legend(
-        handles.values(),
-        handles.keys(),
-        loc="outside lower center",
-        ncols=legend_columns,
-        fontsize="small",
-        frameon=False,
-    )
+    if len(panels) > 1:
+        place = {"loc": "outside lower center", "ncols": 3, "fontsize": "small", "frameon": False}
+        figure.legend(handles.values(), handles.keys(), **place)
     return _save(figure, path)
+
+
+# Where a label belongs, what it says, and its colour.
+Label = tuple[float, float, str, str]
+
+
+def _label_beside(axes: Axes, labels: Sequence[Label]) -> None:
+    """Names at the right of the axes, each joined by a thin line to its point, and apart from each other."""
+    low, high = axes.get_ylim()
+    left, right = axes.get_xlim()
+    shown = sorted((label for label in labels if math.isfinite(label[1])), key=lambda label: label[1])
+    gap, heights = 0.055, [min(max((y - low) / (high - low), 0.0), 1.0) for _, y, _, _ in shown]
+    for i in range(1, len(heights)):
+        heights[i] = max(heights[i], heights[i - 1] + gap)
+    overflow = max(0.0, heights[-1] - 1) if heights else 0.0
+    heights = [height - overflow for height in heights]
+    for i in reversed(range(len(heights) - 1)):
+        heights[i] = min(heights[i], heights[i + 1] - gap)
+    for (x, y, text, colour), height in zip(shown, heights, strict=True):
+        axes.annotate(
+            text,
+            (min(max(x, left), right), min(max(y, low), high)),
+            xytext=(1.03, height),
+            textcoords="axes fraction",
+            fontsize="small",
+            color=colour,
+            va="center",
+            annotation_clip=False,
+            arrowprops={"arrowstyle": "-", "color": colour, "linewidth": 0.5, "alpha": 0.5},
+        )
 
 
 def _draw_scatter(
@@ -98,7 +129,7 @@ def _draw_scatter(
     generated: ScatterGroup,
     others: Sequence[ScatterGroup],
     num_examples: int,
-) -> None:
+) -> list[Label]:
     families: dict[str, list[ScatterGroup]] = {}
     for group in (*others, snapshots, generated):
         families.setdefault(group.family, []).append(group)
@@ -107,9 +138,10 @@ def _draw_scatter(
     low, high = mean - error, mean + error
     means = [torch.tensor([_mean(values)]) for values in (generated.max_iou, generated.accuracy)]
     limits = (
-        _limits(MIN_IOU_RANGE, snapshots.max_iou, generated.max_iou, means[0]),
-        _limits(2 * error, snapshots.accuracy, generated.accuracy, means[1], torch.tensor([low, high])),
+        _limits(MIN_IOU_RANGE, snapshots.max_iou, generated.max_iou, means[0], ends=(0, 1)),
+        _limits(2 * error, snapshots.accuracy, generated.accuracy, means[1], torch.tensor([low, high]), ends=(0, 100)),
     )
+    labels: list[Label] = []
     axes.axhspan(low, high, color=SNAPSHOTS, alpha=0.07, linewidth=0, label="sampling error (95%)")
     # Each colour returns with another marker and another line, four times.
     lines = [line for line in ("-", "--", "-.", ":") for _ in OTHERS]
@@ -140,11 +172,14 @@ def _draw_scatter(
             zorder=on_top,
             label=family,
         )
+        inside = [place for place in places if limits[1][0] <= place[1] <= limits[1][1]] or places
+        labels.append((*inside[-1], family, colour))
     axes.set_xlim(*limits[0])
     axes.set_ylim(*limits[1])
     _note_outside(axes, outside)
     axes.xaxis.set_major_locator(MaxNLocator(5))
     axes.grid(alpha=0.3)
+    return labels
 
 
 def plot_reverse_process(
@@ -176,7 +211,7 @@ def plot_reverse_process(
     axes.axhspan(low, high, color=SNAPSHOTS, alpha=0.1, linewidth=0, label="sampling error (95%)")
     axes.axhline(reference_accuracy, color=SNAPSHOTS, linestyle="--", label=f"{reference} ({reference_accuracy:.2f} %)")
     ends = torch.stack([accuracies.min(), accuracies.max()])  # all of it, outliers too
-    axes.set_ylim(*_limits(2 * error, ends, torch.tensor([low, high]), margin=0.05))
+    axes.set_ylim(*_limits(2 * error, ends, torch.tensor([low, high]), margin=0.05, ends=(0, 100)))
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_xlabel("denoising steps taken")
     axes.set_ylabel("test accuracy (%)")
@@ -191,6 +226,7 @@ def plot_distribution(
     quantity: str,
     colours: Sequence[str] | None = None,
     min_range: float = 0.0,
+    ends: tuple[float, float] = (-math.inf, math.inf),
 ) -> Path:
     """Distribution of a quantity over the networks of each group, as violins with their medians (of maximum similarity:
     paper, figure 5c).
@@ -202,6 +238,7 @@ def plot_distribution(
         colours (`Sequence[str]`, *optional*): one a group; by default the first is drawn as the snapshots and the
             second as the generated networks.
         min_range (`float`, *optional*): the least that the axis spans.
+        ends (`tuple[float, float]`, *optional*): where the measure ends, and with it the axis.
     """
     figure = Figure(figsize=(WIDTH, 1.2 + 0.38 * len(groups)), layout="constrained")
     axes = figure.subplots()
@@ -219,13 +256,13 @@ def plot_distribution(
                 body.set(facecolor=colour, edgecolor=colour, alpha=0.3)
         axes.scatter(shown, row + jitter.uniform(-0.2, 0.2, len(shown)), s=6, color=colour, alpha=0.4, linewidths=0)
         axes.scatter(np.median(shown), row, s=110, marker="|", color=colour, linewidths=2.5)
-    low, high = _limits(min_range, *groups.values())
+    low, high = _limits(min_range, *groups.values(), ends=ends)
     axes.set_xlim(low, high)
     _note_outside(axes, sum(int(((values < low) | (values > high)).sum()) for values in groups.values()))
     axes.set_yticks(range(len(groups)), labels, fontsize="small")
     axes.set_ylim(len(groups) - 0.4, -0.6)
     axes.xaxis.set_major_locator(MaxNLocator(5))
-    axes.set_xlabel(f"{quantity} (bar: median)")
+    axes.set_xlabel(f"{quantity}\n(bar: median)")
     axes.grid(axis="x", alpha=0.3)
     return _save(figure, path)
 
@@ -345,16 +382,20 @@ def _log_scale_if_positive(axes: Axes) -> None:
         axes.set_yscale("log")
 
 
-def _limits(least: float, *groups: Tensor, margin: float = 0.4) -> tuple[float, float]:
+def _limits(
+    least: float, *groups: Tensor, margin: float = 0.4, ends: tuple[float, float] = (-math.inf, math.inf)
+) -> tuple[float, float]:
     """Limits around the middle 80% of each group's finite values, with a margin on both sides as a share of their
-    range, which is at least `least`; (0, 1) if there are none."""
+    range, which is at least `least`, and within `ends`, where the measure ends; (0, 1) if there are none."""
     finite = [values[values.isfinite()].double() for values in groups]
-    ends = [values.quantile(share).item() for values in finite if len(values) for share in (0.1, 0.9)]
-    if not ends:
+    found = [values.quantile(share).item() for values in finite if len(values) for share in (0.1, 0.9)]
+    if not found:
         return 0.0, 1.0
-    low, high = min(ends), max(ends)
+    low, high = min(found), max(found)
     width = max(high - low, least, 1e-6 * abs(high), 1e-12)
-    return (low + high) / 2 - (0.5 + margin) * width, (low + high) / 2 + (0.5 + margin) * width
+    middle, half = (low + high) / 2, (0.5 + margin) * width
+    over = 0.02 * width  # so that marks at an end are whole
+    return max(middle - half, ends[0] - over), min(middle + half, ends[1] + over)
 
 
 def _note_outside(axes: Axes, count: int) -> None:
@@ -375,3 +416,134 @@ def _save(figure: Figure, path: str | Path) -> Path:
     path = Path(path)
     figure.savefig(path, dpi=DPI, format="png")
     return path
+
+
+# ------------------------------------------------------------------------------------------------ figures of a report
+
+# Rows of the figure of accuracy along a field, where they are there.
+ALONG = ("generated", "trained on the task", "kernel ridge", "nearest snapshot", "base model", "nearest seen task")
+
+
+def draw_figures(
+    report: "Report",
+    folder: str | os.PathLike,
+    *,
+    snapshots: Tensor | None = None,
+    generated: Tensor | None = None,
+    tensor_sizes: Sequence[int] = (),
+    latents: Mapping[str, Tensor] | None = None,
+    losses: Mapping[str, Mapping[str, Sequence[float]]] | None = None,
+) -> None:
+    """
+    Draws the figures of `utils.reports.FIGURES` that there are numbers for.
+
+    Args:
+        report (`Report`): What was compared.
+        folder (`str` or `os.PathLike`): Of the PNGs.
+        snapshots (`torch.Tensor`, *optional*), generated (`torch.Tensor`, *optional*): Parameters, shape `(K, D)` and
+            `(N, D)`.
+        tensor_sizes (`Sequence[int]`): How many of the D parameters each tensor has.
+        latents (`Mapping[str, torch.Tensor]`, *optional*): `snapshots` `(K, L)` and `generated` `(N, L)`.
+        losses (`Mapping[str, Mapping[str, Sequence[float]]]`, *optional*): The loss at every step, by panel and curve.
+    """
+    folder = Path(folder)
+    title = f"{report.metric.name} ({report.metric.unit})" if report.metric.unit else report.metric.name
+    if report.fields:
+        plot_field(report, folder / FIELD_FIGURE)
+        shown = sorted(report.groups, key=lambda row: -report.metric.sign * (row.mean() or 0.0))
+        values = {row.name: as_tensor(row.scores()) for row in shown}
+        colours = [GENERATED if row.kind == "generated" else OTHERS[0] for row in shown]
+        plot_distribution(folder / "scores.png", values, f"{title} on unseen tasks", colours, ends=(0, 100))
+    else:
+        _draw_task(report, folder, title)
+    if snapshots is not None and generated is not None:
+        plot_parameter_heatmap(folder / "parameters.png", snapshots, generated, tensor_sizes)
+    if latents is not None and latents["snapshots"].shape[1] > 1:
+        plot_latent_pca(folder / "latents.png", latents["snapshots"], latents["generated"])
+    if losses:
+        panels = {
+            panel: {name: (range(1, len(values) + 1), values) for name, values in curves.items()}
+            for panel, curves in losses.items()
+        }
+        plot_loss_curves(folder / "losses.png", panels)
+
+
+def _draw_task(report: "Report", folder: Path, title: str) -> None:
+    best: dict[str, GroupRow] = {}
+    for row in report.groups:
+        if row.kind in ("baseline", "opponent"):
+            kept = report.best([row, *([best[row.sweep or row.name]] if (row.sweep or row.name) in best else [])])
+            assert kept is not None
+            best[row.sweep or row.name] = kept
+    shown = [row for row in report.groups if row.kind in ("snapshots", "generated")] + list(best.values())
+    if "max_iou" not in report.generated.measures:
+        values = {row.name: as_tensor(row.scores()) for row in shown}
+        plot_distribution(folder / "scores.png", values, f"{title} on test examples")
+        return
+    first = [scatter_group(report, row.name, row.name) for row in shown[:2]]
+    others = [
+        scatter_group(report, row.name, row.sweep or row.name)
+        for row in report.groups
+        if row.kind in ("baseline", "opponent")
+    ]
+    snapshots, generated = sorted(first, key=lambda group: group.family == report.generated.name)
+    panels = {"": (snapshots, generated, others)}
+    plot_accuracy_vs_similarity(folder / "accuracy_vs_similarity.png", panels, report.splits["test"])
+    similarities = {row.name: scatter_group(report, row.name, row.name).max_iou for row in shown}
+    colours = [{"snapshots": SNAPSHOTS, "generated": GENERATED}.get(row.kind.value, OTHERS[0]) for row in shown]
+    plot_distribution(
+        folder / "max_similarity.png",
+        similarities,
+        "similarity to the nearest snapshot, lower is newer",
+        colours,
+        min_range=MIN_IOU_RANGE,
+        ends=(0, 1),
+    )
+    if report.reverse_process is not None:
+        plot_reverse_process(
+            folder / "reverse_process.png",
+            report.reverse_process["steps"],
+            torch.tensor(report.reverse_process["scores"]),
+            report.group("snapshots").mean() or 0.0,
+            report.splits["test"],
+        )
+
+
+def plot_field(report: "Report", path: str | os.PathLike) -> str | None:
+    """
+    Draws the accuracy of some groups against the values of a field, where the report has tasks along one; returns the
+    name of that field.
+    """
+    along = next((name for name in report.conditions if name in report.fields), None)
+    if along is None:
+        return None
+    values = [condition[along] for condition in report.conditions[along]]
+    order = np.argsort(values)
+    figure = Figure(figsize=(WIDTH, 4.2), layout="constrained")
+    axes = figure.subplots()
+    colours = {"generated": GENERATED} | dict(zip(ALONG[1:], (SNAPSHOTS, *OTHERS), strict=False))
+    labels, x = [], np.asarray(values)[order]
+    for row in report.groups:
+        if row.name in ALONG:
+            y, colour = np.asarray(row.scores(along))[order], colours[row.name]
+            axes.plot(x, y, color=colour, linewidth=2 if row.kind == "generated" else 1.2, marker=".", markersize=4)
+            labels.append((float(x[-1]), float(y[-1]), row.name, colour))
+    axes.set_xlabel(along)
+    axes.set_ylabel("accuracy on the task (%)")
+    axes.set_ylim(top=min(axes.get_ylim()[1], 100.5))
+    axes.grid(alpha=0.3)
+    _label_beside(axes, labels)
+    _save(figure, Path(path))
+    return along
+
+
+def scatter_group(report: "Report", name: str, family: str) -> ScatterGroup:
+    """The networks of a group of a report on the plane of similarity and accuracy."""
+    row = report.group(name)
+    iou = [] if row.memorisation is None else row.memorisation["iou"]
+    return ScatterGroup(family, as_tensor(row.sets[TEST]["scores"][0]), as_tensor(iou))
+
+
+def as_tensor(values: Sequence[float | None]) -> Tensor:
+    """Numbers of a report, nan where there is none."""
+    return torch.tensor([math.nan if value is None else value for value in values], dtype=torch.float64)

@@ -1,123 +1,275 @@
-"""A report as Markdown: the summary that a terminal, a page and a model card show, and the whole of `report.md`."""
+"""A report for people: the small table of terminal, page and model card, and the whole of it as Markdown or HTML."""
 
-import math
+import base64
+import html
+import textwrap
 from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from ..utils.reports import FIGURES
+from ..utils.reports import FIGURES, TEST
+from .groups import Kind
 from .metrics import METRICS, GroupMetric
+from .score import Metric
+from .verdict import number
 
-MAX_SUMMARY_ROWS = 8
-CURVE = "generated at other temperatures"  # a family of groups that is no baseline
+if TYPE_CHECKING:
+    from .report import GroupRow, Report
+
+MAX_SUMMARY_ROWS = 9
+COLUMNS = 80
+SIMILARITY = "similarity to the nearest snapshot, lower is newer"
+SHOWN_KINDS = (Kind.GENERATED, Kind.SNAPSHOTS, Kind.VARIANT, Kind.BASELINE, Kind.OPPONENT, Kind.ORACLE)
+KIND_WORDS = {
+    Kind.GENERATED: "generated networks",
+    Kind.SNAPSHOTS: "snapshots",
+    Kind.BASELINE: "free: needs no feedback from tasks",
+    Kind.OPPONENT: "trained on feedback, as the generator is",
+    Kind.ORACLE: "trained on the unseen task itself",
+    Kind.VARIANT: "the generator otherwise",
+    Kind.CONTROL: "a control",
+}
+Table = tuple[Sequence[str], Sequence[Sequence[str]]]
 
 
-def metric_title(metric: dict) -> str:
+def metric_title(metric: Metric) -> str:
     """The metric with its unit, such as `accuracy (%)`."""
-    return f"{metric['name']} ({metric['unit']})" if metric["unit"] else metric["name"]
+    return f"{metric.name} ({metric.unit})" if metric.unit else metric.name
 
 
-def summarise(report: dict) -> dict:
+def best_of_sweeps(report: "Report", *kinds: Kind) -> list["GroupRow"]:
+    """Of every sweep of some kinds the best setting, on validation data where there is any; the best sweep first."""
+    sweeps: dict[str, list[GroupRow]] = {}
+    for row in report.of_kind(*kinds):
+        sweeps.setdefault(row.sweep or row.name, []).append(row)
+    best = [report.best(rows) for rows in sweeps.values()]
+    sign = report.metric.sign
+
+    def rank(row: "GroupRow") -> float:
+        value = row.measures.get("validation_score_mean", row.mean())
+        return float("inf") if value is None else -sign * value
+
+    return sorted((row for row in best if row is not None), key=rank)
+
+
+def summarise(report: "Report") -> dict[str, Any]:
     """
-    The few rows that a reader wants first: the groups that are no baselines, and then the setting of every family that
-    is best on validation data, the best families first.
+    The few rows that a reader wants first.
 
     Returns:
         `dict`: `header` and `rows`, texts, and `about`, which explains the columns.
     """
-    metric, splits = report["metric"], report["splits"]
-    similar = report["frontier"]["rows"][0]["max_iou"] is not None
-    verdicts = {row["name"]: row["verdict"] for row in report["frontier"]["rows"]}
-    verdicts |= {"snapshots": report["difference"]["verdict"]}
-    key, title = ("max_iou", "max IoU") if similar else ("distance_to_mean", "to mean")
-    rows = [row for row in report["groups"] if row["family"] is None] + best_of_families(report)
-    shown = rows[:MAX_SUMMARY_ROWS]
-    sampled, count = report["num_generated"], next(row["n"] for row in shown if row["name"] == "generated")
-    sample = f" A sample of {count:,} of the {sampled:,} generated networks was scored." if count < sampled else ""
-    more = f" {len(rows) - len(shown)} more families are in the tables of the report." if len(rows) > len(shown) else ""
-    columns = "max IoU is the similarity of wrong predictions to the nearest snapshot's"
-    if not similar:
-        columns = "to mean is the distance to the snapshots' mean in units of their own"
+    return _summary_of_members(report) if report.fields else _summary_of_task(report)
+
+
+def _summary_of_task(report: "Report") -> dict[str, Any]:
+    metric = report.metric
+    has_similarity = "max_iou" in report.generated.measures
+    key, title = ("max_iou", "similarity") if has_similarity else ("distance_to_mean", "distance to mean")
+    first = [*report.of_kind(Kind.GENERATED), *report.of_kind(Kind.SNAPSHOTS)]
+    first += [row for row in report.of_kind(Kind.VARIANT) if row.sweep is None]
+    plain, tuned = best_of_sweeps(report, Kind.BASELINE), best_of_sweeps(report, Kind.OPPONENT, Kind.ORACLE)
+    first += [row for row in plain if row.sweep == "mean"]
+    plain = [row for row in plain if row not in first]
+    room = MAX_SUMMARY_ROWS - len(first)
+    rows = [*first, *plain[: max(room - len(tuned), (room + 1) // 2)]]
+    rows += tuned[: MAX_SUMMARY_ROWS - len(rows)]
+    left = len(first) + len(plain) + len(tuned) - len(rows)
+    count, sampled = report.generated.n, report.num_generated or 0
+    columns = "similarity is that of wrong predictions to the nearest snapshot's (lower is newer)"
+    if not has_similarity:
+        columns = "distance to mean is that to the snapshots' mean, in units of their own"
+    about = [
+        f"{report.num_parameters:,} generated parameters. {metric.name.capitalize()} is the mean ± standard deviation "
+        f"over the networks of a group on {report.splits['test']:,} test examples"
+        f"{'' if metric.higher_is_better else ', lower is better'}; {columns}; the last column says how generated "
+        "networks compare with the row. Of each sweep of settings the one that is best on validation."
+    ]
+    about += [f"A sample of {count:,} of the {sampled:,} generated networks was scored."] if count < sampled else []
+    about += [f"{left} more kinds are in the tables of the report."] if left else []
+    about += [sampling_sentence(report)]
     return {
-        "header": ["group", "n", metric_title(metric), "best", title, "generated are"],
+        "header": ["group", metric_title(metric), title, "generated vs. this row"],
         "rows": [
             [
-                row["name"],
-                count_of(row),
+                row.name,
                 spread_of(row),
-                number(row["score_best"], ".2f"),
-                number(row[key], ".3f" if similar else ".2f"),
-                verdicts.get(row["name"]) or "–",
+                number(row.measures.get(key), ".3f" if has_similarity else ".2f"),
+                row.verdict or "–",
             ]
-            for row in shown
+            for row in rows
         ],
-        "about": f"{report['num_parameters']:,} generated parameters. {metric['name'].capitalize()} is the mean ± "
-        f"standard deviation over n networks on {splits['test']:,} test examples"
-        f"{'' if metric['higher_is_better'] else ', lower is better'}; best is chosen on {splits['validation']:,} "
-        f"validation examples; {columns}; the last column compares the generated networks with the row. Of each family "
-        f"of baselines the setting that is best on validation.{sample}{more}",
+        "about": " ".join(filter(None, about)),
     }
 
 
-def best_of_families(report: dict) -> list[dict]:
-    """Of every family of baselines the group with the best mean on validation data, the best family first."""
-    sign = 1 if report["metric"]["higher_is_better"] else -1
+def _summary_of_members(report: "Report") -> dict[str, Any]:
+    sets = list(report.conditions)
+    header = ["networks", *(f"{name} ({len(report.conditions[name])} tasks)" for name in sets)]
+    header += ["generated vs. this row", "passes before", "passes a task", "size"]
+    rows = []
+    for row in sorted(report.groups, key=lambda row: -report.metric.sign * (row.mean() or 0.0)):
+        cells = [row.name, *(number(row.mean(name), ".1f") for name in sets)]
+        comparison = row.comparisons.get(TEST)
+        cells.append("–" if comparison is None else f"{number(comparison.difference, '+.1f')} {_word(row)}")
+        cost = row.cost
+        cells += ["–", "–"] if cost is None else [short(cost.once), short(cost.each)]
+        rows.append([*cells, "–" if row.size is None else short(row.size)])
+    about = (
+        f"{report.num_parameters:,} generated parameters a network. {metric_title(report.metric).capitalize()} is the "
+        "mean over tasks; differences are the generated networks' less the row's, paired over tasks, and a verdict "
+        "needs a 95% interval without 0. Passes are of one example through one network: forward counts 1, backward 2; "
+        "before the first unseen task, with all that validation tried, and for each. Size is the parameters that a "
+        f"prediction goes through. {sampling_sentence(report)}"
+    )
+    return {"header": header, "rows": rows, "about": about}
 
-    def rank(row: dict) -> float:
-        mean = row["validation_score_mean"]
-        return float("-inf") if mean is None else sign * mean
 
-    best: dict[str, dict] = {}
-    for row in report["groups"]:
-        if row["family"] not in (None, CURVE) and (row["family"] not in best or rank(row) > rank(best[row["family"]])):
-            best[row["family"]] = row
-    return sorted(best.values(), key=rank, reverse=True)
+def _word(row: "GroupRow") -> str:
+    interval = row.comparisons[TEST].interval
+    ends = "" if interval is None else f"({number(interval[0], '+.1f')} to {number(interval[1], '+.1f')}), "
+    return f"{ends}{row.verdict}"
 
 
-def format_summary(report: dict) -> str:
-    """The verdict, the small table and the warnings, as Markdown that can also be read in a terminal."""
-    summary = report["summary"]
-    parts = [f"**Verdict:** {report['verdict']}", table(summary["header"], summary["rows"])]
-    parts += [f"> **Warning:** {warning}" for warning in report["warnings"]]
+def sampling_sentence(report: "Report") -> str:
+    """How the generator was sampled."""
+    s = report.sampling
+    if not s:
+        return ""
+    parts = [f"{s['num_inference_steps']} steps" if "num_inference_steps" in s else ""]
+    parts += [f"of {s['scheduler']}" if "scheduler" in s else ""]
+    parts += [f"at temperature {s['temperature']:g}" if "temperature" in s else ""]
+    parts += [f"with guidance {s['guidance_scale']:g}" if s.get("guidance_scale", 1) != 1 else ""]
+    return f"Sampled in {' '.join(filter(None, parts))}."
+
+
+def short(count: int) -> str:
+    """A large number in few characters."""
+    for size, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if count >= size:
+            return f"{count / size:.3g}{unit}"
+    return str(count)
+
+
+def to_terminal(report: "Report") -> str:
+    """Verdict, small table and warnings, in lines of 80 columns at most."""
+    summary = report.summary
+    header, rows = list(summary["header"]), [list(row) for row in summary["rows"]]
+    if report.fields:
+        test = next(i for i, title in enumerate(header) if title.startswith(f"{TEST} ("))
+        kept = [0, test, header.index("generated vs. this row")]
+        header, rows = ([row[i] for i in kept] for row in [header]), [[row[i] for i in kept] for row in rows]
+        header = next(iter(header))
+        for row in rows:
+            row[2] = row[2].partition(" (")[0] + (" " + row[2].rpartition("), ")[2] if "), " in row[2] else "")
+    header[-1] = "generated vs. this"
+    lines = [header, *rows]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
+    widths[0] = min(widths[0], COLUMNS - sum(widths[1:]) - 2 * len(widths[1:]))
+    shown = []
+    for line in lines:
+        name = line[0] if len(line[0]) <= widths[0] else line[0][: widths[0] - 1] + "…"
+        cells = [name.ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(line[1:], widths[1:], strict=True))]
+        shown.append("  ".join(cells).rstrip())
+    shown.insert(1, "-" * min(COLUMNS, sum(widths) + 2 * len(widths) - 2))
+    parts = ["\n".join(textwrap.fill(line, COLUMNS) for line in report.verdict), "\n".join(shown)]
+    parts += [textwrap.fill(f"Warning: {warning}", COLUMNS, break_on_hyphens=False) for warning in report.warnings]
     return "\n\n".join(parts) + "\n"
 
 
-def format_report(report: dict, figures: Iterable[str] = ()) -> str:
-    """The whole report as Markdown: the summary with the main figure, then folded up everything that it rests on."""
-    shown = [figure(name) for name in FIGURES if name in set(figures)]
-    sections = ["# Report", format_summary(report).rstrip(), *shown[:1]]
-    sections.append(report["summary"]["about"])
-    sections += [folded(title, about, text) for title, about, text in _tables(report)]
+def to_markdown(report: "Report", figures: Sequence[str] = ()) -> str:
+    """The whole report: the summary with the main figure, then folded up everything that it rests on."""
+    shown = [f"![{FIGURES[name]}]({name})\n\n*{FIGURES[name]}.*" for name in FIGURES if name in set(figures)]
+    parts = ["# Report", summary_markdown(report).rstrip(), *shown[:1], report.summary["about"]]
+    for title, about, lines in sections(report):
+        parts.append(_folded(title, about, table(*lines)))
     if shown[1:]:
-        sections.append(folded("Figures", *shown[1:]))
-    return "\n\n".join(sections) + "\n"
+        parts.append(_folded("Figures", *shown[1:]))
+    return "\n\n".join(parts) + "\n"
 
 
-def figure(name: str) -> str:
-    return f"![{FIGURES[name]}]({name})\n\n*{FIGURES[name]}.*"
+def summary_markdown(report: "Report") -> str:
+    """Verdict, small table and warnings."""
+    parts = ["\n".join(f"- {line}" for line in report.verdict), table(report.summary["header"], report.summary["rows"])]
+    parts += [f"> **Warning:** {warning}" for warning in report.warnings]
+    return "\n\n".join(parts) + "\n"
 
 
-def folded(title: str, *parts: str) -> str:
+def _folded(title: str, *parts: str) -> str:
     return "\n\n".join([f"<details>\n<summary>{title}</summary>", *parts, "</details>"])
 
 
-def _tables(report: dict) -> Iterable[tuple[str, str, str]]:
+STYLE = """
+body { font: 16px/1.5 system-ui, sans-serif; max-width: 60em; margin: 2em auto; padding: 0 1em; color: #222; }
+table { border-collapse: collapse; font-size: 0.9em; display: block; overflow-x: auto; }
+th, td { padding: 0.25em 0.7em; text-align: right; border-bottom: 1px solid #ddd; white-space: nowrap; }
+th:first-child, td:first-child { text-align: left; } tr.generated { font-weight: 600; }
+.verdict { font-size: 1.15em; } .warning { border-left: 4px solid #d55e00; padding-left: 0.8em; }
+figure { margin: 1em 0; } figure img { max-width: 100%; } figcaption, .about { color: #555; font-size: 0.9em; }
+details { margin: 0.8em 0; } summary { cursor: pointer; font-weight: 600; }
+"""
+
+
+def to_html(report: "Report", folder: Path) -> str:
+    """One page with everything in it, figures of `folder` too: it needs no other file and no network."""
+    figures = [_html_figure(folder / name, FIGURES[name]) for name in FIGURES if (folder / name).is_file()]
+    name = report.generated.name
+    body = ["<h1>Report</h1>", f'<div class="verdict">{"<br>".join(map(html.escape, report.verdict))}</div>']
+    body += [f'<p class="warning">{html.escape(warning)}</p>' for warning in report.warnings]
+    body += [_html_table(report.summary["header"], report.summary["rows"], name), *figures[:1]]
+    body.append(f'<p class="about">{html.escape(report.summary["about"])}</p>')
+    for title, about, lines in sections(report):
+        body.append(
+            f"<details><summary>{html.escape(title)}</summary><p class='about'>{html.escape(about)}</p>"
+            f"{_html_table(*lines, name)}</details>"
+        )
+    body += figures[1:]
+    head = '<meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>Report</title>'
+    head += f"<style>{STYLE}</style>"
+    text = "\n".join(body)
+    return f'<!doctype html>\n<html lang="en"><head>{head}</head><body>\n{text}\n</body></html>\n'
+
+
+def _html_figure(path: Path, caption: str) -> str:
+    data, caption = base64.b64encode(path.read_bytes()).decode(), html.escape(caption)
+    image = f'<img alt="{caption}" src="data:image/png;base64,{data}">'
+    return f"<figure>{image}<figcaption>{caption}</figcaption></figure>"
+
+
+def _html_table(header: Sequence[str], rows: Sequence[Sequence[str]], generated: str) -> str:
+    def line(cells: Sequence[str], tag: str) -> str:
+        mark = ' class="generated"' if cells[0] == generated else ""
+        return f"<tr{mark}>" + "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in cells) + "</tr>"
+
+    return f"<table>{line(header, 'th')}{''.join(line(row, 'td') for row in rows)}</table>"
+
+
+# ------------------------------------------------------------------------------------------------------------- sections
+
+
+def sections(report: "Report") -> Iterable[tuple[str, str, Table]]:
     """Title, explanation and table of everything that the summary leaves out."""
-    groups, explained = report["groups"], report["reconstruction"]
+    if report.fields:
+        yield from _member_sections(report)
+        return
+    groups, metric = report.groups, report.metric
     yield (
         "All groups",
-        "Best on test is selected on the examples that it is reported on, as the paper does, and so flatters every "
-        "group, the larger ones more. IoU is the similarity of wrong predictions; NLL is in nats; NLL and ECE are "
-        "means over networks, with a dash where they are not finite. Distances are L2, in units of the snapshots' own: "
-        "to the nearest snapshot (median) and to their mean (root mean square). `mean` is one network, the mean of all "
-        "snapshots.",
-        _group_table("scores", groups, report["metric"]),
+        "Best is the network chosen on validation; best on test is selected on the examples that it is reported on, as "
+        "the paper does, and so flatters every group, the larger ones more. IoU within a group and similarity are "
+        "those of wrong predictions; NLL is in nats; NLL and ECE are means over networks, with a dash where they are "
+        "not finite. Distances are L2, in units of the snapshots' own: to the nearest snapshot (median) and to their "
+        "mean (root mean square).",
+        _group_table("scores", groups, metric),
     )
-    if explained is not None:
+    if report.reconstruction is not None:
+        explained = report.reconstruction
         yield (
             "Reconstruction",
             "Share of the snapshots' variance around their mean that the autoencoder explains, and that as many "
             f"principal components do. Reconstructions score {number(explained['score_difference'], '+.2f')} against "
             "the snapshots that they are of.",
-            table(
+            (
                 ["", "seen snapshots", "held-out snapshots"],
                 [
                     [title, *(number(explained[f"{kind}r2_{of}"], ".1%") for of in ("train", "heldout"))]
@@ -125,29 +277,29 @@ def _tables(report: dict) -> Iterable[tuple[str, str, str]]:
                 ],
             ),
         )
-    if len(report["frontier"]["rows"]) > 1:
+    if report.of_kind(Kind.BASELINE, Kind.OPPONENT):
         yield (
-            "Against every baseline",
-            f"{report['frontier']['sentence']} In brackets are 95% intervals. `better` is the share of resamples in "
-            "which the generated networks are nowhere worse than the row, in score and similarity, and somewhere "
-            "better; `worse` the reverse; a verdict needs 95%.",
-            _frontier_table(report),
+            "Against every baseline and opponent",
+            "In brackets are 95% intervals. `better` is the share of resamples of networks and test examples in which "
+            "the generated networks are nowhere worse than the row, in score and similarity, and somewhere better; "
+            "`worse` the reverse; a verdict needs 95%.",
+            _comparison_table(report),
         )
-    if "tuning" in report:
-        yield "The same feedback for trivial generators", _about_tuning(report), _tuned_table(report)
-    if "temperatures" in report:
+    if report.tuning is not None:
+        yield "The same feedback for trivial generators", _about_tuning(report.tuning), _tuned_table(report)
+    if report.temperatures:
         yield (
             "Temperatures",
             "The generator with its starting noise multiplied by other numbers, and how many settings of trivial "
-            "generators it is better than, worse than, and undecided against.",
+            "generators it is better than, worse than, and too close to call against.",
             _temperature_table(report),
         )
     yield (
         "Memorisation",
-        f"{report['audit']['verdict']} A group copies if more of its networks than chance allows are too near to a "
-        "snapshot, or one is nearly identical. Alike is the share whose wrong predictions are more like a snapshot's "
-        "than 95% of the snapshots' are like another's.",
-        _audit_table(report["audit"]["rows"]),
+        "A group copies if more of its networks than chance allows are too near to a snapshot, or one is nearly "
+        "identical. Alike is the share whose wrong predictions are more like a snapshot's than 95% of the snapshots' "
+        "are like another's.",
+        _memorisation_table(groups),
     )
     yield (
         "Coverage of the snapshots",
@@ -155,9 +307,9 @@ def _tables(report: dict) -> Iterable[tuple[str, str, str]]:
         "the snapshots, recall the share of the snapshots that lies among the group, density and coverage the same "
         "with multiplicity and with the snapshots' balls only. Coverage grows with n; recall flatters a group of "
         "few or far-apart networks, whose balls are large.",
-        _group_table("coverage", groups[1:], report["metric"]),
+        _group_table("coverage", [row for row in groups if row.kind != Kind.SNAPSHOTS], metric),
     )
-    if "ensembles" in groups[0]:
+    if groups[0].ensembles:
         yield (
             "Prediction ensembles",
             "Accuracy (NLL, ECE) of the averaged probabilities of n networks of a group, mean over up to 10 ensembles.",
@@ -165,146 +317,156 @@ def _tables(report: dict) -> Iterable[tuple[str, str, str]]:
         )
 
 
-def _about_tuning(report: dict) -> str:
-    tuning = report["tuning"]
+def _member_sections(report: "Report") -> Iterable[tuple[str, str, Table]]:
+    kinds = [[row.name, KIND_WORDS[row.kind], row.note or "–"] for row in report.groups]
+    yield (
+        "What the rows are",
+        "What each is to the generator, and what validation tasks have chosen.",
+        (
+            ["networks", "kind", "chosen"],
+            kinds,
+        ),
+    )
+    tried = [
+        [row.name, ", ".join(f"{name}: {number(loss)}" for name, loss in row.tried.items())]
+        for row in report.groups
+        if row.tried
+    ]
+    if tried:
+        yield (
+            "What was tried",
+            "Settings, such as learning rates, with their loss on validation tasks in nats.",
+            (
+                ["networks", "setting: validation loss"],
+                tried,
+            ),
+        )
+
+
+def _about_tuning(tuning: dict[str, Any]) -> str:
     objective = tuning["objective"]
     return (
         f"The generator was tuned in {tuning['num_steps']} steps, each on {tuning['num_networks']} networks and "
         f"{tuning['num_examples']} training examples, on the likelihood of ensembles of {objective['ensemble_size']}, "
         f"with {objective['diversity']:g} times the overlap of their errors and {objective['penalty']:g} times the "
-        f"distance to the untuned generator; its temperature is {tuning['temperature']:g}. Passes are forward passes "
-        "of an image through a network, of which a backward pass counts as two. Tuned mean: the snapshots' mean, "
-        "trained with as many passes, and the snapshots' Gaussian around it. Tuned Gaussian: one over the generator's "
-        "own latents, tuned on the same objective. SWAG: its samples, each trained for some steps, or the best of some "
-        "on validation data. Validation chooses learning rates, whose trial is counted for the tuned ones alone. "
-        "Break-even: after so many networks the generator has taken fewer passes."
+        "distance to the untuned generator. Passes are of one example through one network: forward counts 1, backward "
+        "2. Tuned mean: the snapshots' mean, trained with as many passes, and the snapshots' Gaussian around it. Tuned "
+        "Gaussian: one over the generator's own latents, tuned on the same objective. SWAG: its samples, each trained "
+        "for some steps, or the best of some on validation data. Validation chooses learning rates, whose trial is "
+        "counted. Break-even: after so many networks the generator has taken fewer passes."
     )
 
 
-def _tuned_table(report: dict) -> str:
-    verdicts = {row["name"]: row["verdict"] for row in report["frontier"]["rows"]}
-    paid = {entry["name"]: entry["num_models"] for entry in report["tuning"]["break_even"]}
-    header = ["group", metric_title(report["metric"]), "max IoU", "generated are", "passes once", "passes each"]
-    return table(
-        [*header, "break-even"],
+def _tuned_table(report: "Report") -> Table:
+    assert report.tuning is not None
+    paid = {entry["name"]: entry["num_models"] for entry in report.tuning["break_even"]}
+    header = ["group", metric_title(report.metric), SIMILARITY, "generated vs. this row", "passes once", "passes each"]
+    return [*header, "break-even"], [
         [
-            [
-                row["name"],
-                spread_of(row),
-                number(row["max_iou"]),
-                verdicts.get(row["name"]) or "–",
-                f"{row['feedback']['once']:,}",
-                f"{row['feedback']['each']:,}",
-                f"{paid[row['name']]:,}" if row["name"] in paid else "–",
-            ]
-            for row in report["groups"]
-            if "feedback" in row
-        ],
-    )
+            row.name,
+            spread_of(row),
+            number(row.measures.get("max_iou")),
+            row.verdict or "–",
+            f"{row.cost.once:,}",
+            f"{row.cost.each:,}",
+            f"{paid[row.name]:,}" if row.name in paid else "–",
+        ]
+        for row in report.groups
+        if row.cost is not None
+    ]
 
 
-def _temperature_table(report: dict) -> str:
-    header = ["temperature", "n", metric_title(report["metric"]), "max IoU", "plain: better / worse / undecided"]
-    tuned = "tuning" in report
-    rows = [
+def _temperature_table(report: "Report") -> Table:
+    kinds = [kind for kind in ("plain", "tuned") if any(sum(row[kind].values()) for row in report.temperatures)]
+    header = ["temperature", "n", metric_title(report.metric), "similarity"]
+    header += [f"{kind}: better / worse / too close to call" for kind in kinds]
+    return header, [
         [
             number(row["value"], "g"),
             str(row["num_models"]),
             number(row["score"], ".2f"),
             number(row["max_iou"]),
-            *(" / ".join(map(str, row[kind].values())) for kind in (("plain", "tuned") if tuned else ("plain",))),
+            *(" / ".join(map(str, row[kind].values())) for kind in kinds),
         ]
-        for row in report["temperatures"]
+        for row in report.temperatures
     ]
-    return table([*header, "tuned: better / worse / undecided"] if tuned else header, rows)
 
 
-def _group_table(kind: str, rows: Sequence[dict], metric: dict) -> str:
-    metrics = [m for m in METRICS if m.table == kind and m.key in rows[0] and m.key not in ("score_mean", "score_std")]
-    header, cells = ["group", "n"], [[row["name"], count_of(row)] for row in rows]
+def _group_table(kind: str, rows: Sequence["GroupRow"], metric: Metric) -> Table:
+    left_out = ("score_mean", "score_std")
+    metrics = [m for m in METRICS if m.table == kind and m.key in rows[0].measures and m.key not in left_out]
+    header, cells = ["group", "n"], [[row.name, count_of(row)] for row in rows]
     if kind == "scores":
         header.append(metric_title(metric))
         cells = [[*line, spread_of(row)] for line, row in zip(cells, rows, strict=True)]
+
+    def cell(metric: GroupMetric, row: "GroupRow") -> str:
+        return number(row.measures.get(metric.key), metric.format)
+
     header += [m.title for m in metrics]
-    return table(
-        header,
-        [[*line, *(_cell(m, row) for m in metrics)] for line, row in zip(cells, rows, strict=True)],
-    )
+    return header, [[*line, *(cell(m, row) for m in metrics)] for line, row in zip(cells, rows, strict=True)]
 
 
-def _cell(metric: GroupMetric, row: dict) -> str:
-    return number(row[metric.key], metric.format)
-
-
-def _frontier_table(report: dict) -> str:
-    header = ["group", "n", metric_title(report["metric"]), "95%", "max IoU", "95% of it", "better", "worse", "verdict"]
-    return table(
-        header,
-        [
+def _comparison_table(report: "Report") -> Table:
+    header = ["group", "n", metric_title(report.metric), "95%", "similarity", "95% of it", "better", "worse", "verdict"]
+    lines = []
+    for row in (report.generated, *report.of_kind(Kind.BASELINE, Kind.OPPONENT, Kind.ORACLE)):
+        comparison, m = row.comparisons.get(TEST), row.measures
+        lines.append(
             [
-                row["name"],
-                str(row["num_models"]),
-                number(row["score"], ".2f"),
-                _interval(row["score_interval"], ".2f"),
-                number(row["max_iou"], ".3f"),
-                _interval(row["max_iou_interval"], ".3f"),
-                number(row["better"], ".0%"),
-                number(row["worse"], ".0%"),
-                row["verdict"] or "–",
+                row.name,
+                str(row.n),
+                number(row.mean(), ".2f"),
+                _interval(m.get("score_interval"), ".2f"),
+                number(m.get("max_iou"), ".3f"),
+                _interval(m.get("max_iou_interval"), ".3f"),
+                number(None if comparison is None else comparison.better, ".0%"),
+                number(None if comparison is None else comparison.worse, ".0%"),
+                row.verdict or "–",
             ]
-            for row in report["frontier"]["rows"]
-        ],
-    )
+        )
+    return header, lines
 
 
-def _audit_table(rows: Sequence[dict]) -> str:
+def _memorisation_table(rows: Sequence["GroupRow"]) -> Table:
     header = ["group", "n", "to nearest", "to mean", "too near (allowed)", "near identical", "alike", "copies"]
-    return table(
-        header,
+    return header, [
         [
-            [
-                row["name"],
-                str(len(row["distance"])),
-                number(row["distance_relative"], ".2f"),
-                number(row["to_mean_relative"], ".2f"),
-                f"{row['num_too_near']} ({row['num_allowed']})",
-                str(row["num_near_identical"]),
-                number(row["fraction_alike"], ".0%"),
-                "–" if row["name"] == "snapshots" else "yes" if row["copies"] else "no",
-            ]
-            for row in rows
-        ],
-    )
+            row.name,
+            str(len(m["distance"])),
+            number(m["distance_relative"], ".2f"),
+            number(m["to_mean_relative"], ".2f"),
+            f"{m['num_too_near']} ({m['num_allowed']})",
+            str(m["num_near_identical"]),
+            number(m["fraction_alike"], ".0%"),
+            "–" if row.kind == Kind.SNAPSHOTS else "yes" if m["copies"] else "no",
+        ]
+        for row in rows
+        if (m := row.memorisation) is not None
+    ]
 
 
-def _ensemble_table(rows: Sequence[dict]) -> str:
-    sizes = sorted({entry["size"] for row in rows for entry in row["ensembles"][:-1]} | {1})
+def _ensemble_table(rows: Sequence["GroupRow"]) -> Table:
+    sizes = sorted({entry["size"] for row in rows for entry in row.ensembles[:-1]} | {1})
     lines = []
     for row in rows:
         cells = {
             entry["size"]: f"{number(entry['accuracy'], '.2f')} ({number(entry['nll'])}, {number(entry['ece'])})"
-            for entry in row["ensembles"]
+            for entry in row.ensembles
         }
-        lines.append([row["name"], str(row["n"]), *(cells.get(size, "–") for size in sizes), cells[row["n"]]])
-    return table(["group", "n", *(str(size) for size in sizes), "all n"], lines)
+        lines.append([row.name, str(row.n), *(cells.get(size, "–") for size in sizes), cells[row.n]])
+    return ["group", "n", *(str(size) for size in sizes), "all n"], lines
 
 
-def count_of(row: dict) -> str:
+def count_of(row: "GroupRow") -> str:
     """The size of a group, and how many of its networks have no score or no finite predictions."""
-    return f"{row['n']:,}" + (f" ({row['num_undefined']} not finite)" if row["num_undefined"] else "")
+    return f"{row.n:,}" + (f" ({row.num_undefined} not finite)" if row.num_undefined else "")
 
 
-def spread_of(row: dict) -> str:
+def spread_of(row: "GroupRow") -> str:
     """The mean ± the standard deviation of a group."""
-    mean, std = number(row["score_mean"], ".2f"), number(row["score_std"], ".2f")
-    return mean if row["score_mean"] is None or row["n"] == 1 else f"{mean} ± {std}"
-
-
-def number(value: float | None, format: str = ".3f") -> str:
-    """A number, or a dash where there is none; a huge one, of a network that has diverged, in few digits."""
-    if value is None or not math.isfinite(value):
-        return "–"
-    return f"{value:{format}}" if abs(value) < 1e6 else f"{value:.1e}"
+    mean, std = number(row.measures.get("score_mean"), ".2f"), number(row.measures.get("score_std"), ".2f")
+    return mean if row.measures.get("score_mean") is None or row.n == 1 else f"{mean} ± {std}"
 
 
 def _interval(bounds: Sequence[float | None] | None, format: str) -> str:

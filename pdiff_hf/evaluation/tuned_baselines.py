@@ -17,16 +17,16 @@ from ..models import ParameterAutoencoder
 from ..networks.runner import NetworkRunner
 from ..tasks import ClassificationTask
 from ..tasks.task import Batch, take
-from ..training.ensembles import Tuning, training_passes, validation_batch, validation_loss
+from ..training.ensembles import Tuning, validation_batch, validation_loss
 from ..utils.devices import to_device
 from ..utils.seeds import derive_seed
 from .baselines import diagonal_gaussian, low_rank_gaussian
 from .geometry import Matrix, mean_of
-from .sampling import Group, Passes, named_generator
-from .scoring import Scorer
+from .groups import Cost, Group, Kind, named_generator, search, training_cost
+from .score import Scorer
 
-GAUSSIAN_LEARNING_RATES = (0.003, 0.01, 0.03)
-NETWORK_LEARNING_RATES = (1e-3, 3e-3, 1e-2)
+GAUSSIAN_LEARNING_RATES = (0.003, 0.01, 0.03, 0.1)
+NETWORK_LEARNING_RATES = (1e-3, 3e-3, 1e-2, 3e-2)
 MEAN_LEARNING_RATES = (1e-4, 3e-2)  # the lowest and the highest of as many as there are networks in a step
 VALIDATIONS = 5  # of what is trained, as of the generator
 BEST_OF = (4, 16)
@@ -75,11 +75,11 @@ class TunedBaselines:
         networks = NetworkRunner(self.scorer.models.model, self.scorer.layout)
         assert isinstance(self.scorer.task, ClassificationTask)  # nothing else is tuned
         feedback = _Feedback(self.scorer.task, networks, tuning, self.seed, self.scorer.models.model)
-        once = training_passes(tuning.num_steps, tuning.num_networks, tuning.num_examples)
+        once = training_cost(tuning.num_steps, tuning.num_networks, tuning.num_examples)
         num_unseen = self.scorer.num_examples("validation")
 
         shift = self._tuned_mean(feedback) - mean_of(self.snapshots).float()
-        cost = Passes(once + VALIDATIONS * tuning.num_networks * num_unseen, 0)
+        cost = Cost(once + VALIDATIONS * tuning.num_networks * num_unseen)
         for family, sample in (
             ("tuned mean, diagonal", diagonal_gaussian),
             ("tuned mean, low-rank", low_rank_gaussian),
@@ -87,31 +87,32 @@ class TunedBaselines:
             for value in temperatures:
                 generator = named_generator(self.seed, f"{family} {value}")
                 parameters = shift + sample(self.snapshots, self.num_models, value, generator)
-                yield Group(f"{family} {value}", parameters, family, value, cost)
+                yield Group(f"{family} {value}", parameters, Kind.OPPONENT, family, value, cost)
 
         mean, map_ = self._tuned_gaussian(feedback)
-        cost = Passes(
-            len(GAUSSIAN_LEARNING_RATES) * (once + VALIDATIONS * tuning.num_networks * feedback.num_unseen), 0
-        )
+        cost = Cost(len(GAUSSIAN_LEARNING_RATES) * (once + VALIDATIONS * tuning.num_networks * feedback.num_unseen))
         for value in temperatures:
             family = "tuned Gaussian"
             noise = torch.randn(self.num_models, len(mean), generator=named_generator(self.seed, f"{family} {value}"))
             with torch.no_grad():
                 parameters = self.autoencoder.decode(mean + value * noise.to(mean.device) @ map_).sample.cpu()
-            yield Group(f"{family} {value}", parameters, family, value, cost)
+            yield Group(f"{family} {value}", parameters, Kind.OPPONENT, family, value, cost)
 
-        for steps, parameters in self._refined(feedback).items():
-            cost = Passes(0, training_passes(steps, 1, tuning.num_examples))
-            yield Group(f"SWAG, {steps} steps", parameters, "SWAG, refined", steps, cost)
+        for steps, (parameters, tried) in self._refined(feedback).items():
+            each = training_cost(steps, tuning.num_examples)
+            cost = Cost(len(tried) * self.num_models * (each + num_unseen), each)
+            note = f"learning rate of {len(tried)}"
+            yield Group(
+                f"SWAG, {steps} steps", parameters, Kind.OPPONENT, "SWAG, refined", steps, cost, None, note, tried
+            )
 
         generator = named_generator(self.seed, "best of SWAG")
         candidates = self._swag(max(BEST_OF) * self.num_models, generator)
         accuracy = self.scorer.score("validation", candidates).values.view(self.num_models, -1)
         for count in BEST_OF:
             chosen = accuracy[:, :count].nan_to_num(-math.inf).argmax(1) + torch.arange(self.num_models) * max(BEST_OF)
-            yield Group(
-                f"SWAG, best of {count}", candidates[chosen], "SWAG, best of", count, Passes(0, count * num_unseen)
-            )
+            cost = Cost(0, count * num_unseen)
+            yield Group(f"SWAG, best of {count}", candidates[chosen], Kind.OPPONENT, "SWAG, best of", count, cost)
 
     def _swag(self, num_models: int, generator: torch.Generator) -> Tensor:
         return low_rank_gaussian(self.snapshots, num_models, 1.0, generator, with_diagonal=True)
@@ -129,16 +130,25 @@ class TunedBaselines:
         rows = torch.cat([*kept.values()])
         return rows[self.scorer.score("validation", rows).values.nan_to_num(-math.inf).argmax()]
 
-    def _refined(self, feedback: "_Feedback") -> dict[int, Tensor]:
-        """Samples of SWAG after some numbers of steps, each with the learning rate that is best on validation data."""
+    def _refined(self, feedback: "_Feedback") -> dict[int, tuple[Tensor, dict[str, float]]]:
+        """
+        Samples of SWAG after some numbers of steps, each with the learning rate that is best on validation data, and
+        the negative validation score of each rate.
+        """
         start = self._swag(self.num_models, named_generator(self.seed, "SWAG, refined"))
-        rates = torch.tensor(NETWORK_LEARNING_RATES)
         best = {}
         for steps in self.steps:
-            rows = feedback.refine(start.repeat(len(rates), 1), rates.repeat_interleave(len(start)), [steps])[steps]
-            tried = rows.unflatten(0, (len(rates), -1))  # (R n, D) -> (R, n, D)
-            values = self.scorer.score("validation", rows).values.view(len(rates), -1).nanmean(1)
-            best[steps] = tried[values.nan_to_num(-math.inf).argmax()]
+            found: dict[float, Tensor] = {}
+
+            def losses(rates: Sequence[float], steps: int = steps, found: dict[float, Tensor] = found) -> list[float]:
+                each = torch.tensor(rates).repeat_interleave(len(start))
+                rows = feedback.refine(start.repeat(len(rates), 1), each, [steps])[steps]
+                found |= dict(zip(rates, rows.unflatten(0, (len(rates), -1)), strict=True))  # (R n, D) -> R of (n, D)
+                values = self.scorer.score("validation", rows).values.view(len(rates), -1).nanmean(1)
+                return [-value if math.isfinite(value) else math.inf for value in values.tolist()]
+
+            rate, tried = search(losses, NETWORK_LEARNING_RATES, factor=3)
+            best[steps] = found[rate], tried
         return best
 
     def _tuned_gaussian(self, feedback: "_Feedback") -> tuple[Tensor, Tensor]:

@@ -13,7 +13,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from ..layout import ParameterLayout
 from ..models.condition import Field, Fields
-from ..utils.reports import FIGURES, load_report
+from ..utils.reports import FIGURES, generated_group, load_report
 
 TEMPLATE = Path(__file__).with_name("card.md.jinja")
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
@@ -164,18 +164,23 @@ def _eval_results(report: dict, recipe: dict) -> list[EvalResult]:
     dataset = recipe.get("dataset") or "unknown"
     metric = report["metric"]["name"]
     title = f"{metric} ({report['metric']['unit']})" if report["metric"]["unit"] else metric
-    if report.get("kind") == "conditional":
+    generated = generated_group(report)
+    values: dict[str, tuple[str, float | None]]
+    if report["fields"]:
         values = {
-            f"Mean {title} on {len(scores['accuracy'])} unseen tasks ({name})": (metric, fmean(scores["accuracy"]))
-            for name, scores in report["rows"]["generator"]["sets"].items()
+            f"Mean {title} on {len(scores['scores'])} unseen tasks ({name})": (
+                metric,
+                fmean(fmean(row) for row in scores["scores"]),
+            )
+            for name, scores in generated["sets"].items()
             if name not in report["fields"]  # tasks along a field are for a figure
         }
     else:
-        generated = next(group for group in report["groups"] if group["name"] == "generated")
+        measures = generated["measures"]
         values = {
-            f"Mean {title} of {generated['n']} networks": (metric, generated["score_mean"]),
-            f"{title} of the network chosen on validation data": (metric, generated["score_best"]),
-            "Mean over the networks of the largest IoU of errors with a snapshot": ("iou", generated.get("max_iou")),
+            f"Mean {title} of {generated['n']} networks": (metric, measures["score_mean"]),
+            f"{title} of the network chosen on validation data": (metric, measures["score_best"]),
+            "Mean similarity of errors to the nearest snapshot, lower is newer": ("iou", measures.get("max_iou")),
         }
     return [
         EvalResult(

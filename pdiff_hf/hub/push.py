@@ -66,7 +66,7 @@ def push_run_to_hub(
     if (folder / "evaluation" / "report.json").is_file():
         _check_report_is_of_pipeline(folder)
         for path in sorted((folder / "evaluation").rglob("*")):
-            if path.name in ("report.json", "report.md") or path.suffix in FIGURES:
+            if path.name in ("report.json", "report.md", "report.html") or path.suffix in FIGURES:
                 files[path.relative_to(folder).as_posix()] = path
     repo_id = resolve_repo_id(repo_id, token)
     files["README.md"] = str(make_model_card(pipeline, repo_id, run=folder, license=license)).encode()

@@ -2,7 +2,7 @@
 
 import os
 
-from ..evaluation.scoring import make_scorer
+from ..evaluation.score import make_scorer
 from ..models.products import AdapterProducts
 from ..networks.adapters import without_wrapper
 from ..tasks import ClassificationTask

@@ -3,36 +3,27 @@
 import dataclasses
 import hashlib
 import json
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any
+from collections.abc import Iterator
 
 import torch
 from accelerate import PartialState
 
-from ..evaluation.compare import compare_generator
-from ..evaluation.conditional import GENERATOR, ConditionalAudit, Cost, plot_field
-from ..evaluation.conditional_opponents import add_generic, add_hypernetwork, add_oracles
-from ..evaluation.render import format_summary
-from ..evaluation.scoring import make_scorer
+from ..evaluation.finish import save_report
+from ..evaluation.groups import Cost, training_cost
+from ..evaluation.members import evaluate_members
+from ..evaluation.opponents import Pending, Regime, hypernetworks, shared_networks
+from ..evaluation.score import make_scorer
+from ..evaluation.single_task import evaluate_task
 from ..models import encode_in_batches
 from ..networks.runner import NetworkRunner
 from ..pipelines import PDiffPipeline
-from ..pipelines.pipeline_pdiff import PDiffPipelineOutput
-from ..tasks.family import Family
 from ..training.tune import TuneArguments
 from ..utils import names
 from ..utils.files import write_json
-from ..utils.reports import FIELD_FIGURE, FIGURES
-from ..utils.seeds import named_seed
 from .collecting import zoo_arguments
-from .config import PDiffConfig
 from .context import RunContext, Stage
 from .learning import regressed_latents
 from .tuning import generated_networks, load_tuning, make_regime, tune_arguments
-
-# Rows of the figure of accuracy along a field.
-SHOWN = (GENERATOR, "trained on the task", "nearest seen task", "base model")
 
 
 def evaluate(context: RunContext, stage: Stage) -> None:
@@ -41,7 +32,7 @@ def evaluate(context: RunContext, stage: Stage) -> None:
     if context.family.fields:
         if PartialState().is_main_process:
             save_sampling(context)
-        audit_family(context, stage)
+        evaluate_unseen(context, stage)
         return
     device = PartialState().device
     model, scores = context.base_model.to(device), context.scores
@@ -50,7 +41,7 @@ def evaluate(context: RunContext, stage: Stage) -> None:
         scorer.help()
         return
     with context.files.replacing(stage) as folder, scorer.with_help():
-        compare_generator(
+        evaluate_task(
             scorer,
             context.parameters,
             context.pipeline.to(device),
@@ -58,11 +49,13 @@ def evaluate(context: RunContext, stage: Stage) -> None:
             heldout=context.heldout,
             num_models=c.num_models,
             tuning=load_tuning(context.folder / names.TUNED) if context.is_wanted("tune") else None,
+            untuned=_untuned(context) if context.is_wanted("tune") else None,
             baseline_models=c.baseline_models,
             baselines=c.baselines,
             extra_groups=() if context.extra_groups is None else context.extra_groups(context, scorer),
             losses=_losses(context),
             latents=context.latents,
+            settings=c.section(*stage.sections),
             seed=c.seed,
         )
     context.base_model.to("cpu")
@@ -82,6 +75,14 @@ def save_sampling(context: RunContext) -> None:
         write_json(path, index | sampling)
 
 
+def _untuned(context: RunContext) -> PDiffPipeline:
+    """The generator before it was tuned."""
+    pipeline = PDiffPipeline.from_pretrained(context.folder / names.PIPELINE).to(PartialState().device)
+    pipeline.register_to_config(**context.config.sampling)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
 def _losses(context: RunContext) -> dict[str, dict[str, list[float]]]:
     """The losses of the networks that were trained, for a figure."""
     panels = {
@@ -99,96 +100,77 @@ def _losses(context: RunContext) -> dict[str, dict[str, list[float]]]:
     return {title: curves for title, curves in losses.items() if curves}
 
 
-def audit_family(context: RunContext, stage: Stage) -> None:
+def evaluate_unseen(context: RunContext, stage: Stage) -> None:
     """
-    The audit on unseen tasks. All processes take part, because some of the generator's opponents have to be trained; a
-    stopped audit goes on with the opponents that it has not scored.
+    The report on unseen tasks. All processes take part, because some of the generator's opponents have to be trained; a
+    stopped evaluation goes on with the groups that it has not scored.
     """
     c, family, device = context.config, context.family, PartialState().device
     args, zoo = tune_arguments(context), zoo_arguments(c)
     networks = NetworkRunner(context.base_model.to(device), context.layout)
     sets = {name: table for name, table in context.conditions.items() if name not in ("train", "validation")}
     key = hashlib.blake2b(json.dumps(context.settings(stage.name), sort_keys=True).encode(), digest_size=8).hexdigest()
-    audit = ConditionalAudit(family, networks, sets, cache=context.scores / f"conditional-{key}.json")
-    PartialState().wait_for_everyone()  # until every process knows what is scored
-
-    num_examples = family.num_examples("train")
-    base_steps = max(1, c.base_epochs * num_examples // c.base_batch_size) if c.base_epochs else 0
-    once = base_steps * c.base_batch_size
-    of_zoo = once + (0 if context.is_imported else len(context.conditions["train"]) * zoo.num_steps * zoo.batch_size)
+    base_steps = max(1, c.base_epochs * family.num_examples("train") // c.base_batch_size) if c.base_epochs else 0
+    of_base = training_cost(base_steps, c.base_batch_size)
+    of_zoo = of_base
+    if not context.is_imported:
+        of_zoo += training_cost(len(context.conditions["train"]), zoo.num_steps, zoo.batch_size)
+    cost, untuned = of_zoo, None
+    if c.num_tune_steps:
+        record = json.loads((context.folder / names.STAGES / "tune.json").read_text(encoding="utf-8"))
+        cost += training_cost(len(record["results"]["losses"]), args.num_tasks, args.num_examples)
+        untuned = _untuned(context)
+    snapshots, table = context.known_snapshots()
     with context.accelerator() as accelerator:
         regime = make_regime(context, accelerator, networks)
-        add_generators(context, audit, of_zoo, args)
-        parameters, table = context.known_snapshots()
-        products = context.autoencoder.products
-        audit.add_closed_form(
-            parameters, table, context.conditions["validation"], Cost(of_zoo), seed=c.seed, products=products
+        more = _more_opponents(context, regime, args, of_base, of_zoo, cost) if c.baselines == "all" else ()
+        report = evaluate_members(
+            family,
+            networks,
+            context.pipeline.to(device),
+            snapshots,
+            table,
+            None,
+            sets=sets,
+            validation=context.conditions["validation"],
+            num_models=c.num_models,
+            untuned=untuned,
+            cost=Cost(cost),
+            of_snapshots=Cost(of_zoo),
+            of_base=of_base,
+            zoo=zoo,
+            factors=(1,) if c.baselines == "few" else (1, 5),
+            regime=regime,
+            products=context.autoencoder.products,
+            more=more,
+            settings=c.section(*stage.sections) | {"tune_tasks": c.tune_tasks},
+            cache=context.scores / f"members-{key}.json",
+            seed=c.seed,
         )
-        base = networks.base_parameters()
-        audit.add("base model", "trained", lambda _, rows: base.expand(len(rows), -1), Cost(once))
-        add_oracles(audit, regime, zoo, Cost(once), (1,) if c.baselines == "few" else (1, 5))
-        if c.baselines == "all":
-            passes_a_step = args.num_tasks * args.num_examples
-            longer = dataclasses.replace(args, num_steps=max(1, args.num_steps + of_zoo // passes_a_step))
-            add_generic(audit, regime, longer, once)
-            untuned = PDiffPipeline.from_pretrained(context.folder / names.PIPELINE).to(device)
-            if c.tune_args.map:
-                untuned.autoencoder.add_tuned_map()
-            latents = encode_in_batches(untuned.autoencoder, parameters)
-            if c.num_regressed:  # the hypernetwork learns what the denoiser has learned
-                regressed, conditions = regressed_latents(context)
-                latents, table = torch.cat([latents, regressed]), torch.cat([table, conditions])
-            generated = generated_networks(context, untuned, networks)
-            add_hypernetwork(audit, regime, generated, latents, table, args, c.denoiser_steps, of_zoo)
     context.base_model.to("cpu")
     if not PartialState().is_main_process:
         return
-    report = audit.report(context.config.section(*stage.sections) | {"seed": c.seed, "tune_tasks": c.tune_tasks})
-    along = context.conditions.keys() - {"train", "validation", "test", *family.test_sets}
     with context.files.replacing(stage) as folder:
-        write_report(report, folder, next(iter(along), None))
+        save_report(report, folder, _losses(context))
     context.finish(stage, {})
 
 
-def write_report(report: dict[str, Any], folder: Path, field: str | None) -> None:
-    """Writes a conditional report, and the figure of accuracy along a field if there is one, into the folder."""
-    write_json(folder / names.REPORT, report)
-    parts = ["# Report", format_summary(report).rstrip(), report["summary"]["about"]]
-    if field is not None:
-        shown = [name for name in SHOWN if name in report["rows"]]
-        plot_field(report, field, field, shown, folder / FIELD_FIGURE)
-        parts.insert(2, f"![{FIGURES[FIELD_FIGURE]}]({FIELD_FIGURE})")
-    (folder / "report.md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")
-
-
-def sample_for(pipeline: PDiffPipeline, family: Family, config: PDiffConfig, *, shuffled: bool = False) -> Callable:
-    """
-    What an audit asks for networks, always with the same noise: parameters of shape `(T, num_models, D)` for a table of
-    conditions, or, where they are shuffled, for those of the task before.
-    """
-    pipeline.set_progress_bar_config(disable=True)
-
-    def sample(_, table: torch.Tensor) -> torch.Tensor:
-        conditions = family.fields.conditions(table.roll(1, 0) if shuffled else table)
-        generator = torch.Generator().manual_seed(named_seed(config.seed, "evaluate"))
-        output = pipeline(config.num_models, generator=generator, condition=conditions, output_type="pt")
-        assert isinstance(output, PDiffPipelineOutput) and isinstance(output.parameters, torch.Tensor)
-        return output.parameters.unflatten(0, (len(table), config.num_models))
-
-    return sample
-
-
-def add_generators(context: RunContext, audit: ConditionalAudit, of_zoo: int, args: TuneArguments) -> None:
-    """The generator as it is published, before it was tuned, and with the conditions of other tasks."""
-    c, family, device = context.config, context.family, PartialState().device
-    tuning = 0
-    if c.num_tune_steps:
-        record = json.loads((context.folder / names.STAGES / "tune.json").read_text(encoding="utf-8"))
-        tuning = len(record["results"]["losses"]) * args.num_tasks * args.num_examples
-        untuned = PDiffPipeline.from_pretrained(context.folder / names.PIPELINE).to(device)
-        untuned.register_to_config(**c.sampling)
-        audit.add("generator by weights", "generator", sample_for(untuned, family, c), Cost(of_zoo))
-    pipeline = context.pipeline.to(device)
-    audit.add(GENERATOR, "generator", sample_for(pipeline, family, c), Cost(of_zoo + tuning))
-    shuffled = sample_for(pipeline, family, c, shuffled=True)
-    audit.add("generator, shuffled conditions", "control", shuffled, Cost())
+def _more_opponents(
+    context: RunContext, regime: Regime, args: TuneArguments, of_base: int, of_zoo: int, cost: int
+) -> Iterator[Pending]:
+    """What takes long: shared networks at the generator's number of passes, and hypernetworks."""
+    c, size = context.config, sum(tensor.numel() for tensor in regime.networks.model.parameters())
+    a_step = training_cost(args.num_tasks, args.num_examples)
+    longer = dataclasses.replace(args, num_steps=max(1, (cost - of_base) // a_step))
+    yield from shared_networks(regime, longer, of_base, size)
+    untuned = _untuned(context)
+    if c.tune_args.map:
+        untuned.autoencoder.add_tuned_map()
+    parameters, table = context.known_snapshots()
+    latents = encode_in_batches(untuned.autoencoder, parameters)
+    if c.num_regressed:  # the hypernetwork learns what the denoiser has learned
+        regressed, conditions = regressed_latents(context)
+        latents, table = torch.cat([latents, regressed]), torch.cat([table, conditions])
+    generated = generated_networks(context, untuned, regime.networks)
+    args = dataclasses.replace(args, num_steps=max(1, args.num_steps))
+    yield from hypernetworks(regime, generated, latents, table, args, c.denoiser_steps, of_zoo, size)

@@ -8,7 +8,7 @@ from accelerate import PartialState
 from diffusers import ModelMixin
 from transformers import PreTrainedModel
 
-from ..evaluation.conditional import ConditionalAudit, mean_networks
+from ..evaluation.closed_forms import mean_networks, tuned_ridge
 from ..models import DENOISER_PRESETS, ConditionEncoder, autoencoder_architecture, encode_in_batches
 from ..models.products import AdapterProducts, contracted
 from ..networks.runner import NetworkRunner
@@ -146,8 +146,7 @@ def regressed_latents(context: RunContext) -> tuple[torch.Tensor, torch.Tensor]:
     networks = NetworkRunner(context.base_model, context.layout)
     products = autoencoder.products
     seen, _, means = mean_networks(*context.known_snapshots(), products)
-    audit = ConditionalAudit(family, networks, {})
-    ridge = audit.tuned_ridge(seen, means, context.conditions["validation"], products)
+    ridge = tuned_ridge(family, networks, seen, means, context.conditions["validation"], products)
     unseen, generator = context.unseen_tasks, torch.Generator().manual_seed(named_seed(c.seed, "regressed"))
     draws = (family.draw(generator) for _ in range(MAX_DRAWS * c.num_regressed))
     allowed = (c for c in draws if family.region(c) is None and family.key(c) not in unseen)

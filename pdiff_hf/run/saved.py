@@ -10,8 +10,9 @@ from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError
 from torch import nn
 
-from ..evaluation.compare import compare_generator
-from ..evaluation.scoring import make_scorer
+from ..evaluation.report import Report
+from ..evaluation.score import make_scorer
+from ..evaluation.single_task import evaluate_task
 from ..layout import LayoutError, ParameterLayout
 from ..networks.adapters import with_adapters, without_wrapper
 from ..pipelines import PDiffPipeline
@@ -27,7 +28,7 @@ from .task import make_task
 from .tuning import load_tuning
 
 
-def evaluate_saved(source: str, recipe: PDiffConfig) -> dict:
+def evaluate_saved(source: str, recipe: PDiffConfig) -> Report:
     """
     Writes the report on the generator `source` and its figures to `recipe.output_dir`. A second call scores only what
     is new.
@@ -39,7 +40,7 @@ def evaluate_saved(source: str, recipe: PDiffConfig) -> dict:
             `model` may be `None` for a pipeline that carries its base model.
 
     Returns:
-        `dict`: What `report.json` holds.
+        `Report`: What came out.
 
     Raises:
         ValueError: for everything that can be seen to be wrong before any work is done.
@@ -75,7 +76,7 @@ def evaluate_saved(source: str, recipe: PDiffConfig) -> dict:
     part = output / ".report.part"
     remove(part)
     with resource_errors("evaluation", output, "what is scored is kept; go on with the same command"):
-        report = compare_generator(
+        report = evaluate_task(
             make_scorer(task, model.to(device), layout, output / names.SCORES, recipe.recomputes_statistics),
             parameter_matrix(snapshots, layout),
             read_networks(folder, layout) if pipeline is None else pipeline.to(device),

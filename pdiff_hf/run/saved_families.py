@@ -4,10 +4,10 @@ import os
 from pathlib import Path
 
 import torch
-from accelerate import Accelerator, PartialState
+from accelerate import PartialState
 
-from ..evaluation.conditional import GENERATOR, ConditionalAudit, Cost
-from ..evaluation.conditional_opponents import Regime, add_oracles
+from ..evaluation.members import evaluate_members
+from ..evaluation.report import Report
 from ..layout import LayoutError
 from ..models.products import AdapterProducts, find_factors
 from ..networks.adapters import with_adapters, without_wrapper
@@ -18,20 +18,18 @@ from ..snapshots.conditions import read_conditions
 from ..snapshots.dataset import condition_table, load_fields
 from ..snapshots.files import beside
 from ..tasks.family import Family
-from ..training.tune import seen_tasks
 from ..utils import names
 from ..utils.errors import resource_errors
 from ..utils.files import check_writable, remove
 from ..utils.seeds import named_seed
 from .collecting import zoo_arguments
 from .config import PDiffConfig
-from .evaluating import sample_for, write_report
 from .task import make_family, make_task
 
 
-def evaluate_saved_family(source: str, recipe: PDiffConfig) -> dict:
+def evaluate_saved_family(source: str, recipe: PDiffConfig) -> Report:
     """
-    Writes the audit of the generator `source` on unseen tasks to `recipe.output_dir`. With the seed and the numbers of
+    Writes the report on the generator `source` on unseen tasks to `recipe.output_dir`. With the seed and the numbers of
     tasks of a run they are the unseen ones of that run; with others its generator may have been tuned on them.
 
     Args:
@@ -42,7 +40,7 @@ def evaluate_saved_family(source: str, recipe: PDiffConfig) -> dict:
             `model`, the base model.
 
     Returns:
-        `dict`: What `report.json` holds.
+        `Report`: What came out.
 
     Raises:
         ValueError: for everything that can be seen to be wrong before any work is done.
@@ -84,35 +82,31 @@ def evaluate_saved_family(source: str, recipe: PDiffConfig) -> dict:
     found = family.split(sizes, named_seed(recipe.seed, "tasks"), without=keys)
     sets = {name: fields.table(rows) for name, rows in found.items() if name != "validation"}
     validation = fields.table(found["validation"])
+    generator: PDiffPipeline | torch.Tensor
     if pipeline is not None:
-        respond = sample_for(pipeline.to(PartialState().device), family, recipe)
+        generator = pipeline.to(PartialState().device)
     else:
-        answers, given = _read_table(source, family, networks)
+        generator, given = _read_table(source, family, networks)
         sets = {"test": given}
-        respond = lambda _, __: answers  # noqa: E731  # for the tasks of the table, which are all that are asked
     output = Path(recipe.output_dir)
     check_writable(output)
     part = output / ".report.part"
     remove(part)
     with resource_errors("evaluation", output, "start again with the same command"):
-        audit = ConditionalAudit(family, networks, sets)
-        audit.add(GENERATOR, "generator", respond, Cost())
-        audit.add_closed_form(parameters, table, validation, Cost(), seed=recipe.seed, products=products)
-        base = networks.base_parameters()
-        audit.add("base model", "trained", lambda _, rows: base.expand(len(rows), -1), Cost())
-        regime = Regime(
+        report = evaluate_members(
             family,
             networks,
-            Accelerator(),
-            lambda args: seen_tasks(family, args, table, PartialState().device),
-            len(table),
-            validation,
-            recipe.seed,
+            generator,
+            parameters,
+            table,
+            part,
+            sets=sets,
+            validation=validation,
+            num_models=recipe.num_models,
+            zoo=zoo_arguments(recipe),
+            products=products,
+            seed=recipe.seed,
         )
-        add_oracles(audit, regime, zoo_arguments(recipe), Cost(), (1,))
-        part.mkdir(parents=True)
-        report = audit.report({"seed": recipe.seed})
-        write_report(report, part, None)
     for path in part.iterdir():
         path.replace(output / path.name)
     part.rmdir()

@@ -15,6 +15,7 @@ import torch
 from accelerate import PartialState
 from transformers import TrainerCallback
 
+from ..evaluation.report import Report
 from ..hub.push import push_run_to_hub
 from ..layout import ParameterLayout
 from ..models.condition import Condition
@@ -25,7 +26,6 @@ from ..tasks import Task
 from ..tasks.family import Family
 from ..utils import names
 from ..utils.files import replacing
-from ..utils.reports import load_report
 from .checks import check_run
 from .config import PDiffConfig, TaskSection, default_of
 from .context import RunContext
@@ -117,10 +117,10 @@ class PDiffTrainer:
         execute(self.context, [name for name in self.context.config.stages if name != "evaluate"])
         return self.pipeline
 
-    def evaluate(self) -> dict[str, Any]:
-        """The report on the generator: what `report.json` holds."""
+    def evaluate(self) -> Report:
+        """The report on the generator."""
         execute(self.context, ["evaluate"])
-        return load_report(self.context.folder / names.EVALUATION / names.REPORT)
+        return Report.load(self.context.folder / names.EVALUATION)
 
     def push_to_hub(self, repo_id: str | None = None, **kwargs: Any) -> str:
         """Publishes the generator, with its report as the model card; see [`~pdiff_hf.hub.push.push_run_to_hub`]."""

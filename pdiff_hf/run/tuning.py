@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator, PartialState
 
-from ..evaluation.conditional_opponents import Regime
+from ..evaluation.opponents import Regime
 from ..networks.runner import NetworkRunner
 from ..pipelines import PDiffPipeline
 from ..tasks import ClassificationTask

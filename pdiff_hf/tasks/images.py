@@ -302,6 +302,16 @@ class ImageSplit(torch.utils.data.Dataset):
             parts = torch.arange(len(images)).split(DECODE_BATCH)
             self._images = torch.cat([self._prepare(part.tolist()) for part in parts])
 
+    @property
+    def mean(self) -> torch.Tensor:
+        """Of each channel, between 0 and 255, shape `(C, 1, 1)`."""
+        return 255 * torch.tensor(self.preparation.mean).view(-1, 1, 1)
+
+    @property
+    def std(self) -> torch.Tensor:
+        """As the mean."""
+        return 255 * torch.tensor(self.preparation.std).view(-1, 1, 1)
+
     def _prepare(self, indices: Sequence[int]) -> torch.Tensor:
         return torch.stack([self.preparation(image) for image in self.column.read(indices)])
 

@@ -13,12 +13,11 @@ import sys
 import tempfile
 from pathlib import Path
 
-from pdiff_hf.evaluation.render import format_summary
+from pdiff_hf.evaluation.report import Report
 from pdiff_hf.run.cli import load_config
 from pdiff_hf.run.task import make_task
 from pdiff_hf.run.trainer import execute, prepare
 from pdiff_hf.utils import names
-from pdiff_hf.utils.reports import load_report
 
 
 def used() -> tuple[float, float]:
@@ -40,7 +39,7 @@ def main() -> None:
             run = prepare(recipe.changed(stages=[stage]), task=task)
             execute(run)
             rows.append((stage, *used()))
-        print(format_summary(load_report(Path(folder, names.EVALUATION, names.REPORT))))
+        print(Report.load(Path(folder, names.EVALUATION)).to_terminal())
     print(f"{'stage':12} {'CPU s':>7} {'peak MB':>8}")
     before = 0.0
     for stage, seconds, peak in rows:

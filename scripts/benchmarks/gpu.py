@@ -29,7 +29,7 @@ from diffusers import DDPMScheduler
 from torch.utils.flop_counter import FlopCounterMode
 
 from pdiff_hf import PDiffPipeline
-from pdiff_hf.evaluation.scoring import make_scorer
+from pdiff_hf.evaluation.score import make_scorer
 from pdiff_hf.layout import ParameterLayout
 from pdiff_hf.models import DENOISER_PRESETS, LatentDenoiser, ParameterAutoencoder, autoencoder_architecture
 from pdiff_hf.selection import select_parameters

@@ -9,21 +9,19 @@ It executes the recipe once for each seed, with other tasks each time, and pools
 other flags are those of scripts/train.py.
 """
 
+import dataclasses
 import json
 import resource
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-from pdiff_hf.evaluation.conditional import compared
-from pdiff_hf.evaluation.render import format_summary
+from pdiff_hf.evaluation.members import compare_members
+from pdiff_hf.evaluation.report import Report
 from pdiff_hf.run.cli import ConfigParser
 from pdiff_hf.run.config import PDiffConfig
 from pdiff_hf.run.terminal import quiet_libraries
 from pdiff_hf.run.trainer import execute, prepare
 from pdiff_hf.utils import names
-from pdiff_hf.utils.files import write_json
-from pdiff_hf.utils.reports import load_report
 
 
 def main() -> None:
@@ -35,12 +33,11 @@ def main() -> None:
     folder = Path(recipe.output_dir)
     reports = [finish(recipe.changed(seed=s, output_dir=str(folder / f"seed{s}"))) for s in seeds]
     report = pool_reports(reports)
-    write_json(folder / names.REPORT, report)
-    (folder / "report.md").write_text(format_summary(report), encoding="utf-8")
-    print(format_summary(report))
+    report.save(folder)
+    print(report.to_terminal())
 
 
-def finish(recipe: PDiffConfig) -> dict:
+def finish(recipe: PDiffConfig) -> Report:
     """The report of one seed; with the CPU seconds of the stages that were not finished before, and peak memory."""
     seconds = {}
     for stage in recipe.stages:
@@ -50,30 +47,31 @@ def finish(recipe: PDiffConfig) -> dict:
         seconds[stage] = round(_cpu_seconds() - before, 1)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     print(f"seed {recipe.seed}: {sum(seconds.values()):.0f} s of CPU, {peak:.1f} GB at most", json.dumps(seconds))
-    report = load_report(Path(recipe.output_dir, names.EVALUATION, names.REPORT))
-    print(format_summary(report), flush=True)
+    report = Report.load(Path(recipe.output_dir, names.EVALUATION))
+    print(report.to_terminal(), flush=True)
     return report
 
 
-def pool_reports(reports: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def pool_reports(reports: Sequence[Report]) -> Report:
     """One report of several runs with other tasks and seeds, as if their tasks had been those of one run."""
-    first = reports[0]
-    pooled: dict[str, Any] = {
-        **{key: first[key] for key in ("version", "kind", "metric", "num_parameters", "fields")},
-        "settings": {"runs": [report["settings"] for report in reports]},
-        "conditions": {name: sum((r["conditions"][name] for r in reports), []) for name in first["conditions"]},
-        "rows": {},
-    }
-    for name, row in first["rows"].items():
-        sets: dict[str, dict[str, list[float]]] = {
-            set_name: {
-                key: sum((report["rows"][name]["sets"][set_name][key] for report in reports), []) for key in scores
-            }
-            for set_name, scores in row["sets"].items()
+    first, *others = reports
+    names_of = [row.name for row in first.groups if all(row.name in {g.name for g in r.groups} for r in others)]
+    pooled = dataclasses.replace(
+        first,
+        settings={"runs": [report.settings for report in reports]},
+        conditions={name: sum((report.conditions[name] for report in reports), []) for name in first.conditions},
+        groups=[],
+    )
+    for name in names_of:
+        rows = [report.group(name) for report in reports]
+        sets = {
+            set_name: {key: sum((row.sets[set_name][key] for row in rows), []) for key in scores}
+            for set_name, scores in rows[0].sets.items()
         }
-        notes = "; ".join(dict.fromkeys(report["rows"][name]["note"] for report in reports))
-        pooled["rows"][name] = {**row, "note": notes, "sets": sets}
-    return compared(pooled)
+        notes = "; ".join(dict.fromkeys(row.note for row in rows))
+        pooled.groups.append(dataclasses.replace(rows[0], note=notes, sets=sets, comparisons={}))
+    compare_members(pooled)
+    return pooled
 
 
 def _cpu_seconds() -> float:

@@ -4,15 +4,16 @@ import argparse
 import dataclasses
 import shutil
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
 from diffusers import DPMSolverMultistepScheduler
+from posterior_metrics import score_tasks
 from torch import nn
 
-from pdiff_hf.evaluation.conditional import score_tasks
-from pdiff_hf.evaluation.conditional_baselines import GenericNetwork
+from pdiff_hf.evaluation.groups import training_cost
 from pdiff_hf.layout import ParameterLayout
 from pdiff_hf.models import DENOISER_PRESETS, ConditionEncoder, ParameterAutoencoder
 from pdiff_hf.networks.runner import NetworkRunner
@@ -21,6 +22,7 @@ from pdiff_hf.snapshots.zoo import ZooArguments, collect_zoo, train_specialists
 from pdiff_hf.tasks import ImageClassificationTask
 from pdiff_hf.tasks.image_families import TransformedFamily
 from pdiff_hf.tasks.label_groups import GroupedFamily
+from pdiff_hf.tasks.task import Batch
 from pdiff_hf.training import make_training_scheduler
 from pdiff_hf.training.denoiser import LatentGenerator, train_denoiser
 from pdiff_hf.training.loop import Loop, LoopArguments
@@ -96,10 +98,10 @@ class FamilyBench:
             self.family.pixels(split)
         self.training_scheduler = make_training_scheduler(prediction_type="v_prediction")
         self.tune_args = TuneArguments(num_steps=args.tune_steps, learning_rate=args.tune_learning_rate)
-        self.per_step = self.tune_args.num_tasks * self.tune_args.num_examples
+        self.per_step = training_cost(self.tune_args.num_tasks, self.tune_args.num_examples)
         self.zoo_args = ZooArguments(num_steps=args.zoo_steps, learning_rate=args.zoo_learning_rate)
-        self.base_passes = args.base_steps * 32 * 32
-        self.zoo_passes = self.base_passes + args.num_seen * args.zoo_steps * self.zoo_args.batch_size
+        self.base_passes = training_cost(args.base_steps, 32, 32)
+        self.zoo_passes = self.base_passes + training_cost(args.num_seen, args.zoo_steps, self.zoo_args.batch_size)
         # As long as the generator, or for as many passes as zoo and tuning together.
         self.opponent_args = TuneArguments(
             num_steps=args.tune_steps + self.zoo_passes // self.per_step, learning_rate=0.01, validate_every=200
@@ -238,3 +240,15 @@ class FamilyBench:
             optimizer.step()
             schedule.step()
         self.clock(what)
+
+
+class GenericNetwork(nn.Module):
+    """One network for all tasks, which is told nothing."""
+
+    def __init__(self, networks: NetworkRunner, predict: Callable, start: torch.Tensor):
+        super().__init__()
+        self.values = nn.Parameter(start.clone())
+        self.networks, self.predict = networks, predict
+
+    def forward(self, table: torch.Tensor, batch: Batch, generator: torch.Generator) -> torch.Tensor:
+        return self.networks.stack(self.predict, self.values.expand(len(table), -1), batch)

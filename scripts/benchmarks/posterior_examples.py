@@ -7,7 +7,7 @@ import torch
 from posterior_bench import FamilyBench
 from posterior_metrics import (
     TEMPERATURES,
-    Evidence,
+    WeighedSet,
     fit_temperature,
     marginal_nll,
     mix,
@@ -17,6 +17,7 @@ from posterior_metrics import (
 from posterior_priors import NUM_CANDIDATES, Priors, fine_tune
 from posterior_report import GENERATOR, TRAINING_NETWORKS, ZOO_GENERATOR
 
+from pdiff_hf.evaluation.groups import training_cost
 from pdiff_hf.networks.posterior import log_likelihoods, posterior_weights, resample
 from pdiff_hf.networks.runner import NetworkRunner
 from pdiff_hf.utils.seeds import derive_seed
@@ -53,7 +54,7 @@ class Tasks:
         parameters: Callable[[int], torch.Tensor],
         num_examples: Sequence[int],
         temperatures: Sequence[float],
-    ) -> list[Evidence]:
+    ) -> list[WeighedSet]:
         """What candidates, `(N, D)` for each task, say about it."""
         found = []
         for t in range(len(self.table)):
@@ -72,7 +73,7 @@ class Examples:
         self.rows: dict[str, dict] = {}
         self.sections: dict[str, dict] = {f"{n} examples": {} for n in NUM_EXAMPLES}
 
-    def weigh(self, parameters: torch.Tensor) -> dict[str, list[Evidence]]:
+    def weigh(self, parameters: torch.Tensor) -> dict[str, list[WeighedSet]]:
         """The same candidates for all tasks."""
         return {
             split: tasks.weigh(lambda _: parameters, NUM_EXAMPLES, TEMPERATURES) for split, tasks in self.tasks.items()
@@ -93,7 +94,7 @@ class Examples:
         self.rows[name] = {"kind": kind, "once": once}
         labels = {split: tasks.queries["labels"] for split, tasks in self.tasks.items()}
 
-        def mixed(split: str, share: Sequence[float]) -> list[Evidence]:
+        def mixed(split: str, share: Sequence[float]) -> list[WeighedSet]:
             return [mix(parts, share) for parts in zip(*(source[split] for source in sources), strict=True)]
 
         scores = {}
@@ -133,10 +134,10 @@ class Examples:
         self.rows[name] = {"kind": kind, "once": once}
         labels = {split: tasks.queries["labels"] for split, tasks in self.tasks.items()}
 
-        def evidence(split: str, networks: torch.Tensor) -> list[Evidence]:
+        def evidence(split: str, networks: torch.Tensor) -> list[WeighedSet]:
             return self.tasks[split].weigh(lambda t: networks[t], [0], [1.0])
 
-        def scores(split: str, found: Sequence[Evidence]) -> list[dict[str, float]]:
+        def scores(split: str, found: Sequence[WeighedSet]) -> list[dict[str, float]]:
             each = [summarize(one, right) for one, right in zip(found, labels[split], strict=True)]
             return [{metric: value.item() for metric, value in one.items()} for one in each]
 
@@ -181,7 +182,7 @@ class Examples:
             for rate in TUNING_RATES:
                 after = fine_tune(self.bench, torch.cat(start), repeated, n, rate, REFINE_STEPS)
                 for step, rows in after.items():
-                    cost = len(candidates) * n + step * n * NUM_REFINED
+                    cost = len(candidates) * n + training_cost(step, n, NUM_REFINED)
                     found[f"{step} steps of {rate:g}"] = rows.unflatten(0, (-1, NUM_REFINED)), cost
             return found
 
@@ -238,7 +239,7 @@ def labelled_examples(priors: Priors) -> tuple[dict, dict]:
         row = priors.deterministic.sample_parameters(nothing.unsqueeze(0), noise)
     examples.add_networks("deterministic network", "deterministic", tuned, networks(row), NUM_EXAMPLES[:1])
     oracle = {split: bench.oracle(bench.tables[split]).unsqueeze(1) for split in ("validation", "test")}
-    cost = args.zoo_steps * bench.zoo_args.batch_size
+    cost = training_cost(args.zoo_steps, bench.zoo_args.batch_size)
     examples.add_networks(
         "trained on the task", "oracle", bench.base_passes, lambda split, _: {"": (oracle[split], cost)}, NUM_EXAMPLES
     )
@@ -250,7 +251,8 @@ def labelled_examples(priors: Priors) -> tuple[dict, dict]:
             for rate in TUNING_RATES:
                 start = starts(split, n)
                 after = fine_tune(bench, start, examples.tasks[split].examples, n, rate, TUNING_STEPS)
-                found |= {f"{step} steps of {rate:g}": (rows.unsqueeze(1), step * n) for step, rows in after.items()}
+                for step, rows in after.items():
+                    found[f"{step} steps of {rate:g}"] = rows.unsqueeze(1), training_cost(step, n)
             return found
 
         return options

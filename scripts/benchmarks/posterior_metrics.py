@@ -3,16 +3,52 @@
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 
-from pdiff_hf.evaluation.conditional import score_tasks
 from pdiff_hf.networks.runner import NetworkRunner
 from pdiff_hf.tasks.family import Family
 from pdiff_hf.tasks.task import Batch, Split
 
 NUM_QUERIES = 20  # τ
 TEMPERATURES = (1.0, 1.5, 2.0, 4.0)  # of likelihoods
+TASKS_AT_ONCE = 16
+
+
+@torch.no_grad()
+def score_tasks(
+    family: Family,
+    respond: Callable[[torch.Tensor, Any], torch.Tensor],
+    table: torch.Tensor,
+    split: Split,
+    num_examples: int,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    Scores networks, each on its own task.
+
+    Args:
+        respond (`Callable`): `respond(rows, batch)` gives logits `(t, B, C)` for the tasks `rows`, indices `(t,)`.
+        table (`torch.Tensor`): The conditions, shape `(T, width)`.
+        num_examples (`int`): No more examples of the split than this, evenly spaced over it.
+
+    Returns:
+        `tuple`: Accuracy in percent, and mean cross-entropy in nats, both of shape `(T,)`.
+    """
+    total = family.num_examples(split)
+    indices = torch.linspace(0, total - 1, min(num_examples, total)).round().long()
+    accuracies, losses = [], []
+    for rows in torch.arange(len(table)).split(TASKS_AT_ONCE):
+        correct, loss = torch.zeros(len(rows)), torch.zeros(len(rows))
+        for part in indices.split(500):
+            batch = family.batch(split, table[rows], part)
+            logits = respond(rows, batch)
+            correct += (logits.argmax(-1) == batch["labels"]).sum(1)
+            loss += F.cross_entropy(logits.transpose(1, 2), batch["labels"], reduction="none").sum(1)
+        accuracies.append(100 * correct / len(indices))
+        losses.append(loss / len(indices))
+    return torch.cat(accuracies), torch.cat(losses)
 
 
 def joint_nll(log_probs: torch.Tensor, weights: torch.Tensor, num_queries: int = NUM_QUERIES) -> torch.Tensor:
@@ -87,7 +123,7 @@ def expected_unknown_nll(num_classes: int, num_known: int, num_queries: int = NU
 
 
 @dataclass
-class Evidence:
+class WeighedSet:
     """
     What a set of candidates says about one task after some labelled examples; E numbers of examples, K temperatures.
 
@@ -114,7 +150,7 @@ def weigh(
     num_examples: Sequence[int],
     temperatures: Sequence[float] = TEMPERATURES,
     log_prior: torch.Tensor | None = None,
-) -> Evidence:
+) -> WeighedSet:
     """
     Weighs candidates by the likelihood of the first so many examples, for several numbers of them at once.
 
@@ -147,7 +183,7 @@ def weigh(
     joint = torch.cat(joints)  # (N, S)
     highest = joint.amax(0)
     joint = (weights.double() @ (joint - highest).double().exp()).log() + highest
-    return Evidence(
+    return WeighedSet(
         log_evidence,
         (2 * scores).logsumexp(-1),
         probabilities.unflatten(0, log_evidence.shape).unflatten(-1, shape),
@@ -155,13 +191,13 @@ def weigh(
     )
 
 
-def mix(parts: Sequence[Evidence], shares: Sequence[float]) -> Evidence:
+def mix(parts: Sequence[WeighedSet], shares: Sequence[float]) -> WeighedSet:
     """What a prior says that is one of several sets of candidates with these probabilities."""
     kept = [(part, math.log(share)) for part, share in zip(parts, shares, strict=True) if share > 0]
     each = torch.stack([part.log_evidence + log_share for part, log_share in kept])  # (P, E, K)
     total = each.logsumexp(0)
     weights = (each - total).exp()
-    return Evidence(
+    return WeighedSet(
         total,
         torch.stack([part.log_square + 2 * log_share for part, log_share in kept]).logsumexp(0),
         sum(w[..., None, None] * part.probabilities for w, (part, _) in zip(weights, kept, strict=True)),
@@ -171,7 +207,7 @@ def mix(parts: Sequence[Evidence], shares: Sequence[float]) -> Evidence:
     )
 
 
-def summarize(evidence: Evidence, labels: torch.Tensor) -> Mapping[str, torch.Tensor]:
+def summarize(evidence: WeighedSet, labels: torch.Tensor) -> Mapping[str, torch.Tensor]:
     """
     Scores of a prediction, each of shape `(E, K)`: `accuracy` in percent, `nll` and `joint_nll` in nats, and
     `effective_sample_size`.

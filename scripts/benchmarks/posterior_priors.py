@@ -9,12 +9,11 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from masked_conditions import MaskedConditions
-from posterior_bench import FamilyBench
+from posterior_bench import FamilyBench, GenericNetwork
+from posterior_metrics import score_tasks
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from pdiff_hf.evaluation.conditional import score_tasks
-from pdiff_hf.evaluation.conditional_baselines import GenericNetwork
 from pdiff_hf.models import DENOISER_PRESETS, ConditionEncoder, LatentDenoiser
 from pdiff_hf.models.kernel_ridge import KernelRidge
 from pdiff_hf.training.denoiser import LatentGenerator

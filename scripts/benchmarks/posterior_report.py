@@ -5,7 +5,8 @@ from typing import Any
 
 import numpy as np
 
-from pdiff_hf.evaluation.conditional import paired_bootstrap, passes
+from pdiff_hf.evaluation.compare import paired_difference
+from pdiff_hf.evaluation.render import short as passes
 
 GENERATOR = "generator"
 ZOO_GENERATOR = "zoo generator and training networks"
@@ -27,9 +28,11 @@ Section = Mapping[str, Mapping[str, Any]]
 
 
 def compare(section: Section, metric: str, first: str, second: str) -> dict[str, Any]:
-    """How much better one method is than another in a metric, paired over tasks; see [`paired_bootstrap`]."""
+    """How much better one method is than another in a metric, paired over tasks; see [`paired_difference`]."""
     scores = section[first][metric], section[second][metric]
-    return paired_bootstrap(*(scores if metric not in LOWER_IS_BETTER else scores[::-1]))
+    found = paired_difference(*(scores if metric not in LOWER_IS_BETTER else scores[::-1]))
+    low, high = found.interval
+    return {"difference": found.difference, "low": low, "high": high, "verdict": found.verdict}
 
 
 def best_of(section: Section, metric: str, names: Sequence[str]) -> str:
@@ -167,7 +170,6 @@ def render_markdown(report: Mapping[str, Any]) -> str:
         "### Validity, first seed",
         render_validity(report),
         "Means over tasks; differences are paired over tasks, positive where the generator is better, with a 95% "
-        "bootstrap interval. Passes are of one network over one image, forward and backward but for the weighing of "
-        "candidates, which needs the forward one.",
+        "bootstrap interval. Passes are of one example through one network: forward counts 1, backward 2.",
     ]
     return "\n".join(parts) + "\n"

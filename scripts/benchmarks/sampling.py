@@ -23,7 +23,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from pdiff_hf import PDiffPipeline
 from pdiff_hf.evaluation.metrics import accuracy, iou_within
 from pdiff_hf.evaluation.render import table
-from pdiff_hf.evaluation.scoring import make_scorer
+from pdiff_hf.evaluation.score import make_scorer
 from pdiff_hf.models import DENOISER_PRESETS, LatentDenoiser
 from pdiff_hf.run.cli import load_config
 from pdiff_hf.run.trainer import prepare

@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader
 from torch.utils.flop_counter import FlopCounterMode
 
 import pdiff_hf.networks  # noqa: F401  registers the minis with timm
-from pdiff_hf.evaluation.scoring import make_scorer
+from pdiff_hf.evaluation.score import make_scorer
 from pdiff_hf.layout import ParameterLayout
 from pdiff_hf.networks import cropping
 from pdiff_hf.networks.cropping import CroppedConvolutions

@@ -10,6 +10,7 @@ from typing import Any
 from scipy.stats import t as student
 
 from pdiff_hf.evaluation.render import table
+from pdiff_hf.utils.reports import find_group
 
 from .tables import Column, Experiment, Row
 
@@ -18,20 +19,14 @@ CONFIDENCE = 0.95
 Cell = tuple[str, dict[str, Any]]
 
 
-def find_group(report: dict, name: str) -> dict:
-    """The row of a report that describes the group `name`."""
-    return next(row for row in report["groups"] if row["name"] == name)
-
-
 def _max_iou(report: dict, group: str) -> list[float]:
     """Maximum IoU with a snapshot, of each network for which it is defined."""
-    iou = next(row["iou"] for row in report["audit"]["rows"] if row["name"] == group)
-    return [value for value in iou if value is not None]
+    return [value for value in find_group(report, group)["memorisation"]["iou"] if value is not None]
 
 
 def _best(report: dict, group: str) -> dict[str, float]:
-    row = find_group(report, group)
-    return {"": row["score_best"], "selected on test": row["score_best_on_test"]}
+    measures = find_group(report, group)["measures"]
+    return {"": measures["score_best"], "selected on test": measures["score_best_on_test"]}
 
 
 def _best_on_all(report: dict, group: str) -> dict[str, float]:
@@ -42,7 +37,8 @@ def _best_on_all(report: dict, group: str) -> dict[str, float]:
 
 def _average(report: dict, group: str) -> dict[str, float]:
     row = find_group(report, group)
-    return {"": row["score_mean"], "std over networks": row["score_std"], "networks": row["n"]}
+    measures = row["measures"]
+    return {"": measures["score_mean"], "std over networks": measures["score_std"], "networks": row["n"]}
 
 
 def _similarity(report: dict, group: str) -> dict[str, float]:

@@ -5,8 +5,8 @@ from collections.abc import Callable, Iterator, Mapping
 import torch
 
 from pdiff_hf.evaluation.geometry import Rows
-from pdiff_hf.evaluation.sampling import Group
-from pdiff_hf.evaluation.scoring import Scorer
+from pdiff_hf.evaluation.groups import Group
+from pdiff_hf.evaluation.score import Scorer
 from pdiff_hf.run.context import RunContext
 from pdiff_hf.run.learning import architecture, autoencoder_arguments
 from pdiff_hf.training import NoiseArguments, train_autoencoder
@@ -40,7 +40,7 @@ def vae(run: RunContext, scorer: Scorer) -> Iterator[Group]:
         )
     generator = torch.Generator().manual_seed(named_seed(r.seed, "vae"))
     with torch.no_grad():
-        yield Group("vae", autoencoder.eval().sample_prior(r.baseline_models, generator).cpu(), "VAE")
+        yield Group("vae", autoencoder.eval().sample_prior(r.baseline_models, generator).cpu(), sweep="VAE")
 
 
 EXTRA_GROUPS: Mapping[str | None, Callable[[RunContext, Scorer], Iterator[Group]]] = {

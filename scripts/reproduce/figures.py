@@ -10,9 +10,9 @@ import torch
 from matplotlib.figure import Figure
 
 from pdiff_hf.evaluation import plots
-from pdiff_hf.evaluation.figures import scatter_group
+from pdiff_hf.evaluation.report import Report
+from pdiff_hf.utils.reports import find_group
 
-from .cells import find_group
 from .tables import Row
 
 
@@ -39,7 +39,7 @@ def _draw_trajectories(path: Path, rows: Sequence[Row], reports: Sequence[dict])
     """Figure 5b."""
     process, snapshots = reports[0]["reverse_process"], find_group(reports[0], "snapshots")
     scores, num_examples = torch.tensor(process["scores"]), reports[0]["splits"]["test"]
-    plots.plot_reverse_process(path, process["steps"], scores, snapshots["score_mean"], num_examples)
+    plots.plot_reverse_process(path, process["steps"], scores, snapshots["measures"]["score_mean"], num_examples)
 
 
 def _draw_similarities(path: Path, rows: Sequence[Row], reports: Sequence[dict]) -> None:
@@ -72,6 +72,11 @@ def _draw_memory(path: Path, rows: Sequence[Row], reports: Sequence[dict]) -> No
     axes.grid(alpha=0.3, which="both")
     axes.legend()
     figure.savefig(path, dpi=plots.DPI)
+
+
+def scatter_group(report: dict, name: str, family: str) -> plots.ScatterGroup:
+    """A group of a report on the plane of similarity and accuracy."""
+    return plots.scatter_group(Report.from_dict({k: v for k, v in report.items() if k != "selected"}), name, family)
 
 
 FIGURES: Mapping[str, Callable[[Path, Sequence[Row], Sequence[dict]], Any]] = {

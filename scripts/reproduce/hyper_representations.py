@@ -38,8 +38,8 @@ from torch import Generator, Tensor
 
 from pdiff_hf.evaluation.baselines import latent_kde
 from pdiff_hf.evaluation.geometry import Matrix
-from pdiff_hf.evaluation.sampling import Group, named_generator
-from pdiff_hf.evaluation.scoring import Scorer
+from pdiff_hf.evaluation.groups import Group, named_generator
+from pdiff_hf.evaluation.score import Scorer
 from pdiff_hf.models import ParameterAutoencoder
 from pdiff_hf.utils.memory import InParts
 
@@ -176,7 +176,7 @@ def sample_hyper_representations(
         samplers: tuple[Callable[..., Tensor], ...] = (s_kde30, partial(sane_sub, score=score), sane_kde30)
         for name, sample in zip(NAMES, samplers, strict=True):
             sampled = sample(snapshots, scores, autoencoder, num_models, named_generator(seed, name))
-            yield Group(name, sampled, FAMILY, name)
+            yield Group(name, sampled, sweep=FAMILY, value=name)
 
     return groups()
 

@@ -18,9 +18,9 @@ import torch
 from benchmarks.training import measure_training
 from filelock import FileLock, Timeout
 
+from pdiff_hf.evaluation.groups import named_generator
 from pdiff_hf.evaluation.render import metric_title
-from pdiff_hf.evaluation.sampling import named_generator
-from pdiff_hf.evaluation.scoring import make_scorer
+from pdiff_hf.evaluation.score import Metric, make_scorer
 from pdiff_hf.run.config import PDiffConfig, TaskSection
 from pdiff_hf.run.context import RunContext
 from pdiff_hf.run.folder import link
@@ -146,7 +146,7 @@ def score_selected(run: RunContext) -> dict[str, float]:
     recipe, everything = run.config, run.config.changed(max_eval_samples=None)
     generated = run.pipeline(
         recipe.num_models,
-        generator=named_generator(recipe.seed, "generated"),  # as `compare_generator` samples them
+        generator=named_generator(recipe.seed, "generated"),  # as a report samples them
         output_type="pt",
     ).parameters
     some, whole = (
@@ -195,7 +195,7 @@ def _describe(plan: Plan, reports_of: Sequence[Sequence[dict]], statistics: set[
     runs = {Path(recipe.output_dir).name: row.run for row, recipe in recipes}
     splits = {(r["splits"]["validation"], r["splits"]["test"]): None for r in reports}
     images = " or ".join(f"{test:,} test images (validation: {validation:,})" for validation, test in splits)
-    metrics = {metric_title(r["metric"]): None for r in reports}
+    metrics = {metric_title(Metric(**r["metric"])): None for r in reports}
     about = [
         f"Paper: {', '.join(sources)}. Here: {', '.join(settings)}.",
         f"{' and '.join(metrics)} on {images}; ± is the standard deviation over n networks, or over seeds of all "

@@ -4,8 +4,8 @@ import pytest
 import torch
 from support.evaluation import digits, digits_pipeline, digits_snapshots
 
-from pdiff_hf.evaluation.compare import compare_generator
-from pdiff_hf.evaluation.sampling import Group
+from pdiff_hf.evaluation.groups import Group
+from pdiff_hf.evaluation.single_task import evaluate_task
 
 
 @pytest.fixture(scope="package")
@@ -14,8 +14,12 @@ def whole(tmp_path_factory):
     scorer, snapshots, folder = digits(), digits_snapshots(), tmp_path_factory.mktemp("report")
     heldout = torch.arange(12) % 5 == 2
     settings = {"num_models": 5, "baseline_models": 2, "heldout": heldout}
-    settings |= {
-        "extra_groups": [Group("vae", snapshots[:2] + 0.1, "VAE")],
-        "losses": {"denoiser": {"loss": [1.0, 0.5]}},
-    }
-    return compare_generator(scorer, snapshots, digits_pipeline(scorer, snapshots), folder, **settings), folder
+    settings |= {"losses": {"denoiser": {"loss": [1.0, 0.5]}}}
+    settings |= {"extra_groups": [Group("vae", snapshots[:2] + 0.1, sweep="VAE")]}
+    return evaluate_task(scorer, snapshots, digits_pipeline(scorer, snapshots), folder, **settings), folder
+
+
+@pytest.fixture
+def without_figures(monkeypatch):
+    """Figures take longer than everything else."""
+    monkeypatch.setattr("pdiff_hf.evaluation.finish.draw_figures", lambda *args, **kwargs: None)

@@ -209,7 +209,7 @@ def test_standard_baselines_are_those_of_the_report():
     for baseline in standard_baselines():
         families.setdefault(baseline.family, []).append(baseline.value)
     assert {0.001, 0.05, 0.15} < set(families["noise"])
-    assert families["soup"] == [2, 4, 16, "all"]
+    assert families["soup"] == [2, 4, 16]
     for family in ("diagonal Gaussian", "low-rank Gaussian", "low-rank + diagonal Gaussian"):
         assert (families[family][0], families[family][-1]) == (0.25, 2.0)
     assert {"interpolation", "extrapolation", "PCA Gaussian", "latent KDE"} < set(families)

@@ -69,13 +69,13 @@ def recipe(saved: Path, output_dir: Path, **changes) -> PDiffConfig:
 
 def test_a_pipeline_and_a_second_call_that_scores_only_what_is_new(saved, tmp_path):
     report = evaluate_saved(str(saved / "pipeline"), recipe(saved, tmp_path))
-    groups = {row["name"]: row for row in report["groups"]}
-    assert {"snapshots", "mean", "reconstructed", "generated", "latent KDE Scott"} <= set(groups)
-    assert groups["snapshots"]["n"] == groups["reconstructed"]["n"] == 12 and groups["generated"]["n"] == 4
+    groups = {row.name: row for row in report.groups}
+    assert {"snapshots", "mean of the snapshots", "reconstructed", "generated", "latent KDE Scott"} <= set(groups)
+    assert groups["snapshots"].n == groups["reconstructed"].n == 12 and groups["generated"].n == 4
     text = (tmp_path / "report.json").read_text()
 
     files = set((tmp_path / "scores").rglob("*.safetensors"))
-    assert evaluate_saved(str(saved / "pipeline"), recipe(saved, tmp_path)) == report
+    assert evaluate_saved(str(saved / "pipeline"), recipe(saved, tmp_path)).to_dict() == report.to_dict()
     assert (tmp_path / "report.json").read_text() == text
     assert set((tmp_path / "scores").rglob("*.safetensors")) == files
 
@@ -87,10 +87,10 @@ def test_a_pipeline_and_a_second_call_that_scores_only_what_is_new(saved, tmp_pa
 
 def test_networks_from_any_generator(saved, tmp_path):
     report = evaluate_saved(str(saved / "networks"), recipe(saved, tmp_path, model=str(saved / "base")))
-    groups = {row["name"]: row for row in report["groups"]}
-    assert groups["generated"]["n"] == 3 and "reconstructed" not in groups and report["reconstruction"] is None
-    assert groups["generated"]["scores"][0] == groups["generated"]["scores"][1]
-    assert report["audit"]["rows"][2]["nearest_in_weights"] == [0, 0, 1]
+    groups = {row.name: row for row in report.groups}
+    assert groups["generated"].n == 3 and "reconstructed" not in groups and report.reconstruction is None
+    assert groups["generated"].scores()[0] == groups["generated"].scores()[1]
+    assert groups["generated"].memorisation["nearest_in_weights"] == [0, 0, 1]
 
 
 def test_networks_that_were_generated_and_saved_are_those_of_the_pipeline(saved, tmp_path):

@@ -8,7 +8,7 @@ import torch
 from support.evaluation import Regression, regression, snapshots_around
 from torch import nn
 
-from pdiff_hf.evaluation.scoring import ClassifierScorer, Metric, check_memory, make_scorer
+from pdiff_hf.evaluation.score import ClassifierScorer, Metric, check_memory, make_scorer
 from pdiff_hf.layout import ParameterLayout
 from pdiff_hf.selection import select_layout
 from pdiff_hf.tasks import ImageClassificationTask

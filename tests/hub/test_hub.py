@@ -25,7 +25,8 @@ from support.recipes import TINY, TINY_FAMILY
 from transformers import AutoModelForImageClassification
 
 from pdiff_hf import LatentDenoiser, ParameterLayout, PDiffPipeline
-from pdiff_hf.evaluation.compare import compare_generator
+from pdiff_hf.evaluation import Report
+from pdiff_hf.evaluation.single_task import evaluate_task
 from pdiff_hf.hub.card import PRIVATE_KEYS, HubError, make_model_card
 from pdiff_hf.hub.push import push_pipeline_to_hub, push_run_to_hub, push_snapshots_to_hub
 from pdiff_hf.models.condition import Fields
@@ -124,7 +125,7 @@ def test_a_run_is_pushed_in_one_commit(hub, run):
     push_run_to_hub(run.folder, ID)
     assert hub.repos["models", ID].titles == ["initial commit", "Upload PDiffPipeline"]
     figures = {path for path in files(hub) if path.endswith(".png")}
-    reports = {"evaluation/report.json", "evaluation/report.md"}
+    reports = {f"evaluation/report.{kind}" for kind in ("json", "md", "html")}
     assert set(files(hub)) == COMPONENTS | {"pipeline.py", "README.md", "recipe.yaml"} | reports | figures
     assert figures
     for path in COMPONENTS:
@@ -465,11 +466,11 @@ def test_the_card_of_a_run(hub, run):
     assert card.data.model_name == "digits"
     results = {result.metric_name: result for result in card.data.eval_results}
     mean = results["Mean accuracy (%) of 6 networks"]
-    assert mean.metric_value == pytest.approx(generated["score_mean"], abs=1e-4)
+    assert mean.metric_value == pytest.approx(generated["measures"]["score_mean"], abs=1e-4)
     assert (mean.task_type, mean.dataset_type, mean.dataset_split) == ("image-classification", "digits", "test")
 
     check_markdown(card.text, run.folder)
-    assert f"> **Verdict:** {report['verdict']}" in card.text
+    assert "> " + " ".join(report["verdict"]) in card.text
     summary = report["summary"]
     assert [summary["header"], *summary["rows"]] in tables(card.text) and summary["about"] in card.text
     assert all(f"> **Warning:** {warning}" in card.text for warning in report["warnings"])
@@ -490,12 +491,12 @@ def test_the_card_of_a_family_of_tasks(hub, tmp_path, monkeypatch):
     card = ModelCard.load("lab/on-demand")
     card.validate()
     report = json.loads((run.folder / "evaluation" / "report.json").read_text())
-    accuracies = report["rows"]["generator"]["sets"]["test"]["accuracy"]
+    accuracies = Report.from_dict(report).generated.scores()
     (result,) = card.data.eval_results
     assert result.metric_name == "Mean accuracy (%) on 3 unseen tasks (test)"
     assert result.metric_value == pytest.approx(sum(accuracies) / 3, abs=1e-4)
     check_markdown(card.text, run.folder)
-    assert f"> **Verdict:** {report['verdict']}" in card.text
+    assert "> " + " ".join(report["verdict"]) in card.text
     assert [report["summary"]["header"], *report["summary"]["rows"]] in tables(card.text)
     fields = [["field", "value"], ["`angle`", "an angle with period 360"], ["`invert`", "one of no, yes"]]
     assert [*fields, ["`occlude`", "one of none, left, right, top, bottom"]] in tables(card.text)
@@ -531,7 +532,7 @@ def test_the_card_of_a_measured_task(pipe, tmp_path):
     scorer = regression()
     snapshots = snapshots_around(scorer)
     pipe.save_pretrained(tmp_path / "pipeline")
-    compare_generator(scorer, snapshots, snapshots[:3] + 0.1, tmp_path / "evaluation", baseline_models=1)
+    evaluate_task(scorer, snapshots, snapshots[:3] + 0.1, tmp_path / "evaluation", baseline_models=1)
     card = make_model_card(tmp_path / "pipeline", ID, run=tmp_path)
     check_markdown(card.text, tmp_path)
     results = {result.metric_name: result for result in card.data.eval_results}

@@ -163,7 +163,7 @@ save_file({"few": few, "many": sample()}, sys.argv[1])
 def test_scoring_goes_on_with_fewer_networks_and_examples_at_once(run_server, tmp_path):
     program = """
 from safetensors.torch import save_file
-from pdiff_hf.evaluation.scoring import make_scorer
+from pdiff_hf.evaluation.score import make_scorer
 from pdiff_hf.layout import ParameterLayout
 from pdiff_hf.selection import select_parameters
 from pdiff_hf.tasks import ImageClassificationTask

@@ -9,6 +9,7 @@ from support.scripts import generate
 from transformers import AutoModelForSequenceClassification, BertConfig, BertForSequenceClassification
 
 from pdiff_hf import PDiffPipeline
+from pdiff_hf.evaluation import Report
 from pdiff_hf.models.products import AdapterProducts
 from pdiff_hf.run.config import PDiffConfig
 from pdiff_hf.run.context import RunContext
@@ -97,9 +98,10 @@ def test_adapters_are_learned_as_products(finished):
     snapshots = parameter_matrix(*load_snapshots(finished.folder / "snapshots"))
     mean = products.expand(snapshots).mean(0)
     torch.testing.assert_close(pipeline.autoencoder.parameter_mean, mean, rtol=1e-5, atol=1e-6)
-    report = json.loads((finished.folder / "evaluation" / "report.json").read_text())
-    assert {"generator", "kernel ridge", "trained on the task", "mean of all networks"} <= set(report["rows"])
-    assert len(report["conditions"]["test"]) == 2
+    report = Report.load(finished.folder / "evaluation")
+    names = {row.name for row in report.groups}
+    assert {"generated", "kernel ridge", "trained on the task", "mean of all snapshots"} <= names
+    assert len(report.conditions["test"]) == 2
 
 
 def test_generated_adapters_load_with_plain_peft(finished, folder, tmp_path, monkeypatch):

@@ -10,8 +10,8 @@ from support.recipes import TINY_FAMILY
 from support.scripts import run_script
 
 from pdiff_hf import PDiffPipeline
-from pdiff_hf.evaluation import conditional_opponents
-from pdiff_hf.evaluation.conditional import GENERATOR
+from pdiff_hf.evaluation import Kind, Report
+from pdiff_hf.evaluation.opponents import Regime
 from pdiff_hf.run.config import PDiffConfig
 from pdiff_hf.run.context import RunContext
 from pdiff_hf.run.folder import RunError
@@ -65,29 +65,35 @@ def test_a_denoiser_can_learn_what_a_regression_gives_for_other_conditions(finis
 
 
 def test_the_report_has_every_answer_on_unseen_tasks(finished):
-    report = json.loads((finished.folder / "evaluation" / "report.json").read_text())
-    assert {name: len(tasks) for name, tasks in report["conditions"].items()} == {"test": 3, "angle": 24}
-    kinds = {"generator", "closed form", "trained", "oracle", "control"}
-    assert {row["kind"] for row in report["rows"].values()} == kinds and len(report["rows"]) == 16
-    # 40 steps of the base model, 6 tasks for 6 steps, and up to 6 steps of tuning.
+    report = Report.load(finished.folder / "evaluation")
+    assert {name: len(tasks) for name, tasks in report.conditions.items()} == {"test": 3, "angle": 24}
+    assert {row.kind for row in report.groups} == set(Kind) and len(report.groups) == 20
+    # 40 steps of the base model, 6 tasks for 6 steps, and up to 6 of tuning; forward and backward are three passes.
     record = json.loads((finished.folder / "stages" / "tune.json").read_text())
     steps = len(record["results"]["losses"])
-    base, zoo, tuning = (120 * 10 // 32) * 32, 6 * 6 * 16, steps * 4 * 8
-    assert steps >= 5
-    costs = {name: (row["once"], row["each"]) for name, row in report["rows"].items()}
-    assert costs[GENERATOR] == (base + zoo + tuning, 0) and costs["kernel ridge"] == (base + zoo, 0)
-    assert costs["trained on the task, 5 times longer"] == (base, 5 * 6 * 16) and costs["base model"] == (base, 0)
-    # Opponents get the passes of zoo and tuning together.
-    assert costs["basis networks"] == (base + (6 + (base + zoo) // 32) * 32, 0)
+    base, zoo, tuning = 3 * (120 * 10 // 32) * 32, 3 * 6 * 6 * 16, 3 * steps * 4 * 8
+    costs = {row.name: (row.cost.once, row.cost.each) for row in report.groups}
+    assert costs["generated"] == (base + zoo + tuning, 0) and costs["kernel ridge"] == (base + zoo, 0)
+    assert costs["generator by weights"] == (base + zoo, 0) and costs["base model"] == (base, 0)
+    oracle = report.group("trained on the task, 5 times longer")
+    each = 3 * 5 * 6 * 16
+    assert costs[oracle.name] == (base + len(oracle.tried) * 2 * each, each) and len(oracle.tried) >= 4
+    # Opponents get the passes of zoo and tuning together, in full for the two best rates, beside those of the search.
+    basis = report.group("basis networks")
+    assert costs["basis networks"][0] > base + zoo and len(basis.tried) >= 6
+    assert report.group("one network 4 times wider, FiLM").size > 4 * report.generated.size
+    assert report.sampling["num_inference_steps"] == 4
     text = (finished.folder / "evaluation" / "report.md").read_text()
-    assert report["verdict"] in text and "| kernel ridge" in text and "](accuracy_along_field.png)" in text
+    assert report.verdict[1] in text and "| kernel ridge" in text and "](accuracy_along_field.png)" in text
+    figures = {path.name for path in (finished.folder / "evaluation").glob("*.png")}
+    assert figures == {"accuracy_along_field.png", "scores.png", "losses.png"}
 
 
 @torch.no_grad()
 def test_the_generators_row_is_what_its_networks_reach_one_by_one(finished):
     pipe = PDiffPipeline.from_pretrained(finished.folder / "tuned")
-    report = json.loads((finished.folder / "evaluation" / "report.json").read_text())
-    conditions = report["conditions"]["test"]
+    report = Report.load(finished.folder / "evaluation")
+    conditions = report.conditions["test"]
     generator = torch.Generator().manual_seed(named_seed(0, "evaluate"))
     networks = pipe(2, 4, generator, condition=conditions, output_type="model").parameters
     accuracies = []
@@ -97,7 +103,7 @@ def test_the_generators_row_is_what_its_networks_reach_one_by_one(finished):
         accuracies.append(100 * (network(batch["pixel_values"]).logits.argmax(-1) == batch["labels"]).float().mean())
     assert len(accuracies) == 6 and max(accuracies) > 15
     expected = torch.stack(accuracies).view(3, 2).mean(1).tolist()
-    assert report["rows"][GENERATOR]["sets"]["test"]["accuracy"] == pytest.approx(expected)
+    assert report.generated.scores() == pytest.approx(expected)
 
 
 def test_tuning_learns_a_map_that_is_saved(finished):
@@ -117,7 +123,7 @@ def test_stopped_in_tuning_it_ends_with_the_same_record(finished, tmp_path, monk
     for name in ("tune", "evaluate"):
         (folder / "stages" / f"{name}.json").unlink()
     shutil.rmtree(folder / "tuned")
-    validate, looks = conditional_opponents.Regime.validate, []
+    validate, looks = Regime.validate, []
 
     def stopped(*args) -> float:
         looks.append(1)
@@ -125,7 +131,7 @@ def test_stopped_in_tuning_it_ends_with_the_same_record(finished, tmp_path, monk
             raise KeyboardInterrupt
         return validate(*args)
 
-    monkeypatch.setattr(conditional_opponents.Regime, "validate", stopped)
+    monkeypatch.setattr(Regime, "validate", stopped)
     changes = {"stages": ["tune"], "checkpointing_steps": 3, "resume_from_checkpoint": "latest"}
     with pytest.raises(KeyboardInterrupt):
         finish(folder, **changes)
@@ -135,20 +141,17 @@ def test_stopped_in_tuning_it_ends_with_the_same_record(finished, tmp_path, monk
         assert (folder / name).read_bytes() == (finished.folder / name).read_bytes()
 
 
-def test_a_stopped_audit_goes_on_with_what_it_has_not_scored(finished, tmp_path, monkeypatch):
+def test_a_stopped_evaluation_goes_on_with_what_it_has_not_scored(finished, monkeypatch):
     expected = json.loads((finished.folder / "evaluation" / "report.json").read_text())
     (finished.folder / "stages" / "evaluate.json").unlink()
-    kept = next((finished.folder / "scores").glob("conditional-*.json"))
+    kept = next((finished.folder / "scores").glob("members-*.json"))
     rows = json.loads(kept.read_text())
     del rows["basis networks"], rows["hypernetwork"]
     kept.write_text(json.dumps(rows))
-    trained = []
-    fit = conditional_opponents.Regime.fit
-    monkeypatch.setattr(
-        conditional_opponents.Regime, "fit", lambda *args, **kwargs: trained.append(args[3]) or fit(*args, **kwargs)
-    )
+    trained, fit = set(), Regime.fit
+    monkeypatch.setattr(Regime, "fit", lambda *args, **kwargs: trained.add(args[3]) or fit(*args, **kwargs))
     finish(finished.folder)
-    assert trained == ["basis networks", "hypernetwork"]
+    assert trained == {"basis networks", "hypernetwork"}
     assert json.loads((finished.folder / "evaluation" / "report.json").read_text()) == expected
 
 
@@ -173,15 +176,15 @@ def test_a_zoo_from_elsewhere(finished, tmp_path):
     seen = {finished.family.key(condition) for condition in load_snapshots(zoo)[0].select_columns(list(run.fields))}
     keys = {name: {run.family.key(c) for c in run.fields.conditions(t)} for name, t in run.conditions.items()}
     assert len(seen) == 6 and not seen & (keys["validation"] | keys["test"] | keys["angle"])
-    report = json.loads((run.folder / "evaluation" / "report.json").read_text())
-    assert report["rows"]["kernel ridge"]["once"] == (120 * 10 // 32) * 32  # what others trained is not counted
+    report = Report.load(run.folder / "evaluation")
+    assert report.group("kernel ridge").cost.once == 3 * (120 * 10 // 32) * 32  # what others trained is not counted
     with pytest.raises(RunError, match="fields 'angle' .* and family=grouped has 'positive'"):
         run_in(tmp_path / "other", snapshots=str(zoo), family="grouped", family_args="{}", num_tasks=6)
     with pytest.raises(RunError, match="needs --family"):
         run_in(tmp_path / "other", snapshots=str(zoo), family=None, tune_steps=2)
 
 
-def evaluate(monkeypatch, finished, source, folder, *flags) -> dict:
+def evaluate(monkeypatch, finished, source, folder, *flags) -> Report:
     r = finished.config
     task = [
         f"--family={r.family}",
@@ -193,7 +196,7 @@ def evaluate(monkeypatch, finished, source, folder, *flags) -> dict:
     task += ["--num_validation_tasks=2", "--collect_steps=2", "--collect_batch_size=8", "--num_models=2"]
     task += [f"--snapshots={finished.folder / 'snapshots'}", f"--output_dir={folder}", *flags]
     run_script(monkeypatch, "evaluate.py", source, *task)
-    return json.loads((folder / "report.json").read_text())
+    return Report.load(folder)
 
 
 def test_networks_of_any_generator_are_audited_from_a_table(finished, tmp_path, monkeypatch):
@@ -209,7 +212,7 @@ def test_networks_of_any_generator_are_audited_from_a_table(finished, tmp_path, 
         lines.append(f"{i}.safetensors,{','.join(map(str, conditions[i // 2].values()))}")
     (tmp_path / "table.csv").write_text("\n".join(lines))
     report = evaluate(monkeypatch, finished, tmp_path / "table.csv", tmp_path / "out")
-    assert [condition["angle"] for condition in report["conditions"]["test"]] == [40, 90]
+    assert [condition["angle"] for condition in report.conditions["test"]] == [40, 90]
     for i, network in enumerate(networks):
         split = finished.family.task(conditions[i // 2]).load_split("test")
         batch = split.__getitems__(list(range(len(split))))
@@ -217,7 +220,7 @@ def test_networks_of_any_generator_are_audited_from_a_table(finished, tmp_path, 
             predictions = network(batch["pixel_values"]).logits.argmax(-1)
         accuracies.append(100 * (predictions == batch["labels"]).float().mean())
     expected = torch.stack(accuracies).view(2, 2).mean(1).tolist()
-    assert report["rows"][GENERATOR]["sets"]["test"]["accuracy"] == pytest.approx(expected)
+    assert report.generated.scores() == pytest.approx(expected)
     (tmp_path / "table.csv").write_text("\n".join(lines[:4]))
     with pytest.raises(SystemExit):
         evaluate(monkeypatch, finished, tmp_path / "table.csv", tmp_path / "out")
@@ -225,11 +228,12 @@ def test_networks_of_any_generator_are_audited_from_a_table(finished, tmp_path, 
 
 def test_a_saved_pipeline_is_audited(finished, tmp_path, monkeypatch):
     report = evaluate(monkeypatch, finished, finished.folder / "tuned", tmp_path / "out", "--num_inference_steps=4")
-    assert {row["kind"] for row in report["rows"].values()} == {"generator", "closed form", "trained", "oracle"}
-    assert report["conditions"]["test"] == finished.fields.conditions(finished.conditions["test"])
-    own = json.loads((finished.folder / "evaluation" / "report.json").read_text())
-    for name in (GENERATOR, "nearest seen task", "base model"):
-        assert report["rows"][name]["sets"]["test"] == own["rows"][name]["sets"]["test"]
+    kinds = {Kind.GENERATED, Kind.CONTROL, Kind.SNAPSHOTS, Kind.BASELINE, Kind.ORACLE}
+    assert {row.kind for row in report.groups} == kinds
+    assert report.conditions["test"] == finished.fields.conditions(finished.conditions["test"])
+    own = Report.load(finished.folder / "evaluation")
+    for name in ("generated", "nearest snapshot", "base model"):
+        assert report.group(name).sets["test"] == own.group(name).sets["test"]
     with pytest.raises(SystemExit):
         evaluate(monkeypatch, finished, finished.folder / "autoencoder", tmp_path / "out")
 
@@ -252,9 +256,9 @@ def test_a_family_of_ones_own_is_one_class(tmp_path):
     path.write_text(OWN)
     changes = {"family_args": "{}", "baselines": "few", "tune_steps": 0, "num_test_tasks": 2}
     run = finish(tmp_path / "out", family=f"{path}:Darker", **changes)
-    report = json.loads((run.folder / "evaluation" / "report.json").read_text())
-    assert report["fields"] == {"gamma": {"type": "scalar", "low": 1, "high": 4}}
-    assert set(report["conditions"]) == {"test", "gamma"} and GENERATOR in report["rows"]
+    report = Report.load(run.folder / "evaluation")
+    assert report.fields == {"gamma": {"type": "scalar", "low": 1, "high": 4}}
+    assert set(report.conditions) == {"test", "gamma"} and report.generated.mean() > 0
     # Another body under the same name: nothing that was finished is reused.
     path.write_text(OWN.replace("gamma, labels", "gamma.square(), labels"))
     with pytest.raises(RunError, match=r"holds a run with other settings \(darker.py has been edited\)"):

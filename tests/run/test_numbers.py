@@ -11,8 +11,8 @@ from safetensors.torch import load_file
 from torch import nn
 
 from pdiff_hf import ParameterLayout, PDiffPipeline
-from pdiff_hf.evaluation.compare import compare_generator
-from pdiff_hf.evaluation.scoring import make_scorer
+from pdiff_hf.evaluation.score import make_scorer
+from pdiff_hf.evaluation.single_task import evaluate_task
 from pdiff_hf.run.config import PDiffConfig
 from pdiff_hf.run.folder import RunError
 from pdiff_hf.run.trainer import execute, prepare
@@ -211,14 +211,13 @@ def whole_chain(
     generated = pipe(5, 4, torch.Generator().manual_seed(0), output_type="pt").parameters
     assert generated.shape == (5, layout.num_parameters) and generated.isfinite().all()
     (folder / "evaluation").mkdir()
-    compare_generator(
+    evaluate_task(
         make_scorer(Points(), Points().load_base_model().eval(), layout),
         snapshots,
         pipe,
         folder / "evaluation",
         heldout=torch.zeros(len(snapshots), dtype=torch.bool),
         num_models=5,
-        num_inference_steps=4,
         baseline_models=3,
         seed=0,
     )

@@ -37,7 +37,7 @@ def test_a_task_in_a_file_of_ones_own(run_server, tmp_path):
     again = run_server.run(tmp_path / "again", folder / "pipeline", task, *sources, *FLAGS, script="evaluate")
     assert again.status == 0, again.errors
     groups = [
-        {group["name"]: group["scores"] for group in json.loads((path / "report.json").read_text())["groups"]}
+        {group["name"]: group["sets"] for group in json.loads((path / "report.json").read_text())["groups"]}
         for path in (folder / "evaluation", tmp_path / "again")
     ]
     assert groups[0]["snapshots"] == groups[1]["snapshots"]

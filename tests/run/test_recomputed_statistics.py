@@ -11,7 +11,7 @@ from support.scripts import generate
 from transformers import AutoModelForImageClassification
 
 from pdiff_hf import PDiffPipeline
-from pdiff_hf.evaluation.scoring import make_scorer
+from pdiff_hf.evaluation.score import make_scorer
 from pdiff_hf.run.config import PDiffConfig
 from pdiff_hf.run.context import RunContext
 from pdiff_hf.run.folder import RunError
@@ -107,7 +107,7 @@ def test_the_report_is_about_such_networks(run, data):
             predicted = model(batch["pixel_values"]).logits.argmax(-1)
             found.append(100 * (predicted == batch["labels"]).double().mean().item())
     snapshots = next(group for group in report["groups"] if group["name"] == "snapshots")
-    assert snapshots["score_mean"] == pytest.approx(sum(accuracies) / 6, abs=1e-4)
+    assert snapshots["measures"]["score_mean"] == pytest.approx(sum(accuracies) / 6, abs=1e-4)
     assert accuracies != with_base
     plain = make_scorer(run.task, run.base_model, run.layout, run.folder / "scores")
     assert plain.score("test", run.parameters).values.mean().item() == pytest.approx(sum(with_base) / 6, abs=1e-4)

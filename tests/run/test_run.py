@@ -51,9 +51,9 @@ def test_the_report_is_what_a_plain_loop_over_the_networks_finds(finished):
     accuracies = [100 - 100 * w.float().mean().item() for w in wrong]
     report = json.loads((finished.folder / "evaluation" / "report.json").read_text())
     groups = {group["name"]: group for group in report["groups"]}
-    snapshots = groups["snapshots"]
+    snapshots = groups["snapshots"] | groups["snapshots"]["measures"]
     assert report["num_parameters"] == layout.num_parameters and report["splits"] == {"validation": 60, "test": 60}
-    assert (snapshots["n"], groups["mean"]["n"], groups["generated"]["n"]) == (16, 1, 6)
+    assert (snapshots["n"], groups["mean of the snapshots"]["n"], groups["generated"]["n"]) == (16, 1, 6)
     assert snapshots["score_mean"] == pytest.approx(sum(accuracies) / 16, abs=1e-4)
     assert snapshots["score_best_on_test"] == pytest.approx(max(accuracies), abs=1e-4)
     best = max(range(16), key=lambda i: dataset[i]["validation_accuracy"])
@@ -128,7 +128,7 @@ def test_what_it_prints(run_server, copied):
     others = [line for line in lines[4:] if not line.startswith(("scoring: about", "[5/5]"))]
     assert not others, others
     table = [line for line in result.output.splitlines() if line.startswith("| ")]
-    assert len(table) <= 2 + 8 and "**Verdict:**" in result.output
+    assert len(table) <= 2 + 8 and "Against the snapshots:" in result.output
     assert str(copied).join(["  python scripts/generate.py ", "/pipeline --num_models 10\n"]) in result.output
     assert result.output.endswith(f"  python scripts/app.py {copied}\n")
 

@@ -9,13 +9,13 @@ from reproduce.extra_groups import vae
 from safetensors.torch import load_file
 
 from pdiff_hf import PDiffPipeline
-from pdiff_hf.evaluation.sampling import named_generator
+from pdiff_hf.evaluation import Report
+from pdiff_hf.evaluation.groups import named_generator
 from pdiff_hf.run.config import PDiffConfig
 from pdiff_hf.run.folder import RunError
 from pdiff_hf.run.saved import evaluate_saved
 from pdiff_hf.run.trainer import execute, prepare
 from pdiff_hf.utils.names import generator_folder
-from pdiff_hf.utils.reports import load_report
 
 FOLDERS = ("pipeline", "tuned")
 TINY = {
@@ -40,15 +40,14 @@ def test_extra_groups_stand_in_the_report_and_belong_to_it(tmp_path):
     settings = PDiffConfig(**TINY, output_dir=str(tmp_path / "run"))
     run = prepare(settings, extra_groups=vae)
     execute(run)
-    report = json.loads((run.folder / "evaluation/report.json").read_text())
-    assert {row["name"]: row["n"] for row in report["groups"]}["vae"] == 1
-    assert "VAE" in {row["family"] for row in report["frontier"]["rows"]}
+    report = Report.load(run.folder / "evaluation")
+    assert report.group("vae").n == 1 and report.group("vae").verdict is not None
     assert len(list((run.folder / "evaluation").glob("*.png"))) == 6
     assert not prepare(dataclasses.replace(settings, overwrite_output_dir=True)).is_finished("evaluate")
 
     again = prepare(dataclasses.replace(settings, num_models=4, overwrite_output_dir=True))
     execute(again)
-    assert json.loads((run.folder / "evaluation/report.json").read_text())["groups"][3]["n"] == 4
+    assert Report.load(run.folder / "evaluation").generated.n == 4
 
 
 def test_scores_that_will_not_fit_into_memory_are_refused_before_anything_is_trained(tmp_path):
@@ -94,8 +93,10 @@ def test_validation_chooses_the_diversity_and_the_report_gives_others_the_same(t
     assert saved["objective"] == {"ensemble_size": 2, "diversity": results["diversity"], "penalty": 0.1}
     num_unseen = len(run.task.load_split("validation"))
     assert saved["passes"] == 2 * (3 * 4 * 4 * 5 + 5 * 4 * num_unseen)  # validated before and after each of the steps
-    report = load_report(run.folder / "evaluation/report.json")
-    assert report["tuning"]["passes"] == saved["passes"] and report["tuning"]["temperature"] == 0.5
+    report = Report.load(run.folder / "evaluation")
+    assert report.tuning["passes"] == report.generated.cost.once == saved["passes"]
+    assert report.sampling["temperature"] == 0.5 and "at temperature 0.5" in report.summary["about"]
+    assert report.group("generator by weights").kind == "variant"
     # What was judged is what everybody gets who samples the run's generator without a word about how.
     pipe = PDiffPipeline.from_pretrained(run.folder)
     assert (pipe.config.temperature, pipe.config.num_inference_steps) == (0.5, 2)
@@ -104,14 +105,12 @@ def test_validation_chooses_the_diversity_and_the_report_gives_others_the_same(t
     batch = split.__getitems__(list(range(len(split))))
     with torch.no_grad():
         right = [network(batch["pixel_values"]).logits.argmax(-1) == batch["labels"] for network in networks]
-    scores = next(row["scores"] for row in report["groups"] if row["name"] == "generated")
-    assert scores == pytest.approx([100 * row.float().mean().item() for row in right])
-    assert "SWAG, 4 steps" in {row["name"] for row in report["groups"]}
-    assert "with the same feedback it is better than" in report["verdict"]
+    assert report.generated.scores() == pytest.approx([100 * row.float().mean().item() for row in right])
+    assert report.group("SWAG, 4 steps").verdict is not None
     recipe = PDiffConfig(
         **TINY | changes | {"model": None, "max_eval_samples": 20},
         snapshots=str(run.folder / "snapshots"),
         dataset="digits",
     )
     again = evaluate_saved(str(run.folder / "tuned"), dataclasses.replace(recipe, output_dir=str(tmp_path / "again")))
-    assert again["tuning"]["passes"] == saved["passes"]
+    assert again.tuning["passes"] == saved["passes"]

@@ -46,7 +46,7 @@ def test_ten_lines_train_sample_and_evaluate_a_generator_of_a_module(trained):
     scores = [(network(test.inputs).argmax(1) == test.labels).float().mean() for network in networks]
     assert len(test) == 80 and sum(scores) / 8 > 0.8
     report = trained.evaluate()
-    assert next(group["n"] for group in report["groups"] if group["name"] == "generated") == 4
+    assert report.generated.n == 4 and len(report.verdict) == 3
     folder = trained.context.folder
     assert folder.is_dir()
     again = PDiffTrainer(make_task(), args=PDiffConfig(**SETTINGS, output_dir=str(folder)))

@@ -13,7 +13,7 @@ from reproduce.hyper_representations import (
 from support.evaluation import digits, digits_pipeline, digits_snapshots
 
 from pdiff_hf import ParameterAutoencoder
-from pdiff_hf.evaluation.compare import compare_generator
+from pdiff_hf.evaluation.single_task import evaluate_task
 from pdiff_hf.layout import ParameterLayout
 
 LAYOUT = ParameterLayout(("a", "b"), ((10,), (2, 3)), ("float32", "float32"))
@@ -168,13 +168,12 @@ def test_groups_of_a_report_learn_from_validation_data(tmp_path):
     settings = {"num_models": 4, "baseline_models": 0}
     seen = snapshots[~heldout]
     settings["extra_groups"] = sample_hyper_representations(scorer, seen, pipeline.autoencoder, 4, seed=0)
-    report = compare_generator(scorer, snapshots, pipeline, tmp_path, heldout=heldout, **settings)
-    groups = {row["name"]: row for row in report["groups"] if row["name"] in NAMES}
+    report = evaluate_task(scorer, snapshots, pipeline, tmp_path, heldout=heldout, **settings)
+    groups = {row.name: row for row in report.groups if row.name in NAMES}
     assert list(groups) == list(NAMES)
-    assert all(row["n"] == 4 and row["family"] == "hyper-representations" for row in groups.values())
-    assert [row["name"] for row in report["frontier"]["rows"]] == ["generated", *NAMES]
-    assert "hyper-representations (" in report["frontier"]["sentence"]
+    assert all(row.n == 4 and row.sweep == "hyper-representations" for row in groups.values())
+    assert all(row.verdict is not None for row in groups.values())
     for group in sample_hyper_representations(scorer, seen, pipeline.autoencoder, 4, seed=0):
-        assert scorer.score("test", group.parameters).values.tolist() == groups[group.name]["scores"]
+        assert scorer.score("test", group.networks).values.tolist() == groups[group.name].scores()
     with pytest.raises(ValueError, match=r"SANE_KDE30 need [\d,]+ bytes.*--num_models \d+ at most"):
         sample_hyper_representations(scorer, seen, pipeline.autoencoder, 10**12, 0)

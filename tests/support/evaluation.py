@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from pdiff_hf import LatentDenoiser, ParameterAutoencoder, PDiffPipeline
-from pdiff_hf.evaluation.scoring import Scorer, make_scorer
+from pdiff_hf.evaluation.score import Scorer, make_scorer
 from pdiff_hf.selection import select_layout
 from pdiff_hf.tasks import ImageClassificationTask, MeasuredTask
 from pdiff_hf.training import make_sampling_scheduler, make_training_scheduler

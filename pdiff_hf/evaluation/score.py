@@ -1,4 +1,4 @@
-"""Scores many networks in one pass over the data, and keeps what was scored, by content."""
+"""Scores networks: many of one task in one pass over its data, kept by content; or some for each member of a family."""
 
 import contextlib
 import hashlib
@@ -6,11 +6,13 @@ import os
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Generic, TypeVar
+from typing import Any, ClassVar, Generic, Protocol, TypeVar
 
 import psutil
 import torch
+import torch.nn.functional as F
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from safetensors import safe_open
@@ -22,15 +24,122 @@ from ..layout import ParameterLayout
 from ..networks.batch_norm import RecomputedStatistics
 from ..networks.runner import GPU_MEMORY_BUDGET, NetworkRunner
 from ..tasks import ClassificationTask, MeasuredTask, Task, predict_logits, take
+from ..tasks.family import Family
 from ..tasks.task import EVAL_BATCH_SIZE, Split, statistics_batches
 from ..utils.devices import to_device
 from ..utils.files import replacing
 from .geometry import Matrix
-from .scores import ClassifierScores, MeasuredScores, Metric, Scores
+from .metrics import accuracy
 
 # The parameters of networks that are scored in one pass are no more than this.
 CHUNK_BYTES = 2**29
 CACHE_FORMAT = b"2"
+
+
+@dataclass(frozen=True)
+class Metric:
+    """
+    What networks are judged by.
+
+    Args:
+        name (`str`): Such as `accuracy`.
+        unit (`str`): Such as `%`; empty if it has none.
+        higher_is_better (`bool`): Whether the best network is the one with the largest value.
+    """
+
+    name: str
+    unit: str = ""
+    higher_is_better: bool = True
+
+    @property
+    def sign(self) -> int:
+        """What values are multiplied with, so that larger is better."""
+        return 1 if self.higher_is_better else -1
+
+
+class Scores:
+    """
+    How N networks do on a split; what it holds has a row a network.
+
+    Attributes:
+        values (`torch.Tensor`): float64 of shape `(N,)`, the metric; nan where it is not defined.
+        undefined (`torch.Tensor`): bool of shape `(N,)`: networks whose metric, or some of whose predictions, are not
+            defined.
+    """
+
+    shared: ClassVar[tuple[str, ...]] = ()  # what all networks have in common
+    values: Tensor
+
+    @property
+    def undefined(self) -> Tensor:
+        return self.values.isnan()
+
+
+@dataclass
+class MeasuredScores(Scores):
+    """The metric alone."""
+
+    values: Tensor
+
+    def __getitem__(self, rows: slice) -> "MeasuredScores":
+        return MeasuredScores(self.values[rows])
+
+
+@dataclass
+class ClassifierScores(Scores):
+    """
+    What N classifiers say about the M examples of a split; `values` are accuracies in percent.
+
+    Args:
+        predictions (`torch.Tensor`): int16 of shape `(N, M)`, the predicted classes; -1, which is never right, where
+            the logits of an example are not finite.
+        log_probs (`torch.Tensor`): float16 of shape `(N, M, C)`. Not the source of `predictions`: classes that are
+            nearly as probable as each other may round to the same number.
+        labels (`torch.Tensor`): int64 of shape `(M,)`.
+    """
+
+    shared: ClassVar[tuple[str, ...]] = ("labels",)
+    predictions: Tensor
+    log_probs: Tensor
+    labels: Tensor
+
+    @property
+    def values(self) -> Tensor:  # type: ignore[override]
+        return accuracy(self.predictions, self.labels)
+
+    @property
+    def undefined(self) -> Tensor:
+        return (self.predictions < 0).any(1)
+
+    @property
+    def wrong(self) -> Tensor:
+        """bool of shape `(N, M)`, where a network errs."""
+        return self.predictions != self.labels
+
+    def __getitem__(self, rows: slice) -> "ClassifierScores":
+        return ClassifierScores(self.predictions[rows], self.log_probs[rows], self.labels)
+
+
+@dataclass
+class MemberScores(Scores):
+    """
+    How n networks for each of M members of a family do.
+
+    Args:
+        values (`torch.Tensor`): Accuracies in percent, float64 of shape `(M, n)`.
+        losses (`torch.Tensor`): Cross-entropies in nats, of the same shape.
+    """
+
+    values: Tensor
+    losses: Tensor
+
+
+class Scoring(Protocol):
+    """What scores networks on a split: of a single task shape `(N, D)`, of members of a family `(M, n, D)`."""
+
+    metric: Metric
+
+    def score(self, split: Split, networks: Any, /) -> Scores: ...
 
 
 S = TypeVar("S", bound=Scores)
@@ -316,6 +425,59 @@ def make_scorer(
     raise ValueError(
         f"{type(task).__name__} must be a ClassificationTask or a MeasuredTask: it has to say how networks are judged"
     )
+
+
+MEMBERS_AT_ONCE = 16
+EXAMPLES_AT_ONCE = 500
+
+
+class MemberScorer:
+    """
+    Scores networks, or one that answers by itself, for each of some members of a family.
+
+    Args:
+        family (`Family`): Of classification tasks.
+        networks (`NetworkRunner`): Runs the networks.
+        table (`torch.Tensor`): The conditions of the members, shape `(M, width)`.
+        num_examples (`int`, *optional*, defaults to 2000): No more examples of a split, evenly spaced over it.
+    """
+
+    metric = Metric("accuracy", "%")
+
+    def __init__(self, family: Family, networks: NetworkRunner, table: Tensor, num_examples: int = 2000):
+        self.family, self.networks, self.table, self.num_examples = family, networks, table, num_examples
+
+    @torch.no_grad()
+    def score(self, split: Split, networks: Tensor | nn.Module, vote: bool = False) -> MemberScores:
+        """
+        Args:
+            networks (`torch.Tensor` or `nn.Module`): Shape `(M, D)` or `(M, n, D)`; or `module(table, batch,
+                generator)`, which gives logits of shape `(M, B, C)` and always gets the same noise.
+            vote (`bool`, *optional*, defaults to `False`): The n networks of a member answer together: n becomes 1.
+        """
+        total = self.family.num_examples(split)
+        indices = torch.linspace(0, total - 1, min(self.num_examples, total)).round().long()
+        noise, values, losses = torch.Generator(self.table.device).manual_seed(0), [], []
+        if isinstance(networks, Tensor) and networks.ndim == 2:
+            networks = networks.unsqueeze(1)
+        for rows in torch.arange(len(self.table)).split(MEMBERS_AT_ONCE):
+            correct: Any = 0.0
+            loss: Any = 0.0
+            for part in indices.split(EXAMPLES_AT_ONCE):
+                batch = self.family.batch(split, self.table[rows.to(self.table.device)], part)
+                if isinstance(networks, nn.Module):
+                    logits = networks(self.table[rows.to(self.table.device)], batch, noise).unsqueeze(1)
+                else:
+                    answers = [self.networks.stack(self.family.predict, n, batch) for n in networks[rows].unbind(1)]
+                    logits = torch.stack(answers, dim=1)  # (m, n, B, C)
+                if vote:
+                    logits = logits.log_softmax(-1).logsumexp(1, keepdim=True)
+                labels = batch["labels"].unsqueeze(1).expand(logits.shape[:-1])
+                correct += (logits.argmax(-1) == labels).sum(-1)
+                loss += F.cross_entropy(logits.movedim(-1, 1), labels, reduction="none").sum(-1)
+            values.append(100 * correct.double().cpu() / len(indices))
+            losses.append(loss.double().cpu() / len(indices))
+        return MemberScores(torch.cat(values), torch.cat(losses))
 
 
 def check_memory(num_networks: int, num_examples: int, num_classes: int) -> None:

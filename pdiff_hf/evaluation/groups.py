@@ -1,11 +1,14 @@
-"""The networks that a report compares: what a pipeline generates and reconstructs, and what baselines make."""
+"""Groups of networks that a report compares: what they are, and what a pipeline and trivial generators make."""
 
+import math
 import mmap
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from enum import Enum
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,26 +21,43 @@ from ..utils.memory import InParts
 from ..utils.seeds import derive_seed
 from .baselines import Baseline, BaselineContext, standard_baselines
 from .geometry import Rows, mean_of, pca_r2_score
-from .scoring import CHUNK_BYTES, Scorer
+from .score import CHUNK_BYTES, Scorer
 
 NUM_TRAJECTORIES = 5  # the paper's figure 5b has as many
 MAX_TRAJECTORY_STEPS = 20  # of a longer process so many are scored
 BLOCK_NUMBERS = 2**26  # that are encoded or decoded at once
 
 
+class Kind(str, Enum):  # noqa: UP042  # StrEnum needs Python 3.11
+    """What a group of networks is to the generator whose report it stands in."""
+
+    GENERATED = "generated"  # what the generator gives
+    SNAPSHOTS = "snapshots"  # what it was made from; for an unseen task, the nearest of them
+    BASELINE = "baseline"  # free: needs the snapshots or the base model, and no feedback
+    OPPONENT = "opponent"  # trained on feedback from tasks, as the generator was
+    ORACLE = "oracle"  # trained on the unseen task itself
+    VARIANT = "variant"  # the generator otherwise: before tuning, at another temperature
+    CONTROL = "control"  # shows where something is lost: reconstructions, shuffled conditions
+
+
 @dataclass(frozen=True)
-class Passes:
+class Cost:
     """
-    What feedback from the task a group of networks took, as forward passes of an image through a network; a backward
-    pass counts as two.
+    Passes of one example through one network: forward counts 1 and backward 2, so that a training step on one example
+    costs 3.
 
     Args:
-        once (`int`): Before the first network.
-        each (`int`): For each network.
+        once (`int`): Before the first network or unseen task, with what validation took to choose among settings.
+        each (`int`): For each network, or each unseen task.
     """
 
     once: int = 0
     each: int = 0
+
+
+def training_cost(*numbers: int) -> int:
+    """Of training: three passes for each of the product of `numbers`, such as steps, networks and examples."""
+    return 3 * math.prod(numbers)
 
 
 @dataclass(frozen=True)
@@ -46,18 +66,31 @@ class Group:
     Networks that are reported together.
 
     Args:
-        name (`str`): Unique; `snapshots` comes first, and `generated` has to be there.
-        parameters (`torch.Tensor`): Shape `(N, D)`.
-        family (`str`, *optional*): Of a baseline: what the settings of one sweep have in common.
-        value (`float | str`, *optional*): Of a baseline: its setting.
-        feedback (`Passes`, *optional*): Of what was tuned on the task.
+        name (`str`): Unique.
+        networks: For a single task, parameters of shape `(N, D)`. For members of a family, a function
+            `networks(name of the set, table)` to parameters of shape `(M, D)` or `(M, n, D)`, or an `nn.Module` that
+            answers itself: `module(table, batch, generator)` gives logits of shape `(M, B, C)`.
+        kind (`Kind`, *optional*): A baseline by default.
+        sweep (`str`, *optional*): What settings of one sweep have in common, such as `noise`; by default the name.
+        value (`float | str`, *optional*): The setting in its sweep.
+        cost (`Cost`, *optional*): Of feedback from tasks.
+        size (`int`, *optional*): Parameters that one prediction goes through.
+        note (`str`, *optional*): What was chosen on validation data.
+        tried (`Mapping`, *optional*): Validation losses of what was tried, by setting.
+        vote (`bool`, *optional*, defaults to `False`): Whether the networks of a member answer together, by the mean
+            of their probabilities.
     """
 
     name: str
-    parameters: Tensor
-    family: str | None = None
+    networks: Any
+    kind: Kind = Kind.BASELINE
+    sweep: str | None = None
     value: float | str | None = None
-    feedback: Passes | None = None
+    cost: Cost | None = None
+    size: int | None = None
+    note: str = ""
+    tried: Mapping[str, float] | None = None
+    vote: bool = False
 
 
 @dataclass(frozen=True)
@@ -185,8 +218,8 @@ def sample_baselines(
         Group(
             baseline.name,
             baseline.sample(context, num_models, named_generator(seed, baseline.name)),
-            baseline.family,
-            baseline.value,
+            sweep=baseline.family,
+            value=baseline.value,
         )
         for baseline in supported_baselines(context, which)
     )
@@ -236,3 +269,35 @@ def reverse_process(
 def named_generator(seed: int, name: str) -> torch.Generator:
     """A source of randomness of its own for everything that has a name."""
     return torch.Generator().manual_seed(derive_seed(seed, *name.encode()))
+
+
+def search(
+    losses: Callable[[Sequence[float]], Sequence[float]], values: Sequence[float], factor: float = 2.0, most: int = 6
+) -> tuple[float, dict[str, float]]:
+    """
+    Tries settings, at least four of them, and goes on beyond an edge until the loss rises again.
+
+    Args:
+        losses (`Callable`): The validation losses of some settings, which are tried together.
+        values (`Sequence[float]`): In a row of rising ones.
+        factor (`float`, *optional*, defaults to 2): From one to the next beyond an edge.
+        most (`int`, *optional*, defaults to 6): So many are added at most.
+
+    Returns:
+        `tuple`: The best setting, and the loss of each that was tried.
+    """
+    tried = dict(zip(values, losses(values), strict=True))
+
+    def rank(value: float) -> float:
+        return tried[value] if math.isfinite(tried[value]) else math.inf
+
+    for _ in range(most):
+        best = min(tried, key=rank)
+        if best == max(tried):
+            new = best * factor
+        elif best == min(tried):
+            new = best / factor
+        else:
+            break
+        tried[new] = losses([new])[0]
+    return min(tried, key=rank), {f"{value:.3g}": tried[value] for value in sorted(tried)}

@@ -9,15 +9,13 @@ noise that is larger than a step is no copy by this rule: `fraction_nearer_than_
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from scipy.stats import binom
 from torch import Tensor
-
-from .render import number
 
 TOO_NEAR_PERCENTILE = 0.05  # of the snapshots' own distances: what as many independent draws would be nearer than
 CHANCE = 0.99  # of a binomial with that probability: more models than this are too many
@@ -26,11 +24,10 @@ CONTRACTED = 0.9  # times the snapshots' distance to their mean: nearer than tha
 
 
 @dataclass(frozen=True)
-class AuditRow:
+class Memorisation:
     """The audit of one group of N models; lists have one entry a model, those about predictions none without classes.
 
     Args:
-        name (`str`): of the group.
         nearest_in_weights (`list[int]`): which snapshot is nearest in L2.
         distance (`list[float]`): and how far it is.
         nearest_in_predictions (`list[int]`): which snapshot shares most wrong predictions.
@@ -47,7 +44,6 @@ class AuditRow:
         num_near_identical (`int`): models nearer than half of the minimum that are also nearer to it than to the mean.
     """
 
-    name: str
     nearest_in_weights: list[int]
     distance: list[float]
     nearest_in_predictions: list[int]
@@ -73,17 +69,15 @@ class AuditRow:
         return self.num_near_identical > 0 or self.num_too_near > self.num_allowed
 
 
-def audit_group(
-    name: str,
+def find_copies(
     place: Mapping[str, Any],
     snapshots_nearest: Tensor,
     similarity: tuple[Tensor, Tensor] | None = None,
     snapshots_iou: Tensor | None = None,
-) -> AuditRow:
+) -> Memorisation:
     """Nearest snapshot of each model in weights and in predictions, against how near snapshots are to each other.
 
     Args:
-        name (`str`): of the group.
         place (`Mapping`): what `geometry.Yardstick.place` returns for the group.
         snapshots_nearest (`torch.Tensor`): (K,) distance of each snapshot to its nearest other one.
         similarity (`tuple`, *optional*): what `metrics.nearest_in_predictions` returns for the group.
@@ -97,8 +91,7 @@ def audit_group(
         alike = _share(iou > snapshots_iou.quantile(1 - TOO_NEAR_PERCENTILE))
     percentile = own.quantile(TOO_NEAR_PERCENTILE)
     nearer_than_mean = nearest < place["to_mean"]
-    return AuditRow(
-        name=name,
+    return Memorisation(
         nearest_in_weights=place["nearest_index"].tolist(),
         distance=nearest.tolist(),
         nearest_in_predictions=most_alike.tolist(),
@@ -114,33 +107,6 @@ def audit_group(
         num_allowed=int(binom.ppf(CHANCE, len(nearest), TOO_NEAR_PERCENTILE)),
         num_near_identical=int((nearer_than_mean & (nearest <= NEAR_IDENTICAL * own.min())).sum()),
     )
-
-
-def audit_verdict(generated: AuditRow, baselines: Sequence[AuditRow] = ()) -> str:
-    """One sentence from the numbers: whether the generated group copies, by which thresholds; its distance to the mean,
-    without which that to the snapshots says nothing about novelty; and which baselines copy by the same rule."""
-    row = generated
-    sentence = (
-        f"{'Copies' if row.copies else 'No copying'}: of {row.num_models} models of {row.name}, {row.num_too_near} lie "
-        f"nearer to a snapshot than to the snapshots' mean and than {1 - TOO_NEAR_PERCENTILE:.0%} of the snapshots lie "
-        f"to their nearest neighbour (chance allows {row.num_allowed}), {row.num_near_identical} within "
-        f"{NEAR_IDENTICAL:g} times the smallest such distance (none may); the median distance to the nearest snapshot "
-        f"is {number(row.distance_relative, '.2f')} times the snapshots' own, that to their mean "
-        f"{number(row.to_mean_relative, '.2f')} times"
-    )
-    if not row.copies and row.to_mean_relative < CONTRACTED:
-        sentence += ", a contraction towards the mean, so the distance to the snapshots is not novelty"
-    sentence += f"; {row.fraction_nearer_than_mean:.0%} are nearer to a snapshot than to the mean"
-    if row.iou:
-        sentence += (
-            f"; in predictions, {number(row.fraction_alike, '.0%')} are more like a snapshot than "
-            f"{1 - TOO_NEAR_PERCENTILE:.0%} of the snapshots are to another"
-        )
-    if baselines:
-        copying = [baseline.name for baseline in baselines if baseline.copies]
-        sentence += f"; by the same rule {len(copying)} of {len(baselines)} baselines copy"
-        sentence += f" ({', '.join(copying)})" if copying else ""
-    return sentence + "."
 
 
 def _share(condition: Tensor) -> float:

@@ -1,0 +1,283 @@
+"""The report on unseen members of a family: closed forms, tuned opponents, costs, and what it says."""
+
+import dataclasses
+import json
+from importlib.resources import files
+
+import jsonschema
+import pytest
+import torch
+from accelerate import Accelerator
+from benchmarks.on_demand import pool_reports
+from support.families import make_family, make_networks
+from torch import nn
+
+from pdiff_hf.evaluation import Cost, Kind, Report, evaluate
+from pdiff_hf.evaluation.closed_forms import closed_forms, nearest
+from pdiff_hf.evaluation.members import compare_members, evaluate_members
+from pdiff_hf.evaluation.opponents import (
+    BasisNetworks,
+    ConditionedNetwork,
+    Regime,
+    oracles,
+    shared_networks,
+    wider_network,
+)
+from pdiff_hf.evaluation.score import MemberScorer
+from pdiff_hf.evaluation.verdict import find_warnings, write_verdict
+from pdiff_hf.networks.runner import NetworkRunner
+from pdiff_hf.snapshots.zoo import ZooArguments
+from pdiff_hf.tasks import accuracy
+from pdiff_hf.training.tune import TuneArguments, fresh_tasks
+from pdiff_hf.utils.reports import TEST
+
+SCHEMA = json.loads(files("pdiff_hf.evaluation").joinpath("report_schema.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def world():
+    """A family, its base model, tables of members, and networks around the base model for the seen ones."""
+    family = make_family()
+    networks = make_networks(family)
+    tables = {
+        name: family.fields.table(rows)
+        for name, rows in family.split({"train": 12, "validation": 4, "test": 6}, seed=0).items()
+    }
+    noise = torch.randn(24, networks.layout.num_parameters, generator=torch.Generator().manual_seed(0))
+    return family, networks, tables, networks.base_parameters() + 0.1 * noise
+
+
+def regime_of(world, tmp_path) -> Regime:
+    family, networks, tables, _ = world
+    device = Accelerator().device
+    batches = lambda args: fresh_tasks(family, args, set(), device)  # noqa: E731
+    return Regime(family, networks, Accelerator(), batches, 12, tables["validation"], 0)
+
+
+def test_scores_are_those_of_each_task_by_itself(world):
+    family, networks, tables, snapshots = world
+    table, parameters = tables["test"][:3], snapshots[:6].unflatten(0, (3, 2))
+    scores = MemberScorer(family, networks, table).score("test", parameters)
+    for t, condition in enumerate(family.fields.conditions(table)):
+        task = family.task(condition)
+        models = NetworkRunner(networks.model, networks.layout)
+        torch.testing.assert_close(scores.values[t], accuracy(task, models, "test", parameters[t]).double())
+        networks.model.load_state_dict(networks.layout.unflatten(parameters[t, 0]))
+        split = task.load_split("test")
+        batch = split.__getitems__(list(range(len(split))))
+        assert scores.losses[t, 0].item() == pytest.approx(task.loss(networks.model, batch).item(), rel=1e-4)
+    alike = parameters[:, :1].expand(-1, 2, -1)
+    vote = MemberScorer(family, networks, table).score("test", alike, vote=True)
+    torch.testing.assert_close(vote.losses[:, 0], scores.losses[:, 0])
+    networks.model.load_state_dict(networks.layout.unflatten(snapshots.mean(0)))
+
+
+def test_nearest():
+    seen = torch.tensor([[0.0], [1.0], [5.0]])
+    assert nearest(torch.tensor([[0.4], [4.0]]), seen, 1).tolist() == [[0], [2]]
+    assert nearest(torch.tensor([[0.4]]), seen, 2).tolist() == [[0, 1]]
+
+
+def test_closed_forms_choose_on_validation(world):
+    family, networks, tables, snapshots = world
+    forms = closed_forms(
+        family, networks, snapshots, tables["train"].repeat(2, 1), tables["validation"], Cost(1000), 50
+    )
+    groups = {name: make() for name, make in forms}
+    # The nearest snapshot is the last one of the nearest task.
+    features = family.fields.features
+    rows = torch.cdist(features(tables["test"]), features(tables["train"])).argmin(1)
+    assert torch.equal(groups["nearest snapshot"].networks(TEST, tables["test"]), snapshots[12 + rows])
+    assert groups["nearest snapshot"].kind == Kind.SNAPSHOTS and groups["kernel ridge"].cost == Cost(1000)
+    ensemble = groups["ensemble of nearest snapshots"]
+    best = min(ensemble.tried, key=ensemble.tried.get)
+    assert ensemble.vote and ensemble.size == int(best) * 50 and ensemble.note == f"{best} tasks"
+
+
+@pytest.mark.parametrize("mode", ["plain", "input", "FiLM"])
+def test_a_conditioned_network_starts_as_the_base_model_and_learns_what_it_is_told(world, mode):
+    family, networks, tables, _ = world
+    batch = family.batch("train", tables["train"][:3], torch.arange(5))
+    fields = None if mode == "plain" else family.fields
+    options = {"image_shape": (1, 8, 8)} if mode == "input" else {"film": mode == "FiLM"}
+    torch.manual_seed(0)
+    module = ConditionedNetwork(networks.model, family.predict, networks.layout.names, fields, **options)
+    start = networks.stack(family.predict, networks.base_parameters().expand(3, -1), batch)
+    logits = module(tables["train"][:3], batch, torch.Generator())
+    torch.testing.assert_close(logits, start)
+    nn.functional.cross_entropy(logits.flatten(0, 1), batch["labels"].flatten()).backward()
+    trained = {name for name, value in module.named_parameters() if value.grad is not None and value.grad.any()}
+    assert any(name.startswith("network.") for name in trained)
+    assert any(name.startswith(("image", "film")) for name in trained) is (mode != "plain")
+    wide = wider_network(family, 4)
+    assert sum(p.numel() for p in wide.parameters()) > 3 * sum(p.numel() for p in networks.model.parameters())
+
+
+@pytest.fixture(scope="module")
+def report(world, tmp_path_factory):
+    family, networks, tables, snapshots = world
+    folder = tmp_path_factory.mktemp("members")
+    regime = regime_of(world, folder)
+    args = TuneArguments(num_steps=4, num_tasks=4, num_examples=8)
+    found = evaluate_members(
+        family,
+        networks,
+        networks.base_parameters().expand(6, 3, -1),
+        snapshots,
+        tables["train"].repeat(2, 1),
+        folder,
+        sets={TEST: tables["test"]},
+        validation=tables["validation"],
+        cost=Cost(2_000_000, 10),
+        of_base=300,
+        zoo=ZooArguments(num_steps=10, batch_size=8),
+        regime=regime,
+        more=list(shared_networks(regime, args, 300, 50))[:2],
+        num_examples=40,
+        cache=folder / "cache.json",
+    )
+    return found, folder
+
+
+def test_a_whole_report(report, world, tmp_path):
+    found, folder = report
+    family, networks, tables, snapshots = world
+    jsonschema.validate(found.to_dict(), SCHEMA)
+    assert Report.load(folder).to_dict() == found.to_dict()
+    assert {path.name for path in folder.glob("report.*")} == {"report.json", "report.md", "report.html"}
+    assert found.conditions[TEST] == family.fields.conditions(tables["test"])
+    scorer = MemberScorer(family, networks, tables["test"], 40)
+    features = family.fields.features
+    rows = torch.cdist(features(tables["test"]), features(tables["train"])).argmin(1)
+    expected = scorer.score("test", snapshots[12 + rows]).values.mean(1).tolist()
+    assert found.group("nearest snapshot").scores() == pytest.approx(expected)
+    # The generated networks are the base model here.
+    assert found.group("base model").comparisons[TEST].difference == pytest.approx(0, abs=1e-6)
+    assert found.generated.n == 3 and found.generated.cost == Cost(2_000_000, 10)
+    oracle = found.group("trained on the task")
+    assert oracle.kind == Kind.ORACLE and len(oracle.tried) >= 4
+    assert oracle.cost == Cost(300 + len(oracle.tried) * 4 * 3 * 10 * 8, 3 * 10 * 8)  # the search is on 4 members
+    shared = found.group("one network for all tasks")
+    assert sum(name.endswith("in full") for name in shared.tried) == 2 and shared.cost.once > 300
+    text = (folder / "report.md").read_text()
+    assert "0.04: " in text and "free: needs no feedback" in text and "2e+06" not in text
+    cells = {row[0]: row for row in found.summary["rows"]}
+    assert cells["generated"][-4:-1] == ["–", "2M", "10"]
+    terminal = found.to_terminal()
+    assert all(len(line) <= 80 for line in terminal.splitlines())
+
+
+def test_a_stopped_evaluation_goes_on_with_what_it_has_not_scored(report, world):
+    found, folder = report
+    family, networks, tables, snapshots = world
+    kept = json.loads((folder / "cache.json").read_text())
+    del kept["kernel ridge"]
+    (folder / "cache.json").write_text(json.dumps(kept))
+
+    class Untrainable(Regime):
+        def fit(self, *args, **kwargs):
+            raise AssertionError("it was kept")
+
+        specialists = fit
+
+    regime = regime_of(world, folder)
+    regime.__class__ = Untrainable
+    args = TuneArguments(num_steps=4, num_tasks=4, num_examples=8)
+    again = evaluate_members(
+        family,
+        networks,
+        networks.base_parameters().expand(6, 3, -1),
+        snapshots,
+        tables["train"].repeat(2, 1),
+        None,
+        sets={TEST: tables["test"]},
+        validation=tables["validation"],
+        regime=regime,
+        more=list(shared_networks(regime, args, 300, 50))[:2],
+        num_examples=40,
+        cache=folder / "cache.json",
+    )
+    assert [row.sets for row in again.groups] == [row.sets for row in found.groups]
+
+
+def test_pooled_reports_are_as_of_one_run(report):
+    found = report[0]
+    pooled = pool_reports([found, found])
+    assert len(pooled.conditions[TEST]) == 12
+    one, both = (r.group("kernel ridge").comparisons[TEST] for r in (found, pooled))
+    assert both.difference == pytest.approx(one.difference)
+    assert both.interval[1] - both.interval[0] < one.interval[1] - one.interval[0]
+
+
+def test_tuning_mends_an_under_tuned_opponent(world, tmp_path, monkeypatch):
+    """The rate that networks of seen tasks were trained at says nothing about how good an oracle can be."""
+    family, networks, tables, _ = world
+    scorer = MemberScorer(family, networks, tables["test"])
+    regime, args = regime_of(world, tmp_path), ZooArguments(num_steps=25, batch_size=32, learning_rate=1e-4)
+    under_tuned = scorer.score("test", regime.specialists(tables["test"], args)).values.mean()
+    ((_, make),) = oracles(regime, args, 0, (1,), 50)
+    group = make()
+    tuned = scorer.score("test", group.networks(TEST, tables["test"])).values.mean()
+    assert tuned > under_tuned + 5
+    best = min(group.tried, key=group.tried.get)
+    assert group.note == f"learning rate {best} of {len(group.tried)}"
+    rates = sorted(group.tried, key=float)
+    assert best not in (rates[0], rates[-1])  # until it falls again at both edges
+
+    monkeypatch.setattr("pdiff_hf.evaluation.opponents.NETWORK_RATES", (1e-5, 2e-5, 4e-5, 8e-5))  # planted
+    some = TuneArguments(num_steps=40, num_tasks=8, num_examples=16)
+    name, make = next(shared_networks(regime, some, 0, 50))
+    assert name == "one network for all tasks" and max(map(float, (k.split()[0] for k in make().tried))) > 1e-3
+
+
+def test_basis_networks(world):
+    family, networks, tables, _ = world
+    torch.manual_seed(0)
+    module = BasisNetworks(networks, family.predict, networks.base_parameters(), family.fields, num_basis=3)
+    assert module.sample_parameters(tables["test"]).shape == (6, networks.layout.num_parameters)
+    assert MemberScorer(family, networks, tables["test"], 20).score("test", module).values.shape == (6, 1)
+
+
+def with_scores(report: Report, **scores: float) -> Report:
+    """The report with another mean score for some groups."""
+    copy = Report.from_dict(json.loads(json.dumps(report.to_dict())))
+    spread = [-1.0, 1.0, -2.0, 2.0, -0.5, 0.5]
+    for name, value in scores.items():
+        copy.group(name.replace("_", " ")).sets[TEST]["scores"] = [[value + s] for s in spread]
+    compare_members(copy)
+    return copy
+
+
+def test_the_report_recommends_what_is_better(report):
+    better = with_scores(report[0], generated=70.0, nearest_snapshot=60.0, kernel_ridge=65.0, trained_on_the_task=69.9)
+    first, second, third = better.verdict
+    assert first == "Against the snapshots: better, +10.00 (nearest snapshot, 70.00 and 60.00 %)."
+    assert second == "Against free alternatives: better, +5.00 (kernel ridge, 70.00 and 65.00 %)."
+    assert third == "With equal feedback: better, +0.10 (trained on the task, 70.00 and 69.90 %)."
+    worse = with_scores(report[0], generated=70.0, nearest_snapshot=81.7, kernel_ridge=75.0)
+    assert write_verdict(worse)[1].endswith("Use nearest snapshot.")
+    assert len(" ".join(worse.verdict).split()) <= 40
+
+
+def test_a_generator_that_ignores_its_conditions_is_warned_of(report):
+    copy = with_scores(report[0], generated=70.0)
+    control = dataclasses.replace(copy.generated, name="generated, shuffled conditions", kind=Kind.CONTROL)
+    copy.groups.append(control)
+    compare_members(copy)
+    assert "ignores what it is told" in find_warnings(copy)[0]
+    control.sets = {TEST: {"scores": [[30.0]] * 6}}
+    compare_members(copy)
+    assert not find_warnings(copy)
+
+
+def test_evaluate_is_one_call(world, without_figures):
+    family, networks, tables, snapshots = world
+    conditions = family.fields.conditions(tables["train"].repeat(2, 1))
+    options = {"base_model": networks.model, "layout": networks.layout, "snapshots": snapshots}
+    options |= {"sets": {TEST: tables["test"]}, "validation": tables["validation"], "num_examples": 20}
+    options |= {"zoo": ZooArguments(num_steps=2, batch_size=4)}
+    answers = networks.base_parameters().expand(6, -1)
+    report = evaluate(answers, family, conditions=conditions, **options)
+    assert report.generated.n == 1 and report.group("kernel ridge").verdict is not None
+    with pytest.raises(ValueError, match="conditions is needed"):
+        evaluate(answers, family, **options)
