@@ -110,6 +110,17 @@ def finished(folder) -> RunContext:
     return run
 
 
+# Long enough to be stopped in the middle.
+SHORT = {"base_epochs": 2, "checkpointing_steps": 10, "autoencoder_steps": 10, "denoiser_steps": 10}
+
+
+@pytest.fixture(scope="module")
+def short(folder) -> RunContext:
+    run = prepare(make_recipe(folder, folder / "short", **SHORT))
+    execute(run)
+    return run
+
+
 def distances(task, split, *groups) -> list[float]:
     return frechet_distance(task._features, task._real_images(split, CPU), groups).tolist()
 
@@ -362,28 +373,28 @@ def test_the_whole_job(finished, folder):
     assert scores[2:4].max() < 1.5 * scores[:2].max() and scores[4:].min() > 1.5 * scores[:2].max()
 
 
-def test_snapshots_do_not_depend_on_what_the_process_did_before(finished, folder, tmp_path):
+def test_snapshots_do_not_depend_on_what_the_process_did_before(short, folder, tmp_path):
     torch.manual_seed(99)
-    execute(prepare(make_recipe(folder, tmp_path, stages=["base"])))
+    execute(prepare(make_recipe(folder, tmp_path, **SHORT | {"stages": ["base"]})))
     torch.manual_seed(100)
-    execute(prepare(make_recipe(folder, tmp_path)))
+    execute(prepare(make_recipe(folder, tmp_path, **SHORT)))
     for name in ("base_model", "pipeline"):
-        assert bits(tmp_path / name) == bits(finished.folder / name)
+        assert bits(tmp_path / name) == bits(short.folder / name)
 
 
-def test_stopped_and_resumed_it_ends_with_the_same_bits(finished, folder, tmp_path, monkeypatch):
-    loss, calls = ImageGenerationTask.loss, iter(range(130))
+def test_stopped_and_resumed_it_ends_with_the_same_bits(short, folder, tmp_path, monkeypatch):
+    loss, calls = ImageGenerationTask.loss, iter(range(13))
 
     def stop(task, call, batch):
         if next(calls, None) is None:
             raise KeyboardInterrupt
         return loss(task, call, batch)
 
-    recipe = make_recipe(folder, tmp_path, stages=["base"])
+    settings = SHORT | {"stages": ["base"]}
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(ImageGenerationTask, "loss", stop)
-        execute(prepare(recipe))
-    assert (tmp_path / "checkpoints" / "base" / "checkpoint-100").is_dir()
+        execute(prepare(make_recipe(folder, tmp_path, **settings)))
+    assert (tmp_path / "checkpoints" / "base" / "checkpoint-10").is_dir()
     torch.manual_seed(99)
-    execute(prepare(make_recipe(folder, tmp_path, stages=["base"], resume_from_checkpoint="latest")))
-    assert bits(tmp_path / "base_model") == bits(finished.folder / "base_model")
+    execute(prepare(make_recipe(folder, tmp_path, **settings, resume_from_checkpoint="latest")))
+    assert bits(tmp_path / "base_model") == bits(short.folder / "base_model")
