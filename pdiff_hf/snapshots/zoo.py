@@ -13,7 +13,7 @@ from ..layout import ParameterLayout
 from ..models.condition import Condition
 from ..networks.runner import NetworkRunner
 from ..tasks.family import Family
-from ..training.loop import Loop, LoopArguments, LoopState
+from ..training import Loop, LoopArguments, LoopState
 from .dataset import SnapshotWriter
 
 

@@ -2,7 +2,8 @@
 
 from .autoencoder import NoiseArguments, train_autoencoder
 from .denoiser import make_sampling_scheduler, make_training_scheduler, train_denoiser
-from .loop import Loop, LoopArguments, LoopCallback, LoopState, TrainingError
+from .loop import Loop, LoopArguments, TrainingError
+from .state import LoopCallback, LoopState
 
 __all__ = [
     "Loop",

@@ -1,25 +1,21 @@
 """The loop of all trainings, placed by Accelerate; a resumed training repeats an uninterrupted one bit for bit."""
 
-import contextlib
 import logging
 import math
 import os
-import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from accelerate import Accelerator
 from diffusers.optimization import get_scheduler
-from diffusers.training_utils import EMAModel
-from safetensors.torch import load_file, save_file
 from torch import nn
 from tqdm.auto import tqdm
 
-from ..utils.files import remove, sync
 from ..utils.seeds import derive_seed
+from .checkpoints import latest_checkpoint, load_checkpoint, save_checkpoint
+from .state import Average, LoopCallback, LoopState
 
 logger = logging.getLogger(__name__)
 
@@ -56,89 +52,6 @@ class LoopArguments:
     lr_warmup_steps: int = 0
     max_grad_norm: float | None = None
     ema_decay: float | None = None
-
-
-@dataclass
-class LoopState:
-    """
-    What hooks see of a training, and how they change its course. All processes must ask for the same.
-
-    Attributes:
-        description (`str`): What is trained.
-        num_steps (`int`): Of the whole training.
-        step (`int`): The step that has just been taken, counted from 1.
-        losses (`torch.Tensor`): Of all steps up to this one, shape `(step,)`, on the training's device.
-        learning_rate (`float`): Of the next step.
-        is_checked (`bool`): Whether losses are looked at after this step: to look at others stalls a GPU.
-        should_stop (`bool`): Set it to end the training after this step.
-    """
-
-    description: str
-    num_steps: int
-    parameters: list[nn.Parameter] = field(repr=False)
-    optimizer: Any = field(repr=False)
-    lr_scheduler: Any = field(repr=False)
-    ema: EMAModel | None = field(repr=False)
-    losses: torch.Tensor = field(default_factory=lambda: torch.empty(0), repr=False)
-    step: int = 0
-    trusted_from: int = 0
-    is_checked: bool = False
-    should_stop: bool = False
-
-    @property
-    def learning_rate(self) -> float:
-        return self.lr_scheduler.get_last_lr()[0]
-
-    @contextlib.contextmanager
-    def averaged_weights(self) -> Iterator[None]:
-        """Within the block the model has its averaged weights, if an average is kept."""
-        if self.ema is None:
-            yield
-            return
-        self.ema.store(self.parameters)
-        self.ema.copy_to(self.parameters)
-        try:
-            yield
-        finally:
-            self.ema.restore(self.parameters)
-
-    def restart(self) -> None:
-        """
-        Goes on from the weights that the model has now, such as earlier ones, at half the learning rate: what
-        optimizer, average and losses were before this step counts no more.
-        """
-        for group in self.optimizer.param_groups:
-            group["lr"] /= 2
-        schedule = self.lr_scheduler.scheduler
-        schedule.base_lrs = [rate / 2 for rate in schedule.base_lrs]  # part of a checkpoint
-        schedule._last_lr = [group["lr"] for group in self.optimizer.param_groups]
-        self.optimizer.optimizer.state.clear()
-        if self.ema is not None:
-            self.ema.shadow_params = [parameter.detach().clone() for parameter in self.parameters]
-        self.trusted_from = self.step
-
-
-class Average(EMAModel):
-    """diffusers' moving average, in one pass over memory a step: several times faster on a CPU."""
-
-    @torch.no_grad()
-    def step(self, parameters: Sequence[nn.Parameter]) -> None:
-        self.optimization_step += 1
-        self.cur_decay_value = self.get_decay(self.optimization_step)
-        torch._foreach_lerp_(self.shadow_params, list(parameters), 1 - self.cur_decay_value)
-
-
-class LoopCallback:
-    """What a training says while it runs, on every process; the methods of a subclass need not do anything."""
-
-    def on_step_end(self, state: LoopState) -> None:
-        """After every step."""
-
-    def on_log(self, state: LoopState, logs: dict[str, float]) -> None:
-        """With `loss` and `learning_rate`, every `CHECK_EVERY` steps and after the last one."""
-
-    def on_save(self, state: LoopState, checkpoint: Path) -> None:
-        """After a checkpoint was written."""
 
 
 @dataclass(frozen=True)
@@ -236,7 +149,7 @@ class Loop:
         gradients = [torch.tensor(0.0)] * args.num_steps  # how large each step's is: not finite if it is not
         first_step = 0
         if self.resume and (latest := self.latest_checkpoint()) is not None:
-            state.step = first_step = _load(accelerator, latest, state, losses)
+            state.step = first_step = load_checkpoint(accelerator, latest, state, losses)
             logger.info("%s: going on from step %d", description, first_step)
 
         wrapped.train()
@@ -291,7 +204,9 @@ class Loop:
                 for callback in self.callbacks:
                     callback.on_log(state, logs)
             if saves:
-                checkpoint = self._save(state, losses)
+                assert self.checkpoint_dir is not None
+                limit = self.checkpoints_total_limit
+                checkpoint = save_checkpoint(accelerator, self.checkpoint_dir, limit, state, losses)
                 for callback in self.callbacks:
                     callback.on_save(state, checkpoint)
             if last:
@@ -340,37 +255,6 @@ class Loop:
         latest = self.latest_checkpoint() or "not written yet"
         raise TrainingError(f"{state.description}: {what}. The last checkpoint is {latest}.")
 
-    def _save(self, state: LoopState, losses: torch.Tensor) -> Path:
-        """Under a temporary name first, so that a `checkpoint-N` folder is always whole."""
-        assert self.checkpoint_dir is not None
-        accelerator, folder = self.accelerator, Path(self.checkpoint_dir)
-        part, checkpoint = folder / f"part-{state.step}", folder / f"checkpoint-{state.step}"
-        if accelerator.is_main_process:
-            remove(part)
-        accelerator.wait_for_everyone()
-        try:
-            accelerator.save_state(str(part))
-            accelerator.wait_for_everyone()
-            if accelerator.is_main_process:
-                # Not registered with Accelerate, which would pickle and unpickle it.
-                tensors = {"losses": losses, "step": torch.tensor(state.step)}
-                tensors["trusted_from"] = torch.tensor(state.trusted_from)
-                for i, tensor in enumerate(state.ema.shadow_params if state.ema is not None else ()):
-                    tensors[f"ema.{i}"] = tensor.contiguous()
-                save_file(tensors, part / "loop.safetensors")
-                sync(part)
-                remove(checkpoint)
-                part.rename(checkpoint)
-        except BaseException:
-            if accelerator.is_main_process:
-                remove(part)
-            raise
-        if accelerator.is_main_process:
-            for old in _checkpoints(folder)[: -self.checkpoints_total_limit]:
-                remove(old)
-        accelerator.wait_for_everyone()
-        return checkpoint
-
 
 def make_optimizer(name: str, parameters, learning_rate: float, weight_decay: float) -> torch.optim.Optimizer:
     """AdamW, Adam or SGD with momentum 0.9, in one pass over memory a step: several times faster on a CPU."""
@@ -398,30 +282,8 @@ def epoch_indices(num_examples: int, batch_size: int, seed: int, first_step: int
         yield torch.tensor(batch)
 
 
-def latest_checkpoint(checkpoint_dir: str | os.PathLike) -> Path | None:
-    """The `checkpoint-N` folder with the highest N."""
-    checkpoints = _checkpoints(Path(checkpoint_dir))
-    return checkpoints[-1] if checkpoints else None
-
-
-def _checkpoints(checkpoint_dir: Path) -> list[Path]:
-    found = [path for path in checkpoint_dir.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
-    return sorted(found, key=lambda path: int(path.name.partition("-")[2]))
-
-
 def largest(tensors: Iterable[torch.Tensor]) -> torch.Tensor:
     """The largest magnitude in some tensors, a scalar on their device; NaN if there is one in them."""
     # Several times faster than a norm on a CPU, and NaN stays NaN.
     extremes = [torch.stack(tensor.detach().aminmax()).float() for tensor in tensors if tensor.numel()]
     return torch.stack(extremes).abs().amax() if extremes else torch.tensor(0.0)
-
-
-def _load(accelerator: Accelerator, checkpoint: Path, state: LoopState, losses: torch.Tensor) -> int:
-    accelerator.load_state(str(checkpoint))
-    tensors = load_file(checkpoint / "loop.safetensors")
-    step, state.trusted_from = int(tensors["step"]), int(tensors["trusted_from"])
-    losses[:step] = tensors["losses"][:step].to(losses.device)
-    if state.ema is not None:
-        shadow = [tensors[f"ema.{i}"].to(accelerator.device) for i in range(len(state.parameters))]
-        state.ema.shadow_params, state.ema.optimization_step = shadow, step
-    return step

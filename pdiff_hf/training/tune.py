@@ -18,7 +18,8 @@ from ..tasks.task import Batch, ClassificationTask, take
 from ..utils.devices import to_device
 from ..utils.seeds import derive_seed
 from .denoiser import LatentGenerator
-from .loop import Loop, LoopArguments, LoopState
+from .loop import Loop, LoopArguments
+from .state import LoopState
 
 logger = logging.getLogger(__name__)
 

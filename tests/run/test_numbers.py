@@ -26,7 +26,8 @@ from pdiff_hf.training import (
     train_autoencoder,
     train_denoiser,
 )
-from pdiff_hf.training.loop import Loop, LoopArguments, TrainingError, latest_checkpoint
+from pdiff_hf.training.checkpoints import latest_checkpoint
+from pdiff_hf.training.loop import Loop, LoopArguments, TrainingError
 
 # ------------------------------------------------------------------------------------- training that leaves the numbers
 
