@@ -189,8 +189,8 @@ class NetworkMixin(Base):
             num_models (`int`, *optional*, defaults to 64): How many to draw from them; the same may come several times.
             condition (`Mapping` or list of them, *optional*): What else is known of the task; the rest is drawn from
                 the seen conditions. Several share the candidates evenly, such as draws from a known family.
-            refine_steps (`int`, *optional*, defaults to 0): Steps of fine-tuning on the examples, for all drawn. With few
-                examples it overfits: 50 steps on 20 labels took networks from 91.4% to 90.4%.
+            refine_steps (`int`, *optional*, defaults to 0): Steps of fine-tuning on the examples, for all drawn. With
+                few examples it overfits: 50 steps on 20 labels took networks from 91.4% to 90.4%.
             temperature (`float`, *optional*, defaults to 1): Above 1, the examples count less.
             candidates (`torch.Tensor`, *optional*): More candidates, shape `(M, D)`, such as the training networks.
             candidates_share (`float`, *optional*): How likely it is, before any example, that one of `candidates` is
