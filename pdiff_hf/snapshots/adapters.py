@@ -72,6 +72,14 @@ class Notes:
 
     def report(self) -> dict[str, Any]:
         """For the record of an import; empty if nothing was done. Warns of what may make other networks."""
+        if self.scaled or self.padded or self.absent:
+            logger.info(
+                "adapters: %d with another scaling, which is folded into B; %d of a smaller rank, filled up with zeros; %d "
+                "without some of the modules, where they do nothing",
+                len(self.scaled),
+                len(self.padded),
+                len(self.absent),
+            )
         if self.unscaled:
             logger.warning(
                 "%d adapters (such as '%s') have no %s, which says how their factors are scaled; they are taken to be "
