@@ -74,8 +74,8 @@ class Notes:
         """For the record of an import; empty if nothing was done. Warns of what may make other networks."""
         if self.scaled or self.padded or self.absent:
             logger.info(
-                "adapters: %d with another scaling, which is folded into B; %d of a smaller rank, filled up with zeros; "
-                "%d without some of the modules, where they do nothing",
+                "adapters: %d with another scaling, which is folded into B; %d of a smaller rank, filled up with "
+                "zeros; %d without some of the modules, where they do nothing",
                 len(self.scaled),
                 len(self.padded),
                 len(self.absent),
