@@ -17,7 +17,7 @@ from pdiff_hf.utils.terminal import start_script
 
 
 def main() -> None:
-    parser = ConfigParser("digits.yaml", description=start_script(__doc__))
+    parser = ConfigParser("on_demand.yaml", description=start_script(__doc__))
     parser.add_argument("--list", action="store_true", help="Only print tensors, selection, and estimated cost.")
     parser.add_argument(
         "--import", dest="paths", nargs="+", metavar="PATH", help="Files, folders or Hub ids to take snapshots from."

@@ -1,7 +1,8 @@
 """
 Turns a network's training run into a generator of new, working networks, and says how good they are.
 
-    accelerate launch scripts/train.py                                    # all of a small network, on digits
+    accelerate launch scripts/train.py                                    # networks on demand, for kinds of digits
+    accelerate launch scripts/train.py digits.yaml                        # many networks of one task, as in the paper
     accelerate launch scripts/train.py scripts/recipes/fashion_mnist.yaml # a recipe
     accelerate launch scripts/train.py RECIPE.yaml --num_snapshots 100    # with something changed
     accelerate launch scripts/train.py --stages denoiser evaluate         # some stages only
@@ -21,7 +22,7 @@ from pdiff_hf.utils.terminal import start_script
 
 
 def main() -> None:
-    config, _ = ConfigParser("digits.yaml", description=start_script(__doc__)).parse_config()
+    config, _ = ConfigParser("on_demand.yaml", description=start_script(__doc__)).parse_config()
     # These take seconds to import, which a mistyped flag should not wait for.
     from pdiff_hf.evaluation.report import Report
     from pdiff_hf.hub.push import push_run_to_hub, resolve_repo_id

@@ -39,6 +39,7 @@ SMALL = {
 # Of its tasks and its network, what the recipe says.
 ON_DEMAND = {key: value for key, value in TINY_FAMILY.items() if key not in ("family", "family_args", "select")}
 MORE = {"scripts/reproduce.py table3a": ["--rows", "none"], "fashion_mnist.yaml": ["--dataset", "digits"]}
+MORE["digits.yaml"] = ['--collect_args={"num_runs": 2}']
 
 
 def small_flags(line: str, arguments: list[str]) -> list[str]:
@@ -46,10 +47,12 @@ def small_flags(line: str, arguments: list[str]) -> list[str]:
     script = Path(arguments[0]).stem
     if "--list" in arguments or script not in SMALL:
         return []
-    settings = ON_DEMAND if "on_demand" in line else SMALL[script]
+    settings = ON_DEMAND if "on_demand" in line or arguments == ["scripts/train.py"] else SMALL[script]
     settings = {key: value for key, value in settings.items() if value is not None and f"--{key}" not in arguments}
     # What has no effect is refused.
     without = {"model", "image_size"} if {"--model", "--task"} & set(arguments) else set()
+    if "digits.yaml" in line or len(arguments) == 1:
+        without |= {"model", "model_args", "image_size", "autoencoder_steps", "autoencoder_batch_size"}
     without |= {"max_train_samples", "max_eval_samples"} if "--task" in arguments else set()
     if script == "train" and ("--snapshots" in arguments or "outputs/imported" in arguments):
         without |= {"num_snapshots", "collect_batch_size"}
@@ -58,8 +61,6 @@ def small_flags(line: str, arguments: list[str]) -> list[str]:
         for key, value in settings.items()
         if key not in without
     ]
-    if script == "train" and len(arguments) == 1:
-        flags.append("--output_dir=outputs/digits")  # with another model than the recipe's
     return flags + [flag for part, more in MORE.items() if part in line for flag in more]
 
 
