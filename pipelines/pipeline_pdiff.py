@@ -307,8 +307,8 @@ class PDiffPipeline(SavedPipeline, LatentMixin, DiffusionPipeline):
                 f"guidance_scale must be 1, got {guidance_scale}: the denoiser was trained with condition_dropout=0, "
                 "so that it has not learned what guidance moves away from; train it with condition_dropout=0.1"
             )
-        if not 0 <= temperature < math.inf:
-            raise ValueError(f"temperature must be finite and at least 0, got {temperature}")
+        if not isinstance(temperature, int | float) or not 0 <= temperature < math.inf:
+            raise ValueError(f"temperature must be finite and at least 0, got {temperature!r:.100}")
         if loss_fn is not None and temperature != 1:
             raise ValueError(f"loss_fn steers samples of the generator as it is, at temperature 1; got {temperature}")
         if batch_norm_data is not None and output_type != "model":

@@ -157,21 +157,21 @@ def pipeline_files(folder: Path) -> dict[str, Path | bytes]:
         files |= {path.relative_to(folder).as_posix(): path for path in paths}
     if (folder / TUNING).is_file():
         files[TUNING] = folder / TUNING
-    of_adapters = [name for name in files if name == "autoencoder/config.json" or name.endswith("/adapter_config.json")]
-    return files | {name: _without_folders(json.loads((folder / name).read_text())) for name in of_adapters}
+    for name in files:
+        if name == "autoencoder/config.json" or name.endswith("/adapter_config.json"):
+            config = json.loads((folder / name).read_text(encoding="utf-8"))
+            if (public := _without_folders(config)) != config:
+                files[name] = json.dumps(public, indent=2).encode()
+    return files
 
 
-def _without_folders(config: Any) -> bytes:
+def _without_folders(config: Any) -> Any:
     """A configuration in which adapters name their base model by an id on the Hub, or not at all."""
-
-    def cleaned(value: Any) -> Any:
-        if not isinstance(value, dict):
-            return value
-        base = value.get("base_model_name_or_path")
-        kept = {key: cleaned(item) for key, item in value.items()}
-        return kept | ({"base_model_name_or_path": None} if base and not HUB_ID.fullmatch(base) else {})
-
-    return json.dumps(cleaned(config), indent=2).encode()
+    if not isinstance(config, dict):
+        return config
+    base = config.get("base_model_name_or_path")
+    kept = {key: _without_folders(value) for key, value in config.items()}
+    return kept | ({"base_model_name_or_path": None} if base and not HUB_ID.fullmatch(base) else {})
 
 
 def _check_report_is_of_pipeline(folder: Path) -> None:

@@ -65,7 +65,9 @@ def evaluate_saved(source: str, recipe: PDiffConfig) -> Report:
     if recipe.model is None and carried is None:
         raise ValueError(f"--model is needed: '{source}' does not carry the network that its tensors belong to")
     name = recipe.model or str(Path(folder, names.BASE_MODEL))
-    task = make_task(recipe.changed(model=name))
+    config = recipe.changed(model=name)
+    config.soft |= {"model"}  # it says where the network is, whether or not the task's class takes it
+    task = make_task(config)
     model = _load_model(task, name, layout) if carried is None else carried
     layout.check_fits(model.state_dict())
     if isinstance(task, LabelledTask):

@@ -62,9 +62,9 @@ def test_by_folder_by_id_and_with_custom_pipeline(pipe, hub, tmp_path):
     check(PDiffPipeline.from_pretrained(tmp_path / "pipeline"), pipe)
     custom = {"custom_pipeline": str(tmp_path / "pipeline"), "trust_remote_code": True}
     check(DiffusionPipeline.from_pretrained(str(tmp_path / "pipeline"), **custom), pipe)
-    pipe.push_to_hub("alice/generator")
-    check(PDiffPipeline.from_pretrained("alice/generator"), pipe)
-    half = PDiffPipeline.from_pretrained("alice/generator", dtype=torch.bfloat16)
+    pipe.push_to_hub("alice/adapters")
+    check(PDiffPipeline.from_pretrained("alice/adapters"), pipe)
+    half = PDiffPipeline.from_pretrained("alice/adapters", dtype=torch.bfloat16)
     assert {p.dtype for n, p in half.base_model.named_parameters() if "lora" not in n and "modules_to" not in n} == {
         torch.bfloat16
     }
@@ -72,8 +72,8 @@ def test_by_folder_by_id_and_with_custom_pipeline(pipe, hub, tmp_path):
 
 @torch.no_grad()
 def test_no_folder_of_this_computer_is_published(pipe, hub, tmp_path):
-    pipe.push_to_hub("alice/generator")
-    folder = PDiffPipeline.download("alice/generator", cache_dir=str(tmp_path))
+    pipe.push_to_hub("alice/adapters")
+    folder = PDiffPipeline.download("alice/adapters", cache_dir=str(tmp_path))
     for file in Path(folder).rglob("*.json"):
         assert pipe.base_model.name_or_path not in file.read_text()
     for adapter in pipe(1, output_type="adapter").parameters:
@@ -84,11 +84,11 @@ def test_no_folder_of_this_computer_is_published(pipe, hub, tmp_path):
         )
         assert torch.equal(loaded.classifier.modules_to_save["default"].weight, _head(pipe.base_model))
     pipe.save_pretrained(tmp_path / "pipeline")
-    assert not make_model_card(tmp_path / "pipeline", "alice/generator").data.base_model
+    assert not make_model_card(tmp_path / "pipeline", "alice/adapters").data.base_model
     config = json.loads((tmp_path / "pipeline" / "autoencoder" / "config.json").read_text())
     config["layout"]["adapters"]["default"]["base_model_name_or_path"] = "someone/bert"
     (tmp_path / "pipeline" / "autoencoder" / "config.json").write_text(json.dumps(config))
-    assert make_model_card(tmp_path / "pipeline", "alice/generator").data.base_model == "someone/bert"
+    assert make_model_card(tmp_path / "pipeline", "alice/adapters").data.base_model == "someone/bert"
 
 
 def _head(network):

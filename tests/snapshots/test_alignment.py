@@ -387,7 +387,9 @@ def imported(folder, paths, align=False) -> dict:
 
 
 def warnings(caplog) -> list[str]:
-    return [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
+    """Those of basins: three steps in a row hardly differ, which has a warning of its own."""
+    messages = [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
+    return [message for message in messages if "hardly differ" not in message]
 
 
 def test_a_run_in_one_basin_is_not_warned_of(basins, tmp_path, caplog):
