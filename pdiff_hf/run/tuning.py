@@ -17,7 +17,6 @@ from ..tasks import ClassificationTask
 from ..training import make_training_scheduler
 from ..training.denoiser import LatentGenerator, denoising_loss
 from ..training.ensembles import (
-    DiffusionLatents,
     EnsembleObjective,
     TunedEnsembles,
     Tuning,
@@ -98,11 +97,8 @@ def _tune_for_task(
         for diversity in c.tune_args.diversity:
             objective = EnsembleObjective(c.tune_args.ensemble_size, diversity, c.tune_args.penalty)
             candidate = copy.deepcopy(pipeline)
-            steps = c.tune_args.inference_steps
-            latents = DiffusionLatents(LatentGenerator(candidate.denoiser), candidate.scheduler, steps)
-            model = TunedEnsembles(
-                latents, candidate.autoencoder, networks, task.predict, objective, c.tune_models // parts
-            )
+            generated = generated_networks(context, candidate, networks)
+            model = TunedEnsembles(generated, objective, c.tune_models // parts)
 
             def validate(model: TunedEnsembles = model) -> float:
                 noise = torch.Generator(device).manual_seed(named_seed(c.seed, "tune validation"))
@@ -115,7 +111,7 @@ def _tune_for_task(
                 len(task.load_split("train")),
                 args,
                 validate=validate,
-                extra_loss=_weight_loss(context, latents.generator) if c.tune_args.weight_loss else None,
+                extra_loss=_weight_loss(context, generated.generator) if c.tune_args.weight_loss else None,
             )
             passes += training_passes(len(history["losses"]), c.tune_models, c.tune_batch_size)
             passes += len(history["steps"]) * model.num_networks * len(unseen["labels"])

@@ -2,20 +2,15 @@
 
 import copy
 import math
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from diffusers import SchedulerMixin
 from torch import nn
 
-from ..models import ParameterAutoencoder
-from ..networks.runner import NetworkRunner
 from ..tasks.task import Batch, ClassificationTask, take
 from ..utils.devices import to_device
-from .denoiser import LatentGenerator
-from .tune import denoise
+from .tune import GeneratedNetworks
 
 VALIDATION_EXAMPLES = 1000
 LOGIT_TEMPERATURES = (1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
@@ -136,67 +131,44 @@ def validation_batch(task: ClassificationTask, device: torch.device) -> Batch:
     return to_device(task.collate(take(split, indices)), device)
 
 
-class DiffusionLatents(nn.Module):
-    """Noise `(N, L)` to latents `(N, L)` by a sampler, whose last step alone has gradients."""
-
-    def __init__(self, generator: LatentGenerator, scheduler: SchedulerMixin, num_inference_steps: int):
-        super().__init__()
-        self.generator, self.scheduler, self.num_inference_steps = generator, scheduler, num_inference_steps
-
-    def forward(self, noise: torch.Tensor) -> torch.Tensor:
-        return denoise(self.generator, self.scheduler, self.num_inference_steps, noise)
-
-
 class TunedEnsembles(nn.Module):
     """
-    The loss of networks for one task that a map of noise to latents gives, for [`~pdiff_hf.training.tune.tune`].
+    The loss of networks for one task that a generator gives, for [`~pdiff_hf.training.tune.tune`].
 
     Args:
-        latents (`nn.Module`): The map, which is trained: such as a [`DiffusionLatents`].
-        autoencoder (`ParameterAutoencoder`): Frozen, but for its `tuned_map` where it has one.
-        networks (`NetworkRunner`), predict (`Callable`): What the parameters are used in.
+        generated (`GeneratedNetworks`): Without conditions.
         objective (`EnsembleObjective`): What the loss is made of.
         num_networks (`int`): In a step, a multiple of the size of an ensemble.
     """
 
-    def __init__(
-        self,
-        latents: nn.Module,
-        autoencoder: ParameterAutoencoder,
-        networks: NetworkRunner,
-        predict: Callable,
-        objective: EnsembleObjective,
-        num_networks: int,
-    ):
+    def __init__(self, generated: GeneratedNetworks, objective: EnsembleObjective, num_networks: int):
         super().__init__()
-        self.latents = latents
-        # In a list, they are no part of this module: frozen, and not in its checkpoints.
-        self._frozen = [autoencoder.eval().requires_grad_(False)]
-        if autoencoder.config.tuned_map:
-            self.map_weight = autoencoder.map_weight.requires_grad_(True)
-        self._start = [copy.deepcopy(latents).requires_grad_(False)] if objective.penalty else []
-        self.networks, self.predict = networks, predict
-        self.objective, self.num_networks = objective, num_networks
+        self.generated, self.objective, self.num_networks = generated, objective, num_networks
+        # In a list, it is no part of this module.
+        self._start = [copy.deepcopy(generated.generator).requires_grad_(False)] if objective.penalty else []
 
     def sample_noise(self, generator: torch.Generator) -> torch.Tensor:
         """Shape `(num_networks, L)`."""
-        shape = (self.num_networks, self._frozen[0].config.latent_dim)
+        shape = (self.num_networks, self.generated.autoencoder.config.latent_dim)
         return torch.randn(shape, generator=generator, device=generator.device)
 
     def logits(self, latents: torch.Tensor, batch: Batch) -> torch.Tensor:
         """Of the networks of latents `(N, L)` on one batch, shape `(N, B, C)`."""
-        return self.networks.stack(self.predict, self._frozen[0].decode(latents).sample, batch, shared=True)
+        generated = self.generated
+        parameters = generated.autoencoder.decode(latents).sample
+        return generated.networks.stack(generated.predict, parameters, batch, shared=True)
 
     def forward(self, table: None, batch: Batch, generator: torch.Generator) -> torch.Tensor:
         """The loss, a scalar."""
         noise = self.sample_noise(generator)
-        latents, before = self.latents(noise), None
+        latents, before = self.generated.denoise(noise), None
         if self.objective.penalty:
             with torch.no_grad():
-                before = self._start[0].to(noise.device)(noise)
+                before = self.generated.denoise(noise, generator=self._start[0].to(noise.device))
         return self.objective(self.logits(latents, batch), batch["labels"], latents, before)
 
     @torch.no_grad()
     def validate(self, batch: Batch, generator: torch.Generator) -> float:
         """The [`validation_loss`] on a batch."""
-        return validation_loss(self.logits(self.latents(self.sample_noise(generator)), batch), batch["labels"]).item()
+        logits = self.logits(self.generated.denoise(self.sample_noise(generator)), batch)
+        return validation_loss(logits, batch["labels"]).item()

@@ -56,25 +56,6 @@ class TuneArguments:
     max_grad_norm: float | None = 1.0
 
 
-def denoise(
-    generator: LatentGenerator,
-    scheduler: SchedulerMixin,
-    num_inference_steps: int,
-    noise: torch.Tensor,
-    table: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """Noise to latents, both of shape `(N, L)`. Only the last step of the sampler has gradients."""
-    scheduler = copy.copy(scheduler)  # everything that steps change is made anew by `set_timesteps`
-    scheduler.set_timesteps(num_inference_steps, device=noise.device)
-    latents, condition = noise * scheduler.init_noise_sigma, generator.encode(table)
-    for i, timestep in enumerate(scheduler.timesteps):
-        with torch.set_grad_enabled(torch.is_grad_enabled() and i == len(scheduler.timesteps) - 1):
-            noisy = scheduler.scale_model_input(latents, timestep)
-            prediction = generator.denoiser(noisy, timestep, condition).sample
-            latents = scheduler.step(prediction, timestep, latents).prev_sample
-    return latents
-
-
 class GeneratedNetworks(nn.Module):
     """
     A generator of latents, followed by the networks that they are decoded to. Only the last step of the sampler has
@@ -112,18 +93,30 @@ class GeneratedNetworks(nn.Module):
     def autoencoder(self) -> ParameterAutoencoder:
         return self._frozen[0]
 
+    def denoise(
+        self, noise: torch.Tensor, table: torch.Tensor | None = None, generator: LatentGenerator | None = None
+    ) -> torch.Tensor:
+        """Noise to latents, both of shape `(N, L)`, by this generator of latents or another one."""
+        assert self.scheduler is not None
+        scheduler, generator = copy.copy(self.scheduler), generator or self.generator
+        scheduler.set_timesteps(self.num_inference_steps, device=noise.device)  # makes all anew that steps change
+        latents, condition = noise * scheduler.init_noise_sigma, generator.encode(table)
+        for i, timestep in enumerate(scheduler.timesteps):
+            with torch.set_grad_enabled(torch.is_grad_enabled() and i == len(scheduler.timesteps) - 1):
+                noisy = scheduler.scale_model_input(latents, timestep)
+                prediction = generator.denoiser(noisy, timestep, condition).sample
+                latents = scheduler.step(prediction, timestep, latents).prev_sample
+        return latents
+
     def sample_latents(
         self, table: torch.Tensor | None, generator: torch.Generator, num_networks: int | None = None
     ) -> torch.Tensor:
         """Latents for T conditions, shape `(T, L)`; without conditions, of `num_networks` (1 by default)."""
         device = next(self.generator.parameters()).device
-        if table is not None:
-            num_networks = len(table)
-        shape = (num_networks or 1, self.autoencoder.config.latent_dim)
+        shape = (len(table) if table is not None else num_networks or 1, self.autoencoder.config.latent_dim)
         if self.scheduler is None:
             return self.generator(torch.zeros(shape, device=device), 0, table)
-        noise = torch.randn(shape, generator=generator, device=device)
-        return denoise(self.generator, self.scheduler, self.num_inference_steps, noise, table)
+        return self.denoise(torch.randn(shape, generator=generator, device=device), table)
 
     def sample_parameters(
         self, table: torch.Tensor | None, generator: torch.Generator, num_networks: int | None = None

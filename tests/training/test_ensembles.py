@@ -8,7 +8,6 @@ from accelerate import Accelerator
 from support.families import make_family, make_generated, make_networks
 
 from pdiff_hf.training.ensembles import (
-    DiffusionLatents,
     EnsembleObjective,
     TunedEnsembles,
     Tuning,
@@ -60,8 +59,7 @@ def test_networks_that_are_too_sure_lose_nothing_in_validation():
 
 def make_ensembles(objective: EnsembleObjective, family, networks, tuned_map: bool = False) -> TunedEnsembles:
     generated = make_generated(family, networks, False, tuned_map=tuned_map)
-    latents = DiffusionLatents(generated.generator, generated.scheduler, 3)
-    return TunedEnsembles(latents, generated.autoencoder, networks, family.predict, objective, ARGS.num_tasks)
+    return TunedEnsembles(generated, objective, ARGS.num_tasks)
 
 
 def tuned(objective: EnsembleObjective, folder, tuned_map: bool = False) -> dict[str, float]:
@@ -75,7 +73,7 @@ def tuned(objective: EnsembleObjective, folder, tuned_map: bool = False) -> dict
 
     @torch.no_grad()
     def measure() -> tuple[torch.Tensor, torch.Tensor]:
-        latents = model.latents(noise)
+        latents = model.generated.denoise(noise)
         return latents, model.logits(latents, batch)
 
     before, logits = measure()
