@@ -15,7 +15,7 @@ SHOWN = {
 }
 LINK = re.compile(r"\[`~?([\w.]+)`\](?![\[(])")  # [`Name`]
 ARGUMENT = re.compile(r"^(\s+\*{0,2}\w+) \((.*)\):", re.MULTILINE)  # name (`type`, *optional*, defaults to 3):
-DEFAULT = re.compile(r",? \*optional\*.*")
+DEFAULT = re.compile(r"(, )?\*optional\*.*")
 
 
 class HuggingFaceDocstrings(Extension):
@@ -35,4 +35,4 @@ class HuggingFaceDocstrings(Extension):
     def _argument(match: re.Match) -> str:
         kind = DEFAULT.sub("", match[2])
         kind = re.sub(r"\[`(\w+)`\]\[[\w.]+\]", r"\1", kind).replace("`", "")
-        return f"{match[1]} ({kind}):"
+        return f"{match[1]} ({kind}):" if kind else f"{match[1]}:"

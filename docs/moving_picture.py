@@ -67,9 +67,11 @@ def main() -> None:
         generator = torch.Generator().manual_seed(0)
         (network,) = pipe(condition=condition, generator=generator, output_type="model").parameters
         generated, predicted = accuracy(network, images, labels)
-        bars = {"generated for this angle": generated, "one network for all": accuracy(pipe.base_model, images, labels)[0]}
+        base, _ = accuracy(pipe.base_model, images, labels)
+        bars = {"generated for this angle": generated, "one network for all": base}
         shown = torch.stack([(labels == label).nonzero()[0, 0] for label in range(SHOWN)])
-        frames.append(draw(condition["angle"], images[shown], predicted[shown] == labels[shown], predicted[shown], bars))
+        right = predicted == labels
+        frames.append(draw(condition["angle"], images[shown], right[shown], predicted[shown], bars))
     palette = frames[0].quantize(32)
     frames = [frame.quantize(palette=palette, dither=Image.Dither.NONE) for frame in frames]
     frames[0].save(args.output, save_all=True, append_images=frames[1:], duration=120, loop=0, optimize=True)
