@@ -1,5 +1,7 @@
 """What all reports end with: words, figures and files."""
 
+import importlib.util
+import logging
 import math
 import os
 from collections.abc import Mapping, Sequence
@@ -7,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from ..pipelines import PDiffPipeline
-from .plots import draw_figures
 from .report import Report
+
+logger = logging.getLogger(__name__)
 
 
 def save_report(
@@ -17,9 +20,14 @@ def save_report(
     losses: Mapping[str, Mapping[str, Sequence[float]]] | None = None,
     **figures: Any,
 ) -> None:
-    """Writes a report with its figures; see [`~pdiff_hf.evaluation.plots.draw_figures`]."""
+    """Writes a report with its figures, if they can be drawn; see [`~pdiff_hf.evaluation.plots.draw_figures`]."""
     Path(folder).mkdir(parents=True, exist_ok=True)
-    draw_figures(report, folder, losses=losses, **figures)
+    if importlib.util.find_spec("matplotlib"):
+        from .plots import draw_figures
+
+        draw_figures(report, folder, losses=losses, **figures)
+    else:
+        logger.warning("the report has no figures, which need matplotlib: pip install 'pdiff_hf[report]'")
     report.save(folder)
 
 

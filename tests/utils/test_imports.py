@@ -16,6 +16,7 @@ import pdiff_hf
 from pdiff_hf.utils.imports import register_components, require, when_imported
 
 SCRIPTS = Path(__file__).parents[2] / "scripts"
+GOLDEN = Path(__file__).parents[1] / "models" / "golden" / "0.2.0" / "tuned_map"
 
 
 def test_scripts_do_not_wait_for_torch_to_say_what_is_wrong():
@@ -37,6 +38,19 @@ for script in ("train", "collect", "evaluate", "generate", "push_to_hub", "repro
     program = f"import sys; sys.path.append({str(SCRIPTS)!r})\n{program}"
     result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
+
+
+def test_sampling_imports_only_what_it_computes_with():
+    """Not what only figures and metrics need, so that a generator can be used without them."""
+    program = f"""
+import sys, torch
+from pdiff_hf import PDiffPipeline
+pipe = PDiffPipeline.from_pretrained({str(GOLDEN)!r})
+pipe(condition={{"angle": 30.0, "invert": "no", "occlude": "none"}}, output_type="model")
+print(*{{"matplotlib", "torchmetrics"}} & set(sys.modules))
+"""
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert (result.returncode, result.stdout.split()) == (0, []), result.stderr
 
 
 def test_names_of_the_package_are_found_when_they_are_asked_for():
