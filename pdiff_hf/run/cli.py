@@ -179,7 +179,7 @@ def flat(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _as_mapping(value: Any) -> dict[str, Any]:
-    return dataclasses.asdict(value) if dataclasses.is_dataclass(value) else dict(value)  # type: ignore[call-overload]
+    return dataclasses.asdict(value) if dataclasses.is_dataclass(value) else dict(value)  # type: ignore[arg-type]
 
 
 def _suggest(key: str) -> str:
@@ -202,7 +202,7 @@ def _help(key: dataclasses.Field) -> str:
 
 
 def _shown(key: dataclasses.Field) -> Any:
-    value = key.default if key.default is not dataclasses.MISSING else key.default_factory()  # type: ignore[misc]
+    value = key.default if key.default is not dataclasses.MISSING else key.default_factory()  # type: ignore[misc, operator]
     return " ".join(map(str, value)) or "none" if isinstance(value, list) else "none" if value in (None, {}) else value
 
 

@@ -19,21 +19,33 @@ from .options import check_value, group_of, nested, option
 STAGES = ("base", "collect", "autoencoder", "denoiser", "tune", "evaluate")
 DEFAULT_DATASET = "digits"
 
-_NO_FAMILY = {"read_when": lambda c: c.has_family, "why": "there is one task; it is for a family of tasks"}
-_ONE_TASK = {"read_when": lambda c: not c.has_family, "why": "it is for a single task, and there is a family of tasks"}
-_PUSHED = {"read_when": lambda c: c.push_to_hub, "why": "nothing is pushed without push_to_hub"}
-_BASE = {"read_when": lambda c: c.base_epochs > 0, "why": "base_epochs=0 takes the base model as it is"}
-_SELECTS = {"read_when": lambda c: c.snapshots is None, "why": "the snapshots say which tensors are generated"}
-_COLLECTS = {"read_when": lambda c: c.collects, "why": "the snapshots come from elsewhere"}
+_NO_FAMILY: dict[str, Any] = {
+    "read_when": lambda c: c.has_family,
+    "why": "there is one task; it is for a family of tasks",
+}
+_ONE_TASK: dict[str, Any] = {
+    "read_when": lambda c: not c.has_family,
+    "why": "it is for a single task, and there is a family of tasks",
+}
+_PUSHED: dict[str, Any] = {"read_when": lambda c: c.push_to_hub, "why": "nothing is pushed without push_to_hub"}
+_BASE: dict[str, Any] = {"read_when": lambda c: c.base_epochs > 0, "why": "base_epochs=0 takes the base model as it is"}
+_SELECTS: dict[str, Any] = {
+    "read_when": lambda c: c.snapshots is None,
+    "why": "the snapshots say which tensors are generated",
+}
+_COLLECTS: dict[str, Any] = {"read_when": lambda c: c.collects, "why": "the snapshots come from elsewhere"}
 # The networks that are trained on an unseen task, for comparison, are trained as snapshots are.
-_FINE_TUNES = {"read_when": lambda c: c.collects or c.has_family, "why": "the snapshots come from elsewhere"}
-_LEARNED = {
+_FINE_TUNES: dict[str, Any] = {
+    "read_when": lambda c: c.collects or c.has_family,
+    "why": "the snapshots come from elsewhere",
+}
+_LEARNED: dict[str, Any] = {
     "read_when": lambda c: c.autoencoder_preset != "pca",
     "why": "autoencoder_preset=pca is linear, and computed without training",
 }
-_TUNES = {"read_when": lambda c: c.tunes, "why": "tune_steps is 0, so that nothing is tuned"}
+_TUNES: dict[str, Any] = {"read_when": lambda c: c.tunes, "why": "tune_steps is 0, so that nothing is tuned"}
 # The networks that a generator with conditions is compared with are trained as it is tuned.
-_TUNES_OR_COMPARES = {
+_TUNES_OR_COMPARES: dict[str, Any] = {
     "read_when": lambda c: c.tunes or c.has_family,
     "why": "tune_steps is 0, so that nothing is tuned",
 }
@@ -500,7 +512,7 @@ class PDiffConfig(
         values = nested(changes)
         for name in values:
             if isinstance(values[name], dict) and dataclasses.is_dataclass(group := getattr(self, name)):
-                values[name] = dataclasses.asdict(group) | values[name]  # type: ignore[call-overload]
+                values[name] = dataclasses.asdict(group) | values[name]  # type: ignore[arg-type]
         config = dataclasses.replace(self, **values)
         config.imported, config.conditional, config.soft = self.imported, self.conditional, self.soft - set(changes)
         return config
@@ -563,4 +575,4 @@ class PDiffConfig(
 
 def default_of(key: dataclasses.Field) -> Any:
     """The default value of a setting."""
-    return key.default if key.default is not dataclasses.MISSING else key.default_factory()  # type: ignore[misc]
+    return key.default if key.default is not dataclasses.MISSING else key.default_factory()  # type: ignore[misc, operator]

@@ -73,7 +73,7 @@ def evaluate_saved(source: str, recipe: PDiffConfig) -> Report:
     if isinstance(task, LabelledTask):
         task.align(model.config)
     device = PartialState().device
-    output = Path(recipe.output_dir)
+    output = Path(recipe.output_dir or "outputs/evaluation")
     check_writable(output)
     part = output / ".report.part"
     remove(part)

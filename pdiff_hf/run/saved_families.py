@@ -74,7 +74,7 @@ def evaluate_saved_family(source: str, recipe: PDiffConfig) -> Report:
     table, parameters = table[known], parameter_matrix(dataset, layout)[known]
     products = None if pipeline is None else pipeline.autoencoder.products
     if products is None and find_factors(layout):
-        products = AdapterProducts(layout, recipe.adapter_frame_size)
+        products = AdapterProducts(layout, recipe.autoencoder_args.adapter_frame_size)
         products.fit(parameters, torch.arange(len(parameters)))
     sizes = {"validation": recipe.num_validation_tasks, "test": recipe.num_test_tasks}
     sizes |= dict.fromkeys(family.test_sets, recipe.num_test_tasks)
@@ -88,7 +88,7 @@ def evaluate_saved_family(source: str, recipe: PDiffConfig) -> Report:
     else:
         generator, given = _read_table(source, family, networks)
         sets = {"test": given}
-    output = Path(recipe.output_dir)
+    output = Path(recipe.output_dir or "outputs/evaluation")
     check_writable(output)
     part = output / ".report.part"
     remove(part)

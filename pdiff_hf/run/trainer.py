@@ -190,9 +190,9 @@ def given_snapshots(
         with SnapshotWriter(folder, layout, fields=family.fields if conditions is not None else None) as writer:
             for step, (row, condition) in enumerate(zip(rows, given, strict=True)):
                 writer.write(row, step=step, seed=0, condition=condition)
-    statistics = config.batch_norm_statistics
-    kept = {"batch_norm_statistics": statistics if statistics == "recomputed" else "base"}
-    return config.changed(snapshots=str(folder), select=PDiffConfig().select, exclude=[], **kept)
+    statistics_of = config.batch_norm_statistics if config.recomputes_statistics else "base"
+    selection = {"select": PDiffConfig().select, "exclude": [], "batch_norm_statistics": statistics_of}
+    return config.changed(snapshots=str(folder), **selection)
 
 
 def choose_precision(asked_for: str | None) -> str:
