@@ -80,7 +80,11 @@ class Bootstrap:
         `max_iou_interval`, and the same in each resample, under `scores` and `similarities`, shape `(R,)`.
         """
         scores, counts = self._scores(sample)
-        row = {"score": sample.values.nanmean().item(), "score_interval": interval(scores), "scores": scores}
+        row: dict[str, Any] = {
+            "score": sample.values.nanmean().item(),
+            "score_interval": interval(scores),
+            "scores": scores,
+        }
         row |= {"max_iou": None, "max_iou_interval": None, "similarities": None}
         if self.wrong_snapshots is not None and sample.units is not None:
             iou, resampled = self._similarity(sample.units)
@@ -137,7 +141,8 @@ def paired_difference(first: Sequence[float], second: Sequence[float], seed: int
     """Two methods by their scores for the same members, of which more is better."""
     a, b = (torch.as_tensor(values, dtype=torch.float64) for values in (first, second))
     bootstrap = Bootstrap(len(a), 1, torch.Generator().manual_seed(seed))
-    return bootstrap.compare(*(bootstrap.place(Sample(values, values[None])) for values in (a, b)))
+    own, other = (bootstrap.place(Sample(values, values[None])) for values in (a, b))
+    return bootstrap.compare(own, other)
 
 
 def interval(resamples: Tensor) -> tuple[float, float]:

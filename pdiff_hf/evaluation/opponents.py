@@ -343,12 +343,13 @@ class ConditionedNetwork(nn.Module):
             parameter.requires_grad_(names is None or name in names)
         if fields is not None and image_shape:
             self.image = _zeroed(fields.num_features, math.prod(image_shape))
-        self.layers = dict[str, nn.Module]()
+        self.layers = dict[str, Any]()
         if fields is not None and film:
-            found = {n: m for n, m in self.network.named_modules() if isinstance(m, nn.Linear | nn.Conv2d)}
+            modules = self.network.named_modules()
+            found: dict[str, Any] = {n: m for n, m in modules if isinstance(m, nn.Linear | nn.Conv2d)}
             self.layers = dict(list(found.items())[:-1])
             self.film = nn.ModuleList(
-                nn.Sequential(nn.Linear(fields.num_features, 64), nn.ReLU(), _zeroed(64, 2 * len(layer.weight)))
+                nn.Sequential(nn.Linear(fields.num_features, 64), nn.ReLU(), _zeroed(64, 2 * layer.weight.shape[0]))
                 for layer in self.layers.values()
             )
 

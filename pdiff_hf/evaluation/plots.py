@@ -10,7 +10,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import cycle
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -21,9 +20,7 @@ from sklearn.decomposition import PCA
 from torch import Tensor
 
 from ..utils.reports import FIELD_FIGURE, TEST
-
-if TYPE_CHECKING:
-    from .report import GroupRow, Report
+from .report_data import GroupRow, ReportData
 
 SNAPSHOTS, GENERATED = "#000000", "#D55E00"
 OTHERS = ("#0072B2", "#009E73", "#E69F00", "#56B4E9", "#CC79A7")  # their yellow is too pale for thin marks on white
@@ -88,8 +85,9 @@ def plot_accuracy_vs_similarity(
         if i % columns == 0:
             grid[i].set_ylabel("test accuracy (%)")
     if len(panels) > 1:
-        place = {"loc": "outside lower center", "ncols": 3, "fontsize": "small", "frameon": False}
-        figure.legend(handles.values(), handles.keys(), **place)
+        figure.legend(
+            list(handles.values()), list(handles), loc="outside lower center", ncols=3, fontsize="small", frameon=False
+        )
     return _save(figure, path)
 
 
@@ -425,7 +423,7 @@ ALONG = ("generated", "trained on the task", "kernel ridge", "nearest snapshot",
 
 
 def draw_figures(
-    report: "Report",
+    report: ReportData,
     folder: str | os.PathLike,
     *,
     snapshots: Tensor | None = None,
@@ -438,7 +436,7 @@ def draw_figures(
     Draws the figures of `utils.reports.FIGURES` that there are numbers for.
 
     Args:
-        report (`Report`): What was compared.
+        report (`ReportData`): What was compared.
         folder (`str` or `os.PathLike`): Of the PNGs.
         snapshots (`torch.Tensor`, *optional*), generated (`torch.Tensor`, *optional*): Parameters, shape `(K, D)` and
             `(N, D)`.
@@ -468,7 +466,7 @@ def draw_figures(
         plot_loss_curves(folder / "losses.png", panels)
 
 
-def _draw_task(report: "Report", folder: Path, title: str) -> None:
+def _draw_task(report: ReportData, folder: Path, title: str) -> None:
     best: dict[str, GroupRow] = {}
     for row in report.groups:
         if row.kind in ("baseline", "opponent"):
@@ -509,7 +507,7 @@ def _draw_task(report: "Report", folder: Path, title: str) -> None:
         )
 
 
-def plot_field(report: "Report", path: str | os.PathLike) -> str | None:
+def plot_field(report: ReportData, path: str | os.PathLike) -> str | None:
     """
     Draws the accuracy of some groups against the values of a field, where the report has tasks along one; returns the
     name of that field.
@@ -537,7 +535,7 @@ def plot_field(report: "Report", path: str | os.PathLike) -> str | None:
     return along
 
 
-def scatter_group(report: "Report", name: str, family: str) -> ScatterGroup:
+def scatter_group(report: ReportData, name: str, family: str) -> ScatterGroup:
     """The networks of a group of a report on the plane of similarity and accuracy."""
     row = report.group(name)
     iou = [] if row.memorisation is None else row.memorisation["iou"]

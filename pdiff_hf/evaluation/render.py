@@ -5,16 +5,14 @@ import html
 import textwrap
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ..utils.reports import FIGURES, TEST
 from .groups import Kind
 from .metrics import METRICS, GroupMetric
+from .report_data import GroupRow, ReportData
 from .score import Metric
 from .verdict import number
-
-if TYPE_CHECKING:
-    from .report import GroupRow, Report
 
 MAX_SUMMARY_ROWS = 9
 COLUMNS = 80
@@ -37,7 +35,7 @@ def metric_title(metric: Metric) -> str:
     return f"{metric.name} ({metric.unit})" if metric.unit else metric.name
 
 
-def best_of_sweeps(report: "Report", *kinds: Kind) -> list["GroupRow"]:
+def best_of_sweeps(report: ReportData, *kinds: Kind) -> list[GroupRow]:
     """Of every sweep of some kinds the best setting, on validation data where there is any; the best sweep first."""
     sweeps: dict[str, list[GroupRow]] = {}
     for row in report.of_kind(*kinds):
@@ -45,14 +43,14 @@ def best_of_sweeps(report: "Report", *kinds: Kind) -> list["GroupRow"]:
     best = [report.best(rows) for rows in sweeps.values()]
     sign = report.metric.sign
 
-    def rank(row: "GroupRow") -> float:
+    def rank(row: GroupRow) -> float:
         value = row.measures.get("validation_score_mean", row.mean())
         return float("inf") if value is None else -sign * value
 
     return sorted((row for row in best if row is not None), key=rank)
 
 
-def summarise(report: "Report") -> dict[str, Any]:
+def summarise(report: ReportData) -> dict[str, Any]:
     """
     The few rows that a reader wants first.
 
@@ -62,7 +60,7 @@ def summarise(report: "Report") -> dict[str, Any]:
     return _summary_of_members(report) if report.fields else _summary_of_task(report)
 
 
-def _summary_of_task(report: "Report") -> dict[str, Any]:
+def _summary_of_task(report: ReportData) -> dict[str, Any]:
     metric = report.metric
     has_similarity = "max_iou" in report.generated.measures
     key, title = ("max_iou", "similarity") if has_similarity else ("distance_to_mean", "distance to mean")
@@ -103,7 +101,7 @@ def _summary_of_task(report: "Report") -> dict[str, Any]:
     }
 
 
-def _summary_of_members(report: "Report") -> dict[str, Any]:
+def _summary_of_members(report: ReportData) -> dict[str, Any]:
     sets = list(report.conditions)
     header = ["networks", *(f"{name} ({len(report.conditions[name])} tasks)" for name in sets)]
     header += ["generated vs. this row", "passes before", "passes a task", "size"]
@@ -125,13 +123,13 @@ def _summary_of_members(report: "Report") -> dict[str, Any]:
     return {"header": header, "rows": rows, "about": about}
 
 
-def _word(row: "GroupRow") -> str:
+def _word(row: GroupRow) -> str:
     interval = row.comparisons[TEST].interval
     ends = "" if interval is None else f"({number(interval[0], '+.1f')} to {number(interval[1], '+.1f')}), "
     return f"{ends}{row.verdict}"
 
 
-def sampling_sentence(report: "Report") -> str:
+def sampling_sentence(report: ReportData) -> str:
     """How the generator was sampled."""
     s = report.sampling
     if not s:
@@ -151,15 +149,14 @@ def short(count: int) -> str:
     return str(count)
 
 
-def to_terminal(report: "Report") -> str:
+def to_terminal(report: ReportData) -> str:
     """Verdict, small table and warnings, in lines of 80 columns at most."""
     summary = report.summary
     header, rows = list(summary["header"]), [list(row) for row in summary["rows"]]
     if report.fields:
         test = next(i for i, title in enumerate(header) if title.startswith(f"{TEST} ("))
         kept = [0, test, header.index("generated vs. this row")]
-        header, rows = ([row[i] for i in kept] for row in [header]), [[row[i] for i in kept] for row in rows]
-        header = next(iter(header))
+        header, rows = [header[i] for i in kept], [[row[i] for i in kept] for row in rows]
         for row in rows:
             row[2] = row[2].partition(" (")[0] + (" " + row[2].rpartition("), ")[2] if "), " in row[2] else "")
     header[-1] = "generated vs. this"
@@ -177,7 +174,7 @@ def to_terminal(report: "Report") -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def to_markdown(report: "Report", figures: Sequence[str] = ()) -> str:
+def to_markdown(report: ReportData, figures: Sequence[str] = ()) -> str:
     """The whole report: the summary with the main figure, then folded up everything that it rests on."""
     shown = [f"![{FIGURES[name]}]({name})\n\n*{FIGURES[name]}.*" for name in FIGURES if name in set(figures)]
     parts = ["# Report", summary_markdown(report).rstrip(), *shown[:1], report.summary["about"]]
@@ -188,7 +185,7 @@ def to_markdown(report: "Report", figures: Sequence[str] = ()) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def summary_markdown(report: "Report") -> str:
+def summary_markdown(report: ReportData) -> str:
     """Verdict, small table and warnings."""
     parts = ["\n".join(f"- {line}" for line in report.verdict), table(report.summary["header"], report.summary["rows"])]
     parts += [f"> **Warning:** {warning}" for warning in report.warnings]
@@ -210,7 +207,7 @@ details { margin: 0.8em 0; } summary { cursor: pointer; font-weight: 600; }
 """
 
 
-def to_html(report: "Report", folder: Path) -> str:
+def to_html(report: ReportData, folder: Path) -> str:
     """One page with everything in it, figures of `folder` too: it needs no other file and no network."""
     figures = [_html_figure(folder / name, FIGURES[name]) for name in FIGURES if (folder / name).is_file()]
     name = report.generated.name
@@ -247,7 +244,7 @@ def _html_table(header: Sequence[str], rows: Sequence[Sequence[str]], generated:
 # ------------------------------------------------------------------------------------------------------------- sections
 
 
-def sections(report: "Report") -> Iterable[tuple[str, str, Table]]:
+def sections(report: ReportData) -> Iterable[tuple[str, str, Table]]:
     """Title, explanation and table of everything that the summary leaves out."""
     if report.fields:
         yield from _member_sections(report)
@@ -317,7 +314,7 @@ def sections(report: "Report") -> Iterable[tuple[str, str, Table]]:
         )
 
 
-def _member_sections(report: "Report") -> Iterable[tuple[str, str, Table]]:
+def _member_sections(report: ReportData) -> Iterable[tuple[str, str, Table]]:
     kinds = [[row.name, KIND_WORDS[row.kind], row.note or "–"] for row in report.groups]
     yield (
         "What the rows are",
@@ -357,7 +354,7 @@ def _about_tuning(tuning: dict[str, Any]) -> str:
     )
 
 
-def _tuned_table(report: "Report") -> Table:
+def _tuned_table(report: ReportData) -> Table:
     assert report.tuning is not None
     paid = {entry["name"]: entry["num_models"] for entry in report.tuning["break_even"]}
     header = ["group", metric_title(report.metric), SIMILARITY, "generated vs. this row", "passes once", "passes each"]
@@ -376,7 +373,7 @@ def _tuned_table(report: "Report") -> Table:
     ]
 
 
-def _temperature_table(report: "Report") -> Table:
+def _temperature_table(report: ReportData) -> Table:
     kinds = [kind for kind in ("plain", "tuned") if any(sum(row[kind].values()) for row in report.temperatures)]
     header = ["temperature", "n", metric_title(report.metric), "similarity"]
     header += [f"{kind}: better / worse / too close to call" for kind in kinds]
@@ -392,7 +389,7 @@ def _temperature_table(report: "Report") -> Table:
     ]
 
 
-def _group_table(kind: str, rows: Sequence["GroupRow"], metric: Metric) -> Table:
+def _group_table(kind: str, rows: Sequence[GroupRow], metric: Metric) -> Table:
     left_out = ("score_mean", "score_std")
     metrics = [m for m in METRICS if m.table == kind and m.key in rows[0].measures and m.key not in left_out]
     header, cells = ["group", "n"], [[row.name, count_of(row)] for row in rows]
@@ -400,14 +397,14 @@ def _group_table(kind: str, rows: Sequence["GroupRow"], metric: Metric) -> Table
         header.append(metric_title(metric))
         cells = [[*line, spread_of(row)] for line, row in zip(cells, rows, strict=True)]
 
-    def cell(metric: GroupMetric, row: "GroupRow") -> str:
+    def cell(metric: GroupMetric, row: GroupRow) -> str:
         return number(row.measures.get(metric.key), metric.format)
 
     header += [m.title for m in metrics]
     return header, [[*line, *(cell(m, row) for m in metrics)] for line, row in zip(cells, rows, strict=True)]
 
 
-def _comparison_table(report: "Report") -> Table:
+def _comparison_table(report: ReportData) -> Table:
     header = ["group", "n", metric_title(report.metric), "95%", "similarity", "95% of it", "better", "worse", "verdict"]
     lines = []
     for row in (report.generated, *report.of_kind(Kind.BASELINE, Kind.OPPONENT, Kind.ORACLE)):
@@ -428,7 +425,7 @@ def _comparison_table(report: "Report") -> Table:
     return header, lines
 
 
-def _memorisation_table(rows: Sequence["GroupRow"]) -> Table:
+def _memorisation_table(rows: Sequence[GroupRow]) -> Table:
     header = ["group", "n", "to nearest", "to mean", "too near (allowed)", "near identical", "alike", "copies"]
     return header, [
         [
@@ -446,7 +443,7 @@ def _memorisation_table(rows: Sequence["GroupRow"]) -> Table:
     ]
 
 
-def _ensemble_table(rows: Sequence["GroupRow"]) -> Table:
+def _ensemble_table(rows: Sequence[GroupRow]) -> Table:
     sizes = sorted({entry["size"] for row in rows for entry in row.ensembles[:-1]} | {1})
     lines = []
     for row in rows:
@@ -458,12 +455,12 @@ def _ensemble_table(rows: Sequence["GroupRow"]) -> Table:
     return ["group", "n", *(str(size) for size in sizes), "all n"], lines
 
 
-def count_of(row: "GroupRow") -> str:
+def count_of(row: GroupRow) -> str:
     """The size of a group, and how many of its networks have no score or no finite predictions."""
     return f"{row.n:,}" + (f" ({row.num_undefined} not finite)" if row.num_undefined else "")
 
 
-def spread_of(row: "GroupRow") -> str:
+def spread_of(row: GroupRow) -> str:
     """The mean ± the standard deviation of a group."""
     mean, std = number(row.measures.get("score_mean"), ".2f"), number(row.measures.get("score_std"), ".2f")
     return mean if row.measures.get("score_mean") is None or row.n == 1 else f"{mean} ± {std}"

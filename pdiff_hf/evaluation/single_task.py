@@ -67,6 +67,7 @@ def evaluate_task(
     losses: Mapping[str, Mapping[str, Sequence[float]]] | None = None,
     latents: Tensor | None = None,
     settings: Mapping[str, Any] | None = None,
+    warnings: Sequence[str] = (),
     seed: int = 0,
 ) -> Report:
     """
@@ -90,6 +91,7 @@ def evaluate_task(
         losses (`Mapping`, *optional*): The loss at every step, by panel and curve, for a figure.
         latents (`torch.Tensor`, *optional*): Shape `(K, L)`, the snapshots' latents if they are known already.
         settings (`Mapping`, *optional*): To be kept in the report.
+        warnings (`Sequence[str]`, *optional*): What else a reader has to know.
         seed (`int`, *optional*, defaults to 0): Of sampling, baselines and bootstrap.
 
     Raises:
@@ -165,6 +167,7 @@ def evaluate_task(
         if report.group("snapshots").verdict == WORSE:
             report.more_steps = _try_more_steps(scorer, pipeline, folder, seed)
     finish(report)
+    report.warnings = [*warnings, *report.warnings]
     sizes = scorer.layout.sizes
     save_report(report, folder, losses, snapshots=snapshots, generated=generated, tensor_sizes=sizes, latents=figures)
     return report

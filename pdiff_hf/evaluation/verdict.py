@@ -1,14 +1,12 @@
 """What a report says in words: three short lines, and warnings."""
 
 import math
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ..utils.reports import TEST
 from .compare import BETTER, WORSE
 from .groups import Kind
-
-if TYPE_CHECKING:
-    from .report import GroupRow, Report
+from .report_data import GroupRow, ReportData
 
 FEW_ERRORS = 20  # with fewer, one error more or less moves an IoU by 5 points
 EXPLAINS_LITTLE = 0.5  # of the variance: reconstructions are little but the mean
@@ -17,7 +15,7 @@ ALMOST_LINEAR = 0.05  # an autoencoder within this of the principal components c
 AS_GOOD = 0.5  # points: networks for other conditions that come as near say that conditions do not count
 
 
-def write_verdict(report: "Report") -> list[str]:
+def write_verdict(report: ReportData) -> list[str]:
     """Against the snapshots, free alternatives, and opponents with feedback: three lines of 40 words in all at most."""
     free = report.of_kind(Kind.BASELINE)
     lines = [
@@ -32,7 +30,7 @@ def write_verdict(report: "Report") -> list[str]:
     return lines
 
 
-def _line(report: "Report", title: str, groups: "list[GroupRow]") -> str:
+def _line(report: ReportData, title: str, groups: list[GroupRow]) -> str:
     groups = [group for group in groups if TEST in group.comparisons]
     best = report.best(groups)
     if best is None:
@@ -47,7 +45,7 @@ def _line(report: "Report", title: str, groups: "list[GroupRow]") -> str:
     return f"{title}: {comparison.verdict}, {number(comparison.difference, '+.2f')} ({name}{what})."
 
 
-def unit(report: "Report") -> str:
+def unit(report: ReportData) -> str:
     """To be written behind a score."""
     return f" {report.metric.unit}" if report.metric.unit else ""
 
@@ -59,7 +57,7 @@ def number(value: float | None, format: str = ".3f") -> str:
     return f"{value:{format}}" if abs(value) < 1e6 else f"{value:.1e}"
 
 
-def what_to_change(report: "Report") -> str | None:
+def what_to_change(report: ReportData) -> str | None:
     """Of networks that are worse than the snapshots: where it is lost, as far as the report has measured it."""
     explained = report.reconstruction
     snapshots = report.of_kind(Kind.SNAPSHOTS)
@@ -90,7 +88,7 @@ def what_to_change(report: "Report") -> str | None:
     return where + "raise --denoiser_steps."
 
 
-def break_even(report: "Report") -> list[dict[str, Any]]:
+def break_even(report: ReportData) -> list[dict[str, Any]]:
     """
     After how many networks a tuned generator has taken fewer passes than the groups that take some for every network.
 
@@ -110,7 +108,7 @@ def break_even(report: "Report") -> list[dict[str, Any]]:
     ]
 
 
-def find_warnings(report: "Report") -> list[str]:
+def find_warnings(report: ReportData) -> list[str]:
     """What a reader has to know before believing the numbers, where something has happened."""
     generated, warnings = report.generated, []
     if generated.num_undefined:

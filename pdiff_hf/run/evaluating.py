@@ -56,11 +56,23 @@ def evaluate(context: RunContext, stage: Stage) -> None:
             losses=_losses(context),
             latents=context.latents,
             settings=c.section(*stage.sections),
+            warnings=_about_conditions(context),
             seed=c.seed,
         )
     context.base_model.to("cpu")
     save_sampling(context)
     context.finish(stage, {})
+
+
+def _about_conditions(context: RunContext) -> list[str]:
+    """Networks for many tasks that are all scored on one: their scores say little, which must not go without a word."""
+    if not context.fields:
+        return []
+    return [
+        f"The snapshots have conditions ({', '.join(context.fields)}), and no family says which task each is for: all "
+        "networks are scored on one data set's labels, whatever their conditions. Give --family, a class whose members "
+        "these conditions choose, to score each on a task of its own, and to compare it with the nearest snapshot."
+    ]
 
 
 def save_sampling(context: RunContext) -> None:
