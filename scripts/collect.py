@@ -34,7 +34,13 @@ def main() -> None:
         "--conditions",
         metavar="TABLE.csv",
         help="In place of --import: its first column names files, folders or Hub ids (relative to the table, or to the "
-        "current folder), and each other column is a field: numbers, `name:angle`, words or JSON lists of numbers.",
+        "current folder), and each other column is a field: numbers, words, JSON lists of numbers, `name:angle`, "
+        "`name:category`, and for descriptions `name:text`.",
+    )
+    parser.add_argument(
+        "--text_encoder",
+        metavar="MODEL",
+        help="With --conditions: reads columns `name:text`; a Hub id or folder (default: the extra `text`).",
     )
     config, flags = parser.parse_config()
     if flags.paths and flags.conditions:
@@ -42,6 +48,8 @@ def main() -> None:
     for flag in ("align", "require_same_frozen"):
         if getattr(flags, flag) and not (flags.paths or flags.conditions):
             parser.error(f"--{flag} needs --import or --conditions: it is for snapshots from files")
+    if flags.text_encoder and not flags.conditions:
+        parser.error("--text_encoder needs --conditions: it reads the descriptions of a table")
     # These take seconds to import, which a mistyped flag should not wait for.
     from pdiff_hf.run.collecting import collect_from_files
     from pdiff_hf.run.listing import describe_selection
@@ -64,7 +72,8 @@ def main() -> None:
         paths, conditions, fields = [expand_path(path) for path in flags.paths or []], None, None
         if flags.conditions:
             table = expand_path(flags.conditions)
-            found, fields = read_conditions(table)
+            encoder = {"text_encoder": flags.text_encoder} if flags.text_encoder else {}
+            found, fields = read_conditions(table, **encoder)
             paths, conditions = [beside(table, name) for name in found], list(found.values())
         config = config.changed(stages=["base"] if paths else ["base", "collect"])
         with tempfile.TemporaryDirectory(prefix="all-adapters-") as folder:

@@ -114,6 +114,8 @@ class ConditionEncoder(SavedModel, ConfigMixin):
         owners: dict[str, set[int]] = defaultdict(set)
         for i, said in enumerate(networks):
             for part in said or ():
+                if not part["text"]:  # an embedding, or a picture without a file
+                    continue
                 embeddings[part["text"]] = torch.tensor(part["embedding"], dtype=torch.float32)
                 owners[part["text"]].add(i)
         found = {embedding.numpy().tobytes(): text for text, embedding in embeddings.items()}

@@ -18,12 +18,13 @@ from transformers import TrainerCallback
 from .. import __version__
 from ..layout import ParameterLayout
 from ..models import ParameterAutoencoder, encode_in_batches
-from ..models.condition import Fields
+from ..models.condition import Condition, Fields
+from ..models.embedded import EmbeddedField
 from ..networks.adapters import without_wrapper
 from ..pipelines import PDiffPipeline
 from ..selection import fit_layout, select_layout
 from ..snapshots import load_snapshots, parameter_matrix
-from ..snapshots.dataset import condition_table, load_fields
+from ..snapshots.dataset import condition_columns, condition_table, load_fields
 from ..tasks import Task, check_head
 from ..tasks.family import Family, as_family
 from ..tasks.task import Split
@@ -256,12 +257,27 @@ class RunContext:
                 f"the snapshots have conditions with the fields {fields}, and family={self.config.family} has "
                 f"{self.family.fields}"
             )
-        return fields
+        return self.family.fields or fields  # in the family's order
 
     @cached_property
     def snapshot_conditions(self) -> torch.Tensor:
         """The conditions of all snapshots, a table of shape `(K, width)`, NaN where a field is unknown."""
         return condition_table(self.snapshots[0], self.fields)
+
+    @cached_property
+    def _seen_columns(self) -> Sequence[Condition]:
+        return condition_columns(self.snapshots[0].select(self.seen.tolist()), self.fields)
+
+    @property
+    def seen_alternatives(self) -> torch.Tensor:
+        """The conditions of the snapshots that generators see, with all ways to say them: shape `(N, K, width)`."""
+        return self.fields.alternatives(self._seen_columns)
+
+    @property
+    def seen_texts(self) -> dict[str, list]:
+        """What has been said of the snapshots that generators see, for each field that an encoder embeds."""
+        embedded = [name for name, field in self.fields.items() if isinstance(field, EmbeddedField)]
+        return {name: [row[name] for row in self._seen_columns] for name in embedded}
 
     def known_snapshots(self) -> tuple[torch.Tensor, torch.Tensor]:
         """The snapshots without unknown fields, shape `(N, D)`, and their conditions, shape `(N, width)`."""

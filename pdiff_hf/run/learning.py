@@ -89,14 +89,14 @@ def fit_denoiser(context: RunContext, stage: Stage) -> None:
     encoder, table, latents = None, None, context.latents[context.seen]
     if context.fields:
         torch.manual_seed(named_seed(c.seed, "condition encoder"))
-        encoder, table = ConditionEncoder(context.fields.to_dict()), context.snapshot_conditions[context.seen]
-        encoder.remember(table.nan_to_num(torch.inf).unique(dim=0).nan_to_num(posinf=torch.nan))
+        encoder, table = ConditionEncoder(context.fields.to_list()), context.seen_alternatives
+        unique = table.flatten(0, 1).nan_to_num(torch.inf).unique(dim=0).nan_to_num(posinf=torch.nan)
+        encoder.remember(unique, context.seen_texts)
     if c.num_regressed:
+        assert table is not None
         regressed, conditions = regressed_latents(context)
-        latents, table = (
-            torch.cat([latents, regressed]),
-            torch.cat([context.snapshot_conditions[context.seen], conditions]),
-        )
+        latents = torch.cat([latents, regressed])
+        table = torch.cat([table, conditions.unsqueeze(1).expand(-1, table.shape[1], -1)])
     args = LoopArguments(
         num_steps=c.denoiser_steps,
         batch_size=c.denoiser_batch_size,

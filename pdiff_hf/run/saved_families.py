@@ -65,6 +65,7 @@ def evaluate_saved_family(source: str, recipe: PDiffConfig) -> Report:
     family = make_family(recipe, make_task(recipe.changed(model=model_name)))
     if fields != family.fields:
         raise ValueError(f"the snapshots have conditions with the fields {fields}, and the family has {family.fields}")
+    fields = family.fields  # in its order
     model = with_adapters(without_wrapper(family.load_saved(model_name)), layout).to(PartialState().device)
     layout.check_fits(model.state_dict())
     networks = NetworkRunner(model, layout)

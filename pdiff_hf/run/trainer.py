@@ -96,6 +96,8 @@ class PDiffTrainer:
             for key in dataclasses.fields(TaskSection):
                 if getattr(self.args, key.name) != default_of(key) and key.name not in self.args.soft:
                     raise ValueError(f"{key.name}={getattr(self.args, key.name)} has no effect: the task is given")
+        if isinstance(task, Family):
+            task.check()
         if isinstance(snapshots, str | os.PathLike):
             self.args, snapshots = self.args.changed(snapshots=os.fspath(snapshots)), None
         elif snapshots is not None:

@@ -117,7 +117,9 @@ def train_denoiser(
         if encoder is not None and table is not None:
             draws = torch.rand(2, len(clean), generator=generator, device=clean.device)
             rows = table[indices].to(clean.device)
-            if rows.ndim == 3:
+            if rows.ndim == 3 and rows.shape[1] == 1:
+                rows = rows[:, 0]
+            elif rows.ndim == 3:
                 ways = torch.randint(rows.shape[1], (len(rows),), generator=generator, device=clean.device)
                 rows = rows[torch.arange(len(rows), device=clean.device), ways]
             rows = encoder.complete(rows, draws[0])

@@ -1,5 +1,7 @@
 """Conditions of networks from elsewhere: from a table, from recorded runs, and what is refused."""
 
+import json
+
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -8,6 +10,7 @@ from support.scripts import run_script
 from support.texts import make_text_encoder
 from torch import nn
 
+from pdiff_hf import PDiffPipeline
 from pdiff_hf.layout import LayoutError
 from pdiff_hf.models import ConditionError
 from pdiff_hf.models.condition import Fields, TextField
@@ -226,6 +229,7 @@ def test_what_is_refused(tmp_path, text, message):
         read_conditions(write(tmp_path, text))
 
 
+TOPICS = ["law", "chess", "cooking", "texts"]
 ANGLES = {"angle": {"type": "angle"}}
 LAYOUT = select_layout(Net(), "head")
 
@@ -261,6 +265,34 @@ def test_recorders_and_imports_refuse_conditions_that_do_not_fit(tmp_path):
     with pytest.raises(LayoutError, match="other tensors"):
         import_snapshots([tmp_path / "a"], select_layout(Net(), "norm"), tmp_path / "all")
     assert not (tmp_path / "all").exists()
+
+
+def test_a_generator_is_told_what_to_make_in_words(tmp_path, monkeypatch, caplog):
+    encoder = make_text_encoder(tmp_path / "encoder")
+    lines = ["network,what:text"]
+    for i in range(8):
+        save_file(Net().state_dict(), tmp_path / f"net-{i}.safetensors")
+        texts = json.dumps([f"{kind} questions on {TOPICS[i % 4]}" for kind in ("answers", "the")])
+        lines.append(f"""net-{i}.safetensors,"{texts.replace('"', '""')}\"""")
+    table = write(tmp_path, "\n".join(lines) + "\n")
+    out = tmp_path / "out"
+    flags = ["--task", "support.blobs:Blobs", "--base_epochs", 0, "--select", "head", "--output_dir", out]
+    flags += ["--latent_dim", 2]
+    run_script(monkeypatch, "collect.py", *flags, "--conditions", table, "--text_encoder", encoder)
+    stages = ["--stages", "autoencoder", "denoiser", "--autoencoder_steps", 2, "--denoiser_steps", 2]
+    run_script(monkeypatch, "train.py", *flags, *stages)
+    pipe = PDiffPipeline.from_pretrained(out)
+    assert pipe.condition_encoder.fields["what"] == TextField(encoder=encoder)
+    seen = pipe.condition_encoder.config.seen_texts["what"]["texts"]
+    assert len(set(seen)) == 8 and "answers questions on law" in seen
+    caplog.clear()
+    sampled = [
+        pipe(1, 2, torch.Generator().manual_seed(0), condition={"what": text}, output_type="pt").parameters
+        for text in ("answers questions on law", ["answers questions on law"], "translates")
+    ]
+    assert torch.equal(sampled[0], sampled[1]) and sampled[0].isfinite().all()
+    with pytest.raises(SystemExit):
+        run_script(monkeypatch, "collect.py", *flags, "--import", tmp_path, "--text_encoder", encoder)
 
 
 def test_a_table_names_the_networks_that_collect_imports(tmp_path, monkeypatch):
