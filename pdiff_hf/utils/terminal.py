@@ -21,11 +21,14 @@ def start_script(doc: str | None) -> str:
     such as `head`, may close the pipe.
 
     Args:
-        doc (`str`, *optional*): The script's docstring, which `python -OO` takes away.
+        doc (`str`, *optional*): The script's docstring, which `python -OO` takes away. The libraries below need theirs,
+            so that the script begins anew without that.
 
     Returns:
         `str`: Its first paragraph, a description for `--help`.
     """
+    if sys.flags.optimize > 1:
+        _keep_docstrings()
     for number in range(3):
         try:
             os.fstat(number)
@@ -39,6 +42,14 @@ def start_script(doc: str | None) -> str:
             stream.reconfigure(errors=errors)
     atexit.register(_flush)
     return (doc or "").strip().partition("\n\n")[0]
+
+
+def _keep_docstrings() -> None:
+    """Replaces this process by the same without `-OO` or PYTHONOPTIMIZE=2: without docstrings, transformers and
+    diffusers cannot be imported."""
+    arguments = [argument for argument in sys.orig_argv[1:] if argument not in ("-O", "-OO")]
+    if os.environ.pop("PYTHONOPTIMIZE", None) or len(arguments) < len(sys.orig_argv) - 1:
+        os.execv(sys.executable, [sys.executable, *arguments])
 
 
 def _flush() -> None:
