@@ -142,7 +142,6 @@ def regressed_latents(context: RunContext) -> tuple[torch.Tensor, torch.Tensor]:
     between the seen tasks what the regression says, and tuning on seen tasks goes on from there.
     """
     c, family, autoencoder = context.config, context.family, context.autoencoder
-    assert family is not None
     networks = NetworkRunner(context.base_model, context.layout)
     products = autoencoder.products
     seen, _, means = mean_networks(*context.known_snapshots(), products)
