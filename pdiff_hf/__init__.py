@@ -9,8 +9,6 @@ __version__ = "0.2.0"
 
 # What this package is for: all of it is imported when it is asked for.
 _PUBLIC = {
-    ".evaluation.evaluation": ("evaluate",),
-    ".evaluation.report": ("Report",),
     ".evaluation": ("Report", "evaluate"),
     ".layout": ("LayoutError", "ParameterLayout"),
     ".models": ("ConditionEncoder", "ConditionError", "Fields", "LatentDenoiser", "ParameterAutoencoder"),
@@ -36,8 +34,6 @@ _MODULES = {name: module for module, names in _PUBLIC.items() for name in names}
 
 if TYPE_CHECKING:
     from .evaluation import Report, evaluate
-    from .evaluation.evaluation import evaluate
-    from .evaluation.report import Report
     from .layout import LayoutError, ParameterLayout
     from .models import ConditionEncoder, ConditionError, Fields, LatentDenoiser, ParameterAutoencoder
     from .networks.ensemble import EnsembleModel
@@ -81,7 +77,6 @@ __all__ = [
     "ParameterAutoencoder",
     "ParameterLayout",
     "Report",
-    "Report",
     "SemanticSegmentationTask",
     "SnapshotCallback",
     "SnapshotRecorder",
@@ -90,7 +85,6 @@ __all__ = [
     "TaskFamily",
     "TextClassificationTask",
     "TransformedFamily",
-    "evaluate",
     "evaluate",
     "import_snapshots",
     "load_snapshots",
