@@ -1,5 +1,6 @@
 """Networks with adapters of PEFT: networks of transformers or diffusers that hold the adapters in their own modules."""
 
+import inspect
 import json
 import os
 import re
@@ -356,9 +357,9 @@ def load_reference(reference: Mapping[str, str], **kwargs: Any) -> PreTrainedMod
         ValueError: if its class is not one of transformers.
         OSError: if it cannot be had.
     """
-    model_class: Any = getattr(transformers, str(reference.get("class")), None)
-    if not isinstance(model_class, type) or not issubclass(model_class, PreTrainedModel):
+    named: Any = getattr(transformers, str(reference.get("class")), None)
+    if not (inspect.isclass(named) and issubclass(named, PreTrainedModel)):
         raise ValueError(f"the base model's class {reference.get('class')!r:.100} is not a network of transformers")
+    model_class: type[PreTrainedModel] = named
     settings = {"dtype": getattr(torch, reference["dtype"])} | kwargs
-    load: Any = model_class.from_pretrained
-    return load(reference["id"], revision=reference["revision"], **settings)
+    return model_class.from_pretrained(reference["id"], revision=reference["revision"], **settings)
