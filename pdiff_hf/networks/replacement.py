@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import functools
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 import torch
 from torch import nn
@@ -86,4 +87,5 @@ class Replacement:
 
 
 def _get(model: nn.Module, name: str) -> torch.Tensor:
-    return functools.reduce(getattr, name.split("."), model)  # older releases of torch.export know no `get_submodule`
+    found: Any = functools.reduce(getattr, name.split("."), model)  # older torch.export knows no `get_submodule`
+    return found
