@@ -22,4 +22,4 @@ def whole(tmp_path_factory):
 @pytest.fixture
 def without_figures(monkeypatch):
     """Figures take longer than everything else."""
-    monkeypatch.setattr("pdiff_hf.evaluation.finish.draw_figures", lambda *args, **kwargs: None)
+    monkeypatch.setattr("pdiff_hf.evaluation.plots.draw_figures", lambda *args, **kwargs: None)
