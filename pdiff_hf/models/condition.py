@@ -12,15 +12,14 @@ from diffusers.configuration_utils import register_to_config
 from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import nn
 
+from .condition_table import Conditions, Fields
 from .embedded import ImageField, TextField
 from .fields import (
     AngleField,
     CategoryField,
     Condition,
     ConditionError,
-    Conditions,
     Field,
-    Fields,
     ScalarField,
     VectorField,
     shown,
