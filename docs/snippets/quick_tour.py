@@ -7,7 +7,8 @@ x = torch.randn(1000, 4)
 y = (x.sum(1) > 0).long()
 net = nn.Sequential(nn.Linear(4, 16), nn.ReLU(), nn.Linear(16, 2))
 
-trainer = PDiffTrainer(ModuleTask(net, (x, y)), args=PDiffConfig(select=["all"], num_snapshots=50, latent_dim=16))
+args = PDiffConfig(select=["all"], num_snapshots=50, latent_dim=16, baselines="few")
+trainer = PDiffTrainer(ModuleTask(net, (x, y)), args=args)
 pipe = trainer.train()
 networks = pipe(num_models=5, output_type="model").parameters
 print(networks[0](x[:3]))

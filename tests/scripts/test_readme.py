@@ -1,4 +1,7 @@
-"""Every command and every Python block of the README runs, in the README's order, in one folder, at a small size."""
+"""
+Every command of the README runs, in its order, in one folder, at a small size; and so does every Python block of the
+README and of the documentation, each as a file by itself.
+"""
 
 import json
 import re
@@ -20,26 +23,31 @@ from transformers import (
     ViTImageProcessor,
 )
 
-ROOT = Path(__file__).parents[2]
-README = (ROOT / "README.md").read_text()
-BLOCKS = re.findall(r"```(bash|python)\n(.*?)```", README, re.DOTALL)
+import pdiff_hf
+from pdiff_hf import SnapshotCallback
 
-# Not run here: the installation, and the command that runs this test.
-SKIPPED = ("pip install", "python -m pytest")
-# The Hub of the tests knows this user; and these many steps would take too long.
-REPLACED = {"user/": "alice/", "first_step=500": "first_step=5"}
+ROOT = Path(__file__).parents[2]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+BLOCKS = re.findall(r"```(bash|python)\n(.*?)```", README, re.DOTALL)
+PAGES = {path.name: path.read_text(encoding="utf-8") for path in (ROOT / "docs" / "pages").rglob("*.md")}
+SNIPPETS = {path.stem: path.read_text(encoding="utf-8") for path in (ROOT / "docs" / "snippets").glob("*.py")}
+
+# Not run here: the installation, and the page, which waits for a browser.
+SKIPPED = ("pip install", "python scripts/app.py")
+# The Hub of the tests knows this user.
+REPLACED = {"user/": "alice/"}
+# Where commands look for the classes of a block.
+FILES = {"darker": "my_family.py", "clouds": "my_task.py"}
 SAMPLING = {"num_models": 2, "num_inference_steps": 2}
 SMALL = {
     "train": TINY | {"baseline_models": 0, "tune_steps": 2, "tune_models": 4, "tune_batch_size": 4},
-    "collect": TINY | {"baseline_models": 0},
     "generate": SAMPLING,
     "evaluate": SAMPLING | {"max_eval_samples": 50, "baseline_models": 0},
     "reproduce": TINY | {"baseline_models": None, "dataset": "digits"},
 }
 # Of its tasks and its network, what the recipe says.
 ON_DEMAND = {key: value for key, value in TINY_FAMILY.items() if key not in ("family", "family_args", "select")}
-MORE = {"scripts/reproduce.py table3a": ["--rows", "none"], "fashion_mnist.yaml": ["--dataset", "digits"]}
-MORE["digits.yaml"] = ['--collect_args={"num_runs": 2}']
+MORE = {"scripts/reproduce.py table3a": ["--rows", "none"], "digits.yaml": ['--collect_args={"num_runs": 2}']}
 
 
 def small_flags(line: str, arguments: list[str]) -> list[str]:
@@ -47,15 +55,15 @@ def small_flags(line: str, arguments: list[str]) -> list[str]:
     script = Path(arguments[0]).stem
     if "--list" in arguments or script not in SMALL:
         return []
-    settings = ON_DEMAND if "on_demand" in line or arguments == ["scripts/train.py"] else SMALL[script]
+    is_family = script == "train" and (len(arguments) == 1 or "on_demand" in line)
+    settings = ON_DEMAND if is_family else SMALL[script]
     settings = {key: value for key, value in settings.items() if value is not None and f"--{key}" not in arguments}
     # What has no effect is refused.
-    without = {"model", "image_size"} if {"--model", "--task"} & set(arguments) else set()
-    if "digits.yaml" in line or len(arguments) == 1:
+    without = {"model", "image_size"} if "--model" in arguments else set()
+    if "digits.yaml" in line:
         without |= {"model", "model_args", "image_size", "autoencoder_steps", "autoencoder_batch_size"}
-    without |= {"max_train_samples", "max_eval_samples"} if "--task" in arguments else set()
-    if script == "train" and ("--snapshots" in arguments or "outputs/imported" in arguments):
-        without |= {"num_snapshots", "collect_batch_size"}
+    if script == "train" and "--snapshots" in arguments:
+        without |= {"num_snapshots", "collect_batch_size", "tune_steps"}
     flags = [
         f"--{key}={json.dumps(value) if isinstance(value, dict) else value}"
         for key, value in settings.items()
@@ -66,7 +74,7 @@ def small_flags(line: str, arguments: list[str]) -> list[str]:
 
 def run_command(line: str, monkeypatch) -> None:
     """A command of the README, in this process; launchers add nothing at this size."""
-    arguments = shlex.split(line, comments=True)
+    arguments = shlex.split(line.replace("--tune_steps 200", "--tune_steps 2"), comments=True)
     assert arguments[:2] == ["accelerate", "launch"] or arguments[0] == "python", line
     arguments = arguments[2 if arguments[0] == "accelerate" else 1 :]
     monkeypatch.setattr(sys, "argv", arguments + small_flags(line, arguments))
@@ -79,8 +87,8 @@ def digits(start: int, stop: int) -> list[tuple[np.ndarray, int]]:
     return list(zip(np.repeat(pixels, 3, axis=3), labels[start:stop].tolist(), strict=True))
 
 
-def write_user_files(folder: Path) -> Trainer:
-    """What a reader of the README has: a folder of images, and a `Trainer` for a network of their own."""
+def write_user_files(folder: Path) -> None:
+    """What a reader of the README has: a folder of images, and a network trained with snapshots."""
     for split, (start, stop) in {"train": (0, 300), "test": (300, 400)}.items():
         for i, (image, label) in enumerate(digits(start, stop)):
             path = folder / "my_images" / split / f"class-{label}" / f"{i}.png"
@@ -91,11 +99,11 @@ def write_user_files(folder: Path) -> Trainer:
     config.id2label = {i: f"class-{i}" for i in range(10)}
     config.label2id = {name: i for i, name in config.id2label.items()}
     torch.manual_seed(0)
-    return Trainer(
+    trainer = Trainer(
         AutoModelForImageClassification.from_config(config),
         TrainingArguments(
-            str(folder / "my_checkpoints"), max_steps=20, per_device_train_batch_size=32, save_steps=4,
-            save_total_limit=None, learning_rate=1e-3, report_to="none", disable_tqdm=True, use_cpu=True,
+            str(folder / "my_checkpoints"), max_steps=20, per_device_train_batch_size=32, save_strategy="no",
+            learning_rate=1e-3, report_to="none", disable_tqdm=True, use_cpu=True,
         ),
         train_dataset=[processor(image) | {"labels": label} for image, label in digits(0, 200)],
         data_collator=lambda rows: {
@@ -103,48 +111,60 @@ def write_user_files(folder: Path) -> Trainer:
             "labels": torch.tensor([row["labels"] for row in rows]),
         },
         processing_class=processor,
+        callbacks=[SnapshotCallback("snapshots", select="norm[-2:]")],
     )  # fmt: skip
+    trainer.train()
+    trainer.save_model("my_model")
 
 
 def test_everything_in_the_readme_runs(tmp_path, monkeypatch, hub, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "scripts").symlink_to(ROOT / "scripts")
     monkeypatch.setattr(sys, "path", [str(ROOT / "scripts"), *sys.path])
-    names = {"trainer": write_user_files(tmp_path)}
+    write_user_files(tmp_path)
+    for name, file in FILES.items():
+        (tmp_path / file).write_text(SNIPPETS[name], encoding="utf-8")
     for language, block in BLOCKS:
-        for old, new in REPLACED.items():
-            block = block.replace(old, new)
-        if language == "python":
-            exec(compile(block, block.partition("\n")[0], "exec"), names)
-            for class_name, file in {"Clouds": "my_task.py", "Darker": "my_family.py"}.items():
-                if f"class {class_name}" in block:
-                    (tmp_path / file).write_text(f"import torch\n{block}")
-            continue
-        for line in block.replace("\\\n", " ").splitlines():
+        for line in block.replace("\\\n", " ").splitlines() if language == "bash" else ():
             if not line.startswith(SKIPPED):
+                for old, new in REPLACED.items():
+                    line = line.replace(old, new)
                 run_command(line, monkeypatch)
 
-    # What the commands promise is there, and what the blocks name is what it should be.
-    for folder in ("digits", "on_demand", "darker", "mine", "imported", "clouds"):
+    # What the commands promise is there.
+    for folder in ("digits", "on_demand", "darker", "mine"):
         assert (tmp_path / "outputs" / folder / "evaluation" / "report.md").is_file(), folder
-    report = json.loads((tmp_path / "outputs" / "clouds" / "evaluation" / "report.json").read_text())
-    assert report["num_parameters"] == 32  # scale and shift of the layer of 16
-    assert len(list((tmp_path / "outputs" / "my_networks").iterdir())) == 2
+    assert len(list((tmp_path / "outputs" / "networks").glob("network-*"))) == 4
     assert "77.5" in capsys.readouterr().out  # the paper's number in table 3a
-    assert len(names["networks"]) == 8 and len(names["posterior"].parameters) <= 64
-    assert len(names["snapshots"]) == TINY["num_snapshots"]
-    assert type(names["pipe"]).__name__ == "PDiffPipeline"
+
+    # Each block as a file by itself. They find what the commands have made.
+    for name, code in SNIPPETS.items():
+        for old, new in REPLACED.items():
+            code = code.replace(old, new)
+        (tmp_path / f"{name}.py").write_text(code, encoding="utf-8")
+        made = runpy.run_path(f"{name}.py", run_name="__main__")
+        if name == "quick_tour":
+            assert len(made["networks"]) == 5 and made["networks"][0](torch.zeros(3, 4)).shape == (3, 2)
+        if name == "record":
+            assert len(made["snapshots"]) == 20 and made["layout"].num_parameters == 16
 
 
-def test_the_example_of_a_task_is_the_one_that_is_tested():
-    example = (ROOT / "tests" / "support" / "own_task.py").read_text().partition("\n")[2].strip()
-    assert example in README
+def test_blocks_are_those_of_the_documentation():
+    """And each of these is on a page."""
+    assert all(block in SNIPPETS.values() for language, block in BLOCKS if language == "python")
+    shown = set(re.findall(r'--8<-- "(\w+)\.py"', "".join(PAGES.values())))
+    assert shown | {"hub"} == set(SNIPPETS)
+
+
+def test_every_public_name_is_in_the_reference():
+    shown = re.findall(r"^::: pdiff_hf\.(\w+)$", "".join(PAGES.values()), re.MULTILINE)
+    assert sorted(shown) == sorted(pdiff_hf.__all__)
 
 
 def test_what_the_readme_links_to_is_there():
-    for path in re.findall(r"\]\((?!http)([^)#]+)\)", README) + re.findall(r"`(pdiff_hf/[\w./]+|pipelines/)`", README):
+    for path in re.findall(r"\]\((?!http)([^)#]+)\)", README):
         assert (ROOT / path).exists(), path
 
 
 def test_the_readme_is_one_page():
-    assert len(README.split()) <= 1300
+    assert len(README.split()) <= 1100
