@@ -60,7 +60,7 @@ def small_flags(line: str, arguments: list[str]) -> list[str]:
     settings = {key: value for key, value in settings.items() if value is not None and f"--{key}" not in arguments}
     # What has no effect is refused.
     without = {"model", "image_size"} if "--model" in arguments else set()
-    if "digits.yaml" in line:
+    if "digits.yaml" in line or len(arguments) == 1:  # without a recipe's network, it would be another default
         without |= {"model", "model_args", "image_size", "autoencoder_steps", "autoencoder_batch_size"}
     if script == "train" and "--snapshots" in arguments:
         without |= {"num_snapshots", "collect_batch_size", "tune_steps"}
