@@ -3,7 +3,7 @@
 import inspect
 import traceback
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
@@ -13,15 +13,12 @@ from ..utils.memory import is_out_of_memory
 from .draws import ExampleGenerator
 from .family import TaskFamily
 
-if TYPE_CHECKING:
-    from .image_families import ImageFamily
-
 # Pictures with strong noise leave the range from 0 to 1; pictures from 0 to 255 leave this one.
 FARTHEST = (-4.0, 5.0)
 
 
 def apply_change(
-    family: "ImageFamily",
+    family: Any,
     conditions: Conditions,
     images: torch.Tensor,
     labels: torch.Tensor,
@@ -33,6 +30,7 @@ def apply_change(
     `family.change(conditions, images, labels)`, with a generator if it takes one.
 
     Args:
+        family (`ImageFamily`): Which imports this module.
         check_values (`bool`): Looks also at the values, which takes time.
 
     Returns:
@@ -74,7 +72,7 @@ def apply_change(
     return new_images, new_labels
 
 
-def _check_values(family: "ImageFamily", images: torch.Tensor, labels: torch.Tensor) -> None:
+def _check_values(family: Any, images: torch.Tensor, labels: torch.Tensor) -> None:
     low, high = (value.item() for value in images.aminmax())
     if not FARTHEST[0] <= low <= high <= FARTHEST[1]:  # also of what is not a number
         raise ValueError(
@@ -89,7 +87,7 @@ def _check_values(family: "ImageFamily", images: torch.Tensor, labels: torch.Ten
         raise ValueError(f"{_where(family)} must return labels from 0{most}, and returns some from {first} to {last}")
 
 
-def _where(family: "ImageFamily", error: BaseException | None = None) -> str:
+def _where(family: Any, error: BaseException | None = None) -> str:
     """The class, and the line of its `change`, or of where an error came from."""
     change = inspect.unwrap(type(family).change)
     code = getattr(change, "__code__", None)
