@@ -29,7 +29,7 @@ from pdiff_hf import SnapshotCallback
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"```(bash|python)\n(.*?)```", README, re.DOTALL)
-PAGES = {path.name: path.read_text(encoding="utf-8") for path in (ROOT / "docs" / "pages").rglob("*.md")}
+PAGES = [path.read_text(encoding="utf-8") for path in (ROOT / "docs" / "pages").rglob("*.md")]
 SNIPPETS = {path.stem: path.read_text(encoding="utf-8") for path in (ROOT / "docs" / "snippets").glob("*.py")}
 
 # Not run here: the installation, and the page, which waits for a browser.
@@ -152,12 +152,12 @@ def test_everything_in_the_readme_runs(tmp_path, monkeypatch, hub, capsys):
 def test_blocks_are_those_of_the_documentation():
     """And each of these is on a page."""
     assert all(block in SNIPPETS.values() for language, block in BLOCKS if language == "python")
-    shown = set(re.findall(r'--8<-- "(\w+)\.py"', "".join(PAGES.values())))
+    shown = set(re.findall(r'--8<-- "(\w+)\.py"', "".join(PAGES)))
     assert shown | {"hub"} == set(SNIPPETS)
 
 
 def test_every_public_name_is_in_the_reference():
-    shown = re.findall(r"^::: pdiff_hf\.(\w+)$", "".join(PAGES.values()), re.MULTILINE)
+    shown = re.findall(r"^::: pdiff_hf\.(\w+)$", "".join(PAGES), re.MULTILINE)
     assert sorted(shown) == sorted(pdiff_hf.__all__)
 
 
