@@ -151,7 +151,7 @@ class PDiffPipeline(SavedPipeline, LatentMixin, DiffusionPipeline):
     def to(self, *args: Any, **kwargs: Any) -> "Self":
         """Like diffusers' own. A base model of no library is moved too, but keeps its types."""
         super().to(*args, **kwargs)
-        if "base_model" not in self.config:
+        if "base_model" not in self.config and self.base_model is not None:
             self.base_model.to(self.device)
         return self
 

@@ -109,7 +109,8 @@ class ImageClassificationTask(ImageTask, LabelledTask):
 
     def _fit_to_images(self, config: TimmWrapperConfig, side: int) -> TimmWrapperConfig:
         """The configuration for images of their own size, where they are smaller and the network takes any size."""
-        fixed = self._on_meta_device(self.model_args).pretrained_cfg.get("fixed_input_size")  # type: ignore[operator]
+        cfg: dict[str, Any] = self._on_meta_device(self.model_args).pretrained_cfg  # type: ignore
+        fixed = cfg.get("fixed_input_size")
         if fixed or "img_size" in self.model_args or side >= max(config.pretrained_cfg["input_size"][1:]):
             return config
         self.image_size = side

@@ -55,7 +55,8 @@ class _RowError(ValueError):
 
 def _load(dataset: str) -> datasets.DatasetDict:
     suffix = os.path.splitext(dataset)[1]
-    path, config, files = dataset, None, None
+    path, config = dataset, ""
+    files: dict[str, str] | dict[str, list[str]] | None = None
     if os.path.isfile(dataset) and suffix in FILE_TYPES:
         path, files = FILE_TYPES[suffix], {"train": dataset}
     elif os.path.isdir(dataset):

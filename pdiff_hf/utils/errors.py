@@ -49,14 +49,15 @@ def users_line(error: BaseException) -> str:
     of an installed library; else nothing.
     """
     libraries = (sysconfig.get_path("stdlib"), *(str(path) for path in _OWN))
-    while error is not None:
-        for frame in reversed(traceback.extract_tb(error.__traceback__)):
+    cause: BaseException | None = error
+    while cause is not None:
+        for frame in reversed(traceback.extract_tb(cause.__traceback__)):
             path = os.path.realpath(frame.filename)
             if os.path.isfile(path) and "site-packages" not in Path(path).parts and not path.startswith(libraries):
                 return f" ({frame.filename}, line {frame.lineno}: {frame.line})"
-        if isinstance(error, SyntaxError) and error.filename and os.path.isfile(error.filename):
-            return f" ({error.filename}, line {error.lineno}: {(error.text or '').strip()})"
-        error = error.__cause__
+        if isinstance(cause, SyntaxError) and cause.filename and os.path.isfile(cause.filename):
+            return f" ({cause.filename}, line {cause.lineno}: {(cause.text or '').strip()})"
+        cause = cause.__cause__
     return ""
 
 

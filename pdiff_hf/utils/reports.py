@@ -62,7 +62,8 @@ def _verdict(word: str) -> str:
 
 
 def _new_report(old: Mapping[str, Any], **changes: Any) -> dict[str, Any]:
-    empty = {"reconstruction": None, "tuning": None, "temperatures": [], "reverse_process": None, "more_steps": None}
+    empty: dict[str, Any] = {"reconstruction": None, "tuning": None, "temperatures": []}
+    empty |= {"reverse_process": None, "more_steps": None}
     kept = {key: old[key] for key in ("metric", "num_parameters", "warnings", *empty) if key in old}
     return {
         "version": REPORT_VERSION,
@@ -77,8 +78,8 @@ def _new_report(old: Mapping[str, Any], **changes: Any) -> dict[str, Any]:
 
 
 def _new_group(name: str, kind: str, sets: dict, comparisons: dict, **changes: Any) -> dict[str, Any]:
-    group = {"name": name, "kind": kind, "sweep": None, "value": None, "n": 1, "num_undefined": 0, "cost": None}
-    group |= {"size": None, "note": "", "tried": {}, "sets": sets, "comparisons": comparisons}
+    group: dict[str, Any] = {"name": name, "kind": kind, "sweep": None, "value": None, "n": 1, "num_undefined": 0}
+    group |= {"cost": None, "size": None, "note": "", "tried": {}, "sets": sets, "comparisons": comparisons}
     return group | {"measures": {}, "ensembles": [], "memorisation": None} | changes
 
 
