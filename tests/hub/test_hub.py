@@ -661,7 +661,7 @@ def test_train_pushes_what_it_has_made(hub, tmp_path, monkeypatch, capsys):
     assert refused == "error: push_to_hub needs a finished generator, which the chosen stages do not make"
     assert not (tmp_path / "out").exists() and not hub.repos
 
-    argv += ["--hub_model_id", "lab/digits", "--hub_token", "alice-token"]
+    argv += ["--hub_model_id", "lab/digits"]
     hub.fail("POST", "/commit/", status=503)
     failed = run_script(monkeypatch, capsys, *argv)
     assert failed.startswith("error: ") and failed.endswith("push again")

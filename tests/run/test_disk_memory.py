@@ -16,11 +16,11 @@ from pdiff_hf.utils.errors import ResourceError
 
 @pytest.fixture
 def small_disk(tmp_path):
-    """A file system of 64 MB, which takes the rights to mount one."""
+    """A file system of 128 MB, which takes the rights to mount one."""
     folder = tmp_path / "disk"
     folder.mkdir()
     mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=64m", "tmpfs", folder], capture_output=True, text=True
+        ["mount", "-t", "tmpfs", "-o", "size=128m", "tmpfs", folder], capture_output=True, text=True
     )
     if mounted.returncode:
         pytest.skip(f"a file system cannot be mounted here: {mounted.stderr.strip()}")

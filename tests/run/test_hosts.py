@@ -9,10 +9,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from run.test_processes import SETTINGS, assert_same_tensors
+from run.test_processes import SETTINGS, assert_same_tensors, flags_of
 from support.run_server import ROOT
 
-FLAGS = [f"--{key}={value}" for key, value in (SETTINGS | {"denoiser_steps": 40}).items()]
+FLAGS = flags_of(SETTINGS | {"denoiser_steps": 40})
 FLAGS += ["--stages", "base", "collect", "autoencoder", "denoiser"]
 ADDRESSES = ("10.77.0.1", "10.77.0.2")
 

@@ -24,7 +24,18 @@ SETTINGS = RECIPE | {
     "denoiser_steps": 6,
     "checkpointing_steps": 4,
 }
-FLAGS = [f"--{key}={value}" for key, value in SETTINGS.items()]
+
+
+def flags_of(settings: dict) -> list[str]:
+    """As a shell has them: lists word by word, mappings as JSON."""
+    texts = {
+        key: " ".join(v) if isinstance(v, list) else json.dumps(v) if isinstance(v, dict) else v
+        for key, v in settings.items()
+    }
+    return [f"--{key}={text}" for key, text in texts.items()]
+
+
+FLAGS = flags_of(SETTINGS)
 
 
 def torchrun(*arguments) -> subprocess.CompletedProcess:
@@ -100,7 +111,7 @@ def test_two_processes_do_in_all_stages_what_one_does_in_two_parts(run_server, t
 def test_two_processes_do_for_a_family_what_one_does_in_two_parts(run_server, tmp_path):
     """The zoo, the generator, its tuning, and all that is scored."""
     settings = TINY_FAMILY | CHANGES | {"baselines": "few"}
-    flags = [f"--{key}={' '.join(v) if isinstance(v, list) else v}" for key, v in settings.items()]
+    flags = flags_of(settings)
     one = run_server.run(tmp_path / "one", *flags, "--gradient_accumulation_steps=2")
     assert one.status == 0, one.errors
     two = torchrun(ROOT / "scripts/train.py", f"--output_dir={tmp_path / 'two'}", *flags)
