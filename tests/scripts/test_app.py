@@ -153,8 +153,8 @@ def test_a_run_is_sampled_compared_and_downloaded(run, page, tmp_path):
     show_tab(page, "Parameters")
     assert has_picture(page)
     show_tab(page, "Report")
-    page.get_by_text("Verdict:").wait_for()
-    page.get_by_role("cell", name="reconstructed").wait_for()
+    page.get_by_text("Against the snapshots:").wait_for()
+    page.get_by_role("cell", name="snapshots").first.wait_for()
     table = page.locator(".report table")
     assert table.evaluate("t => [...t.rows].every(r => r.getBoundingClientRect().right <= innerWidth)")  # none cut off
 
