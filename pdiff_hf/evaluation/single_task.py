@@ -313,7 +313,7 @@ def _announce(scorer: Scorer, num_networks: int) -> None:
         "scoring: about %s for up to %s networks, less those that were scored before%s",
         time,
         f"{num_networks:,}",
-        "; --score_models and --baseline_models take fewer" if seconds > 600 else "",
+        "; --num_models and --baseline_models take fewer" if seconds > 600 else "",
     )
 
 
