@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ..models.autoencoder import LARGE
+from ..models.condition import Condition
 from ..models.products import expanded
 from ..pipelines import PDiffPipeline
 from ..utils.files import free_space
@@ -21,7 +22,7 @@ from ..utils.memory import InParts
 from ..utils.seeds import derive_seed
 from .baselines import Baseline, BaselineContext, standard_baselines
 from .geometry import Rows, mean_of, pca_r2_score
-from .score import CHUNK_BYTES, Scorer
+from .score import CHUNK_BYTES
 
 NUM_TRAJECTORIES = 5  # the paper's figure 5b has as many
 MAX_TRAJECTORY_STEPS = 20  # of a longer process so many are scored
@@ -231,17 +232,24 @@ def supported_baselines(context: BaselineContext, which: str = "all") -> list[Ba
 
 
 def reverse_process(
-    scorer: Scorer,
+    score: Callable[[Tensor], Tensor],
     pipeline: PDiffPipeline,
     folder: Path,
     seed: int,
+    conditions: Sequence[Condition] | None = None,
 ) -> dict:
     """
-    Test scores of the networks that the noisy latents of several samples, or of one of large networks, decode to along
-    the way (paper, figure 5b): `steps` that were taken, and `scores`, a row a sample and a column a step.
+    Test scores of the networks that the noisy latents of several samples decode to along the way (paper, figure 5b):
+    `steps` that were taken, and `scores`, a row a sample and a column a step.
+
+    Args:
+        score (`Callable`): From parameters of shape `(N, D)`, one network for each sample or for several steps of them,
+            to scores of shape `(N,)`.
+        conditions (`Sequence[Condition]`, *optional*): One for each sample; by default there are some samples without
+            any, or one if networks are large.
     """
     num_parameters = pipeline.autoencoder.layout.num_parameters
-    count = NUM_TRAJECTORIES if num_parameters < LARGE else 1
+    count = len(conditions) if conditions else NUM_TRAJECTORIES if num_parameters < LARGE else 1
     generator = named_generator(seed, "trajectories")
     noise = torch.randn(count, pipeline.denoiser.config.latent_dim, generator=generator)
     along = [noise * pipeline.scheduler.init_noise_sigma * pipeline.config.temperature]
@@ -251,18 +259,18 @@ def reverse_process(
         return tensors
 
     pipeline(
-        count,
+        1 if conditions else count,
         generator=generator,
+        condition=conditions,
         latents=noise,
         output_type="latent",
         callback_on_step_end=keep,
     )
     last = len(along) - 1
     steps = torch.linspace(0, last, min(last, MAX_TRAJECTORY_STEPS) + 1).round().int().tolist()
-    scores = [
-        scorer.score("test", decode(pipeline, latents, folder)).values
-        for latents in torch.cat([along[step] for step in steps]).split(max(1, CHUNK_BYTES // (4 * num_parameters)))
-    ]
+    at_once = count if conditions else max(1, CHUNK_BYTES // (4 * num_parameters))
+    shown = torch.cat([along[step] for step in steps]).split(at_once)
+    scores = [score(decode(pipeline, latents, folder)) for latents in shown]
     return {"steps": steps, "scores": torch.cat(scores).view(-1, count).T.tolist()}
 
 

@@ -11,6 +11,7 @@ import torch
 from accelerate import Accelerator, PartialState
 from torch import Tensor, nn
 
+from ..models.autoencoder import LARGE
 from ..models.products import AdapterProducts
 from ..networks.runner import NetworkRunner
 from ..pipelines import PDiffPipeline
@@ -23,16 +24,13 @@ from ..utils.seeds import named_seed
 from .closed_forms import closed_forms
 from .compare import Bootstrap, Sample
 from .finish import finish, sampling_of, save_report
-from .groups import (
-    Cost,
-    Group,
-    Kind,
-)
+from .groups import Cost, Group, Kind, decode, encode, named_generator, reverse_process
 from .opponents import Pending, Regime, oracles
 from .report import GroupRow, Report
 from .score import MemberScorer
 
 NUM_MEMBERS = {"validation": 32, TEST: 48}
+SHOWN_SNAPSHOTS = 200  # of them, so many are encoded for a figure
 
 
 def evaluate_members(
@@ -147,10 +145,45 @@ def evaluate_members(
         sampling={} if pipeline is None else sampling_of(pipeline),
         settings=dict(settings or {}) | {"seed": seed},
     )
+    if pipeline is not None and state.is_main_process and folder is not None:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        figures = _watch(report, pipeline, family, networks, snapshots, sets[TEST], Path(folder), num_examples, seed)
+    else:
+        figures = {}
     compare_members(report)
     if folder is not None and state.is_main_process:
-        save_report(report, folder, losses)
+        save_report(report, folder, losses, **figures)
     return report
+
+
+def _watch(
+    report: Report,
+    pipeline: PDiffPipeline,
+    family: Family,
+    networks: NetworkRunner,
+    snapshots: Tensor,
+    table: Tensor,
+    folder: Path,
+    num_examples: int,
+    seed: int,
+) -> dict[str, Any]:
+    """The reverse process for some members, and what the figures of parameters and latents show."""
+    conditions = family.fields.conditions(table)
+    watched = conditions if networks.layout.num_parameters < LARGE else conditions[:1]
+    device = next(networks.model.parameters()).device
+    scorer = MemberScorer(family, networks, table[: len(watched)].to(device), num_examples)
+    report.reverse_process = reverse_process(
+        lambda parameters: scorer.score(TEST, parameters).values[:, 0], pipeline, folder, seed, watched
+    )
+    noise = named_generator(seed, "generated")
+    (latents,) = pipeline(generator=noise, condition=conditions, output_type="latent", return_dict=False)
+    shown = snapshots[torch.linspace(0, len(snapshots) - 1, min(len(snapshots), SHOWN_SNAPSHOTS)).round().long()]
+    return {
+        "snapshots": shown,
+        "generated": decode(pipeline, latents, folder),
+        "tensor_sizes": networks.layout.sizes,
+        "latents": {"snapshots": encode(pipeline, shown), "generated": latents},
+    }
 
 
 def _member_rows(

@@ -20,6 +20,7 @@ from sklearn.decomposition import PCA
 from torch import Tensor
 
 from ..utils.reports import FIELD_FIGURE, TEST
+from .groups import Kind
 from .report_data import GroupRow, ReportData
 
 SNAPSHOTS, GENERATED = "#000000", "#D55E00"
@@ -202,7 +203,16 @@ def plot_reverse_process(
     axes = figure.subplots()
     for i, line in enumerate(accuracies.numpy()):
         label = "samples" if i == 0 else None
-        axes.plot(steps, line, color=GENERATED, alpha=0.5, linewidth=1, marker=".", markersize=4, label=label)
+        axes.plot(
+            steps,
+            line,
+            color=GENERATED,
+            alpha=min(0.5, 5 / len(accuracies)),
+            linewidth=1,
+            marker=".",
+            markersize=4,
+            label=label,
+        )
     axes.plot(steps, accuracies.mean(0).numpy(), color=GENERATED, linewidth=2.5, marker="*", label="their mean")
     error = sampling_error(reference_accuracy, num_examples)
     low, high = reference_accuracy - error, reference_accuracy + error
@@ -454,6 +464,8 @@ def draw_figures(
         plot_distribution(folder / "scores.png", values, f"{title} on unseen tasks", colours, ends=(0, 100))
     else:
         _draw_task(report, folder, title)
+    if report.reverse_process is not None:
+        _draw_process(report, folder / "reverse_process.png")
     if snapshots is not None and generated is not None:
         plot_parameter_heatmap(folder / "parameters.png", snapshots, generated, tensor_sizes)
     if latents is not None and latents["snapshots"].shape[1] > 1:
@@ -497,14 +509,21 @@ def _draw_task(report: ReportData, folder: Path, title: str) -> None:
         min_range=MIN_IOU_RANGE,
         ends=(0, 1),
     )
-    if report.reverse_process is not None:
-        plot_reverse_process(
-            folder / "reverse_process.png",
-            report.reverse_process["steps"],
-            torch.tensor(report.reverse_process["scores"]),
-            report.group("snapshots").mean() or 0.0,
-            report.splits["test"],
-        )
+
+
+def _draw_process(report: ReportData, path: Path) -> None:
+    """Beside the snapshots, or for a family beside the best that there is without a generator on the same tasks."""
+    assert report.reverse_process is not None
+    scores = torch.tensor(report.reverse_process["scores"])
+    beside = report.best(report.of_kind(Kind.ORACLE) or report.of_kind(Kind.SNAPSHOTS))
+    if beside is None:
+        return
+    own, name, num_examples = beside.mean() or 0.0, beside.name, report.splits[TEST]
+    if report.fields:
+        num_examples *= len(scores)
+        if len(scores) < len(report.conditions[TEST]):  # of large networks
+            own, name = float(np.mean(beside.scores()[: len(scores)])), f"{name}, on this task"
+    plot_reverse_process(path, report.reverse_process["steps"], scores, own, num_examples, name)
 
 
 def plot_field(report: ReportData, path: str | os.PathLike) -> str | None:

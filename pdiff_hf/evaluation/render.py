@@ -134,7 +134,8 @@ def sampling_sentence(report: ReportData) -> str:
     s = report.sampling
     if not s:
         return ""
-    parts = [f"{s['num_inference_steps']} steps" if "num_inference_steps" in s else ""]
+    steps = s.get("num_inference_steps")
+    parts = ["" if steps is None else "1 step" if steps == 1 else f"{steps} steps"]
     parts += [f"of {s['scheduler']}" if "scheduler" in s else ""]
     parts += [f"at temperature {s['temperature']:g}" if "temperature" in s else ""]
     parts += [f"with guidance {s['guidance_scale']:g}" if s.get("guidance_scale", 1) != 1 else ""]
@@ -200,7 +201,7 @@ STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 60em; margin: 2em auto; padding: 0 1em; color: #222; }
 table { border-collapse: collapse; font-size: 0.9em; display: block; overflow-x: auto; }
 th, td { padding: 0.25em 0.7em; text-align: right; border-bottom: 1px solid #ddd; white-space: nowrap; }
-th:first-child, td:first-child { text-align: left; } tr.generated { font-weight: 600; }
+th { white-space: normal; } th:first-child, td:first-child { text-align: left; } tr.generated { font-weight: 600; }
 .verdict { font-size: 1.15em; } .warning { border-left: 4px solid #d55e00; padding-left: 0.8em; }
 figure { margin: 1em 0; } figure img { max-width: 100%; } figcaption, .about { color: #555; font-size: 0.9em; }
 details { margin: 0.8em 0; } summary { cursor: pointer; font-weight: 600; }

@@ -94,7 +94,8 @@ class ReportData:
         sampling (`dict`): How the generator was sampled: steps, temperature, guidance, scheduler.
         settings (`dict`): What else the report was made with.
         num_generated (`int`, *optional*): Networks that were generated, of which a sample may have been scored.
-        reconstruction, tuning, temperatures, reverse_process, more_steps: Of a single task; see the schema.
+        reconstruction, tuning, temperatures, more_steps: Of a single task; see the schema.
+        reverse_process (`dict`, *optional*): Scores after so many denoising steps, a row a sample or a test member.
         warnings (`list[str]`): What a reader has to know before believing the numbers.
         verdict (`list[str]`): Against snapshots, free alternatives, and equal feedback.
         summary (`dict`): `header`, `rows` and `about` of the small table.

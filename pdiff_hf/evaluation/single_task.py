@@ -163,7 +163,7 @@ def evaluate_task(
         if tuning is not None:
             report.tuning = tuning.to_dict() | {"break_even": break_even(report)}
         if scorer.classifies:
-            report.reverse_process = reverse_process(scorer, pipeline, folder, seed)
+            report.reverse_process = reverse_process(lambda p: scorer.score(TEST, p).values, pipeline, folder, seed)
         if report.group("snapshots").verdict == WORSE:
             report.more_steps = _try_more_steps(scorer, pipeline, folder, seed)
     finish(report)

@@ -54,7 +54,8 @@ def number(value: float | None, format: str = ".3f") -> str:
     """A number, or a dash where there is none; a huge one, of a network that has diverged, in few digits."""
     if value is None or not math.isfinite(value):
         return "–"
-    return f"{value:{format}}" if abs(value) < 1e6 else f"{value:.1e}"
+    text = f"{value:{format}}" if abs(value) < 1e6 else f"{value:.1e}"
+    return text.replace("-", "+" if "+" in format else "") if not text.strip("+-0.%") else text  # no negative zero
 
 
 def what_to_change(report: ReportData) -> str | None:

@@ -1,5 +1,6 @@
 """The stage that writes the report on a generator."""
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -8,7 +9,6 @@ from collections.abc import Iterator
 import torch
 from accelerate import PartialState
 
-from ..evaluation.finish import save_report
 from ..evaluation.groups import Cost, training_cost
 from ..evaluation.members import evaluate_members
 from ..evaluation.opponents import Pending, Regime, hypernetworks, shared_networks
@@ -133,16 +133,20 @@ def evaluate_unseen(context: RunContext, stage: Stage) -> None:
         cost += training_cost(len(record["results"]["losses"]), args.num_tasks, args.num_examples)
         untuned = _untuned(context)
     snapshots, table = context.known_snapshots()
-    with context.accelerator() as accelerator:
+    is_main = PartialState().is_main_process
+    with (
+        context.files.replacing(stage) if is_main else contextlib.nullcontext() as folder,
+        context.accelerator() as accelerator,
+    ):
         regime = make_regime(context, accelerator, networks)
         more = _more_opponents(context, regime, args, of_base, of_zoo, cost) if c.baselines == "all" else ()
-        report = evaluate_members(
+        evaluate_members(
             family,
             networks,
             context.pipeline.to(device),
             snapshots,
             table,
-            None,
+            folder,
             sets=sets,
             validation=context.conditions["validation"],
             num_models=c.num_models,
@@ -155,16 +159,14 @@ def evaluate_unseen(context: RunContext, stage: Stage) -> None:
             regime=regime,
             products=context.autoencoder.products,
             more=more,
+            losses=_losses(context) if is_main else None,
             settings=c.section(*stage.sections) | {"tune_tasks": c.tune_tasks},
             cache=context.scores / f"members-{key}.json",
             seed=c.seed,
         )
     context.base_model.to("cpu")
-    if not PartialState().is_main_process:
-        return
-    with context.files.replacing(stage) as folder:
-        save_report(report, folder, _losses(context))
-    context.finish(stage, {})
+    if is_main:
+        context.finish(stage, {})
 
 
 def _more_opponents(

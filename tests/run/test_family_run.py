@@ -86,7 +86,8 @@ def test_the_report_has_every_answer_on_unseen_tasks(finished):
     text = (finished.folder / "evaluation" / "report.md").read_text()
     assert report.verdict[1] in text and "| kernel ridge" in text and "](accuracy_along_field.png)" in text
     figures = {path.name for path in (finished.folder / "evaluation").glob("*.png")}
-    assert figures == {"accuracy_along_field.png", "scores.png", "losses.png"}
+    drawn = "accuracy_along_field", "scores", "losses", "reverse_process", "parameters", "latents"
+    assert figures == {f"{name}.png" for name in drawn}
 
 
 @torch.no_grad()
