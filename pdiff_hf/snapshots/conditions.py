@@ -8,10 +8,9 @@ from typing import Any
 from ..models.condition import ConditionError, Field, Fields, ImageField, TextField
 from ..models.embedded import DEFAULT_TEXT_ENCODER
 from ..models.fields import nearest, shown
+from .dataset import COLUMNS
 from .files import beside
 from .tables import Column, check_differ, read_column, read_numbers, read_table, read_texts, read_vectors
-
-RESERVED = ("parameters", "step", "seed")  # columns of a parameter data set
 
 logger = logging.getLogger(__name__)
 
@@ -45,8 +44,8 @@ def read_conditions(
     values: dict[str, list[Any]] = {}
     found: dict[str, Field] = {}
     for column in columns:
-        if column.name in RESERVED:
-            raise column.error(f"a field cannot be called {', '.join(RESERVED)}")
+        if column.name in COLUMNS:
+            raise column.error(f"a field cannot be called {', '.join(COLUMNS)}")
         if fields is not None:
             values[column.name] = _of_field(column, fields)
         elif column.kind == "text":
@@ -64,15 +63,8 @@ def read_conditions(
     if fields is None:
         fields = Fields(found)
         unknown = {name: cells.count(None) for name, cells in values.items()}
-        logger.info(
-            "%d networks with their conditions are read from '%s': %s",
-            len(conditions),
-            path,
-            "; ".join(
-                f"'{name}' is {field}{f', unknown for {unknown[name]}' if unknown[name] else ''}"
-                for name, field in fields.items()
-            ),
-        )
+        said = [f"'{n}' is {field}" + f", unknown for {unknown[n]}" * bool(unknown[n]) for n, field in fields.items()]
+        logger.info(f"{len(conditions)} networks with their conditions are read from '{path}': {'; '.join(said)}")
     return conditions, fields
 
 

@@ -5,7 +5,7 @@ import json
 import mmap
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +26,12 @@ WRITE_BUFFER = 64 * 2**20
 LONG_ROW = 2**20
 # Values are checked in parts of so many bytes.
 CHECK_BUFFER = 64 * 2**20
+COLUMNS = ("parameters", "step", "seed")  # beside metrics and the fields of conditions
 DATA_FILE = "data/snapshots.arrow"
 LAYOUT_FILE = "layout/layout.arrow"
 FIELDS_FILE = "fields/fields.arrow"
-# Both configs are Arrow files: a data set repository has one format for all of its configs.
+# All configs are Arrow files: a data set repository has one format for all of its configs.
+FILES = {"default": DATA_FILE, "layout": LAYOUT_FILE, "fields": FIELDS_FILE}
 LAYOUT_FEATURES = datasets.Features(
     name=datasets.Value("string"),
     shape=datasets.List(datasets.Value("int64")),
@@ -88,7 +90,7 @@ class SnapshotWriter:
     ):
         self.folder, self.layout, self.metrics = Path(folder), layout, tuple(metrics)
         self.fields = Fields({}) if fields is None else fields
-        reserved = [name for name in self.fields if name in ("parameters", "step", "seed", *self.metrics)]
+        reserved = [name for name in self.fields if name in (*COLUMNS, *self.metrics)]
         if reserved:
             raise SnapshotError(
                 f"a field of a condition cannot have the name {reserved[0]!r}, which is a column already"
@@ -102,24 +104,17 @@ class SnapshotWriter:
         if self.layout.num_parameters == 0:
             raise SnapshotError("all tensors of the layout are empty, so that there is nothing to write")
         shutil.rmtree(self._part, ignore_errors=True)
-        self._part.mkdir(
-            parents=True
-        )  # before what is in it: where a link has this name, nothing is written through it
+        # Before what is in it: where a link has this name, nothing is written through it.
+        self._part.mkdir(parents=True)
+        size, number = 4 * self.layout.num_parameters, datasets.Value("int64")
+        features = {"parameters": datasets.List(datasets.Value("float32"), length=self.layout.num_parameters)}
+        features |= {"step": number, "seed": number} | dict.fromkeys(self.metrics, datasets.Value("float32"))
+        features |= {name: field.feature() for name, field in self.fields.items()}
         (self._part / DATA_FILE).parent.mkdir()
-        (self._part / LAYOUT_FILE).parent.mkdir()
-        features = datasets.Features(
-            parameters=datasets.List(datasets.Value("float32"), length=self.layout.num_parameters),
-            step=datasets.Value("int64"),
-            seed=datasets.Value("int64"),
-            **{name: datasets.Value("float32") for name in self.metrics},
-            **{name: field.feature() for name, field in (self.fields or {}).items()},
-        )
         self._writer = ArrowWriter(
             path=str(self._part / DATA_FILE),
-            features=features,
-            writer_batch_size=1
-            if 4 * self.layout.num_parameters >= LONG_ROW
-            else WRITE_BUFFER // (4 * self.layout.num_parameters),
+            features=datasets.Features(features),
+            writer_batch_size=1 if size >= LONG_ROW else WRITE_BUFFER // size,
         )
         return self
 
@@ -167,18 +162,12 @@ class SnapshotWriter:
             if exception_type is None:
                 self._writer.finalize()
                 self._write_layout()
-                if self.fields:
-                    (self._part / FIELDS_FILE).parent.mkdir()
-                    with ArrowWriter(path=str(self._part / FIELDS_FILE), features=FIELDS_FEATURES) as writer:
-                        for name, field in self.fields.to_dict().items():
-                            writer.write({"name": name, "field": json.dumps(field)})
-                        writer.finalize()
-                (self._part / "README.md").write_text(
-                    CARD.format(
-                        num_parameters=self.layout.num_parameters, fields_config=FIELDS_CONFIG if self.fields else ""
-                    ),
-                    encoding="utf-8",
-                )
+                fields = [{"name": name, "field": json.dumps(field)} for name, field in self.fields.to_dict().items()]
+                if fields:
+                    _write_arrow(self._part / FIELDS_FILE, FIELDS_FEATURES, fields)
+                config = FIELDS_CONFIG if fields else ""
+                card = CARD.format(num_parameters=self.layout.num_parameters, fields_config=config)
+                (self._part / "README.md").write_text(card, encoding="utf-8")
                 sync(self._part)
                 self._part.rename(self.folder)
         finally:
@@ -188,14 +177,21 @@ class SnapshotWriter:
                 shutil.rmtree(self._part, ignore_errors=True)
 
     def _write_layout(self) -> None:
-        layout, adapters = self.layout, json.dumps(dict(self.layout.adapters)) if self.layout.adapters else None
-        features = datasets.Features(LAYOUT_FEATURES | (ADAPTERS_FEATURE if adapters else {}))
-        columns = (layout.names, layout.shapes, layout.dtypes, layout.aliases)
-        with ArrowWriter(path=str(self._part / LAYOUT_FILE), features=features) as writer:
-            for i, values in enumerate(zip(*columns, strict=True)):
-                row = dict(zip(LAYOUT_FEATURES, values, strict=True))
-                writer.write(row | ({"adapters": "" if i else adapters} if adapters else {}))
-            writer.finalize()
+        layout, features = self.layout, dict(LAYOUT_FEATURES)
+        columns = zip(layout.names, layout.shapes, layout.dtypes, layout.aliases, strict=True)
+        rows = [dict(zip(LAYOUT_FEATURES, values, strict=True)) for values in columns]
+        if layout.adapters:
+            features |= ADAPTERS_FEATURE
+            rows = [row | {"adapters": "" if i else json.dumps(dict(layout.adapters))} for i, row in enumerate(rows)]
+        _write_arrow(self._part / LAYOUT_FILE, datasets.Features(features), rows)
+
+
+def _write_arrow(file: Path, features: datasets.Features, rows: Iterable[dict[str, Any]]) -> None:
+    file.parent.mkdir()
+    with ArrowWriter(path=str(file), features=features) as writer:
+        for row in rows:
+            writer.write(row)
+        writer.finalize()
 
 
 def _digest(parameters: torch.Tensor) -> bytes:
@@ -225,20 +221,16 @@ def load_snapshots(path: str | os.PathLike, **kwargs: Any) -> tuple[datasets.Dat
     Raises:
         SnapshotError: if it is not a parameter data set, or its rows do not have the layout's length.
     """
-    folder = Path(path)
-    if folder.is_dir():
-        if not (folder / DATA_FILE).is_file() or not (folder / LAYOUT_FILE).is_file():
-            raise SnapshotError(f"'{path}' is not a parameter data set: it has no {DATA_FILE} or no {LAYOUT_FILE}")
-        dataset, table = (_read_arrow(folder / file) for file in (DATA_FILE, LAYOUT_FILE))
-        rows = list(table)
-    else:
-        try:
-            dataset = datasets.load_dataset(str(path), "default", split="train", **kwargs)
-            rows = list(datasets.load_dataset(str(path), "layout", split="train", **kwargs))
-        except (OSError, ValueError) as error:
-            raise SnapshotError(
-                f"'{path}' is neither a folder nor a Hub id with the configs default and layout: {error}"
-            ) from error
+    if Path(path).is_dir() and not (Path(path, DATA_FILE).is_file() and Path(path, LAYOUT_FILE).is_file()):
+        raise SnapshotError(f"'{path}' is not a parameter data set: it has no {DATA_FILE} or no {LAYOUT_FILE}")
+    try:
+        dataset, rows = _load(path, "default", **kwargs), list(_load(path, "layout", **kwargs))
+    except SnapshotError:
+        raise
+    except (OSError, ValueError) as error:
+        raise SnapshotError(
+            f"'{path}' is neither a folder nor a Hub id with the configs default and layout: {error}"
+        ) from error
     try:
         # Data sets of version 0.1 have no aliases.
         layout = ParameterLayout(
@@ -266,13 +258,10 @@ def load_fields(path: str | os.PathLike, **kwargs: Any) -> Fields:
     Raises:
         SnapshotError: if they cannot be read.
     """
-    if Path(path).is_dir():
-        file = Path(path, FIELDS_FILE)
-        rows = list(_read_arrow(file)) if file.is_file() else []
-    elif "fields" in datasets.get_dataset_config_names(str(path), **kwargs):
-        rows = list(datasets.load_dataset(str(path), "fields", split="train", **kwargs))
-    else:
-        rows = []
+    is_folder = Path(path).is_dir()
+    configs = [] if is_folder else datasets.get_dataset_config_names(str(path), **kwargs)
+    has_fields = Path(path, FIELDS_FILE).is_file() if is_folder else "fields" in configs
+    rows = _load(path, "fields", **kwargs) if has_fields else []
     try:
         return Fields({row["name"]: json.loads(row["field"]) for row in rows})
     except (KeyError, ValueError) as error:
@@ -289,7 +278,11 @@ def condition_columns(dataset: datasets.Dataset, fields: Fields) -> Sequence[Con
     return list(dataset.select_columns(list(fields))) if fields else [{}] * len(dataset)
 
 
-def _read_arrow(file: Path) -> datasets.Dataset:
+def _load(path: str | os.PathLike, config: str, **kwargs: Any) -> datasets.Dataset:
+    """One config of a folder or Hub id."""
+    if not Path(path).is_dir():
+        return datasets.load_dataset(str(path), config, split="train", **kwargs)
+    file = Path(path, FILES[config])
     try:
         dataset = datasets.Dataset.from_file(str(file))
         # Arrow trusts the offsets in a file, and ends the process where they lead out of it.
@@ -320,8 +313,8 @@ def parameter_matrix(dataset: datasets.Dataset, layout: ParameterLayout, minimum
     for start in range(0, len(matrix), rows):
         check_finite(matrix[start : start + rows], layout, first_row=start)
     rows_by_digest: dict[bytes, int] = {}
-    for row, values in enumerate(matrix):
-        earlier = rows_by_digest.setdefault(hashlib.blake2b(values, digest_size=16).digest(), row)
+    for row, values in enumerate(torch.from_numpy(matrix)):
+        earlier = rows_by_digest.setdefault(_digest(values), row)
         if earlier != row:
             raise SnapshotError(f"snapshot {row} equals snapshot {earlier} in every parameter")
     return torch.from_numpy(matrix)

@@ -1,11 +1,13 @@
 """Snapshots of a training run that is not ours: a callback for `transformers.Trainer`, and a recorder for any loop."""
 
+import inspect
 import json
 import logging
 import os
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -16,11 +18,9 @@ from ..layout import ParameterLayout
 from ..models.condition import Condition, ConditionError, Fields
 from ..selection import select_layout
 from ..utils.files import replacing, without_nan, write_json
-from .dataset import SnapshotError, SnapshotWriter, check_finite
+from .dataset import COLUMNS, SnapshotError, SnapshotWriter, check_finite
 
 logger = logging.getLogger(__name__)
-
-COLUMNS = ("parameters", "step", "seed")
 
 
 class SnapshotRecorder:
@@ -179,36 +179,19 @@ class SnapshotCallback(TrainerCallback):
     """
 
     def __init__(
-        self,
-        folder: str | os.PathLike,
-        select: str | Sequence[str] = "norm[-2:]",
-        exclude: str | Sequence[str] = (),
-        every_n_steps: int = 1,
-        first_step: int = 1,
-        batch_norm_statistics: bool = False,
-        condition: Condition | None = None,
-        fields: Fields | Mapping[str, Mapping] | None = None,
+        self, folder: str | os.PathLike, *args: Any, every_n_steps: int = 1, first_step: int = 1, **kwargs: Any
     ):
         if every_n_steps < 1:
             raise SnapshotError(f"every_n_steps must be at least 1, got {every_n_steps}")
-        self.folder, self.select, self.exclude = folder, select, exclude
-        self.batch_norm_statistics = batch_norm_statistics
-        self.condition, self.fields = condition, fields
+        # An argument that there is not is an error here, and not when training begins.
+        inspect.signature(SnapshotRecorder).bind(None, folder, *args, seed=0, resume_step=0, **kwargs)
+        self.recorded = (folder, *args), kwargs
         self.every_n_steps, self.first_step = every_n_steps, first_step
         self.recorder: SnapshotRecorder | None = None
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
-        self.recorder = SnapshotRecorder(
-            model,
-            self.folder,
-            self.select,
-            self.exclude,
-            batch_norm_statistics=self.batch_norm_statistics,
-            condition=self.condition,
-            fields=self.fields,
-            seed=args.seed,
-            resume_step=state.global_step,
-        )
+        recorded, named = self.recorded
+        self.recorder = SnapshotRecorder(model, *recorded, **named, seed=args.seed, resume_step=state.global_step)
 
     def on_step_end(self, args, state, control, **kwargs):
         assert self.recorder is not None
@@ -217,11 +200,8 @@ class SnapshotCallback(TrainerCallback):
 
     def on_evaluate(self, args, state, control, metrics=None, **kwargs):
         if self.recorder is not None:  # it is None for an evaluation before training
-            useful = {
-                name: value
-                for name, value in (metrics or {}).items()
-                if isinstance(value, int | float) and name != "epoch" and not name.endswith(("_runtime", "_per_second"))
-            }
+            numbers = {n: v for n, v in (metrics or {}).items() if isinstance(v, int | float) and n != "epoch"}
+            useful = {n: v for n, v in numbers.items() if not n.endswith(("_runtime", "_per_second"))}
             self.recorder.add_metrics(state.global_step, useful)
 
     def on_train_end(self, args, state, control, **kwargs):

@@ -1,16 +1,17 @@
 """Tables that people have: the cells of a CSV file, and what numbers, vectors and words stand in them."""
 
+import csv
 import io
 import json
 import os
 import re
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-import pandas as pd
 
 from ..models.condition import AngleField, CategoryField, ConditionError, Field, ScalarField, VectorField
 from ..models.fields import shown
@@ -77,18 +78,17 @@ def read_table(path: str | os.PathLike) -> list[Column]:
         raise ConditionError(f"the table '{path}' is not in UTF-8 ({error}); save it as CSV UTF-8") from error
     except OSError as error:
         raise ConditionError(f"the table '{path}' cannot be read: {error}") from error
-    frame = _frame(str(path), text)
-    cells = [[cell.strip() for cell in row] for row in frame.values.tolist()]
-    rows = [i for i, row in enumerate(cells, start=1) if any(row)]
-    if len(rows) < 2:
+    if not text.strip():
+        raise ConditionError(f"the table '{path}' is empty")
+    (_, titles), *body = _rows(str(path), text)
+    if not body:
         raise ConditionError(f"'{path}' has no rows besides its titles")
-    titles, *body = ([*cells[i - 1]] for i in rows)
-    while titles and not titles[-1] and not any(row[len(titles) - 1] for row in body):
+    while titles and not titles[-1] and not any(row[len(titles) - 1] for _, row in body):
         titles.pop()
     columns = []
     for i, title in enumerate(titles):
         name, _, kind = (part.strip() for part in title.partition(":"))
-        columns.append(Column(str(path), name, kind, [row[i] for row in body], rows[1:]))
+        columns.append(Column(str(path), name, kind, [row[i] for _, row in body], [number for number, _ in body]))
     index = columns[0]
     if not index.name and list(index.cells) == [str(i) for i in range(len(body))]:
         columns = columns[1:]  # the index that pandas writes
@@ -96,45 +96,29 @@ def read_table(path: str | os.PathLike) -> list[Column]:
     return columns
 
 
-def _frame(path: str, text: str) -> pd.DataFrame:
-    """All cells as texts."""
-    frames, errors = {}, {}
+def _rows(path: str, text: str) -> list[tuple[int, list[str]]]:
+    """The rows that are not empty, each with its number from 1, in cells."""
+    found, wrong = {}, [(0, "it has one column, and none of " + ", ".join(DELIMITERS.values()) + " separates others")]
     for delimiter in DELIMITERS:
+        reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, skipinitialspace=True, strict=True)
         try:
-            frame = pd.read_csv(
-                io.StringIO(text),
-                sep=delimiter,
-                header=None,
-                dtype=str,
-                keep_default_na=False,
-                skip_blank_lines=False,
-                skipinitialspace=True,
-                engine="python",  # says which row has too few cells, where the other one fills it up
-            )
-        except pd.errors.ParserError as error:
-            errors[delimiter] = str(error)
-        except pd.errors.EmptyDataError as error:
-            raise ConditionError(f"the table '{path}' is empty") from error
-        else:
-            if frame.shape[1] > 1:
-                frames[delimiter] = frame
-    short: dict[str, str] = {}
-    for delimiter, frame in frames.items():
-        for number, row in enumerate(frame.isna().values, start=1):
-            if row.any() and not (frame.iloc[number - 1].fillna("") == "").all():
-                short[delimiter] = f"row {number} has {int((~row).sum())} cells, and the header has {frame.shape[1]}"
-                break
-    whole = [delimiter for delimiter in frames if delimiter not in short]
-    if len(whole) == 1:
-        return frames[whole[0]].fillna("")
-    if len(whole) > 1:
-        kinds = " and ".join(DELIMITERS[delimiter] for delimiter in whole)
+            rows = [(number, [cell.strip() for cell in row]) for number, row in enumerate(reader, start=1)]
+        except csv.Error as error:
+            wrong.append((1, str(error)))
+            continue
+        rows = [(number, row) for number, row in rows if any(row)]
+        width = len(rows[0][1]) if rows else 0
+        short = [f"row {i} has {len(row)} cells, and the header has {width}" for i, row in rows if len(row) != width]
+        if short:
+            wrong.append((width, short[0]))
+        elif width > 1:
+            found[delimiter] = rows
+    if len(found) > 1:
+        kinds = " and ".join(DELIMITERS[delimiter] for delimiter in found)
         raise ConditionError(f"'{path}' can be read with {kinds} between its cells; put cells that have both in quotes")
-    said = next(iter(short.values()), next(iter(errors.values()), ""))
-    if not frames and all("saw" not in error for error in errors.values()):
-        kinds = ", ".join(DELIMITERS.values())
-        said = errors.get(",") or f"it has one column, and none of {kinds} separates others"
-    raise ConditionError(f"'{path}' needs {NEEDED}: {said}")
+    if not found:  # what is wrong with the most likely way to read it
+        raise ConditionError(f"'{path}' needs {NEEDED}: {max(wrong, key=lambda item: item[0])[1]}")
+    return next(iter(found.values()))
 
 
 def _check_titles(path: str | os.PathLike, columns: Sequence[Column]) -> None:
@@ -236,6 +220,18 @@ def _number(cell: str) -> float | None:
     return float(cell) if _NUMBER.fullmatch(cell) else None
 
 
+def _read(column: Column, read: Callable[[str], Any], kind: str) -> list:
+    """The value of each cell, None where it is missing. Raises a `ConditionError` that names the row with another."""
+    values = [None if _is_missing(cell) else read(cell) for cell in column.cells]
+    for (row, cell), value in zip(column, values, strict=True):
+        if value is None and not _is_missing(cell):
+            hint = "; it was shortened when it was printed" if "..." in cell or "…" in cell else ""
+            raise column.error(f"{shown(cell)} is not {kind}{hint}", row)
+        if value is not None and not np.all(np.abs(value) <= LARGEST):
+            raise column.error(f"{shown(cell)} is infinite or too large", row)
+    return values
+
+
 def read_numbers(column: Column) -> list[float | None]:
     """Numbers with a decimal point or comma. Raises a `ConditionError` that names the row of what is none."""
     cells = [cell for cell in column.cells if _DECIMAL_COMMA.fullmatch(cell)]
@@ -244,19 +240,10 @@ def read_numbers(column: Column) -> list[float | None]:
     if cells and (not decimal or any("." in cell for cell in column.cells)):
         row = column.rows[column.cells.index(cells[0])]
         raise column.error(f"{cells[0]!r} can have a decimal comma or thousands; write it with a decimal point", row)
-    values: list[float | None] = []
-    for row, cell in column:
-        number = _number(cell.replace(",", ".") if decimal and _DECIMAL_COMMA.fullmatch(cell) else cell)
-        if number is None and not _is_missing(cell):
-            raise column.error(
-                f"{shown(cell)} is not a number; leave the cell empty if it is unknown, or call the column "
-                f"'{column.name}:category' if it holds words",
-                row,
-            )
-        if number is not None and not abs(number) <= LARGEST:
-            raise column.error(f"{shown(cell)} is infinite or too large", row)
-        values.append(number)
-    return values
+    otherwise = f"leave the cell empty if it is unknown, or call the column '{column.name}:category' if it holds words"
+    return _read(
+        column, lambda cell: _number(cell.replace(",", ".") if cell in cells else cell), f"a number; {otherwise}"
+    )
 
 
 def _vector(cell: str) -> list[float] | None:
@@ -271,16 +258,7 @@ def _vector(cell: str) -> list[float] | None:
 
 def read_vectors(column: Column) -> list[list[float] | None]:
     """Lists of numbers. Raises a `ConditionError` that names the row of what is none."""
-    vectors: list[list[float] | None] = []
-    for row, cell in column:
-        vector = None if _is_missing(cell) else _vector(cell)
-        if vector is None and not _is_missing(cell):
-            hint = "; it was shortened when it was printed" if "..." in cell or "…" in cell else ""
-            raise column.error(f"{shown(cell)} is not a list of numbers such as [0.5, 1.0]{hint}", row)
-        if vector is not None and not all(abs(number) <= LARGEST for number in vector):
-            raise column.error(f"{shown(cell)} has numbers that are infinite or too large", row)
-        vectors.append(vector)
-    return vectors
+    return _read(column, _vector, "a list of numbers such as [0.5, 1.0]")
 
 
 def words(column: Column, as_they_stand: bool = False) -> tuple[list[str | None], CategoryField]:
@@ -290,36 +268,29 @@ def words(column: Column, as_they_stand: bool = False) -> tuple[list[str | None]
     Args:
         as_they_stand (`bool`, *optional*, defaults to `False`): Takes also what is probably a mistake.
     """
-    places: dict[str, list[int]] = defaultdict(list)
-    for row, cell in column:
-        if cell:
-            places[cell].append(row)
+    places = {cell: row for row, cell in reversed(list(column)) if cell}  # the first row of each
     if not places:
         raise column.error("it is empty")
+    cells = [cell or None for cell in column.cells]
+    if as_they_stand:
+        return cells, CategoryField(tuple(sorted(places)))
     keep = f"call the column '{column.name}:category' to keep them"
-    if not as_they_stand:
-        alike: dict[str, str] = {}
-        for cell, rows in places.items():
-            if _is_missing(cell):
-                raise column.error(
-                    f"{cell!r} can be a missing value or a word; leave the cell empty if it is unknown, or {keep} as "
-                    "words",
-                    rows[0],
-                )
-            other = alike.setdefault(" ".join(cell.casefold().split()), cell)
-            if other != cell:
-                raise column.error(
-                    f"{cell!r} differs from {other!r} (row {places[other][0]}) only in case or spaces; write both "
-                    f"alike, or {keep} apart",
-                    rows[0],
-                )
-        check_differ(column, [cell or None for cell in column.cells])
-        length = sum(len(cell.split()) for cell in places) / len(places)
-        once = len(places) > sum(map(len, places.values())) / 2
-        if once and (len(places) > MANY_WORDS or length >= WORDS_OF_A_SENTENCE):
-            raise column.error(
-                f"it has {len(places)} different texts, such as {shown(next(iter(places)))}. As classes they say "
-                f"nothing of a new one. Call it '{column.name}:text' if they describe the networks, which a text "
-                f"encoder then reads; or {keep} as classes"
-            )
-    return [cell or None for cell in column.cells], CategoryField(tuple(sorted(places)))
+    alike: dict[str, str] = {}
+    for cell, row in reversed(places.items()):
+        if _is_missing(cell):
+            said = "can be a missing value or a word; leave the cell empty if it is unknown, or"
+            raise column.error(f"{cell!r} {said} {keep} as words", row)
+        other = alike.setdefault(" ".join(cell.casefold().split()), cell)
+        if other != cell:
+            said = f"differs from {other!r} (row {places[other]}) only in case or spaces; write both alike, or"
+            raise column.error(f"{cell!r} {said} {keep} apart", row)
+    check_differ(column, cells)
+    length = sum(len(cell.split()) for cell in places) / len(places)
+    once = len(places) > sum(map(bool, cells)) / 2
+    if once and (len(places) > MANY_WORDS or length >= WORDS_OF_A_SENTENCE):
+        raise column.error(
+            f"it has {len(places)} different texts, such as {shown(next(filter(None, cells)))}. As classes they say "
+            f"nothing of a new one. Call it '{column.name}:text' if they describe the networks, which a text encoder "
+            f"then reads; or {keep} as classes"
+        )
+    return cells, CategoryField(tuple(sorted(places)))

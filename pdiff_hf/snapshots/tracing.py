@@ -16,41 +16,12 @@ from ..utils.errors import first_line
 
 aten = torch.ops.aten
 # With the dimension in which these have their channels, in what goes in and what comes out.
-WEIGHTED: dict[Any, int] = {
-    aten.linear.default: -1,
-    aten.conv1d.default: 1,
-    aten.conv1d.padding: 1,
-    aten.conv2d.default: 1,
-    aten.conv2d.padding: 1,
+WEIGHTED: dict[Any, int] = {aten.linear.default: -1} | {
+    overload: 1 for conv in (aten.conv1d, aten.conv2d) for overload in (conv.default, conv.padding)
 }
 # With the number of dimensions that they need if the second is to be that of the channels.
 POOLING: dict[Any, int] = {
-    aten.max_pool1d.default: 3,
-    aten.avg_pool1d.default: 3,
-    aten.adaptive_avg_pool1d.default: 3,
-    aten.max_pool2d.default: 4,
-    aten.avg_pool2d.default: 4,
-    aten.adaptive_avg_pool2d.default: 4,
-}
-RESHAPING = {
-    aten.flatten.using_ints,
-    aten.view.default,
-    aten.reshape.default,
-    aten.unflatten.int,
-    aten.unsqueeze.default,
-    aten.squeeze.default,
-    aten.squeeze.dim,
-    aten.squeeze.dims,
-}
-# Work on each number alone, but are not tagged as `pointwise` (by older releases of torch).
-POINTWISE = {
-    aten.leaky_relu.default,
-    aten.dropout.default,
-    aten.feature_dropout.default,
-    aten.clone.default,
-    aten.contiguous.default,
-    aten.to.device,
-    aten.to.dtype,
+    getattr(aten, f"{kind}_pool{dims}d").default: dims + 2 for kind in ("max", "avg", "adaptive_avg") for dims in (1, 2)
 }
 
 
@@ -88,22 +59,16 @@ class HiddenUnits:
     axes: list[Axis] = field(default_factory=list)
 
 
-class _Captured(Exception):
-    """Carries the arguments of the first call of a network."""
-
-
-def _arguments(task: ClassificationTask, device: torch.device) -> tuple[tuple, dict[str, Any]]:
+def _arguments(task: ClassificationTask, model: nn.Module) -> tuple[tuple, dict[str, Any]]:
     """What the task calls its network with, for a batch of two examples."""
-    batch = to_device(task.collate(take(task.load_split("validation"), [0, 1])), device)
-
-    def capture(*args, **kwargs) -> NoReturn:
-        raise _Captured(args, kwargs)
-
-    try:
-        task.predict(capture, batch)
-    except _Captured as captured:
-        return captured.args
-    raise AlignmentError(f"{type(task).__name__}.predict does not call the network")
+    batch = to_device(task.collate(take(task.load_split("validation"), [0, 1])), next(model.parameters()).device)
+    calls: list[tuple[tuple, dict[str, Any]]] = []
+    note = model.register_forward_pre_hook(lambda _, args, kwargs: calls.append((args, kwargs)), with_kwargs=True)
+    with torch.no_grad(), note:
+        task.predict(model, batch)
+    if not calls:
+        raise AlignmentError(f"{type(task).__name__}.predict does not call the network")
+    return calls[0]
 
 
 def find_hidden_units(task: ClassificationTask, model: nn.Module, layout: ParameterLayout) -> list[HiddenUnits]:
@@ -121,9 +86,9 @@ def find_hidden_units(task: ClassificationTask, model: nn.Module, layout: Parame
         LayoutError: if the layout does not fit the model.
     """
     layout.check_fits(model.state_dict())
-    args, kwargs = _arguments(task, next(model.parameters()).device)
+    args, kwargs = _arguments(task, model.eval())
     try:
-        program = torch.export.export(model.eval(), args, kwargs, strict=False)
+        program = torch.export.export(model, args, kwargs, strict=False)
     except Exception as error:  # whatever a network's code may raise while it is traced
         raise AlignmentError(f"torch.export cannot trace {type(model).__name__}: {first_line(error)}") from error
     buffers = program.graph_signature.inputs_to_buffers
@@ -170,31 +135,15 @@ class _Tracer:
         """Notes what the call of an operator does to units."""
         if not isinstance(node.meta.get("val"), torch.Tensor | tuple | list):
             return  # an assertion
-        inputs = [source for source in node.all_input_nodes if source in self.carried]
         if node.target in WEIGHTED:
             self._weighted(node)
-        elif not inputs:
-            return
-        elif handler := self._handler(node.target):
-            units, dim = self.carried[inputs[0]]
-            self.carried[node] = (units, handler(node, inputs[0], units, dim))
-        else:
-            self._refuse(node, "it is not known how it treats the order of its inputs")
-
-    def _handler(self, target: Any) -> Callable | None:
-        if target is aten.layer_norm.default:
-            return self._layer_norm
-        if target is aten.batch_norm.default:
-            return self._batch_norm
-        if target is aten.mean.dim:
-            return self._mean
-        if target in POOLING:
-            return self._pool
-        if target in RESHAPING:
-            return self._reshape
-        if target in POINTWISE or torch.Tag.pointwise in getattr(target, "tags", ()):
-            return self._pointwise
-        return None
+        elif source := next((source for source in node.all_input_nodes if source in self.carried), None):
+            pointwise = torch.Tag.pointwise in getattr(node.target, "tags", ())
+            handler = HANDLERS.get(node.target, _Tracer._pointwise if pointwise else None)
+            if handler is None:
+                self._refuse(node, "it is not known how it treats the order of its inputs")
+            units, dim = self.carried[source]
+            self.carried[node] = units, handler(self, node, source, units, dim)
 
     def _weighted(self, node: Node) -> None:
         arguments = _bind(node)
@@ -213,20 +162,14 @@ class _Tracer:
         self.units.append(made)
         self.carried[node] = (made, dim)
 
-    def _layer_norm(self, node: Node, source: Node, units: HiddenUnits, dim: int) -> int:
+    def _norm(self, node: Node, source: Node, units: HiddenUnits, dim: int) -> int:
         arguments = _bind(node)
-        own_dim = dim - (len(_shape(source)) - len(arguments["normalized_shape"]))
-        if own_dim >= 0:  # otherwise each unit is normalised by itself, and all with the same weights
-            for name in ("weight", "bias"):
-                self._add(node, units, arguments[name], own_dim, _shape(source)[dim] // units.size)
-        return dim
-
-    def _batch_norm(self, node: Node, source: Node, units: HiddenUnits, dim: int) -> int:
-        if dim != 1:
+        first = len(_shape(source)) - len(arguments["normalized_shape"]) if "normalized_shape" in arguments else 1
+        if node.target is aten.batch_norm.default and dim != 1:
             self._refuse(node, "it is not applied to the dimension of the hidden units")
-        arguments = _bind(node)
-        for name in ("weight", "bias", "running_mean", "running_var"):
-            self._add(node, units, arguments[name], 0, _shape(source)[1] // units.size)
+        if dim >= first:  # otherwise each unit is normalised by itself, and all with the same weights
+            for name in ("weight", "bias", "running_mean", "running_var"):
+                self._add(node, units, arguments.get(name), dim - first, _shape(source)[dim] // units.size)
         return dim
 
     def _mean(self, node: Node, source: Node, units: HiddenUnits, dim: int) -> int:
@@ -273,6 +216,19 @@ class _Tracer:
             f"the hidden units cannot be aligned because of {node.target} in {module}: {reason}. Networks of linear "
             "and convolutional layers in a row, with activations, pooling and normalization, can be aligned"
         )
+
+
+# What they do to the units of their first input. Of those that work on each number alone, these are not tagged as
+# `pointwise` by all releases of torch.
+HANDLERS: dict[Any, Callable] = (
+    {aten.layer_norm.default: _Tracer._norm, aten.batch_norm.default: _Tracer._norm, aten.mean.dim: _Tracer._mean}
+    | dict.fromkeys(POOLING, _Tracer._pool)
+    | dict.fromkeys((aten.flatten.using_ints, aten.view.default, aten.reshape.default), _Tracer._reshape)
+    | dict.fromkeys((aten.unflatten.int, aten.unsqueeze.default), _Tracer._reshape)
+    | dict.fromkeys((aten.squeeze.default, aten.squeeze.dim, aten.squeeze.dims), _Tracer._reshape)
+    | dict.fromkeys((aten.leaky_relu.default, aten.dropout.default, aten.feature_dropout.default), _Tracer._pointwise)
+    | dict.fromkeys((aten.clone.default, aten.contiguous.default, aten.to.device, aten.to.dtype), _Tracer._pointwise)
+)
 
 
 def _shape(node: Node) -> tuple[int, ...]:

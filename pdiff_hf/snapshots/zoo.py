@@ -18,25 +18,21 @@ from .dataset import SnapshotWriter
 
 
 @dataclass(frozen=True)
-class ZooArguments:
+class ZooArguments(LoopArguments):
     """
     Args:
         num_steps (`int`, *optional*, defaults to 400): Optimizer steps of each specialist.
+        batch_size (`int`, *optional*, defaults to 32): Examples in a step of one specialist.
+        learning_rate (`float`, *optional*, defaults to 3e-3).
         num_snapshots (`int`, *optional*, defaults to 2): Of each specialist, the last one after its last step.
         every_n_steps (`int`, *optional*, defaults to 50): Steps between two snapshots.
-        batch_size (`int`, *optional*, defaults to 32): Examples in a step of one specialist.
-        learning_rate (`float`, *optional*, defaults to 3e-3): Of AdamW.
-        lr_scheduler (`str`, *optional*, defaults to `"cosine"`): A schedule of diffusers' `get_scheduler`.
-        weight_decay (`float`, *optional*, defaults to 0).
     """
 
     num_steps: int = 400
-    num_snapshots: int = 2
-    every_n_steps: int = 50
     batch_size: int = 32
     learning_rate: float = 3e-3
-    lr_scheduler: str = "cosine"
-    weight_decay: float = 0.0
+    num_snapshots: int = 2
+    every_n_steps: int = 50
 
     @property
     def snapshot_steps(self) -> list[int]:
@@ -94,40 +90,9 @@ def train_specialists(
         if state.step in args.snapshot_steps:
             specialists.snapshots[args.snapshot_steps.index(state.step)] = specialists.values.detach()
 
-    loop.train(
-        specialists,
-        loss_function,
-        family.num_examples("train"),
-        LoopArguments(
-            args.num_steps,
-            args.batch_size,
-            args.learning_rate,
-            weight_decay=args.weight_decay,
-            lr_scheduler=args.lr_scheduler,
-        ),
-        description=f"{len(table)} specialists",
-        after_step=after_step,
-    )
+    num_examples, description = family.num_examples("train"), f"{len(table)} specialists"
+    loop.train(specialists, loss_function, num_examples, args, description=description, after_step=after_step)
     return specialists.snapshots.cpu()
-
-
-def collect_zoo(
-    loop: Loop,
-    family: Family,
-    networks: NetworkRunner,
-    conditions: Sequence[Condition],
-    folder: str | os.PathLike,
-    args: ZooArguments,
-    start: torch.Tensor | None = None,
-) -> None:
-    """
-    Writes the specialists of `conditions` to the parameter data set `folder`, with their conditions; see
-    [`train_specialists`].
-    """
-    snapshots = train_specialists(loop, family, networks, family.fields.table(conditions), args, start)
-    if loop.accelerator.is_main_process:
-        write_zoo(folder, family, networks.layout, conditions, args, snapshots, loop.seed)
-    loop.accelerator.wait_for_everyone()
 
 
 def write_zoo(

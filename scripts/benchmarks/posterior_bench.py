@@ -18,7 +18,7 @@ from pdiff_hf.layout import ParameterLayout
 from pdiff_hf.models import DENOISER_PRESETS, ConditionEncoder, ParameterAutoencoder
 from pdiff_hf.networks.runner import NetworkRunner
 from pdiff_hf.snapshots.dataset import condition_table, load_fields, load_snapshots, parameter_matrix
-from pdiff_hf.snapshots.zoo import ZooArguments, collect_zoo, train_specialists
+from pdiff_hf.snapshots.zoo import ZooArguments, train_specialists, write_zoo
 from pdiff_hf.tasks import ImageClassificationTask
 from pdiff_hf.tasks.image_families import TransformedFamily
 from pdiff_hf.tasks.label_groups import GroupedFamily
@@ -164,15 +164,10 @@ class FamilyBench:
     def collect(self, folder: Path) -> tuple[torch.Tensor, torch.Tensor]:
         """A specialist for each seen task: snapshots `(N, D)` and their conditions `(N, width)`, also in a folder."""
         shutil.rmtree(folder, ignore_errors=True)
-        collect_zoo(
-            self.loop(3),
-            self.family,
-            self.networks,
-            self.conditions["train"],
-            folder,
-            self.zoo_args,
-            start=self.start,
-        )
+        known, args = self.conditions["train"], self.zoo_args
+        table = self.family.fields.table(known)
+        trained = train_specialists(self.loop(3), self.family, self.networks, table, args, self.start)
+        write_zoo(folder, self.family, self.networks.layout, known, args, trained, seed=3)
         # From here on it is any folder of networks with conditions.
         dataset, layout = load_snapshots(folder)
         self.clock("zoo")

@@ -9,7 +9,7 @@ from support.families import make_family, make_networks
 from pdiff_hf import ParameterLayout
 from pdiff_hf.models import ConditionError, Fields
 from pdiff_hf.snapshots.dataset import SnapshotError, SnapshotWriter, condition_table, load_fields, load_snapshots
-from pdiff_hf.snapshots.zoo import ZooArguments, collect_zoo, train_specialists
+from pdiff_hf.snapshots.zoo import ZooArguments, train_specialists, write_zoo
 from pdiff_hf.training.loop import Loop, epoch_indices
 
 ARGS = ZooArguments(num_steps=12, num_snapshots=2, every_n_steps=4, batch_size=8, learning_rate=0.01)
@@ -19,7 +19,9 @@ def test_a_zoo_is_what_one_after_the_other_gives(tmp_path):
     family = make_family()
     networks = make_networks(family)
     conditions = family.conditions(3, seed=0)
-    collect_zoo(Loop(Accelerator(cpu=True), 5), family, networks, conditions, tmp_path / "zoo", ARGS)
+    table = family.fields.table(conditions)
+    trained = train_specialists(Loop(Accelerator(cpu=True), 5), family, networks, table, ARGS)
+    write_zoo(tmp_path / "zoo", family, networks.layout, conditions, ARGS, trained, seed=5)
     dataset, layout = load_snapshots(tmp_path / "zoo")
     assert dataset["step"] == [8] * 3 + [12] * 3
     fields = load_fields(tmp_path / "zoo")
