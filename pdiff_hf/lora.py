@@ -5,6 +5,8 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from .layout import LayoutError
+
 # As PEFT names the factors of linear layers, convolutions and embeddings, in networks (`layer.lora_A.default.weight`)
 # and in its files (`layer.lora_A.weight`).
 FACTOR = re.compile(r"(?P<module>.*)\.(?P<kind>lora_(?:embedding_)?)(?P<letter>[AB])(?P<rest>\..*)?")
@@ -68,6 +70,15 @@ def different_effects(config: Mapping[str, Any], other: Mapping[str, Any]) -> li
         for name in dict.fromkeys((*config, *other))
         if name not in ignored and (config.get(name) or None) != (other.get(name) or None)
     ]
+
+
+def check_same_effects(config: Mapping[str, Any], other: Mapping[str, Any], what: str, other_what: str) -> None:
+    """Raises a `LayoutError` for adapters, called `what` and `other_what`, whose equal tensors are other networks."""
+    for name in different_effects(config, other)[:1]:
+        raise LayoutError(
+            f"{what} has {name}={config.get(name)!r}, and {other_what} {name}={other.get(name)!r}; such adapters are "
+            "different networks with the same tensors, so import them apart"
+        )
 
 
 def changed_base(config: Mapping[str, Any]) -> str | None:

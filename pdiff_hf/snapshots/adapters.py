@@ -9,10 +9,9 @@ the same.
 import json
 import logging
 import re
-from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,7 @@ import torch.nn.functional as F
 from safetensors import safe_open
 
 from ..layout import LayoutError
-from ..lora import FACTOR, a_module, different_effects, factor_module, is_lora, scaling
+from ..lora import FACTOR, a_module, check_same_effects, factor_module, is_lora, scaling
 from ..tensor_names import ADAPTER, match_names, plain_name
 
 logger = logging.getLogger(__name__)
@@ -31,7 +30,7 @@ ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
 # As `save_lora_weights` of diffusers' pipelines calls its file.
 DIFFUSERS_FILE = "pytorch_lora_weights.safetensors"
 # What diffusers and kohya put before the names of a pipeline's network.
-_NETWORKS = re.compile(r"(unet|transformer)\.|lora_unet_|lora_transformer_")
+_NETWORKS = re.compile(r"^(?:(unet|transformer)\.|lora_unet_|lora_transformer_)")
 # How else factors are called: by kohya, and by earlier releases of diffusers.
 _OTHER_NAMES = (
     (re.compile(r"\.processor\.(to_[a-z]+)_lora\.(down|up)\b"), r".\1.lora_\2"),
@@ -41,78 +40,64 @@ _OTHER_NAMES = (
     (re.compile(r"\.lora_(linear_layer\.)?up\b"), ".lora_B"),
 )
 _ALPHA = re.compile(r"(.*)\.alpha")
-Scaling = Callable[[str, int], float]  # of a module and the rank there
 
 
 @dataclass
 class AdapterFile:
     """
-    What the file of an adapter says of itself.
+    What the file of an adapter says of itself: nothing, if it has neither.
 
     Args:
-        config (`dict`): Of PEFT; empty if there is none.
-        scaling (`Callable`, *optional*): Of a module and its rank; None if the file does not say.
+        config (`dict`, *optional*): Of PEFT.
+        alphas (`dict`, *optional*): Of kohya, by modules.
     """
 
-    config: Mapping[str, Any]
-    scaling: Scaling | None
+    config: Mapping[str, Any] = field(default_factory=dict)
+    alphas: Mapping[str, float] = field(default_factory=dict)
+
+    def scaling(self, module: str, rank: int) -> float:
+        """What the product BA of a module of that rank is multiplied by."""
+        return self.alphas.get(module, rank) / rank if self.alphas else scaling(self.config, module, rank)
 
 
 @dataclass
 class Notes:
     """What was done to adapters so that they fit one layout: for each, the files."""
 
-    scaled: set[str] = field(default_factory=set)
-    padded: set[str] = field(default_factory=set)
-    absent: set[str] = field(default_factory=set)
-    unscaled: set[str] = field(default_factory=set)
-    left_out: dict[str, set[str]] = field(default_factory=dict)
+    done: defaultdict[str, set[str]] = field(default_factory=lambda: defaultdict(set))
+    left_out: defaultdict[str, set[str]] = field(default_factory=lambda: defaultdict(set))
     copies: dict[str, str] = field(default_factory=dict)
     base_models: Counter = field(default_factory=Counter)
 
     def report(self) -> dict[str, Any]:
         """For the record of an import; empty if nothing was done. Warns of what may make other networks."""
-        if self.scaled or self.padded or self.absent:
+        done = {kind: sorted(files) for kind, files in self.done.items()}
+        counts = [len(done.get(kind, ())) for kind in ("scaled", "padded", "modules_absent")]
+        if any(counts):
             logger.info(
                 "adapters: %d with another scaling, which is folded into B; %d of a smaller rank, filled up with "
                 "zeros; %d without some of the modules, where they do nothing",
-                len(self.scaled),
-                len(self.padded),
-                len(self.absent),
+                *counts,
             )
-        if self.unscaled:
+        if unknown := done.get("scaling_unknown"):
             logger.warning(
-                "%d adapters (such as '%s') have no %s, which says how their factors are scaled; they are taken to be "
-                "scaled as the base model's adapter",
-                len(self.unscaled),
-                min(self.unscaled),
-                ADAPTER_CONFIG,
+                f"{len(unknown)} adapters (such as '{unknown[0]}') have no {ADAPTER_CONFIG}, which says how their "
+                "factors are scaled; they are taken to be scaled as the base model's adapter"
             )
         for copy, first in self.copies.items():
-            logger.warning("'%s' is left out: it equals '%s' in every parameter", copy, first)
+            logger.warning(f"'{copy}' is left out: it equals '{first}' in every parameter")
         for name, files in sorted(self.left_out.items())[:3]:
             logger.warning(
-                "tensor '%s' of %d adapters (such as '%s') is not used: the base model has no such tensor among those "
-                "that are selected or stay as they are. With it they may be other networks",
-                name,
-                len(files),
-                min(files),
+                f"tensor '{name}' of {len(files)} adapters (such as '{min(files)}') is not used: the base model has no "
+                "such tensor among those that are selected or stay as they are. With it they may be other networks"
             )
-        known = {Path(name).name for name in self.base_models}
-        if len(known) > 1:
-            logger.warning(
-                "the adapters were trained for different base models, %s, and are used with one of them",
-                ", ".join(f"'{name}' ({count})" for name, count in self.base_models.most_common(4)),
-            )
-        found = {
-            "scaled": sorted(self.scaled),
-            "padded": sorted(self.padded),
-            "modules_absent": sorted(self.absent),
-            "scaling_unknown": sorted(self.unscaled),
-            "left_out": {name: sorted(files) for name, files in self.left_out.items()},
-            "copies": self.copies,
-            "base_models": dict(self.base_models) if len(known) > 1 else {},
-        }
+        several = len({Path(name).name for name in self.base_models}) > 1
+        if several:
+            bases = ", ".join(f"'{name}' ({count})" for name, count in self.base_models.most_common(4))
+            logger.warning(f"the adapters were trained for different base models, {bases}, and are used with one")
+        left_out = {name: sorted(files) for name, files in self.left_out.items()}
+        base_models = dict(self.base_models) if several else {}
+        found = done | {"left_out": left_out, "copies": self.copies, "base_models": base_models}
         return {name: value for name, value in found.items() if value}
 
 
@@ -146,41 +131,39 @@ def is_adapter(names: Iterable[str]) -> bool:
 
 def describe_file(file: Path, tensors: Mapping[str, torch.Tensor], names: Iterable[str]) -> tuple[dict, AdapterFile]:
     """
-    The file of a LoRA adapter: by the names in it, what PEFT would call the tensors; and how they are scaled.
+    The file of an adapter: by the names in it, what PEFT would call the tensors; and how they are scaled.
 
     Args:
         names (`Iterable[str]`): Of the factors of a layout, which tell what is meant by kohya's names of modules, in
             which dots are underscores.
     """
     modules = {m.replace(".", "_"): m for name in names if (m := factor_module(name))}
-    renamed, alphas = {}, {}
+    renamed, description = {}, AdapterFile(_config_of(file))
     for name in tensors:
         if alpha := _ALPHA.fullmatch(name):
-            alphas[_module(alpha[1], modules)] = float(tensors[name])
-            continue
-        match = FACTOR.fullmatch(_peft_name(name))
-        if match is None:
-            renamed[name] = _NETWORKS.sub("", name, count=1)
-        else:
+            description.alphas = {**description.alphas, _module(alpha[1], modules): float(tensors[name])}
+        elif match := FACTOR.fullmatch(_peft_name(name)):
             rest = f".{match['kind']}{match['letter']}{match['rest'] or ''}"
             renamed[name] = _module(match["module"], modules) + rest
-    config: dict[str, Any] = {}
-    scale: Scaling | None = None
-    beside = file.with_name(ADAPTER_CONFIG)
-    if alphas:
+        else:
+            renamed[name] = _NETWORKS.sub("", name)
+    return renamed, description
 
-        def scale(module: str, rank: int) -> float:
-            return alphas.get(module, rank) / rank
 
-    elif beside.is_file() and file.name in ADAPTER_FILES:
-        config = read_config(beside)
-    elif file.suffix == ".safetensors":
-        with safe_open(file, framework="pt") as opened:
-            saved = json.loads((opened.metadata() or {}).get("lora_adapter_metadata", "{}"))
-        config = {_NETWORKS.sub("", key, count=1): value for key, value in saved.items() if _NETWORKS.match(key)}
-    if config:
-        scale = partial(scaling, config)
-    return renamed, AdapterFile(config, scale)
+def _config_of(file: Path) -> dict[str, Any]:
+    """The configuration beside the file of an adapter, or in it; empty if there is none."""
+    if has_config(file):
+        return read_config(file.with_name(ADAPTER_CONFIG))
+    if file.suffix != ".safetensors":
+        return {}
+    with safe_open(file, framework="pt") as opened:
+        saved = json.loads((opened.metadata() or {}).get("lora_adapter_metadata", "{}"))
+    return {_NETWORKS.sub("", key): value for key, value in saved.items() if _NETWORKS.match(key)}
+
+
+def has_config(file: Path) -> bool:
+    """Whether a file is one that PEFT has written into a folder of its own."""
+    return file.name in ADAPTER_FILES and file.with_name(ADAPTER_CONFIG).is_file()
 
 
 def _peft_name(name: str) -> str:
@@ -190,7 +173,7 @@ def _peft_name(name: str) -> str:
 
 
 def _module(name: str, modules: Mapping[str, str]) -> str:
-    short = _NETWORKS.sub("", name, count=1) if _NETWORKS.match(name) else name
+    short = _NETWORKS.sub("", name)
     return modules.get(short, short)
 
 
@@ -272,29 +255,24 @@ class AdapterReader:
             LayoutError: for an adapter that does other things with its factors.
         """
         matched = match_tensors(tensors, self.names, self.aliases)
-        if files and not self.adapters:
-            self.adapters = {name: dict(file.config) for name, file in files.items() if file.config}
+        self.adapters = self.adapters or {n: dict(file.config) for n, file in files.items() if file.config}
         adapter_of = {name: _split(key)[0] for name, key in matched.items() if key.startswith(ADAPTER)}
         for adapter in dict.fromkeys(adapter_of.values()):
-            own, theirs = self._config(adapter), files[adapter].config if adapter in files else None
-            different = different_effects(own, theirs) if own and theirs else []
-            if different:
-                name = different[0]
-                raise LayoutError(
-                    f"its adapter has {name}={theirs.get(name)!r}, and the base model's adapter "  # type: ignore[union-attr]
-                    f"{name}={own.get(name)!r}; such adapters are different networks with the same tensors, so import "  # type: ignore[union-attr]
-                    "them apart"
-                )
+            own, theirs = self._config(adapter), files.get(adapter, AdapterFile()).config
+            if own and theirs:
+                check_same_effects(theirs, own, "its adapter", "the base model's adapter")
         read = {}
         for name, key in matched.items():
-            read[name] = self._fitted(name, tensors[key], adapter_of.get(name), files, what, notes)
-        of_lora = {factor_module(name) for name in adapter_of} - {None}
-        missing = [name for name in self.names if name not in read and factor_module(name)]
-        for name in missing if of_lora else []:
-            if factor_module(name) in of_lora:
-                continue  # a file with one of two factors
-            read[name] = torch.zeros(self.shapes[name])
-            notes.absent.add(what)
+            adapter, tensor = adapter_of.get(name, ""), tensors[key]
+            file, match = files.get(adapter), FACTOR.fullmatch(name)
+            if file is not None and match is not None:
+                tensor = self._fitted(tensor, name, match["letter"], file, self._config(adapter), what, notes)
+            read[name] = tensor
+        present = {factor_module(name) for name in adapter_of} - {None}
+        for name in self.names if present else ():
+            if name not in read and factor_module(name) and factor_module(name) not in present:
+                read[name] = torch.zeros(self.shapes[name])
+                notes.done["modules_absent"].add(what)
         return read
 
     def unused(self, tensors: Iterable[str], *others: "AdapterReader") -> list[str]:
@@ -303,41 +281,35 @@ class AdapterReader:
         used = {key for r in (self, *others) for key in match_tensors(keys, r.names, r.aliases).values()}
         return [_split(key)[1] for key in keys if key not in used]
 
-    def _config(self, adapter: str) -> Mapping[str, Any] | None:
-        if adapter in self.adapters or len(self.adapters) != 1:
-            return self.adapters.get(adapter)
-        return next(iter(self.adapters.values()))
+    def _config(self, adapter: str) -> Mapping[str, Any]:
+        """Of the network's adapter of that name, or of its only one."""
+        only = next(iter(self.adapters.values())) if len(self.adapters) == 1 else {}
+        return self.adapters.get(adapter, only)
 
     def _fitted(
         self,
-        name: str,
         tensor: torch.Tensor,
-        adapter: str | None,
-        files: Mapping[str, AdapterFile],
+        name: str,
+        letter: str,
+        file: AdapterFile,
+        own: Mapping[str, Any],
         what: str,
         notes: Notes,
     ) -> torch.Tensor:
-        """A tensor of an adapter, scaled as this network's adapter scales it, and of its rank."""
-        match = FACTOR.fullmatch(name)
-        module = factor_module(name)
-        if adapter is None or match is None or module is None or adapter not in files:
-            return tensor
-        file, own, shape = files[adapter], self._config(adapter), self.shapes[name]
-        dim = 0 if match["letter"] == "A" else 1
+        """The factor `name` of an adapter, scaled as this network's adapter scales it, and of its rank."""
+        module, shape, dim = str(factor_module(name)), self.shapes[name], "AB".index(letter)
         rank = tensor.shape[dim] if tensor.ndim > dim else self.ranks.get(module, 1)
-        if file.scaling is None:
-            notes.unscaled.add(what)
-        elif own and match["letter"] == "B":
+        if not file.config and not file.alphas:
+            notes.done["scaling_unknown"].add(what)
+        elif own and letter == "B":
             ratio = file.scaling(module, rank) / scaling(own, module, self.ranks.get(module, rank))
             if ratio != 1:
                 tensor = tensor.float() * ratio
-                notes.scaled.add(what)
-        same = tensor.ndim == len(shape) and all(
-            a == b or i == dim for i, (a, b) in enumerate(zip(tensor.shape, shape, strict=True))
-        )
-        if same and tensor.ndim > dim and rank < shape[dim] and is_lora(file.config):
+                notes.done["scaled"].add(what)
+        is_smaller = len(shape) > dim and rank < shape[dim] and is_lora(file.config)
+        if is_smaller and (*tensor.shape[:dim], shape[dim], *tensor.shape[dim + 1 :]) == shape:
             if file.config.get("target_parameters"):
                 raise LayoutError(f"tensor '{name}' belongs to experts, whose ranks must be the same")
-            notes.padded.add(what)
+            notes.done["padded"].add(what)
             return F.pad(tensor, [0, 0] * (tensor.ndim - 1 - dim) + [0, shape[dim] - rank])
         return tensor

@@ -63,11 +63,7 @@ def align_snapshots(
 
 
 def match_weights(
-    parameters: torch.Tensor,
-    reference: torch.Tensor,
-    layout: ParameterLayout,
-    units: Sequence[HiddenUnits],
-    seed: int = 0,
+    parameters: torch.Tensor, reference: torch.Tensor, layout: ParameterLayout, units: Sequence[HiddenUnits]
 ) -> bool:
     """
     Reorders the units of networks in place, to be as near as possible to those of a reference: one layer after the
@@ -76,14 +72,13 @@ def match_weights(
     Args:
         parameters (`torch.Tensor`): Shape `(K, D)`.
         reference (`torch.Tensor`): Shape `(D,)`.
-        seed (`int`, *optional*, defaults to 0): Of the order in which layers are matched.
 
     Returns:
         `bool`: Whether anything has changed.
     """
     tensors = _views(parameters, layout)
     targets = _views(reference[None], layout)
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(0)
     any_change = False
     for _ in range(MAX_SWEEPS):
         changed = False

@@ -144,20 +144,17 @@ def check_basins(
         f"measured: {len(pairs)}, validation examples: {worst.num_examples})"
     )
     if worst.barrier > MAX_BARRIER:
-        advice = (
-            "They are aligned as well as their units can be matched: train a generator for each basin, or collect "
-            "snapshots that start from one network"
-            if aligned
-            else "Align them (scripts/collect.py --import ... --align, for MLPs and plain CNNs), or train a generator "
-            "for each basin"
-        )
+        each = "train a generator for each basin"
+        advice = f"Align them (scripts/collect.py --import ... --align, for MLPs and plain CNNs), or {each}"
+        if aligned:
+            advice = f"They are aligned as well as their units can be matched: {each}, or collect from one network"
         logger.warning(
             f"the snapshots lie in different basins: {message}. Above {MAX_BARRIER:g} points, networks between them "
             f"work badly, and one generator may learn little. {advice}"
         )
     else:
         logger.info(f"the snapshots lie in one basin: {message}")
-        difference = max(each.difference for each in measured)
+        difference = max(barrier.difference for barrier in measured)
         if difference < MIN_DIFFERENCE:
             logger.warning(
                 f"the snapshots hardly differ: of {worst.num_examples} validation examples, the two farthest apart "

@@ -1,18 +1,16 @@
 """One adapter that has room for many: the form in which a data set of adapters has them."""
 
-import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import save_file
-
 from ..layout import ParameterLayout
-from ..lora import FACTOR, a_module, check_base_unchanged, different_effects, factor_module, is_lora
+from ..lora import FACTOR, a_module, check_base_unchanged, check_same_effects, factor_module, is_lora
+from ..networks.adapters import AdapterWeights
 from ..tensor_names import ADAPTER, PEFT_PREFIX
-from .adapters import ADAPTER_CONFIG, ADAPTER_FILES, Notes, read_config
-from .readers import adapter_reader, open_tensors
+from .adapters import ADAPTER_CONFIG, Notes, read_config
+from .readers import adapter_reader, open_network
 
 
 def adapter_layout(paths: Sequence[str | os.PathLike]) -> ParameterLayout:
@@ -35,7 +33,7 @@ def adapter_layout(paths: Sequence[str | os.PathLike]) -> ParameterLayout:
         )
     shapes: dict[str, tuple[int, ...]] = {}
     for folder in folders:
-        with open_tensors(folder) as tensors:
+        with open_network(folder) as tensors:
             for key in tensors:
                 name, shape = key.partition("/")[2], tuple(tensors.shape(key))
                 if ".lora_" in name:
@@ -45,7 +43,9 @@ def adapter_layout(paths: Sequence[str | os.PathLike]) -> ParameterLayout:
         if (match := FACTOR.fullmatch(name)) and (dim := "AB".index(match["letter"])) < len(shape):
             shapes[name] = (*shape[:dim], rank, *shape[dim + 1 :])
     modules = dict.fromkeys(str(factor_module(name)) for name in shapes if factor_module(name))
-    names = [f"{n.removesuffix('.weight')}.default" + (".weight" if _is_module(n) else "") for n in shapes]
+    # In networks, the name of the adapter comes before `.weight`, which the parameters of PEFT's own layers lack.
+    ends = [".weight" if name.endswith((".weight", ".lora_magnitude_vector")) else "" for name in shapes]
+    names = [f"{name.removesuffix('.weight')}.default{end}" for name, end in zip(shapes, ends, strict=True)]
     return ParameterLayout(
         tuple(names),
         tuple(shapes.values()),
@@ -55,21 +55,11 @@ def adapter_layout(paths: Sequence[str | os.PathLike]) -> ParameterLayout:
     )
 
 
-def _is_module(name: str) -> bool:
-    """Whether a tensor of a file is the weight of a module in the network, whose name comes before it there."""
-    return name.endswith((".weight", ".lora_magnitude_vector"))
-
-
 def _read_configs(folders: Sequence[Path]) -> list[dict[str, Any]]:
     configs = [read_config(folder / ADAPTER_CONFIG) for folder in folders]
     for folder, config in zip(folders, configs, strict=True):
         check_base_unchanged(config, str(folder))
-        if different := different_effects(configs[0], config):
-            name = different[0]
-            raise ValueError(
-                f"adapter '{folder}' has {name}={config.get(name)!r}, and '{folders[0]}' "
-                f"{name}={configs[0].get(name)!r}; adapters of one data set must do the same with their tensors"
-            )
+        check_same_effects(config, configs[0], f"adapter '{folder}'", f"'{folders[0]}'")
     return configs
 
 
@@ -92,15 +82,12 @@ def canonical_adapter(folders: Sequence[Path], target: Path) -> Path:
     if not is_lora(configs[0]) or configs[0].get("target_parameters"):
         return folders[0]
     layout = adapter_layout(folders)
-    with open_tensors(folders[0]) as tensors:
+    with open_network(folders[0]) as tensors:
         read = adapter_reader(layout).read(tensors, tensors.files, str(folders[0]), Notes())
         whole = {alias.partition("/")[2]: read.get(n) for n, (alias,) in zip(layout.names, layout.aliases, strict=True)}
         whole |= {n: tensors[key] for key in tensors if whole.get(n := key.partition("/")[2]) is None}
-    target.mkdir(parents=True, exist_ok=True)
-    config = json.dumps(layout.adapters["default"], indent=2, sort_keys=True)
-    (target / ADAPTER_CONFIG).write_text(config, encoding="utf-8")
-    kept = {PEFT_PREFIX + name: tensor.contiguous() for name, tensor in whole.items() if tensor is not None}
-    save_file(kept, target / ADAPTER_FILES[0], {"format": "pt"})
+    kept = {PEFT_PREFIX + name: tensor for name, tensor in whole.items() if tensor is not None}
+    AdapterWeights({"default": (layout.adapters["default"], kept)}).save_pretrained(target)
     return target
 
 

@@ -110,9 +110,9 @@ def collect_snapshots(
         mininterval=1.0,
     )
     try:
-        classifies = isinstance(task, ClassificationTask)
-        with SnapshotWriter(folder, layout, metrics=("validation_accuracy",) if classifies else ()) as writer:
-            buffer: list[tuple[torch.Tensor, int, int]] = []
+        metrics = ("validation_accuracy",) if isinstance(task, ClassificationTask) else ()
+        with SnapshotWriter(folder, layout, metrics=metrics) as writer:
+            buffer: list[dict[str, Any]] = []
             num_taken = 0
             for run_seed, step, indices in progress:
                 if step == 1:
@@ -142,15 +142,17 @@ def collect_snapshots(
                     )
                 if step % args.every_n_steps:
                     continue
-                buffer.append((layout.flatten(model.state_dict()), step, run_seed))
+                buffer.append({"parameters": layout.flatten(model.state_dict()), "step": step, "seed": run_seed})
                 num_taken += 1
                 if len(buffer) == num_buffered or num_taken == args.num_snapshots:
-                    metrics: list[dict[str, Any]] = [{}] * len(buffer)
+                    columns: list[dict[str, Any]] = [{}] * len(buffer)
                     if isinstance(task, ClassificationTask):
-                        scores = accuracy(task, models, "validation", torch.stack([row[0] for row in buffer]))
-                        metrics = [{"validation_accuracy": score} for score in scores.tolist()]
-                    for (parameters, row_step, row_seed), columns in zip(buffer, metrics, strict=True):
-                        writer.write(parameters, step=row_step, seed=row_seed, **columns)
+                        scores = accuracy(
+                            task, models, "validation", torch.stack([row["parameters"] for row in buffer])
+                        )
+                        columns = [{metric: score} for metric in metrics for score in scores.tolist()]
+                    for row, scored in zip(buffer, columns, strict=True):
+                        writer.write(**row, **scored)
                     buffer.clear()
     finally:
         model.load_state_dict(original, strict=False)

@@ -12,7 +12,7 @@ import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-from ..layout import LayoutError, ParameterLayout
+from ..layout import LayoutError, ParameterLayout, some_names
 from ..models.condition import Condition, Fields
 from ..selection import check_adapters
 from ..utils.paths import expand_path
@@ -29,7 +29,7 @@ from .dataset import (
     parameter_matrix,
 )
 from .frozen import FrozenCheck
-from .readers import SUFFIXES, adapter_reader, open_network, open_tensors, read_tensors
+from .readers import SUFFIXES, adapter_reader, open_network, read_vector
 
 logger = logging.getLogger(__name__)
 
@@ -104,20 +104,15 @@ def import_snapshots(
         LayoutError: for a file whose tensors do not fit the layout; names the file and the tensor.
         ConditionError: for a condition that does not fit the fields.
     """
-    given: Sequence[Condition | None] = conditions or [None] * len(paths)
     if fields is None:
         fields = next((load_fields(path) for path in paths if _is_data_set(Path(path))), Fields({}))
     if conditions:
         fields.table(conditions)  # an error comes before files are read
-    found = [
-        (*network, condition)
-        for path, condition in zip(paths, given, strict=True)
-        for network in _expand(path, hub_kwargs)
-    ]
+    given: Sequence[Condition | None] = conditions or [None] * len(paths)
+    named = zip(paths, given, strict=True)
+    found = [(*network, condition) for path, condition in named for network in _expand(path, hub_kwargs)]
     runs: dict[Path, int] = {}
     notes, names, reader = Notes(), [], adapter_reader(layout)
-    if not layout.adapters:
-        layout = replace(layout, adapters=_first_config(found))
     with SnapshotWriter(folder, layout, fields=fields) as writer:
         for position, (name, path, condition) in enumerate(found):
             try:
@@ -125,14 +120,15 @@ def import_snapshots(
                     names += [str(path)] * _copy_rows(path, writer, runs.setdefault(path, len(runs)))
                     continue
                 with open_network(path, layout) as tensors:
-                    vector = layout.flatten(read_tensors(tensors, layout, reader, str(path), notes))
+                    vector = read_vector(tensors, layout, reader, str(path), notes)
                     if check is not None:
                         check.compare(path, tensors, notes)
-                    else:
-                        for unused in reader.unused(tensors):
-                            notes.left_out.setdefault(unused, set()).add(str(path))
+                    for unused in reader.unused(tensors) if check is None else ():
+                        notes.left_out[unused].add(str(path))
                     bases = (file.config.get("base_model_name_or_path") for file in tensors.files.values())
                     notes.base_models.update(str(base) for base in bases if base)
+                if not writer.layout.adapters:  # of a layout that says nothing of them: those of the first
+                    writer.layout = replace(layout, adapters=reader.adapters)
                 if (copy := writer.find(vector)) is not None:
                     notes.copies[str(path)] = names[copy]
                     continue
@@ -144,14 +140,6 @@ def import_snapshots(
                 hint = OTHER_KIND if names and isinstance(error, LayoutError) else ""
                 raise type(error)(f"'{path}': {error}{hint}") from error
     return notes.report()
-
-
-def _first_config(found: Sequence[tuple]) -> dict[str, dict]:
-    """The configuration of the first network's adapters, by which a layout without one is read."""
-    for _, path, *_ in found[:1]:
-        if path.is_dir():
-            return {name: read_config(place / ADAPTER_CONFIG) for name, place in find_adapters(path).items()}
-    return {}
 
 
 def _is_data_set(path: Path) -> bool:
@@ -185,13 +173,11 @@ def read_networks(path: str | os.PathLike, layout: ParameterLayout) -> torch.Ten
     """
     found = _expand(path, {})
     parameters = torch.empty(len(found), layout.num_parameters)
-    if not layout.adapters:
-        layout = replace(layout, adapters=_first_config(found))
     reader, notes = adapter_reader(layout), Notes()
     for row, (_, file) in zip(parameters, found, strict=True):
         try:
             with open_network(file, layout) as tensors:
-                row.copy_(layout.flatten(read_tensors(tensors, layout, reader, str(file), notes)))
+                row.copy_(read_vector(tensors, layout, reader, str(file), notes))
             check_finite(row[None].numpy(), layout)
         except (SnapshotError, LayoutError) as error:
             raise type(error)(f"'{file}': {error}") from error
@@ -218,38 +204,37 @@ def find_adapter(paths: Sequence[str | os.PathLike], folder: str | os.PathLike, 
         SnapshotError: for adapters that cannot be read, or have no configuration.
         ValueError: for adapters that are different networks with the same tensors.
     """
-    folders = [] if model is None or not Path(model, ADAPTER_CONFIG).is_file() else [Path(model)]
-    has_own = bool(folders)
-    base = None if model is None or has_own else Path(model).name
+    has_own = model is not None and Path(model, ADAPTER_CONFIG).is_file()
+    folders = [Path(str(model))] if has_own else []
     for path in [path for one in paths for _, path in _expand(one, {}) if not _is_data_set(path)]:
         if path.is_dir():
             folders += find_adapters(path).values()
             continue
-        with open_tensors(path) as tensors:
+        with open_network(path) as tensors:
             described = tensors.files.get("default")
-        if described is not None and described.scaling is None and has_own:
+        if described is None:
+            continue
+        if has_own and not described.config and not described.alphas:
             return None  # it is taken to be scaled as that adapter
-        if described is not None and not (described.config and path.with_name(ADAPTER_CONFIG).is_file()):
+        if not described.config or not path.with_name(ADAPTER_CONFIG).is_file():
             raise SnapshotError(
                 f"'{path}' is an adapter without its {ADAPTER_CONFIG}, which says how it is scaled; give the folder "
                 "that has both, or as --model an adapter that is scaled alike"
             )
-        folders += [] if described is None else [path.parent]
+        folders.append(path.parent)
     if not folders[has_own:]:
         return None
-    named = [read_config(one / ADAPTER_CONFIG).get("base_model_name_or_path") for one in folders]
-    others = sorted({str(name) for name in named if name and base and Path(name).name != base})
+    named = {str(read_config(one / ADAPTER_CONFIG).get("base_model_name_or_path") or "") for one in folders}
+    others = sorted(name for name in named if name and model and not has_own and Path(name).name != Path(model).name)
     if others:
         logger.warning(
-            "the adapters were trained for '%s', and the base model is '%s': if it has other weights, they are other "
-            "networks with it",
-            "', '".join(others[:3]),
-            model,
+            f"the adapters were trained for {some_names(others)}, and the base model is '{model}': if it has "
+            "other weights, they are other networks with it"
         )
     return str(canonical_adapter(list(dict.fromkeys(folders)), Path(folder)))
 
 
-def _expand(path: str | os.PathLike, hub_kwargs: Mapping, depth: int = MAX_DEPTH) -> list[tuple[str, Path]]:
+def _expand(path: str | os.PathLike, hub_kwargs: Mapping) -> list[tuple[str, Path]]:
     """The checkpoints that `path` stands for: what each is called, and the file, or the folder of one network."""
     local = Path(path)
     if local.is_file():
@@ -258,13 +243,13 @@ def _expand(path: str | os.PathLike, hub_kwargs: Mapping, depth: int = MAX_DEPTH
         return _expand_hub(str(path), hub_kwargs)
     if _is_data_set(local):
         return [(local.name, local)]
-    found = _look_through(local, depth)
+    found = _look_through(local)
     if not found:
         raise SnapshotError(f"'{path}' has no checkpoint-N folders and no {', '.join(SUFFIXES)} files")
     return found
 
 
-def _look_through(folder: Path, depth: int) -> list[tuple[str, Path]]:
+def _look_through(folder: Path, depth: int = MAX_DEPTH) -> list[tuple[str, Path]]:
     own = [(folder.name, folder)] if any((folder / name).is_file() for name in MARKS) else []
     children = sorted((child for child in folder.iterdir() if not child.name.startswith(".")), key=_natural_order)
     checkpoints = [(child.stem, child) for child in children if re.fullmatch(r"checkpoint-\d+", child.name)]

@@ -16,7 +16,7 @@ from ..tensor_names import adapter_configs, adapter_names, shared_tensors
 from ..utils.files import without_nan
 from .adapters import AdapterReader, Notes
 from .dataset import SnapshotError
-from .readers import NetworkTensors, adapter_reader, open_network, read_tensors
+from .readers import NetworkTensors, adapter_reader, open_network, read_vector
 
 logger = logging.getLogger(__name__)
 
@@ -67,7 +67,7 @@ class FrozenCheck:
                     f"tensor '{unused}' of the adapter has no place in the base model; without it, it may be another "
                     "network. Import without require_same_frozen to leave it out"
                 )
-            notes.left_out.setdefault(unused, set()).add(str(path))
+            notes.left_out[unused].add(str(path))
         name = max(found, key=lambda name: found[name], default=None)
         if name is None or found[name] <= MAX_DIFFERENCE:
             return
@@ -103,22 +103,18 @@ class FrozenCheck:
         only_statistics = all(name.rpartition(".")[2] in STATISTICS for _, name in self._differences.values())
         advice = "use batch_norm_statistics=generated" if only_statistics else "select those tensors too"
         logger.warning(
-            "%d imported networks differ from the base model in tensors that are not selected, and are used with the "
-            "base model's: by up to %.3g of the norm of '%s', in '%s'%s. If that matters, %s, take one of these "
-            "networks as the base model, or refuse such networks with require_same_frozen",
-            len(paths),
-            difference,
-            name,
-            paths[0],
-            measured,
-            advice,
+            f"{len(paths)} imported networks differ from the base model in tensors that are not selected, and are used "
+            f"with the base model's: by up to {difference:.3g} of the norm of '{name}', in '{paths[0]}'{measured}. If "
+            f"that matters, {advice}, take one of these networks as the base model, or refuse such networks with "
+            "require_same_frozen"
         )
         report = {"networks": len(paths), "difference": difference, "tensor": name, "file": str(paths[0])}
         return without_nan(report | {"scores": scores})
 
     def _score(self, task: ClassificationTask, path: Path) -> dict:
         with open_network(path, self.layout) as tensors:
-            parameters = self.layout.flatten(read_tensors(tensors, self.layout))[None]  # (1, D)
+            reader = adapter_reader(self.layout)
+            parameters = read_vector(tensors, self.layout, reader, str(path), Notes())[None]  # (1, D)
             read = self._reader.read(tensors, tensors.files, str(path), Notes())
             own = {name: tensor for name, tensor in read.items() if tensor.shape == self._frozen[name].shape}
         network = copy.deepcopy(self.model)

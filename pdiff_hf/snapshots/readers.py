@@ -6,7 +6,6 @@ import re
 import zipfile
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig
 
 from ..layout import EXACT_DTYPES, LayoutError, ParameterLayout, closest_names, some_names
-from ..lora import check_base_unchanged, scaling
+from ..lora import check_base_unchanged
 from ..tensor_names import ADAPTER, PEFT_PREFIX
 from ..utils.errors import first_line, limited_modules
 from .adapters import (
@@ -28,9 +27,9 @@ from .adapters import (
     Notes,
     describe_file,
     find_adapters,
+    has_config,
     is_adapter,
     match_tensors,
-    read_config,
 )
 from .dataset import SnapshotError
 
@@ -53,7 +52,7 @@ _REFUSED = re.compile(r"(?:GLOBAL|class|Type) ([\w.]+)")
 
 
 @contextmanager
-def open_network(path: Path, layout: ParameterLayout) -> Iterator["NetworkTensors"]:
+def open_network(path: Path, layout: ParameterLayout | None = None) -> Iterator["NetworkTensors"]:
     """
     The tensors of a file, or of the folder of a network, by name; those of safetensors files are read when they are
     asked for. Tensors of adapters have the names that [`adapter_names`] gives them, whether PEFT, diffusers or kohya
@@ -63,19 +62,13 @@ def open_network(path: Path, layout: ParameterLayout) -> Iterator["NetworkTensor
     Raises:
         SnapshotError: if a file cannot be read, or is a pickle with more than tensors in it.
     """
-    with open_tensors(path, layout.names) as tensors:
-        missing = len(match_tensors(tensors, layout.names, layout.aliases)) < len(layout.names)
-        if missing and (path / "config.json").is_file():
+    names, aliases = ((), ()) if layout is None else (layout.names, layout.aliases)
+    with ExitStack() as stack:
+        tensors = _open_folder(path, stack, names) if path.is_dir() else _open_adapter(path, stack, names)
+        if len(match_tensors(tensors, names, aliases)) < len(names) and (path / "config.json").is_file():
             loaded = _load_pretrained(path)
             tensors = NetworkTensors({name: (loaded, name) for name in loaded})
         yield tensors
-
-
-@contextmanager
-def open_tensors(path: Path, names: Iterable[str] = ()) -> Iterator["NetworkTensors"]:
-    """Like `open_network`, but for what the file has; `names` are those of a network that it may be for."""
-    with ExitStack() as stack:
-        yield _open_folder(path, stack, names) if path.is_dir() else _open_adapter(path, stack, names)
 
 
 def adapter_reader(layout: ParameterLayout) -> AdapterReader:
@@ -83,39 +76,27 @@ def adapter_reader(layout: ParameterLayout) -> AdapterReader:
     return AdapterReader(layout.names, layout.shapes, layout.aliases, layout.adapters)
 
 
-def read_tensors(
-    tensors: "NetworkTensors",
-    layout: ParameterLayout,
-    reader: AdapterReader | None = None,
-    what: str = "",
-    notes: Notes | None = None,
-) -> dict[str, torch.Tensor]:
+def read_vector(
+    tensors: "NetworkTensors", layout: ParameterLayout, reader: AdapterReader, what: str, notes: Notes
+) -> torch.Tensor:
     """
-    Those of `tensors` that the layout names, in its types, if that changes no value; those of adapters as
-    [`~pdiff_hf.snapshots.adapters.AdapterReader`] makes them fit, which notes what it did to the file `what`.
+    The tensors that the layout names, in its types, if that changes no value, as a vector of shape `(D,)`; those of
+    adapters as [`~pdiff_hf.snapshots.adapters.AdapterReader`] makes them fit, which notes what it did to the file
+    `what`.
 
     Raises:
         LayoutError: names the first tensor that is missing, or has another shape or type.
     """
-    reader = reader or adapter_reader(layout)
-    read = reader.read(tensors, tensors.files, what, notes or Notes())
-    missing = [name for name in layout.names if name not in read]
-    if missing:
-        raise LayoutError(
-            f"this file has no tensor '{missing[0]}'; {closest_names(missing[0], tensors)}{_why_missing(missing[0])}"
-        )
+    read = reader.read(tensors, tensors.files, what, notes)
+    for name in layout.names:
+        if name not in read:
+            own = ". That is the base model's own module, which adapters do not have; select the one that was trained "
+            hint = own + "with them: '*.modules_to_save.*'" if ".original_module." in name else ""
+            raise LayoutError(f"this file has no tensor '{name}'; {closest_names(name, tensors)}{hint}")
     layout.check_fits(read, "this file")
     dtypes = (EXACT_DTYPES[dtype] for dtype in layout.dtypes)
-    return {name: _convert(name, read[name], dtype) for name, dtype in zip(layout.names, dtypes, strict=True)}
-
-
-def _why_missing(name: str) -> str:
-    if ".original_module." not in name:
-        return ""
-    return (
-        ". That is the base model's own module, which adapters do not have; select the one that was trained with them: "
-        "'*.modules_to_save.*'"
-    )
+    converted = {name: _convert(name, read[name], dtype) for name, dtype in zip(layout.names, dtypes, strict=True)}
+    return layout.flatten(converted)
 
 
 class NetworkTensors(Mapping[str, torch.Tensor]):
@@ -150,40 +131,33 @@ class NetworkTensors(Mapping[str, torch.Tensor]):
 
 
 def _open_folder(folder: Path, stack: ExitStack, names: Iterable[str]) -> NetworkTensors:
-    sources: dict[str, tuple[Any, str]] = {}
-    files = {}
-    if file := _first(folder, WEIGHT_FILES):
-        sources |= _open_file(file, stack).sources
+    file = _first(folder, WEIGHT_FILES)
+    tensors = NetworkTensors({}) if file is None else _open_file(file, stack)
     for adapter, place in find_adapters(folder).items():
         if (file := _first(place, ADAPTER_FILES)) is None:
             raise SnapshotError(f"'{place}' has an {ADAPTER_CONFIG}, but no {' or '.join(ADAPTER_FILES)}")
-        opened = _open_file(file, stack).sources
-        sources |= {f"{ADAPTER}{adapter}/{name.removeprefix(PEFT_PREFIX)}": s for name, s in opened.items()}
-        try:
-            config = read_config(place / ADAPTER_CONFIG)
-            check_base_unchanged(config, str(place))
-        except ValueError as error:
-            raise SnapshotError(str(error)) from error
-        files[adapter] = AdapterFile(config, partial(scaling, config))
-    if not sources and (file := _first(folder, (DIFFUSERS_FILE,))):
+        opened = _open_adapter(file, stack, names, adapter)
+        tensors = NetworkTensors(tensors.sources | opened.sources, tensors.files | opened.files)
+    if not tensors and (file := _first(folder, (DIFFUSERS_FILE,))):
         return _open_adapter(file, stack, names)
-    if not sources:
+    if not tensors:
         raise SnapshotError(f"the folder has no {', '.join(WEIGHT_FILES + ADAPTER_FILES)}")
-    return NetworkTensors(sources, files)
+    return tensors
 
 
-def _open_adapter(file: Path, stack: ExitStack, names: Iterable[str]) -> NetworkTensors:
-    """A file, with names as PEFT has them if it is that of a LoRA adapter."""
+def _open_adapter(file: Path, stack: ExitStack, names: Iterable[str], adapter: str = "default") -> NetworkTensors:
+    """A file, with names as PEFT has them if it is that of an adapter."""
     opened = _open_file(file, stack)
-    if not is_adapter(opened):
+    if not has_config(file) and not is_adapter(opened):
         return opened
     try:
         renamed, description = describe_file(file, opened, names)
-        check_base_unchanged(description.config, str(file))
+        check_base_unchanged(description.config, str(file.parent if has_config(file) else file))
     except ValueError as error:
         raise SnapshotError(str(error)) from error
-    sources = {f"{ADAPTER}default/{n.removeprefix(PEFT_PREFIX)}": opened.sources[name] for name, n in renamed.items()}
-    return NetworkTensors(sources, {"default": description})
+    prefix = f"{ADAPTER}{adapter}/"
+    sources = {prefix + new.removeprefix(PEFT_PREFIX): opened.sources[name] for name, new in renamed.items()}
+    return NetworkTensors(sources, {adapter: description})
 
 
 def _first(folder: Path, names: Iterable[str]) -> Path | None:
@@ -214,17 +188,12 @@ def _open_safetensors(file: Path, stack: ExitStack) -> NetworkTensors:
 
 def _open_shards(index: Path, stack: ExitStack) -> NetworkTensors:
     try:
-        # Names alone: a path would lead out of the folder.
-        shards = {
-            index.with_name(Path(shard).name)
-            for shard in json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
-        }
+        files = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
+        shards = {index.with_name(Path(file).name) for file in files}  # names alone: a path would lead elsewhere
     except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
         raise SnapshotError(f"{index.name} is not the index of a sharded network ({error!r})") from error
-    sources: dict[str, tuple[Any, str]] = {}
-    for shard in sorted(shards):
-        sources |= _open_safetensors(shard, stack).sources
-    return NetworkTensors(sources)
+    opened = [_open_safetensors(shard, stack).sources for shard in sorted(shards)]
+    return NetworkTensors({name: source for sources in opened for name, source in sources.items()})
 
 
 def _load_pickle(file: Path) -> Mapping[str, torch.Tensor]:
@@ -247,46 +216,34 @@ def _load_pickle(file: Path) -> Mapping[str, torch.Tensor]:
 
 def _find_tensors(content: Any, what: str, depth: int = MAX_DEPTH) -> Mapping[str, torch.Tensor]:
     """The state dict that `content` is, or holds under one of its keys."""
-    tensors = _tensors(content)
-    nested = [key for key in content if _holds_tensors(content[key], depth - 1)] if isinstance(content, Mapping) else []
+    items = content if isinstance(content, Mapping) else {}
+    tensors = {name: value for name, value in items.items() if isinstance(name, str) and torch.is_tensor(value)}
+    nested = [key for key in items if _holds_tensors(items[key], depth - 1)]
     chosen = next((key for key in NESTED if key in nested), None)
     if chosen is None and not tensors and len(nested) == 1:
         chosen = nested[0]
     if chosen is not None:
         return _find_tensors(content[chosen], f"{what} under '{chosen}'", depth - 1)
-    if not tensors and nested:
-        raise SnapshotError(
-            f"{what} holds several state dicts, under {some_names(list(map(str, nested)), 20)}; save the right one of "
-            f"them alone, or under '{NESTED[0]}'"
-        )
-    if isinstance(content, torch.Tensor):
-        raise SnapshotError(
-            f"{what} holds a tensor of shape {tuple(content.shape)}, not a state dict; {IN_MEMORY} one with a row for "
-            "each network"
-        )
+    if tensors:
+        return tensors
+    kind, keys = type(content).__name__, some_names(list(map(str, nested or items)), 20)
+    if nested:
+        save = f"save the right one of them alone, or under '{NESTED[0]}'"
+        raise SnapshotError(f"{what} holds several state dicts, under {keys}; {save}")
+    if torch.is_tensor(content):
+        shape = tuple(content.shape)
+        row = f"{IN_MEMORY} one with a row for each network"
+        raise SnapshotError(f"{what} holds a tensor of shape {shape}, not a state dict; {row}")
     if isinstance(content, list | tuple) and content and all(_holds_tensors(item, depth - 1) for item in content):
-        raise SnapshotError(
-            f"{what} holds {len(content)} state dicts in a {type(content).__name__}; {IN_MEMORY} them, or save each as "
-            "a file"
-        )
-    if not tensors:
-        keys = f" with the keys {some_names(list(map(str, content)), 20)}" if isinstance(content, Mapping) else ""
-        raise SnapshotError(f"{what} holds a {type(content).__name__}{keys}, not a state dict")
-    return tensors
-
-
-def _tensors(content: Any) -> dict[str, torch.Tensor]:
-    items = content.items() if isinstance(content, Mapping) else ()
-    return {name: value for name, value in items if isinstance(name, str) and isinstance(value, torch.Tensor)}
+        save = f"{IN_MEMORY} them, or save each as a file"
+        raise SnapshotError(f"{what} holds {len(content)} state dicts in a {kind}; {save}")
+    raise SnapshotError(f"{what} holds a {kind}{f' with the keys {keys}' if items else ''}, not a state dict")
 
 
 def _holds_tensors(content: Any, depth: int) -> bool:
     """Whether a mapping holds tensors, or mappings of tensors and so on, all under names."""
-    if not isinstance(content, Mapping) or not depth:
-        return False
-    return bool(_tensors(content)) or any(
-        isinstance(key, str) and _holds_tensors(value, depth - 1) for key, value in content.items()
-    )
+    named = [value for key, value in content.items() if isinstance(key, str)] if isinstance(content, Mapping) else []
+    return depth > 0 and any(torch.is_tensor(value) or _holds_tensors(value, depth - 1) for value in named)
 
 
 def _check_not_compressed(file: Path) -> None:

@@ -154,7 +154,7 @@ def main() -> None:
     aligned = align_snapshots(task, model, layout, independent)
     print(f"alignment: {time.process_time() - start:.1f} s\n")
     to_first = independent.clone()
-    match_weights(to_first, independent[0], layout, find_hidden_units(task, model, layout), seed=0)
+    match_weights(to_first, independent[0], layout, find_hidden_units(task, model, layout))
     models = NetworkRunner(model, layout)
     variants = {"as trained": independent, "aligned to the first": to_first, "aligned": aligned}
     rows = [measure(name, task, models, parameters, args) for name, parameters in variants.items()]
