@@ -13,17 +13,20 @@ _PUBLIC = {
     ".layout": ("LayoutError", "ParameterLayout"),
     ".models": ("ConditionEncoder", "ConditionError", "Fields", "LatentDenoiser", "ParameterAutoencoder"),
     ".networks.ensemble": ("EnsembleModel",),
+    ".networks.neural_field": ("NeuralField",),
     ".pipelines": ("PDiffPipeline", "PDiffPipelineOutput"),
     ".run.config": ("PDiffConfig",),
     ".run.trainer": ("PDiffTrainer",),
     ".selection": ("select_layout", "select_parameters"),
     ".snapshots": ("SnapshotCallback", "SnapshotRecorder", "SnapshotWriter", "import_snapshots", "load_snapshots"),
+    ".tasks.data_task": ("DataTask",),
     ".tasks.family": ("Family", "TaskFamily"),
     ".tasks.image_classification": ("ImageClassificationTask",),
     ".tasks.image_families": ("ImageFamily", "TransformedFamily"),
     ".tasks.image_generation": ("ImageGenerationTask",),
     ".tasks.label_groups": ("GroupedFamily",),
     ".tasks.module": ("ModuleTask",),
+    ".tasks.neural_field": ("NeuralFieldTask",),
     ".tasks.object_detection": ("ObjectDetectionTask",),
     ".tasks.registry": ("register_family", "register_task"),
     ".tasks.semantic_segmentation": ("SemanticSegmentationTask",),
@@ -37,17 +40,20 @@ if TYPE_CHECKING:
     from .layout import LayoutError, ParameterLayout
     from .models import ConditionEncoder, ConditionError, Fields, LatentDenoiser, ParameterAutoencoder
     from .networks.ensemble import EnsembleModel
+    from .networks.neural_field import NeuralField
     from .pipelines import PDiffPipeline, PDiffPipelineOutput
     from .run.config import PDiffConfig
     from .run.trainer import PDiffTrainer
     from .selection import select_layout, select_parameters
     from .snapshots import SnapshotCallback, SnapshotRecorder, SnapshotWriter, import_snapshots, load_snapshots
+    from .tasks.data_task import DataTask
     from .tasks.family import Family, TaskFamily
     from .tasks.image_classification import ImageClassificationTask
     from .tasks.image_families import ImageFamily, TransformedFamily
     from .tasks.image_generation import ImageGenerationTask
     from .tasks.label_groups import GroupedFamily
     from .tasks.module import ModuleTask
+    from .tasks.neural_field import NeuralFieldTask
     from .tasks.object_detection import ObjectDetectionTask
     from .tasks.registry import register_family, register_task
     from .tasks.semantic_segmentation import SemanticSegmentationTask
@@ -58,6 +64,7 @@ __all__ = [
     "ClassificationTask",
     "ConditionEncoder",
     "ConditionError",
+    "DataTask",
     "EnsembleModel",
     "Family",
     "Fields",
@@ -69,6 +76,8 @@ __all__ = [
     "LayoutError",
     "MeasuredTask",
     "ModuleTask",
+    "NeuralField",
+    "NeuralFieldTask",
     "ObjectDetectionTask",
     "PDiffConfig",
     "PDiffPipeline",

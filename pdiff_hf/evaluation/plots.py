@@ -462,6 +462,8 @@ def draw_figures(
         values = {row.name: as_tensor(row.scores()) for row in shown}
         colours = [GENERATED if row.kind == "generated" else OTHERS[0] for row in shown]
         plot_distribution(folder / "scores.png", values, f"{title} on unseen tasks", colours, ends=(0, 100))
+    elif "nearness" in report.generated.measures:
+        plot_frontier(report, folder / "frontier.png")
     else:
         _draw_task(report, folder, title)
     if report.reverse_process is not None:
@@ -476,6 +478,29 @@ def draw_figures(
             for panel, curves in losses.items()
         }
         plot_loss_curves(folder / "losses.png", panels)
+
+
+def plot_frontier(report: ReportData, path: Path) -> Path:
+    """Sets of data: the Fréchet distance against nearness to the training data. Low and right is better."""
+    figure = Figure(figsize=(WIDTH, 4.2), layout="constrained")
+    axes = figure.subplots()
+    styles = {"generated": (GENERATED, "o"), "variant": (GENERATED, "*"), "snapshots": (SNAPSHOTS, "X")}
+    styles |= {"control": (SNAPSHOTS, "x"), "opponent": (OTHERS[2], "P")}
+    spaces = {"weights": (OTHERS[0], "s"), "latents": (OTHERS[1], "^"), "data": (OTHERS[4], "D")}
+    for row in report.groups:
+        space = row.name.rpartition(", ")[2]
+        colour, marker = styles.get(row.kind.value) or spaces[space]
+        label = row.kind.value if row.kind.value in styles else f"trivial, in {space}"
+        near, distance = row.measures.get("nearness"), row.mean()
+        if near is not None and distance is not None:
+            axes.scatter(near, max(distance, 0.05), color=colour, marker=marker, label=label)
+    axes.axvline(1, color="0.7", linewidth=0.8)
+    axes.set_yscale("log")
+    axes.set_xlabel("nearness to the training data (held-out data: 1)")
+    axes.set_ylabel("Fréchet distance (% of the variance)")
+    handles = dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))
+    axes.legend(list(handles.values()), list(handles), fontsize="small", frameon=False)
+    return _save(figure, path)
 
 
 def _draw_task(report: ReportData, folder: Path, title: str) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..utils.reports import FIGURES, TEST
+from . import set_words
 from .groups import Kind
 from .metrics import METRICS, GroupMetric
 from .report_data import GroupRow, ReportData
@@ -247,6 +248,9 @@ def _html_table(header: Sequence[str], rows: Sequence[Sequence[str]], generated:
 
 def sections(report: ReportData) -> Iterable[tuple[str, str, Table]]:
     """Title, explanation and table of everything that the summary leaves out."""
+    if set_words.is_of_sets(report):
+        yield from set_words.sections(report)
+        return
     if report.fields:
         yield from _member_sections(report)
         return

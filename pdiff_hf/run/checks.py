@@ -6,6 +6,7 @@ from ..evaluation.score import make_scorer
 from ..models.products import AdapterProducts
 from ..networks.adapters import without_wrapper
 from ..tasks import ClassificationTask
+from ..tasks.data_task import DataTask
 from ..utils.files import check_writable
 from .context import RunContext
 from .folder import RunError, difference
@@ -24,7 +25,7 @@ def check_run(context: RunContext) -> None:
             f"latent_dim is {c.latent_dim}, but only {context.layout.num_parameters} parameters are selected; a latent "
             "cannot be longer than the vector"
         )
-    num_snapshots = c.num_snapshots if c.snapshots is None else len(context.snapshots[0])
+    num_snapshots = context.num_snapshots
     if round(num_snapshots * (1 - c.heldout_snapshots)) < 2:
         raise RunError(f"{num_snapshots} snapshots leave fewer than 2 to train on")
     num_inference_steps = c.num_inference_steps or 10
@@ -77,7 +78,8 @@ def check_run(context: RunContext) -> None:
             context.files.check_link(stage)
     if not c.overwrite_output_dir:
         _check_folder(context)
-    if "evaluate" in c.stages and not context.is_finished("evaluate") and not context.family.fields:
+    judged = "evaluate" in c.stages and not context.is_finished("evaluate") and not context.family.fields
+    if judged and not isinstance(context.task, DataTask):
         _check_memory(context, num_snapshots)
 
 

@@ -1,5 +1,6 @@
 """The stages that give snapshots: a base model, and networks that are fine-tuned from it or come from elsewhere."""
 
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -23,14 +24,18 @@ from ..snapshots import (
 from ..snapshots.barrier import check_basins
 from ..snapshots.dataset import load_fields
 from ..snapshots.frozen import FrozenCheck
+from ..snapshots.of_data import fit_networks, learn_start, write_networks_of_data
 from ..snapshots.zoo import ZooArguments, train_specialists, write_zoo
 from ..tasks import ClassificationTask
+from ..tasks.data_task import DataTask
 from ..training import LoopArguments
 from ..utils.files import remove
 from ..utils.seeds import named_seed
 from .config import PDiffConfig
 from .context import RunContext, Stage
 from .folder import RunError
+
+logger = logging.getLogger(__name__)
 
 
 def train_base(context: RunContext, stage: Stage) -> None:
@@ -50,7 +55,10 @@ def train_base(context: RunContext, stage: Stage) -> None:
             weight_decay=c.base_args.weight_decay,
         )
         with context.loop(stage) as loop:
-            losses = train_base_model(loop, context.task, model, args)
+            if isinstance(context.task, DataTask) and context.task.start == "meta":
+                losses = learn_start(loop, context.task, model, context.layout, args)
+            else:
+                losses = train_base_model(loop, context.task, model, args)
         results["losses"] = losses.tolist()
     if not PartialState().is_main_process:
         return
@@ -63,12 +71,15 @@ def train_base(context: RunContext, stage: Stage) -> None:
 def collect(context: RunContext, stage: Stage) -> None:
     """
     Snapshots: the data set that the settings name, which stays where it is; or fine-tuning from the base model, one
-    network after the other for a single task, and side by side those of a family's seen tasks.
+    network after the other for a single task, and side by side those of a family's seen tasks, or of data.
     """
     c, fields, several = context.config, context.family.fields, len(context.conditions["train"]) > 1
     if c.snapshots is not None:
         if PartialState().is_main_process:
             context.finish(stage, {"num_snapshots": len(context.snapshots[0]), "barrier": _check_basins(context)})
+        return
+    if isinstance(context.task, DataTask):
+        collect_of_data(context, context.task, stage)
         return
     seed = named_seed(c.seed, "collect")
     if several:
@@ -103,6 +114,35 @@ def collect(context: RunContext, stage: Stage) -> None:
                 )
     context.base_model.to("cpu")
     context.finish(stage, {"barrier": _check_basins(context)})
+
+
+def collect_of_data(context: RunContext, task: DataTask, stage: Stage) -> None:
+    """One network for each datum, held-out ones too, which no generator sees."""
+    c = context.config
+    networks = NetworkRunner(context.base_model, context.layout)
+    args = LoopArguments(
+        c.collect_steps,
+        c.collect_batch_size,
+        c.collect_learning_rate,
+        optimizer=c.collect_args.optimizer,
+        weight_decay=c.collect_args.weight_decay,
+    )
+    signals = [task.signals(split) for split in ("train", "test")]
+    with context.loop(stage) as loop:
+        found = fit_networks(loop, task, networks, torch.cat(signals), args)
+    if not PartialState().is_main_process:
+        return
+    errors = task.error(task.render_all(networks, found), torch.cat(signals))
+    sizes = [len(part) for part in signals]
+    conditions = [task.conditions(split) for split in ("train", "test")]
+    parts = zip(found.split(sizes), conditions, errors.split(sizes), (False, True), strict=True)
+    with context.files.replacing(stage) as folder:
+        folder.rmdir()
+        write_networks_of_data(folder, task, context.layout, list(parts), args.num_steps, named_seed(c.seed, "collect"))
+    context.base_model.to("cpu")
+    means = [part.mean().item() for part in errors.split(sizes)]
+    logger.info("collect: the mean loss is %.3g, and %.3g for held-out data", *means)
+    context.finish(stage, {"errors": means})
 
 
 def zoo_arguments(config: PDiffConfig) -> ZooArguments:

@@ -10,7 +10,7 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import yaml
 
@@ -26,6 +26,10 @@ _NO_FAMILY: dict[str, Any] = {
 _ONE_TASK: dict[str, Any] = {
     "read_when": lambda c: not c.has_family,
     "why": "it is for a single task, and there is a family of tasks",
+}
+_OF_DATA: dict[str, Any] = {
+    "read_when": lambda c: c.is_of_data is not True,
+    "why": "there is one network for each datum, and the data set says which are held out",
 }
 _PUSHED: dict[str, Any] = {"read_when": lambda c: c.push_to_hub, "why": "nothing is pushed without push_to_hub"}
 _BASE: dict[str, Any] = {"read_when": lambda c: c.base_epochs > 0, "why": "base_epochs=0 takes the base model as it is"}
@@ -116,8 +120,8 @@ class TaskSection:
     )
     dataset: str | None = option(
         None,
-        f"`digits`, `moving_digits`, or local folder, file or Hub id of a data set. `{DEFAULT_DATASET}` by default, "
-        "but for your own model there is no default.",
+        "`digits`, `all_digits`, `moving_digits`, or local folder, file or Hub id of a data set. "
+        f"`{DEFAULT_DATASET}` by default, but for your own model there is no default.",
         path=True,
         common=True,
     )
@@ -179,7 +183,7 @@ class CollectArgs:
         1,
         "Fine-tune so many times from the base model, each in another order of the data.",
         min=1,
-        **_both(_COLLECTS, _ONE_TASK),
+        **_both(_COLLECTS, _ONE_TASK, _OF_DATA),
     )
 
 
@@ -202,15 +206,18 @@ class CollectSection:
         read_when=lambda c: c.snapshots is None or c.batch_norm_statistics == "recomputed",
         why=_SELECTS["why"],
     )
-    num_snapshots: int = option(300, "K, over all runs or seen tasks together.", min=2, **_COLLECTS, common=True)
-    collect_every: int = option(1, "Take a snapshot every so many steps.", min=1, **_COLLECTS)
+    num_snapshots: int = option(
+        300, "K, over all runs or seen tasks together.", min=2, **_both(_COLLECTS, _OF_DATA), common=True
+    )
+    collect_every: int = option(1, "Take a snapshot every so many steps.", min=1, **_both(_COLLECTS, _OF_DATA))
     collect_learning_rate: float = option(0.03, "Constant learning rate.", above=0, **_FINE_TUNES)
-    collect_batch_size: int = option(128, "Examples in a step.", min=1, **_FINE_TUNES)
+    collect_batch_size: int = option(128, "Examples, or coordinates of data, in a step.", min=1, **_FINE_TUNES)
     collect_steps: int = option(
         400,
-        "Families only: AdamW steps of each task's network; the learning rate falls as a cosine.",
+        "Families and data only: AdamW steps of each network; the learning rate falls as a cosine.",
         min=1,
-        **_NO_FAMILY,
+        read_when=lambda c: c.has_family or c.is_of_data is not False,
+        why="there is one task, whose networks are as many as num_snapshots says",
     )
     collect_args: CollectArgs = option(CollectArgs, "More settings.")
 
@@ -261,7 +268,12 @@ class AutoencoderSection:
         False, "Learn and compare LoRA adapters as the products BA of their factors, which are not unique."
     )
     heldout_snapshots: float = option(
-        0.1, "Share of the snapshots that generators never see, to measure R² on.", min=0, below=0.5
+        0.1,
+        "Share of the snapshots that generators never see, to measure R² on.",
+        min=0,
+        below=0.5,
+        read_when=lambda c: not (c.is_of_data and c.collects),
+        why=_OF_DATA["why"],
     )
     autoencoder_steps: int = option(300, "Optimizer steps.", min=1, **_LEARNED, common=True)
     autoencoder_batch_size: int = option(50, "Snapshots in a step.", min=1, **_LEARNED)
@@ -390,7 +402,11 @@ class EvaluateSection:
         None, "Spread of the starting noise, saved with the generator; by default 1, or its own.", min=0
     )
     baseline_models: int = option(
-        20, "Networks of each setting of the baselines; 0 for none.", min=0, **_ONE_TASK, common=True
+        20,
+        "Networks of each setting of the baselines; 0 for none.",
+        min=0,
+        **_both(_ONE_TASK, _OF_DATA),
+        common=True,
     )
     baselines: str = option("all", "Settings of the baselines: `few` is one of each kind.", choices=("all", "few"))
 
@@ -430,6 +446,7 @@ class PDiffConfig(
 
     # No settings: what a run knows besides them, and which of them come from a file, where a flag may make them moot.
     imported, conditional, soft = False, True, frozenset[str]()
+    _of_data = cast("bool | None", None)
 
     def __post_init__(self) -> None:
         for key in dataclasses.fields(self):
@@ -465,6 +482,15 @@ class PDiffConfig(
     def has_family(self) -> bool:
         """Whether networks answer to conditions of a family of tasks."""
         return self.family is not None
+
+    @property
+    def is_of_data(self) -> bool | None:
+        """Whether each network is a datum; None of your own class, before a run knows it."""
+        return (
+            (self.task == "neural_field" or (None if ":" in self.task else False))
+            if self._of_data is None
+            else self._of_data
+        )
 
     @property
     def collects(self) -> bool:
@@ -514,7 +540,8 @@ class PDiffConfig(
             if isinstance(values[name], dict) and dataclasses.is_dataclass(group := getattr(self, name)):
                 values[name] = dataclasses.asdict(group) | values[name]  # type: ignore[arg-type]
         config = dataclasses.replace(self, **values)
-        config.imported, config.conditional, config.soft = self.imported, self.conditional, self.soft - set(changes)
+        config.imported, config.conditional, config._of_data = self.imported, self.conditional, self._of_data
+        config.soft = self.soft - set(changes)
         return config
 
     def unread(self) -> Iterator[tuple[str, Any, str]]:

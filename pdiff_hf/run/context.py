@@ -26,6 +26,7 @@ from ..selection import fit_layout, select_layout
 from ..snapshots import load_snapshots, parameter_matrix
 from ..snapshots.dataset import condition_columns, condition_table, load_fields
 from ..tasks import Task, check_head
+from ..tasks.data_task import DataTask
 from ..tasks.family import Family, as_family
 from ..tasks.task import Split
 from ..training import Loop
@@ -104,7 +105,8 @@ class RunContext:
         self.files = RunFolder(self.folder)
         self.config.output_dir = str(self.folder)
         self.config.imported = config.snapshots is None and self.is_imported
-        self.config.conditional = self.is_imported and bool(self.fields)
+        self.config._of_data = isinstance(self.task, DataTask)
+        self.config.conditional = (self.is_imported and bool(self.fields)) or bool(getattr(self.task, "fields", ()))
 
     @cached_property
     def task(self) -> Task:
@@ -120,6 +122,8 @@ class RunContext:
     def settings(self, name: str) -> dict[str, Any]:
         """Everything that the outcome of a stage follows from: runs that have it in common can share the stage."""
         settings = stage_settings(self.config, name, self.stages) | self._task_settings
+        if getattr(self.task, "start", "") == "meta":  # is learned for what is selected
+            settings |= {"select": self.config.select, "exclude": self.config.exclude}
         if name == "evaluate" and self.extra_groups is not None:
             settings["extra_groups"] = self.extra_groups.__name__
         return settings
@@ -160,7 +164,8 @@ class RunContext:
     def describe(self, stage: Stage) -> str:
         """What the stage does in this run, for people."""
         about = (self.family.fields and stage.about_family) or stage.about
-        return about.format(**vars(self.config) | {"tune_steps": self.config.num_tune_steps})
+        known = {"tune_steps": self.config.num_tune_steps, "num_snapshots": self.num_snapshots}
+        return about.format(**vars(self.config) | known)
 
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:
@@ -315,9 +320,21 @@ class RunContext:
         """All snapshots, shape `(K, D)`; where they are large they stay in their file."""
         return parameter_matrix(*self.snapshots)
 
+    @property
+    def num_snapshots(self) -> int:
+        """K, also before they are collected."""
+        if self.config.snapshots is not None:
+            return len(self.snapshots[0])
+        return len(self.task.load_split("train")) if self.config.is_of_data else self.config.num_snapshots
+
     @cached_property
     def heldout(self) -> torch.Tensor:
-        """Which snapshots no generator sees, bool of shape `(K,)`: some, at equal distances."""
+        """
+        Which snapshots no generator sees, bool of shape `(K,)`: those of held-out data, where the data set says which
+        these are, or some at equal distances.
+        """
+        if "heldout" in self.snapshots[0].column_names:
+            return torch.tensor(self.snapshots[0]["heldout"][:]) > 0
         heldout = torch.zeros(len(self.parameters), dtype=torch.bool)
         count = round(len(heldout) * self.config.heldout_snapshots)
         heldout[torch.linspace(0, len(heldout) - 1, count + 2)[1:-1].round().long()] = True

@@ -13,16 +13,18 @@ from ..evaluation.groups import Cost, training_cost
 from ..evaluation.members import evaluate_members
 from ..evaluation.opponents import Pending, Regime, hypernetworks, shared_networks
 from ..evaluation.score import make_scorer
+from ..evaluation.sets import evaluate_sets
 from ..evaluation.single_task import evaluate_task
 from ..models import encode_in_batches
 from ..networks.runner import NetworkRunner
 from ..pipelines import PDiffPipeline
+from ..tasks.data_task import DataTask
 from ..training.tune import TuneArguments
 from ..utils import names
 from ..utils.files import write_json
 from .collecting import zoo_arguments
 from .context import RunContext, Stage
-from .learning import regressed_latents
+from .learning import generator_of_data, regressed_latents
 from .tuning import generated_networks, load_tuning, make_regime, tune_arguments
 
 
@@ -33,6 +35,9 @@ def evaluate(context: RunContext, stage: Stage) -> None:
         if PartialState().is_main_process:
             save_sampling(context)
         evaluate_unseen(context, stage)
+        return
+    if isinstance(context.task, DataTask):
+        evaluate_data(context, context.task, stage)
         return
     device = PartialState().device
     model, scores = context.base_model.to(device), context.scores
@@ -57,6 +62,32 @@ def evaluate(context: RunContext, stage: Stage) -> None:
             latents=context.latents,
             settings=c.section(*stage.sections),
             warnings=_about_conditions(context),
+            seed=c.seed,
+        )
+    context.base_model.to("cpu")
+    save_sampling(context)
+    context.finish(stage, {})
+
+
+def evaluate_data(context: RunContext, task: DataTask, stage: Stage) -> None:
+    """The report on the data that generated networks make."""
+    if not PartialState().is_main_process:
+        return
+    c, device = context.config, PartialState().device
+    with context.files.replacing(stage) as folder:
+        evaluate_sets(
+            task,
+            NetworkRunner(context.base_model.to(device), context.layout),
+            context.parameters,
+            context.pipeline.to(device),
+            folder,
+            table=context.snapshot_conditions,
+            heldout=context.heldout,
+            latents=context.latents,
+            num_models=c.num_models,
+            on_data=None if c.baselines == "few" else lambda data: generator_of_data(context, data),
+            losses=_losses(context),
+            settings=c.section(*stage.sections),
             seed=c.seed,
         )
     context.base_model.to("cpu")

@@ -9,12 +9,20 @@ from diffusers import ModelMixin
 from transformers import PreTrainedModel
 
 from ..evaluation.closed_forms import mean_networks, tuned_ridge
-from ..models import DENOISER_PRESETS, ConditionEncoder, autoencoder_architecture, encode_in_batches
+from ..layout import ParameterLayout
+from ..models import (
+    DENOISER_PRESETS,
+    ConditionEncoder,
+    ParameterAutoencoder,
+    autoencoder_architecture,
+    encode_in_batches,
+)
 from ..models.products import AdapterProducts, contracted
 from ..networks.runner import NetworkRunner
 from ..pipelines import PDiffPipeline
 from ..tasks.family import MAX_DRAWS
 from ..training import (
+    Loop,
     LoopArguments,
     NoiseArguments,
     make_sampling_scheduler,
@@ -97,18 +105,11 @@ def fit_denoiser(context: RunContext, stage: Stage) -> None:
         regressed, conditions = regressed_latents(context)
         latents = torch.cat([latents, regressed])
         table = torch.cat([table, conditions.unsqueeze(1).expand(-1, table.shape[1], -1)])
-    args = LoopArguments(
-        num_steps=c.denoiser_steps,
-        batch_size=c.denoiser_batch_size,
-        learning_rate=c.denoiser_learning_rate,
-        max_grad_norm=MAX_GRAD_NORM,
-        ema_decay=c.denoiser_args.ema_decay,
-    )
     with context.loop(stage) as loop:
         denoiser, losses = train_denoiser(
             loop,
             latents,
-            args,
+            denoiser_arguments(c),
             scheduler=scheduler,
             encoder=encoder,
             table=table,
@@ -133,6 +134,49 @@ def fit_denoiser(context: RunContext, stage: Stage) -> None:
     with context.files.replacing(stage) as folder:
         pipeline.save_pretrained(folder)
     context.finish(stage, {"losses": losses.tolist()})
+
+
+def generator_of_data(context: RunContext, data: torch.Tensor) -> PDiffPipeline:
+    """
+    The same denoiser, for the same conditions, on as many principal components of the training data themselves, shape
+    `(N, d)`, as a latent is long.
+    """
+    c, length = context.config, data.shape[1]
+    layout = ParameterLayout(("data",), ((length,),), ("float32",))
+    size = min(c.latent_dim, length)
+    autoencoder = ParameterAutoencoder(layout.to_dict(), latent_dim=size, block_out_channels=())
+    autoencoder.fit_parameter_statistics(data)
+    autoencoder.fit_latent_statistics(autoencoder.tokenize(data), scaling="together")
+    scheduler = make_training_scheduler(c.denoiser_args.num_train_timesteps, c.prediction_type)
+    encoder, table = None, None
+    if context.fields:
+        torch.manual_seed(named_seed(c.seed, "condition encoder"))
+        encoder, table = ConditionEncoder(context.fields.to_list()), context.seen_alternatives
+        encoder.remember(table[:, 0].unique(dim=0))
+    with context.accelerator() as accelerator:
+        denoiser, _ = train_denoiser(
+            Loop(accelerator, named_seed(c.seed, "denoiser of data")),
+            encode_in_batches(autoencoder, data),
+            denoiser_arguments(c),
+            scheduler=scheduler,
+            encoder=encoder,
+            table=table,
+            condition_dropout=c.denoiser_args.condition_dropout if encoder is not None else 0.0,
+            **DENOISER_PRESETS[c.denoiser_preset],
+        )
+    sampler = make_sampling_scheduler(scheduler)
+    return PDiffPipeline(autoencoder, denoiser, sampler, condition_encoder=encoder, **c.sampling)
+
+
+def denoiser_arguments(config: PDiffConfig) -> LoopArguments:
+    """Of the denoiser's training."""
+    return LoopArguments(
+        num_steps=config.denoiser_steps,
+        batch_size=config.denoiser_batch_size,
+        learning_rate=config.denoiser_learning_rate,
+        max_grad_norm=MAX_GRAD_NORM,
+        ema_decay=config.denoiser_args.ema_decay,
+    )
 
 
 def regressed_latents(context: RunContext) -> tuple[torch.Tensor, torch.Tensor]:

@@ -161,9 +161,9 @@ def make_splits(
     if test is None:  # what is reported must not be what was selected on
         test, validation = validation, None
     if test is None:
-        train, test = _hold_out(train, dataset, validation_fraction)
+        train, test = hold_out(train, dataset, validation_fraction)
     if validation is None:
-        train, validation = _hold_out(train, dataset, validation_fraction)
+        train, validation = hold_out(train, dataset, validation_fraction)
     splits = {"train": train, "validation": validation, "test": test}
     for name, split in splits.items():
         limit = max_train_samples if name == "train" else max_eval_samples
@@ -175,7 +175,8 @@ def make_splits(
     return splits
 
 
-def _hold_out(split: datasets.Dataset, dataset: str, fraction: float) -> tuple[datasets.Dataset, datasets.Dataset]:
+def hold_out(split: datasets.Dataset, dataset: str, fraction: float) -> tuple[datasets.Dataset, datasets.Dataset]:
+    """The rest and a share of the rows, drawn with a fixed seed, stratified by the column `label` if there is one."""
     labels = np.asarray(split["label"][:]) if "label" in split.column_names else None
     try:
         rest, held_out = train_test_split(

@@ -27,6 +27,11 @@ def load_scans() -> dict[str, datasets.Dataset]:
     return {"train": _dataset(images[:half], labels[:half]), "test": _dataset(images[half:], labels[half:])}
 
 
+def load_all_scans() -> dict[str, datasets.Dataset]:
+    """`all_digits`: the 8 × 8 scans in one split, for tasks that hold some out by chance."""
+    return {"train": _dataset(*_read())}
+
+
 def load_moving_digits() -> dict[str, datasets.Dataset]:
     """
     `moving_digits`: 16 × 16 images, several of each scan, each with a rotation, a shift and noise of its own. No two
@@ -85,4 +90,4 @@ def _dataset(images: np.ndarray, labels: np.ndarray) -> datasets.Dataset:
     )
 
 
-EMBEDDED = {"digits": load_scans, "moving_digits": load_moving_digits}
+EMBEDDED = {"digits": load_scans, "all_digits": load_all_scans, "moving_digits": load_moving_digits}

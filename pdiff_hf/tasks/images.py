@@ -119,13 +119,13 @@ def load_image_data(dataset: str, column: str | None = None) -> dict[str, datase
     The splits of an image data set.
 
     Args:
-        dataset (`str`): `digits` or `moving_digits`, which need no download (see `digits.py`), or what `load_raw`
-            takes.
+        dataset (`str`): `digits`, `all_digits` or `moving_digits`, which need no download (see `digits.py`), or what
+            `load_raw` takes.
         column (`str`, *optional*): See [`as_images`].
     """
     if dataset in EMBEDDED:
         return EMBEDDED[dataset]()
-    return as_images(load_raw(dataset, "'digits', 'moving_digits', "), dataset, column)
+    return as_images(load_raw(dataset, "'digits', 'all_digits', 'moving_digits', "), dataset, column)
 
 
 def as_images(

@@ -24,6 +24,7 @@ F = TypeVar("F", bound=type["Family"])
 TASKS = (
     "image_classification",
     "image_generation",
+    "neural_field",
     "object_detection",
     "semantic_segmentation",
     "text_classification",

@@ -8,10 +8,13 @@ from typing import Any
 
 REPORT_VERSION = 3
 FIELD_FIGURE = "accuracy_along_field.png"
+CONTACT_SHEET = "contact_sheet.png"
 # The figures beside a report, and what they show; the first one that there is comes first everywhere.
 FIGURES = {
+    CONTACT_SHEET: "Generated data, the nearest training data, and those of other generators",
     FIELD_FIGURE: "Accuracy along a field of the conditions",
     "accuracy_vs_similarity.png": "Accuracy against the similarity to the snapshots (paper, figure 4)",
+    "frontier.png": "Fidelity against novelty: Fréchet distance and nearness to the training data",
     "scores.png": "Distribution of the metric in each group",
     "max_similarity.png": "Similarity to the nearest snapshot, lower is newer (paper, figure 5c)",
     "reverse_process.png": "Accuracy along the reverse process (paper, figure 5b)",

@@ -1,0 +1,469 @@
+"""The report on sets of data: how like held-out data those of generated networks are, and how new."""
+
+import math
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from ..networks.runner import NetworkRunner
+from ..pipelines import PDiffPipeline
+from ..tasks.data_task import DataTask
+from ..training import Loop, LoopArguments
+from ..utils.reports import CONTACT_SHEET, TEST
+from .baselines import diagonal_gaussian, low_rank_gaussian
+from .compare import BETTER, CLOSE, CONFIDENCE, WORSE, Comparison, interval
+from .finish import sampling_of, save_report
+from .geometry import Yardstick, exact_distances, pairwise_distances
+from .groups import Kind, named_generator
+from .report import GroupRow, Report
+from .score import Metric
+from .set_words import SHEET_COLUMNS, describe, draw_sheet
+
+METRIC = Metric("Fréchet distance", "% of the variance", higher_is_better=False)
+# Features that sets are compared by; of more, so many principal components.
+MOST_FEATURES = 64
+# The nearness of held-out data is 1. From here on a set counts as natural: to be farther from the training data than
+# data are is no virtue.
+NATURAL = 0.9
+COPY_QUANTILE = 0.01  # of held-out data's distances: what is nearer is a copy
+NEIGHBOURS, RESAMPLES = 5, 400
+BANDWIDTHS = (0.2, 0.3, 0.4, 0.5, 0.6)
+GUIDANCE = (1.5, 2.0)
+# The classifier of the data set, whose features sets are compared by.
+CLASSIFIER = LoopArguments(400, 64, 2e-3)
+WIDTH = 32
+
+Named = tuple[str, Kind, str | None, Tensor, Tensor | None]  # name, kind, sweep, outputs `(N, P, C)`, classes `(N,)`
+
+
+class Features(nn.Module):
+    """A small classifier of data, `(N, C, H, W)` or `(N, F)`; what its last layer gets are features."""
+
+    def __init__(self, shape: Sequence[int], num_classes: int):
+        super().__init__()
+        if len(shape) == 3:
+            size = -(-shape[1] // 2) * -(-shape[2] // 2)
+            body = [
+                nn.Conv2d(shape[0], WIDTH, 3, padding=1),
+                nn.ReLU(),
+                nn.Conv2d(WIDTH, WIDTH, 3, stride=2, padding=1),
+                nn.ReLU(),
+                nn.Flatten(),
+                nn.Linear(WIDTH * size, WIDTH),
+            ]
+        else:
+            body = [nn.Linear(shape[0], 4 * WIDTH), nn.ReLU(), nn.Linear(4 * WIDTH, WIDTH)]
+        self.body, self.head = nn.Sequential(*body, nn.ReLU()), nn.Linear(WIDTH, num_classes)
+
+    def forward(self, data: Tensor) -> Tensor:
+        return self.head(self.body(data))
+
+
+class Judge:
+    """
+    What sets of data are compared by.
+
+    Args:
+        task (`DataTask`): Gives data, what they have in common, and perhaps features.
+        seed (`int`): Of the classifier's training.
+
+    Attributes:
+        train, heldout (`torch.Tensor`): Data, `(N, P C)`, float64.
+        classes (`torch.Tensor`, *optional*): Of training data, for the classifier, `(N,)`.
+    """
+
+    def __init__(self, task: DataTask, seed: int):
+        self.task = task
+        signals = {split: task.signals(split) for split in ("train", "test")}
+        self.train, self.heldout = (self.flat(signals[split]) for split in ("train", "test"))
+        self.classes, self.classifier, self.accuracy = None, None, None
+        words = [name for name, field in task.fields.items() if field.choices]
+        if words:
+            column = task.fields.columns[words[0]].start
+            tables = {split: task.fields.table(task.conditions(split))[:, column] for split in signals}
+            self.column = column
+            self.classes = tables["train"]
+            self._train_classifier(signals["train"], len(task.fields[words[0]].choices or ()), seed)
+            known = ~tables["test"].isnan()
+            said = self.classify(signals["test"])[known] == tables["test"][known]
+            self.accuracy = 100 * said.double().mean().item()
+        self.basis: Tensor | None = None
+        features = self._raw_features(signals["train"])
+        if features.shape[1] > MOST_FEATURES:
+            self.basis = torch.linalg.eigh(torch.cov(features.T)).eigenvectors[:, -MOST_FEATURES:]
+        self.real = self.features(signals["test"])
+        distances = pairwise_distances(self.heldout, self.train)
+        self.heldout_nearest = exact_distances(self.heldout, self.train, distances.argmin(1))
+        self.copy_distance = self.heldout_nearest.quantile(COPY_QUANTILE)
+        self.covering = Yardstick(self.real, NEIGHBOURS)
+
+    def flat(self, outputs: Tensor) -> Tensor:
+        """Outputs or signals `(N, P, C)` as data `(N, P C)`."""
+        return self.task.data(outputs).flatten(1).double()
+
+    def _inputs(self, outputs: Tensor) -> Tensor:
+        images = self.task.images(outputs)
+        return self.flat(outputs).float() if images is None else images.float()
+
+    def _train_classifier(self, signals: Tensor, num_classes: int, seed: int) -> None:
+        assert self.classes is not None
+        known = (~self.classes.isnan()).nonzero().flatten()
+        inputs, labels = self._inputs(signals)[known], self.classes[known].long()
+        torch.manual_seed(seed)
+        self.classifier = Features(inputs.shape[1:], num_classes)
+        loop = Loop(Accelerator(cpu=True), seed)
+
+        def loss(model: nn.Module, indices: Tensor, generator: torch.Generator) -> Tensor:
+            return F.cross_entropy(model(inputs[indices]), labels[indices])
+
+        loop.train(self.classifier, loss, len(inputs), CLASSIFIER, description="classifier for features")
+        self.classifier.eval()
+
+    @torch.no_grad()
+    def classify(self, outputs: Tensor) -> Tensor:
+        """Numbers of classes, `(N,)`."""
+        assert self.classifier is not None
+        return self.classifier(self._inputs(outputs)).argmax(1)
+
+    @torch.no_grad()
+    def _raw_features(self, outputs: Tensor) -> Tensor:
+        found = self.task.features(outputs)
+        if found is None:
+            found = self.flat(outputs) if self.classifier is None else self.classifier.body(self._inputs(outputs))
+        return found.double()
+
+    def features(self, outputs: Tensor) -> Tensor:
+        """Outputs or signals `(N, P, C)` to what sets are compared by, float64 of shape `(N, F)`."""
+        found = self._raw_features(outputs)
+        return found if self.basis is None else found @ self.basis
+
+
+@dataclass
+class Placed:
+    """
+    A set, placed among the data, with its resamples.
+
+    Args:
+        measures (`dict`): See [`place`].
+        distances, novelties (`torch.Tensor`): Fréchet distance and novelty in each resample, `(R,)`.
+    """
+
+    measures: dict[str, Any]
+    distances: Tensor
+    novelties: Tensor
+
+
+class Resampled:
+    """Resamples of the held-out data, the same for all sets; those of each set are its own."""
+
+    def __init__(self, judge: Judge, seed: int):
+        self.judge, self.generator = judge, named_generator(seed, "resamples of sets")
+        self.real = self._moments(judge.real, counts := self._counts(len(judge.real)))
+        self.nearest = weighted_median(judge.heldout_nearest, counts)
+        self.exact = self._moments(judge.real, torch.ones(1, len(judge.real)).double())
+
+    def _counts(self, number: int) -> Tensor:
+        draws = torch.randint(number, (RESAMPLES, number), generator=self.generator)
+        return torch.zeros(draws.shape).scatter_add_(1, draws, torch.ones(draws.shape)).double()
+
+    def _moments(self, features: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
+        """Means `(R, F)` and covariances `(R, F, F)` of resamples."""
+        total = counts.sum(1, keepdim=True)
+        mean = counts @ features / total
+        squares = (features.unsqueeze(2) * features.unsqueeze(1)).flatten(1)  # (n, F²)
+        second = (counts @ squares / total).unflatten(1, (features.shape[1], -1))
+        scale = (total / (total - 1)).unsqueeze(2)
+        return mean, scale * (second - mean.unsqueeze(2) * mean.unsqueeze(1))
+
+    def place(self, outputs: Tensor, classes: Tensor | None = None) -> Placed:
+        """
+        Where a set lies: `score_mean`, the Fréchet distance to the held-out data; `nearness`, the median distance to
+        the nearest training datum over that of held-out data; `copies`, the share that is nearer than 1% of held-out
+        data; `two_sample`, how often the nearest neighbour of a datum is of its own set (0.5 is ideal); `precision`,
+        `recall`, `density`, `coverage` among the held-out data; `class_accuracy`.
+        """
+        judge = self.judge
+        features, data = judge.features(outputs), judge.flat(outputs)
+        if not (features.isfinite().all() and data.isfinite().all()):
+            nothing = torch.full((RESAMPLES,), math.nan, dtype=torch.float64)
+            return Placed({"score_mean": math.nan}, nothing, nothing)
+        nearest = exact_distances(data, judge.train, pairwise_distances(data, judge.train).argmin(1))
+        counts = self._counts(len(data))
+        distances = frechet(*self._moments(features, counts), *self.real)
+        exact = self._moments(features, torch.ones(1, len(data)).double())
+        covering = judge.covering.place(features) if len(data) > 1 else {}
+        measures: dict[str, Any] = {
+            "score_mean": frechet(*exact, *self.exact).item(),
+            "score_interval": interval(distances),
+            "nearness": (nearest.quantile(0.5) / judge.heldout_nearest.quantile(0.5)).item(),
+            "copies": 100 * (nearest < judge.copy_distance).double().mean().item(),
+            "two_sample": two_sample(features, judge.real),
+            **{name: covering.get(name) for name in ("precision", "recall", "density", "coverage")},
+        }
+        if classes is not None and judge.classifier is not None:
+            known = ~classes.isnan()
+            said = judge.classify(outputs)[known] == classes[known]
+            measures["class_accuracy"] = 100 * said.double().mean().item()
+        return Placed(measures, distances, weighted_median(nearest, counts) / self.nearest)
+
+    @staticmethod
+    def compare(own: Placed, other: Placed) -> Comparison:
+        """
+        Fidelity against novelty: better is nowhere worse, in Fréchet distance and in nearness up to `NATURAL`, and
+        somewhere better, in 95% of the resamples.
+        """
+        gain = other.distances - own.distances
+        newer = own.novelties.clamp(max=NATURAL) - other.novelties.clamp(max=NATURAL)
+        better = ((gain >= 0) & (newer >= 0) & ((gain > 0) | (newer > 0))).double().mean().item()
+        worse = ((gain <= 0) & (newer <= 0) & ((gain < 0) | (newer < 0))).double().mean().item()
+        verdict = BETTER if better >= CONFIDENCE else WORSE if worse >= CONFIDENCE else CLOSE
+        difference = own.measures["score_mean"] - other.measures["score_mean"]
+        return Comparison(difference, interval(-gain), verdict, better, worse)
+
+
+def frechet(mean: Tensor, covariance: Tensor, real_mean: Tensor, real_covariance: Tensor) -> Tensor:
+    """The Fréchet distance of Gaussians in percent of the variance of the second; all `(R, F)` and `(R, F, F)`."""
+    values, vectors = torch.linalg.eigh(real_covariance)
+    root = (vectors * values.clamp(min=0).sqrt().unsqueeze(1)) @ vectors.mT
+    shared = torch.linalg.eigvalsh(root @ covariance @ root).clamp(min=0).sqrt().sum(1)
+    variance = real_covariance.diagonal(dim1=1, dim2=2).sum(1)
+    own = covariance.diagonal(dim1=1, dim2=2).sum(1)
+    return 100 * ((mean - real_mean).square().sum(1) + own + variance - 2 * shared) / variance
+
+
+def weighted_median(values: Tensor, counts: Tensor) -> Tensor:
+    """The median in each resample, `(R,)`, of values `(N,)` that come `counts` times, `(R, N)`."""
+    ordered = values.argsort()
+    sums = counts[:, ordered].cumsum(1)
+    return values[ordered][(sums >= sums[:, -1:] / 2).double().argmax(1)]
+
+
+def two_sample(features: Tensor, real: Tensor) -> float:
+    """How often the nearest neighbour is of the own set, of two sets of equal size (Lopez-Paz and Oquab 2017)."""
+    size = min(len(features), len(real))
+    both = torch.cat([features[:size], real[:size]])
+    nearest = pairwise_distances(both, both).fill_diagonal_(math.inf).argmin(1)
+    return ((nearest < size) == (torch.arange(2 * size) < size)).double().mean().item()
+
+
+# ------------------------------------------------------------------------------------------------- trivial generators
+
+
+def trivial(
+    rows: Tensor, classes: Tensor | None, count: int, seed: int, space: str
+) -> Iterator[tuple[str, str, Tensor, Tensor | None]]:
+    """
+    What anybody can draw from `rows`, `(N, d)`, in a space such as `weights`: name, kind, rows `(count, d)` and the
+    classes that they are of. Kernels have the covariance of the rows, times the square of the bandwidth.
+    """
+
+    def generator(name: str) -> torch.Generator:
+        return named_generator(seed, f"{name} {space}")
+
+    def deviations(of: Tensor, number: int, name: str) -> Tensor:
+        return low_rank_gaussian(of, number, 1.0, generator(name)) - of.mean(0)
+
+    def pick(name: str, *size: int) -> Tensor:
+        return torch.randint(len(rows), size or (count,), generator=generator(name))
+
+    mean = rows.mean(0)
+    yield "mean", "mean", mean.expand(count, -1), None
+    yield "diagonal Gaussian", "Gaussian", diagonal_gaussian(rows, count, 1.0, generator("diagonal")), None
+    yield "Gaussian", "Gaussian", mean + deviations(rows, count, "Gaussian"), None
+    if classes is not None:
+        drawn = classes[pick("classes")]
+        found = torch.empty(count, rows.shape[1])
+        for label in drawn.unique():
+            members, which = rows[classes == label], drawn == label
+            found[which] = members.mean(0).expand(int(which.sum()), -1)
+            if len(members) > 1:
+                found[which] += deviations(members, int(which.sum()), f"class {label:g}")
+        yield "Gaussian of each class", "Gaussian of each class", found, drawn
+    for bandwidth in BANDWIDTHS:
+        name = f"KDE {bandwidth}"
+        chosen = pick(name)
+        noise = deviations(rows, count, f"noise of {name}")
+        yield name, "KDE", rows[chosen] + bandwidth * noise, None if classes is None else classes[chosen]
+    first, second = pick("first"), pick("second")
+    share = torch.rand(count, 1, generator=generator("share"))
+    yield "interpolation", "interpolation", torch.lerp(rows[first], rows[second], share), None
+    near = pairwise_distances(rows[first], rows).topk(NEIGHBOURS + 1, largest=False).indices[:, 1:]
+    second = near.gather(1, pick("neighbour", count, 1) % NEIGHBOURS).squeeze(1)
+    yield "interpolation of neighbours", "interpolation", torch.lerp(rows[first], rows[second], share), None
+
+
+# --------------------------------------------------------------------------------------------------------- the report
+
+
+def evaluate_sets(
+    task: DataTask,
+    networks: NetworkRunner,
+    snapshots: Tensor,
+    generator: PDiffPipeline | Tensor,
+    folder: str | os.PathLike,
+    *,
+    table: Tensor | None = None,
+    heldout: Tensor | None = None,
+    latents: Tensor | None = None,
+    num_models: int = 1000,
+    on_data: Callable[[Tensor], PDiffPipeline] | None = None,
+    losses: Mapping[str, Mapping[str, Sequence[float]]] | None = None,
+    settings: Mapping[str, Any] | None = None,
+    seed: int = 0,
+) -> Report:
+    """
+    The report on the data that generated networks make, against held-out data, which is written to `folder`.
+
+    Args:
+        task (`DataTask`): Says what networks render, and which data there are.
+        networks (`NetworkRunner`): Runs them.
+        snapshots (`torch.Tensor`): Shape `(K, D)`, the networks of training data, and perhaps of held-out ones.
+        generator (`PDiffPipeline` or `torch.Tensor`): A pipeline, sampled as its config says and for the conditions of
+            the training data, or the parameters of generated networks, shape `(N, D)`.
+        table (`torch.Tensor`, *optional*): Conditions of the snapshots, shape `(K, width)`.
+        heldout (`torch.Tensor`, *optional*): bool of shape `(K,)`: networks that no generator has seen.
+        latents (`torch.Tensor`, *optional*): Of the snapshots, `(K, L)`, if they are known already.
+        num_models (`int`, *optional*, defaults to 1000): Networks to sample, and of each trivial generator.
+        on_data (`Callable`, *optional*): `on_data(data)` trains the same generator on training data, `(N, P C)`.
+
+    Raises:
+        ValueError: if there are fewer than two held-out data, or the snapshots are not one for each training datum.
+    """
+    heldout = torch.zeros(len(snapshots), dtype=torch.bool) if heldout is None else heldout
+    signals = {split: task.signals(split) for split in ("train", "test")}
+    if len(signals["test"]) <= NEIGHBOURS:
+        raise ValueError(f"sets are compared with held-out data: more than {NEIGHBOURS} are needed")
+    judge = Judge(task, seed)
+    resampled, folder = Resampled(judge, seed), Path(folder)
+    rows, placed, sheet = [], {}, {}
+    of_train = None if table is None or not table.shape[1] else table[~heldout]
+    seen = snapshots[~heldout]
+    classes = None if of_train is None or judge.classes is None else of_train[:, judge.column]
+
+    def add(one: Named) -> None:
+        name, kind, sweep, outputs, told = one
+        placed[name] = resampled.place(outputs, told)
+        measures = placed[name].measures
+        row = GroupRow(name, kind, sweep, n=len(outputs), measures=measures)
+        row.sets = {TEST: {"scores": [[measures["score_mean"]]]}}
+        rows.append(row)
+        sheet[name] = outputs[:SHEET_COLUMNS]
+
+    for one in _generated(task, networks, generator, of_train, judge, num_models, seed):
+        add(one)
+    add(_ceiling("training networks", Kind.SNAPSHOTS, task.render_all(networks, _some(seen, num_models, seed))))
+    add(_ceiling("training data", Kind.CONTROL, _some(signals["train"], num_models, seed)))
+    if heldout.any():
+        own = snapshots[heldout]
+        add(_ceiling("held-out networks", Kind.CONTROL, task.render_all(networks, own)))
+        _add_decibels(task, rows[-1], task.render_all(networks, own), signals["test"])
+        if isinstance(generator, PDiffPipeline):
+            known = generator.encode(own) if latents is None else latents[heldout]
+            outputs = task.render_all(networks, generator.decode_latents(known))
+            add(_ceiling("held-out networks, reconstructed", Kind.CONTROL, outputs))
+            _add_decibels(task, rows[-1], outputs, signals["test"])
+    spaces: dict[str, tuple[Tensor, Callable[[Tensor], Tensor]]] = {
+        "weights": (seen.float(), lambda found: task.render_all(networks, found))
+    }
+    if isinstance(generator, PDiffPipeline):
+        known = generator.encode(seen) if latents is None else latents[~heldout]
+        spaces["latents"] = known, lambda found: task.render_all(networks, generator.decode_latents(found))
+    shape = signals["train"].shape[1:]
+    spaces["data"] = signals["train"].flatten(1), lambda found: found.unflatten(1, shape)
+    labels = {"weights": classes, "latents": classes, "data": judge.classes}
+    for space, (points, render) in spaces.items():
+        for name, sweep, found, told in trivial(points, labels[space], num_models, seed, space):
+            sweep = f"{sweep}, {space}"
+            add((f"{name}, {space}", Kind.BASELINE, sweep, render(found), told))
+    if on_data is not None:
+        pipe = on_data(spaces["data"][0])
+        pipe.set_progress_bar_config(disable=True)
+        told, found = sample(pipe, num_models, of_train, seed)
+        outputs, classes = spaces["data"][1](found), None
+        if judge.classes is not None and told is not None:
+            classes = told[:, judge.column]
+        add(("denoiser on the data", Kind.OPPONENT, None, outputs, classes))
+
+    for row in rows:
+        if row.kind in (Kind.BASELINE, Kind.OPPONENT, Kind.SNAPSHOTS):
+            row.comparisons = {TEST: resampled.compare(placed["generated"], placed[row.name])}
+    report = Report(METRIC, networks.layout.num_parameters, rows, splits={"test": len(judge.heldout)})
+    report.splits |= {"train": len(judge.train), "validation": 0}
+    report.num_generated, report.settings = rows[0].n, dict(settings or {}) | {"classifier_accuracy": judge.accuracy}
+    if isinstance(generator, PDiffPipeline):
+        report.sampling = sampling_of(generator)
+    describe(report)
+    folder.mkdir(parents=True, exist_ok=True)
+    nearest = pairwise_distances(judge.flat(sheet["generated"]), judge.train).argmin(1)
+    draw_sheet(task, sheet, signals["train"][nearest], folder / CONTACT_SHEET)
+    save_report(report, folder, losses)
+    return report
+
+
+def _some(rows: Tensor, count: int, seed: int) -> Tensor:
+    order = torch.randperm(len(rows), generator=named_generator(seed, "some"))
+    return rows[order[:count]]
+
+
+def _ceiling(name: str, kind: Kind, outputs: Tensor) -> Named:
+    return name, kind, None, outputs, None
+
+
+def _add_decibels(task: DataTask, row: GroupRow, outputs: Tensor, signals: Tensor) -> None:
+    """The peak signal-to-noise ratio of data with values from 0 to 1, mean over data."""
+    errors = (task.data(outputs) - task.data(signals)).double().square().mean((1, 2))
+    row.measures["decibels"] = (-10 * errors.log10()).mean().item()
+
+
+def sample(
+    pipe: PDiffPipeline, count: int, table: Tensor | None, seed: int, name: str = "generated", **kwargs: Any
+) -> tuple[Tensor | None, Tensor]:
+    """Conditions, drawn from a table of shape `(N, width)`, and networks `(count, D)` for them."""
+    generator = named_generator(seed, name)
+    if pipe.condition_encoder is None:
+        (found,) = pipe(count, generator=generator, output_type="pt", return_dict=False, **kwargs)
+        return None, found
+    assert table is not None
+    chosen = table[torch.randint(len(table), (count,), generator=named_generator(seed, "conditions"))]
+    conditions = pipe.condition_encoder.fields.conditions(chosen)
+    (found,) = pipe(1, condition=conditions, generator=generator, output_type="pt", return_dict=False, **kwargs)
+    return chosen, found
+
+
+def _generated(
+    task: DataTask,
+    networks: NetworkRunner,
+    generator: PDiffPipeline | Tensor,
+    table: Tensor | None,
+    judge: Judge,
+    count: int,
+    seed: int,
+) -> Iterator[Named]:
+    """The generator as it is, with guidance, and without a condition."""
+    if isinstance(generator, Tensor):
+        yield "generated", Kind.GENERATED, None, task.render_all(networks, generator), None
+        return
+    variants: list[tuple[str, dict[str, Any]]] = [("generated", {})]
+    guided = generator.condition_encoder is not None and generator.denoiser.knows_no_condition
+    if guided:
+        now = generator.config.guidance_scale
+        variants += [(f"guidance {g:g}", {"guidance_scale": g}) for g in (1.0, *GUIDANCE) if g != now]
+    for name, kwargs in variants:
+        told, found = sample(generator, count, table, seed, **kwargs)
+        classes = None if told is None or judge.classes is None else told[:, judge.column]
+        kind = Kind.GENERATED if name == "generated" else Kind.VARIANT
+        yield name, kind, None if not kwargs else "guidance", task.render_all(networks, found), classes
+    if guided:
+        nothing = generator.denoiser.null_condition.detach().expand(count, -1)
+        own = named_generator(seed, "generated")
+        (found,) = generator(
+            1, condition=nothing, guidance_scale=1.0, generator=own, output_type="pt", return_dict=False
+        )
+        yield "without a condition", Kind.VARIANT, None, task.render_all(networks, found), None
