@@ -311,6 +311,7 @@ def evaluate_sets(
     *,
     table: Tensor | None = None,
     heldout: Tensor | None = None,
+    data: Tensor | None = None,
     latents: Tensor | None = None,
     num_models: int = 1000,
     on_data: Callable[[Tensor], PDiffPipeline] | None = None,
@@ -329,12 +330,13 @@ def evaluate_sets(
             the training data, or the parameters of generated networks, shape `(N, D)`.
         table (`torch.Tensor`, *optional*): Conditions of the snapshots, shape `(K, width)`.
         heldout (`torch.Tensor`, *optional*): bool of shape `(K,)`: networks that no generator has seen.
+        data (`torch.Tensor`, *optional*): Which of those of the splits train and test each snapshot is, `(K,)`.
         latents (`torch.Tensor`, *optional*): Of the snapshots, `(K, L)`, if they are known already.
         num_models (`int`, *optional*, defaults to 1000): Networks to sample, and of each trivial generator.
         on_data (`Callable`, *optional*): `on_data(data)` trains the same generator on training data, `(N, P C)`.
 
     Raises:
-        ValueError: if there are fewer than two held-out data, or the snapshots are not one for each training datum.
+        ValueError: if there are too few held-out data.
     """
     heldout = torch.zeros(len(snapshots), dtype=torch.bool) if heldout is None else heldout
     signals = {split: task.signals(split) for split in ("train", "test")}
@@ -361,14 +363,16 @@ def evaluate_sets(
     add(_ceiling("training networks", Kind.SNAPSHOTS, task.render_all(networks, _some(seen, num_models, seed))))
     add(_ceiling("training data", Kind.CONTROL, _some(signals["train"], num_models, seed)))
     if heldout.any():
-        own = snapshots[heldout]
-        add(_ceiling("held-out networks", Kind.CONTROL, task.render_all(networks, own)))
-        _add_decibels(task, rows[-1], task.render_all(networks, own), signals["test"])
+        own, wanted = snapshots[heldout], None
+        if data is not None:
+            wanted = torch.cat([signals["train"], signals["test"]])[data[heldout]]
+        add(_ceiling("held-out networks", Kind.CONTROL, outputs := task.render_all(networks, own)))
+        _add_decibels(task, rows[-1], outputs, wanted)
         if isinstance(generator, PDiffPipeline):
             known = generator.encode(own) if latents is None else latents[heldout]
             outputs = task.render_all(networks, generator.decode_latents(known))
             add(_ceiling("held-out networks, reconstructed", Kind.CONTROL, outputs))
-            _add_decibels(task, rows[-1], outputs, signals["test"])
+            _add_decibels(task, rows[-1], outputs, wanted)
     spaces: dict[str, tuple[Tensor, Callable[[Tensor], Tensor]]] = {
         "weights": (seen.float(), lambda found: task.render_all(networks, found))
     }
@@ -416,8 +420,10 @@ def _ceiling(name: str, kind: Kind, outputs: Tensor) -> Named:
     return name, kind, None, outputs, None
 
 
-def _add_decibels(task: DataTask, row: GroupRow, outputs: Tensor, signals: Tensor) -> None:
+def _add_decibels(task: DataTask, row: GroupRow, outputs: Tensor, signals: Tensor | None) -> None:
     """The peak signal-to-noise ratio of data with values from 0 to 1, mean over data."""
+    if signals is None:
+        return
     errors = (task.data(outputs) - task.data(signals)).double().square().mean((1, 2))
     row.measures["decibels"] = (-10 * errors.log10()).mean().item()
 

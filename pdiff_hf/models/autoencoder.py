@@ -25,6 +25,7 @@ AUTOENCODER_PRESETS: dict[str, dict[str, Any]] = {
     "tokens": {"block_out_channels": (128,), "norm_num_groups": None, "token_dim": 32},
     "paper": {"block_out_channels": (64, 128, 256, 256, 32)},
     "pca": {"block_out_channels": ()},
+    "linear": {"block_out_channels": (), "linear": True, "token_dim": 256},
 }
 # From so many parameters on, the bases of the preset `tokens` are kept as int8: they are most of a generator then.
 LARGE = 2**22
@@ -87,6 +88,9 @@ def autoencoder_architecture(
         has_frames (`bool`, *optional*, defaults to `False`): Whether these are adapters between frames, whose bases are
             kept as those of large networks.
     """
+    if preset == "linear":
+        most = min(256, num_parameters, num_parameters if num_snapshots is None else num_snapshots - 1)
+        return AUTOENCODER_PRESETS[preset] | {"token_dim": most}
     if preset != "tokens":
         return AUTOENCODER_PRESETS[preset]
     default = 2 ** math.ceil(math.log2(2 * math.sqrt(num_parameters)))
@@ -135,15 +139,22 @@ def make_encoder_and_decoder(
     kernel_size: int,
     norm_num_groups: int | None,
     num_outputs: int,
+    linear: bool = False,
 ) -> tuple[nn.Sequential, nn.Sequential]:
     """
     The networks between a signal of the given channels and length, and latents; without convolutions they are the
-    identity. The encoder has `num_outputs` for each latent.
+    identity, or linear. The encoder has `num_outputs` for each latent.
 
     Group normalization with one group takes the place of the batch normalization of the published implementation: it
     does the same in training and in use, for one network and for many, on one process and on several. Tokens do
     without, because it would remove how far a network is from the mean, which their components say directly.
     """
+    if linear:  # they start as the identity on the first principal components
+        layers = nn.Linear(shape[0], latent_dim), nn.Linear(latent_dim, shape[0])
+        for layer in layers:
+            nn.init.eye_(layer.weight)
+            nn.init.zeros_(layer.bias)
+        return nn.Sequential(nn.Flatten(), layers[0]), nn.Sequential(layers[1], nn.Unflatten(1, shape))
     if not block_out_channels:
         return nn.Sequential(nn.Flatten()), nn.Sequential(nn.Unflatten(1, shape))
     num_channels, length = shape[0], shape[1] // 2 ** len(block_out_channels)
@@ -209,7 +220,8 @@ class ParameterAutoencoder(TokenModel, ConfigMixin):
       so that training sees tokens only: its time, weights and activations grow with the number of tokens, and only the
       bases, D · C values without gradients, with D. One latent for all tokens keeps those of a network coherent.
     - Without convolutions (`block_out_channels=()`) the vector is one token, and the latents are its first `latent_dim`
-      principal components: the exact linear autoencoder, a control for the learned ones. Nothing is trained.
+      principal components: the exact linear autoencoder, a control for the learned ones. Nothing is trained. With
+      `linear`, the latents are learned linear maps of the first `token_dim` components, and back, which start there.
 
     This model inherits from [`ModelMixin`]. Its buffers hold what the trained weights need to be of use: those of
     `TokenModel`, and the mean and standard deviation of every latent coordinate.
@@ -234,6 +246,7 @@ class ParameterAutoencoder(TokenModel, ConfigMixin):
             said of the vector, of statistics and of bases.
         adapter_frame_size (`int`, *optional*): With `adapter_products`, most vectors in a basis of the rows or columns
             of products; None for whole products.
+        linear (`bool`, *optional*, defaults to `False`): See above; without convolutions alone.
         format_version (`int`, *optional*): Of the saved files, which carry it so that an older release can refuse them.
 
     Raises:
@@ -256,6 +269,7 @@ class ParameterAutoencoder(TokenModel, ConfigMixin):
         adapter_products: bool = False,
         adapter_frame_size: int | None = None,
         basis_dtype: str = "float32",
+        linear: bool = False,
         format_version: int = FORMAT_VERSION,
     ):
         super().__init__()
@@ -274,7 +288,13 @@ class ParameterAutoencoder(TokenModel, ConfigMixin):
             variational,
             basis_dtype,
         )
-        self._init_tokens(vectors, latent_dim, block_out_channels, token_size, token_dim, basis_dtype)
+        if linear and (block_out_channels or not latent_dim <= token_dim <= vectors.num_parameters):
+            raise LayoutError(
+                f"linear maps need block_out_channels=() and latent_dim <= token_dim, got {tuple(block_out_channels)}, "
+                f"{latent_dim} and {token_dim}: fewer latents, or more snapshots, which token_dim is less than"
+            )
+        kept = token_dim if linear or block_out_channels else latent_dim
+        self._init_tokens(vectors, block_out_channels, token_size, kept, basis_dtype)
         stride = 2 ** len(block_out_channels)
         self.padded_length = -(-self.token_shape[1] // stride) * stride
         self.encoder, self.decoder = make_encoder_and_decoder(
@@ -284,6 +304,7 @@ class ParameterAutoencoder(TokenModel, ConfigMixin):
             kernel_size,
             norm_num_groups,
             2 * latent_dim if variational else latent_dim,
+            linear,
         )
         self.register_buffer("parameter_mean", torch.zeros(vectors.num_parameters))
         self.register_buffer("parameter_std", torch.ones(len(vectors.names)))
@@ -345,9 +366,10 @@ class ParameterAutoencoder(TokenModel, ConfigMixin):
         sample = self.detokenize(self._decode(latents * self.latent_std + self.latent_mean))
         if self.config.tuned_map:
             sample = sample + latents.float() @ self.map_weight.float()
-        return ParameterDecoderOutput(sample=self._with_factors(sample, rank))
+        return ParameterDecoderOutput(sample=self.with_factors(sample, rank))
 
-    def _with_factors(self, vectors: torch.Tensor, rank: int | None = None) -> torch.Tensor:
+    def with_factors(self, vectors: torch.Tensor, rank: int | None = None) -> torch.Tensor:
+        """Vectors as parameters, `(N, D)`: of adapters that are learned as products, their factors."""
         return vectors if self.products is None else self.products.contract(vectors, rank)
 
     def layout_of_rank(self, rank: int | None) -> ParameterLayout:
@@ -364,7 +386,7 @@ class ParameterAutoencoder(TokenModel, ConfigMixin):
             raise ValueError("only a variational autoencoder has a prior to sample from")
         shape = (num_models, self.config.latent_dim)
         latents = torch.randn(shape, generator=generator).to(self.device)
-        return self._with_factors(self.detokenize(self._decode(latents)))
+        return self.with_factors(self.detokenize(self._decode(latents)))
 
     def forward(
         self,

@@ -50,7 +50,6 @@ class TokenModel(SavedModel):
     def _init_tokens(
         self,
         layout: ParameterLayout,
-        latent_dim: int,
         block_out_channels: Sequence[int],
         token_size: int | None,
         token_dim: int,
@@ -60,7 +59,7 @@ class TokenModel(SavedModel):
         self.vector_layout, num_parameters = layout, layout.num_parameters
         pieces: tuple[int, ...] = layout.sizes
         if not block_out_channels:
-            token_size, token_dim, pieces = num_parameters, latent_dim, (num_parameters,)
+            token_size, pieces = num_parameters, (num_parameters,)
         self.token_lengths: list[int] | None = None
         self.token_shape = (1, num_parameters)
         if token_size is None:

@@ -261,7 +261,14 @@ class AutoencoderSection:
     """Training of the autoencoder (paper, Table 5c)."""
 
     autoencoder_preset: str = option(
-        "tokens", "See ParameterAutoencoder.", choices=("tokens", "paper", "pca"), common=True
+        "tokens", "See ParameterAutoencoder.", choices=("tokens", "paper", "pca", "linear"), common=True
+    )
+    autoencoder_loss: str = option(
+        "parameters",
+        "Train it to return the `parameters`, or networks with the same `outputs`: the data that they are, the "
+        "predictions of classifiers on training examples, or else their loss.",
+        choices=("parameters", "outputs"),
+        **_LEARNED,
     )
     latent_dim: int = option(128, "L, the length of a latent.", min=1, common=True)
     adapter_products: bool = option(

@@ -165,6 +165,7 @@ class RunContext:
         """What the stage does in this run, for people."""
         about = (self.family.fields and stage.about_family) or stage.about
         known = {"tune_steps": self.config.num_tune_steps, "num_snapshots": self.num_snapshots}
+        known |= {"baseline_models": self.config.num_models} if self.config.is_of_data else {}
         return about.format(**vars(self.config) | known)
 
     @contextlib.contextmanager
@@ -339,6 +340,11 @@ class RunContext:
         count = round(len(heldout) * self.config.heldout_snapshots)
         heldout[torch.linspace(0, len(heldout) - 1, count + 2)[1:-1].round().long()] = True
         return heldout
+
+    @property
+    def data(self) -> torch.Tensor:
+        """Of snapshots that are data: which of those of the splits train and test each is, shape `(K,)`."""
+        return torch.tensor(self.snapshots[0]["datum"][:]).long()
 
     @property
     def seen(self) -> torch.Tensor:

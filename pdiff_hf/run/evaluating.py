@@ -83,6 +83,7 @@ def evaluate_data(context: RunContext, task: DataTask, stage: Stage) -> None:
             folder,
             table=context.snapshot_conditions,
             heldout=context.heldout,
+            data=context.data if c.collects else None,
             latents=context.latents,
             num_models=c.num_models,
             on_data=None if c.baselines == "few" else lambda data: generator_of_data(context, data),

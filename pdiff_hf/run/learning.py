@@ -4,6 +4,7 @@ import itertools
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from accelerate import PartialState
 from diffusers import ModelMixin
 from transformers import PreTrainedModel
@@ -20,6 +21,8 @@ from ..models import (
 from ..models.products import AdapterProducts, contracted
 from ..networks.runner import NetworkRunner
 from ..pipelines import PDiffPipeline
+from ..tasks import ClassificationTask, take
+from ..tasks.data_task import DataTask
 from ..tasks.family import MAX_DRAWS
 from ..training import (
     Loop,
@@ -30,12 +33,17 @@ from ..training import (
     train_autoencoder,
     train_denoiser,
 )
+from ..training.autoencoder import OutputLoss
+from ..utils.devices import to_device
 from ..utils.seeds import named_seed
 from .config import PDiffConfig
 from .context import RunContext, Stage
+from .folder import RunError
 
 # Gradients of the autoencoder and of the denoiser are clipped to this norm.
 MAX_GRAD_NORM = 1.0
+# Training examples that the outputs of networks are compared on in a step.
+OUTPUT_EXAMPLES = 64
 # So many networks of a regression are made at once.
 REGRESSED_AT_ONCE = 256
 
@@ -66,6 +74,7 @@ def fit_autoencoder(context: RunContext, stage: Stage) -> None:
             normalization=args.normalization,
             latent_scaling=args.latent_scaling,
             noise=NoiseArguments(parameter_noise=args.parameter_noise, latent_noise=args.latent_noise),
+            output_loss=output_loss(context, loop.device) if c.autoencoder_loss == "outputs" else None,
         )
     if not PartialState().is_main_process:
         return
@@ -73,6 +82,48 @@ def fit_autoencoder(context: RunContext, stage: Stage) -> None:
         autoencoder.save_pretrained(folder)
     geometry = {} if autoencoder.adapter_geometry is None else {"adapters": autoencoder.adapter_geometry}
     context.finish(stage, {"losses": losses.tolist()} | geometry)
+
+
+def output_loss(context: RunContext, device: torch.device) -> OutputLoss:
+    """
+    How far the outputs of decoded networks are from those of snapshots: from the data, if each is a datum; of
+    classifiers the divergence of predictions on training examples; and of all others their own loss there.
+    """
+    task, family = context.task, context.family
+    networks = NetworkRunner(context.base_model.to(device), context.layout)
+    if isinstance(task, DataTask):
+        points, size = task.coordinates().to(device), context.config.collect_batch_size
+        if context.config.collects:
+            signals = torch.cat([task.signals(split) for split in ("train", "test")])[context.data]
+        else:
+            signals = task.render_all(networks, context.parameters)
+
+        def error(parameters: torch.Tensor, rows: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+            some = torch.randperm(len(points), generator=generator, device=device)[:size]
+            batch = {"coordinates": points[some]}
+            outputs = networks.stack(
+                lambda call, b: task.render(call, b["coordinates"]), parameters, batch, shared=True
+            )
+            return task.error(outputs, signals[rows.unsqueeze(1), some.cpu()].to(device)).mean()
+
+        return error
+    table = context.snapshot_conditions if family.fields else torch.zeros(len(context.parameters), 0)
+    if table.isnan().any():
+        raise RunError("autoencoder_loss=outputs needs snapshots whose conditions are all known")
+    count, split = OUTPUT_EXAMPLES, task.load_split("train")
+
+    def loss(parameters: torch.Tensor, rows: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+        chosen = torch.randint(len(split), (count,), generator=generator, device=device).cpu()
+        if not isinstance(task, ClassificationTask):
+            batch = to_device(task.collate(take(split, chosen.tolist())), device)
+            return networks.stack(task.loss, parameters, batch, shared=True).mean()
+        batch = family.batch("train", table[rows].to(device), chosen)
+        with torch.no_grad():
+            wanted = networks.stack(family.predict, context.parameters[rows].to(device), batch).log_softmax(-1)
+        found = networks.stack(family.predict, parameters, batch).log_softmax(-1)
+        return F.kl_div(found, wanted, reduction="none", log_target=True).sum(-1).mean()
+
+    return loss
 
 
 def architecture(context: RunContext) -> dict[str, Any]:

@@ -1,6 +1,8 @@
 """A network for each datum, side by side from one start, and the start that is learned for that."""
 
 import dataclasses
+import itertools
+import logging
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,6 +25,8 @@ from .dataset import SnapshotWriter
 MOST_AT_ONCE, MOST_VALUES = 128, 2**23
 # Of a start that is meta-learned: steps of gradient descent that it is learned for, and their first rate.
 INNER_STEPS, INNER_RATE = 3, 1e-2
+
+logger = logging.getLogger(__name__)
 
 
 class Block(nn.Module):
@@ -92,17 +96,25 @@ def write_networks_of_data(
     seed: int,
 ) -> None:
     """
-    Writes the parameter data set `folder`, with the columns `error`, the loss of each network, and `heldout`, 1 for
-    networks of data that no generator may see.
+    Writes the parameter data set `folder`, with the columns `error`, the loss of each network, `heldout`, 1 for
+    networks of data that no generator may see, and `datum`, the number of the datum. Of equal data, which have equal
+    networks, the first one is kept.
 
     Args:
         parts (`Sequence`): Parameters `(N, D)`, conditions and losses `(N,)` of networks, and whether these are held
             out.
     """
-    with SnapshotWriter(folder, layout, metrics=("error", "heldout"), fields=task.fields) as writer:
+    number, equal = itertools.count(), 0
+    with SnapshotWriter(folder, layout, metrics=("error", "heldout", "datum"), fields=task.fields) as writer:
         for parameters, conditions, errors, heldout in parts:
             for row, condition, error in zip(parameters, conditions, errors.tolist(), strict=True):
-                writer.write(row, step=step, seed=seed, condition=condition, error=error, heldout=float(heldout))
+                columns = {"error": error, "heldout": float(heldout), "datum": float(next(number))}
+                if writer.find(row) is None:
+                    writer.write(row, step=step, seed=seed, condition=condition, **columns)
+                else:
+                    equal += 1
+    if equal:
+        logger.warning("%d data are equal to others, whose networks stand for them", equal)
 
 
 class MetaLearned(nn.Module):

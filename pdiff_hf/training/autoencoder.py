@@ -1,6 +1,6 @@
 """Trains the parameter autoencoder (paper, section 2.3)."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -11,6 +11,9 @@ from ..models import ParameterAutoencoder
 from ..models.autoencoder import BATCH_SIZE
 from ..utils.seeds import derive_seed
 from .loop import Loop, LoopArguments
+
+# Of decoded networks `(n, D)`, the snapshots `(n,)` that they stand for, and a source of noise; a scalar.
+OutputLoss = Callable[[torch.Tensor, torch.Tensor, torch.Generator], torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -38,6 +41,7 @@ def train_autoencoder(
     normalization: str = "coordinate",
     latent_scaling: str = "each",
     kl_weight: float = 0.0,
+    output_loss: OutputLoss | None = None,
 ) -> tuple[ParameterAutoencoder, torch.Tensor]:
     """
     Trains an autoencoder on snapshots to return the clean vector for a noisy one, and sets its statistics from them.
@@ -55,10 +59,12 @@ def train_autoencoder(
             [`autoencoder_architecture`]. Without convolutions there is nothing to train, and no step is taken.
         normalization (`str`, *optional*, defaults to `"coordinate"`): Of `fit_parameter_statistics`.
         latent_scaling (`str`, *optional*, defaults to `"each"`): Of `fit_latent_statistics`.
+        output_loss (`Callable`, *optional*): `output_loss(parameters, rows, generator)` of the decoded networks, shape
+            `(n, D)`, in place of the snapshots with the indices `rows`: what it is trained on, in place of parameters.
 
     Returns:
         `tuple`: The autoencoder in eval mode on the CPU, and the loss (mean squared error in normalised units, plus the
-        weighted divergence of a variational one) at every step, shape `(args.num_steps,)`.
+        weighted divergence of a variational one; or that of outputs) at every step, shape `(args.num_steps,)`.
     """
     torch.manual_seed(derive_seed(loop.seed, 0))
     autoencoder = ParameterAutoencoder(
@@ -74,14 +80,19 @@ def train_autoencoder(
 
     def loss_function(model, indices, generator):
         output = model(tokens[indices].to(loop.device), **asdict(noise), generator=generator)
+        if output_loss is not None:
+            return output_loss(
+                autoencoder.with_factors(autoencoder.detokenize(output.sample)), seen[indices], generator
+            )
         loss = autoencoder.reconstruction_loss(output)
         return loss if output.kl is None else loss + kl_weight * 2 / layout.num_parameters * output.kl.mean()
 
     losses = torch.empty(0)
     if any(True for _ in autoencoder.parameters()):
-        if basis is not None:  # training needs tokens alone
-            autoencoder.token_basis = None
-        autoencoder.products = None
+        if output_loss is None:  # training needs tokens alone
+            if basis is not None:
+                autoencoder.token_basis = None
+            autoencoder.products = None
         description = "VAE" if kl_weight > 0 else "autoencoder"
         losses = loop.train(autoencoder, loss_function, len(tokens), args, description=description)
     if basis is not None:

@@ -1,0 +1,133 @@
+"""A run whose networks are data: collected side by side, learned, and judged by the sets that they make."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from support.waves import Waves
+
+from pdiff_hf import PDiffConfig, PDiffPipeline, PDiffTrainer, load_snapshots
+from pdiff_hf.run.trainer import execute, prepare
+from pdiff_hf.snapshots import of_data, parameter_matrix
+
+TINY_DATA = {
+    "task": "neural_field",
+    "model": "siren",
+    "model_args": {"width": 8, "num_layers": 1},
+    "dataset": "all_digits",
+    "max_train_samples": 140,
+    "max_eval_samples": 20,
+    "base_epochs": 20,
+    "base_batch_size": 20,
+    "base_learning_rate": 0.005,
+    "select": ["all"],
+    "collect_steps": 20,
+    "collect_learning_rate": 0.003,
+    "autoencoder_preset": "linear",
+    "autoencoder_loss": "outputs",
+    "autoencoder_steps": 30,
+    "autoencoder_batch_size": 20,
+    "latent_dim": 8,
+    "denoiser_steps": 30,
+    "denoiser_batch_size": 20,
+    "denoiser_args": {"condition_dropout": 0.2},
+    "num_models": 40,
+    "num_inference_steps": 4,
+}
+
+
+@pytest.fixture(scope="module")
+def context(tmp_path_factory):
+    context = prepare(PDiffConfig(**TINY_DATA, output_dir=str(tmp_path_factory.mktemp("fields") / "run")))
+    execute(context)
+    return context
+
+
+def test_each_datum_has_a_network_and_held_out_ones_are_never_seen(context):
+    dataset, layout = load_snapshots(context.folder / "snapshots")
+    assert len(dataset) == 160 and context.num_snapshots == 140
+    assert dataset["heldout"][:] == [0.0] * 140 + [1.0] * 20
+    assert context.seen.tolist() == list(range(140))
+    assert context.describe(context.stages["collect"]) == "140 snapshots"
+    errors = torch.tensor(dataset["error"][:])
+    task = context.task
+    alone = task.error(task.render(context.base_model, task.coordinates()), task.signals("train"))
+    assert errors[:140].mean() < 0.9 * alone.mean()
+    assert dataset["label"][:140] == [condition["label"] for condition in task.conditions("train")]
+
+
+def test_a_stopped_collection_goes_on_and_ends_with_the_same_bits(context, monkeypatch, tmp_path):
+    def stop():
+        raise KeyboardInterrupt
+
+    config = context.config.changed(output_dir=str(tmp_path / "run"), stages=["base", "collect"])
+    with monkeypatch.context() as patch:
+        patch.setattr(of_data, "MOST_AT_ONCE", 64)
+        patch.setattr(
+            of_data, "save_file", lambda *args: stop() if args[1].name.startswith(".block-1") else save_file(*args)
+        )
+        with pytest.raises(KeyboardInterrupt):
+            execute(prepare(config))
+    monkeypatch.setattr(of_data, "MOST_AT_ONCE", 64)
+    again = prepare(config.changed(resume_from_checkpoint="latest"))
+    kept = again.files.checkpoints(again.stages["collect"]) / "block-0.safetensors"
+    loaded: list = []
+    monkeypatch.setattr(of_data, "load_file", lambda path: loaded.append(path) or load_file(path))
+    execute(again)
+    assert loaded == [kept]
+    whole = prepare(config.changed(output_dir=str(tmp_path / "whole")))
+    execute(whole)
+    both = [parameter_matrix(*load_snapshots(c.folder / "snapshots")) for c in (whole, again)]
+    assert torch.equal(*both)
+
+
+def test_the_report_is_on_sets(context):
+    report = json.loads((context.folder / "evaluation" / "report.json").read_text())
+    groups = {group["name"]: group for group in report["groups"]}
+    assert {"generated", "guidance 1.5", "without a condition", "denoiser on the data"} <= groups.keys()
+    assert {"Gaussian, weights", "KDE 0.3, latents", "interpolation of neighbours, data"} <= groups.keys()
+    assert groups["training data"]["measures"]["nearness"] == 0
+    assert groups["training data"]["measures"]["score_mean"] < groups["mean, data"]["measures"]["score_mean"]
+    assert groups["held-out networks"]["measures"]["decibels"] > 0
+    assert groups["mean, weights"]["comparisons"]["test"]["verdict"] in ("better", "too close to call")
+    assert all(len(line.split()) <= 40 for line in report["verdict"])
+    for name in ("contact_sheet.png", "report.md", "report.html", "losses.png", "frontier.png"):
+        assert (context.folder / "evaluation" / name).is_file()
+    assert "nearness" in (context.folder / "evaluation" / "report.md").read_text()
+
+
+def test_the_generator_is_complete_and_renders_a_class(context):
+    pipe = PDiffPipeline.from_pretrained(context.folder)
+    networks = pipe(2, condition={"label": "3"}, guidance_scale=1.5, output_type="model").parameters
+    assert networks[0](context.task.coordinates(20)).shape == (400, 1)
+
+
+def test_settings_of_snapshots_of_one_run_are_refused():
+    for name, value in {
+        "num_snapshots": 50,
+        "collect_every": 2,
+        "heldout_snapshots": 0.2,
+        "baseline_models": 5,
+    }.items():
+        with pytest.raises(ValueError, match=f"{name}={value} has no effect: .*there is one network for each datum"):
+            PDiffConfig(**TINY_DATA, **{name: value}).check()
+
+
+@pytest.mark.parametrize("start", ["first", "meta"])
+def test_other_starts(start, tmp_path):
+    settings = TINY_DATA | {"task_args": {"start": start}, "stages": ["base", "collect"], "select": ["*bias"]}
+    context = prepare(PDiffConfig(**settings | {"base_batch_size": 4}, output_dir=str(tmp_path / "run")))
+    execute(context)
+    results = json.loads((context.folder / "stages" / "collect.json").read_text())["results"]
+    assert context.layout.num_parameters == 9 and all(error < 1 for error in results["errors"])
+
+
+def test_a_task_of_your_own_without_words_or_images():
+    settings = {name: TINY_DATA[name] for name in TINY_DATA if name.startswith(("auto", "denoiser", "collect", "num_"))}
+    settings |= {"base_epochs": 20, "base_batch_size": 10, "select": ["all"], "denoiser_args": {}, "baselines": "few"}
+    trainer = PDiffTrainer(Waves(), args=PDiffConfig(**settings | {"latent_dim": 4}))
+    trainer.train()
+    report = trainer.evaluate()
+    assert "class_accuracy" not in report.generated.measures and report.generated.n == 40
+    assert "denoiser on the data" not in [row.name for row in report.groups]
