@@ -23,6 +23,7 @@ from pdiff_hf.networks.posterior import (
     PosteriorOutput,
     Predict,
     check_examples,
+    check_loss,
     example_loss,
     log_likelihoods,
     predict_logits,
@@ -175,6 +176,8 @@ class NetworkMixin(Base):
         num_inference_steps: int | None = None,
         generator: torch.Generator | None = None,
         predict: Predict = predict_logits,
+        loss: str = "nll",
+        sigma: float | None = None,
     ) -> PosteriorOutput:
         r"""
         Networks for a task of which a few labelled examples are known: samples candidates, weights them by the
@@ -199,6 +202,10 @@ class NetworkMixin(Base):
             num_inference_steps (`int`, *optional*): Denoising steps, by default the pipeline's. They take most of the
                 time, and what is weighted afterwards needs fewer than what is used as it is.
             predict (`Callable`, *optional*): `predict` of a task, for networks that are not of transformers.
+            loss (`str`, *optional*, defaults to `"nll"`): Of classes; `"mse"` for labels that are values, floats of
+                shape `(B, C)`, such as the half of an image that is known: examples of a neural field are
+                `{"coordinates": ..., "labels": ...}`.
+            sigma (`float`, *optional*): With `"mse"`, the standard deviation of the errors of labels.
 
         Raises:
             ValueError: for arguments out of range, and if there is no base model or no usable candidate.
@@ -210,8 +217,9 @@ class NetworkMixin(Base):
             per_condition, rest = divmod(per_condition, max(1, len(condition)))
             if rest:
                 raise ValueError(f"{num_candidates} candidates cannot be shared by {len(condition)} conditions evenly")
+        check_loss(loss, sigma)
         examples = self.prepare(examples)
-        check_examples(examples)
+        check_examples(examples, sigma)
         for name, value in {"temperature": temperature, "refine_learning_rate": refine_learning_rate}.items():
             if not 0 < value < math.inf:
                 raise ValueError(f"{name} must be above 0 and finite, got {value}")
@@ -227,7 +235,7 @@ class NetworkMixin(Base):
 
         models = NetworkRunner(base_model, layout)
         parts = itertools.chain(self.decode_in_blocks(latents), [] if candidates is None else [candidates])
-        log_likelihood = torch.cat([log_likelihoods(models, examples, part, predict) for part in parts])
+        log_likelihood = torch.cat([log_likelihoods(models, examples, part, predict, sigma) for part in parts])
         log_prior = None
         if candidates is not None and candidates_share is not None:
             shares = torch.tensor([(1 - candidates_share) / len(latents), candidates_share / len(candidates)])
@@ -248,6 +256,7 @@ class NetworkMixin(Base):
                 num_steps=refine_steps,
                 learning_rate=refine_learning_rate,
                 predict=predict,
+                sigma=sigma,
             )
         return PosteriorOutput(parameters, weights, size, log_likelihood[chosen])
 
@@ -257,16 +266,20 @@ class NetworkMixin(Base):
         *,
         class_weights: torch.Tensor | None = None,
         predict: Predict = predict_logits,
+        loss: str = "nll",
+        sigma: float | None = None,
     ) -> LossFunction:
         """
         A `loss_fn` of labelled examples for the pipeline's call: their negative log-likelihood under each network.
-        Arguments are those of [`~pdiff_hf.networks.posterior.example_loss`].
+        Arguments are those of [`~pdiff_hf.networks.posterior.example_loss`], and `loss` as for [`posterior`].
 
         Raises:
             ValueError: for examples without labels, and if the pipeline has no base model.
         """
         base_model, layout = self.need_base_model("a loss of examples"), self.autoencoder.layout
-        return example_loss(base_model, layout, self.prepare(examples), class_weights=class_weights, predict=predict)
+        check_loss(loss, sigma)
+        prepared = self.prepare(examples)
+        return example_loss(base_model, layout, prepared, class_weights=class_weights, predict=predict, sigma=sigma)
 
 
 def _run(call: Callable, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:

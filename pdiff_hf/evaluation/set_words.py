@@ -33,8 +33,8 @@ ABOUT = (
     "Sets of data are compared with held-out data. The Fréchet distance is that of features (of a classifier of the "
     "data set, unless others were given), in percent of their variance; lower is better. Nearness is the median "
     "distance to the nearest training datum over that of held-out data: 1 is natural, less is closer to copies. Copies "
-    "are nearer than 1% of held-out data are. The last column says how generated networks compare with the row, in "
-    "Fréchet distance and in nearness up to 0.9, in 95% of the resamples."
+    "are nearer than 1% of held-out data are. The last column says how generated networks compare with the row: better "
+    "is a lower Fréchet distance of data that are as new (nearness up to 0.9, within 0.05), in 95% of the resamples."
 )
 
 
@@ -112,7 +112,7 @@ def sections(report: ReportData) -> Iterator[tuple[str, str, tuple[Sequence[str]
         f"{ABOUT} 1-NN is how often the nearest neighbour is of the same set (0.5 is ideal); precision, recall, "
         "density and coverage are by 5 nearest neighbours among the features of held-out data; class is how often the "
         f"classifier sees the class that was asked for; dB is the signal-to-noise ratio against the data.{of} The "
-        "Fréchet distance falls with the size of a set, and intervals are of resamples, which are a little larger.",
+        "Fréchet distance falls with the size of a set.",
         (header, lines),
     )
 

@@ -18,6 +18,8 @@ logger = logging.getLogger(__name__)
 
 # With an effective sample size below this, a few candidates decide everything.
 FEW = 5.0
+# What labels say: classes, whose likelihood counts, or values, whose squared error does.
+LOSSES = ("nll", "mse")
 
 Predict = Callable[[Callable, Mapping[str, Any]], torch.Tensor]
 # Parameters of shape `(n, D)` to one loss for each network, shape `(n,)`.
@@ -48,14 +50,33 @@ def predict_logits(call: Callable, examples: Mapping[str, Any]) -> torch.Tensor:
     return output if isinstance(output, torch.Tensor) else output.logits
 
 
-def check_examples(examples: Mapping[str, Any]) -> None:
-    """Raises a `ValueError` unless `labels` are whole numbers of shape `(B,)`, and all other tensors have B rows."""
+def check_loss(loss: str, sigma: float | None) -> None:
+    """Raises a `ValueError` unless `loss` is `"nll"`, or `"mse"` with a positive standard deviation."""
+    if loss not in LOSSES:
+        raise ValueError(f"loss must be one of {', '.join(LOSSES)}, got {loss!r}")
+    if (loss == "mse") != (sigma is not None) or (sigma is not None and not 0 < sigma < math.inf):
+        raise ValueError(
+            f"loss='mse' needs sigma, above 0: how far labels are from what the right network gives; got loss={loss!r} "
+            f"and sigma={sigma}"
+        )
+
+
+def check_examples(examples: Mapping[str, Any], sigma: float | None = None) -> None:
+    """
+    Raises a `ValueError` unless `labels` are whole numbers of shape `(B,)`, or with `sigma` floats of shape `(B,)` or
+    `(B, C)`, and all other tensors have B rows.
+    """
     labels = examples.get("labels")
-    if not isinstance(labels, torch.Tensor) or labels.ndim != 1 or labels.is_floating_point():
-        got = f"{labels.dtype} of shape {tuple(labels.shape)}" if isinstance(labels, torch.Tensor) else repr(labels)
-        raise ValueError(f"examples need labels, whole numbers of shape (B,), got {got}")
+    is_tensor = isinstance(labels, torch.Tensor)
+    if sigma is None:
+        fits, wanted = is_tensor and labels.ndim == 1 and not labels.is_floating_point(), "whole numbers of shape (B,)"
+    else:
+        fits, wanted = is_tensor and labels.ndim in (1, 2) and labels.is_floating_point(), "floats of shape (B, C)"
+    if not fits:
+        got = f"{labels.dtype} of shape {tuple(labels.shape)}" if is_tensor else repr(labels)
+        raise ValueError(f"examples need labels, {wanted}, got {got}")
     for name, value in examples.items():
-        if isinstance(value, torch.Tensor) and value.shape[:1] != labels.shape:
+        if isinstance(value, torch.Tensor) and value.shape[:1] != labels.shape[:1]:
             raise ValueError(f"there are {len(labels)} labels, but {name} has the shape {tuple(value.shape)}")
 
 
@@ -67,7 +88,11 @@ def check_labels(labels: torch.Tensor, num_classes: int) -> None:
 
 @torch.no_grad()
 def log_likelihoods(
-    models: NetworkRunner, examples: Mapping[str, Any], parameters: torch.Tensor, predict: Predict = predict_logits
+    models: NetworkRunner,
+    examples: Mapping[str, Any],
+    parameters: torch.Tensor,
+    predict: Predict = predict_logits,
+    sigma: float | None = None,
 ) -> torch.Tensor:
     """
     Logarithm of the probability that each of N networks gives to the labels of B examples, in nats, shape `(N,)`.
@@ -77,6 +102,8 @@ def log_likelihoods(
         examples (`Mapping[str, Any]`): A batch of the task with `labels`, int64 of shape `(B,)`.
         parameters (`torch.Tensor`): Shape `(N, D)`.
         predict (`Callable`, *optional*): As `predict` of a task.
+        sigma (`float`, *optional*): Labels are values of shape `(B, C)`, each with a Gaussian error of this standard
+            deviation; a constant is left out.
 
     Raises:
         ValueError: for a label that the networks have no output for.
@@ -87,6 +114,10 @@ def log_likelihoods(
     if len(labels) == 0:
         return total
     for rows, logits in models(lambda call: predict(call, examples), parameters.to(device)):  # (n, B, C)
+        if sigma is not None:
+            errors = logits.float() - labels.view(logits.shape[1:])
+            total[rows] = -(errors / sigma).square().flatten(1).sum(1).cpu() / 2
+            continue
         check_labels(labels, logits.shape[-1])
         log_probs = logits.float().log_softmax(-1)
         total[rows] = log_probs.gather(-1, labels.expand(len(log_probs), -1).unsqueeze(-1)).sum((1, 2)).cpu()
@@ -137,6 +168,7 @@ def example_loss(
     *,
     class_weights: torch.Tensor | None = None,
     predict: Predict = predict_logits,
+    sigma: float | None = None,
 ) -> LossFunction:
     """
     Negative log-likelihood of labelled examples, in nats, as a function of parameters with gradients.
@@ -145,15 +177,19 @@ def example_loss(
         examples (`Mapping[str, Any]`): A batch of the task with `labels`, int64 of shape `(B,)`.
         class_weights (`torch.Tensor`, *optional*): How much an example of each class counts, shape `(C,)`.
         predict (`Callable`, *optional*): As `predict` of a task.
+        sigma (`float`, *optional*): See [`log_likelihoods`].
 
     Returns:
         `Callable`: Parameters of shape `(n, D)` to the loss of each network, shape `(n,)`.
     """
-    check_examples(examples)
+    check_examples(examples, sigma)
     runner = NetworkRunner(model, layout)
 
     def loss(call: Callable, batch: Mapping[str, Any]) -> torch.Tensor:
         logits = predict(call, examples).float()
+        if sigma is not None:
+            errors = logits - examples["labels"].to(logits.device).view(logits.shape)
+            return (errors / sigma).square().sum() / 2
         check_labels(examples["labels"], logits.shape[-1])
         weight = None if class_weights is None else class_weights.to(logits.device)
         return F.cross_entropy(logits, examples["labels"].to(logits.device), weight, reduction="sum")
@@ -170,6 +206,7 @@ def refine(
     num_steps: int,
     learning_rate: float = 1e-3,
     predict: Predict = predict_logits,
+    sigma: float | None = None,
 ) -> torch.Tensor:
     """
     Fine-tunes N networks on the same examples, side by side, with AdamW.
@@ -182,7 +219,7 @@ def refine(
     """
     rows = parameters.to(next(model.parameters()).device, torch.float32, copy=True).requires_grad_()
     optimizer = torch.optim.AdamW([rows], lr=learning_rate, weight_decay=0.0)
-    losses = example_loss(model, layout, examples, predict=predict)
+    losses = example_loss(model, layout, examples, predict=predict, sigma=sigma)
     for _ in range(num_steps):
         optimizer.zero_grad()
         (losses(rows).sum() / len(examples["labels"])).backward()  # each gets its own gradient

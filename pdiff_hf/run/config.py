@@ -246,9 +246,10 @@ class AutoencoderArgs:
         "Mean of every parameter (`coordinate`), or of every `tensor` as the paper has it.",
         choices=("coordinate", "tensor"),
     )
-    latent_scaling: str = option(
-        "each",
-        "Latents are divided by the standard deviation of `each` entry, or of all `together`.",
+    latent_scaling: str | None = option(
+        None,
+        "Latents are divided by the standard deviation of `each` entry, or of all `together`; by default together for "
+        "networks of many tasks or data.",
         choices=("each", "together"),
     )
     warmup_steps: int = option(30, "Steps over which the learning rate rises to its peak.", min=0, **_LEARNED)
@@ -503,6 +504,12 @@ class PDiffConfig(
     def collects(self) -> bool:
         """Whether snapshots are made in this run."""
         return self.snapshots is None and not self.imported
+
+    @property
+    def latent_scaling(self) -> str:
+        """`autoencoder_args.latent_scaling`, or its default for this run."""
+        several = self.has_family or self.is_of_data or (self.imported and self.conditional)
+        return self.autoencoder_args.latent_scaling or ("together" if several else "each")
 
     @property
     def has_conditions(self) -> bool:

@@ -1,6 +1,7 @@
 """The stages that learn a generator of parameters: an autoencoder, and a denoiser of its latents."""
 
 import itertools
+import logging
 from typing import Any
 
 import torch
@@ -28,6 +29,7 @@ from ..training import (
     Loop,
     LoopArguments,
     NoiseArguments,
+    gaussian_loss,
     make_sampling_scheduler,
     make_training_scheduler,
     train_autoencoder,
@@ -40,8 +42,12 @@ from .config import PDiffConfig
 from .context import RunContext, Stage
 from .folder import RunError
 
+logger = logging.getLogger(__name__)
+
 # Gradients of the autoencoder and of the denoiser are clipped to this norm.
 MAX_GRAD_NORM = 1.0
+# The losses of so many last steps are compared with that of a Gaussian.
+LAST_LOSSES = 100
 # Training examples that the outputs of networks are compared on in a step.
 OUTPUT_EXAMPLES = 64
 # So many networks of a regression are made at once.
@@ -72,7 +78,7 @@ def fit_autoencoder(context: RunContext, stage: Stage) -> None:
             latent_dim=c.latent_dim,
             architecture=architecture(context),
             normalization=args.normalization,
-            latent_scaling=args.latent_scaling,
+            latent_scaling=c.latent_scaling,
             noise=NoiseArguments(parameter_noise=args.parameter_noise, latent_noise=args.latent_noise),
             output_loss=output_loss(context, loop.device) if c.autoencoder_loss == "outputs" else None,
         )
@@ -169,6 +175,16 @@ def fit_denoiser(context: RunContext, stage: Stage) -> None:
         )
     if not PartialState().is_main_process:
         return
+    own, gaussian = losses[-LAST_LOSSES:].mean().item(), gaussian_loss(latents, scheduler)
+    if own >= gaussian:
+        logger.warning(
+            "the denoiser's loss of %.3g is no better than the %.3g of a Gaussian with the latents' covariance: "
+            "networks will be no better than those of that Gaussian. What helps, in this order: "
+            "autoencoder_args.latent_scaling=together, a shorter latent_dim, more denoiser_steps at a larger "
+            "denoiser_batch_size",
+            own,
+            gaussian,
+        )
     # A network of no library that can save it does not go with its generator.
     base_model = context.base_model if isinstance(context.base_model, PreTrainedModel | ModelMixin) else None
     sampler = make_sampling_scheduler(scheduler)
@@ -184,7 +200,7 @@ def fit_denoiser(context: RunContext, stage: Stage) -> None:
     )
     with context.files.replacing(stage) as folder:
         pipeline.save_pretrained(folder)
-    context.finish(stage, {"losses": losses.tolist()})
+    context.finish(stage, {"losses": losses.tolist(), "gaussian_loss": gaussian})
 
 
 def generator_of_data(context: RunContext, data: torch.Tensor) -> PDiffPipeline:

@@ -1,7 +1,7 @@
 """Training of the autoencoder and the denoiser in one loop."""
 
 from .autoencoder import NoiseArguments, train_autoencoder
-from .denoiser import make_sampling_scheduler, make_training_scheduler, train_denoiser
+from .denoiser import gaussian_loss, make_sampling_scheduler, make_training_scheduler, train_denoiser
 from .loop import Loop, LoopArguments, TrainingError
 from .state import LoopCallback, LoopState
 
@@ -12,6 +12,7 @@ __all__ = [
     "LoopState",
     "NoiseArguments",
     "TrainingError",
+    "gaussian_loss",
     "make_sampling_scheduler",
     "make_training_scheduler",
     "train_autoencoder",

@@ -134,6 +134,19 @@ def train_denoiser(
     return denoiser.to("cpu").eval(), losses
 
 
+def gaussian_loss(latents: torch.Tensor, scheduler: DDPMScheduler) -> float:
+    """
+    The least loss of a denoiser that knows the mean and the covariance of latents, `(N, L)`, and nothing else: one with
+    a higher loss has not learned more than a Gaussian.
+    """
+    variances = torch.linalg.eigvalsh(torch.cov(latents.double().T, correction=0).view(latents.shape[1], -1))
+    level = scheduler.alphas_cumprod.double().unsqueeze(1)  # ᾱ: (T, 1)
+    clean = variances.clamp(min=0) / (level * variances.clamp(min=0) + 1 - level)  # (T, L)
+    # Of the clean latent the error is (1 - ᾱ) of this; that of the noise is ᾱ of it, and that of the velocity is all.
+    factor = {"epsilon": level, "sample": 1 - level}.get(scheduler.config.prediction_type)
+    return (clean if factor is None else factor * clean).mean().item()
+
+
 def denoising_loss(
     model: nn.Module,
     scheduler: DDPMScheduler,

@@ -34,7 +34,7 @@ def vae(run: RunContext, scorer: Scorer) -> Iterator[Group]:
             latent_dim=r.latent_dim,
             architecture=architecture(run),
             normalization=r.autoencoder_args.normalization,
-            latent_scaling=r.autoencoder_args.latent_scaling,
+            latent_scaling=r.latent_scaling,
             noise=NoiseArguments(parameter_noise=r.autoencoder_args.parameter_noise, latent_noise=0.0),
             kl_weight=1.0,
         )

@@ -8,7 +8,15 @@ from support.pipelines import make_network, make_pipeline
 from torch import nn
 
 from pdiff_hf.networks.ensemble import EnsembleModel
-from pdiff_hf.networks.posterior import effective_sample_size, log_likelihoods, posterior_weights, refine, resample
+from pdiff_hf.networks.posterior import (
+    check_loss,
+    effective_sample_size,
+    example_loss,
+    log_likelihoods,
+    posterior_weights,
+    refine,
+    resample,
+)
 from pdiff_hf.networks.runner import NetworkRunner
 from pdiff_hf.selection import select_layout
 
@@ -163,3 +171,28 @@ def test_wrong_examples_and_arguments(changes, arguments, message):
     examples = {"pixel_values": torch.randn(3, 3, 32, 32), "labels": torch.tensor([0, 1, 2])} | changes
     with pytest.raises(ValueError, match=message):
         pipe.posterior(examples, 4, **{"num_models": 2} | arguments, num_inference_steps=2)
+
+
+def test_values_are_labels_with_a_gaussian_error():
+    """Half of a datum: the known values weigh networks as a Gaussian of their squared error says."""
+    torch.manual_seed(0)
+    model = nn.Linear(2, 1)
+    layout = select_layout(model, ["all"])
+    parameters = torch.randn(5, layout.num_parameters)
+    points, labels, sigma = torch.randn(7, 2), torch.randn(7, 1), 0.3
+    examples = {"input": points, "labels": labels}
+    errors = (parameters[:, :2] @ points.T + parameters[:, 2:] - labels.T) / sigma  # weight before bias
+    expected = -errors.square().sum(1) / 2
+    found = log_likelihoods(NetworkRunner(model, layout), examples, parameters, sigma=sigma)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    losses = example_loss(model, layout, examples, sigma=sigma)(parameters.requires_grad_())
+    torch.testing.assert_close(losses, -expected, rtol=1e-4, atol=1e-4)
+    assert losses.requires_grad
+    with pytest.raises(ValueError, match=r"examples need labels, floats of shape \(B, C\), got torch.int64"):
+        example_loss(model, layout, examples | {"labels": torch.ones(7, dtype=torch.long)}, sigma=sigma)
+
+
+@pytest.mark.parametrize(("loss", "sigma"), [("mse", None), ("nll", 0.5), ("mse", 0.0)])
+def test_squared_errors_need_a_sigma_and_classes_have_none(loss, sigma):
+    with pytest.raises(ValueError, match="loss='mse' needs sigma, above 0"):
+        check_loss(loss, sigma)
