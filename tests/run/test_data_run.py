@@ -5,36 +5,12 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from support.recipes import TINY_DATA
 from support.waves import Waves
 
 from pdiff_hf import PDiffConfig, PDiffPipeline, PDiffTrainer, load_snapshots
 from pdiff_hf.run.trainer import execute, prepare
 from pdiff_hf.snapshots import of_data, parameter_matrix
-
-TINY_DATA = {
-    "task": "neural_field",
-    "model": "siren",
-    "model_args": {"width": 8, "num_layers": 1},
-    "dataset": "all_digits",
-    "max_train_samples": 140,
-    "max_eval_samples": 20,
-    "base_epochs": 20,
-    "base_batch_size": 20,
-    "base_learning_rate": 0.005,
-    "select": ["all"],
-    "collect_steps": 20,
-    "collect_learning_rate": 0.003,
-    "autoencoder_preset": "linear",
-    "autoencoder_loss": "outputs",
-    "autoencoder_steps": 30,
-    "autoencoder_batch_size": 20,
-    "latent_dim": 8,
-    "denoiser_steps": 30,
-    "denoiser_batch_size": 20,
-    "denoiser_args": {"condition_dropout": 0.2},
-    "num_models": 40,
-    "num_inference_steps": 4,
-}
 
 
 @pytest.fixture(scope="module")

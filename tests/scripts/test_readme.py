@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from PIL import Image
 from sklearn.datasets import load_digits
-from support.recipes import TINY, TINY_FAMILY
+from support.recipes import TINY, TINY_DATA, TINY_FAMILY
 from transformers import (
     AutoModelForImageClassification,
     ResNetConfig,
@@ -55,6 +55,9 @@ def small_flags(line: str, arguments: list[str]) -> list[str]:
     script = Path(arguments[0]).stem
     if "--list" in arguments or script not in SMALL:
         return []
+    if "fields.yaml" in line:
+        kept = {key: value for key, value in TINY_DATA.items() if key not in ("task", "model", "select", "dataset")}
+        return [f"--{key}={json.dumps(value) if isinstance(value, dict) else value}" for key, value in kept.items()]
     is_family = script == "train" and (len(arguments) == 1 or "on_demand" in line)
     settings = ON_DEMAND if is_family else SMALL[script]
     settings = {key: value for key, value in settings.items() if value is not None and f"--{key}" not in arguments}
@@ -132,7 +135,7 @@ def test_everything_in_the_readme_runs(tmp_path, monkeypatch, hub, capsys):
                 run_command(line, monkeypatch)
 
     # What the commands promise is there.
-    for folder in ("digits", "on_demand", "darker", "mine"):
+    for folder in ("digits", "on_demand", "darker", "mine", "fields"):
         assert (tmp_path / "outputs" / folder / "evaluation" / "report.md").is_file(), folder
     assert len(list((tmp_path / "outputs" / "networks").glob("network-*"))) == 4
     assert "77.5" in capsys.readouterr().out  # the paper's number in table 3a
