@@ -128,6 +128,9 @@ def evaluate_members(
         )
         expand_base = lambda _, rows: base.expand(len(rows), -1)  # noqa: E731
         yield "base model", lambda: Group("base model", expand_base, cost=Cost(of_base), size=size)
+        if (told := family.prompted(networks.model)) is not None:
+            in_prompt = "base model, told in its prompt"
+            yield in_prompt, lambda: Group(in_prompt, told, cost=Cost(of_base), size=size)
         yield from oracles(regime, zoo or ZooArguments(), of_base, factors, size)
         yield from more
 

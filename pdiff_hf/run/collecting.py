@@ -92,7 +92,8 @@ def collect(context: RunContext, stage: Stage) -> None:
     with context.files.replacing(stage) as folder:
         folder.rmdir()
         if several:
-            write_zoo(folder, context.family, context.layout, fields.conditions(table), args, trained, seed)
+            known = [context.family.described(condition) for condition in fields.conditions(table)]
+            write_zoo(folder, context.family, context.layout, known, args, trained, seed)
         else:
             with context.accelerator() as accelerator:
                 collect_snapshots(

@@ -157,7 +157,9 @@ def make_regime(context: RunContext, accelerator: Accelerator, networks: Network
     """Which tasks the recipe allows to train on."""
     c, family = context.config, context.family
     unseen = context.unseen_tasks
-    seen = context.seen_conditions
+    seen, told = context.seen_conditions, context.seen_alternatives  # (T, width), (N, K, width)
+    if told.shape[1] > 1:  # with K ways to say what a task is
+        seen = told[~told.flatten(1).isnan().any(1)].unique(dim=0)
 
     def batches(args: TuneArguments) -> TaskBatches:
         if c.tune_tasks == "fresh":

@@ -11,12 +11,18 @@ import datasets
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from ..networks.adapters import find_base, load_adapter, load_network
 from ..networks.runner import NetworkRunner
 from ..utils.devices import to_device
-from .dataset import DatasetTask, make_splits
+from .dataset import DatasetTask
 from .labels import find_weights
 from .registry import register_task
 from .sources import load_raw
@@ -25,69 +31,40 @@ from .task import Batch, MeasuredTask, Split, take
 # What is not predicted: prompts and padding.
 IGNORED = -100
 BATCH_SIZE = 16
+# Name of the metric, its unit, and whether higher is better.
+MEASURES = {"loss": ("loss of a token", "nats", False), "exact_match": ("exact match", "%", True)}
 
 
-@register_task("causal_lm")
 @dataclass
-class CausalLMTask(DatasetTask, MeasuredTask):
+class LanguageTask(DatasetTask):
     """
+    What tasks of language models have in common.
+
     Args beyond those of [`DatasetTask`]:
         max_length (`int`, *optional*, defaults to 128): Texts are cut to so many tokens.
-        text_column (`str`, *optional*): Of plain texts; by default `text`. Not needed for the columns `prompt` and
-            `completion`, or for `messages`, lists of `{"role": ..., "content": ...}` that the tokenizer's chat template
-            makes a text of. Of these two, the completion, or the last message, is what networks are trained and
-            measured on, and the rest is only read.
         adapter (`str`, *optional*): Folder or Hub id of an adapter of PEFT that the model gets. Where `model` is one,
             it becomes the adapter, and `model` the network that it belongs to.
 
-    The metric is the mean loss of a token in nats; exp of it is the perplexity.
+    Attributes:
+        reads_first (`bool`): Whether the network has an encoder, which reads prompts, before its decoder.
 
     Raises:
-        ValueError: when created, for a model without weights, a data set without such columns, or empty texts.
+        ValueError: when created, for a model without weights.
     """
 
     max_length: int = 128
-    text_column: str | None = None
     adapter: str | None = None
-
-    metric = "loss of a token"
-    unit = "nats"
-    higher_is_better = False
 
     def __post_init__(self) -> None:
         self._check_sizes("max_length")
         if base := find_base(self.model):
             self.model, self.adapter = base, self.adapter or self.model
-        if not find_weights(self.model)[1]:
+        self._config, has_weights = find_weights(self.model)
+        if not has_weights:
             raise ValueError(f"model '{self.model}' has no weights; a language model is not trained from nothing here")
-        raw = load_raw(self.dataset)
-        columns = raw["train"].column_names
-        kinds: tuple[tuple[str, ...], ...] = (("messages",), ("prompt", "completion"), (self.text_column or "text",))
-        if self.text_column is not None:
-            kinds = kinds[2:]
-        self._columns = next((kind for kind in kinds if set(kind) <= set(columns)), ())
-        if not self._columns:
-            raise ValueError(
-                f"dataset '{self.dataset}' has no column {kinds[-1][0]}, nor messages, nor prompt and completion; its "
-                f"columns are {', '.join(columns)}: choose one with text_column"
-            )
-        raw = {name: self._usable(rows, name, self._bad(rows)) for name, rows in raw.items()}
+        self.reads_first = bool(getattr(self._config, "is_encoder_decoder", False))
+        self._auto_class = AutoModelForSeq2SeqLM if self.reads_first else AutoModelForCausalLM
         self._splits: dict[str, Any] = {}
-        self._raw = make_splits(
-            {name: rows.select_columns(list(self._columns)) for name, rows in raw.items()},
-            self.dataset,
-            self.validation_fraction,
-            self.max_train_samples,
-            self.max_eval_samples,
-        )
-
-    def _bad(self, rows: datasets.Dataset) -> dict[int, tuple[str, str]]:
-        """Rows with nothing to predict."""
-        name = self._columns[-1]
-        values = enumerate(rows[name][:])
-        if name == "messages":
-            return {i: (name, "it has no message") for i, value in values if not value}
-        return {i: (name, "it is empty") for i, value in values if not str(value or "").strip()}
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -101,7 +78,7 @@ class CausalLMTask(DatasetTask, MeasuredTask):
         return tokenizer
 
     def load_base_model(self) -> PreTrainedModel:
-        model = AutoModelForCausalLM.from_pretrained(self.model, dtype=torch.float32)
+        model = self._auto_class.from_pretrained(self.model, dtype=torch.float32)
         return load_adapter(model, self.adapter) if self.adapter else model.eval()
 
     def save_base_model(self, model: nn.Module, folder: str | os.PathLike) -> None:
@@ -111,10 +88,69 @@ class CausalLMTask(DatasetTask, MeasuredTask):
 
     def load_saved(self, folder: str | os.PathLike) -> PreTrainedModel:
         """What `save_base_model` wrote."""
-        return load_network(folder, AutoModelForCausalLM)
+        return load_network(folder, self._auto_class)
+
+    def fingerprint(self, split: Split) -> str:
+        """Follows all tokens, and which of them are predicted."""
+        digest = hashlib.blake2b(repr(self.load_split(split).examples).encode(), digest_size=16)
+        return digest.hexdigest()
+
+
+@register_task("causal_lm")
+@dataclass
+class CausalLMTask(LanguageTask, MeasuredTask):
+    """
+    Texts that a language model continues, or prompts that it answers: also one with an encoder for the prompts.
+
+    Args beyond those of [`LanguageTask`]:
+        text_column (`str`, *optional*): Of plain texts; by default `text`. Not needed for the columns `prompt` and
+            `completion`, or for `messages`, lists of `{"role": ..., "content": ...}` that the tokenizer's chat template
+            makes a text of. Of these two, the completion, or the last message, is what networks are trained and
+            measured on, and the rest is only read.
+        measured (`str`, *optional*, defaults to `"loss"`): The metric: `loss`, the mean loss of a token in nats, of
+            which exp is the perplexity; or `exact_match`, for how many percent of the examples the network's likeliest
+            tokens, one after the other, are the completion.
+
+    Raises:
+        ValueError: when created, for a model without weights, a data set without such columns, or empty texts.
+    """
+
+    text_column: str | None = None
+    measured: str = "loss"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.measured not in MEASURES:
+            raise ValueError(f"measured must be {' or '.join(MEASURES)}, got {self.measured!r}")
+        self.metric, self.unit, self.higher_is_better = MEASURES[self.measured]
+        raw = load_raw(self.dataset)
+        columns = raw["train"].column_names
+        kinds: tuple[tuple[str, ...], ...] = (("messages",), ("prompt", "completion"), (self.text_column or "text",))
+        if self.text_column is not None:
+            kinds = kinds[2:]
+        self._columns = next((kind for kind in kinds if set(kind) <= set(columns)), ())
+        if self.reads_first and len(self._columns) == 1 and self._columns[0] != "messages":
+            raise ValueError(f"'{self.model}' has an encoder, which needs prompts: the columns prompt and completion")
+        if not self._columns:
+            raise ValueError(
+                f"dataset '{self.dataset}' has no column {kinds[-1][0]}, nor messages, nor prompt and completion; its "
+                f"columns are {', '.join(columns)}: choose one with text_column"
+            )
+        raw = {name: self._usable(rows, name, self._bad(rows)) for name, rows in raw.items()}
+        self._set_splits({name: rows.select_columns(list(self._columns)) for name, rows in raw.items()})
+
+    def _bad(self, rows: datasets.Dataset) -> dict[int, tuple[str, str]]:
+        """Rows with nothing to predict."""
+        name = self._columns[-1]
+        values = enumerate(rows[name][:])
+        if name == "messages":
+            return {i: (name, "it has no message") for i, value in values if not value}
+        return {i: (name, "it is empty") for i, value in values if not str(value or "").strip()}
 
     def _prepare(self, split: Split) -> "TokenSplit":
-        return TokenSplit([self._encode(row) for row in self._raw[split]], self.tokenizer.pad_token_id or 0)
+        start = getattr(self._config, "decoder_start_token_id", None) if self.reads_first else None
+        examples = [self._encode(row) for row in self._raw[split]]
+        return TokenSplit(examples, self.tokenizer.pad_token_id or 0, start)
 
     def _encode(self, row: Mapping[str, Any]) -> tuple[list[int], int]:
         """Token ids of an example, and the number of those at the start that are only read."""
@@ -134,38 +170,35 @@ class CausalLMTask(DatasetTask, MeasuredTask):
             return (prompt + completion + end)[: self.max_length], len(prompt)
         return (tokenizer(row[self._columns[0]])["input_ids"] + end)[: self.max_length], 0
 
-    def fingerprint(self, split: Split) -> str:
-        """Follows all tokens, and which of them are predicted."""
-        examples = self.load_split(split)
-        digest = hashlib.blake2b(repr(examples.examples).encode(), digest_size=16)
-        return digest.hexdigest()
-
     def loss(self, call: Callable, batch: Batch) -> torch.Tensor:
         """The mean over the tokens of the batch."""
-        losses = self.token_losses(call, batch)
-        return losses.sum() / (batch["labels"][:, 1:] != IGNORED).sum().clamp_min(1)
+        logits, tokens = self._predicted(call, batch)
+        losses = F.cross_entropy(logits.float().mT, tokens, ignore_index=IGNORED, reduction="sum")
+        return losses / (tokens != IGNORED).sum().clamp_min(1)
 
-    def token_losses(self, call: Callable, batch: Batch) -> torch.Tensor:
-        """The loss of each token that is predicted from those before it, shape `(B, T - 1)`; 0 for those only read."""
-        logits = call(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits[:, :-1]
-        labels = batch["labels"][:, 1:]
-        return F.cross_entropy(logits.float().mT, labels, ignore_index=IGNORED, reduction="none")
+    def _predicted(self, call: Callable, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+        """Logits, `(B, T, V)`, and the tokens that they should predict, `(B, T)`, `IGNORED` where those are given."""
+        logits = call(**{name: values for name, values in batch.items() if name != "labels"}).logits
+        return (logits, batch["labels"]) if self.reads_first else (logits[:, :-1], batch["labels"][:, 1:])
 
     def measure(self, models: NetworkRunner, split: Split, parameters: torch.Tensor) -> torch.Tensor:
-        """The mean loss of a token over the split."""
-        device = next(models.model.parameters()).device
-        examples, count = self.load_split(split), 0
-        total = torch.zeros(len(parameters), dtype=torch.float64)
+        """The mean loss of a token over the split, or the percentage of exact answers."""
+        device, examples, exact = next(models.model.parameters()).device, self.load_split(split), self.unit == "%"
+        total, count = torch.zeros(len(parameters), dtype=torch.float64), 0
+
+        def forward(call: Callable) -> torch.Tensor:
+            logits, tokens = self._predicted(call, batch)
+            if exact:
+                return ((logits.argmax(-1) == tokens) | (tokens == IGNORED)).all(-1).float()
+            return F.cross_entropy(logits.float().mT, tokens, ignore_index=IGNORED, reduction="none")
+
         for indices in torch.arange(len(examples)).split(BATCH_SIZE):
             batch = to_device(take(examples, indices.tolist()), device)
-            count += int((batch["labels"][:, 1:] != IGNORED).sum())
-
-            def forward(call: Callable, batch: Batch = batch) -> torch.Tensor:
-                return self.token_losses(call, batch)
-
-            for rows, losses in models(forward, parameters.to(device)):
-                total[rows] += losses.flatten(1).double().sum(1).cpu()
-        return total / max(1, count)
+            tokens = batch["labels"] if self.reads_first else batch["labels"][:, 1:]
+            count += len(indices) if exact else int((tokens != IGNORED).sum())
+            for rows, values in models(forward, parameters.to(device)):
+                total[rows] += values.flatten(1).double().sum(1).cpu()
+        return total / max(1, count) * (100 if exact else 1)
 
 
 class TokenSplit(torch.utils.data.Dataset):
@@ -173,23 +206,32 @@ class TokenSplit(torch.utils.data.Dataset):
     Tokenized examples, in memory.
 
     `__getitems__(indices)` returns a batch: `input_ids`, `attention_mask` and `labels` of shape `(B, T)`, where T is
-    the length of its longest text; labels are the tokens themselves where they are predicted.
+    the length of its longest text; labels are the tokens themselves where they are predicted. With a token that
+    decoders `start` with, the ids are those of prompts, and labels, and the `decoder_input_ids` before them, have the
+    length of the longest completion.
     """
 
-    def __init__(self, examples: Sequence[tuple[list[int], int]], pad_token_id: int):
-        self.examples, self.pad_token_id = list(examples), pad_token_id
+    def __init__(self, examples: Sequence[tuple[list[int], int]], pad_token_id: int, start: int | None = None):
+        self.examples, self.pad_token_id, self.start = list(examples), pad_token_id, start
 
     def __len__(self) -> int:
         return len(self.examples)
 
     def __getitems__(self, indices: Sequence[int]) -> Batch:
         chosen = [self.examples[i] for i in indices]
-        longest = max(2, *(len(ids) for ids, _ in chosen))
-        shape = (len(chosen), longest)
-        ids, mask = torch.full(shape, self.pad_token_id), torch.zeros(shape, dtype=torch.long)
-        labels = torch.full(shape, IGNORED)
-        for row, (tokens, read) in enumerate(chosen):
-            ids[row, : len(tokens)] = torch.tensor(tokens)
-            mask[row, : len(tokens)] = 1
-            labels[row, read : len(tokens)] = ids[row, read : len(tokens)]
-        return {"input_ids": ids, "attention_mask": mask, "labels": labels}
+        if self.start is None:
+            labels = padded([[IGNORED] * read + tokens[read:] for tokens, read in chosen], IGNORED)
+            read, more = [tokens for tokens, _ in chosen], {}
+        else:
+            labels = padded([tokens[read:] for tokens, read in chosen], IGNORED)
+            before = [[self.start, *tokens[read:-1]] for tokens, read in chosen]
+            read, more = [tokens[:n] for tokens, n in chosen], {"decoder_input_ids": padded(before, self.pad_token_id)}
+        mask = padded([[1] * len(tokens) for tokens in read], 0)
+        return {"input_ids": padded(read, self.pad_token_id), "attention_mask": mask, "labels": labels} | more
+
+
+def padded(rows: Sequence[Sequence[int]], value: int, left: bool = False) -> torch.Tensor:
+    """Tokens as a tensor of shape `(B, T)`, filled up to the longest, of at least 2, at the right or the left."""
+    longest = max(2, *map(len, rows))
+    filling = [[value] * (longest - len(row)) for row in rows]
+    return torch.tensor([[*f, *row] if left else [*row, *f] for row, f in zip(rows, filling, strict=True)])

@@ -116,6 +116,17 @@ class Family(ABC):
                     f"conditions[{field!r}]"
                 )
 
+    def described(self, condition: Condition) -> Condition:
+        """The condition of a seen task with all that is said of it, such as several descriptions."""
+        return condition
+
+    def prompted(self, model: nn.Module) -> nn.Module | None:
+        """
+        The base model without weights for a task, which is told in its inputs what the task is: `module(table, batch,
+        generator)` gives logits of shape `(T, B, C)`. None where that cannot be.
+        """
+        return None
+
     @abstractmethod
     def predict(self, call: Callable, batch: Batch) -> torch.Tensor:
         """Logits of one network on the examples of its task, shape `(B, C)`."""

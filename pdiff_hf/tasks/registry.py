@@ -22,14 +22,16 @@ F = TypeVar("F", bound=type["Family"])
 # The tasks of this package, each in the module of its name, and the modules with its families. They are imported when
 # one is asked for, which takes seconds.
 TASKS = (
+    "causal_lm",
     "image_classification",
     "image_generation",
+    "multiple_choice",
     "neural_field",
     "object_detection",
     "semantic_segmentation",
     "text_classification",
 )
-FAMILIES = {"transformed": ("image_families",), "grouped": ("label_groups",)}
+FAMILIES = {"transformed": ("image_families",), "grouped": ("label_groups",), "tabled": ("multiple_choice",)}
 _tasks: dict[str, type[Task]] = {}
 _families: dict[str, list[type["Family"]]] = {}
 

@@ -147,12 +147,16 @@ def seen_tasks(
     family: Family, args: TuneArguments, table: torch.Tensor, device: torch.device, condition_noise: float = 0.0
 ) -> TaskBatches:
     """
-    The tasks of `table`, shape `(T, width)`, over and over. With `condition_noise` the conditions that come with their
-    examples are moved at random by so many standard deviations, which keeps the answers smooth between seen tasks.
+    The tasks of `table`, shape `(T, width)`, over and over; or `(T, K, width)` with K ways to say what each is, of
+    which each step draws one. With `condition_noise` the conditions that come with their examples are moved at random
+    by so many standard deviations, which keeps the answers smooth between seen tasks.
     """
 
     def draw(indices: torch.Tensor, generator: torch.Generator) -> tuple[torch.Tensor, Batch]:
         rows = table[indices].to(device)
+        if rows.ndim > 2:
+            ways = torch.randint(rows.shape[1], indices.shape, generator=generator, device=generator.device)
+            rows = rows[torch.arange(len(rows), device=device), ways.to(device)]
         batch = _examples(family, rows, args, generator)
         if condition_noise:
             noise = torch.randn(rows.shape, generator=generator, device=device)

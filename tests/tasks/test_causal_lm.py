@@ -5,11 +5,9 @@ import math
 import datasets
 import pytest
 import torch
+from support.language import WORDS, ids, make_llama, save_tokenizer
 from support.scripts import run_script
-from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
-from tokenizers.pre_tokenizers import WhitespaceSplit
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaForCausalLM, T5Config, T5ForConditionalGeneration
 
 from pdiff_hf.networks.runner import NetworkRunner
 from pdiff_hf.selection import select_layout
@@ -17,7 +15,6 @@ from pdiff_hf.tasks.causal_lm import IGNORED, CausalLMTask
 from pdiff_hf.tasks.task import take
 
 peft = pytest.importorskip("peft")
-WORDS = ["<pad>", "<eos>", "<user>", "<bot>", *"abcdefgh"]
 TEMPLATE = (
     "{% for m in messages %}{{ '<user> ' if m['role'] == 'user' else '<bot> ' }}{{ m['content'] }} {% endfor %}"
     "{% if add_generation_prompt %}<bot> {% endif %}"
@@ -28,15 +25,7 @@ TEMPLATE = (
 def model(tmp_path_factory):
     """A small Llama with a tokenizer of twelve words, and three adapters for it."""
     folder = tmp_path_factory.mktemp("llama")
-    torch.manual_seed(0)
-    sizes = {"vocab_size": 12, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
-    network = LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=2, max_position_embeddings=32))
-    network.save_pretrained(folder / "model")
-    words = Tokenizer(WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<pad>"))
-    words.pre_tokenizer = WhitespaceSplit()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", eos_token="<eos>")
-    tokenizer.chat_template = TEMPLATE
-    tokenizer.save_pretrained(folder / "model")
+    make_llama(folder / "model", TEMPLATE)
     for i in range(3):
         base = LlamaForCausalLM.from_pretrained(folder / "model")
         config = peft.LoraConfig(r=2 + i, lora_alpha=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
@@ -51,10 +40,6 @@ def model(tmp_path_factory):
 def write(folder, rows):
     datasets.Dataset.from_list(rows * 10).to_json(folder / "train.jsonl")
     return str(folder / "train.jsonl")
-
-
-def ids(text):
-    return [WORDS.index(word) for word in text.split()]
 
 
 KINDS = {
@@ -98,6 +83,42 @@ def test_the_loss_of_a_token(model, tmp_path):
             losses += [-logits[t, label].item() for t, label in enumerate(labels) if label != IGNORED]
         assert math.isclose(sum(losses) / len(losses), expected.item(), rel_tol=1e-5)
     assert task.higher_is_better is False
+
+
+@torch.no_grad()
+def test_exact_answers_are_those_that_greedy_decoding_gives(model, tmp_path):
+    prompts = ["a b", "f", "c c d", "h e"]
+    network = LlamaForCausalLM.from_pretrained(model / "model").eval()
+    rows = []
+    for i, prompt in enumerate(prompts):
+        made = network.generate(torch.tensor([ids(prompt)]), max_new_tokens=3, do_sample=False, eos_token_id=None)
+        words = [WORDS[token] for token in made[0].tolist()[len(prompt.split()) :]]
+        rows.append({"prompt": prompt, "completion": " ".join(words if i % 2 else ["g", *words[1:]])})
+    task = CausalLMTask(str(model / "model"), write(tmp_path, rows), measured="exact_match")
+    task.tokenizer.eos_token = None
+    layout = select_layout(network, "norm")
+    measured = task.measure(NetworkRunner(network, layout), "test", layout.flatten(network.state_dict())[None])
+    right = [task._raw["test"][i]["completion"] in (rows[1]["completion"], rows[3]["completion"]) for i in range(8)]
+    assert measured.item() == pytest.approx(100 * sum(right) / 8) and (task.metric, task.unit) == ("exact match", "%")
+
+
+@torch.no_grad()
+def test_encoders_read_prompts(tmp_path):
+    sizes = {"d_model": 16, "d_kv": 8, "d_ff": 16, "num_layers": 1, "num_heads": 2}
+    torch.manual_seed(0)
+    network = T5ForConditionalGeneration(T5Config(vocab_size=12, decoder_start_token_id=0, **sizes)).eval()
+    network.save_pretrained(tmp_path / "t5")
+    save_tokenizer(tmp_path / "t5")
+    rows = [{"prompt": "a b", "completion": "c d e"}, {"prompt": "f", "completion": "g"}]
+    task = CausalLMTask(str(tmp_path / "t5"), write(tmp_path, rows))
+    batch = take(task.load_split("train"), range(8))
+    long = batch["labels"].ne(IGNORED).sum(1).argmax()
+    assert batch["input_ids"][long].tolist() == ids("a b") and batch["labels"][long].tolist() == ids("c d e <eos>")
+    assert batch["decoder_input_ids"][long].tolist() == ids("<pad> c d e")
+    expected = network(batch["input_ids"], attention_mask=batch["attention_mask"], labels=batch["labels"]).loss
+    torch.testing.assert_close(task.loss(task.load_base_model(), batch), expected)
+    with pytest.raises(ValueError, match="has an encoder, which needs prompts"):
+        CausalLMTask(str(tmp_path / "t5"), write(tmp_path, [{"text": "a b"}]))
 
 
 def test_from_adapters_to_generated_adapters(model, tmp_path, monkeypatch, capsys):
