@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import torch
 import transformers
 from diffusers import ModelMixin
@@ -324,42 +325,58 @@ def _load_beside(model: Any, folder: Path) -> Any:
 
 def find_reference(model: Any) -> dict[str, str] | None:
     """
-    Where on the Hub a network with adapters is, without them: `id`, `revision`, `class` and `dtype`. None unless it was
-    loaded from there and all of its weights are those of the files in the Hub's cache, which are compared one at a
-    time; a fresh head, say, is nowhere else.
+    Where on the Hub a network with adapters is, without them: `id`, `revision`, `class` and `dtype`, and of a network
+    of diffusers the `subfolder` of a pipeline that it is in. None unless it was loaded from there and all of its
+    weights are those of the files in the Hub's cache, which are compared one at a time; a fresh head, say, is nowhere
+    else.
     """
-    name, revision = getattr(model, "name_or_path", ""), getattr(model.config, "_commit_hash", None)
-    if not isinstance(model, PreTrainedModel) or not name or not is_hub_id(name):
+    if not isinstance(model, PreTrainedModel | ModelMixin):
+        return None
+    name = getattr(model, "name_or_path", "") or getattr(model.config, "_name_or_path", "")
+    revision = getattr(model.config, "_commit_hash", None)
+    if not name or not is_hub_id(name):
         return None
     try:
         cached = Path(snapshot_download(name, revision=revision, local_files_only=True, allow_patterns="*.safetensors"))
     except (LocalEntryNotFoundError, OSError, ValueError):
         return None
+    folders = [cached, *(path for path in sorted(cached.iterdir()) if path.is_dir() and isinstance(model, ModelMixin))]
     state = plain_network(model).state_dict()
-    places = {}
-    for file in sorted(cached.glob("*.safetensors")):
+    folder = next((folder for folder in folders if _has_weights(folder, state)), None)
+    if folder is None:
+        return None
+    # The revision is the commit, whatever it was asked for by.
+    dtype = str(model.dtype).removeprefix("torch.")
+    found = {"id": name, "revision": cached.name, "class": type(model).__name__, "dtype": dtype}
+    return found if folder == cached else found | {"subfolder": folder.name}
+
+
+def _has_weights(folder: Path, state: Mapping[str, torch.Tensor]) -> bool:
+    """Whether the files in a folder hold all tensors of a state dict, some of which may share memory."""
+    places: dict[str, bool] = {}
+    for file in sorted(folder.glob("*.safetensors")):
         with safe_open(file, framework="pt") as opened:
-            names = set(opened.keys())
-            for key in names & state.keys():
-                places[key] = opened.get_tensor(key).to(state[key]).equal(state[key])
+            for key in set(opened.keys()) & state.keys():
+                places[key] = places.get(key) or opened.get_tensor(key).to(state[key]).equal(state[key])
     by_memory = {tensor.data_ptr() for name, tensor in state.items() if places.get(name)}
-    same = all(places.get(name, tensor.data_ptr() in by_memory) for name, tensor in state.items() if tensor.numel())
-    dtype, revision = str(model.dtype).removeprefix("torch."), cached.name  # the commit, whatever it was asked for by
-    return {"id": name, "revision": revision, "class": type(model).__name__, "dtype": dtype} if same else None
+    return all(places.get(name, tensor.data_ptr() in by_memory) for name, tensor in state.items() if tensor.numel())
 
 
-def load_reference(reference: Mapping[str, str], **kwargs: Any) -> PreTrainedModel:
+def load_reference(reference: Mapping[str, str], **kwargs: Any) -> PreTrainedModel | ModelMixin:
     """
     The network that `find_reference` has found, from the Hub or its cache; `kwargs` are those of `from_pretrained`,
     such as `dtype`, `device_map` or `quantization_config`.
 
     Raises:
-        ValueError: if its class is not one of transformers.
+        ValueError: if its class is not one of transformers or diffusers.
         OSError: if it cannot be had.
     """
-    named: Any = getattr(transformers, str(reference.get("class")), None)
-    if not (inspect.isclass(named) and issubclass(named, PreTrainedModel)):
-        raise ValueError(f"the base model's class {reference.get('class')!r:.100} is not a network of transformers")
-    model_class: type[PreTrainedModel] = named
+    name = str(reference.get("class"))
+    named: Any = getattr(transformers, name, None) or getattr(diffusers, name, None)
+    if not (inspect.isclass(named) and issubclass(named, PreTrainedModel | ModelMixin)):
+        raise ValueError(f"the base model's class {name!r:.100} is not a network of transformers or diffusers")
+    model_class: Any = named
     settings = {"dtype": getattr(torch, reference["dtype"])} | kwargs
+    if issubclass(named, ModelMixin):
+        settings = {"torch_dtype": settings.pop("dtype"), "subfolder": reference.get("subfolder")} | settings
     return model_class.from_pretrained(reference["id"], revision=reference["revision"], **settings)

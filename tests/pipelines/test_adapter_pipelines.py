@@ -7,6 +7,7 @@ import diffusers
 import pytest
 import torch
 from diffusers import DiffusionPipeline, DPMSolverMultistepScheduler, UNet2DConditionModel
+from huggingface_hub import HfApi
 from safetensors.torch import load_file
 from transformers import BertConfig, BertForSequenceClassification
 
@@ -121,6 +122,29 @@ def test_networks_of_diffusers(tmp_path):
     assert len(file) == len(again.autoencoder.layout.names) and all(name.startswith("unet.") for name in file)
     # What is read back is what was generated, scaled as the network scales it.
     torch.testing.assert_close(again.encode(tmp_path / "adapter"), again.encode(adapter_row(again, adapter)))
+
+
+def test_a_network_of_diffusers_that_the_hub_has_is_named_and_not_copied(hub, tmp_path):
+    torch.manual_seed(0)
+    blocks = {"down_block_types": ("CrossAttnDownBlock2D",), "up_block_types": ("CrossAttnUpBlock2D",)}
+    sizes = {"sample_size": 8, "block_out_channels": (8,), "layers_per_block": 1, "cross_attention_dim": 8}
+    made = UNet2DConditionModel(**sizes, **blocks, attention_head_dim=2, norm_num_groups=4)
+    made.save_pretrained(tmp_path / "repo" / "unet")
+    HfApi().create_repo("alice/pictures")
+    HfApi().upload_folder(repo_id="alice/pictures", folder_path=tmp_path / "repo")
+    unet = UNet2DConditionModel.from_pretrained("alice/pictures", subfolder="unet")
+    unet.add_adapter(peft.LoraConfig(r=2, lora_alpha=4, target_modules=["to_q", "to_v"]))
+    pipe = make_pipeline(unet)
+    pipe.save_pretrained(tmp_path / "pipeline")
+    assert not (tmp_path / "pipeline" / "base_model").exists()
+    again = PDiffPipeline.from_pretrained(tmp_path / "pipeline")
+    assert again.config.base_model_reference["subfolder"] == "unet" and again.base_model is None
+    own, read = unet.state_dict(), again.load_base_model().state_dict()
+    assert own.keys() == read.keys()
+    assert all(torch.equal(own[name], read[name]) for name in own if ".lora_" not in name)
+    unet.conv_in.weight.data += 1  # its weights are no longer there
+    make_pipeline(unet).save_pretrained(tmp_path / "changed")
+    assert (tmp_path / "changed" / "base_model").exists()
 
 
 def adapter_row(pipe, adapter):
