@@ -38,7 +38,7 @@ NEIGHBOURS, RESAMPLES = 5, 200
 BANDWIDTHS = (0.2, 0.3, 0.4, 0.5, 0.6)
 GUIDANCE = 1.5
 # The classifier of the data set, whose features sets are compared by.
-CLASSIFIER = LoopArguments(400, 64, 2e-3)
+CLASSIFIER = LoopArguments(800, 64, 2e-3)
 WIDTH = 32
 
 Named = tuple[str, Kind, str | None, Tensor, Tensor | None]  # name, kind, sweep, outputs `(N, P, C)`, classes `(N,)`
