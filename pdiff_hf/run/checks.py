@@ -71,6 +71,8 @@ def check_run(context: RunContext) -> None:
             f"tune_steps={c.num_tune_steps} with snapshots that have conditions needs --family, which says what tasks "
             "they are for"
         )
+    if c.snapshots is not None and c.base_epochs and not context.is_finished("base"):
+        _check_frozen(context)
     check_writable(context.folder)
     for name, stage in context.stages.items():
         is_made = context.is_wanted(name) and not (name == "collect" and c.snapshots is not None)
@@ -81,6 +83,18 @@ def check_run(context: RunContext) -> None:
     judged = "evaluate" in c.stages and not context.is_finished("evaluate") and not context.family.fields
     if judged and not isinstance(context.task, DataTask):
         _check_memory(context, num_snapshots)
+
+
+def _check_frozen(context: RunContext) -> None:
+    """Snapshots of some tensors belong to a network whose other tensors are as they were."""
+    model = without_wrapper(context.task.load_base_model())
+    frozen = [name for name, _ in model.named_parameters() if name not in context.layout.names]
+    if frozen:
+        raise RunError(
+            f"the snapshots hold some tensors of a network (not '{frozen[0]}'), and base_epochs="
+            f"{context.config.base_epochs} would train another network around them; use base_epochs=0, with the "
+            "network that they belong to as the model"
+        )
 
 
 def _check_family(context: RunContext) -> None:

@@ -24,7 +24,7 @@ from ..snapshots import (
 from ..snapshots.barrier import check_basins
 from ..snapshots.dataset import load_fields
 from ..snapshots.frozen import FrozenCheck
-from ..snapshots.of_data import fit_networks, learn_start, write_networks_of_data
+from ..snapshots.of_data import check_starts, fit_networks, learn_start, write_networks_of_data
 from ..snapshots.zoo import ZooArguments, train_specialists, write_zoo
 from ..tasks import ClassificationTask
 from ..tasks.data_task import DataTask
@@ -180,7 +180,7 @@ def collect_from_files(
             "--overwrite_output_dir"
         )
     if align:  # an error, if they cannot be, comes before the files are read
-        find_hidden_units(_classifier(context), context.base_model, context.layout)
+        find_hidden_units(context.task, context.base_model, context.layout)
     check = FrozenCheck(context.base_model, context.layout, require_same=require_same_frozen)
     with context.resource_errors("import"), context.files.replacing(stage) as folder:
         folder.rmdir()
@@ -198,18 +198,12 @@ def collect_from_files(
     context.finish(stage, results)
 
 
-def _classifier(context: RunContext) -> ClassificationTask:
-    if not isinstance(context.task, ClassificationTask):
-        raise RunError(f"alignment needs a classification task, got {type(context.task).__name__}")
-    return context.task
-
-
 def _align(context: RunContext, folder: Path) -> None:
     """Replaces the parameter data set `folder` by an aligned one."""
     dataset, layout = load_snapshots(folder)
     fields = load_fields(folder)
     columns = list(dataset.remove_columns("parameters"))
-    aligned = align_snapshots(_classifier(context), context.base_model, layout, parameter_matrix(dataset, layout))
+    aligned = align_snapshots(context.task, context.base_model, layout, parameter_matrix(dataset, layout))
     remove(folder)
     with SnapshotWriter(folder, layout, fields=fields) as writer:
         for row, known in zip(aligned, columns, strict=True):
@@ -218,7 +212,13 @@ def _align(context: RunContext, folder: Path) -> None:
 
 
 def _check_basins(context: RunContext, aligned: bool = False) -> dict | None:
-    """Warns of snapshots that one generator can hardly learn; see `check_basins`. For classifiers."""
+    """
+    Warns of snapshots that one generator can hardly learn; see `check_basins`, for classifiers, and `check_starts`, for
+    networks that are data.
+    """
+    if isinstance(context.task, DataTask):
+        networks = NetworkRunner(context.base_model, context.layout)
+        return {"mixing": check_starts(context.task, networks, context.parameters)}
     if not isinstance(context.task, ClassificationTask) or context.family.fields:
         return None
     dataset = context.snapshots[0]

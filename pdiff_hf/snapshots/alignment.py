@@ -14,7 +14,7 @@ from scipy.optimize import linear_sum_assignment
 from torch import nn
 
 from ..layout import ParameterLayout
-from ..tasks import ClassificationTask
+from ..tasks import Task
 from .tracing import Axis, HiddenUnits, find_hidden_units
 
 # So many parameters are matched at a time.
@@ -26,16 +26,14 @@ MIN_GAIN = 1e-6
 
 
 @torch.no_grad()
-def align_snapshots(
-    task: ClassificationTask, model: nn.Module, layout: ParameterLayout, parameters: torch.Tensor
-) -> torch.Tensor:
+def align_snapshots(task: Task, model: nn.Module, layout: ParameterLayout, parameters: torch.Tensor) -> torch.Tensor:
     """
     Reorders the hidden units of networks so that their parameters become as alike as weight matching can make them:
     first all like the first network, then all like their mean, again and again until nothing changes. Each network
     computes what it computed before.
 
     Args:
-        task (`ClassificationTask`): What the networks are for; it says what goes into them.
+        task (`Task`): What the networks are for; it says what goes into them.
         model (`nn.Module`): The base model: layers in a row of the kinds `Linear`, `Conv1d` and `Conv2d`, element-wise
             activations, pooling, `Flatten`, and layer and batch normalization.
         layout (`ParameterLayout`): Of the parameters. It must hold every tensor that is reordered.

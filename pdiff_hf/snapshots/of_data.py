@@ -25,6 +25,8 @@ from .dataset import SnapshotWriter
 MOST_AT_ONCE, MOST_VALUES = 128, 2**23
 # Of a start that is meta-learned: steps of gradient descent that it is learned for, and their first rate.
 INNER_STEPS, INNER_RATE = 3, 1e-2
+# Pairs of networks that are mixed, and how far off the mixtures of networks from one start are at most.
+NUM_MIXED, MOST_MIXING = 64, 1.0
 
 logger = logging.getLogger(__name__)
 
@@ -115,6 +117,34 @@ def write_networks_of_data(
                     equal += 1
     if equal:
         logger.warning("%d data are equal to others, whose networks stand for them", equal)
+
+
+def check_starts(task: DataTask, networks: NetworkRunner, parameters: torch.Tensor) -> float:
+    """
+    How far networks halfway between two are from the mean of what both render, as a share of what they differ by: the
+    median over some pairs of (outputs of the mean - mean of outputs)² / (half of their difference)². Well below 1 for
+    networks from one start, which are alike; a warning from `MOST_MIXING` on.
+
+    Args:
+        parameters (`torch.Tensor`): Shape `(K, D)`.
+    """
+    order = torch.randperm(len(parameters), generator=torch.Generator().manual_seed(0))[: 2 * NUM_MIXED]
+    first, second = parameters[order].tensor_split(2)
+    second = second[: len(first)]
+    first = first[: len(second)]
+    ends = [task.render_all(networks, rows) for rows in (first, second)]
+    between = task.render_all(networks, (first + second) / 2)
+    error = (between - (ends[0] + ends[1]) / 2).square().mean((1, 2))
+    mixing = (error / ((ends[0] - ends[1]) / 2).square().mean((1, 2))).median().item()
+    if not mixing < MOST_MIXING:
+        logger.warning(
+            "networks halfway between two render something else than what lies between their data (%.2g of the "
+            "difference, below %.2g for networks from one start): were they trained from different starts? Train all "
+            "from one network, or align them (scripts/collect.py --import ... --align)",
+            mixing,
+            MOST_MIXING,
+        )
+    return mixing
 
 
 class MetaLearned(nn.Module):

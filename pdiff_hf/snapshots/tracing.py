@@ -10,7 +10,7 @@ from torch import nn
 from torch.fx import Node
 
 from ..layout import ParameterLayout
-from ..tasks import ClassificationTask, take
+from ..tasks import ClassificationTask, Task, take
 from ..utils.devices import to_device
 from ..utils.errors import first_line
 
@@ -59,24 +59,25 @@ class HiddenUnits:
     axes: list[Axis] = field(default_factory=list)
 
 
-def _arguments(task: ClassificationTask, model: nn.Module) -> tuple[tuple, dict[str, Any]]:
+def _arguments(task: Task, model: nn.Module) -> tuple[tuple, dict[str, Any]]:
     """What the task calls its network with, for a batch of two examples."""
     batch = to_device(task.collate(take(task.load_split("validation"), [0, 1])), next(model.parameters()).device)
     calls: list[tuple[tuple, dict[str, Any]]] = []
     note = model.register_forward_pre_hook(lambda _, args, kwargs: calls.append((args, kwargs)), with_kwargs=True)
     with torch.no_grad(), note:
-        task.predict(model, batch)
+        run = task.predict if isinstance(task, ClassificationTask) else task.loss
+        run(model, batch)
     if not calls:
-        raise AlignmentError(f"{type(task).__name__}.predict does not call the network")
+        raise AlignmentError(f"{type(task).__name__}.{run.__name__} does not call the network")
     return calls[0]
 
 
-def find_hidden_units(task: ClassificationTask, model: nn.Module, layout: ParameterLayout) -> list[HiddenUnits]:
+def find_hidden_units(task: Task, model: nn.Module, layout: ParameterLayout) -> list[HiddenUnits]:
     """
     The hidden units of a network that may be reordered, layer by layer, found by tracing it with `torch.export`.
 
     Args:
-        task (`ClassificationTask`): Says what goes into the network. Examples are stacked in the first dimension.
+        task (`Task`): Says what goes into the network. Examples are stacked in the first dimension.
         model (`nn.Module`): The network; it is put in eval mode.
         layout (`ParameterLayout`): The tensors that can be reordered.
 

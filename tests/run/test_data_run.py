@@ -4,13 +4,27 @@ import json
 
 import pytest
 import torch
+from accelerate import Accelerator
 from safetensors.torch import load_file, save_file
 from support.recipes import TINY_DATA
 from support.waves import Waves
+from torch import nn
 
-from pdiff_hf import PDiffConfig, PDiffPipeline, PDiffTrainer, load_snapshots
+from pdiff_hf import (
+    ModuleTask,
+    NeuralFieldTask,
+    PDiffConfig,
+    PDiffPipeline,
+    PDiffTrainer,
+    load_snapshots,
+    select_layout,
+)
+from pdiff_hf.networks.runner import NetworkRunner
+from pdiff_hf.run.folder import RunError
 from pdiff_hf.run.trainer import execute, prepare
-from pdiff_hf.snapshots import of_data, parameter_matrix
+from pdiff_hf.snapshots import align_snapshots, of_data, parameter_matrix
+from pdiff_hf.snapshots.of_data import check_starts, fit_networks
+from pdiff_hf.training import Loop, LoopArguments
 
 
 @pytest.fixture(scope="module")
@@ -107,3 +121,29 @@ def test_a_task_of_your_own_without_words_or_images():
     report = trainer.evaluate()
     assert "class_accuracy" not in report.generated.measures and report.generated.n == 40
     assert "denoiser on the data" not in [row.name for row in report.groups]
+
+
+def test_networks_of_several_starts_are_a_warning_and_may_be_aligned(caplog):
+    task = NeuralFieldTask(model_args={"width": 8, "num_layers": 1}, max_train_samples=40, max_eval_samples=10)
+    args, rows = LoopArguments(100, 64, 0.01, optimizer="adam"), []
+    for seed in range(4):
+        torch.manual_seed(seed)
+        networks = NetworkRunner(task.load_base_model(), select_layout(task.load_base_model(), ["all"]))
+        signals = task.signals("train")[10 * seed : 10 * seed + 10]
+        rows.append(fit_networks(Loop(Accelerator(cpu=True), 0), task, networks, signals, args))
+    assert check_starts(task, networks, rows[0]) < 1 and not caplog.records
+    several = check_starts(task, networks, torch.cat(rows))
+    assert several > 1 and "trained from different starts?" in caplog.text
+    aligned = align_snapshots(task, networks.model, networks.layout, torch.cat(rows))
+    torch.testing.assert_close(task.render_all(networks, aligned), task.render_all(networks, torch.cat(rows)))
+    assert check_starts(task, networks, aligned) < several
+
+
+def test_snapshots_of_some_tensors_keep_the_network_around_them():
+    torch.manual_seed(0)
+    x = torch.randn(60, 4)
+    net = nn.Sequential(nn.Linear(4, 8), nn.LayerNorm(8), nn.Linear(8, 2))
+    task = ModuleTask(net, (x, (x.sum(1) > 0).long()))
+    with pytest.raises(RunError, match=r"not '0.weight'.*, and base_epochs=3 would train another network around them"):
+        PDiffTrainer(task, torch.randn(20, 16), args=PDiffConfig(base_epochs=3, latent_dim=2))
+    PDiffTrainer(task, torch.randn(20, 16), args=PDiffConfig(base_epochs=0, latent_dim=2))
