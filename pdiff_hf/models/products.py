@@ -282,6 +282,14 @@ class AdapterProducts(nn.Module):
         return Geometry(gram, min(1.0, kept / whole) if whole else 1.0)
 
 
+def smallest_frame(
+    layout: ParameterLayout, parameters: torch.Tensor, rows: torch.Tensor, energy: float, most: int
+) -> int:
+    """The smallest power of two, or `most`, whose frames keep that part of the energy; see [`AdapterProducts.fit`]."""
+    sizes = [2**i for i in range(2, max(2, most.bit_length())) if 2**i < most]
+    return next((n for n in sizes if AdapterProducts(layout, n).fit(parameters, rows).energy >= energy), most)
+
+
 def _block_sums(matrix: torch.Tensor, count: int) -> torch.Tensor:
     """Sums over the blocks of a matrix of `count` × `count` blocks."""
     return matrix.unflatten(0, (count, -1)).unflatten(2, (count, -1)).sum((1, 3))

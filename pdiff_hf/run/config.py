@@ -241,6 +241,15 @@ class AutoencoderArgs:
         read_when=lambda c: c.adapter_products,
         why="it is for adapter_products",
     )
+    adapter_energy: float = option(
+        0.0,
+        "The smallest bases, by powers of two up to adapter_frame_size, that keep this part of the products' energy; 0 "
+        "for adapter_frame_size itself.",
+        min=0,
+        below=1,
+        read_when=lambda c: c.adapter_products and c.autoencoder_args.adapter_frame_size > 0,
+        why="it is for adapter_products with an adapter_frame_size",
+    )
     normalization: str = option(
         "coordinate",
         "Mean of every parameter (`coordinate`), or of every `tensor` as the paper has it.",

@@ -19,7 +19,7 @@ from ..models import (
     autoencoder_architecture,
     encode_in_batches,
 )
-from ..models.products import AdapterProducts, contracted
+from ..models.products import AdapterProducts, contracted, smallest_frame
 from ..networks.runner import NetworkRunner
 from ..pipelines import PDiffPipeline
 from ..tasks import ClassificationTask, take
@@ -141,6 +141,8 @@ def architecture(context: RunContext) -> dict[str, Any]:
     # K adapters of rank r span no more than K r rows and columns.
     most = num_seen * max(AdapterProducts(context.layout).ranks.values())
     frame_size = min(args.adapter_frame_size, most) or None
+    if args.adapter_energy and frame_size:
+        frame_size = smallest_frame(context.layout, context.parameters, context.seen, args.adapter_energy, frame_size)
     products = AdapterProducts(context.layout, frame_size)
     length = products.layout.num_parameters
     settings = autoencoder_architecture(c.autoencoder_preset, length, args.token_size, num_seen, products.has_frames)

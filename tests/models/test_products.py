@@ -5,7 +5,7 @@ import torch
 
 from pdiff_hf import ParameterAutoencoder
 from pdiff_hf.layout import LayoutError, ParameterLayout
-from pdiff_hf.models.products import AdapterProducts, find_factors
+from pdiff_hf.models.products import AdapterProducts, find_factors, smallest_frame
 
 A, B = "query.lora_A.default.weight", "query.lora_B.default.weight"
 WIDE_A, WIDE_B = "conv.lora_A.weight", "conv.lora_B.weight"
@@ -150,6 +150,8 @@ def test_frames_keep_the_directions_with_the_most_energy():
     _, four = fitted(rows, 4)
     _, two = fitted(rows, 2)
     assert four.energy > 0.99 > two.energy > 0.2
+    sizes = [smallest_frame(big_layout(), rows, torch.arange(12), energy, 8) for energy in (0.9, 0.99, 1.0)]
+    assert sizes == [4, 4, 8]
 
 
 def test_equal_effects_have_equal_cores():
