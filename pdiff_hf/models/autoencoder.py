@@ -25,8 +25,9 @@ AUTOENCODER_PRESETS: dict[str, dict[str, Any]] = {
     "tokens": {"block_out_channels": (128,), "norm_num_groups": None, "token_dim": 32},
     "paper": {"block_out_channels": (64, 128, 256, 256, 32)},
     "pca": {"block_out_channels": ()},
-    "linear": {"block_out_channels": (), "linear": True, "token_dim": 256},
+    "linear": {"block_out_channels": (), "linear": True},
 }
+MOST_COMPONENTS = 256  # that the preset `linear` starts from
 # From so many parameters on, the bases of the preset `tokens` are kept as int8: they are most of a generator then.
 LARGE = 2**22
 # So many snapshots are encoded at once.
@@ -89,7 +90,7 @@ def autoencoder_architecture(
             kept as those of large networks.
     """
     if preset == "linear":
-        most = min(256, num_parameters, num_parameters if num_snapshots is None else num_snapshots - 1)
+        most = min(MOST_COMPONENTS, num_parameters, num_parameters if num_snapshots is None else num_snapshots - 1)
         return AUTOENCODER_PRESETS[preset] | {"token_dim": most}
     if preset != "tokens":
         return AUTOENCODER_PRESETS[preset]

@@ -3,6 +3,7 @@
 import os
 
 from ..evaluation.score import make_scorer
+from ..models.autoencoder import MOST_COMPONENTS
 from ..models.products import AdapterProducts
 from ..networks.adapters import without_wrapper
 from ..tasks import ClassificationTask
@@ -28,6 +29,12 @@ def check_run(context: RunContext) -> None:
     num_snapshots = context.num_snapshots
     if round(num_snapshots * (1 - c.heldout_snapshots)) < 2:
         raise RunError(f"{num_snapshots} snapshots leave fewer than 2 to train on")
+    num_seen = num_snapshots if c.is_of_data and c.collects else round(num_snapshots * (1 - c.heldout_snapshots))
+    if c.autoencoder_preset == "linear" and c.latent_dim > min(MOST_COMPONENTS, num_seen - 1):
+        raise RunError(
+            f"latent_dim is {c.latent_dim}, more than the {min(MOST_COMPONENTS, num_seen - 1)} principal components that "
+            f"autoencoder_preset=linear keeps of {num_seen} snapshots; use fewer, or autoencoder_preset=tokens"
+        )
     num_inference_steps = c.num_inference_steps or 10
     if num_inference_steps > c.denoiser_args.num_train_timesteps:
         raise RunError(

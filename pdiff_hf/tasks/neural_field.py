@@ -71,6 +71,8 @@ class NeuralFieldTask(ImageTask, DataTask):
         first = ImageColumn(train, "image", self.dataset)[0]
         self.image_size = self.image_size or max(first.size)
         self._mode = "L" if first.mode in ("L", "1", "LA") else "RGB"
+        if self.condition_columns is None:  # images in no folders of classes have an empty column
+            columns = [name for name in columns if len({*self._values(name, "train"), None}) > 2]
         self.fields = Fields({name: self._field(name) for name in columns})
         self.model_args = {"out_features": len(self._mode)} | self.model_args
         self.load_base_model()  # an error comes before the images are read
@@ -80,7 +82,7 @@ class NeuralFieldTask(ImageTask, DataTask):
         rows = self._raw[split]
         feature, values = rows.features[column], rows[column][:]
         if isinstance(feature, datasets.ClassLabel):
-            return feature.int2str(values)
+            return [None if value is None or value < 0 else feature.int2str(value) for value in values]
         is_label = column in label_candidates(rows.features)
         return [value if value is None or not is_label else str(value) for value in values]
 

@@ -4,6 +4,7 @@ import datasets
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from support.waves import Waves
 
 from pdiff_hf import NeuralField, NeuralFieldTask
@@ -49,6 +50,15 @@ def test_the_class_or_any_column_is_the_condition(task, tmp_path):
     assert not NeuralFieldTask(dataset=str(tmp_path / "data"), condition_columns=[]).fields
     with pytest.raises(ValueError, match="has no column colour; its columns are image, size, kind"):
         NeuralFieldTask(dataset=str(tmp_path / "data"), condition_columns=["colour"])
+
+
+def test_images_in_no_folders_of_classes_have_no_condition(tmp_path):
+    for split, count in (("train", 6), ("test", 3)):
+        (tmp_path / split).mkdir()
+        for i in range(count):
+            Image.fromarray(np.full((4, 4, 3), 20 * i, dtype=np.uint8)).save(tmp_path / split / f"{i}.png")
+    task = NeuralFieldTask(dataset=str(tmp_path))
+    assert not task.fields and task.conditions("test") == [{}] * 3
 
 
 def test_the_loss_of_the_start_is_least_for_the_mean_of_the_data(task):
