@@ -32,8 +32,8 @@ def check_run(context: RunContext) -> None:
     num_seen = num_snapshots if c.is_of_data and c.collects else round(num_snapshots * (1 - c.heldout_snapshots))
     if c.autoencoder_preset == "linear" and c.latent_dim > min(MOST_COMPONENTS, num_seen - 1):
         raise RunError(
-            f"latent_dim is {c.latent_dim}, more than the {min(MOST_COMPONENTS, num_seen - 1)} principal components that "
-            f"autoencoder_preset=linear keeps of {num_seen} snapshots; use fewer, or autoencoder_preset=tokens"
+            f"latent_dim is {c.latent_dim}, more than the {min(MOST_COMPONENTS, num_seen - 1)} components that "
+            f"autoencoder_preset=linear has of {num_seen} snapshots; use fewer, or autoencoder_preset=tokens"
         )
     num_inference_steps = c.num_inference_steps or 10
     if num_inference_steps > c.denoiser_args.num_train_timesteps:

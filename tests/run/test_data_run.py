@@ -105,8 +105,8 @@ def test_settings_of_snapshots_of_one_run_are_refused():
 
 
 def test_latents_longer_than_the_components_are_refused_before_any_work(tmp_path):
-    with pytest.raises(RunError, match="latent_dim is 50, more than the 19 principal components .* of 20 snapshots"):
-        prepare(PDiffConfig(**TINY_DATA | {"max_train_samples": 20, "latent_dim": 50}, output_dir=str(tmp_path)))
+    with pytest.raises(RunError, match="latent_dim is 25, more than the 19 components .* of 20 snapshots"):
+        prepare(PDiffConfig(**TINY_DATA | {"max_train_samples": 20, "latent_dim": 25}, output_dir=str(tmp_path)))
 
 
 @pytest.mark.parametrize("start", ["first", "meta"])
