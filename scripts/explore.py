@@ -25,6 +25,7 @@ from pdiff_hf.evaluation.metrics import max_iou
 from pdiff_hf.evaluation.plots import (
     ScatterGroup,
     plot_accuracy_vs_similarity,
+    plot_frontier,
     sampling_error,
     scatter_group,
 )
@@ -126,7 +127,8 @@ def load_source(name: str) -> Source:
             source.missing.append("its report: it has not been evaluated")
     except ValueError as error:
         source.missing.append(f"its report: {one_line(error)}")
-    if source.report is not None and not is_conditional(source) and "max_iou" not in source.report.generated.measures:
+    measured = {} if source.report is None else source.report.generated.measures
+    if source.report is not None and not is_conditional(source) and not {"max_iou", "nearness"} & measured.keys():
         source.report = None
         source.missing.append("its report, which is not one of classifiers: see report.md beside the pipeline")
     what = "the accuracy of what is sampled here"
@@ -213,6 +215,9 @@ def compare(source: Source, path: Path, scores: ClassifierScores | None = None) 
     report, others = source.report, []
     if is_conditional(source):  # of many tasks: they cannot share a figure with networks of one
         return draw_field(report, path)
+    if report is not None and "nearness" in report.generated.measures:  # of data
+        plot_frontier(report, path)
+        return " ".join(report.verdict)
     if report is not None:
         compared = report.of_kind(Kind.BASELINE, Kind.OPPONENT)
         others = [scatter_group(report, group.name, group.sweep or group.name) for group in compared]

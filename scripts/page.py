@@ -18,6 +18,7 @@ from pdiff_hf.evaluation.render import table
 from pdiff_hf.evaluation.report import Report
 from pdiff_hf.models.condition import Field
 from pdiff_hf.scripts import explore, on_demand
+from pdiff_hf.scripts.fields_page import data_tab
 from pdiff_hf.scripts.watch import WATCHED, WATCHED_EXAMPLES, Watcher, draw_heat_map
 from pdiff_hf.tasks.label_groups import GroupedFamily
 
@@ -285,6 +286,7 @@ def build_app(pipeline_id: str = "") -> gr.Blocks:
                 with gr.Tab("On demand", id=ON_DEMAND, visible=False) as demand:
                     controls = gr.Column()
                     work = gr.HTML()
+                data_tab(name, about)
                 with gr.Tab("Accuracy", id="accuracy"):
                     comparison_text = gr.Markdown()
                     comparison = gr.Image(**picture)
