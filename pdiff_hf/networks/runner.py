@@ -6,12 +6,14 @@ import contextlib
 import logging
 import re
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 from torch.func import functional_call, vmap
 from torch.nn.modules.conv import _ConvNd
+from torch.utils.checkpoint import checkpoint
 
 from ..layout import ParameterLayout
 from ..utils.memory import halve, is_out_of_memory
@@ -25,6 +27,9 @@ logger = logging.getLogger(__name__)
 # stays in the cache (scripts/benchmarks/scoring.py); a GPU needs more to be busy.
 CPU_MEMORY_BUDGET = 32 * 2**20
 GPU_MEMORY_BUDGET = 2**30
+
+# Of networks of so many parameters, only one at a time keeps what gradients need.
+LARGE_NETWORK = 2**28
 
 # A forward pass: what it gets takes the place of the model, what it returns is the output.
 Forward = Callable[[Callable], torch.Tensor]
@@ -74,6 +79,7 @@ class NetworkRunner:
         owners = {name.rpartition(".")[0] for name in layout.names}
         self.has_convolutions = any(isinstance(model.get_submodule(owner), _ConvNd) for owner in owners)
         self._has_prefix, self._goes_under_vmap = True, True
+        self._is_large = sum(parameter.numel() for parameter in model.parameters()) >= LARGE_NETWORK
         self._written: list[int] = []
         self._side_by_side = 0  # not known yet
 
@@ -98,7 +104,8 @@ class NetworkRunner:
         side_by_side: bool = True,
     ) -> torch.Tensor:
         """
-        Runs N networks at once, with gradients with respect to `parameters` alone.
+        Runs N networks at once, with gradients with respect to `parameters` alone. Of large ones, one after the other,
+        each is run again for its gradients, so that memory holds what one of them computes (gradient checkpointing).
 
         Args:
             predict (`Callable`): `predict(call, batch)` runs one network, in whose place it gets `call`, on its batch.
@@ -117,7 +124,7 @@ class NetworkRunner:
 
         tensors, batch, refusal = self.tensors(parameters), dict(batch), None
         with _without_gradients(self.model), ConvolutionsAsProducts():
-            if side_by_side and self._goes_under_vmap:
+            if side_by_side and self._goes_under_vmap and not self._is_large:
                 try:
                     return vmap(one, in_dims=(0, None if shared else 0), randomness="different")(tensors, batch)
                 except Exception as error:
@@ -126,7 +133,8 @@ class NetworkRunner:
                     refusal = error
             rows = [{name: tensor[i] for name, tensor in tensors.items()} for i in range(len(parameters))]
             batches = [batch if shared else {name: v[i] for name, v in batch.items()} for i in range(len(parameters))]
-            output = torch.stack([one(*each) for each in zip(rows, batches, strict=True)])
+            run = partial(checkpoint, one, use_reentrant=False) if self._is_large and torch.is_grad_enabled() else one
+            output = torch.stack([run(*each) for each in zip(rows, batches, strict=True)])
         if refusal is not None:  # only now: what fails for one network as well says nothing about vmap
             self._note_refusal(refusal)
         return output

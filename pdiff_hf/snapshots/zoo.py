@@ -47,7 +47,7 @@ class Specialists(nn.Module):
 
     def __init__(self, start: torch.Tensor, num_tasks: int, num_snapshots: int):
         super().__init__()
-        self.values = nn.Parameter(start.repeat(num_tasks, 1))
+        self.values = nn.Parameter(start.expand(num_tasks, -1).clone())
         self.register_buffer("snapshots", torch.zeros(num_snapshots, *self.values.shape))
 
     def forward(self, networks: NetworkRunner, family: Family, batch: Any) -> torch.Tensor:
@@ -69,7 +69,8 @@ def train_specialists(
     Args:
         loop (`Loop`): Where the training runs.
         table (`torch.Tensor`): The conditions of the tasks, shape `(T, width)`.
-        start (`torch.Tensor`, *optional*): Shape `(D,)`; the base model's own parameters by default.
+        start (`torch.Tensor`, *optional*): Shape `(D,)`, or `(T, D)` for a start of their own; the base model's own
+            parameters by default.
 
     Returns:
         `torch.Tensor`: Parameters after `args.snapshot_steps`, shape `(S, T, D)`.

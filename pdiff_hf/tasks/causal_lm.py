@@ -44,6 +44,7 @@ class LanguageTask(DatasetTask):
         max_length (`int`, *optional*, defaults to 128): Texts are cut to so many tokens.
         adapter (`str`, *optional*): Folder or Hub id of an adapter of PEFT that the model gets. Where `model` is one,
             it becomes the adapter, and `model` the network that it belongs to.
+        dtype (`str`, *optional*, defaults to `"float32"`): Of the network's own weights; adapters stay in float32.
 
     Attributes:
         reads_first (`bool`): Whether the network has an encoder, which reads prompts, before its decoder.
@@ -54,9 +55,12 @@ class LanguageTask(DatasetTask):
 
     max_length: int = 128
     adapter: str | None = None
+    dtype: str = "float32"
 
     def __post_init__(self) -> None:
         self._check_sizes("max_length")
+        if self.dtype not in ("float32", "bfloat16", "float16"):
+            raise ValueError(f"dtype must be float32, bfloat16 or float16, got {self.dtype!r}")
         if base := find_base(self.model):
             self.model, self.adapter = base, self.adapter or self.model
         self._config, has_weights = find_weights(self.model)
@@ -78,7 +82,7 @@ class LanguageTask(DatasetTask):
         return tokenizer
 
     def load_base_model(self) -> PreTrainedModel:
-        model = self._auto_class.from_pretrained(self.model, dtype=torch.float32)
+        model = self._auto_class.from_pretrained(self.model, dtype=getattr(torch, self.dtype))
         return load_adapter(model, self.adapter) if self.adapter else model.eval()
 
     def save_base_model(self, model: nn.Module, folder: str | os.PathLike) -> None:

@@ -9,10 +9,7 @@ audited on groupings that it has not seen: learned as products BA, and as the fa
 """
 
 import argparse
-import ast
 import csv
-import importlib.util
-import re
 import resource
 import shutil
 import time
@@ -30,10 +27,9 @@ from pdiff_hf.models.products import AdapterProducts
 from pdiff_hf.run.config import PDiffConfig
 from pdiff_hf.run.context import RunContext
 from pdiff_hf.run.trainer import execute, prepare
+from pdiff_hf.scripts.docstrings import PACKAGES, paragraphs
 from pdiff_hf.snapshots import adapter_layout, import_snapshots, load_snapshots, parameter_matrix
 
-PACKAGES = ("datasets", "diffusers", "matplotlib", "numpy", "pandas", "sklearn", "torch", "transformers")
-NUM_TEXTS, MIN_WORDS, MAX_WORDS = 1000, 8, 40  # of each package
 BERT = {
     "vocab_size": 4000,
     "hidden_size": 64,
@@ -72,28 +68,6 @@ RECIPE = {
     "max_eval_samples": 400,
     "baselines": "few",
 }
-
-
-def paragraphs(package: str, generator: torch.Generator) -> list[str]:
-    """Different paragraphs of docstrings of a package, without its own name, in random order."""
-    spec = importlib.util.find_spec(package)
-    assert spec is not None and spec.origin is not None
-    found: dict[str, None] = {}
-    for path in sorted(Path(spec.origin).parent.rglob("*.py")):
-        try:
-            tree = ast.parse(path.read_text(encoding="utf-8"))
-        except (SyntaxError, UnicodeDecodeError):  # templates
-            continue
-        for node in ast.walk(tree):
-            if isinstance(node, ast.FunctionDef | ast.ClassDef | ast.Module) and (text := ast.get_docstring(node)):
-                for part in text.split("\n\n"):
-                    words = re.sub(package, " ", part, flags=re.IGNORECASE).split()
-                    if len(words) >= MIN_WORDS:
-                        found[" ".join(words[:MAX_WORDS])] = None
-        if len(found) > 20 * NUM_TEXTS:
-            break
-    texts = list(found)
-    return [texts[i] for i in torch.randperm(len(texts), generator=generator)[:NUM_TEXTS].tolist()]
 
 
 def write_texts(folder: Path, seed: int) -> None:

@@ -10,6 +10,7 @@ from torch.func import functional_call
 
 import pdiff_hf.networks  # noqa: F401  registers the minis
 from pdiff_hf import ParameterLayout
+from pdiff_hf.networks import runner
 from pdiff_hf.networks.ensemble import EnsembleModel
 from pdiff_hf.networks.runner import NetworkRunner
 
@@ -42,6 +43,27 @@ def test_networks_and_gradients_are_those_one_by_one(name):
         torch.testing.assert_close(logits[t], expected, atol=1e-5, rtol=1e-4)
         torch.testing.assert_close(stacked.grad[t], row.grad, atol=1e-5, rtol=1e-3)
     assert all(parameter.requires_grad and parameter.grad is None for parameter in model.parameters())
+
+
+def test_large_networks_are_run_again_for_their_gradients(monkeypatch):
+    torch.manual_seed(0)
+    model, calls = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)), []
+    layout = ParameterLayout.from_state_dict(model.state_dict())
+    parameters, inputs = torch.randn(3, layout.num_parameters), {"x": torch.randn(3, 5, 3)}
+
+    def gradients() -> torch.Tensor:
+        rows = parameters.clone().requires_grad_()
+        NetworkRunner(model, layout).stack(predict, rows, inputs).square().sum().backward()
+        return rows.grad
+
+    def predict(call, batch):
+        calls.append(1)
+        return call(batch["x"])
+
+    expected, side_by_side = gradients(), len(calls)
+    monkeypatch.setattr(runner, "LARGE_NETWORK", 1)
+    torch.testing.assert_close(gradients(), expected)
+    assert (side_by_side, len(calls) - side_by_side) == (1, 6)
 
 
 def test_a_shared_batch_is_the_same_as_a_copy_for_each():

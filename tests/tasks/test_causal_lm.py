@@ -141,6 +141,15 @@ def test_from_adapters_to_generated_adapters(model, tmp_path, monkeypatch, capsy
     assert made.peft_config["default"].r == 4 and made(torch.tensor([[4, 5]])).logits.isfinite().all()
 
 
+def test_a_network_in_half_precision_keeps_its_adapter_in_single(model, tmp_path):
+    rows, adapter = write(tmp_path, [KINDS["prompt"][0]]), str(model / "adapters" / "task0")
+    network = CausalLMTask(str(model / "model"), rows, adapter=adapter, dtype="bfloat16").load_base_model()
+    types = {("lora_" in name, parameter.dtype) for name, parameter in network.named_parameters()}
+    assert types == {(True, torch.float32), (False, torch.bfloat16)}
+    with pytest.raises(ValueError, match="dtype must be float32, bfloat16 or float16, got 'int8'"):
+        CausalLMTask(str(model / "model"), rows, dtype="int8")
+
+
 def test_what_is_refused(model, tmp_path):
     with pytest.raises(ValueError, match="no column text, nor messages, nor prompt and completion.*columns are x"):
         CausalLMTask(str(model / "model"), write(tmp_path, [{"x": "a"}]))

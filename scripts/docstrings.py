@@ -1,0 +1,204 @@
+"""
+Questions about where a paragraph of documentation comes from, and the small language model that answers them.
+
+The paragraphs are those of the docstrings of installed packages. A decoder is trained here to continue them, and to
+name the package behind each. A task is to tell some of the packages from the others; it comes with descriptions in
+words. The recipe `adapters.yaml` makes adapters for such tasks from their descriptions.
+"""
+
+import ast
+import importlib.util
+import itertools
+import json
+import re
+import shutil
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+
+from pdiff_hf.tasks.multiple_choice import MultipleChoiceTask
+from pdiff_hf.training import Loop, LoopArguments
+from pdiff_hf.utils.files import replacing
+
+# What descriptions say of each package; the last phrase is kept for tasks that are unseen.
+PACKAGES = {
+    "datasets": ("datasets", "loading data sets", "rows and columns of examples", "collections of data on the Hub"),
+    "diffusers": ("diffusers", "generating pictures", "pipelines that remove noise", "diffusion models for images"),
+    "matplotlib": ("matplotlib", "plots", "figures with axes and lines", "drawing charts"),
+    "numpy": ("numpy", "arrays", "arrays of numbers and their shapes", "numerical arrays"),
+    "pandas": ("pandas", "tables", "series and data frames", "tables of data with an index"),
+    "sklearn": ("scikit-learn", "classical machine learning", "fitting estimators", "regression and clustering"),
+    "torch": ("torch", "tensors", "tensors and their gradients", "tensors for deep learning"),
+    "transformers": ("transformers", "language models", "tokenizers and attention", "models of text"),
+}
+STYLES = (
+    "{}",
+    "tell texts about {} from all others",
+    "yes for {}, no for everything else",
+    "is it about {}?",
+    "find what is said of {}",
+    "a paragraph belongs if it is on {}",
+)
+UNSEEN_STYLE = "answer yes when the topic is {}"
+NUM_TEXTS, MIN_WORDS, MAX_WORDS = 1000, 8, 40  # of each package
+SHARES = {"train": 0.6, "validation": 0.15, "test": 0.25}
+EXAMPLES = {"train": 240, "validation": 60, "test": 160}  # of each task
+ANSWERS = ["<no>", "<yes>"]
+NUM_TASKS = 104
+VOCABULARY, MAX_TOKENS = 4000, 32
+NETWORK = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
+
+
+@dataclass
+class DocstringQuestions(MultipleChoiceTask):
+    """
+    The data set and the model are made where they are named, if they are not there.
+
+    Args: those of [`MultipleChoiceTask`]: `dataset` is a folder `DIR/data`, and `model` the folder `DIR/adapter`.
+    """
+
+    model: str = "outputs/docstrings/adapter"
+    dataset: str = "outputs/docstrings/data"
+    max_length: int = MAX_TOKENS
+
+    def __post_init__(self) -> None:
+        if not Path(self.model).is_dir() or not Path(self.dataset).is_dir():
+            make(Path(self.dataset).parent)
+        super().__post_init__()
+
+
+def paragraphs(package: str, generator: torch.Generator) -> list[str]:
+    """Different paragraphs of docstrings of a package, without its own name, in random order."""
+    spec = importlib.util.find_spec(package)
+    assert spec is not None and spec.origin is not None
+    found: dict[str, None] = {}
+    for path in sorted(Path(spec.origin).parent.rglob("*.py")):
+        try:
+            tree = ast.parse(path.read_text(encoding="utf-8"))
+        except (SyntaxError, UnicodeDecodeError):  # templates
+            continue
+        for node in ast.walk(tree):
+            if isinstance(node, ast.FunctionDef | ast.ClassDef | ast.Module) and (text := ast.get_docstring(node)):
+                for part in text.split("\n\n"):
+                    words = re.sub(package, " ", part, flags=re.IGNORECASE).split()
+                    if len(words) >= MIN_WORDS:
+                        found[" ".join(words[:MAX_WORDS])] = None
+        if len(found) > 20 * NUM_TEXTS:
+            break
+    texts = list(found)
+    return [texts[i] for i in torch.randperm(len(texts), generator=generator)[:NUM_TEXTS].tolist()]
+
+
+def make(folder: Path, seed: int = 0) -> None:
+    """Writes `data`, `network` and `adapter` into a folder."""
+    generator = torch.Generator().manual_seed(seed)
+    texts = {package: paragraphs(package, generator) for package in PACKAGES}
+    parts: dict[str, dict[str, list[str]]] = {split: {} for split in SHARES}
+    for package, found in texts.items():
+        start = 0
+        for split, share in SHARES.items():
+            stop = start + round(share * len(found))
+            parts[split][package], start = found[start:stop], stop
+    with replacing(folder / "network") as target:
+        train_network(parts["train"], target, seed)
+    shutil.rmtree(folder / "adapter", ignore_errors=True)
+    add_adapter(folder / "network", folder / "adapter", seed)
+    with replacing(folder / "data") as target:
+        target.mkdir()
+        for split, own in parts.items():
+            lines = [json.dumps(row) + "\n" for row in questions(own, EXAMPLES[split], generator)]
+            (target / f"{split}.jsonl").write_text("".join(lines), encoding="utf-8")
+
+
+def tasks() -> list[tuple[int, ...]]:
+    """Which packages are to be told from the others; no task is another one with its answers swapped."""
+    sets = [bits for bits in itertools.product((0, 1), repeat=len(PACKAGES)) if 2 <= sum(bits) <= 4]
+    sets = [bits for bits in sets if 2 * sum(bits) < len(bits) or bits[0]]
+    order = torch.randperm(len(sets), generator=torch.Generator().manual_seed(0))
+    return [sets[i] for i in order[:NUM_TASKS].tolist()]
+
+
+def descriptions(bits: tuple[int, ...], generator: torch.Generator) -> list[str]:
+    """Of a task, in other words each; the last one in words that no other one has."""
+
+    def said(style: str, ways: Iterable[int]) -> str:
+        chosen = [phrases[way] for bit, way, phrases in zip(bits, ways, PACKAGES.values(), strict=True) if bit]
+        order = torch.randperm(len(chosen), generator=generator).tolist()
+        *first, last = [chosen[i] for i in order]
+        return style.format(", ".join(first) + f" or {last}")
+
+    seen = [torch.randint(3, (len(bits),), generator=generator).tolist() for _ in STYLES]
+    return [*map(said, STYLES, seen), said(UNSEEN_STYLE, [3] * len(bits))]
+
+
+def questions(texts: dict[str, list[str]], count: int, generator: torch.Generator) -> Iterable[dict]:
+    """The rows of a split: for each task equally many texts of both answers."""
+    names = list(PACKAGES)
+    for bits in tasks():
+        told = descriptions(bits, torch.Generator().manual_seed(int("".join(map(str, bits)), 2)))
+        for i in range(count):
+            own = [name for name, bit in zip(names, bits, strict=True) if bit == i % 2]
+            package = own[int(torch.randint(len(own), (), generator=generator))]
+            text = texts[package][int(torch.randint(len(texts[package]), (), generator=generator))]
+            yield {
+                "prompt": f"{text} <from>",
+                "choices": ANSWERS,
+                "answer": i % 2,
+                "task": " ".join(name for name, bit in zip(names, bits, strict=True) if bit),
+                "description": told[i % len(told)],
+                "packages": list(map(float, bits)),
+            }
+
+
+def train_network(texts: dict[str, list[str]], folder: Path, seed: int) -> None:
+    """A decoder of 340,000 parameters that continues the texts, and says which package they are from."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    words = Tokenizer(models.BPE())
+    words.pre_tokenizer, words.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    special = ["<pad>", "<from>", *ANSWERS, *(f"<{package}>" for package in texts)]
+    trainer = trainers.BpeTrainer(vocab_size=VOCABULARY, special_tokens=special, show_progress=False)
+    words.train_from_iterator(itertools.chain(*texts.values()), trainer)
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=words, pad_token="<pad>", additional_special_tokens=special[1:], truncation_side="left"
+    )
+    rows = [
+        tokenizer(f"{text} <from><{package}>", truncation=True, max_length=MAX_TOKENS)["input_ids"]
+        for package, found in texts.items()
+        for text in found
+    ]
+    ids = torch.tensor([[0] * (MAX_TOKENS - len(row)) + row for row in rows])  # (N, T), filled up at the left
+    torch.manual_seed(seed)
+    config = LlamaConfig(vocab_size=VOCABULARY, max_position_embeddings=64, tie_word_embeddings=True, **NETWORK)
+    network = LlamaForCausalLM(config)
+
+    def loss(model: nn.Module, indices: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+        batch = ids[indices].to(generator.device)
+        labels = batch.masked_fill(batch == 0, -100)
+        output = model(input_ids=batch, attention_mask=(batch > 0).long(), labels=labels)
+        # The last token of 32 says more than the others.
+        return output.loss + nn.functional.cross_entropy(output.logits[:, -2], batch[:, -1])
+
+    steps = LoopArguments(5 * len(rows) // 64, 64, 4e-3, lr_warmup_steps=50, weight_decay=0.01, max_grad_norm=1.0)
+    Loop(Accelerator(), seed).train(network, loss, len(rows), steps, description="language model")
+    network.eval().save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def add_adapter(network: Path, folder: Path, seed: int, rank: int = 4) -> None:
+    """Writes an adapter that changes nothing yet."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import LlamaForCausalLM
+
+    torch.manual_seed(seed)
+    config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM")
+    get_peft_model(LlamaForCausalLM.from_pretrained(network), config).save_pretrained(folder)
+
+
+if __name__ == "__main__":
+    make(Path("outputs/docstrings"))
