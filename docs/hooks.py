@@ -6,7 +6,8 @@ from collections.abc import Iterator
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 
-from pdiff_hf.run.config import SECTIONS, default_of, group_of
+from pdiff_hf.run.options import default_of, group_of
+from pdiff_hf.run.settings import SECTIONS
 
 PAGE = "guide/settings.md"
 INTRODUCTION = """# Settings

@@ -3,10 +3,8 @@
 import argparse
 import dataclasses
 import importlib.util
-import json
 import os
 import sys
-import typing
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -15,8 +13,19 @@ import yaml
 
 from ..utils.paths import expand_path
 from ..utils.terminal import shorten
-from .config import SECTIONS, BaseArgs, PDiffConfig
-from .options import RecipeLoader, did_you_mean, group_of, is_list, is_nullable
+from .config import PDiffConfig
+from .options import (
+    RecipeLoader,
+    check_mapping,
+    check_value,
+    default_of,
+    did_you_mean,
+    group_of,
+    is_list,
+    is_mapping,
+    kind_of,
+)
+from .settings import SECTIONS, BaseArgs
 
 # Those of `scripts/recipes`, in a clone or an installed package; a name alone is enough for them.
 _SCRIPTS = importlib.util.find_spec("pdiff_hf.scripts")
@@ -112,7 +121,11 @@ class ConfigParser(argparse.ArgumentParser):
         if unknown:  # before the value that follows an unknown flag is taken for the recipe file
             self._refuse(unknown[0])
         try:
-            return namespace, {n: _value(KEYS[n], v) for n, v in vars(namespace).items() if n in KEYS and v is not None}
+            given = {name: value for name, value in vars(namespace).items() if name in KEYS and value is not None}
+            return namespace, {
+                name: _mapping(name, value) if is_mapping(KEYS[name]) else check_value(KEYS[name], value)
+                for name, value in given.items()
+            }
         except ValueError as error:
             self.error(str(error))
 
@@ -142,14 +155,8 @@ def read_recipe(path: str | os.PathLike) -> dict[str, Any]:
     values = {} if values is None else values
     if not isinstance(values, dict):
         raise ValueError(f"recipe '{path}' must be a mapping of keys to values, got a {type(values).__name__}")
-    for key, value in values.items():
-        if key not in KEYS:
-            raise ValueError(f"recipe '{path}' has the unknown key '{key}'{_suggest(str(key))}")
-        if value is None and not is_nullable(KEYS[key]):
-            raise ValueError(f"recipe '{path}' has no value for the key '{key}'")
-        if isinstance(value, list) and not is_list(KEYS[key]):
-            raise ValueError(f"recipe '{path}' has a list for the key '{key}', which takes one value")
-        values[key] = _from_text(KEYS[key], value)
+    if unknown := [key for key in values if key not in KEYS]:
+        raise ValueError(f"recipe '{path}' has the unknown key '{unknown[0]}'{_suggest(str(unknown[0]))}")
     try:
         PDiffConfig(**values).check()
     except ValueError as error:
@@ -202,78 +209,26 @@ def _help(key: dataclasses.Field) -> str:
 
 
 def _shown(key: dataclasses.Field) -> Any:
-    value = key.default if key.default is not dataclasses.MISSING else key.default_factory()  # type: ignore[misc, operator]
+    value = default_of(key)
     return " ".join(map(str, value)) or "none" if isinstance(value, list) else "none" if value in (None, {}) else value
 
 
 def _argument(key: dataclasses.Field) -> dict[str, Any]:
-    """How argparse reads a setting: as text, of which `_value` makes its value."""
-    if key.type is dict or group_of(key) is not None:
+    """How argparse reads a setting: as text, of which `check_value` makes its value."""
+    if is_mapping(key):
         return {"nargs": "+", "metavar": "KEY=VALUE"}
-    kind = _kind(key)
-    if kind is bool:
+    if kind_of(key) is bool:
         return {"nargs": "?", "const": "true", "metavar": "BOOL"}
-    metavar = {int: "N", float: "X"}.get(kind, "TEXT")
-    return {"nargs": "*" if is_list(key) else None, "metavar": metavar}
+    return {"nargs": "*" if is_list(key) else None, "metavar": {int: "N", float: "X"}.get(kind_of(key), "TEXT")}
 
 
-def _kind(key: dataclasses.Field) -> Any:
-    return next((t for t in typing.get_args(key.type) if t is not type(None)), key.type)
-
-
-def _value(key: dataclasses.Field, given: Any) -> Any:
-    """The value of a flag."""
-    if key.type is dict or group_of(key) is not None:
-        if len(given) == 1 and given[0].lstrip().startswith(("{", "[")):
-            values = json.loads(_json(key, given[0]))
-        else:
-            wrong = [part for part in given if "=" not in part]
-            if wrong:
-                raise ValueError(f"--{key.name} takes KEY=VALUE or a mapping as JSON, got {wrong[0]!r}")
-            parts = (part.partition("=") for part in given)
-            values = {name: yaml.load(text, RecipeLoader) for name, _, text in parts}
-        if not isinstance(values, dict):
-            raise ValueError(f"{key.name} must be a mapping, got {values!r}")
-        return _from_text(key, values)
-    return _from_text(key, given)
-
-
-def _json(key: dataclasses.Field, text: str) -> str:
+def _mapping(name: str, given: Sequence[str]) -> dict[str, Any]:
+    """What KEY=VALUE ... says, or a mapping as JSON."""
+    if len(given) == 1 and given[0].lstrip().startswith(("{", "[")):
+        return check_mapping(name, given[0])
+    if wrong := [part for part in given if "=" not in part]:
+        raise ValueError(f"--{name} takes KEY=VALUE or a mapping as JSON, got {wrong[0]!r}")
     try:
-        json.loads(text)
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise ValueError(f"{key.name} must be JSON, got {text!r}: {error}") from error
-    return text
-
-
-def _from_text(key: dataclasses.Field, value: Any) -> Any:
-    """A value of the right type where it is text, as flags are, and as YAML has `1e-2`."""
-    group = group_of(key)
-    if group is not None:
-        fields = {inner.name: inner for inner in dataclasses.fields(group)}
-        if not isinstance(value, dict):
-            raise ValueError(f"{key.name} must be a mapping, got {value!r}")
-        for name in value:
-            if name not in fields:
-                raise ValueError(f"{key.name} has no setting {name!r}{did_you_mean(str(name), fields)}")
-        return {name: _from_text(fields[name], inner) for name, inner in value.items()}
-    if is_list(key):
-        return [_from_text_one(key, item) for item in (value if isinstance(value, list) else [value])]
-    return value if key.type is dict else _from_text_one(key, value)
-
-
-def _from_text_one(key: dataclasses.Field, value: Any) -> Any:
-    kind = _kind(key)
-    if kind is str and value is not None and not isinstance(value, str):
-        return str(value)
-    if not isinstance(value, str) or kind is str:
-        return value
-    if value.lower() in ("none", "null") and is_nullable(key):
-        return None
-    if kind is bool and value.lower() in ("true", "false", "yes", "no", "1", "0"):
-        return value.lower() in ("true", "yes", "1")
-    try:
-        return kind(value) if kind in (int, float) else value
-    except ValueError:
-        words = {int: "a whole number", float: "a number"}
-        raise ValueError(f"--{key.name} must be {words[kind]}, got {value!r}") from None
+        return {key: yaml.load(text, RecipeLoader) for key, _, text in (part.partition("=") for part in given)}
+    except yaml.YAMLError as error:
+        raise ValueError(f"{name} cannot be read: {error}") from error

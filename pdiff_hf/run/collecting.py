@@ -32,8 +32,8 @@ from ..training import LoopArguments
 from ..utils.files import remove
 from ..utils.seeds import named_seed
 from .config import PDiffConfig
-from .context import RunContext, Stage
-from .folder import RunError
+from .context import RunContext
+from .folder import RunError, Stage
 
 logger = logging.getLogger(__name__)
 

@@ -4,10 +4,9 @@ import contextlib
 import hashlib
 import json
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import datasets
 import torch
@@ -19,7 +18,6 @@ from .. import __version__
 from ..layout import ParameterLayout
 from ..models import ParameterAutoencoder, encode_in_batches
 from ..models.condition import Condition, Fields
-from ..models.embedded import EmbeddedField
 from ..networks.adapters import without_wrapper
 from ..pipelines import PDiffPipeline
 from ..selection import fit_layout, select_layout
@@ -35,47 +33,12 @@ from ..utils.errors import resource_errors
 from ..utils.seeds import named_seed
 from ..utils.source import source_digests
 from .callbacks import forwarding
-from .config import SECTIONS, PDiffConfig
-from .folder import SOURCE, RunError, RunFolder
+from .config import PDiffConfig
+from .folder import SOURCE, RunError, RunFolder, Stage
+from .settings import SECTIONS
 
 SPLITS: tuple[Split, ...] = ("train", "validation", "test")
 CURVE = 24  # tasks along a field, for a figure
-
-
-class Execute(Protocol):
-    """The work of a stage. It records its own end, with [`RunContext.finish`]."""
-
-    def __call__(self, context: "RunContext", stage: "Stage", /) -> None: ...
-
-
-@dataclass(frozen=True)
-class Stage:
-    """
-    A step of a run whose result is kept in the run's folder.
-
-    Args:
-        name (`str`): In settings, flags and records.
-        folder (`str`): What it leaves, inside the run's folder.
-        needs (`tuple[str, ...]`): Stages whose results it reads.
-        sections (`tuple[type, ...]`): Sections of the settings that it reads, beside those of the stages it needs.
-        about (`str`): What it does, for people, with settings in braces.
-        execute (`Execute`): Does the work.
-        about_family (`str`, *optional*): `about` where networks answer to conditions.
-        is_wanted (`Callable`, *optional*): `is_wanted(config)` says whether a run has the stage at all.
-    """
-
-    name: str
-    folder: str
-    needs: tuple[str, ...]
-    sections: tuple[type, ...]
-    about: str
-    execute: Execute
-    about_family: str = ""
-    is_wanted: "IsWanted" = lambda config: True
-
-
-class IsWanted(Protocol):
-    def __call__(self, config: PDiffConfig, /) -> bool: ...
 
 
 class RunContext:
@@ -114,10 +77,6 @@ class RunContext:
         return self.family.mixture(self.conditions["train"])
 
     # ---- stages and their records
-
-    def stages_before(self, name: str) -> list[str]:
-        """All stages that a stage follows from, in the order of execution."""
-        return stages_before(name, self.stages)
 
     def settings(self, name: str) -> dict[str, Any]:
         """Everything that the outcome of a stage follows from: runs that have it in common can share the stage."""
@@ -271,19 +230,14 @@ class RunContext:
         return condition_table(self.snapshots[0], self.fields)
 
     @cached_property
-    def _seen_columns(self) -> Sequence[Condition]:
+    def seen_columns(self) -> Sequence[Condition]:
+        """The conditions of the snapshots that generators see."""
         return condition_columns(self.snapshots[0].select(self.seen.tolist()), self.fields)
 
     @property
     def seen_alternatives(self) -> torch.Tensor:
-        """The conditions of the snapshots that generators see, with all ways to say them: shape `(N, K, width)`."""
-        return self.fields.alternatives(self._seen_columns)
-
-    @property
-    def seen_texts(self) -> dict[str, list]:
-        """What has been said of the snapshots that generators see, for each field that an encoder embeds."""
-        embedded = [name for name, field in self.fields.items() if isinstance(field, EmbeddedField)]
-        return {name: [row[name] for row in self._seen_columns] for name in embedded}
+        """The same with all ways to say them: shape `(N, K, width)`."""
+        return self.fields.alternatives(self.seen_columns)
 
     def known_snapshots(self) -> tuple[torch.Tensor, torch.Tensor]:
         """The snapshots without unknown fields, shape `(N, D)`, and their conditions, shape `(N, width)`."""

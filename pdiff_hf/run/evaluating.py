@@ -23,7 +23,8 @@ from ..training.tune import TuneArguments
 from ..utils import names
 from ..utils.files import write_json
 from .collecting import zoo_arguments
-from .context import RunContext, Stage
+from .context import RunContext
+from .folder import Stage
 from .learning import generator_of_data, regressed_latents
 from .tuning import generated_networks, load_tuning, make_regime, tune_arguments
 

@@ -3,9 +3,10 @@
 import contextlib
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from filelock import FileLock, Timeout
 
@@ -20,14 +21,30 @@ class RunError(ValueError):
     """A run cannot be executed as asked; nothing was changed."""
 
 
-class Kept(Protocol):
-    """What a folder has to know of a stage: its name, and the folder of its result."""
+@dataclass(frozen=True)
+class Stage:
+    """
+    A step of a run whose result is kept in the run's folder.
 
-    @property
-    def name(self) -> str: ...
+    Args:
+        name (`str`): In settings, flags and records.
+        folder (`str`): What it leaves, inside the run's folder.
+        needs (`tuple[str, ...]`): Stages whose results it reads.
+        sections (`tuple[type, ...]`): Sections of the settings that it reads, beside those of the stages it needs.
+        about (`str`): What it does, for people, with settings in braces.
+        execute (`Callable`): `execute(context, stage)` does the work, and records its end with [`RunContext.finish`].
+        about_family (`str`, *optional*): `about` where networks answer to conditions.
+        is_wanted (`Callable`, *optional*): `is_wanted(config)` says whether a run has the stage at all.
+    """
 
-    @property
-    def folder(self) -> str: ...
+    name: str
+    folder: str
+    needs: tuple[str, ...]
+    sections: tuple[type, ...]
+    about: str
+    execute: Callable[[Any, "Stage"], None]
+    about_family: str = ""
+    is_wanted: Callable[[Any], bool] = lambda config: True
 
 
 class RunFolder:
@@ -50,11 +67,11 @@ class RunFolder:
     def __truediv__(self, name: str) -> Path:
         return self.path / name
 
-    def record(self, stage: Kept) -> dict | None:
+    def record(self, stage: Stage) -> dict | None:
         """`settings` and `results` of the stage's last end; None if it has not been finished."""
         return _read(self._record(stage))
 
-    def is_finished(self, stage: Kept, settings: Mapping[str, Any]) -> bool:
+    def is_finished(self, stage: Stage, settings: Mapping[str, Any]) -> bool:
         """Whether the stage was finished with these settings, and its result is there."""
         record = self.record(stage)
         return (
@@ -64,13 +81,13 @@ class RunFolder:
             and ((self / stage.folder).is_dir() or bool(settings.get("snapshots")) and stage.folder == names.SNAPSHOTS)
         )
 
-    def finish(self, stage: Kept, settings: Mapping[str, Any], results: Mapping[str, Any]) -> None:
+    def finish(self, stage: Stage, settings: Mapping[str, Any], results: Mapping[str, Any]) -> None:
         """Records the end of a stage; its checkpoints are no longer needed."""
         write_json(self._record(stage), {"settings": settings, "results": results})
         remove(self.checkpoints(stage))
 
     @contextlib.contextmanager
-    def replacing(self, stage: Kept) -> Iterator[Path]:
+    def replacing(self, stage: Stage) -> Iterator[Path]:
         """
         A new folder for the result of a stage; the record of an older result goes before that result does. Where the
         folder is a link to an empty one, such as on a larger disk, the result goes there.
@@ -81,7 +98,7 @@ class RunFolder:
             yield folder
             remove(self._record(stage))
 
-    def check_link(self, stage: Kept) -> None:
+    def check_link(self, stage: Stage) -> None:
         """Raises a `RunError` where the result of a stage would replace what somebody else's link leads to."""
         path = self / stage.folder
         if path.is_symlink() and path.exists() and (not path.is_dir() or any(path.iterdir())):
@@ -91,25 +108,25 @@ class RunFolder:
                 f"would take its place. Remove the link{use}"
             )
 
-    def _place(self, stage: Kept) -> Path:
+    def _place(self, stage: Stage) -> Path:
         path = self / stage.folder
         return path.resolve() if path.is_symlink() else path
 
-    def checkpoints(self, stage: Kept) -> Path:
+    def checkpoints(self, stage: Stage) -> Path:
         """The folder of a stage's `checkpoint-N`."""
         return self / names.CHECKPOINTS / stage.name
 
-    def checkpoint_settings(self, stage: Kept) -> dict | None:
+    def checkpoint_settings(self, stage: Stage) -> dict | None:
         """What the stage's checkpoints were written with; None if there are none."""
         return _read(self.checkpoints(stage) / CHECKPOINT_SETTINGS)
 
-    def open_checkpoints(self, stage: Kept, settings: Mapping[str, Any], resume: bool) -> None:
+    def open_checkpoints(self, stage: Stage, settings: Mapping[str, Any], resume: bool) -> None:
         """Removes the stage's checkpoints unless they are to be gone on with and have the same settings."""
         if not resume or self.checkpoint_settings(stage) != settings:
             remove(self.checkpoints(stage))
             write_json(self.checkpoints(stage) / CHECKPOINT_SETTINGS, settings)
 
-    def clean_up(self, stage: Kept) -> None:
+    def clean_up(self, stage: Stage) -> None:
         """Removes what a kill may have left of a finished stage."""
         remove(self.checkpoints(stage))
         remove(part_of(self._place(stage)))
@@ -124,7 +141,7 @@ class RunFolder:
         except Timeout as error:
             raise RunError(f"another run is at work in '{self.path}'; choose another --output_dir, or wait") from error
 
-    def take_over(self, stage: Kept, settings: Mapping[str, Any]) -> Path | None:
+    def take_over(self, stage: Stage, settings: Mapping[str, Any]) -> Path | None:
         """
         Gives this run, as a link, the result of a run beside it that has finished the stage with the same settings.
 
@@ -146,7 +163,7 @@ class RunFolder:
                 return path
         return None
 
-    def _record(self, stage: Kept) -> Path:
+    def _record(self, stage: Stage) -> Path:
         return self / names.STAGES / f"{stage.name}.json"
 
 

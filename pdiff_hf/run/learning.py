@@ -7,7 +7,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from accelerate import PartialState
-from diffusers import ModelMixin
+from diffusers import DDPMScheduler, ModelMixin
 from transformers import PreTrainedModel
 
 from ..evaluation.closed_forms import mean_networks, tuned_ridge
@@ -15,10 +15,12 @@ from ..layout import ParameterLayout
 from ..models import (
     DENOISER_PRESETS,
     ConditionEncoder,
+    LatentDenoiser,
     ParameterAutoencoder,
     autoencoder_architecture,
     encode_in_batches,
 )
+from ..models.embedded import EmbeddedField
 from ..models.products import AdapterProducts, contracted, smallest_frame
 from ..networks.runner import NetworkRunner
 from ..pipelines import PDiffPipeline
@@ -39,8 +41,8 @@ from ..training.autoencoder import OutputLoss
 from ..utils.devices import to_device
 from ..utils.seeds import named_seed
 from .config import PDiffConfig
-from .context import RunContext, Stage
-from .folder import RunError
+from .context import RunContext
+from .folder import RunError, Stage
 
 logger = logging.getLogger(__name__)
 
@@ -152,29 +154,13 @@ def architecture(context: RunContext) -> dict[str, Any]:
 def fit_denoiser(context: RunContext, stage: Stage) -> None:
     """The denoiser, and with it the whole pipeline."""
     c = context.config
-    scheduler = make_training_scheduler(c.denoiser_args.num_train_timesteps, c.prediction_type)
-    encoder, table, latents = None, None, context.latents[context.seen]
-    if context.fields:
-        torch.manual_seed(named_seed(c.seed, "condition encoder"))
-        encoder, table = ConditionEncoder(context.fields.to_list()), context.seen_alternatives
-        unique = table.flatten(0, 1).nan_to_num(torch.inf).unique(dim=0).nan_to_num(posinf=torch.nan)
-        encoder.remember(unique, context.seen_texts)
-    if c.num_regressed:
-        assert table is not None
+    latents, (encoder, table) = context.latents[context.seen], seen_encoder(context)
+    if c.num_regressed and table is not None:  # of families, which have conditions
         regressed, conditions = regressed_latents(context)
         latents = torch.cat([latents, regressed])
         table = torch.cat([table, conditions.unsqueeze(1).expand(-1, table.shape[1], -1)])
     with context.loop(stage) as loop:
-        denoiser, losses = train_denoiser(
-            loop,
-            latents,
-            denoiser_arguments(c),
-            scheduler=scheduler,
-            encoder=encoder,
-            table=table,
-            condition_dropout=c.denoiser_args.condition_dropout if encoder is not None else 0.0,
-            **DENOISER_PRESETS[c.denoiser_preset],
-        )
+        denoiser, scheduler, losses = _learn_denoiser(loop, latents, c, encoder, table)
     if not PartialState().is_main_process:
         return
     own, gaussian = losses[-LAST_LOSSES:].mean().item(), gaussian_loss(latents, scheduler)
@@ -216,36 +202,52 @@ def generator_of_data(context: RunContext, data: torch.Tensor) -> PDiffPipeline:
     autoencoder = ParameterAutoencoder(layout.to_dict(), latent_dim=size, block_out_channels=())
     autoencoder.fit_parameter_statistics(data)
     autoencoder.fit_latent_statistics(autoencoder.tokenize(data), scaling="together")
-    scheduler = make_training_scheduler(c.denoiser_args.num_train_timesteps, c.prediction_type)
-    encoder, table = None, None
-    if context.fields:
-        torch.manual_seed(named_seed(c.seed, "condition encoder"))
-        encoder, table = ConditionEncoder(context.fields.to_list()), context.seen_alternatives
-        encoder.remember(table[:, 0].unique(dim=0))
     with context.accelerator() as accelerator:
-        denoiser, _ = train_denoiser(
-            Loop(accelerator, named_seed(c.seed, "denoiser of data")),
-            encode_in_batches(autoencoder, data),
-            denoiser_arguments(c),
-            scheduler=scheduler,
-            encoder=encoder,
-            table=table,
-            condition_dropout=c.denoiser_args.condition_dropout if encoder is not None else 0.0,
-            **DENOISER_PRESETS[c.denoiser_preset],
-        )
+        loop = Loop(accelerator, named_seed(c.seed, "denoiser of data"))
+        encoder, table = seen_encoder(context)
+        denoiser, scheduler, _ = _learn_denoiser(loop, encode_in_batches(autoencoder, data), c, encoder, table)
     sampler = make_sampling_scheduler(scheduler)
     return PDiffPipeline(autoencoder, denoiser, sampler, condition_encoder=encoder, **c.sampling)
 
 
-def denoiser_arguments(config: PDiffConfig) -> LoopArguments:
-    """Of the denoiser's training."""
-    return LoopArguments(
-        num_steps=config.denoiser_steps,
-        batch_size=config.denoiser_batch_size,
-        learning_rate=config.denoiser_learning_rate,
+def seen_encoder(context: RunContext) -> tuple[ConditionEncoder | None, torch.Tensor | None]:
+    """
+    An untrained encoder of the snapshots' conditions that knows the seen ones, and their table, of shape
+    `(N, K, width)`; nothing if there are no conditions.
+    """
+    if not context.fields:
+        return None, None
+    torch.manual_seed(named_seed(context.config.seed, "condition encoder"))
+    encoder, table = ConditionEncoder(context.fields.to_list()), context.seen_alternatives
+    unique = table.flatten(0, 1).nan_to_num(torch.inf).unique(dim=0).nan_to_num(posinf=torch.nan)
+    embedded = [name for name, field in context.fields.items() if isinstance(field, EmbeddedField)]
+    encoder.remember(unique, {name: [row[name] for row in context.seen_columns] for name in embedded})
+    return encoder, table
+
+
+def _learn_denoiser(
+    loop: Loop, latents: torch.Tensor, c: PDiffConfig, encoder: ConditionEncoder | None, table: torch.Tensor | None
+) -> tuple[LatentDenoiser, DDPMScheduler, torch.Tensor]:
+    """The denoiser of latents `(N, L)`, what it was trained with, and its losses."""
+    scheduler = make_training_scheduler(c.denoiser_args.num_train_timesteps, c.prediction_type)
+    args = LoopArguments(
+        num_steps=c.denoiser_steps,
+        batch_size=c.denoiser_batch_size,
+        learning_rate=c.denoiser_learning_rate,
         max_grad_norm=MAX_GRAD_NORM,
-        ema_decay=config.denoiser_args.ema_decay,
+        ema_decay=c.denoiser_args.ema_decay,
     )
+    denoiser, losses = train_denoiser(
+        loop,
+        latents,
+        args,
+        scheduler=scheduler,
+        encoder=encoder,
+        table=table,
+        condition_dropout=c.denoiser_args.condition_dropout if encoder is not None else 0.0,
+        **DENOISER_PRESETS[c.denoiser_preset],
+    )
+    return denoiser, scheduler, losses
 
 
 def regressed_latents(context: RunContext) -> tuple[torch.Tensor, torch.Tensor]:

@@ -1,6 +1,7 @@
 """What a selection takes and what a generator for it costs, before anything is trained."""
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 
@@ -44,27 +45,16 @@ def describe_selection(recipe: PDiffConfig, device: torch.device) -> Iterator[st
         if recipe.adapter_products
         else layout
     )
-    costs = {
-        "autoencoder": estimate_autoencoder(
-            vectors.num_parameters,
-            latent_dim=recipe.latent_dim,
-            preset=recipe.autoencoder_preset,
-            token_size=recipe.autoencoder_args.token_size,
-            num_steps=recipe.autoencoder_steps,
-            batch_size=recipe.autoencoder_batch_size,
-            device=device,
-        ),
-        "denoiser": estimate_denoiser(
-            recipe.latent_dim,
-            preset=recipe.denoiser_preset,
-            num_steps=recipe.denoiser_steps,
-            batch_size=recipe.denoiser_batch_size,
-            device=device,
-        ),
-    }
+    shared: dict[str, Any] = {"device": device, "latent_dim": recipe.latent_dim}
     yield f"Training a generator on this machine ({device.type}, one process), as an estimate:"
-    for name, cost in costs.items():
+    for name in ("autoencoder", "denoiser"):
         preset, steps = getattr(recipe, f"{name}_preset"), getattr(recipe, f"{name}_steps")
+        given = shared | {"preset": preset, "num_steps": steps, "batch_size": getattr(recipe, f"{name}_batch_size")}
+        cost = (
+            estimate_denoiser(**given)
+            if name == "denoiser"
+            else estimate_autoencoder(vectors.num_parameters, token_size=recipe.autoencoder_args.token_size, **given)
+        )
         yield (
             f"  {name:11}  {preset}, {steps} steps: {cost.flops / 1e12:,.1f} TFLOP, about {duration(cost.seconds)}, "
             f"{_size(cost.memory)} beside the snapshots"

@@ -1,5 +1,6 @@
-"""Settings: fields of a dataclass with their bounds in the metadata, and the one validator of their values."""
+"""Settings: fields of a dataclass with their bounds in the metadata, and the one reader of their values."""
 
+import contextlib
 import copy
 import dataclasses
 import difflib
@@ -7,7 +8,7 @@ import json
 import math
 import typing
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import field
+from dataclasses import dataclass, field
 from typing import Any
 
 import yaml
@@ -15,26 +16,38 @@ import yaml
 from ..utils.paths import expand_path
 
 
-def option(
-    default: Any,
-    help: str,
-    *,
-    read_when: Callable[[Any], bool] = lambda config: True,
-    why: str = "",
-    common: bool = False,
-    **bounds: Any,
-) -> Any:
+@dataclass(frozen=True)
+class When:
+    """
+    The runs in which a setting has an effect.
+
+    Args:
+        holds (`Callable`): `holds(config)` says whether a run is one of them.
+        why_not (`str`): Why the setting has none in the others.
+    """
+
+    holds: Callable[[Any], bool]
+    why_not: str = ""
+
+    def __and__(self, other: "When") -> "When":
+        return When(lambda config: self.holds(config) and other.holds(config), f"{self.why_not} or {other.why_not}")
+
+
+ALWAYS = When(lambda config: True)
+
+
+def option(default: Any, help: str, when: When = ALWAYS, *, common: bool = False, **bounds: Any) -> Any:
     """
     A setting.
 
     Args:
         default: A value; or a dataclass of settings, which this is a group of.
-        read_when (`Callable`, *optional*): `read_when(config)` says whether a run reads it at all; `why` says why not.
+        when (`When`, *optional*): The runs that read it.
         common (`bool`, *optional*): Whether `--help` shows it.
         bounds: What `check_value` looks at: `min` and `max`, `above` and `below` (which exclude the number itself),
             `choices`, and `path` (`~` and environment variables are expanded).
     """
-    metadata = {"help": help, "read_when": read_when, "why": why, "common": common, **bounds}
+    metadata = {"help": help, "when": when, "common": common, **bounds}
     if isinstance(default, type):
         return field(default_factory=default, metadata=metadata | {"group": default})
     if isinstance(default, list | dict):
@@ -47,14 +60,24 @@ def group_of(key: dataclasses.Field) -> type | None:
     return key.metadata.get("group")
 
 
+def is_mapping(key: dataclasses.Field) -> bool:
+    """Whether the key takes a mapping of names to values."""
+    return key.type is dict or group_of(key) is not None
+
+
 def is_list(key: dataclasses.Field) -> bool:
     """Whether the key takes a list of values."""
     return typing.get_origin(key.type) is list
 
 
-def is_nullable(key: dataclasses.Field) -> bool:
-    """Whether the key may be None."""
-    return type(None) in typing.get_args(key.type)
+def kind_of(key: dataclasses.Field) -> Any:
+    """The type of a value, or of those in a list."""
+    return next((t for t in typing.get_args(key.type) if t is not type(None)), key.type)
+
+
+def default_of(key: dataclasses.Field) -> Any:
+    """The default value of a setting."""
+    return key.default if key.default is not dataclasses.MISSING else key.default_factory()  # type: ignore[misc, operator]
 
 
 def nested(settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -70,35 +93,34 @@ def nested(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def check_value(key: dataclasses.Field, value: Any, prefix: str = "") -> Any:
-    """`value` as it is to be used; a `ValueError` that begins with the key unless it is possible."""
-    name, group = prefix + key.name, group_of(key)
-    if group is not None:
-        return _check_group(name, group, value)
-    if value is None and is_nullable(key):
+    """
+    `value` as it is to be used, also of text, as flags are, and as YAML has `1e-2`.
+
+    Raises:
+        ValueError: that begins with the key unless it is possible.
+    """
+    name, group, kind = prefix + key.name, group_of(key), kind_of(key)
+    if is_mapping(key):
+        if group is None or not isinstance(value, group):
+            value = check_mapping(name, value)
+        if group is None:
+            return value
+        known = {inner.name: inner for inner in dataclasses.fields(group)}
+        values = value if isinstance(value, dict) else vars(value)
+        if unknown := [inner for inner in values if inner not in known]:
+            raise ValueError(f"{name} has no setting {unknown[0]!r}{did_you_mean(str(unknown[0]), known)}")
+        return group(**{inner: check_value(known[inner], values[inner], f"{name}.") for inner in values})
+    if type(None) in typing.get_args(key.type) and (
+        value is None or kind is not str and str(value).lower() in ("none", "null")
+    ):
         return None
-    if is_list(key) and isinstance(value, str):
-        value = [value]
-    if is_list(key) != isinstance(value, list):
-        raise ValueError(f"{name} must {'' if is_list(key) else 'not '}be a list, got {value!r}")
-    if key.type is dict:
-        return _check_mapping(name, value)
-    kind = next((t for t in typing.get_args(key.type) if t is not type(None)), key.type)
-    checked = [_check_one(name, kind, key.metadata, item) for item in (value if is_list(key) else [value])]
-    return checked if is_list(key) else checked[0]
+    if is_list(key):
+        return [_check_one(name, kind, key.metadata, item) for item in (value if isinstance(value, list) else [value])]
+    return _check_one(name, kind, key.metadata, value)
 
 
-def _check_group(name: str, group: type, value: Any) -> Any:
-    if not isinstance(value, group):
-        value, known = _check_mapping(name, value), {key.name for key in dataclasses.fields(group)}
-        unknown = [key for key in value if key not in known]
-        if unknown:
-            raise ValueError(f"{name} has no setting {unknown[0]!r}{did_you_mean(unknown[0], known)}")
-        value = group(**value)
-    checked = {key.name: check_value(key, getattr(value, key.name), f"{name}.") for key in dataclasses.fields(group)}
-    return group(**checked)
-
-
-def _check_mapping(name: str, value: Any) -> dict[str, Any]:
+def check_mapping(name: str, value: Any) -> dict[str, Any]:
+    """A mapping, or the text of one as JSON."""
     if isinstance(value, str):
         try:
             value = json.loads(value)
@@ -118,25 +140,34 @@ def did_you_mean(name: str, known: Collection[str]) -> str:
     return f"; did you mean {' or '.join(close)}?" if close else f"; there is {', '.join(sorted(known))}"
 
 
-def _check_one(name: str, kind: Any, bounds: Mapping[str, Any], value: Any) -> Any:
+BOUNDS: dict[str, tuple[str, Callable[[Any, Any], bool]]] = {
+    "min": ("at least {}", lambda value, bound: value >= bound),
+    "above": ("above {}", lambda value, bound: value > bound),
+    "max": ("at most {}", lambda value, bound: value <= bound),
+    "below": ("below {}", lambda value, bound: value < bound),
+}
+WORDS = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
+
+
+def _check_one(name: str, kind: Any, bounds: Mapping[str, Any], given: Any) -> Any:
     def require(condition: bool, what: str) -> None:
         if not condition:
             raise ValueError(f"{name} must be {what}, got {value!r}")
 
-    if kind is float and type(value) is int:
-        value = float(value)
+    value = given
+    if kind is bool and isinstance(given, str):
+        value = WORDS.get(given.lower(), given)
+    elif kind is str and isinstance(given, int | float) or kind is float and type(given) is int:
+        value = kind(given)
+    elif kind in (int, float) and isinstance(given, str):
+        with contextlib.suppress(ValueError):  # which is said below
+            value = kind(given)
     words = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
     require(type(value) is kind, words[kind])
-    if kind is float:
-        require(math.isfinite(value), "finite")
-    tests = {
-        "min": ("at least {}", lambda bound: value >= bound),
-        "above": ("above {}", lambda bound: value > bound),
-        "max": ("at most {}", lambda bound: value <= bound),
-        "below": ("below {}", lambda bound: value < bound),
-    }
-    given = [(text.format(bounds[name]), test(bounds[name])) for name, (text, test) in tests.items() if name in bounds]
-    require(all(holds for _, holds in given), " and ".join(text for text, _ in given))
+    require(kind is not float or math.isfinite(value), "finite")
+    limits = {limit: bounds[limit] for limit in BOUNDS if limit in bounds}
+    holds = all(BOUNDS[limit][1](value, bound) for limit, bound in limits.items())
+    require(holds, " and ".join(BOUNDS[limit][0].format(bound) for limit, bound in limits.items()))
     if "choices" in bounds:
         require(value in bounds["choices"], f"one of {', '.join(bounds['choices'])}")
     if bounds.get("path"):

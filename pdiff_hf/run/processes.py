@@ -65,14 +65,13 @@ def check_shared(folder: Path) -> None:
     end = time.monotonic() + SHARED_SECONDS
     while not (seen := path.is_file() and path.read_text(encoding="utf-8") == word[0]) and time.monotonic() < end:
         time.sleep(0.1)
-    found = gather_object([(state.process_index, socket.gethostname(), seen)])
+    found = gather_object([f"process {state.process_index} on {socket.gethostname()}" if not seen else ""])
     if state.is_main_process:
         path.unlink()
-    missing = [f"process {index} on {host}" for index, host, seen in found if not seen]
-    if missing:
+    if any(found):
         raise RunError(
-            f"{', '.join(missing)} does not see what the main process writes to '{folder}': output_dir has to be one "
-            "folder that all hosts share"
+            f"{', '.join(filter(None, found))} does not see what the main process writes to '{folder}': output_dir has "
+            "to be one folder that all hosts share"
         )
 
 
@@ -82,15 +81,11 @@ def lost_processes() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        if PartialState().num_processes == 1 or not is_lost(error):
+        lost = isinstance(error, torch.distributed.DistError) or any(text in str(error) for text in LOST)
+        if PartialState().num_processes == 1 or not lost:
             raise
         raise RunError(
             f"another process of this run has ended or cannot be reached any more, and its own output says why "
             f"({first_line(error)}). What is finished and the last checkpoint are kept: start all processes again with "
             "--resume_from_checkpoint latest"
         ) from error
-
-
-def is_lost(error: RuntimeError) -> bool:
-    """Whether what went wrong is the connection to another process."""
-    return isinstance(error, torch.distributed.DistError) or any(text in str(error) for text in LOST)

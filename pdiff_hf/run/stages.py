@@ -1,19 +1,10 @@
 """The table of stages."""
 
 from ..utils import names
+from . import settings
 from .collecting import collect, train_base
-from .config import (
-    AutoencoderSection,
-    BaseSection,
-    CollectSection,
-    DenoiserSection,
-    EvaluateSection,
-    FamilySection,
-    TaskSection,
-    TuneSection,
-)
-from .context import Stage
 from .evaluating import evaluate
+from .folder import Stage
 from .learning import fit_autoencoder, fit_denoiser
 from .tuning import tune_denoiser
 
@@ -25,7 +16,7 @@ STAGES = {
             "base",
             names.BASE_MODEL,
             (),
-            (TaskSection, FamilySection, BaseSection),
+            (settings.TaskSection, settings.FamilySection, settings.BaseSection),
             "the base model, {base_epochs} epochs of training",
             train_base,
         ),
@@ -33,7 +24,7 @@ STAGES = {
             "collect",
             names.SNAPSHOTS,
             ("base",),
-            (CollectSection,),
+            (settings.CollectSection,),
             "{num_snapshots} snapshots",
             collect,
             "{num_snapshots} snapshots of networks for {num_tasks} tasks",
@@ -42,7 +33,7 @@ STAGES = {
             "autoencoder",
             names.AUTOENCODER,
             ("collect",),
-            (AutoencoderSection,),
+            (settings.AutoencoderSection,),
             "{autoencoder_steps} steps, to latents of {latent_dim}",
             fit_autoencoder,
         ),
@@ -50,7 +41,7 @@ STAGES = {
             "denoiser",
             names.PIPELINE,
             ("autoencoder",),
-            (DenoiserSection,),
+            (settings.DenoiserSection,),
             "{denoiser_steps} steps, on the latents",
             fit_denoiser,
         ),
@@ -58,7 +49,7 @@ STAGES = {
             "tune",
             names.TUNED,
             ("denoiser",),
-            (TuneSection,),
+            (settings.TuneSection,),
             "{tune_steps} steps on the loss of generated networks",
             tune_denoiser,
             is_wanted=lambda config: bool(config.num_tune_steps),
@@ -67,7 +58,7 @@ STAGES = {
             "evaluate",
             names.EVALUATION,
             ("denoiser", "tune"),
-            (EvaluateSection,),
+            (settings.EvaluateSection,),
             "{num_models} generated networks, and {baseline_models} of each baseline",
             evaluate,
             "{num_models} generated networks for each of {num_test_tasks} unseen tasks, and other answers",

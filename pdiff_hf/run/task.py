@@ -1,10 +1,13 @@
 """From a config to its task, and its family of tasks."""
 
 import dataclasses
+import inspect
 
 from .. import tasks
 from ..tasks.family import Family, as_family
-from .config import PDiffConfig, TaskSection, default_of
+from .config import PDiffConfig
+from .options import default_of
+from .settings import TaskSection
 
 
 def make_task(config: PDiffConfig, adapter: str | None = None) -> tasks.Task:
@@ -18,10 +21,14 @@ def make_task(config: PDiffConfig, adapter: str | None = None) -> tasks.Task:
     """
     keys = [key for key in dataclasses.fields(TaskSection) if key.name not in ("task", "task_args")]
     changed = {key.name for key in keys if getattr(config, key.name) != default_of(key)}
-    names = changed if ":" in config.task else {key.name for key in keys}
-    settings = {"task": config.task} | {name: getattr(config, name) for name in names}
-    arguments = config.task_args | ({} if adapter is None else {"adapter": adapter})
-    return tasks.make_task(settings, arguments, must_take=changed - config.soft - {"dataset"})
+    taken = inspect.signature(tasks.task_class(config.task)).parameters
+    for name in sorted(changed - config.soft - {"dataset"} - set(taken)):
+        raise ValueError(
+            f"{name}={getattr(config, name)} has no effect: task '{config.task}' does not take it; leave it out"
+        )
+    given = {name: getattr(config, name) for name in (changed if ":" in config.task else {key.name for key in keys})}
+    args = {name: value for name, value in given.items() if name in taken and value is not None} | config.task_args
+    return tasks.make_task(config.task, args | ({} if adapter is None else {"adapter": adapter}))
 
 
 def make_family(config: PDiffConfig, base: tasks.Task) -> Family:

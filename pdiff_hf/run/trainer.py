@@ -27,10 +27,12 @@ from ..tasks.family import Family
 from ..utils import names
 from ..utils.files import replacing
 from .checks import check_run
-from .config import PDiffConfig, TaskSection, default_of
-from .context import RunContext
+from .config import PDiffConfig
+from .context import RunContext, stages_before
 from .folder import RunError
+from .options import default_of
 from .processes import check_shared, lost_processes, start_processes
+from .settings import TaskSection
 from .stages import STAGES
 from .task import make_family, make_task
 from .terminal import duration
@@ -101,7 +103,8 @@ class PDiffTrainer:
         if isinstance(snapshots, str | os.PathLike):
             self.args, snapshots = self.args.changed(snapshots=os.fspath(snapshots)), None
         elif snapshots is not None:
-            self.args = given_snapshots(self._family(), snapshots, self.args, layout, conditions)
+            self.args, self.task = described(self.args, task)
+            self.args = given_snapshots(self.task, snapshots, self.args, layout, conditions)
         if snapshots is None and (layout is not None or conditions is not None):
             raise ValueError("layout and conditions are those of snapshots in memory: pass them as snapshots=")
         self.context = self._prepare()
@@ -139,12 +142,6 @@ class PDiffTrainer:
             folder = names.generator_folder(self.context.folder)
             pipeline = PDiffPipeline.from_pretrained(folder, base_model=self.context.base_model)
         return pipeline
-
-    def _family(self) -> Family:
-        config = self.args.with_dataset() if self.task is None else self.args
-        task = make_task(config) if self.task is None else self.task
-        self.task = task if isinstance(task, Family) else make_family(self.args, task)
-        return self.task
 
     def _prepare(self) -> RunContext:
         return prepare(self.args, self.task, self.extra_groups, self.callbacks)
@@ -213,6 +210,18 @@ def choose_precision(asked_for: str | None) -> str:
     return precision
 
 
+def described(config: PDiffConfig, task: Task | Family | None) -> tuple[PDiffConfig, Family]:
+    """The family of tasks that a config describes, over `task` if it is given, and the config with it."""
+    if task is None:
+        config = config.with_dataset()
+        task = make_task(config)
+    if not isinstance(task, Family):
+        return config, make_family(config, task)
+    if task.fields and config.family is None:
+        config = config.changed(family=f"{type(task).__module__}:{type(task).__qualname__}")
+    return config, task
+
+
 def prepare(
     config: PDiffConfig,
     task: Task | Family | None = None,
@@ -235,14 +244,8 @@ def prepare(
     """
     start_processes()
     config = config.changed(mixed_precision=choose_precision(config.mixed_precision))
-    if task is None:
-        config = config.with_dataset()
-        task = make_task(config)
-    if not isinstance(task, Family):
-        task = make_family(config, task)
-    elif task.fields and config.family is None:
-        config = config.changed(family=f"{type(task).__module__}:{type(task).__qualname__}")
-    context = RunContext(config, task, STAGES, extra_groups, callbacks)
+    config, family = described(config, task)
+    context = RunContext(config, family, STAGES, extra_groups, callbacks)
     check_run(context)
     return context
 
@@ -276,7 +279,7 @@ def _execute(context: RunContext, stages: Sequence[str]) -> None:
         heading, stage = f"[{number}/{len(wanted)}] {name}", context.stages[name]
         # A process that is ahead must not look for what another one is still writing.
         state.wait_for_everyone()
-        needed = filter(context.is_wanted, context.stages_before(name))
+        needed = filter(context.is_wanted, stages_before(name, context.stages))
         missing = [need for need in needed if not context.is_finished(need)]
         finished = context.is_finished(name)
         state.wait_for_everyone()

@@ -35,7 +35,8 @@ from ..training.tune import (
 from ..utils import names
 from ..utils.files import write_json
 from ..utils.seeds import named_seed
-from .context import RunContext, Stage
+from .context import RunContext
+from .folder import Stage
 
 
 def tune_denoiser(context: RunContext, stage: Stage) -> None:

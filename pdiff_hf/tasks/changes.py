@@ -50,18 +50,16 @@ def apply_change(
     if not isinstance(result, tuple | list) or len(result) != 2 or not all(map(torch.is_tensor, result)):
         got = f"a {type(result).__name__}" if not isinstance(result, tuple | list) else f"{len(result)} values"
         raise ValueError(f"{_where(family)} must return two tensors, `images, labels`, and returns {got}")
-    new_images, new_labels = result
-    for name, new, old in (("images", new_images, images), ("labels", new_labels, labels)):
+    for name, new, old in zip(("images", "labels"), result, (images, labels), strict=True):
         if new.shape != old.shape:
-            raise ValueError(
-                f"{_where(family)} must return {name} of shape {tuple(old.shape)}, as it gets them, and returns "
-                f"{tuple(new.shape)}"
-            )
+            shapes = f"of shape {tuple(old.shape)}, as it gets them, and returns {tuple(new.shape)}"
+            raise ValueError(f"{_where(family)} must return {name} {shapes}")
         if new.device != old.device:
             raise ValueError(
                 f"{_where(family)} must return {name} on {old.device}, where it gets them, and returns them on "
                 f"{new.device}; make new tensors with device={name}.device"
             )
+    new_images, new_labels = result
     if not new_images.is_floating_point():
         raise ValueError(f"{_where(family)} must return images as floats from 0 to 1, and returns {new_images.dtype}")
     if new_labels.is_floating_point() or new_labels.is_complex():

@@ -1,16 +1,13 @@
 """Tasks whose networks are data: one network for each datum, which a function of coordinates renders."""
 
-import hashlib
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
-from torch.utils.data import Dataset
 
 from ..models.condition import Condition, Fields
 from ..networks.runner import NetworkRunner
-from .task import Batch, Split, Task
+from .task import Batch, Split, Task, Tensors, digest
 
 STARTS = ("mean", "first", "meta")
 
@@ -66,12 +63,8 @@ class DataTask(Task):
         """
         return None
 
-    def load_split(self, split: Split) -> "Signals":
-        return Signals(self.signals(split))
-
-    def collate(self, examples: Batch) -> Batch:
-        """The splits return whole batches."""
-        return examples
+    def load_split(self, split: Split) -> Tensors:
+        return Tensors(signals=self.signals(split))
 
     def loss(self, call: Callable, batch: Batch) -> torch.Tensor:
         """Of one network for all data of a batch, which is that of their mean."""
@@ -81,10 +74,8 @@ class DataTask(Task):
 
     def fingerprint(self, split: Split) -> str:
         """Follows coordinates, signals and conditions."""
-        digest = hashlib.blake2b(repr((self.fields.to_list(), self.start)).encode(), digest_size=16)
-        for tensor in (self.coordinates(), self.signals(split), self.fields.table(self.conditions(split))):
-            digest.update(f"{tuple(tensor.shape)}".encode() + tensor.contiguous().numpy().tobytes())
-        return digest.hexdigest()
+        known = self.fields.table(self.conditions(split))
+        return digest(self.fields.to_list(), self.start, self.coordinates(), self.signals(split), known)
 
     @torch.no_grad()
     def render_all(
@@ -95,19 +86,3 @@ class DataTask(Task):
         coordinates = (self.coordinates() if coordinates is None else coordinates).to(device)
         parts = networks(lambda call: self.render(call, coordinates), parameters.to(device, torch.float32))
         return torch.cat([outputs.cpu() for _, outputs in parts])
-
-
-class Signals(Dataset):
-    """Signals in memory, `(N, P, C)`; `__getitems__(indices)` returns a batch."""
-
-    def __init__(self, signals: torch.Tensor):
-        self.signals = signals
-
-    def __len__(self) -> int:
-        return len(self.signals)
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        return {"signals": self.signals[index]}
-
-    def __getitems__(self, indices: Sequence[int]) -> Batch:
-        return {"signals": self.signals[torch.as_tensor(indices)]}

@@ -11,7 +11,7 @@ import numpy as np
 from sklearn.model_selection import train_test_split
 
 from .sources import VALIDATION_NAMES
-from .task import Batch, Split, Task
+from .task import Split, Task
 
 logger = logging.getLogger(__name__)
 
@@ -69,10 +69,6 @@ class DatasetTask(Task):
     @abstractmethod
     def _prepare(self, split: Split) -> Any:
         """A map-style data set whose `__getitems__(indices)` returns a whole batch."""
-
-    def collate(self, examples: Any) -> Batch:
-        """The splits return whole batches."""
-        return examples
 
     def _usable(self, rows: datasets.Dataset, split: str, bad: BadRows) -> datasets.Dataset:
         """

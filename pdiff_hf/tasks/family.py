@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 from torch.utils.data import Dataset
 
@@ -141,11 +140,11 @@ class Family(ABC):
 
     def task(self, condition: Condition) -> Task:
         """One task by itself."""
-        return MemberTask(self, self.fields.table([condition]))
+        return FamilyTask(self, self.fields.table([condition]))
 
     def mixture(self, table: torch.Tensor) -> Task:
         """Many tasks as one: each example belongs to one of the conditions `table`, shape `(T, width)`, by chance."""
-        return MixtureTask(self, table)
+        return FamilyTask(self, table)
 
     def save_base_model(self, model: nn.Module, folder: str | os.PathLike) -> None:
         """Writes the network into the existing folder."""
@@ -248,6 +247,15 @@ class TaskFamily(Family):
     def num_examples(self, split: Split) -> int:
         return len(self.base.load_split(split))  # type: ignore[arg-type]  # a map-style data set
 
+    def batch(self, split: Split, table: torch.Tensor, indices: torch.Tensor) -> Batch:
+        """The examples of the data set, for all tasks the same ones unless `indices` differ."""
+        examples = self.base.collate(take(self.base.load_split(split), indices.flatten().tolist()))
+        shape = len(table), indices.shape[-1]
+        return {
+            name: values.unflatten(0, indices.shape).to(table.device).expand(*shape, *values.shape[1:])
+            for name, values in examples.items()
+        }
+
     def predict(self, call: Callable, batch: Batch) -> torch.Tensor:
         return self.base.predict(call, batch)
 
@@ -261,7 +269,8 @@ class TaskFamily(Family):
         return f"{self.base.fingerprint(split)} {type(self).__qualname__} {self.fields.to_dict()}"
 
 
-class SingleTask(Family):
+@dataclass
+class SingleTask(TaskFamily):
     """
     A task as a family: without fields, and with one member, which is seen and unseen at once. [`as_family`] makes it.
 
@@ -269,8 +278,8 @@ class SingleTask(Family):
         base (`Task`): The member.
     """
 
-    def __init__(self, base: Task):
-        self.base, self.fields = base, Fields({})
+    fields = Fields({})
+    base: Any  # a task of any kind
 
     def source_classes(self) -> tuple[type, ...]:
         return self.base.source_classes()
@@ -278,25 +287,8 @@ class SingleTask(Family):
     def draw(self, generator: torch.Generator) -> dict[str, Any]:
         return {}
 
-    def load_base_model(self) -> nn.Module:
-        return self.base.load_base_model()
-
-    def save_base_model(self, model: nn.Module, folder: str | os.PathLike) -> None:
-        self.base.save_base_model(model, folder)
-
     def load_saved(self, folder: str | os.PathLike) -> nn.Module:
         return self.base.load_saved(folder)
-
-    def num_examples(self, split: Split) -> int:
-        return len(self.base.load_split(split))
-
-    def batch(self, split: Split, table: torch.Tensor, indices: torch.Tensor) -> Batch:
-        examples = self.base.collate(take(self.base.load_split(split), indices.flatten().tolist()))
-        shape = len(table), indices.shape[-1]
-        return {
-            name: values.unflatten(0, indices.shape).to(table.device).expand(*shape, *values.shape[1:])
-            for name, values in examples.items()
-        }
 
     def predict(self, call: Callable, batch: Batch) -> torch.Tensor:
         if not isinstance(self.base, ClassificationTask):
@@ -326,7 +318,11 @@ def as_family(task: Task | Family) -> Family:
 
 
 class FamilyTask(ClassificationTask):
-    """What tasks have from their family."""
+    """
+    One task of a family, or many as one for one network that is to know them all; what [`Family.task`] and
+    [`Family.mixture`] return. An example belongs to one of the conditions of `table`, shape `(T, width)`: in training
+    by chance, drawn from torch's global generator, else always to the same one.
+    """
 
     def __init__(self, family: Family, table: torch.Tensor):
         self.family, self.table = family, table
@@ -347,57 +343,29 @@ class FamilyTask(ClassificationTask):
     def fingerprint(self, split: Split) -> str:
         return f"{self.family.fingerprint(split)} {self.table.tolist()}"
 
-    def loss(self, call: Callable, batch: Batch) -> torch.Tensor:
-        return F.cross_entropy(self.predict(call, batch), batch["labels"])
-
     def predict(self, call: Callable, batch: Batch) -> torch.Tensor:
         return self.family.predict(call, batch)
 
-    def collate(self, examples: Batch) -> Batch:
-        """The splits return whole batches."""
-        return examples
-
-
-class MemberTask(FamilyTask):
-    """One task of a family; what [`Family.task`] returns. `table` has its condition, shape `(1, width)`."""
-
     def load_split(self, split: Split) -> "FamilySplit":
-        return FamilySplit(self, split, lambda indices: torch.zeros(1, dtype=torch.long))
-
-
-class MixtureTask(FamilyTask):
-    """
-    Many tasks of a family as one, for one network that is to know them all; what [`Family.mixture`] returns. An example
-    belongs to one of the conditions of `table`, shape `(T, width)`: in training by chance, drawn from torch's global
-    generator, else always to the same one.
-    """
-
-    def load_split(self, split: Split) -> "FamilySplit":
-        def conditions(indices: torch.Tensor) -> torch.Tensor:
-            if split == "train":
-                return torch.randint(len(self.table), indices.shape)
-            return indices % len(self.table)
-
-        return FamilySplit(self, split, conditions)
+        return FamilySplit(self.family, self.table, split)
 
 
 class FamilySplit(Dataset):
-    """
-    The examples of a task; `__getitems__(indices)` returns a batch.
+    """The examples of a task of a family; `__getitems__(indices)` returns a batch."""
 
-    Args:
-        rows_of (`Callable`): From indices of examples, shape `(B,)`, to the conditions that they belong to, rows of the
-            task's table: one for all, shape `(1,)`, or one for each, shape `(B,)`.
-    """
-
-    def __init__(self, task: FamilyTask, split: Split, rows_of: Callable[[torch.Tensor], torch.Tensor]):
-        self.task, self.split, self.rows_of = task, split, rows_of
+    def __init__(self, family: Family, table: torch.Tensor, split: Split):
+        self.family, self.table, self.split = family, table, split
 
     def __len__(self) -> int:
-        return self.task.family.num_examples(self.split)
+        return self.family.num_examples(self.split)
 
     def __getitems__(self, indices: Sequence[int]) -> Batch:
         examples = torch.as_tensor(indices)
-        rows = self.rows_of(examples)
-        batch = self.task.family.batch(self.split, self.task.table[rows], examples.view(len(rows), -1))
+        if len(self.table) == 1:
+            rows = torch.zeros(1, dtype=torch.long)
+        elif self.split == "train":
+            rows = torch.randint(len(self.table), examples.shape)
+        else:
+            rows = examples % len(self.table)
+        batch = self.family.batch(self.split, self.table[rows], examples.view(len(rows), -1))
         return {name: values.flatten(0, 1) for name, values in batch.items()}  # (B, ...)

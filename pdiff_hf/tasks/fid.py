@@ -1,6 +1,5 @@
 """The Fréchet distance between sets of images (FID), on the features of Inception-v3 or of another classifier."""
 
-import hashlib
 import warnings
 from collections.abc import Iterable
 
@@ -12,6 +11,7 @@ from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassi
 from transformers.models.timm_wrapper import TimmWrapperConfig
 
 from ..utils.imports import require
+from .task import digest
 
 INCEPTION = "inception"
 
@@ -121,14 +121,12 @@ class ClassifierFeatures(nn.Module):
                 f"fid_features '{name}' has no linear layer with {config.num_labels} outputs, one for each of its "
                 "classes, in front of which features could be taken"
             )
-        digest = hashlib.blake2b(digest_size=16)
-        for tensor in self.network.state_dict().values():
-            digest.update(tensor.contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+        weights = digest(*self.network.state_dict().values())
         path, head = heads[-1]
         self.network.set_submodule(path, nn.Identity())
         self.num_features = head.in_features
         self.title = config.architecture if is_timm else config.model_type
-        self.fingerprint = f"{self.title} {digest.hexdigest()}"
+        self.fingerprint = f"{self.title} {weights}"
         if is_timm:
             data = timm.data.resolve_data_config(pretrained_cfg=config.pretrained_cfg, verbose=False)
             self.channels, *self.size = data["input_size"]

@@ -1,6 +1,5 @@
 """Image classification with any timm or transformers network on any image data set."""
 
-import copy
 import difflib
 import logging
 import os
@@ -12,7 +11,6 @@ from typing import Any
 import numpy as np
 import timm
 import torch
-import torch.nn.functional as F
 from timm.layers import to_2tuple
 from torch import nn
 from transformers import (
@@ -23,11 +21,10 @@ from transformers import (
 )
 from transformers.models.timm_wrapper import TimmWrapperConfig
 
-from ..networks.adapters import load_network
 from ..utils.errors import first_line
 from .dataset import take_columns
 from .images import ImageColumn, ImageSplit, ImageTask, Preparation, load_image_data, make_preparation
-from .labels import LabelledTask, bad_labels, find_weights, name_classes, without_unlabelled_test
+from .labels import LabelledTask, bad_labels, find_weights, without_unlabelled_test
 from .registry import register_task
 from .task import Batch, Split
 
@@ -50,6 +47,7 @@ class ImageClassificationTask(ImageTask, LabelledTask):
         ValueError: when created, for an unknown model or data set, or one that does not fit image classification.
     """
 
+    auto_model = AutoModelForImageClassification
     model: str = "resnet18"
     dataset: str = "digits"
 
@@ -58,7 +56,7 @@ class ImageClassificationTask(ImageTask, LabelledTask):
         may_choose = self.image_size is None
         self._check_sizes()
         # Looked up now: a mistyped name must not be found out after an hour of work.
-        config, self._has_weights = self._find_model()
+        config, has_weights = self._find_model()
         raw = load_image_data(self.dataset, self.image_column)
         features = raw["train"].features
         names = {self._choose_image(features): "image", self._choose_label(features): "label"}
@@ -67,7 +65,7 @@ class ImageClassificationTask(ImageTask, LabelledTask):
             raw[name] = self._usable(rows, name, {**self._bad_images(rows), **bad_labels(rows)})
         if may_choose and getattr(config, "architecture", "") == self.model:
             config = self._fit_to_images(config, max(ImageColumn(raw["train"], "image", self.dataset)[0].size))
-        self._set_labels(raw, config, self._has_weights)
+        self._set_labels(raw, config, has_weights)
 
     def _find_model(self) -> tuple[Any, bool]:
         """The network's configuration, and whether there are weights to load with it."""
@@ -139,15 +137,10 @@ class ImageClassificationTask(ImageTask, LabelledTask):
 
     def load_base_model(self) -> PreTrainedModel:
         """The network with one output a class. Fresh weights depend on torch's global seed."""
-        if self._has_weights:
-            model = self._load_network(AutoModelForImageClassification.from_pretrained)
-            self._note_size(model.config)
-            return model
-        config = copy.deepcopy(self._config)
-        name_classes(config, self.class_names)
+        model = super().load_base_model()
+        config: Any = model.config
         self._note_size(config)
-        model = AutoModelForImageClassification.from_config(config)
-        if isinstance(config, TimmWrapperConfig):
+        if not self._has_weights and isinstance(config, TimmWrapperConfig):
             # transformers has drawn every weight anew; timm's own initialization trains better.
             args = config.model_args or {}
             fresh = timm.create_model(config.architecture, num_classes=config.num_labels, **args)
@@ -159,16 +152,6 @@ class ImageClassificationTask(ImageTask, LabelledTask):
         if self.image_size is not None and isinstance(config, TimmWrapperConfig):
             channels = config.pretrained_cfg["input_size"][0]
             config.pretrained_cfg |= {"input_size": [channels, *[self.image_size] * 2], "crop_pct": 1.0}
-
-    def save_base_model(self, model: nn.Module, folder: str | os.PathLike) -> None:
-        """The network, and its image processor if it has one."""
-        super().save_base_model(model, folder)
-        if self.processor is not None:
-            self.processor.save_pretrained(folder)
-
-    def load_saved(self, folder: str | os.PathLike) -> PreTrainedModel:
-        """What `save_base_model` wrote."""
-        return load_network(folder, AutoModelForImageClassification)
 
     def _prepare(self, split: Split) -> ImageSplit:
         """Images as the network's own preprocessing makes them."""
@@ -213,9 +196,6 @@ class ImageClassificationTask(ImageTask, LabelledTask):
                 f"model '{self.model}' has no image processor that says how its images are prepared; save the one that "
                 f"it was trained with into its folder, as ViTImageProcessor(...).save_pretrained(folder) does: {error}"
             ) from error
-
-    def loss(self, call: Callable, batch: Batch) -> torch.Tensor:
-        return F.cross_entropy(self.predict(call, batch), batch["labels"])
 
     def predict(self, call: Callable, batch: Batch) -> torch.Tensor:
         return call(pixel_values=batch["pixel_values"]).logits

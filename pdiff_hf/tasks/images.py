@@ -1,7 +1,6 @@
 """Images of data sets: their columns, modes and files, what is kept in memory, and augmentation."""
 
 import base64
-import hashlib
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -24,7 +23,7 @@ from ..utils.memory import is_out_of_memory
 from .dataset import BadRows, DatasetTask, choose_column, describe_row
 from .digits import EMBEDDED
 from .sources import load_raw
-from .task import Batch, Split
+from .task import Batch, Split, Tensors, digest
 
 # Prepared images are kept in memory (as uint8) up to this size, and made anew for each batch beyond it.
 MEMORY_BUDGET = 2 * 2**30
@@ -84,9 +83,7 @@ class ImageTask(DatasetTask):
 
     def augment(self, batch: Batch) -> Batch:
         """Draws from torch's global generator, for each image on its own; the batch itself with `none`."""
-        if self.augmentation == "none":
-            return batch
-        return self._augment(batch)
+        return batch if self.augmentation == "none" else self._augment(batch)
 
     def _augment(self, batch: Batch) -> Batch:
         images = batch["pixel_values"]
@@ -104,14 +101,9 @@ class ImageTask(DatasetTask):
         how images are prepared; not where the files lie.
         """
         rows = self._raw[split]
-        digest = hashlib.blake2b(f"{len(rows)} {how}".encode(), digest_size=16)
-        for tensor in tensors:
-            digest.update(tensor.numpy().tobytes())
-        indices = np.unique(np.linspace(0, len(rows) - 1, min(FINGERPRINTED, len(rows))).round().astype(int))
-        for column in columns:
-            for stored in ImageColumn(rows, column, self.dataset).stored(indices.tolist()):
-                digest.update(stored)
-        return digest.hexdigest()
+        indices = np.unique(np.linspace(0, len(rows) - 1, min(FINGERPRINTED, len(rows))).round().astype(int)).tolist()
+        files = (file for column in columns for file in ImageColumn(rows, column, self.dataset).stored(indices))
+        return digest(len(rows), how, *tensors, *files)
 
 
 def load_image_data(dataset: str, column: str | None = None) -> dict[str, datasets.Dataset]:
@@ -286,44 +278,48 @@ def to_8_bits(image: Image.Image) -> Image.Image:
     return image
 
 
-class ImageSplit(torch.utils.data.Dataset):
+class ImageSplit(Tensors):
     """
-    Prepared images with their labels. Small splits are prepared once and kept as uint8; others are made for each batch.
+    Prepared images, uint8, with their labels.
 
     `__getitems__(indices)` returns a batch: `pixel_values`, float32 of shape `(B, C, H, W)`, and `labels` of shape
     `(B,)`.
     """
 
     def __init__(self, images: ImageColumn, labels: torch.Tensor, preparation: "Preparation"):
-        self.column, self.labels = images, labels
+        def prepare(indices: Sequence[int]) -> torch.Tensor:
+            return torch.stack([preparation(image) for image in images.read(indices)])
+
+        super().__init__(images=prepared(prepare, len(images)), labels=labels)
         self.preparation = preparation
-        self._images: torch.Tensor | None = None
-        if len(images) * self._prepare([0]).numel() <= MEMORY_BUDGET:
-            parts = torch.arange(len(images)).split(DECODE_BATCH)
-            self._images = torch.cat([self._prepare(part.tolist()) for part in parts])
 
-    @property
-    def mean(self) -> torch.Tensor:
-        """Of each channel, between 0 and 255, shape `(C, 1, 1)`."""
-        return 255 * torch.tensor(self.preparation.mean).view(-1, 1, 1)
-
-    @property
-    def std(self) -> torch.Tensor:
-        """As the mean."""
-        return 255 * torch.tensor(self.preparation.std).view(-1, 1, 1)
-
-    def _prepare(self, indices: Sequence[int]) -> torch.Tensor:
-        return torch.stack([self.preparation(image) for image in self.column.read(indices)])
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def __getitems__(self, indices: Sequence[int]) -> Batch:
-        return {"pixel_values": self.preparation.normalize(self.pixels(indices)), "labels": self.labels[indices]}
+    def __getitem__(self, index: Any) -> Batch:
+        return {"pixel_values": self.preparation.normalize(self.pixels(index)), "labels": self.labels[index]}
 
     def pixels(self, indices: Sequence[int]) -> torch.Tensor:
         """Prepared images, uint8 of shape `(B, C, H, W)`."""
-        return self._prepare(indices) if self._images is None else self._images[indices]
+        return self.images[indices]
+
+
+def prepared(prepare: Callable[[Sequence[int]], torch.Tensor], count: int) -> Any:
+    """
+    The rows that `prepare(indices)` makes, to be taken by lists of indices: made once where all of them fit into
+    `MEMORY_BUDGET`, and else when they are asked for.
+    """
+    if count * prepare([0]).numel() > MEMORY_BUDGET:
+        return _Unprepared(prepare, count)
+    return torch.cat([prepare(part.tolist()) for part in torch.arange(count).split(DECODE_BATCH)])
+
+
+class _Unprepared:
+    def __init__(self, prepare: Callable[[Sequence[int]], torch.Tensor], count: int):
+        self.prepare, self.count = prepare, count
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, indices: Sequence[int]) -> torch.Tensor:
+        return self.prepare(indices)
 
 
 @dataclass(frozen=True)

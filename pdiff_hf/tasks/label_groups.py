@@ -107,10 +107,5 @@ class GroupedTextFamily(LabelGroups):
         return super().predict(call, {**batch, "attention_mask": mask})
 
     def batch(self, split: Split, table: torch.Tensor, indices: torch.Tensor) -> Batch:
-        examples = self.base.load_split(split).__getitems__(indices.flatten().tolist())  # type: ignore[attr-defined]
-        shape = len(table), indices.shape[-1]
-        batch = {
-            name: values.unflatten(0, indices.shape).to(table.device).expand(*shape, *values.shape[1:])
-            for name, values in examples.items()
-        }
-        return batch | {"labels": self.is_positive(table, batch["labels"])}
+        batch = super().batch(split, table, indices)
+        return {**batch, "labels": self.is_positive(table, batch["labels"])}

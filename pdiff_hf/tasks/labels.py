@@ -1,12 +1,13 @@
 """Classes of a data set: one numbering for all of its splits, and the order of a fine-tuned network's outputs."""
 
+import copy
 import logging
 import math
 import os
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import datasets
 import numpy as np
@@ -14,7 +15,7 @@ import torch
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 from transformers.models.timm_wrapper import TimmWrapperConfig
 
-from ..networks.adapters import adapter_task, find_base, load_adapter
+from ..networks.adapters import adapter_task, find_base, load_adapter, load_network
 from .dataset import BadRows, DatasetTask, choose_column, describe_row
 from .task import ClassificationTask, Split
 
@@ -50,8 +51,10 @@ class LabelledTask(DatasetTask, ClassificationTask):
 
     Attributes:
         class_names (`list[str]`): What the network's outputs stand for, in their order.
+        auto_model (`type`): The class of transformers that loads networks for such tasks.
     """
 
+    auto_model: ClassVar[Any]
     label_column: str | None = None
     adapter: str | None = None
 
@@ -79,15 +82,14 @@ class LabelledTask(DatasetTask, ClassificationTask):
 
     def _set_labels(self, raw: Mapping[str, datasets.Dataset], config: PretrainedConfig, has_weights: bool) -> None:
         """Makes the splits of rows with the columns `label` and `row`, and aligns their classes with the network's."""
-        self._config = config
-        names, numbered = number_labels(raw, self.dataset)
+        self._config, self._has_weights = config, has_weights
+        self._data_names, numbered = number_labels(raw, self.dataset)
         self._set_splits(numbered)
-        self._data_names = names
-        outputs = align_labels(names, config, self.model, self.dataset) if has_weights else None
+        outputs = align_labels(self._data_names, config, self.model, self.dataset) if has_weights else None
         if outputs is None:
-            self.class_names, self._outputs = names, torch.arange(len(names))
+            self.class_names, self._outputs = self._data_names, torch.arange(len(self._data_names))
         else:
-            self.class_names, self._outputs = output_names(config) or names, torch.tensor(outputs)
+            self.class_names, self._outputs = output_names(config) or self._data_names, torch.tensor(outputs)
 
     def align(self, config: PretrainedConfig) -> None:
         """
@@ -98,10 +100,8 @@ class LabelledTask(DatasetTask, ClassificationTask):
         """
         outputs = align_labels(self._data_names, config, "the network", self.dataset)
         if outputs is None:
-            raise ValueError(
-                f"the network is not for the classes of dataset '{self.dataset}': "
-                f"{_both_sides(config, self._data_names)}"
-            )
+            both = _both_sides(config, self._data_names)
+            raise ValueError(f"the network is not for the classes of dataset '{self.dataset}': {both}")
         self.class_names, self._outputs = output_names(config) or self._data_names, torch.tensor(outputs)
         self._splits.clear()
 
@@ -109,11 +109,18 @@ class LabelledTask(DatasetTask, ClassificationTask):
         """The output that is right for each example, int64 of shape `(N,)`."""
         return self._outputs[torch.as_tensor(self._raw[split]["label"][:])]
 
-    def _load_network(self, load: Callable[..., Any]) -> PreTrainedModel:
-        """The pretrained network with its own head if it has the data's classes, else with a fresh one."""
+    def load_base_model(self) -> PreTrainedModel:
+        """
+        The network with one output a class: a pretrained one with its own head if it has the data's classes, else with
+        a fresh one. Fresh weights depend on torch's global seed.
+        """
+        if not self._has_weights:
+            config = copy.deepcopy(self._config)
+            name_classes(config, self.class_names)
+            return self.auto_model.from_config(config)
         # Those that `find_weights` made usable.
         args = getattr(self._config, "model_args", None)
-        model, found = load(
+        model, found = self.auto_model.from_pretrained(
             self.model,
             **label_settings(self.class_names),
             **({"model_args": args} if args else {}),
@@ -131,6 +138,10 @@ class LabelledTask(DatasetTask, ClassificationTask):
             reason = _both_sides(self._config, self._data_names) if found["mismatched_keys"] else "its files lack them"
             self.new_head = f"{', '.join(fresh)} of model '{self.model}' must be drawn anew: {reason}"
         return model
+
+    def load_saved(self, folder: str | os.PathLike) -> PreTrainedModel:
+        """What `save_base_model` wrote."""
+        return load_network(folder, self.auto_model)
 
 
 def _is_from_adapter(model: PreTrainedModel, name: str) -> bool:
@@ -175,16 +186,11 @@ def number_labels(raw: Mapping[str, datasets.Dataset], dataset: str) -> tuple[li
         ValueError: for a label that is no class of the training split; and for numbers that are not whole.
     """
     feature = raw["train"].features["label"]
-    is_number = all(NUMBER.fullmatch(name) for name in feature.names) if hasattr(feature, "names") else False
     named = {split: _names_of(rows, dataset, split) for split, rows in raw.items()}
-    if isinstance(feature, datasets.ClassLabel):
-        names = sorted(feature.names, key=float) if is_number else list(feature.names)
-    else:
-        names = sorted(set(named["train"]))
-        if all(NUMBER.fullmatch(name) for name in names):
-            names.sort(key=float)
-    numbers = {name: i for i, name in enumerate(names)}
-    result = {}
+    names = list(feature.names) if isinstance(feature, datasets.ClassLabel) else sorted(set(named["train"]))
+    if all(map(NUMBER.fullmatch, names)):
+        names.sort(key=float)
+    numbers, result = {name: i for i, name in enumerate(names)}, {}
     for split, rows in raw.items():
         for name, row in zip(named[split], rows["row"], strict=True):
             if name not in numbers:
@@ -193,8 +199,8 @@ def number_labels(raw: Mapping[str, datasets.Dataset], dataset: str) -> tuple[li
                     f"which has {_shorten(names)}"
                 )
         ids = np.array([numbers[name] for name in named[split]], dtype=np.int64)
-        rows = rows.remove_columns("label")
-        result[split] = rows.add_column("label", ids, feature=datasets.ClassLabel(names=names))
+        classes = datasets.ClassLabel(names=names)
+        result[split] = rows.remove_columns("label").add_column("label", ids, feature=classes)
     return names, result
 
 
@@ -228,15 +234,15 @@ def bad_labels(rows: datasets.Dataset) -> BadRows:
     counted = isinstance(rows.features["label"], datasets.ClassLabel) or 0 in labels
     texts = {label for label in labels if isinstance(label, str)}
     are_numbers = any(map(NUMBER.fullmatch, texts)) and all(NUMBER.fullmatch(t) or t.lower() in NO_CLASS for t in texts)
-    bad = {}
-    for i, label in enumerate(labels):
+
+    def wrong(label: Any) -> str | None:
         if _is_empty(label):
-            bad[i] = ("label", "it is empty")
-        elif counted and label == -1 and not isinstance(label, bool):
-            bad[i] = ("label", "it is -1, which stands for no class")
-        elif are_numbers and label.lower() in NO_CLASS:
-            bad[i] = ("label", f"it is '{label}' among numbers")
-    return bad
+            return "it is empty"
+        if counted and label == -1 and not isinstance(label, bool):
+            return "it is -1, which stands for no class"
+        return f"it is '{label}' among numbers" if are_numbers and label.lower() in NO_CLASS else None
+
+    return {i: ("label", what) for i, label in enumerate(labels) if (what := wrong(label))}
 
 
 def _is_empty(label: Any) -> bool:
@@ -331,11 +337,8 @@ def _shorten(names: Sequence[Any], limit: int = 12) -> str:
 
 def label_settings(class_names: Sequence[str]) -> dict[str, Any]:
     """What the configuration of a transformers model says about its classes."""
-    return {
-        "num_labels": len(class_names),
-        "id2label": dict(enumerate(class_names)),
-        "label2id": {name: i for i, name in enumerate(class_names)},
-    }
+    names = dict(enumerate(class_names))
+    return {"num_labels": len(names), "id2label": names, "label2id": {name: i for i, name in names.items()}}
 
 
 def name_classes(config: PretrainedConfig, class_names: Sequence[str]) -> None:

@@ -1,16 +1,13 @@
 """Classification by any `nn.Module`, with the data as tensors: a task that needs no class of your own."""
 
 import copy
-import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import torch
-import torch.nn.functional as F
 from torch import nn
-from torch.utils.data import Dataset
 
 from ..utils.seeds import derive_seed
-from .task import Batch, ClassificationTask, Split
+from .task import Batch, ClassificationTask, Split, Tensors, digest
 
 Data = tuple[torch.Tensor, torch.Tensor]
 HELD_OUT = 0.2  # of the training data, for each split that there is not
@@ -47,51 +44,23 @@ class ModuleTask(ClassificationTask):
             splits[name], order = (inputs[order[:size]], labels[order[:size]]), order[size:]
         if missing:
             splits["train"] = inputs[order.sort().values], labels[order.sort().values]
-        self.splits = {name: Tensors(*data) for name, data in splits.items() if data is not None}
+        self.splits = {name: Tensors(inputs=data[0], labels=data[1]) for name, data in splits.items() if data}
 
     def load_base_model(self) -> nn.Module:
         return copy.deepcopy(self.model)
 
-    def load_split(self, split: Split) -> "Tensors":
+    def load_split(self, split: Split) -> Tensors:
         return self.splits[split]
 
     def fingerprint(self, split: Split) -> str:
-        digest = hashlib.blake2b(digest_size=16)
         state = self.model.state_dict().values() if split == "train" else ()
-        for tensor in (self.splits[split].inputs, self.splits[split].labels, *state):
-            digest.update(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
-            digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
-        return f"{type(self.model).__qualname__} {digest.hexdigest()}"
+        return f"{type(self.model).__qualname__} {digest(*self.splits[split].parts.values(), *state)}"
 
     def source_classes(self) -> tuple[type, ...]:
         return (type(self), *(type(module) for module in self.model.modules()))
 
-    def collate(self, examples: Batch) -> Batch:
-        """The splits return whole batches."""
-        return examples
-
-    def loss(self, call: Callable, batch: Batch) -> torch.Tensor:
-        return F.cross_entropy(self.predict(call, batch), batch["labels"])
-
     def predict(self, call: Callable, batch: Batch) -> torch.Tensor:
         return call(batch["inputs"])
-
-
-class Tensors(Dataset):
-    """Examples in memory; `__getitems__(indices)` returns a batch."""
-
-    def __init__(self, inputs: torch.Tensor, labels: torch.Tensor):
-        self.inputs, self.labels = inputs, labels
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def __getitem__(self, index: int) -> Batch:
-        return {"inputs": self.inputs[index], "labels": self.labels[index]}
-
-    def __getitems__(self, indices: Sequence[int]) -> Batch:
-        rows = torch.as_tensor(indices)
-        return {"inputs": self.inputs[rows], "labels": self.labels[rows]}
 
 
 def _check(name: str, inputs: torch.Tensor, labels: torch.Tensor) -> None:

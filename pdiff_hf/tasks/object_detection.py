@@ -3,6 +3,7 @@
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import datasets
 import torch
@@ -15,13 +16,12 @@ from torchvision.transforms.functional import pil_to_tensor
 
 from ..networks.runner import NetworkRunner
 from ..networks.torchvision import Architecture
-from ..utils.devices import to_device
 from ..utils.imports import require
 from .dataset import BadRows, take_columns
 from .images import ImageColumn, ImageTask, as_images
 from .registry import register_task
 from .sources import load_raw
-from .task import Batch, MeasuredTask, Split, take
+from .task import Batch, MeasuredTask, Split, batches
 
 # COCO's metric looks at no more detections than this in an image.
 MAX_DETECTIONS = 100
@@ -151,17 +151,10 @@ class ObjectDetectionTask(ImageTask, MeasuredTask):
 
         examples = self.load_split(split)
         device = next(models.model.parameters()).device
-        parameters = parameters.to(device)
         # For each network, the detections in each image: what is packed takes much more memory.
         found: list[list[dict[str, torch.Tensor]]] = [[] for _ in parameters]
-        for start in range(0, len(examples), MEASURE_BATCH_SIZE):
-            indices = list(range(start, min(start + MEASURE_BATCH_SIZE, len(examples))))
-            batch = to_device(self.collate(take(examples, indices)), device)
-
-            def forward(call: Callable, batch: Batch = batch) -> torch.Tensor:
-                return self.predict(call, batch)
-
-            for rows, packed in models(forward, parameters):
+        for batch in batches(self, split, MEASURE_BATCH_SIZE, device):
+            for rows, packed in models(partial(self.predict, batch=batch), parameters.to(device)):
                 for network, images in zip(range(rows.start, rows.stop), packed.cpu(), strict=True):
                     found[network] += [_unpack(image) for image in images]
         targets = [

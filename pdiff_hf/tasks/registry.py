@@ -5,8 +5,8 @@ import importlib
 import importlib.util
 import inspect
 import sys
-from collections.abc import Callable, Collection, Mapping
-from functools import cache
+from collections.abc import Callable, Mapping
+from functools import cache, partial
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -17,10 +17,9 @@ from .task import Task
 if TYPE_CHECKING:
     from .family import Family
 
-T = TypeVar("T", bound=type[Task])
-F = TypeVar("F", bound=type["Family"])
-# The tasks of this package, each in the module of its name, and the modules with its families. They are imported when
-# one is asked for, which takes seconds.
+T = TypeVar("T", bound=type)
+# Classes of this package by kind and name: the modules that have them are imported when one is asked for, which takes
+# seconds. The tasks are each in the module of their name.
 TASKS = (
     "causal_lm",
     "image_classification",
@@ -31,38 +30,35 @@ TASKS = (
     "semantic_segmentation",
     "text_classification",
 )
-FAMILIES = {"transformed": ("image_families",), "grouped": ("label_groups",), "tabled": ("multiple_choice",)}
-_tasks: dict[str, type[Task]] = {}
-_families: dict[str, list[type["Family"]]] = {}
+MODULES: dict[str, dict[str, tuple[str, ...]]] = {
+    "task": {name: (name,) for name in TASKS},
+    "family": {"transformed": ("image_families",), "grouped": ("label_groups",), "tabled": ("multiple_choice",)},
+}
+_registered: dict[str, dict[str, list[Any]]] = {"task": {}, "family": {}}
 
 
 def register_task(name: str) -> Callable[[T], T]:
     """Makes a class of a task known by a name, such as `@register_task("image_classification")`."""
-
-    def register(task: T) -> T:
-        _tasks[name] = task
-        return task
-
-    return register
+    return partial(_register, "task", name)
 
 
-def register_family(name: str) -> Callable[[F], F]:
+def register_family(name: str) -> Callable[[T], T]:
     """
     Makes a class of a family known by a name, such as `@register_family("transformed")`. Several classes may share one,
     if they take tasks of different kinds: see [`Family`].
     """
+    return partial(_register, "family", name)
 
-    def register(family: F) -> F:
-        kinds = _families.setdefault(name, [])
-        kinds[:] = [kind for kind in kinds if kind.takes is not family.takes] + [family]
-        return family
 
-    return register
+def _register(kind: str, name: str, cls: T) -> T:
+    classes = _registered[kind].setdefault(name, [])
+    classes[:] = [old for old in classes if getattr(old, "takes", None) is not getattr(cls, "takes", None)] + [cls]
+    return cls
 
 
 def task_names() -> tuple[str, ...]:
     """The names of all tasks that are known."""
-    return tuple(dict.fromkeys((*TASKS, *_tasks)))
+    return tuple(dict.fromkeys((*TASKS, *_registered["task"])))
 
 
 def task_class(name: str) -> type[Task]:
@@ -75,39 +71,22 @@ def task_class(name: str) -> type[Task]:
     Raises:
         ValueError: if there is none, or it is no task, or lacks methods of one.
     """
-    if name in TASKS and name not in _tasks:
-        importlib.import_module(f"{__package__}.{name}")
-    if name in _tasks:
-        return _tasks[name]
-    if ":" not in name:
-        close = difflib.get_close_matches(name, task_names(), n=3) or list(task_names())
-        raise ValueError(
-            f"task '{name}' is neither one of {', '.join(close)} nor a class of your own, module:Class or "
-            "path/to/file.py:Class"
-        )
-    return _own_class("task", name, Task)
+    return _find("task", name, Task)[-1]
 
 
-def _family_class(name: str, base: Task) -> type["Family"]:
-    """The class of a family over a task like `base`."""
-    for module in FAMILIES.get(name, ()):
+def _find(kind: str, name: str, base: type) -> list[Any]:
+    """The classes of that name."""
+    for module in MODULES[kind].get(name, ()):
         importlib.import_module(f"{__package__}.{module}")
-    if name in _families:
-        kinds = _families[name]
-    elif ":" in name:
-        from .family import Family
-
-        kinds = [_own_class("family", name, Family)]
-    else:
-        known = ", ".join(dict.fromkeys((*FAMILIES, *_families)))
-        raise ValueError(
-            f"family '{name}' is neither one of {known} nor a class of your own, module:Class or path/to/file.py:Class"
-        )
-    for kind in kinds:
-        if kind.takes is None or isinstance(base, kind.takes):
-            return kind
-    takes = " or ".join(kind.takes.__name__ for kind in kinds if kind.takes is not None)
-    raise ValueError(f"family '{name}' is over the data of a task of the kind {takes}, got {type(base).__name__}")
+    if name in _registered[kind]:
+        return _registered[kind][name]
+    if ":" in name:
+        return [_own_class(kind, name, base)]
+    known = list(dict.fromkeys((*MODULES[kind], *_registered[kind])))
+    raise ValueError(
+        f"{kind} '{name}' is neither one of {', '.join(difflib.get_close_matches(name, known, n=3) or known)} nor a "
+        "class of your own, module:Class or path/to/file.py:Class"
+    )
 
 
 def _own_class(kind: str, name: str, base: type) -> Any:
@@ -148,65 +127,60 @@ def _load_source(path: Path, source: bytes) -> ModuleType:
     return module
 
 
-def make_task(
-    settings: Mapping[str, Any], task_args: Mapping[str, Any] | None = None, must_take: Collection[str] = ()
-) -> Task:
+def make_task(name: str, args: Mapping[str, Any]) -> Task:
     """
-    The task that settings describe.
+    A task.
 
     Args:
-        settings (`Mapping[str, Any]`): `task`, a name for `task_class`, and what goes to the arguments of that class
-            with the same names; None leaves an argument at its default.
-        task_args (`Mapping[str, Any]`, *optional*): More arguments of that class.
-        must_take (`Collection[str]`, *optional*): Settings that would have no effect if the class had no such argument.
+        name (`str`): See [`task_class`].
+        args (`Mapping[str, Any]`): Arguments of the class.
 
     Raises:
         ValueError: for an unknown task or argument, and for what the task itself refuses.
     """
-    name, task_args = settings["task"], task_args or {}
     cls = task_class(name)
-    parameters = inspect.signature(cls).parameters
-    unknown = sorted(set(task_args) - set(parameters))
-    if unknown:
-        raise ValueError(
-            f"task '{name}' does not take the task_args {', '.join(unknown)}; it takes {', '.join(parameters)}"
-        )
-    without_effect = sorted(set(must_take) - set(parameters))
-    if without_effect:
-        key = without_effect[0]
-        raise ValueError(f"{key}={settings[key]} has no effect: task '{name}' does not take it; leave it out")
-    args = {key: settings[key] for key in parameters if settings.get(key) is not None} | dict(task_args)
-    variable = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
-    needed = [key for key, value in parameters.items() if value.default is value.empty and value.kind not in variable]
-    missing = [key for key in needed if key not in args]
-    if missing:
-        raise ValueError(f"task '{name}' needs {', '.join(missing)}")
+    _check_arguments("task", name, inspect.signature(cls).parameters, args)
     return cls(**args)
 
 
-def make_family(name: str, base: Task, family_args: Mapping[str, Any] | None = None) -> "Family":
+def make_family(name: str, base: Task, args: Mapping[str, Any] | None = None) -> "Family":
     """
     A family of tasks.
 
     Args:
         name (`str`): A registered name, `module:Class`, or `path/to/file.py:Class`.
         base (`Task`): What the family is over, its first argument if it takes one.
-        family_args (`Mapping[str, Any]`, *optional*): More arguments of the class.
+        args (`Mapping[str, Any]`, *optional*): More arguments of the class.
 
     Raises:
         ValueError: for an unknown family or argument, for what the family itself refuses, and for what
             [`Family.check`] finds in a class of one's own.
     """
-    family_args, cls = family_args or {}, _family_class(name, base)
+    from .family import Family  # takes seconds
+
+    kinds, args = _find("family", name, Family), args or {}
+    cls = next((kind for kind in kinds if kind.takes is None or isinstance(base, kind.takes)), None)
+    if cls is None:
+        takes = " or ".join(kind.takes.__name__ for kind in kinds)
+        raise ValueError(f"family '{name}' is over the data of a task of the kind {takes}, got {type(base).__name__}")
     takes_base = cls.takes is not None
-    parameters = list(inspect.signature(cls).parameters)[takes_base:]
-    unknown = sorted(set(family_args) - set(parameters))
-    if unknown:
-        raise ValueError(
-            f"family '{name}' does not take the family_args {', '.join(unknown)}; it takes "
-            f"{', '.join(parameters) or 'none'}"
-        )
-    family = cls(*[base] * takes_base, **family_args)
+    parameters = list(inspect.signature(cls).parameters.items())[takes_base:]
+    _check_arguments("family", name, dict(parameters), args)
+    family = cls(*[base] * takes_base, **args)
     if ":" in name:
         family.check()
     return family
+
+
+def _check_arguments(
+    kind: str, name: str, parameters: Mapping[str, inspect.Parameter], args: Mapping[str, Any]
+) -> None:
+    if unknown := sorted(set(args) - set(parameters)):
+        raise ValueError(
+            f"{kind} '{name}' does not take the {kind}_args {', '.join(unknown)}; it takes "
+            f"{', '.join(parameters) or 'none'}"
+        )
+    variable = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    needed = [key for key, value in parameters.items() if value.default is value.empty and value.kind not in variable]
+    if missing := [key for key in needed if key not in args]:
+        raise ValueError(f"{kind} '{name}' needs {', '.join(missing)}")

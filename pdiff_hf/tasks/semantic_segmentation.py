@@ -1,7 +1,8 @@
 """Semantic segmentation with torchvision's networks on any data set of images and masks (paper, Table 11)."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import datasets
@@ -10,18 +11,17 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import nn
-from torch.utils.data import Dataset
 from torchvision import tv_tensors
 from torchvision.models import segmentation
+from torchvision.transforms.functional import pil_to_tensor
 
 from ..networks.runner import NetworkRunner
 from ..networks.torchvision import Architecture
-from ..utils.devices import to_device
 from .dataset import BadRows, take_columns
-from .images import MEMORY_BUDGET, ImageColumn, ImageTask, as_images
+from .images import ImageColumn, ImageTask, as_images, prepared
 from .registry import register_task
 from .sources import load_raw
-from .task import Batch, MeasuredTask, Split, take
+from .task import Batch, MeasuredTask, Split, Tensors, batches
 
 # Pixels of this class are neither trained on nor counted.
 IGNORED = 255
@@ -113,11 +113,23 @@ class SemanticSegmentationTask(ImageTask, MeasuredTask):
     def _prepare(self, split: Split) -> "SegmentationSplit":
         """Images and masks of one size."""
         raw = self._raw[split]
-        images = _Scaled(ImageColumn(raw, "image", self.dataset), self._size)
-        masks = _Scaled(ImageColumn(raw, "mask", self.dataset, read_mask), self._size)
-        if 4 * len(raw) * self._size**2 <= MEMORY_BUDGET:
-            return SegmentationSplit(torch.stack(list(images)), torch.stack(list(masks)))
-        return SegmentationSplit(images, masks)
+        image, mask = (ImageColumn(raw, "image", self.dataset), ImageColumn(raw, "mask", self.dataset, read_mask))
+        return SegmentationSplit(images=self._scaled(image), masks=self._scaled(mask))
+
+    def _scaled(self, column: ImageColumn) -> Any:
+        """Images or masks in squares, of which the rest is grey or ignored: uint8."""
+        is_mask, side = column.column == "mask", self._size
+
+        def scale(item: Any) -> torch.Tensor:
+            image = Image.fromarray(item) if is_mask else item.convert("RGB")
+            shape = [max(1, round(side / max(image.size) * length)) for length in image.size]
+            how = Image.Resampling.NEAREST if is_mask else Image.Resampling.BILINEAR
+            empty = IGNORED if is_mask else tuple(round(255 * value) for value in MEAN)
+            square = Image.new("L" if is_mask else "RGB", (side, side), empty)
+            square.paste(image.resize(shape, how))
+            return pil_to_tensor(square)[0] if is_mask else pil_to_tensor(square)
+
+        return prepared(lambda rows: torch.stack([scale(item) for item in column.read(rows)]), len(column))
 
     def fingerprint(self, split: Split) -> str:
         """Follows the examples of the split and their size."""
@@ -147,22 +159,14 @@ class SemanticSegmentationTask(ImageTask, MeasuredTask):
 
     def measure(self, models: NetworkRunner, split: Split, parameters: torch.Tensor) -> torch.Tensor:
         """The mIoU of N networks on a split; see [`MeasuredTask`]."""
-        examples = self.load_split(split)
         device = next(models.model.parameters()).device
-        parameters = parameters.to(device)
         classes = self._num_classes
         # For each network, how many pixels of class i it gave to class j.
         confusion = torch.zeros(len(parameters), classes, classes, dtype=torch.int64, device=device)
-        for start in range(0, len(examples), MEASURE_BATCH_SIZE):
-            indices = list(range(start, min(start + MEASURE_BATCH_SIZE, len(examples))))
-            batch = to_device(self.collate(take(examples, indices)), device)
+        for batch in batches(self, split, MEASURE_BATCH_SIZE, device):
             counts = batch["masks"] != IGNORED
             truth = classes * batch["masks"][counts]
-
-            def forward(call: Callable, batch: Batch = batch) -> torch.Tensor:
-                return self.predict(call, batch)
-
-            for rows, predicted in models(forward, parameters):
+            for rows, predicted in models(partial(self.predict, batch=batch), parameters.to(device)):
                 for network, one in zip(range(rows.start, rows.stop), predicted, strict=True):
                     cells = torch.bincount(truth + one[counts], minlength=classes**2)
                     confusion[network] += cells.view(classes, classes)
@@ -178,7 +182,7 @@ def mean_iou(confusion: torch.Tensor) -> torch.Tensor:
     return (iou * present).sum(1) / present.sum(1)
 
 
-class SegmentationSplit(Dataset):
+class SegmentationSplit(Tensors):
     """
     Images and masks, uint8 of shapes `(N, 3, S, S)` and `(N, S, S)`.
 
@@ -186,44 +190,9 @@ class SegmentationSplit(Dataset):
     shape `(B, S, S)`.
     """
 
-    def __init__(
-        self, images: torch.Tensor | Sequence[torch.Tensor], masks: torch.Tensor | Sequence[torch.Tensor]
-    ) -> None:
-        self.images, self.masks = images, masks
-        self.mean = 255 * torch.tensor(MEAN).view(-1, 1, 1)  # (3, 1, 1)
-        self.std = 255 * torch.tensor(STD).view(-1, 1, 1)
-
-    def __len__(self) -> int:
-        return len(self.masks)
-
-    def __getitems__(self, indices: Sequence[int]) -> Batch:
-        images = torch.stack([self.images[i] for i in indices])
-        masks = torch.stack([self.masks[i] for i in indices])
-        return {"pixel_values": (images.float() - self.mean) / self.std, "masks": masks.long()}
-
-
-class _Scaled(Sequence[torch.Tensor]):
-    """Images or masks, scaled when they are asked for; the rest of the square is grey or ignored."""
-
-    def __init__(self, images: ImageColumn, size: int) -> None:
-        self.images, self.size = images, size
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def __getitem__(self, i: Any) -> Any:
-        item, is_mask = self.images[i], self.images.column == "mask"
-        image = Image.fromarray(item) if is_mask else item.convert("RGB")
-        scale = self.size / max(image.size)
-        width, height = (max(1, round(scale * side)) for side in image.size)
-        how = Image.Resampling.NEAREST if is_mask else Image.Resampling.BILINEAR
-        values = np.asarray(image.resize((width, height), how))
-        square = np.full((self.size, self.size, *values.shape[2:]), IGNORED, dtype=np.uint8)
-        if not is_mask:
-            square[:] = np.round(255 * np.array(MEAN))
-        square[:height, :width] = values
-        tensor = torch.from_numpy(square)
-        return tensor if is_mask else tensor.permute(2, 0, 1)
+    def __getitem__(self, index: Any) -> Batch:
+        mean, std = (255 * torch.tensor(values).view(-1, 1, 1) for values in (MEAN, STD))  # (3, 1, 1)
+        return {"pixel_values": (self.images[index].float() - mean) / std, "masks": self.masks[index].long()}
 
 
 def read_mask(mask: Image.Image) -> np.ndarray:

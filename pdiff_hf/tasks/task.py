@@ -1,6 +1,7 @@
 """What a base model is for: the interface between a user's problem and everything else."""
 
 import functools
+import hashlib
 import logging
 import os
 from abc import ABC, abstractmethod
@@ -9,8 +10,10 @@ from pathlib import Path
 from typing import Any, Literal, Protocol
 
 import torch
+import torch.nn.functional as F
 from safetensors.torch import load_model, save_model
 from torch import nn
+from torch.utils.data import Dataset, default_collate
 from transformers import PreTrainedModel
 
 from ..networks.adapters import load_network, save_network, without_wrapper
@@ -67,9 +70,10 @@ class Task(ABC):
     def fingerprint(self, split: Split) -> str:
         """A string that changes when the examples of a split, or how they are prepared, change."""
 
-    @abstractmethod
     def collate(self, examples: Any) -> Batch:
-        """What a `DataLoader` does with the examples of a batch."""
+        """What a `DataLoader` does with the examples of a batch. By default a batch is taken as it is, if the split
+        returns whole ones, and mappings are stacked."""
+        return examples if isinstance(examples, Mapping) else default_collate(examples)
 
     def augment(self, batch: Batch) -> Batch:
         """
@@ -87,8 +91,10 @@ class Task(ABC):
         return (type(self),)
 
     def save_base_model(self, model: nn.Module, folder: str | os.PathLike) -> None:
-        """Writes the network into the existing folder; a task may add what it prepares its inputs with."""
+        """Writes the network into the existing folder, with its processor if it has one."""
         save_base(model, folder)
+        if self.processor is not None:
+            self.processor.save_pretrained(folder)
 
     def load_saved(self, folder: str | os.PathLike) -> nn.Module:
         """What `save_base_model` wrote."""
@@ -119,6 +125,10 @@ class ClassificationTask(Task):
     def predict(self, call: Callable, batch: Batch) -> torch.Tensor:
         """Logits of shape `(B, C)`."""
 
+    def loss(self, call: Callable, batch: Batch) -> torch.Tensor:
+        """The cross-entropy of `predict`."""
+        return F.cross_entropy(self.predict(call, batch), batch["labels"])
+
 
 class MeasuredTask(Task):
     """
@@ -146,6 +156,50 @@ class MeasuredTask(Task):
             split (`str`): Networks are selected on `validation` and reported on `test`.
             parameters (`torch.Tensor`): Shape `(N, D)`.
         """
+
+
+class Tensors(Dataset):
+    """
+    Examples in memory, or what else can be taken by lists of indices; `__getitems__(indices)` returns a batch.
+
+    Args:
+        parts: Of a batch, by name; they are attributes, too.
+    """
+
+    def __init__(self, **parts: Any):
+        self.parts = parts
+
+    def __getattr__(self, name: str) -> Any:
+        if name in (parts := vars(self).get("parts", {})):
+            return parts[name]
+        raise AttributeError(f"{type(self).__name__} has no {name}")
+
+    def __len__(self) -> int:
+        return len(next(iter(self.parts.values())))
+
+    def __getitem__(self, index: Any) -> Batch:
+        return {name: part[index] for name, part in self.parts.items()}
+
+    def __getitems__(self, indices: Sequence[int]) -> Batch:
+        return self[list(indices)]
+
+
+def digest(*parts: Any) -> str:
+    """A string that changes when any of some tensors, bytes or other values do."""
+    found = hashlib.blake2b(digest_size=16)
+    for part in parts:
+        if isinstance(part, torch.Tensor):
+            found.update(f"{part.dtype} {tuple(part.shape)}".encode())
+            part = part.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes()
+        found.update(part if isinstance(part, bytes) else repr(part).encode())
+    return found.hexdigest()
+
+
+def batches(task: Task, split: Split, size: int, device: torch.device) -> Iterator[Batch]:
+    """All examples of a split in batches of `size`, on a device."""
+    examples = task.load_split(split)
+    for indices in torch.arange(len(examples)).split(size):
+        yield to_device(task.collate(take(examples, indices.tolist())), device)
 
 
 def statistics_batches(task: Task, device: torch.device) -> Iterator[Callable[[Callable], torch.Tensor]]:
@@ -212,11 +266,7 @@ def predict_logits(
         examples = slice(start, min(start + size, len(indices)))
         try:
             batch = to_device(task.collate(take(split_examples, indices[examples])), device)
-
-            def forward(call: Callable, batch: Batch = batch) -> torch.Tensor:
-                return task.predict(call, batch)
-
-            for rows, logits in models(forward, parameters):
+            for rows, logits in models(functools.partial(task.predict, batch=batch), parameters):
                 yield rows, examples, logits, batch["labels"]
             start = examples.stop
             continue

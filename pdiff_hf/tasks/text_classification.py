@@ -1,36 +1,30 @@
 """Text classification with any transformers network on any data set of texts and labels."""
 
-import copy
-import hashlib
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.normalizers import BertNormalizer
 from tokenizers.pre_tokenizers import BertPreTokenizer
 from tokenizers.processors import TemplateProcessing
 from tokenizers.trainers import WordLevelTrainer
-from torch import nn
 from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
-    PreTrainedModel,
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
 )
 
-from ..networks.adapters import load_network
 from .dataset import take_columns
-from .labels import LabelledTask, bad_labels, find_weights, name_classes, without_unlabelled_test
+from .labels import LabelledTask, bad_labels, find_weights, without_unlabelled_test
 from .registry import register_task
 from .sources import load_raw
-from .task import Batch, Split
+from .task import Batch, Split, Tensors, digest
 
 SPECIAL_TOKENS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]
 
@@ -50,13 +44,14 @@ class TextClassificationTask(LabelledTask):
         ValueError: when created, for an unknown model or data set, or one that does not fit text classification.
     """
 
+    auto_model = AutoModelForSequenceClassification
     max_length: int = 128
     text_column: str | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self._check_sizes("max_length")
-        config, self._has_weights = find_weights(self.model)
+        config, has_weights = find_weights(self.model)
         raw = load_raw(self.dataset)
         features = raw["train"].features
         names = {self._choose_text(features): "text", self._choose_label(features): "label"}
@@ -64,7 +59,7 @@ class TextClassificationTask(LabelledTask):
         for name, rows in raw.items():
             empty = {i: ("text", "it is empty") for i, text in enumerate(rows["text"][:]) if not (text or "").strip()}
             raw[name] = self._usable(rows, name, {**empty, **bad_labels(rows)})
-        self._set_labels(raw, config, self._has_weights)
+        self._set_labels(raw, config, has_weights)
 
     def _choose_text(self, features: Mapping[str, Any]) -> str:
         texts = [name for name, feature in features.items() if getattr(feature, "dtype", "").endswith("string")]
@@ -75,23 +70,6 @@ class TextClassificationTask(LabelledTask):
                 f"{', '.join(texts) or 'none'}: choose one with text_column"
             )
         return name
-
-    def load_base_model(self) -> PreTrainedModel:
-        """The network with one output a class. Fresh weights depend on torch's global seed."""
-        if self._has_weights:
-            return self._load_network(AutoModelForSequenceClassification.from_pretrained)
-        config = copy.deepcopy(self._config)
-        name_classes(config, self.class_names)
-        return AutoModelForSequenceClassification.from_config(config)
-
-    def save_base_model(self, model: nn.Module, folder: str | os.PathLike) -> None:
-        """The network and its tokenizer."""
-        super().save_base_model(model, folder)
-        self.tokenizer.save_pretrained(folder)
-
-    def load_saved(self, folder: str | os.PathLike) -> PreTrainedModel:
-        """What `save_base_model` wrote."""
-        return load_network(folder, AutoModelForSequenceClassification)
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -130,18 +108,12 @@ class TextClassificationTask(LabelledTask):
 
     def _prepare(self, split: Split) -> "TextSplit":
         """Texts as token ids."""
-        return TextSplit(self._raw[split]["text"], self._labels(split), self.tokenizer)
+        ids, mask = tokenize(self._raw[split]["text"], self.tokenizer)
+        return TextSplit(input_ids=ids, attention_mask=mask, labels=self._labels(split))
 
     def fingerprint(self, split: Split) -> str:
         """Follows all token ids and labels."""
-        tokens = self.load_split(split)
-        digest = hashlib.blake2b(digest_size=16)
-        for tensor in (tokens.input_ids, tokens.attention_mask, tokens.labels):
-            digest.update(tensor.numpy().tobytes())
-        return digest.hexdigest()
-
-    def loss(self, call: Callable, batch: Batch) -> torch.Tensor:
-        return F.cross_entropy(self.predict(call, batch), batch["labels"])
+        return digest(*self.load_split(split).parts.values())
 
     def predict(self, call: Callable, batch: Batch) -> torch.Tensor:
         return call(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
@@ -153,7 +125,7 @@ def tokenize(texts: Iterable[str], tokenizer: Callable[..., Any]) -> tuple[torch
     return tokens["input_ids"], tokens["attention_mask"]
 
 
-class TextSplit(torch.utils.data.Dataset):
+class TextSplit(Tensors):
     """
     Tokenized texts, in memory.
 
@@ -161,18 +133,7 @@ class TextSplit(torch.utils.data.Dataset):
     of its longest text, and `labels` of shape `(B,)`.
     """
 
-    def __init__(self, texts: Iterable[str], labels: torch.Tensor, tokenizer: Callable[..., Any]) -> None:
-        self.input_ids, self.attention_mask = tokenize(texts, tokenizer)
-        self.labels = labels
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def __getitems__(self, indices: Sequence[int]) -> Batch:
-        mask = self.attention_mask[indices]
-        longest = int(mask.sum(1).max())
-        return {
-            "input_ids": self.input_ids[indices, :longest],
-            "attention_mask": mask[:, :longest],
-            "labels": self.labels[indices],
-        }
+    def __getitem__(self, index: Any) -> Batch:
+        batch = super().__getitem__(index)
+        longest = int(batch["attention_mask"].sum(1).max())
+        return {name: part if name == "labels" else part[:, :longest] for name, part in batch.items()}

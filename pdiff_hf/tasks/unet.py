@@ -68,8 +68,7 @@ def find_unet(model: str, model_args: Mapping[str, Any], image_size: int | None)
     if name != UNet2DModel.__name__:
         raise ValueError(f"model '{model}' is a {name}, not a UNet2DModel")
     known = inspect.signature(UNet2DModel.__init__).parameters
-    unknown = [key for key in config if key not in known and not key.startswith("_")]
-    if unknown:
+    if unknown := [key for key in config if key not in known and not key.startswith("_")]:
         raise ValueError(f"a UNet2DModel does not take the model_args {unknown}; it takes {sorted(known)[:-1]}")
     config = {key: value for key, value in config.items() if key in known}
     size = image_size or config.get("sample_size")
@@ -78,52 +77,47 @@ def find_unet(model: str, model_args: Mapping[str, Any], image_size: int | None)
     if config.get("class_embed_type") is not None or config.get("num_class_embeds") is not None:
         raise ValueError(f"model '{model}' is conditional (it has a class embedding)")
     config = {"sample_size": size} | config
-    return UNet(model, subfolder, config, scheduler, (_count_channels(model, config, size), size, size))
-
-
-def _find_config(model: str) -> tuple[str | None, dict[str, Any]]:
     try:
-        try:
-            return None, UNet2DModel.load_config(model)
-        except OSError:
-            return "unet", UNet2DModel.load_config(model, subfolder="unet")
-    except (OSError, ValueError) as error:
-        raise ValueError(
-            f"model '{model}' is neither '{FRESH_MODEL}' nor a folder or Hub id with the config.json of a UNet2DModel, "
-            f"at its top or in a subfolder unet: {error}"
-        ) from error
-
-
-def _find_scheduler(model: str, subfolder: str | None) -> DDPMScheduler:
-    path = os.path.join(model, subfolder or "", DDPMScheduler.config_name)
-    if os.path.isdir(model) and not os.path.isfile(path):
-        return DDPMScheduler()
-    try:
-        scheduler = DDPMScheduler.from_pretrained(model, subfolder=subfolder)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"the scheduler_config.json beside the U-Net of '{model}' is needed: {error}") from error
-    if scheduler.config.prediction_type != "epsilon":
-        raise ValueError(
-            f"model '{model}' predicts {scheduler.config.prediction_type}; DDPM's loss is for networks that predict "
-            "the noise (prediction_type epsilon)"
-        )
-    return scheduler
-
-
-def _count_channels(model: str, config: Mapping[str, Any], size: int) -> int:
-    """The channels of the images whose noise the network predicts; it is tried without memory."""
-    try:
-        with torch.device("meta"):
+        with torch.device("meta"):  # the network is tried without memory
             network = UNet2DModel(**config)
             images = torch.empty(1, network.config.in_channels, size, size)
             output = network(images, torch.tensor([0]))[0]
     except Exception as error:  # what a wrong configuration makes torch raise has no common type
         raise ValueError(
-            f"model '{model}' with the configuration {dict(config)} does not work on images of {size}x{size}: {error}"
+            f"model '{model}' with the configuration {config} does not work on images of {size}x{size}: {error}"
         ) from error
-    if output.shape != images.shape or images.shape[1] not in (1, 3):
+    channels, made = images.shape[1], output.shape[1]
+    if output.shape != images.shape or channels not in (1, 3):
         raise ValueError(
-            f"model '{model}' must predict the noise of images with 1 or 3 channels, got in_channels="
-            f"{network.config.in_channels} and out_channels={network.config.out_channels}"
+            f"model '{model}' must predict the noise of images with 1 or 3 channels, got in_channels={channels} and "
+            f"out_channels={made}"
         )
-    return images.shape[1]
+    return UNet(model, subfolder, config, scheduler, (channels, size, size))
+
+
+def _find_config(model: str) -> tuple[str | None, dict[str, Any]]:
+    errors = []
+    for subfolder in (None, "unet"):
+        try:
+            return subfolder, UNet2DModel.load_config(model, subfolder=subfolder)
+        except (OSError, ValueError) as error:
+            errors.append(error)
+    raise ValueError(
+        f"model '{model}' is neither '{FRESH_MODEL}' nor a folder or Hub id with the config.json of a UNet2DModel, at "
+        f"its top or in a subfolder unet: {errors[-1]}"
+    ) from errors[-1]
+
+
+def _find_scheduler(model: str, subfolder: str | None) -> DDPMScheduler:
+    if os.path.isdir(model) and not os.path.isfile(os.path.join(model, subfolder or "", DDPMScheduler.config_name)):
+        return DDPMScheduler()
+    try:
+        scheduler = DDPMScheduler.from_pretrained(model, subfolder=subfolder)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"the scheduler_config.json beside the U-Net of '{model}' is needed: {error}") from error
+    if (predicted := scheduler.config.prediction_type) != "epsilon":
+        raise ValueError(
+            f"model '{model}' predicts {predicted}; DDPM's loss is for networks that predict the noise "
+            "(prediction_type epsilon)"
+        )
+    return scheduler

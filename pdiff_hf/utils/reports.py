@@ -35,19 +35,23 @@ def load_report(path: str | os.PathLike) -> dict[str, Any]:
         ValueError: if it is not a report, or one of a version that this one does not read.
     """
     try:
-        report = json.loads(Path(path).read_text(encoding="utf-8"))
-        version = report.get("version", 1)
+        text = Path(path).read_text(encoding="utf-8")
+        version = json.loads(text).get("version", 1)
     except (ValueError, AttributeError) as error:
         raise ValueError(f"'{path}' is not a report: {error}") from error
-    if version == 2:
-        return _from_members(report) if report.get("kind") == "conditional" else _from_task(report)
-    if version != REPORT_VERSION:
+    if version == REPORT_VERSION:
+        return json.loads(text)
+    if version != 2:
         raise ValueError(
             f"'{path}' is a report of format {version}, as {'pdiff_hf 0.1' if version == 1 else 'another version'} "
             f"writes it; this version reads formats 2 and {REPORT_VERSION}. Evaluate again, with the stage evaluate or "
             "scripts/evaluate.py"
         )
-    return report
+    old = json.loads(text.replace('"undecided"', f'"{CLOSE}"'))
+    changed = _from_members(old) if old.get("kind") == "conditional" else _from_task(old)
+    kept = {key: old[key] for key in ("metric", "num_parameters", "warnings", *EMPTY_REPORT) if key in old}
+    kept |= {"verdict": [old["verdict"]], "summary": {}}
+    return {"version": REPORT_VERSION, **EMPTY_REPORT, **kept, **changed}
 
 
 def find_group(report: Mapping[str, Any], name: str) -> dict[str, Any]:
@@ -60,95 +64,42 @@ def generated_group(report: Mapping[str, Any]) -> dict[str, Any]:
     return next(group for group in report["groups"] if group["kind"] == "generated")
 
 
-def _verdict(word: str) -> str:
-    return CLOSE if word == "undecided" else word
-
-
-def _new_report(old: Mapping[str, Any], **changes: Any) -> dict[str, Any]:
-    empty: dict[str, Any] = {"reconstruction": None, "tuning": None, "temperatures": []}
-    empty |= {"reverse_process": None, "more_steps": None}
-    kept = {key: old[key] for key in ("metric", "num_parameters", "warnings", *empty) if key in old}
-    return {
-        "version": REPORT_VERSION,
-        **empty,
-        **kept,
-        "sampling": {},
-        "summary": {},
-        "verdict": [old["verdict"]],
-        "num_generated": None,
-        **changes,
-    }
-
-
-def _new_group(name: str, kind: str, sets: dict, comparisons: dict, **changes: Any) -> dict[str, Any]:
-    group: dict[str, Any] = {"name": name, "kind": kind, "sweep": None, "value": None, "n": 1, "num_undefined": 0}
-    group |= {"cost": None, "size": None, "note": "", "tried": {}, "sets": sets, "comparisons": comparisons}
-    return group | {"measures": {}, "ensembles": [], "memorisation": None} | changes
-
+# What reports of 0.2, and their groups, do not have.
+EMPTY_REPORT: dict[str, Any] = {"reconstruction": None, "tuning": None, "temperatures": [], "reverse_process": None}
+EMPTY_REPORT |= {"more_steps": None, "sampling": {}, "summary": {}, "num_generated": None}
+EMPTY_GROUP: dict[str, Any] = {"sweep": None, "value": None, "n": 1, "num_undefined": 0, "cost": None, "size": None}
+EMPTY_GROUP |= {"note": "", "tried": {}, "measures": {}, "ensembles": [], "memorisation": None}
 
 _SINGLE = {"generated": "generated", "snapshots": "snapshots", "reconstructed": "control", "mean": "baseline"}
 
 
 def _from_task(old: Mapping[str, Any]) -> dict[str, Any]:
-    """A report of 0.2 on one task."""
+    """What a report of 0.2 on one task says otherwise."""
     audits = {row["name"]: row for row in old["audit"]["rows"]}
     frontier = {row["name"]: row for row in old["frontier"]["rows"]}
     groups = []
     keys = ("name", "family", "value", "n", "num_undefined", "feedback", "scores", "ensembles")
     for row in old["groups"]:
-        feedback, comparison = row.get("feedback"), None
-        kind = _SINGLE.get(row["name"], "opponent" if feedback else "baseline")
+        name, comparisons = row["name"], {}
+        kind = _SINGLE.get(name, "opponent" if row.get("feedback") else "baseline")
         if row["family"] == "generated at other temperatures":
             kind = "variant"
-        if row["name"] == "snapshots":
-            comparison = old["difference"] | {"better": None, "worse": None}
-        elif kind in ("baseline", "opponent") and row["name"] in frontier:
-            place = frontier[row["name"]]
-            ends = place["score"], frontier["generated"]["score"]
-            comparison = {"difference": None if None in ends else ends[1] - ends[0], "interval": None}
-            comparison |= {key: place[key] for key in ("verdict", "better", "worse")}
-        if comparison:
-            comparison["verdict"] = _verdict(comparison["verdict"])
-        groups.append(
-            _new_group(
-                row["name"],
-                kind,
-                {TEST: {"scores": [row["scores"]]}},
-                {TEST: comparison} if comparison else {},
-                sweep=row["family"],
-                value=row["value"],
-                n=row["n"],
-                num_undefined=row["num_undefined"],
-                cost=feedback,
-                measures={key: value for key, value in row.items() if key not in keys},
-                ensembles=row.get("ensembles", []),
-                memorisation={key: value for key, value in audits[row["name"]].items() if key != "name"},
-            )
-        )
-    curve = [
-        {key: row[key] for key in ("value", "num_models", "score", "max_iou")}
-        | {
-            kind: {_verdict(word): count for word, count in row[kind].items()}
-            for kind in ("plain", "tuned")
-            if kind in row
-        }
-        for row in old.get("temperatures", [])
-    ]
-    tuning = old.get("tuning")
-    if tuning is not None:
-        entries = [entry | {"verdict": _verdict(entry["verdict"])} for entry in tuning["break_even"]]
-        tuning = tuning | {"break_even": entries}
-    return _new_report(
-        old,
-        groups=groups,
-        tuning=tuning,
-        fields={},
-        conditions={TEST: [{}]},
-        splits=old["splits"],
-        settings={},
-        num_generated=old["num_generated"],
-        temperatures=curve,
-    )
+        if name == "snapshots":
+            comparisons[TEST] = old["difference"] | {"better": None, "worse": None}
+        elif kind in ("baseline", "opponent") and name in frontier:
+            ends = frontier[name]["score"], frontier["generated"]["score"]
+            found = {"difference": None if None in ends else ends[1] - ends[0], "interval": None}
+            comparisons[TEST] = found | {key: frontier[name][key] for key in ("verdict", "better", "worse")}
+        group = {key: row[key] for key in ("name", "value", "n", "num_undefined", "ensembles") if key in row}
+        group |= {"kind": kind, "sweep": row["family"], "cost": row.get("feedback"), "comparisons": comparisons}
+        group["sets"] = {TEST: {"scores": [row["scores"]]}}
+        group["measures"] = {key: value for key, value in row.items() if key not in keys}
+        group["memorisation"] = {key: value for key, value in audits[name].items() if key != "name"}
+        groups.append(EMPTY_GROUP | group)
+    shown = ("value", "num_models", "score", "max_iou", "plain", "tuned")
+    curve = [{key: row[key] for key in shown if key in row} for row in old.get("temperatures", [])]
+    changed = {"groups": groups, "temperatures": curve, "fields": {}, "conditions": {TEST: [{}]}, "settings": {}}
+    return changed | {key: old.get(key) for key in ("splits", "num_generated", "tuning")}
 
 
 _KINDS = {"generator": "variant", "closed form": "baseline", "trained": "opponent"}
@@ -156,38 +107,24 @@ _NAMED = {"generator": "generated", "nearest seen task": "snapshots", "base mode
 
 
 def _from_members(old: Mapping[str, Any]) -> dict[str, Any]:
-    """A report of 0.2 on members of a family, which counted a pass forward and backward as one."""
+    """What a report of 0.2 on members of a family, which counted a pass forward and backward as one, says otherwise."""
     groups = []
     for name, row in old["rows"].items():
-        comparisons = {
-            set_name: {
-                "difference": rows[name]["difference"],
-                "interval": [rows[name]["low"], rows[name]["high"]],
-                "verdict": _verdict(rows[name]["verdict"]),
-                "better": None,
-                "worse": None,
-            }
-            for set_name, rows in old["comparisons"].items()
-            if name in rows
-        }
-        sets = {
+        group: dict[str, Any] = {"name": name, "kind": _NAMED.get(name, _KINDS.get(row["kind"], row["kind"]))}
+        group |= {"note": row["note"], "cost": {"once": 3 * row["once"], "each": 3 * row["each"]}}
+        group["sets"] = {
             set_name: {"scores": [[v] for v in scores["accuracy"]], "losses": [[v] for v in scores["loss"]]}
             for set_name, scores in row["sets"].items()
         }
-        kind = _NAMED.get(name, _KINDS.get(row["kind"], row["kind"]))
-        cost = {"once": 3 * row["once"], "each": 3 * row["each"]}
+        group["comparisons"] = {
+            set_name: {"interval": [rows[name]["low"], rows[name]["high"]], "better": None, "worse": None}
+            | {key: rows[name][key] for key in ("difference", "verdict")}
+            for set_name, rows in old["comparisons"].items()
+            if name in rows
+        }
         scores = row["sets"][TEST]["accuracy"]
-        measures = {"score_mean": sum(scores) / len(scores)}
-        groups.append(_new_group(name, kind, sets, comparisons, cost=cost, note=row["note"], measures=measures))
+        groups.append(EMPTY_GROUP | group | {"measures": {"score_mean": sum(scores) / len(scores)}})
     settings = old["settings"] if isinstance(old["settings"], dict) else {}
     sampling = {key: settings[key] for key in ("num_inference_steps", "temperature") if key in settings}
-    return _new_report(
-        old,
-        groups=groups,
-        fields=old["fields"],
-        conditions=old["conditions"],
-        splits={},
-        settings=settings,
-        sampling=sampling,
-        temperatures=[],
-    )
+    changed = {"groups": groups, "splits": {}, "settings": settings, "sampling": sampling, "temperatures": []}
+    return changed | {key: old[key] for key in ("fields", "conditions")}

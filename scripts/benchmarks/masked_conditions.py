@@ -4,6 +4,24 @@ import torch
 from torch import nn
 
 from pdiff_hf.models.condition import Fields
+from pdiff_hf.tasks.task import Batch
+
+
+class Masked(nn.Module):
+    """A module that sees only a random part of each condition."""
+
+    def __init__(self, module: nn.Module):
+        super().__init__()
+        self.module = module
+
+    def forward(self, table: torch.Tensor, batch: Batch, generator: torch.Generator) -> torch.Tensor:
+        return self.module(mask_some(table, generator), batch, generator)
+
+
+def mask_some(table: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """A table in which a random part of each row is unknown, from nothing to everything."""
+    share = torch.rand(len(table), 1, generator=generator)
+    return torch.where(torch.rand(table.shape, generator=generator) < share, torch.nan, table)
 
 
 class MaskedConditions(nn.Module):

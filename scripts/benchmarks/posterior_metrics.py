@@ -3,68 +3,16 @@
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
-import torch.nn.functional as F
 
+from pdiff_hf.evaluation.score import MemberScorer
 from pdiff_hf.networks.runner import NetworkRunner
 from pdiff_hf.tasks.family import Family
 from pdiff_hf.tasks.task import Batch, Split
 
 NUM_QUERIES = 20  # τ
 TEMPERATURES = (1.0, 1.5, 2.0, 4.0)  # of likelihoods
-TASKS_AT_ONCE = 16
-
-
-@torch.no_grad()
-def score_tasks(
-    family: Family,
-    respond: Callable[[torch.Tensor, Any], torch.Tensor],
-    table: torch.Tensor,
-    split: Split,
-    num_examples: int,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """
-    Scores networks, each on its own task.
-
-    Args:
-        respond (`Callable`): `respond(rows, batch)` gives logits `(t, B, C)` for the tasks `rows`, indices `(t,)`.
-        table (`torch.Tensor`): The conditions, shape `(T, width)`.
-        num_examples (`int`): No more examples of the split than this, evenly spaced over it.
-
-    Returns:
-        `tuple`: Accuracy in percent, and mean cross-entropy in nats, both of shape `(T,)`.
-    """
-    total = family.num_examples(split)
-    indices = torch.linspace(0, total - 1, min(num_examples, total)).round().long()
-    accuracies, losses = [], []
-    for rows in torch.arange(len(table)).split(TASKS_AT_ONCE):
-        correct, loss = torch.zeros(len(rows)), torch.zeros(len(rows))
-        for part in indices.split(500):
-            batch = family.batch(split, table[rows], part)
-            logits = respond(rows, batch)
-            correct += (logits.argmax(-1) == batch["labels"]).sum(1)
-            loss += F.cross_entropy(logits.transpose(1, 2), batch["labels"], reduction="none").sum(1)
-        accuracies.append(100 * correct / len(indices))
-        losses.append(loss / len(indices))
-    return torch.cat(accuracies), torch.cat(losses)
-
-
-def joint_nll(log_probs: torch.Tensor, weights: torch.Tensor, num_queries: int = NUM_QUERIES) -> torch.Tensor:
-    """
-    −log Σ w_i Π_q p_i(y_q | x_q): what a set of networks says about several queries of one task at once, in nats. Other
-    than a mean over single queries it rewards a set for one network that is right throughout.
-
-    Args:
-        log_probs (`torch.Tensor`): Of the right labels under each network, shape `(N, S · num_queries)`.
-        weights (`torch.Tensor`): Of the networks, of sum 1, shape `(N,)`.
-
-    Returns:
-        `torch.Tensor`: Of each of the S sets of queries, shape `(S,)`.
-    """
-    joint = log_probs.double().unflatten(1, (-1, num_queries)).sum(2)  # (N, S)
-    return -(joint + weights.double().log().unsqueeze(1)).logsumexp(0)
 
 
 def marginal_nll(probabilities: torch.Tensor, labels: torch.Tensor, temperature: float = 1.0) -> torch.Tensor:
@@ -106,11 +54,9 @@ def validity(
     Returns:
         `tuple`: Accuracy in percent and index of that task, both of shape `(N,)`.
     """
-    accuracies = []
-    for row in parameters:
-        respond = lambda rows, batch, row=row: networks.stack(family.predict, row.expand(len(rows), -1), batch)  # noqa: E731
-        accuracies.append(score_tasks(family, respond, table, split, num_examples)[0])
-    return torch.stack(accuracies).max(1)
+    scorer = MemberScorer(family, networks, table, num_examples)
+    rows = [scorer.score(split, row.expand(len(table), -1)).values.squeeze(1) for row in parameters]
+    return torch.stack(rows).max(1)
 
 
 def expected_unknown_nll(num_classes: int, num_known: int, num_queries: int = NUM_QUERIES) -> float:
@@ -138,6 +84,10 @@ class WeighedSet:
     log_square: torch.Tensor
     probabilities: torch.Tensor
     joint: torch.Tensor
+
+    def at(self, e: int, k: int) -> "WeighedSet":
+        """With one number of examples and one temperature, without these two dimensions."""
+        return WeighedSet(*(value[e, k] for value in vars(self).values()))
 
 
 @torch.no_grad()
@@ -209,8 +159,8 @@ def mix(parts: Sequence[WeighedSet], shares: Sequence[float]) -> WeighedSet:
 
 def summarize(evidence: WeighedSet, labels: torch.Tensor) -> Mapping[str, torch.Tensor]:
     """
-    Scores of a prediction, each of shape `(E, K)`: `accuracy` in percent, `nll` and `joint_nll` in nats, and
-    `effective_sample_size`.
+    Scores of a prediction, each of shape `(E, K)`, or a scalar after [`WeighedSet.at`]: `accuracy` in percent, `nll`
+    and `joint_nll` in nats, and `effective_sample_size`.
     """
     right = evidence.probabilities.argmax(-1) == labels
     return {

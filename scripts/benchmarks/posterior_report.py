@@ -7,6 +7,7 @@ import numpy as np
 
 from pdiff_hf.evaluation.compare import paired_difference
 from pdiff_hf.evaluation.render import short as passes
+from pdiff_hf.evaluation.render import table
 
 GENERATOR = "generator"
 ZOO_GENERATOR = "zoo generator and training networks"
@@ -110,10 +111,9 @@ def zoo_verdict(report: Mapping[str, Any]) -> list[str]:
 def render_examples(report: Mapping[str, Any]) -> str:
     """Accuracy and NLL of every method with every number of labelled examples, with costs."""
     sections = report["examples"]
-    header = ["method", *sections, "passes once", "passes a task, most examples"]
-    lines = [f"| {' | '.join(header)} |", f"|{' --- |' * len(header)}"]
     last = list(sections.values())[-1]
     names = dict.fromkeys(name for section in sections.values() for name in section)
+    rows = []
     for name in sorted(names, key=lambda name: float(np.mean(last[name]["nll"])) if name in last else np.inf):
         cells = [
             f"{np.mean(section[name]['accuracy']):.1f} / {np.mean(section[name]['nll']):.3f}"
@@ -122,41 +122,39 @@ def render_examples(report: Mapping[str, Any]) -> str:
             for section in sections.values()
         ]
         each = last[name]["passes"] if name in last else 0
-        lines.append(f"| {' | '.join([name, *cells, passes(report['rows'][name]['once']), passes(each)])} |")
-    return "\n".join(lines) + "\n"
+        rows.append([name, *cells, passes(report["rows"][name]["once"]), passes(each)])
+    return table(["method", *sections, "passes once", "passes a task, most examples"], rows)
 
 
 def render_fields(report: Mapping[str, Any]) -> str:
     """Joint NLL of every method where fields are unknown, and accuracy."""
     sections = report["fields"]
-    header = ["method", *sections, "passes once"]
-    lines = [f"| {' | '.join(header)} |", f"|{' --- |' * len(header)}"]
     first = next(iter(sections.values()))
+    rows = []
     for name in sorted(first, key=lambda name: float(np.mean(first[name]["joint_nll"]))):
         cells = [
             f"{np.mean(section[name]['joint_nll']):.1f} ({np.mean(section[name]['accuracy']):.1f})"
             for section in sections.values()
         ]
-        lines.append(f"| {' | '.join([name, *cells, passes(report['rows'][name]['once'])])} |")
+        rows.append([name, *cells, passes(report["rows"][name]["once"])])
     if report.get("ideal"):
-        cells = [f"{report['ideal'][key]:.1f}" for key in sections]
-        lines.append(f"| {' | '.join(['what the unknown bits cost at least', *cells, '–'])} |")
-    return "\n".join(lines) + "\n"
+        rows.append(["what the unknown bits cost at least", *(f"{report['ideal'][key]:.1f}" for key in sections), "–"])
+    return table(["method", *sections, "passes once"], rows)
 
 
 def render_validity(report: Mapping[str, Any]) -> str:
     """How good the networks of each prior are for the task that they are best for."""
-    lines = ["| prior | accuracy on the nearest task | networks |", "| --- | --- | --- |"]
-    for name, row in report["validity"].items():
-        lines.append(f"| {name} | {row['mean']:.1f} ± {row['std']:.1f} | {row['n']} |")
-    return "\n".join(lines) + "\n"
+    rows = [[name, f"{r['mean']:.1f} ± {r['std']:.1f}", str(r["n"])] for name, r in report["validity"].items()]
+    return table(["prior", "accuracy on the nearest task", "networks"], rows)
 
 
 def render_markdown(report: Mapping[str, Any]) -> str:
     """The whole report as Markdown."""
     parts = [
         "### Labelled examples",
+        "",
         render_examples(report),
+        "",
         *(f"- {sentence}" for sentence in verdict(report, "examples", ("accuracy", "nll"))),
         "",
         "A zoo without conditions, against its own networks:",
@@ -164,11 +162,15 @@ def render_markdown(report: Mapping[str, Any]) -> str:
         *(f"- {sentence}" for sentence in zoo_verdict(report)),
         "",
         "### Unknown fields: joint NLL of 20 queries (accuracy)",
+        "",
         render_fields(report),
+        "",
         *(f"- {sentence}" for sentence in verdict(report, "fields", ("joint_nll", "accuracy"))),
         "",
         "### Validity, first seed",
+        "",
         render_validity(report),
+        "",
         "Means over tasks; differences are paired over tasks, positive where the generator is better, with a 95% "
         "bootstrap interval. Passes are of one example through one network: forward counts 1, backward 2.",
     ]

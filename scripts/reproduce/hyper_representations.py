@@ -79,9 +79,10 @@ def s_kde30(
         ValueError: if there are fewer than 2 snapshots, or not as many scores as snapshots.
     """
     best = best_snapshots(snapshots, scores)
-    latents = _encode(snapshots, best, autoencoder, lambda rows: autoencoder.encode(rows).latents)
+    latents = _apply(lambda rows: autoencoder.encode(rows).latents, snapshots, best, autoencoder)
     drawn = [latent_kde(column, num_models, bandwidth, generator) for column in latents.split(1, dim=1)]
-    return _decode(torch.cat(drawn, dim=1), autoencoder, lambda rows: autoencoder.decode(rows).sample)
+    indices = torch.arange(num_models)
+    return _apply(lambda rows: autoencoder.decode(rows).sample, torch.cat(drawn, dim=1), indices, autoencoder)
 
 
 def sane_kde30(
@@ -100,8 +101,8 @@ def sane_kde30(
     Arguments, result and errors are those of [`s_kde30`]; `bandwidth` is in standard deviations of each coordinate of a
     token's code, 0.2 by default.
     """
-    codes = _encode(snapshots, best_snapshots(snapshots, scores), autoencoder, autoencoder.tokenize)
-    return _decode(_sample_tokens(codes, num_models, bandwidth, generator), autoencoder, autoencoder.detokenize)
+    codes = _apply(autoencoder.tokenize, snapshots, best_snapshots(snapshots, scores), autoencoder)
+    return _decode(_sample_tokens(codes, num_models, bandwidth, generator), autoencoder)
 
 
 def sane_sub(
@@ -134,14 +135,12 @@ def sane_sub(
             f"`num_prompts` must be at least 2 and `num_candidates` at least 1, got {num_prompts} and {num_candidates}"
         )
     prompts = scores.argsort(descending=True, stable=True)[:num_prompts]
-    codes = _encode(snapshots, prompts, autoencoder, autoencoder.tokenize)
+    codes = _apply(autoencoder.tokenize, snapshots, prompts, autoencoder)
     candidates = _sample_tokens(codes, num_models * num_candidates, bandwidth, generator)
     # As many at once as are kept: all candidates may be more than fits into memory, where their codes do.
-    of_candidates = torch.cat(
-        [score(_decode(part, autoencoder, autoencoder.detokenize)) for part in candidates.split(num_models)]
-    )
+    of_candidates = torch.cat([score(_decode(part, autoencoder)) for part in candidates.split(num_models)])
     kept = of_candidates.argsort(descending=True, stable=True)[:num_models]
-    return _decode(candidates[kept], autoencoder, autoencoder.detokenize)
+    return _decode(candidates[kept], autoencoder)
 
 
 def sample_hyper_representations(
@@ -198,33 +197,22 @@ def _sample_tokens(codes: Tensor, num_models: int, bandwidth: float, generator: 
 
 
 @torch.no_grad()
-def _encode(
-    snapshots: Matrix, chosen: Tensor, autoencoder: ParameterAutoencoder, encode: Callable[[Tensor], Tensor]
+def _apply(
+    function: Callable[[Tensor], Tensor], rows: Matrix, indices: Tensor, autoencoder: ParameterAutoencoder
 ) -> Tensor:
+    """A function of the autoencoder, of some rows, on its device and as many at once as its memory holds."""
     in_parts = InParts("networks")
+    size = max(1, min(BATCH_SIZE, BATCH_NUMBERS // autoencoder.layout.num_parameters))
 
-    def on_device(rows: Tensor) -> Tensor:
-        return encode(rows.to(autoencoder.device)).cpu()
+    def on_device(part: Tensor) -> Tensor:
+        return function(part.to(autoencoder.device)).cpu()
 
-    return torch.cat([in_parts(on_device, snapshots[rows]) for rows in chosen.split(_batch_size(snapshots.shape[1]))])
-
-
-@torch.no_grad()
-def _decode(codes: Tensor, autoencoder: ParameterAutoencoder, decode: Callable[[Tensor], Tensor]) -> Tensor:
-    in_parts = InParts("networks")
-    parameters = torch.empty(len(codes), autoencoder.layout.num_parameters)
-
-    def on_device(rows: Tensor) -> Tensor:
-        return decode(rows.to(autoencoder.device)).cpu()
-
-    size = _batch_size(parameters.shape[1])
-    for target, rows in zip(parameters.split(size), codes.split(size), strict=True):
-        target.copy_(in_parts(on_device, rows))
-    return parameters
+    return torch.cat([in_parts(on_device, rows[part]) for part in indices.split(size)])
 
 
-def _batch_size(num_parameters: int) -> int:
-    return max(1, min(BATCH_SIZE, BATCH_NUMBERS // num_parameters))
+def _decode(codes: Tensor, autoencoder: ParameterAutoencoder) -> Tensor:
+    """Codes of tokens to parameters, shape `(n, D)`."""
+    return _apply(autoencoder.detokenize, codes, torch.arange(len(codes)), autoencoder)
 
 
 def _check(snapshots: Matrix, scores: Tensor) -> None:

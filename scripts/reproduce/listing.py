@@ -3,7 +3,6 @@
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
@@ -80,54 +79,41 @@ def _cost(plan: Plan, at_paper: bool) -> tuple[int, float]:
     return sum(stage == "evaluate" for stage, _ in seconds), sum(seconds.values()) / 60
 
 
-@dataclass(frozen=True)
-class _NetworkCost:
-    """Operations for one image, as `networks.yaml` has them, and how many parameters are selected."""
-
-    whole: float
-    suffix: float
-    score: float
-    parameters: int
-
-
-def _network_cost(r: PDiffConfig, known: Mapping[str, float] | None) -> _NetworkCost:
-    """Of the network of a recipe: `known`, or those of a classifier, counted."""
+def _network_cost(r: PDiffConfig, known: Mapping[str, float] | None) -> dict[str, float]:
+    """
+    Operations of the network of a recipe for one image, as `networks.yaml` has them, and how many parameters are
+    selected: `known`, or those of a classifier, counted.
+    """
     if known is None:
-        arguments = r.model, json.dumps(r.model_args), tuple(r.select), tuple(r.exclude)
-        whole, suffix = _operations(*arguments, r.image_size)
-        known = {"whole": whole, "suffix": suffix, "parameters": _num_parameters(*arguments)}
-    return _NetworkCost(**{"score": known["suffix"]} | known)
+        known = _count(r.model, json.dumps(r.model_args), tuple(r.select), tuple(r.exclude), r.image_size)
+    return {"score": known["suffix"], **known}
 
 
-def _stage_seconds(r: PDiffConfig, cost: _NetworkCost, at_paper: bool) -> dict[str, float]:
+def _stage_seconds(r: PDiffConfig, cost: Mapping[str, float], at_paper: bool) -> dict[str, float]:
+    whole, suffix, score = cost["whole"], cost["suffix"], cost["score"]
     num_train, *validation, num_test = NUM_IMAGES.get(r.dataset, USUAL_NUM_IMAGES)
     num_validation = validation[0] if validation else r.validation_fraction * num_train
     num_train = min(num_train if validation else num_train - num_validation, r.max_train_samples or math.inf)
     num_validation, num_test = (min(count, r.max_eval_samples or math.inf) for count in (num_validation, num_test))
     num_scored = 2 * r.num_snapshots + 1 + r.num_models + (len(standard_baselines()) + 1) * r.baseline_models
     num_seen = r.num_snapshots * r.collect_every * r.collect_batch_size
-    collected = min(num_seen, num_train) * (cost.whole - cost.suffix) + num_seen * 3 * cost.suffix
+    collected = min(num_seen, num_train) * (whole - suffix) + num_seen * 3 * suffix
     operations = {
-        "base": 3 * cost.whole * num_train * r.base_epochs,
-        "collect": collected + num_validation * (cost.whole + r.num_snapshots * cost.score),
-        "evaluate": (num_validation + num_test) * (cost.whole + num_scored * cost.score),
+        "base": 3 * whole * num_train * r.base_epochs,
+        "collect": collected + num_validation * (whole + r.num_snapshots * score),
+        "evaluate": (num_validation + num_test) * (whole + num_scored * score),
     }
     if not at_paper:
-        return {stage: count / OPERATIONS_PER_SECOND for stage, count in operations.items()} | {
-            "denoiser": GENERATOR_SECONDS
-        }
-    operations |= _generator_operations(r, cost.parameters)
+        seconds = {stage: count / OPERATIONS_PER_SECOND for stage, count in operations.items()}
+        return seconds | {"denoiser": GENERATOR_SECONDS}
+    autoencoder, denoiser = _step_operations(
+        int(cost["parameters"]), r.latent_dim, r.autoencoder_preset, r.denoiser_preset
+    )
+    # A forward pass of the denoiser, a third of a step of its training, for each network and step of sampling.
+    sampled = r.num_models * (r.num_inference_steps or 10) // 3
+    operations["autoencoder"] = autoencoder * r.autoencoder_steps * r.autoencoder_batch_size
+    operations["denoiser"] = denoiser * (r.denoiser_steps * r.denoiser_batch_size + sampled)
     return {stage: count / A100_OPERATIONS_PER_SECOND for stage, count in operations.items()}
-
-
-def _generator_operations(r: PDiffConfig, num_parameters: int) -> dict[str, int]:
-    """Of training, and of a forward pass of the denoiser (a third of a step) for each network and step of sampling."""
-    autoencoder, denoiser = _step_operations(num_parameters, r.latent_dim, r.autoencoder_preset, r.denoiser_preset)
-    return {
-        "autoencoder": autoencoder * r.autoencoder_steps * r.autoencoder_batch_size,
-        "denoiser": denoiser
-        * (r.denoiser_steps * r.denoiser_batch_size + r.num_models * (r.num_inference_steps or 10) // 3),
-    }
 
 
 @lru_cache
@@ -141,28 +127,19 @@ def _step_operations(num_parameters: int, latent_dim: int, autoencoder: str, den
 
 
 @lru_cache
-def _num_parameters(model: str, model_args: str, select: tuple, exclude: tuple) -> int:
-    network = _on_meta_device(model, model_args)
-    state_dict = network.state_dict()
-    return sum(state_dict[name].numel() for name in select_parameters(network, list(select), list(exclude)))
-
-
-def _on_meta_device(model: str, model_args: str) -> torch.nn.Module:
+def _count(model: str, model_args: str, select: tuple, exclude: tuple, image_size: int) -> dict[str, float]:
+    """Operations of the whole network, and of what comes after the first selected tensor is used; and parameters."""
+    arguments = json.loads(model_args)
     with torch.device("meta"):
-        return timm.create_model(Path(model).name.partition(".")[0], num_classes=10, **json.loads(model_args)).eval()
-
-
-@lru_cache
-def _operations(model: str, model_args: str, select: tuple, exclude: tuple, image_size: int) -> tuple[int, int]:
-    """Operations for one image, of the whole network and of what comes after the first selected tensor is used."""
-    arguments, network = json.loads(model_args), _on_meta_device(model, model_args)
-    with torch.device("meta"):
+        network = timm.create_model(Path(model).name.partition(".")[0], num_classes=10, **arguments).eval()
         channels, *size = network.pretrained_cfg["input_size"]
         images = torch.zeros(1, arguments.get("in_chans", channels), *([image_size] * 2 if image_size else size))
     before: list[int] = []
+    state_dict, selected = network.state_dict(), select_parameters(network, list(select), list(exclude))
     with FlopCounterMode(display=False) as counter:
-        for name in select_parameters(network, list(select), list(exclude)):
+        for name in selected:
             module = network.get_submodule(name.rpartition(".")[0])
             module.register_forward_pre_hook(lambda *_: before.append(counter.get_total_flops()))
         network(images)
-    return counter.get_total_flops(), counter.get_total_flops() - min(before)
+    whole, parameters = counter.get_total_flops(), sum(state_dict[name].numel() for name in selected)
+    return {"whole": whole, "suffix": whole - min(before), "parameters": parameters}

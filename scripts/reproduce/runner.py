@@ -21,9 +21,10 @@ from filelock import FileLock, Timeout
 from pdiff_hf.evaluation.groups import named_generator
 from pdiff_hf.evaluation.render import metric_title
 from pdiff_hf.evaluation.score import Metric, make_scorer
-from pdiff_hf.run.config import PDiffConfig, TaskSection
+from pdiff_hf.run.config import PDiffConfig
 from pdiff_hf.run.context import RunContext
 from pdiff_hf.run.folder import link
+from pdiff_hf.run.settings import TaskSection
 from pdiff_hf.run.stages import STAGES
 from pdiff_hf.run.task import make_task
 from pdiff_hf.run.trainer import execute, prepare

@@ -30,9 +30,10 @@ from pdiff_hf.evaluation.single_task import evaluate_task
 from pdiff_hf.hub.card import PRIVATE_KEYS, HubError, make_model_card
 from pdiff_hf.hub.push import push_pipeline_to_hub, push_run_to_hub, push_snapshots_to_hub
 from pdiff_hf.models.condition import Fields
-from pdiff_hf.run.config import PDiffConfig, RunSection
+from pdiff_hf.run.config import PDiffConfig
 from pdiff_hf.run.context import RunContext
 from pdiff_hf.run.saved import download
+from pdiff_hf.run.settings import RunSection
 from pdiff_hf.run.trainer import execute, prepare
 from pdiff_hf.run.tuning import load_tuning
 from pdiff_hf.snapshots import SnapshotError, SnapshotWriter, load_snapshots, parameter_matrix

@@ -12,9 +12,11 @@ import yaml
 from pdiff_hf.models import AUTOENCODER_PRESETS, DENOISER_PRESETS
 from pdiff_hf.models.tokens import NORMALIZATIONS
 from pdiff_hf.run.cli import ConfigParser, load_config
-from pdiff_hf.run.config import SECTIONS, AutoencoderArgs, CollectArgs, PDiffConfig, default_of
-from pdiff_hf.run.config import STAGES as STAGE_NAMES
+from pdiff_hf.run.config import PDiffConfig
 from pdiff_hf.run.context import stage_settings
+from pdiff_hf.run.options import default_of
+from pdiff_hf.run.settings import SECTIONS, AutoencoderArgs, CollectArgs
+from pdiff_hf.run.settings import STAGES as STAGE_NAMES
 from pdiff_hf.run.stages import STAGES
 from pdiff_hf.training.loop import OPTIMIZERS
 
@@ -120,7 +122,7 @@ def other_value(key: dataclasses.Field):
     )
 
 
-@pytest.mark.parametrize("name", [name for name, key in all_settings().items() if key.metadata["why"]])
+@pytest.mark.parametrize("name", [name for name, key in all_settings().items() if key.metadata["when"].why_not])
 def test_a_setting_without_effect_is_refused_and_in_no_fingerprint(name):
     """In a run where each such setting is not read, whichever that is: one task, imported snapshots, nothing tuned."""
     key = all_settings()[name]
@@ -139,7 +141,7 @@ def test_a_setting_without_effect_is_refused_and_in_no_fingerprint(name):
         config.conditional = False
         values = {name: other_value(key)} | ({"tune_args.ensemble_size": 2} if name == "tune_args.diversity" else {})
         changed = config.changed(**values)
-        if key.metadata["read_when"](changed):
+        if key.metadata["when"].holds(changed):
             continue
         refused += 1
         with pytest.raises(ValueError, match=r"has no effect: .*; leave it out"):
@@ -167,8 +169,8 @@ def test_what_a_flag_makes_moot_in_a_recipe_is_left_out_and_a_flag_never_is(tmp_
     [
         (["--latent_dmi", "3"], "unknown argument '--latent_dmi'; did you mean latent_dim"),
         (["--holdout_fraction=0.1"], "unknown argument '--holdout_fraction=0.1'; it is called validation_fraction now"),
-        (["--latent_dim", "many"], "--latent_dim"),
-        (["--latent_dim", "1.5"], "--latent_dim"),
+        (["--latent_dim", "many"], "latent_dim must be a whole number, got 'many'"),
+        (["--latent_dim", "1.5"], "latent_dim must be a whole number"),
         (["--num_models", "0"], "num_models must be at least 1, got 0"),
         (["--stages", "bake"], "stages must be one of base, collect"),
         (["--model_args", "[1]"], "model_args must be a mapping"),
@@ -176,6 +178,7 @@ def test_what_a_flag_makes_moot_in_a_recipe_is_left_out_and_a_flag_never_is(tmp_
         (["--resume_from_checkpoint", "newest"], "resume_from_checkpoint must be one of latest, got 'newest'"),
         (["--denoiser_args", "ema_decay=1"], "denoiser_args.ema_decay must be at least 0 and below 1, got 1.0"),
         (["--denoiser_args", "ema=1"], "denoiser_args has no setting 'ema'"),
+        (["--denoiser_args", "ema_decay=["], "denoiser_args cannot be read: while parsing"),
         (["--denoiser_args", "0.5"], "--denoiser_args takes KEY=VALUE or a mapping as JSON, got '0.5'"),
         (["--tune_penalty", "1"], "unknown argument '--tune_penalty'; it is called tune_args.penalty now"),
         (["--label_column=x"], "it is called task_args.label_column now"),
@@ -208,9 +211,9 @@ def test_errors_are_one_line_that_names_the_key(argv, message, capsys):
         ("- 1", "must be a mapping of keys to values, got a list"),
         ("false", "must be a mapping of keys to values, got a bool"),
         ("a: [", "is not YAML"),
-        ("latent_dim: many", "--latent_dim"),
-        ("latent_dim: [8]", "a list for the key 'latent_dim', which takes one value"),
-        ("seed: null", "no value for the key 'seed'"),
+        ("latent_dim: many", "recipe.yaml': latent_dim must be a whole number, got 'many'"),
+        ("latent_dim: [8]", "latent_dim must be a whole number, got [8]"),
+        ("seed: null", "seed must be a whole number, got None"),
         ("base_learning_rate: .inf", "base_learning_rate must be finite, got inf"),
         ("collect_args: {weight_decay: .nan}", "collect_args.weight_decay must be finite, got nan"),
         (

@@ -6,8 +6,8 @@ import pytest
 from support.run_server import RECIPE
 
 from pdiff_hf.run.config import PDiffConfig
-from pdiff_hf.run.context import Stage, stage_settings, stages_before
-from pdiff_hf.run.folder import RunError, RunFolder
+from pdiff_hf.run.context import stage_settings, stages_before
+from pdiff_hf.run.folder import RunError, RunFolder, Stage
 from pdiff_hf.run.stages import STAGES
 from pdiff_hf.utils.files import replacing, write_json
 from pdiff_hf.utils.seeds import derive_seed, named_seed

@@ -100,7 +100,7 @@ def test_images_beyond_the_memory_budget_are_the_same(monkeypatch):
     in_memory = ImageClassificationTask("test_resnet", image_size=8).load_split("test")
     monkeypatch.setattr(module, "MEMORY_BUDGET", 0)
     on_demand = ImageClassificationTask("test_resnet", image_size=8).load_split("test")
-    assert in_memory._images is not None and on_demand._images is None
+    assert torch.is_tensor(in_memory.images) and not torch.is_tensor(on_demand.images)
     batch = on_demand.__getitems__([3, 1])
     assert torch.equal(batch["pixel_values"], in_memory.__getitems__([3, 1])["pixel_values"])
 

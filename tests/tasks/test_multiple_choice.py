@@ -32,7 +32,7 @@ def test_the_likeliest_answer_is_chosen(tmp_path):
     for choices in (["a", "b", "c"], ["a b", "c", "d d d"]):
         rows = [{"prompt": p, "choices": choices, "answer": i % 3} for i, p in enumerate(["e f g", "h", "a b c d e"])]
         rows[1]["answer"] = choices[1]
-        task = make_task({"task": "multiple_choice", "model": model, "dataset": write(tmp_path, rows)})
+        task = make_task("multiple_choice", {"model": model, "dataset": write(tmp_path, rows)})
         network = task.load_base_model()
         plain = LlamaForCausalLM.from_pretrained(model).eval()
         batch = take(task.load_split("train"), [0, 1, 2])

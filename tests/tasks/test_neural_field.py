@@ -84,7 +84,7 @@ def test_what_a_task_of_fields_refuses(settings, message):
 
 
 def test_by_name_it_takes_the_settings_of_a_run():
-    task = make_task({"task": "neural_field", "model": "fourier", "max_train_samples": 30}, {"condition_columns": []})
+    task = make_task("neural_field", {"model": "fourier", "max_train_samples": 30, "condition_columns": []})
     assert isinstance(task, NeuralFieldTask) and task.load_base_model().config.kind == "fourier"
 
 

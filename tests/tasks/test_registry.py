@@ -11,6 +11,7 @@ import support.file_task
 
 from pdiff_hf import tasks
 from pdiff_hf.run.config import PDiffConfig
+from pdiff_hf.run.task import make_task as task_of
 from pdiff_hf.run.trainer import execute, prepare
 from pdiff_hf.tasks import make_task, registry, task_class, task_names
 from pdiff_hf.tasks.image_classification import ImageClassificationTask
@@ -30,12 +31,12 @@ def test_registered_tasks_are_imported_when_they_are_asked_for():
 
 
 def test_settings_go_to_the_arguments_of_the_same_names():
-    settings = {"task": "image_classification", "model": "test_resnet", "image_size": 0, "max_eval_samples": 7}
-    task = make_task(settings | {"model_args": {"in_chans": 1}, "dataset": None, "num_snapshots": 3})
+    config = PDiffConfig(model="test_resnet", image_size=0, max_eval_samples=7, model_args={"in_chans": 1})
+    task = task_of(config.changed(num_snapshots=3))
     assert isinstance(task, ImageClassificationTask) and task.dataset == "digits" and task.model_args == {"in_chans": 1}
     assert task.image_size is None and len(task.load_split("test")) == 7
     for name in (f"{FILE}:Clouds", "support.file_task:Clouds"):
-        task = make_task({"task": name, "max_eval_samples": 5, "model": "resnet18"}, {"distance": 2.0})
+        task = task_of(PDiffConfig(task=name, max_eval_samples=5, task_args={"distance": 2.0}))
         assert (task.max_eval_samples, task.distance) == (5, 2.0) and len(task.load_split("test")) == 5
     assert task_class(f"{FILE}:Clouds") is task_class(f"{FILE}:Clouds")
 
@@ -51,7 +52,7 @@ def test_settings_go_to_the_arguments_of_the_same_names():
         ("nowhere.py:Clouds", "'nowhere.py' cannot be imported: FileNotFoundError: there is no file '.*nowhere.py'"),
         (f"{FILE}:Points", "has no such task; it has Unfinished, Clouds"),
         (f"{FILE}:dataclass", "has no such task"),
-        (f"{FILE}:Unfinished", "lacks the methods collate, fingerprint, load_split, loss"),
+        (f"{FILE}:Unfinished", "lacks the methods fingerprint, load_split, loss"),
     ],
 )
 def test_what_is_no_task_is_named(name, message):
@@ -61,9 +62,11 @@ def test_what_is_no_task_is_named(name, message):
 
 def test_wrong_arguments_are_named(tmp_path):
     with pytest.raises(ValueError, match="does not take the task_args size; it takes max_eval_samples, distance"):
-        make_task({"task": f"{FILE}:Clouds"}, {"size": 3})
+        make_task(f"{FILE}:Clouds", {"size": 3})
+    with pytest.raises(ValueError, match="model=resnet34 has no effect: task .* does not take it"):
+        task_of(PDiffConfig(task=f"{FILE}:Clouds", model="resnet34"))
     with pytest.raises(ValueError, match="'text_classification' needs model, dataset"):
-        make_task({"task": "text_classification"})
+        make_task("text_classification", {})
     (tmp_path / "broken.py").write_text("import no_such_module\n")
     with pytest.raises(ValueError, match="broken.py' cannot be imported: ModuleNotFoundError"):
         task_class(f"{tmp_path / 'broken.py'}:Clouds")
@@ -95,20 +98,20 @@ def test_a_run_of_a_task_in_a_file_outside_the_package(tmp_path):
 def test_the_names_that_are_listed_are_those_that_are_registered():
     for name in registry.TASKS:
         assert task_class(name).__module__ == f"pdiff_hf.tasks.{name}"
-    for name, modules in registry.FAMILIES.items():
+    for name, modules in registry.MODULES["family"].items():
         for module in modules:
             importlib.import_module(f"pdiff_hf.tasks.{module}")
-        assert {kind.__module__.rpartition(".")[2] for kind in registry._families[name]} == set(modules)
+        assert {kind.__module__.rpartition(".")[2] for kind in registry._registered["family"][name]} == set(modules)
 
 
 def test_a_family_says_which_task_it_takes():
-    clouds = make_task({"task": f"{FILE}:Clouds"})
+    clouds = make_task(f"{FILE}:Clouds", {})
     message = "family 'grouped' is over .* ImageClassificationTask or TextClassificationTask, got Clouds"
     with pytest.raises(ValueError, match=message):
         tasks.make_family("grouped", clouds)
 
 
 def test_own_classes_can_be_registered(monkeypatch):
-    monkeypatch.setattr(registry, "_tasks", dict(registry._tasks))
+    monkeypatch.setitem(registry._registered, "task", dict(registry._registered["task"]))
     assert tasks.register_task("clouds")(support.file_task.Clouds) is support.file_task.Clouds
     assert task_class("clouds") is support.file_task.Clouds and "clouds" in task_names()
