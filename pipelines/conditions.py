@@ -7,8 +7,8 @@ from weakref import WeakKeyDictionary
 
 import torch
 
-from pdiff_hf.models.condition import Condition, ConditionEncoder, ConditionError
-from pdiff_hf.models.fields import shown
+from pdiff_hf.models import ConditionEncoder
+from pdiff_hf.models.fields import Condition, ConditionError, shown
 from pdiff_hf.utils.blocks import in_blocks
 from pdiff_hf.utils.memory import InParts
 

@@ -1,8 +1,10 @@
 """The generator: autoencoder, condition encoder and denoiser."""
 
 from .autoencoder import AUTOENCODER_PRESETS, ParameterAutoencoder, autoencoder_architecture, encode_in_batches
-from .condition import ConditionEncoder, ConditionError, Fields
+from .condition import Fields
+from .condition_encoder import ConditionEncoder
 from .denoiser import DENOISER_PRESETS, LatentDenoiser
+from .fields import ConditionError
 
 __all__ = [
     "AUTOENCODER_PRESETS",

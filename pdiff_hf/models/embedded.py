@@ -6,7 +6,7 @@ import json
 import logging
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -17,7 +17,7 @@ from PIL import Image
 
 from ..utils.errors import first_line
 from ..utils.paths import expand_path
-from .fields import FIELD_TYPES, ConditionError, VectorField, shown
+from .fields import AngleField, CategoryField, ConditionError, Field, ScalarField, VectorField, shown
 
 if TYPE_CHECKING:
     import datasets
@@ -54,17 +54,14 @@ class EmbeddedField(VectorField):
     length: int = 0
     encoder: str = ""
     revision: str | None = None
+    _probe: ClassVar[Any]  # something to embed, which says how long embeddings are
 
     def __post_init__(self):
         if not self.encoder:
             raise ValueError("it needs an encoder, a Hub id or a folder")
-        if not self.length:
-            object.__setattr__(self, "length", self._length())
+        vars(self).update(length=self.length or len(self._embed(self._probe)))
         super().__post_init__()
-
-    def _length(self) -> int:
-        """Of the encoder's embeddings."""
-        raise NotImplementedError
+        vars(self).update(spread=self.length**-0.5)
 
     def _is_one(self, value: Any) -> bool:
         """Whether the encoder takes it."""
@@ -73,34 +70,30 @@ class EmbeddedField(VectorField):
     def _embed(self, value: Any) -> Sequence[float]:
         raise NotImplementedError
 
+    def _embeddings(self, value: Any) -> list[tuple[str, list[float]]]:
+        """Those of a value or of several, each with the text or the name of the file that it is of, if it is known."""
+        is_one = isinstance(value, Mapping) or self._is_one(value)
+        is_list = isinstance(value, Sequence) and not isinstance(value, str) and len(value) > 0
+        if not is_one and not (is_list and all(isinstance(part, Mapping) or self._is_one(part) for part in value)):
+            return [("", super().parse(value))]
+        found = []
+        for part in [value] if is_one else value:
+            if isinstance(part, Mapping):  # as `store` has it
+                found.append((part["text"], super().parse(part["embedding"])))
+            else:
+                found.append((part if isinstance(part, str) else "", super().parse(self._embed(part))))
+        return found
+
     def parse(self, value: Any) -> list[float]:
         return self.parse_all(value)[0]
 
     def parse_all(self, value: Any) -> list[list[float]]:
-        parts = self._several(value)
-        return [super().parse(value)] if parts is None else [self._embedding(part) for part in parts]
-
-    def _several(self, value: Any) -> Sequence | None:
-        """What is to be embedded, or a data set has embedded; None for an embedding."""
-        if isinstance(value, Mapping) or self._is_one(value):
-            return [value]
-        several = isinstance(value, Sequence) and not isinstance(value, str) and len(value) > 0
-        return value if several and all(isinstance(part, Mapping) or self._is_one(part) for part in value) else None
-
-    def _embedding(self, value: Any) -> list[float]:
-        return super().parse(value["embedding"] if isinstance(value, Mapping) else self._embed(value))
+        return [embedding for _, embedding in self._embeddings(value)]
 
     def store(self, value: Any) -> list[dict[str, Any]]:
-        """Each embedding, with the text or the name of the file that it is of, if that is known."""
-        parts = self._several(value) or [None]
-        texts = [part["text"] if isinstance(part, Mapping) else part if isinstance(part, str) else "" for part in parts]
-        return [{"text": text, "embedding": row} for text, row in zip(texts, self.parse_all(value), strict=True)]
+        return [{"text": text, "embedding": embedding} for text, embedding in self._embeddings(value)]
 
-    def perturb(self, columns: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
-        return columns + noise / self.length**0.5
-
-    def read(self, text: str) -> str:
-        return text
+    read = Field.read
 
     def feature(self) -> "datasets.List":
         import datasets
@@ -123,6 +116,7 @@ class TextField(EmbeddedField):
     pooling: str = "mean"
     max_length: int = 256
     type: ClassVar[str] = "text"
+    _probe: ClassVar[str] = "length"
 
     def __post_init__(self):
         if self.pooling not in POOLINGS:
@@ -133,9 +127,6 @@ class TextField(EmbeddedField):
 
     def __str__(self) -> str:
         return f"a description in words, or its embedding of {self.length} numbers"
-
-    def _length(self) -> int:
-        return len(embed_text(replace(self, length=1), "length"))
 
     def _is_one(self, value: Any) -> bool:
         return isinstance(value, str)
@@ -158,12 +149,10 @@ class ImageField(EmbeddedField):
     """
 
     type: ClassVar[str] = "image"
+    _probe: ClassVar[Image.Image] = Image.new("RGB", (64, 64))
 
     def __str__(self) -> str:
         return f"a picture or its file, or its embedding of {self.length} numbers"
-
-    def _length(self) -> int:
-        return len(replace(self, length=1)._embed(Image.new("RGB", (64, 64))))
 
     def _is_one(self, value: Any) -> bool:
         return isinstance(value, str | os.PathLike | Image.Image) or (
@@ -190,7 +179,8 @@ class ImageField(EmbeddedField):
         return "picture.png"
 
 
-FIELD_TYPES |= {kind.type: kind for kind in (TextField, ImageField)}
+_TYPES: tuple[type[Field], ...] = (ScalarField, AngleField, CategoryField, VectorField, TextField, ImageField)
+FIELD_TYPES = {kind.type: kind for kind in _TYPES}
 
 
 @functools.lru_cache(maxsize=MEMORIES)
@@ -238,17 +228,12 @@ def load_encoder(encoder: str, revision: str | None = None, processor: str = "Au
             f"the encoder '{encoder}' cannot be loaded{hint}: {first_line(error)}. Embeddings can be given as lists of "
             "numbers instead"
         ) from error
-    _check_modules(encoder, Path(source, "modules.json"))
+    modules = Path(source, "modules.json")  # of sentence-transformers, which can have layers behind the pooling
+    parts = json.loads(modules.read_text(encoding="utf-8")) if modules.is_file() else []
+    unknown = [kind for part in parts if (kind := part["type"].rpartition(".")[2]) not in KNOWN_MODULES]
+    if unknown:
+        raise ConditionError(
+            f"the encoder '{encoder}' has a layer {unknown[0]} behind its pooling, which is not supported; "
+            "embed texts by yourself, and give embeddings as lists of numbers"
+        )
     return prepare, model.eval()
-
-
-def _check_modules(encoder: str, path: Path) -> None:
-    """Of a folder of sentence-transformers; they can have layers behind the pooling, which would be left out."""
-    if path.is_file():
-        kinds = [part["type"].rpartition(".")[2] for part in json.loads(path.read_text(encoding="utf-8"))]
-        unknown = [kind for kind in kinds if kind not in KNOWN_MODULES]
-        if unknown:
-            raise ConditionError(
-                f"the encoder '{encoder}' has a layer {unknown[0]} behind its pooling, which is not supported; "
-                "embed texts by yourself, and give embeddings as lists of numbers"
-            )

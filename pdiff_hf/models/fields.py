@@ -52,20 +52,27 @@ class Field:
         bounds (`tuple[float, float]`, *optional*): The lowest and the highest value of a number.
         step (`float`, *optional*): A small step from one number to the next.
         choices (`tuple[str, ...]`, *optional*): The words of a category.
+        length (`int`, *optional*): How many numbers a vector has.
+        spread (`float`): The standard deviation of its numbers, as far as the field tells; there is nothing near to a
+            word.
     """
 
     type: ClassVar[str]
     bounds: tuple[float, float] | None = None
     step: float | None = None
     choices: tuple[str, ...] | None = None
+    length: int | None = None
+    num_features: int = 1
+    spread: float = 0.0
 
     @property
     def width(self) -> int:
-        return 1
+        return self.length or 1
 
-    @property
-    def num_features(self) -> int:
-        return 1
+    def _span(self, low: float, high: float, num_steps: int) -> None:
+        """The attributes of a number; of values that are spread evenly. The dataclasses are frozen."""
+        step, spread = (high - low) / num_steps, (high - low) / math.sqrt(12)
+        vars(self).update(bounds=(low, high), step=step, spread=spread)
 
     def parse(self, value: Any) -> list[float]:
         """A value as the `width` numbers of a table. Raises a `ValueError` or `TypeError` for what cannot be one."""
@@ -80,7 +87,7 @@ class Field:
 
     def format(self, columns: list[float]) -> Any:
         """The inverse of `parse`."""
-        return columns[0]
+        return columns[0] if self.length is None else columns
 
     def store(self, value: Any) -> Any:
         """A value as the column of a data set has it, see `feature`; `parse_all` reads it again."""
@@ -92,19 +99,25 @@ class Field:
 
     def features(self, columns: torch.Tensor) -> torch.Tensor:
         """`(N, width)` to `(N, num_features)`, of about unit size."""
-        raise NotImplementedError
+        return columns
 
     def perturb(self, columns: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
         """Values near those of `(N, width)`, moved by `noise` of that shape, in units of the field's spread."""
-        return columns + noise
+        return columns + self.spread * noise
 
     def sample(self, generator: torch.Generator) -> Any:
         """A random value, as `parse` takes it. Raises a `ConditionError` if values have no range to draw from."""
-        raise ConditionError(f"{self} cannot be drawn at random; a family with such a field needs `draw`")
+        if self.bounds is None and self.choices is None:
+            raise ConditionError(f"{self} cannot be drawn at random; a family with such a field needs `draw`")
+        share = torch.rand((), generator=generator).item()
+        if self.choices is not None:
+            return self.choices[int(share * len(self.choices))]
+        low, high = self.bounds or (0.0, 0.0)
+        return low + share * (high - low)
 
     def line(self, num: int) -> list[float]:
         """So many values from the lowest to the highest; none if they have no order."""
-        return []
+        return torch.linspace(*self.bounds, num).tolist() if self.bounds else []
 
     def example(self) -> Any:
         """A value, as `parse` takes it."""
@@ -114,7 +127,8 @@ class Field:
         """The type of a column that holds the field in a data set."""
         import datasets  # takes a second, which only data sets need
 
-        return datasets.Value("float32")
+        value = datasets.Value("string" if self.choices else "float32")
+        return value if self.length is None else datasets.List(value, length=self.length)
 
 
 @dataclass(frozen=True)
@@ -128,17 +142,10 @@ class ScalarField(Field):
     def __post_init__(self):
         if not -math.inf < self.low < self.high < math.inf:
             raise ValueError(f"low must be below high, got {self.low} and {self.high}")
+        self._span(self.low, self.high, 100)
 
     def __str__(self) -> str:
         return f"a number from {self.low:g} to {self.high:g}"
-
-    @property
-    def bounds(self) -> tuple[float, float]:  # type: ignore[override]
-        return self.low, self.high
-
-    @property
-    def step(self) -> float:  # type: ignore[override]
-        return (self.high - self.low) / 100
 
     def parse(self, value: Any) -> list[float]:
         (number,) = super().parse(value)
@@ -146,18 +153,11 @@ class ScalarField(Field):
             raise ValueError("it is out of range")
         return [number]
 
-    def perturb(self, columns: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
-        return (columns + noise * (self.high - self.low) / math.sqrt(12)).clamp(self.low, self.high)
-
     def features(self, columns: torch.Tensor) -> torch.Tensor:
-        # Standardised, if values are spread evenly over the range.
-        return (columns - (self.low + self.high) / 2) * (math.sqrt(12) / (self.high - self.low))
+        return (columns - (self.low + self.high) / 2) * (math.sqrt(12) / (self.high - self.low))  # standardised
 
-    def sample(self, generator: torch.Generator) -> float:
-        return self.low + torch.rand((), generator=generator).item() * (self.high - self.low)
-
-    def line(self, num: int) -> list[float]:
-        return torch.linspace(self.low, self.high, num).tolist()
+    def perturb(self, columns: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+        return super().perturb(columns, noise).clamp(self.low, self.high)
 
     def example(self) -> float:
         return self.low + (self.high - self.low) / 4
@@ -169,38 +169,22 @@ class AngleField(Field):
 
     period: float = 360.0
     type: ClassVar[str] = "angle"
+    num_features = 2
 
     def __post_init__(self):
         if not 0 < self.period < math.inf:
             raise ValueError(f"period must be above 0, got {self.period}")
+        self._span(0.0, self.period, 360)
 
     def __str__(self) -> str:
         return f"an angle with period {self.period:g}"
-
-    @property
-    def bounds(self) -> tuple[float, float]:  # type: ignore[override]
-        return 0.0, self.period
-
-    @property
-    def step(self) -> float:  # type: ignore[override]
-        return self.period / 360
-
-    @property
-    def num_features(self) -> int:
-        return 2
-
-    def perturb(self, columns: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
-        return columns + noise * self.period / math.sqrt(12)
 
     def features(self, columns: torch.Tensor) -> torch.Tensor:
         radians = columns * (2 * math.pi / self.period)
         return math.sqrt(2) * torch.cat([radians.sin(), radians.cos()], dim=1)
 
-    def sample(self, generator: torch.Generator) -> float:
-        return torch.rand((), generator=generator).item() * self.period
-
     def line(self, num: int) -> list[float]:
-        return [self.period * i / num for i in range(num)]
+        return super().line(num + 1)[:-1]
 
     def example(self) -> float:
         return self.period / 10
@@ -214,7 +198,7 @@ class CategoryField(Field):
     type: ClassVar[str] = "category"
 
     def __post_init__(self):
-        object.__setattr__(self, "values", tuple(self.values))
+        vars(self).update(values=tuple(self.values), choices=tuple(self.values), num_features=len(self.values))
         if len(set(self.values)) < max(1, len(self.values)) or not all(isinstance(value, str) for value in self.values):
             raise ValueError(f"values must be different words, got {list(self.values)}")
 
@@ -223,14 +207,6 @@ class CategoryField(Field):
         if len(text) <= SHOWN:
             return f"one of {text}"
         return f"one of {text[:SHOWN].rpartition(', ')[0] or text[:SHOWN]}, … ({len(self.values)} words)"
-
-    @property
-    def choices(self) -> tuple[str, ...]:  # type: ignore[override]
-        return self.values
-
-    @property
-    def num_features(self) -> int:
-        return len(self.values)
 
     def parse(self, value: Any) -> list[float]:
         value = plain(value)
@@ -244,22 +220,11 @@ class CategoryField(Field):
     def format(self, columns: list[float]) -> str:
         return self.values[int(columns[0])]
 
-    def perturb(self, columns: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
-        return columns  # there is nothing near to a word
-
     def features(self, columns: torch.Tensor) -> torch.Tensor:
         return math.sqrt(len(self.values)) * F.one_hot(columns[:, 0].long(), len(self.values)).to(columns.dtype)
 
-    def sample(self, generator: torch.Generator) -> str:
-        return self.values[int(torch.rand((), generator=generator).item() * len(self.values))]
-
     def example(self) -> str:
         return self.values[0]
-
-    def feature(self) -> "datasets.Value":
-        import datasets
-
-        return datasets.Value("string")
 
 
 @dataclass(frozen=True)
@@ -268,50 +233,26 @@ class VectorField(Field):
 
     length: int
     type: ClassVar[str] = "vector"
+    spread = 1.0
 
     def __post_init__(self):
-        if self.length < 1:
+        if not self.length or self.length < 1:
             raise ValueError(f"length must be at least 1, got {self.length}")
+        vars(self).update(num_features=self.length)
 
     def __str__(self) -> str:
         return f"{self.length} numbers"
 
-    @property
-    def width(self) -> int:
-        return self.length
-
-    @property
-    def num_features(self) -> int:
-        return self.length
-
     def parse(self, value: Any) -> list[float]:
-        if isinstance(value, torch.Tensor):
-            value = value.detach().cpu()
-        numbers = np.asarray(value, dtype=np.float64)
+        numbers = np.asarray(value.detach().cpu() if isinstance(value, torch.Tensor) else value, dtype=np.float64)
         if numbers.shape != (self.length,):
             raise ValueError(f"it has shape {numbers.shape}")
         if not np.isfinite(numbers).all():
             raise ValueError("it is not finite")
         return numbers.tolist()
 
-    def format(self, columns: list[float]) -> list[float]:
-        return columns
-
     def read(self, text: str) -> Any:
         return [float(number) for number in text.replace(",", " ").split()]
 
-    def features(self, columns: torch.Tensor) -> torch.Tensor:
-        return columns
-
     def example(self) -> Any:
         return [1.0] + [0.0] * (self.length - 1)
-
-    def feature(self) -> "datasets.List":
-        import datasets
-
-        return datasets.List(datasets.Value("float32"), length=self.length)
-
-
-FIELD_TYPES: dict[str, type[Field]] = {
-    kind.type: kind for kind in (ScalarField, AngleField, CategoryField, VectorField)
-}

@@ -5,9 +5,9 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
-from ..models.condition import ConditionError, Field, Fields, ImageField, TextField
-from ..models.embedded import DEFAULT_TEXT_ENCODER
-from ..models.fields import nearest, shown
+from ..models.condition import Fields
+from ..models.embedded import DEFAULT_TEXT_ENCODER, ImageField, TextField
+from ..models.fields import ConditionError, Field, nearest, shown
 from .dataset import COLUMNS
 from .files import beside
 from .tables import Column, check_differ, read_column, read_numbers, read_table, read_texts, read_vectors

@@ -13,8 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from ..models.condition import AngleField, CategoryField, ConditionError, Field, ScalarField, VectorField
-from ..models.fields import shown
+from ..models.fields import AngleField, CategoryField, ConditionError, Field, ScalarField, VectorField, shown
 from .readers import SUFFIXES
 
 DELIMITERS = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "vertical bars"}

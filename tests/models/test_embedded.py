@@ -14,8 +14,7 @@ from support.texts import make_text_encoder
 from transformers import AutoImageProcessor, AutoModel, AutoTokenizer, ViTConfig, ViTImageProcessor, ViTModel
 
 from pdiff_hf.models import ConditionEncoder, ConditionError, Fields
-from pdiff_hf.models.condition import ImageField, TextField
-from pdiff_hf.models.embedded import load_encoder
+from pdiff_hf.models.embedded import ImageField, TextField, load_encoder
 from pdiff_hf.pipelines.conditions import prepare_conditions
 from pdiff_hf.snapshots.conditions import read_conditions
 from pdiff_hf.training import make_training_scheduler

@@ -13,8 +13,8 @@ from torch import nn
 from pdiff_hf import PDiffPipeline
 from pdiff_hf.layout import LayoutError
 from pdiff_hf.models import ConditionError
-from pdiff_hf.models.condition import Fields, TextField
-from pdiff_hf.models.embedded import load_encoder
+from pdiff_hf.models.condition import Fields
+from pdiff_hf.models.embedded import TextField, load_encoder
 from pdiff_hf.selection import select_layout
 from pdiff_hf.snapshots import SnapshotError, SnapshotRecorder, import_snapshots, load_snapshots, parameter_matrix
 from pdiff_hf.snapshots.conditions import read_conditions
