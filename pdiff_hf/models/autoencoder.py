@@ -1,7 +1,6 @@
 """The parameter autoencoder (paper, section 2.3): a 1-D convolutional network from parameters to latents and back."""
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +16,7 @@ from ..layout import LayoutError, ParameterLayout
 from ..utils.memory import InParts
 from .products import AdapterProducts
 from .saved import FORMAT_VERSION, check_format_version
-from .tokens import BASIS_DTYPES, BLOCK_SIZE, TokenModel
+from .tokens import BLOCK_SIZE, TokenModel
 
 # `tokens` explains more of the variance of the snapshots than the published widths of `paper`, at a small part of their
 # operations and memory. `pca` is the linear control.
@@ -100,91 +99,6 @@ def autoencoder_architecture(
         return architecture
     token_dim = architecture["token_dim"] if num_snapshots is None else num_snapshots - 1
     return architecture | {"basis_dtype": "int8", "token_dim": min(token_dim, architecture["token_dim"])}
-
-
-def check_settings(
-    num_parameters: int,
-    latent_dim: int,
-    block_out_channels: Sequence[int],
-    kernel_size: int,
-    token_size: int | None,
-    token_dim: int,
-    variational: bool,
-    basis_dtype: str = "float32",
-) -> None:
-    """Raises a `LayoutError` for settings of no [`ParameterAutoencoder`]."""
-    if not 1 <= latent_dim <= num_parameters:
-        raise LayoutError(
-            f"latent_dim must lie between 1 and the {num_parameters} selected parameters, got {latent_dim}: a "
-            "latent that is longer than the vector compresses nothing"
-        )
-    if kernel_size % 2 == 0 or kernel_size < 1:
-        raise LayoutError(f"kernel_size must be odd, so that a convolution keeps the length, got {kernel_size}")
-    if token_size is not None and (token_size < 1 or token_dim < 1):
-        raise LayoutError(f"token_size and token_dim must be at least 1, got {token_size} and {token_dim}")
-    if basis_dtype not in BASIS_DTYPES:
-        raise LayoutError(f"basis_dtype must be one of {', '.join(BASIS_DTYPES)}, got {basis_dtype!r}")
-    if basis_dtype == "int8" and (not block_out_channels or token_size is None or token_size > BLOCK_SIZE // 4):
-        raise LayoutError(
-            f"basis_dtype='int8' is for tokens of at most {BLOCK_SIZE // 4:,} parameters, got token_size={token_size} "
-            f"and block_out_channels={tuple(block_out_channels)}"
-        )
-    if variational and not block_out_channels:
-        raise LayoutError("a variational autoencoder needs convolutions, got block_out_channels=()")
-
-
-def make_encoder_and_decoder(
-    shape: tuple[int, int],
-    latent_dim: int,
-    block_out_channels: Sequence[int],
-    kernel_size: int,
-    norm_num_groups: int | None,
-    num_outputs: int,
-    linear: bool = False,
-) -> tuple[nn.Sequential, nn.Sequential]:
-    """
-    The networks between a signal of the given channels and length, and latents; without convolutions they are the
-    identity, or linear. The encoder has `num_outputs` for each latent.
-
-    Group normalization with one group takes the place of the batch normalization of the published implementation: it
-    does the same in training and in use, for one network and for many, on one process and on several. Tokens do
-    without, because it would remove how far a network is from the mean, which their components say directly.
-    """
-    if linear:  # they start as the identity on the first principal components
-        layers = nn.Linear(shape[0], latent_dim), nn.Linear(latent_dim, shape[0])
-        for layer in layers:
-            nn.init.eye_(layer.weight)
-            nn.init.zeros_(layer.bias)
-        return nn.Sequential(nn.Flatten(), layers[0]), nn.Sequential(layers[1], nn.Unflatten(1, shape))
-    if not block_out_channels:
-        return nn.Sequential(nn.Flatten()), nn.Sequential(nn.Unflatten(1, shape))
-    num_channels, length = shape[0], shape[1] // 2 ** len(block_out_channels)
-    padding = kernel_size // 2
-
-    def norm(channels: int) -> list[nn.Module]:
-        return [] if norm_num_groups is None else [nn.GroupNorm(norm_num_groups, channels)]
-
-    encoder: list[nn.Module] = []
-    channels = num_channels
-    for out_channels in block_out_channels:
-        encoder += [
-            nn.Conv1d(channels, out_channels, kernel_size, stride=2, padding=padding),
-            *norm(out_channels),
-            nn.LeakyReLU(),
-        ]
-        channels = out_channels
-    decoder: list[nn.Module] = [nn.Unflatten(1, (channels, length))]
-    for out_channels in (*block_out_channels[-2::-1], *block_out_channels[:1]):
-        decoder += [
-            nn.ConvTranspose1d(channels, out_channels, kernel_size, stride=2, padding=padding, output_padding=1),
-            *norm(out_channels),
-            nn.ELU(),
-        ]
-        channels = out_channels
-    flat = block_out_channels[-1] * length
-    encoder += [nn.Flatten(), nn.Linear(flat, num_outputs)]
-    decoder = [nn.Linear(latent_dim, flat), *decoder, nn.Conv1d(channels, num_channels, kernel_size, padding=padding)]
-    return nn.Sequential(*encoder), nn.Sequential(*decoder)
 
 
 @torch.no_grad()
@@ -279,16 +193,15 @@ class ParameterAutoencoder(TokenModel, ConfigMixin):
         self.layout = ParameterLayout.from_dict(layout)
         self.products = AdapterProducts(self.layout, adapter_frame_size) if adapter_products else None
         vectors = self.layout if self.products is None else self.products.layout
-        check_settings(
-            vectors.num_parameters,
-            latent_dim,
-            block_out_channels,
-            kernel_size,
-            token_size,
-            token_dim,
-            variational,
-            basis_dtype,
-        )
+        if not 1 <= latent_dim <= vectors.num_parameters:
+            raise LayoutError(
+                f"latent_dim must lie between 1 and the {vectors.num_parameters} selected parameters, got {latent_dim}"
+                ": a latent that is longer than the vector compresses nothing"
+            )
+        if kernel_size % 2 == 0 or kernel_size < 1:
+            raise LayoutError(f"kernel_size must be odd, so that a convolution keeps the length, got {kernel_size}")
+        if variational and not block_out_channels:
+            raise LayoutError("a variational autoencoder needs convolutions, got block_out_channels=()")
         if linear and (block_out_channels or not latent_dim <= token_dim <= vectors.num_parameters):
             raise LayoutError(
                 f"linear maps need block_out_channels=() and latent_dim <= token_dim, got {tuple(block_out_channels)}, "
@@ -298,21 +211,51 @@ class ParameterAutoencoder(TokenModel, ConfigMixin):
         self._init_tokens(vectors, block_out_channels, token_size, kept, basis_dtype)
         stride = 2 ** len(block_out_channels)
         self.padded_length = -(-self.token_shape[1] // stride) * stride
-        self.encoder, self.decoder = make_encoder_and_decoder(
-            (self.token_shape[0], self.padded_length),
-            latent_dim,
-            block_out_channels,
-            kernel_size,
-            norm_num_groups,
-            2 * latent_dim if variational else latent_dim,
-            linear,
-        )
+        self._init_networks(2 * latent_dim if variational else latent_dim)
         self.register_buffer("parameter_mean", torch.zeros(vectors.num_parameters))
         self.register_buffer("parameter_std", torch.ones(len(vectors.names)))
         self.register_buffer("latent_mean", torch.zeros(latent_dim))
         self.register_buffer("latent_std", torch.ones(latent_dim))
         if tuned_map:
             self.add_tuned_map()
+
+    def _init_networks(self, num_outputs: int) -> None:
+        """
+        Sets `encoder`, which has `num_outputs`, and `decoder`; without convolutions they are the identity, or linear.
+
+        Group normalization with one group takes the place of the batch normalization of the published implementation:
+        it does the same in training and in use, for one network and for many, on one process and on several. Tokens do
+        without, because it would remove how far a network is from the mean, which their components say directly.
+        """
+        widths, size, groups = self.config.block_out_channels, self.config.kernel_size, self.config.norm_num_groups
+        num_channels, length = self.token_shape[0], self.padded_length // 2 ** len(widths)
+        if not widths:
+            maps: list[nn.Linear] = []
+            if self.config.linear:  # they start as the identity on the first principal components
+                maps = [nn.Linear(num_channels, num_outputs), nn.Linear(num_outputs, num_channels)]
+            for layer in maps:
+                nn.init.eye_(layer.weight)
+                nn.init.zeros_(layer.bias)
+            self.encoder = nn.Sequential(nn.Flatten(), *maps[:1])
+            self.decoder = nn.Sequential(*maps[1:], nn.Unflatten(1, (num_channels, length)))
+            return
+
+        def norm(channels: int) -> list[nn.Module]:
+            return [] if groups is None else [nn.GroupNorm(groups, channels)]
+
+        halving: dict[str, Any] = {"kernel_size": size, "stride": 2, "padding": size // 2}
+        flat = widths[-1] * length
+        encoder: list[nn.Module] = []
+        for before, after in zip((num_channels, *widths), widths, strict=False):
+            encoder += [nn.Conv1d(before, after, **halving), *norm(after), nn.LeakyReLU()]
+        decoder: list[nn.Module] = [nn.Unflatten(1, (widths[-1], length))]
+        back = (*widths[::-1], widths[0])
+        for before, after in zip(back, back[1:], strict=False):
+            decoder += [nn.ConvTranspose1d(before, after, output_padding=1, **halving), *norm(after), nn.ELU()]
+        encoder += [nn.Flatten(), nn.Linear(flat, num_outputs)]
+        decoder = [nn.Linear(self.config.latent_dim, flat), *decoder]
+        self.encoder = nn.Sequential(*encoder)
+        self.decoder = nn.Sequential(*decoder, nn.Conv1d(widths[0], num_channels, size, padding=size // 2))
 
     def add_tuned_map(self) -> None:
         """
@@ -324,9 +267,7 @@ class ParameterAutoencoder(TokenModel, ConfigMixin):
         self.map_weight = nn.Parameter(torch.zeros(self.config.latent_dim, self.vector_layout.num_parameters))
 
     @torch.no_grad()
-    def fit_latent_statistics(
-        self, tokens: torch.Tensor, batch_size: int = BATCH_SIZE, *, scaling: str = "each"
-    ) -> None:
+    def fit_latent_statistics(self, tokens: torch.Tensor, scaling: str = "each") -> None:
         """
         Sets the latents' mean and standard deviation from snapshots' tokens, `(N, C, S)`. Call it after training.
 
@@ -335,7 +276,7 @@ class ParameterAutoencoder(TokenModel, ConfigMixin):
                 snapshots, or all `together` have it on average. Principal components keep their proportions then, so
                 that a denoiser learns first what differs most between networks.
         """
-        latents = torch.cat([self._encode(batch)[0] for batch in tokens.split(batch_size)]).double()
+        latents = torch.cat([self._encode(batch)[0] for batch in tokens.split(BATCH_SIZE)]).double()
         std = latents.std(0, correction=0)
         if scaling == "together":
             std = std.square().mean().sqrt().expand_as(std)

@@ -23,14 +23,9 @@ MIN_ENERGY, MIN_HELDOUT = 0.85, 0.05
 
 def find_factors(layout: ParameterLayout) -> dict[str, str]:
     """The names of the factors A of adapters in a layout, with those of the factors B that belong to them."""
-    found = {name: _other(name, "B") for name in layout.names if (m := FACTOR.fullmatch(name)) and m["letter"] == "A"}
+    factors = [m for name in layout.names if (m := FACTOR.fullmatch(name)) and m["letter"] == "A"]
+    found = {m.string: f"{m['module']}.{m['kind']}B{m['rest'] or ''}" for m in factors}
     return {a: b for a, b in found.items() if b in layout.names}
-
-
-def _other(name: str, letter: str) -> str:
-    match = FACTOR.fullmatch(name)
-    assert match is not None
-    return f"{match['module']}.{match['kind']}{letter}{match['rest'] or ''}"
 
 
 @dataclass(frozen=True)
@@ -64,23 +59,14 @@ class Geometry:
         whole = centred.diagonal() * (count / (count - 1)) ** 2  # from the mean of the others
         return float(1 - left.sum() / whole.sum().clamp_min(1e-300))
 
-    @property
-    def cosines(self) -> torch.Tensor:
-        """Between the products of each two adapters, shape `(K, K)`."""
-        norms = self.gram.diagonal().clamp_min(torch.finfo(torch.float64).tiny).sqrt()
-        return self.gram / norms / norms.unsqueeze(1)
-
     def report(self) -> dict[str, Any]:
         """Numbers for a record; warns where a generator could hardly learn anything of them."""
-        apart = self.cosines.tril(-1)
-        copies = [(int(i), int(j)) for i, j in torch.nonzero(apart > 1 - 1e-6)]
+        norms = self.gram.diagonal().clamp_min(torch.finfo(torch.float64).tiny).sqrt()
+        cosines = (self.gram / norms / norms.unsqueeze(1)).tril(-1)
+        copies = torch.nonzero(cosines > 1 - 1e-6).tolist()
         if copies:
-            logger.warning(
-                "adapters %d and %d do the same, with other factors%s",
-                copies[0][1],
-                copies[0][0],
-                f", as do {len(copies) - 1} other pairs" if len(copies) > 1 else "",
-            )
+            more = f", as do {len(copies) - 1} other pairs" if len(copies) > 1 else ""
+            logger.warning("adapters %d and %d do the same, with other factors%s", *reversed(copies[0]), more)
         if self.energy < MIN_ENERGY:
             logger.warning(
                 "the frames keep %.0f%% of the adapters; with larger ones (adapter_frame_size) they are nearer to what "
@@ -94,10 +80,10 @@ class Geometry:
                 "generator cannot learn from them; train them from one initialisation, or for longer",
                 100 * max(0.0, self.heldout),
             )
-        cosines = apart[apart != 0]
         found = {"energy": self.energy, "copies": len(copies)}
         if len(self.gram) > 2:
-            found |= {"heldout_r2": self.heldout, "mean_cosine": float(cosines.mean()) if len(cosines) else 0.0}
+            apart = cosines[cosines != 0]
+            found |= {"heldout_r2": self.heldout, "mean_cosine": float(apart.mean()) if len(apart) else 0.0}
         return found
 
 
@@ -143,39 +129,40 @@ class AdapterProducts(nn.Module):
             if len(shapes[b]) < 2 or shapes[b][1] != shapes[a][0] or len(shapes[b]) > 2 and max(shapes[b][2:]) > 1:
                 raise LayoutError(f"'{a}' of shape {shapes[a]} and '{b}' of shape {shapes[b]} have no product")
         # For each product its number of rows and columns, and how many of each frames keep; None for all.
-        self.sides = {
-            a: (shapes[b][0], ParameterLayout((a,), (shapes[a][1:],), ("float32",)).num_parameters)
-            for a, b in self.pairs.items()
-        }
+        self.sides = {a: (shapes[b][0], math.prod(shapes[a][1:])) for a, b in self.pairs.items()}
         self.kept = {
             a: tuple(frame_size if frame_size and size > frame_size else None for size in sides)
             for a, sides in self.sides.items()
         }
         self.has_frames = any(size for sizes in self.kept.values() for size in sizes)
+        self._places: dict[tuple[str, int], slice] = {}  # of each frame in the buffer of its side
         for side, name in enumerate(("frame_left", "frame_right")):
-            size = sum(sides[side] * (self.kept[a][side] or 0) for a, sides in self.sides.items())
+            size = 0
+            for a, sides in self.sides.items():
+                start, size = size, size + sides[side] * (self.kept[a][side] or 0)
+                self._places[a, side] = slice(start, size)
             if size:
                 self.register_buffer(name, torch.zeros(size, dtype=torch.bfloat16))
         kept = [name for name in layout.names if name not in self.pairs.values()]
+        cores = {
+            a: (left or self.sides[a][0], *(shapes[a][1:] if right is None else (right,)))
+            for a, (left, right) in self.kept.items()
+        }
         self.layout = ParameterLayout(
-            tuple(FACTOR.sub(r"\g<module>.\g<kind>BA\g<rest>", name) if name in self.pairs else name for name in kept),
-            tuple(self._core_shape(n, shapes) if n in self.pairs else shapes[n] for n in kept),
+            tuple(FACTOR.sub(r"\g<module>.\g<kind>BA\g<rest>", name) if name in cores else name for name in kept),
+            tuple(cores.get(name, shapes[name]) for name in kept),
             ("float32",) * len(kept),
         )
         self._orthonormal: dict[tuple, torch.Tensor] = {}
-
-    def _core_shape(self, a: str, shapes: dict[str, tuple[int, ...]]) -> tuple[int, ...]:
-        left, right = self.kept[a]
-        return (left or self.sides[a][0], *(shapes[a][1:] if right is None else (right,)))
 
     def layout_of_rank(self, rank: int | None) -> ParameterLayout:
         """The layout of adapters of another rank, with the configuration that PEFT needs for them."""
         if rank is None:
             return self.factors
         layout = self.factors
-        factors = {**dict.fromkeys(self.pairs, 0), **dict.fromkeys(self.pairs.values(), 1)}
+        axes = dict.fromkeys(self.pairs, 0) | dict.fromkeys(self.pairs.values(), 1)  # that of the rank
         shapes = tuple(
-            shape if name not in factors else (*shape[: factors[name]], rank, *shape[factors[name] + 1 :])
+            shape if name not in axes else (*shape[: axes[name]], rank, *shape[axes[name] + 1 :])
             for name, shape in zip(layout.names, layout.shapes, strict=True)
         )
         adapters = {name: _with_rank(config, rank) for name, config in layout.adapters.items()}
@@ -198,14 +185,8 @@ class AdapterProducts(nn.Module):
         return stored.float() @ self._orthonormal[key]
 
     def _stored(self, a: str, side: int) -> torch.Tensor:
-        start = 0
-        for name, sides in self.sides.items():
-            size = sides[side] * (self.kept[name][side] or 0)
-            if name == a:
-                break
-            start += size
         buffer: Any = self.frame_right if side else self.frame_left
-        return buffer[start : start + size].view(self.sides[a][side], -1)
+        return buffer[self._places[a, side]].view(self.sides[a][side], -1)
 
     def _product(self, a: str, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
         """The core, or product, of factors B, `(..., o r)`, and A, `(..., r i)`, flat."""
@@ -263,7 +244,8 @@ class AdapterProducts(nn.Module):
             columns = left.float().transpose(0, 1).reshape(num_rows, -1)  # (o, N r)
             lines = right.float().reshape(-1, num_columns)  # (N r, i)
             of_left, of_right = columns.mT @ columns, lines @ lines.mT  # (N r, N r)
-            here = _block_sums(of_left.double() * of_right.double(), count)
+            products = of_left.double() * of_right.double()
+            here = products.unflatten(0, (count, -1)).unflatten(2, (count, -1)).sum((1, 3))
             gram += here
             energy = here.diagonal().sum().item()
             whole += energy
@@ -288,11 +270,6 @@ def smallest_frame(
     """The smallest power of two, or `most`, whose frames keep that part of the energy; see [`AdapterProducts.fit`]."""
     sizes = [2**i for i in range(2, max(2, most.bit_length())) if 2**i < most]
     return next((n for n in sizes if AdapterProducts(layout, n).fit(parameters, rows).energy >= energy), most)
-
-
-def _block_sums(matrix: torch.Tensor, count: int) -> torch.Tensor:
-    """Sums over the blocks of a matrix of `count` × `count` blocks."""
-    return matrix.unflatten(0, (count, -1)).unflatten(2, (count, -1)).sum((1, 3))
 
 
 def _leading_directions(

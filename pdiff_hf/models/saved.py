@@ -67,32 +67,15 @@ class SavedModel(ModelMixin):
                 self._buffers[name] = buffer.to(self._buffers[name].device)
         return self
 
-    # A pipeline looks at this signature to learn what it can ask for.
-    def save_pretrained(
-        self,
-        save_directory: str | os.PathLike,
-        is_main_process: bool = True,
-        save_function: Callable | None = None,
-        safe_serialization: bool = True,
-        variant: str | None = None,
-        max_shard_size: int | str = "10GB",
-        push_to_hub: bool = False,
-        **kwargs: Any,
-    ) -> None:
+    def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
         """Like diffusers' own, but an earlier model in the folder goes, whatever format it was saved in."""
-        if push_to_hub:
-            kwargs = {"repo_id": Path(save_directory).name} | kwargs
+        if kwargs.get("push_to_hub"):
+            kwargs.setdefault("repo_id", Path(save_directory).name)
         with replaced_files(Path(save_directory), "diffusion_pytorch_model*", self.config_name) as part:
-            super().save_pretrained(
-                part,
-                is_main_process,
-                save_function,
-                safe_serialization,
-                variant,
-                max_shard_size,
-                push_to_hub=push_to_hub,
-                **kwargs,
-            )
+            super().save_pretrained(part, *args, **kwargs)
+
+    # A pipeline looks at the signature to learn what it can ask for.
+    save_pretrained.__wrapped__ = ModelMixin.save_pretrained  # type: ignore[attr-defined]
 
     @classmethod
     def from_config(cls, config: dict, **kwargs: Any):
@@ -130,30 +113,26 @@ class SavedModel(ModelMixin):
             HTTPError: of `huggingface_hub.errors`, if the connection to the Hub fails.
             ValueError: if they are damaged, do not belong together, or are of a newer format than this release reads.
         """
-        wants_info = kwargs.pop("output_loading_info", False)
-        folder = Path(pretrained_model_name_or_path, kwargs.get("subfolder") or "")
+        path, wants_info = pretrained_model_name_or_path, kwargs.pop("output_loading_info", False)
+        folder = Path(path, kwargs.get("subfolder") or "")
+
+        def refused(what: str) -> ValueError:
+            return ValueError(f"the {cls.__name__} in '{path}' cannot be used: {what}")
+
         if folder.is_dir() and not any(folder.glob("*.safetensors")) and any(folder.glob("*.bin")):
             if kwargs.get("use_safetensors"):
                 raise OSError(f"'{folder}' has .bin files and no safetensors files, as use_safetensors=True asks for")
             kwargs["use_safetensors"] = False  # torch reads tensors from them, and runs no code
         try:
-            model, info = super().from_pretrained(pretrained_model_name_or_path, output_loading_info=True, **kwargs)
+            model, info = super().from_pretrained(path, output_loading_info=True, **kwargs)
         except (OSError, HTTPError):
             raise
         except Exception as error:  # what damaged files make diffusers raise has no common type
-            what = str(error) if type(error) in (ValueError, LayoutError) else first_line(error)
-            raise ValueError(_described(cls, pretrained_model_name_or_path, what)) from error
-        wrong = {what: names for what, names in info.items() if names}
-        if wrong:
-            raise ValueError(_described(cls, pretrained_model_name_or_path, f"config and weights differ: {wrong}"))
+            raise refused(str(error) if type(error) in (ValueError, LayoutError) else first_line(error)) from error
+        if wrong := {what: names for what, names in info.items() if names}:
+            raise refused(f"config and weights differ: {wrong}")
         for name, tensor in model.state_dict().items():
             # Without a copy of the tensor, as `isfinite` makes.
             if tensor.numel() and not torch.stack(tensor.aminmax()).isfinite().all():
-                raise ValueError(
-                    _described(cls, pretrained_model_name_or_path, f"'{name}' has values that are not finite")
-                )
+                raise refused(f"'{name}' has values that are not finite")
         return (model, info) if wants_info else model
-
-
-def _described(cls: type, path: str | os.PathLike, what: str) -> str:
-    return f"the {cls.__name__} in '{path}' cannot be used: {what}"

@@ -3,7 +3,8 @@
 import bisect
 import functools
 import itertools
-from collections.abc import Iterable, Iterator, Sequence
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -57,6 +58,15 @@ class TokenModel(SavedModel):
     ) -> None:
         """Sets `token_lengths`, how many parameters each token holds, `token_shape`, and room for their bases."""
         self.vector_layout, num_parameters = layout, layout.num_parameters
+        if token_size is not None and (token_size < 1 or token_dim < 1):
+            raise LayoutError(f"token_size and token_dim must be at least 1, got {token_size} and {token_dim}")
+        if basis_dtype not in BASIS_DTYPES:
+            raise LayoutError(f"basis_dtype must be one of {', '.join(BASIS_DTYPES)}, got {basis_dtype!r}")
+        if basis_dtype == "int8" and (not block_out_channels or token_size is None or token_size > BLOCK_SIZE // 4):
+            raise LayoutError(
+                f"basis_dtype='int8' is for tokens of at most {BLOCK_SIZE // 4:,} parameters, got "
+                f"token_size={token_size} and block_out_channels={tuple(block_out_channels)}"
+            )
         pieces: tuple[int, ...] = layout.sizes
         if not block_out_channels:
             token_size, pieces = num_parameters, (num_parameters,)
@@ -110,40 +120,43 @@ class TokenModel(SavedModel):
         vectors, rows = self._vectors(parameters, rows)
         geometry = None if self.products is None else self.products.fit(parameters, rows)
         ends = list(itertools.accumulate(self.token_lengths or ()))  # where each token ends
-        one_token = len(ends) == 1
         for i, (start, size) in enumerate(zip(self.vector_layout.offsets, self.vector_layout.sizes, strict=True)):
-            columns: Vectors
-            if len(rows) * size <= MAX_VALUES:
-                columns, chosen, first = vectors[rows, start : start + size], torch.arange(len(rows)), 0
-            else:
-                columns, chosen, first = vectors, rows, start
-            mean = self.parameter_mean[start : start + size]  # a view
-            pieces = [slice(j, min(j + BLOCK_SIZE // 4, size)) for j in range(0, size, BLOCK_SIZE // 4)]
-            for piece in pieces:
-                mean[piece] = columns[chosen, moved(piece, first)].double().mean(0)
+            whole = vectors[rows, start : start + size] if len(rows) * size <= MAX_VALUES else None
+
+            def read(first: int, stop: int, start: int = start, whole: torch.Tensor | None = whole) -> torch.Tensor:
+                return vectors[rows, start + first : start + stop] if whole is None else whole[:, first:stop]
+
+            mean, squares = self.parameter_mean[start : start + size], 0.0  # a view
+            for first in range(0, size, BLOCK_SIZE // 4):
+                part = mean[first : first + BLOCK_SIZE // 4]
+                block = read(first, first + len(part)).double()
+                squares += (block - part.copy_(block.mean(0))).square().sum().item()
             if normalization == "tensor":
-                mean.copy_(mean.double().mean())
-            parts = (columns[chosen, moved(piece, first)].double() - mean[piece] for piece in pieces)
-            squares = sum(part.square().sum() for part in parts)
+                common = mean.double().mean().float()
+                squares += len(rows) * (mean.double() - common).square().sum().item()
+                mean.copy_(common)
             # A tensor that never changes, or an empty one, is left in its natural units.
-            self.parameter_std[i] = (squares / (len(rows) * size)).sqrt() if size and squares > 0 else 1.0
-            if size and ends and not one_token:
+            self.parameter_std[i] = math.sqrt(squares / (len(rows) * size)) if squares > 0 else 1.0
+            if size and len(ends) > 1:
                 tokens = slice(bisect.bisect_right(ends, start), bisect.bisect_left(ends, start + size) + 1)
-                self._fit_bases(columns, chosen, first, start, size, tokens)
-        if one_token:
-            self._fit_bases(vectors, rows, 0, 0, self.vector_layout.num_parameters, slice(0, 1))
+                self._fit_bases(read, start, self.parameter_std[i].expand(size), tokens)
+        if len(ends) == 1:
+            self._fit_bases(lambda first, stop: vectors[rows, first:stop], 0, self._scale(), slice(0, 1))
         return geometry
 
     def _fit_bases(
-        self, columns: Vectors, rows: torch.Tensor, first: int, offset: int, size: int, tokens: slice
+        self, read: Callable[[int, int], torch.Tensor], offset: int, scale: torch.Tensor, tokens: slice
     ) -> None:
-        """Those of some tokens: `size` parameters from `offset` on, which are the `columns` of vectors from `first`."""
-        num_components, end = self.token_shape[0], offset + size
-        mean, scale, basis = self.parameter_mean[offset:end], self._scale(offset, end), self.token_basis[offset:end]
+        """
+        Those of some tokens, whose parameters begin at `offset` and have the standard deviations `scale`; `read(start,
+        stop)` gives some of these parameters in all snapshots.
+        """
+        num_components, end = self.token_shape[0], offset + len(scale)
+        mean, basis = self.parameter_mean[offset:end], self.token_basis[offset:end]
 
         def vectors(start: int, stop: int, num_tokens: int) -> torch.Tensor:
             """Normalised parameters, shape `(n, N, t)`."""
-            block = (columns[rows, first + start : first + stop] - mean[start:stop]) / scale[start:stop]
+            block = (read(start, stop) - mean[start:stop]) / scale[start:stop]
             return block.view(len(block), num_tokens, -1).transpose(0, 1)
 
         # A token that is longer than a block comes in several.
@@ -170,13 +183,10 @@ class TokenModel(SavedModel):
         self.token_basis_scale[tokens] = scale.float()
         return (columns / torch.where(scale > 0, scale, 1).unsqueeze(1)).round()
 
-    def _scale(self, start: int = 0, stop: int | None = None) -> torch.Tensor:
-        """Standard deviation that belongs to every parameter, shape `(D,)`, or to those of a block."""
-        offsets, sizes = self.vector_layout.offsets, self.vector_layout.sizes
-        stop = self.vector_layout.num_parameters if stop is None else stop
-        first, last = bisect.bisect_right(offsets, start) - 1, bisect.bisect_left(offsets, stop)
-        counts = [min(offsets[i] + sizes[i], stop) - max(offsets[i], start) for i in range(first, last)]
-        return torch.cat([self.parameter_std[first + i].expand(count) for i, count in enumerate(counts)])
+    def _scale(self) -> torch.Tensor:
+        """The standard deviation that belongs to every parameter, shape `(D,)`."""
+        sizes = torch.tensor(self.vector_layout.sizes, device=self.parameter_std.device)
+        return self.parameter_std.repeat_interleave(sizes, output_size=self.vector_layout.num_parameters)
 
     def normalize(self, parameters: torch.Tensor) -> torch.Tensor:
         """Natural to normalised units, shape `(N, D)`."""
@@ -192,11 +202,10 @@ class TokenModel(SavedModel):
             whole = slice(0, self.vector_layout.num_parameters)
             return self.normalize(vectors[rows, whole].to(self.parameter_mean.device)).unsqueeze(1)
         num_models, (num_components, num_tokens) = len(rows), self.token_shape
-        device = self.parameter_mean.device
-        tokens = torch.zeros(num_models, num_tokens, num_components, device=device)
+        scale, mean = self._scale(), self.parameter_mean
+        tokens = torch.zeros(num_models, num_tokens, num_components, device=mean.device)
         for start, stop, token, n in split_into_blocks(self.token_lengths, BLOCK_SIZE):
-            block = vectors[rows, start:stop].to(device) - self.parameter_mean[start:stop]
-            block = block / self._scale(start, stop)
+            block = (vectors[rows, start:stop].to(mean.device) - mean[start:stop]) / scale[start:stop]
             basis = self.token_basis[start:stop].view(n, -1, num_components)
             block = block.view(num_models, n, -1).transpose(0, 1)  # (N, n t) -> (n, N, t)
             tokens[:, token : token + n] += (block.float() @ basis.float()).transpose(0, 1)  # (n, N, C) -> (N, n, C)
@@ -206,9 +215,9 @@ class TokenModel(SavedModel):
 
     def detokenize(self, tokens: torch.Tensor) -> torch.Tensor:
         """The way back: tokens of shape `(N, C, S)` to parameters in natural units, shape `(N, D)`, float32."""
-        tokens = tokens.float()
+        tokens, scale, mean = tokens.float(), self._scale(), self.parameter_mean
         if self.token_lengths is None:
-            return tokens.squeeze(1) * self._scale() + self.parameter_mean
+            return tokens.squeeze(1) * scale + mean
         num_models, num_components = len(tokens), self.token_shape[0]
         components = tokens.permute(2, 0, 1) * self.token_scale.float().view(-1, 1, 1)  # (S, N, C)
         if self.token_basis.dtype == torch.int8:
@@ -218,12 +227,8 @@ class TokenModel(SavedModel):
             basis = self.token_basis[start:stop].view(n, -1, num_components)
             block = components[token : token + n] @ basis.float().mT  # (n, N, t)
             block = block.transpose(0, 1).reshape(num_models, -1)
-            parameters[:, start:stop] = block * self._scale(start, stop) + self.parameter_mean[start:stop]
+            parameters[:, start:stop] = block * scale[start:stop] + mean[start:stop]
         return parameters
-
-
-def moved(piece: slice, by: int) -> slice:
-    return slice(piece.start + by, piece.stop + by)
 
 
 def split_into_blocks(token_lengths: Sequence[int], size: int) -> Iterator[tuple[int, int, int, int]]:
@@ -234,17 +239,13 @@ def split_into_blocks(token_lengths: Sequence[int], size: int) -> Iterator[tuple
     start = token = 0
     for length, group in itertools.groupby(token_lengths):
         count = len(list(group))
-        if length > size:
-            for _ in range(count):
-                for offset in range(0, length, size):
-                    yield start + offset, start + min(offset + size, length), token, 1
-                start, token = start + length, token + 1
-            continue
-        per_block = size // length
+        per_block = max(1, size // length)
         for first in range(0, count, per_block):
             n = min(per_block, count - first)
-            yield start, start + n * length, token, n
-            start, token = start + n * length, token + n
+            stop = start + n * length
+            for part in range(start, stop, size):
+                yield part, min(part + size, stop), token, n
+            start, token = stop, token + n
 
 
 def gram_matrix(parts: Iterable[torch.Tensor]) -> torch.Tensor:

@@ -1,4 +1,3 @@
 """What is generated: many networks in one pass, ensembles, and networks of the paper and of torchvision."""
 
 from . import mini as mini  # registers the mini networks with timm
-from . import perceptron as perceptron
