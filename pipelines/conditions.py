@@ -3,7 +3,6 @@
 import logging
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 
@@ -11,8 +10,6 @@ from pdiff_hf.models import ConditionEncoder
 from pdiff_hf.models.fields import Condition, ConditionError, shown
 from pdiff_hf.utils.blocks import in_blocks
 from pdiff_hf.utils.memory import InParts
-
-_SAID: WeakKeyDictionary[ConditionEncoder, set[tuple[str, ...]]] = WeakKeyDictionary()
 
 logger = logging.getLogger(__name__)
 
@@ -56,30 +53,19 @@ def prepare_conditions(
         given = [given]
     if isinstance(given, str) or not isinstance(given, Iterable):
         raise ConditionError(f"condition is a mapping of fields, got {shown(given)}; there is {encoder.fields}")
-    conditions = [_known(one) for one in given]
+    # What is missing in a Series of pandas is unknown.
+    conditions = [{} if c is None else c.dropna().to_dict() if hasattr(c, "dropna") else c for c in given]
     if not conditions:
         raise ConditionError("condition is an empty list; give at least one condition, or none at all")
     table = encoder.fields.table(conditions)
     encoder.warn_of_unlike_texts(table)
-    _say_drawn(encoder, table)
-    return table.repeat_interleave(num_models, 0)
-
-
-def _say_drawn(encoder: ConditionEncoder, table: torch.Tensor) -> None:
-    """Says once for each set of fields which of them are drawn, because a condition leaves them out."""
     known = encoder.fields.known(table)
     drawn = tuple(name for name, column in zip(encoder.fields, known.T, strict=True) if not column.all())
-    if drawn and drawn not in _SAID.setdefault(encoder, set()):
-        _SAID[encoder].add(drawn)
+    if drawn and drawn not in encoder.said_to_be_drawn:
+        encoder.said_to_be_drawn.add(drawn)
         level = logging.WARNING if known.any() else logging.INFO  # nothing is known: nobody has forgotten a field
         logger.log(level, "drawn from the conditions seen in training: %s", ", ".join(drawn))
-
-
-def _known(condition: Any) -> Condition:
-    """A condition; a Series of pandas without what is missing in it."""
-    if condition is None:
-        return {}
-    return condition.dropna().to_dict() if hasattr(condition, "dropna") else condition
+    return table.repeat_interleave(num_models, 0)
 
 
 def embed_conditions(

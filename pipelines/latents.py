@@ -11,7 +11,7 @@ from pdiff_hf.models import ParameterAutoencoder
 from pdiff_hf.models.autoencoder import encode_in_batches
 from pdiff_hf.networks.adapters import adapter_weights
 from pdiff_hf.networks.posterior import LossFunction
-from pdiff_hf.pipelines.networks import NetworkMixin, whole_number
+from pdiff_hf.pipelines.networks import NetworkMixin, require, whole_number
 from pdiff_hf.utils.blocks import in_blocks
 from pdiff_hf.utils.memory import InParts
 
@@ -45,8 +45,8 @@ class LatentMixin(NetworkMixin):
 
             paths = [networks] if isinstance(networks, str | PathLike) else networks
             networks = torch.cat([read_networks(path, layout) for path in paths])
-        if networks.ndim != 2 or networks.shape[1] != layout.num_parameters:
-            raise ValueError(f"parameters must have shape (N, {layout.num_parameters}), got {tuple(networks.shape)}")
+        is_whole = networks.ndim == 2 and networks.shape[1] == layout.num_parameters
+        require(is_whole, f"parameters must have shape (N, {layout.num_parameters}), got {tuple(networks.shape)}")
         return encode_in_batches(self.autoencoder, networks)
 
     @torch.no_grad()
@@ -67,14 +67,16 @@ class LatentMixin(NetworkMixin):
         """
         rank = None if rank is None else whole_number("rank", rank)
         layout = self.autoencoder.layout_of_rank(rank)
-        if rank is not None and output_type not in ("state_dict", "pt", "adapter"):
-            raise ValueError(f"rank is for adapters without their base model, not for output_type={output_type!r}")
+        require(
+            rank is None or output_type in ("state_dict", "pt", "adapter"),
+            f"rank is for adapters without their base model, not for output_type={output_type!r}",
+        )
         output: Any = self.decode_latents(latents, rank)
-        if not output.isfinite().all():
-            raise ValueError(
-                "the generated parameters are not finite: do the settings of the scheduler belong to this denoiser, "
-                "and is the precision high enough?"
-            )
+        require(
+            bool(output.isfinite().all()),
+            "the generated parameters are not finite: do the settings of the scheduler belong to this denoiser, and is "
+            "the precision high enough?",
+        )
         if output_type == "pt":
             return output
         if output_type == "model":
@@ -130,16 +132,15 @@ class LatentMixin(NetworkMixin):
             ValueError: for labels that are all the same, or do not belong to the latents or the generator's fields.
         """
         if latents is not None:
-            if isinstance(labels, str | Mapping):
-                raise ValueError("latents of your own need labels of your own: one number for each")
+            require(not isinstance(labels, str | Mapping), "your own latents need your own labels: one number for each")
             values = torch.as_tensor(labels, dtype=torch.float64)
         else:
             latents, values = self._labelled_samples(labels, whole_number("num_samples", num_samples), generator)
-        if values.shape != latents.shape[:1]:
-            raise ValueError(f"labels must be {len(latents)} numbers, one for each latent, got {tuple(values.shape)}")
+        shape = tuple(values.shape)
+        require(shape == latents.shape[:1], f"labels must be {len(latents)} numbers, one for each latent, got {shape}")
         values = values - values.mean()
-        if not values.isfinite().all() or not values.square().sum() > 0:
-            raise ValueError("labels must be finite, and not all the same")
+        differ = bool(values.isfinite().all() and values.square().sum() > 0)
+        require(differ, "labels must be finite, and not all the same")
         moves = latents.double() - latents.double().mean(0)
         return (values @ moves / values.square().sum()).float()
 
@@ -147,21 +148,21 @@ class LatentMixin(NetworkMixin):
         self, labels: Any, num_samples: int, generator: torch.Generator | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Latents that are sampled for seen conditions, and the values of a field there."""
-        if self.condition_encoder is None:
+        encoder = self.condition_encoder
+        if encoder is None:
             raise ValueError("this generator has no fields; give latents, and a number for each of them")
-        fields = self.condition_encoder.fields
         is_value = isinstance(labels, Mapping) and len(labels) == 1
         name, wanted = next(iter(labels.items())) if is_value else (labels, None)
-        if not isinstance(name, str) or name not in fields:
-            raise ValueError(f"{labels!r:.100} is not one of the generator's fields, which are {', '.join(fields)}")
-        encoder = self.condition_encoder
+        is_known = isinstance(name, str) and name in encoder.fields
+        require(
+            is_known, f"{labels!r:.100} is not one of the generator's fields, which are {', '.join(encoder.fields)}"
+        )
         seen = encoder.seen[encoder.seen_known.all(1)]
-        if len(seen) < 2:
-            raise ValueError("the generator has seen fewer than two conditions whose fields are all known")
+        require(len(seen) > 1, "the generator has seen fewer than two conditions whose fields are all known")
         chosen = torch.randint(len(seen), (num_samples,), generator=generator)
-        conditions = fields.conditions(seen[chosen].cpu())
-        if wanted is None and not all(isinstance(condition[name], int | float) for condition in conditions):
-            raise ValueError(f"'{name}' is not a field of numbers; ask for one of its values: {{'{name}': ...}}")
+        conditions = encoder.fields.conditions(seen[chosen].cpu())
+        is_number = wanted is not None or isinstance(conditions[0][name], int | float)
+        require(is_number, f"'{name}' is not a field of numbers; ask for one of its values: {{'{name}': ...}}")
         values = [float(c[name]) if wanted is None else float(c[name] == wanted) for c in conditions]
         (latents,) = self(
             1, condition=conditions, generator=generator, guidance_scale=1.0, output_type="latent", return_dict=False
@@ -174,11 +175,10 @@ class LatentMixin(NetworkMixin):
         direction, scales from 0 to 1 lie between the two networks.
         """
         length = self.autoencoder.config.latent_dim
-        if latents.shape[-1] != length or direction.shape != (length,):
-            raise ValueError(
-                f"latents and a direction must have length {length}, got {tuple(latents.shape)} and "
-                f"{tuple(direction.shape)}"
-            )
+        require(
+            latents.shape[-1] == length and direction.shape == (length,),
+            f"latents and a direction must have length {length}, got {tuple(latents.shape)}, {tuple(direction.shape)}",
+        )
         scales = torch.as_tensor(scale, dtype=latents.dtype, device=latents.device).reshape(-1, 1)
         return latents + scales * direction.to(latents)
 
@@ -218,6 +218,6 @@ class LatentMixin(NetworkMixin):
                     optimizer.zero_grad()
                     loss.sum().backward()
                     optimizer.step()
-        if not lowest.isfinite().all():
-            raise ValueError("the loss is not finite for some of the networks; begin elsewhere")
+        is_finite = bool(lowest.isfinite().all())
+        require(is_finite, "the loss is not finite for some of the networks; begin elsewhere")
         return best.cpu()

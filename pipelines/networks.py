@@ -212,23 +212,28 @@ class NetworkMixin(Base):
         """
         base_model = self.need_base_model("a posterior")
         num_models, layout = whole_number("num_models", num_models), self.autoencoder.layout
+        refine_steps = whole_number("refine_steps", refine_steps) if refine_steps else 0
         per_condition = whole_number("num_candidates", num_candidates)
-        if condition is not None and not isinstance(condition, Mapping):
-            per_condition, rest = divmod(per_condition, max(1, len(condition)))
-            if rest:
-                raise ValueError(f"{num_candidates} candidates cannot be shared by {len(condition)} conditions evenly")
+        num_conditions = 1 if condition is None or isinstance(condition, Mapping) else max(1, len(condition))
         check_loss(loss, sigma)
         examples = self.prepare(examples)
         check_examples(examples, sigma)
+        shape = None if candidates is None else tuple(candidates.shape)
+        require(
+            per_condition % num_conditions == 0,
+            f"{num_candidates} candidates cannot be shared by {num_conditions} conditions evenly",
+        )
         for name, value in {"temperature": temperature, "refine_learning_rate": refine_learning_rate}.items():
-            if not 0 < value < math.inf:
-                raise ValueError(f"{name} must be above 0 and finite, got {value}")
-        if refine_steps:
-            refine_steps = whole_number("refine_steps", refine_steps)
-        if candidates is not None and (candidates.ndim != 2 or candidates.shape[1] != layout.num_parameters):
-            raise ValueError(f"candidates must have shape (M, {layout.num_parameters}), got {tuple(candidates.shape)}")
-        if candidates_share is not None and (candidates is None or not 0 < candidates_share < 1):
-            raise ValueError(f"candidates_share needs candidates and lies between 0 and 1, got {candidates_share}")
+            require(0 < value < math.inf, f"{name} must be above 0 and finite, got {value}")
+        require(
+            shape is None or len(shape) == 2 and shape[1] == layout.num_parameters,
+            f"candidates must have shape (M, {layout.num_parameters}), got {shape}",
+        )
+        require(
+            candidates_share is None or candidates is not None and 0 < candidates_share < 1,
+            f"candidates_share needs candidates and lies between 0 and 1, got {candidates_share}",
+        )
+        per_condition //= num_conditions
         (latents,) = self(
             per_condition, num_inference_steps, generator, condition=condition, output_type="latent", return_dict=False
         )
@@ -287,9 +292,14 @@ def _run(call: Callable, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
     return next(leaf for leaf in tree_leaves(call(**inputs)) if isinstance(leaf, torch.Tensor))
 
 
+def require(is_right: bool, message: str) -> None:
+    """Raises a `ValueError` with the message if an argument is not right."""
+    if not is_right:
+        raise ValueError(message)
+
+
 def whole_number(name: str, value: SupportsIndex) -> int:
     """`value`, of any type of whole numbers, as an `int` of at least 1."""
     number = 0 if isinstance(value, bool) or not hasattr(value, "__index__") else operator.index(value)
-    if number < 1:
-        raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}")
+    require(number >= 1, f"{name} must be a whole number of at least 1, got {value!r}")
     return number

@@ -24,7 +24,7 @@ from pdiff_hf.networks.posterior import LossFunction
 from pdiff_hf.pipelines.conditions import embed_conditions, prepare_conditions
 from pdiff_hf.pipelines.guidance import check_losses, guided_latents
 from pdiff_hf.pipelines.latents import LatentMixin
-from pdiff_hf.pipelines.networks import whole_number
+from pdiff_hf.pipelines.networks import require, whole_number
 from pdiff_hf.utils.blocks import in_blocks
 from pdiff_hf.utils.memory import InParts
 
@@ -155,65 +155,6 @@ class PDiffPipeline(SavedPipeline, LatentMixin, DiffusionPipeline):
             self.base_model.to(self.device)
         return self
 
-    def check_inputs(
-        self,
-        num_models: int,
-        num_inference_steps: int,
-        generator: torch.Generator | list[torch.Generator] | None,
-        latents: torch.Tensor | None,
-        output_type: str,
-        callback_on_step_end_tensor_inputs: Sequence[str],
-    ) -> None:
-        check_scheduler(self.scheduler)
-        most = self.scheduler.config.num_train_timesteps
-        if num_inference_steps > most:
-            raise ValueError(f"num_inference_steps must be at most the {most} of training, got {num_inference_steps}")
-        if output_type not in OUTPUT_TYPES:
-            raise ValueError(f"output_type must be one of {', '.join(OUTPUT_TYPES)}, got {output_type!r}")
-        if output_type == "model":
-            self.need_base_model("output_type='model'")
-        if output_type == "adapter" and not (self.autoencoder.layout.adapters or has_adapters(self.base_model)):
-            raise ValueError("output_type='adapter' is for a generator of adapters of PEFT, and this one has none")
-        generators = generator if isinstance(generator, list) else [] if generator is None else [generator]
-        if not all(isinstance(one, torch.Generator) for one in generators):
-            raise ValueError(
-                "generator must be a torch.Generator, such as torch.Generator().manual_seed(0), or a list with one for "
-                f"each model, got {generator!r}"
-            )
-        if isinstance(generator, list) and len(generator) != num_models:
-            raise ValueError(
-                f"a list of generators needs one for each of the {num_models} models, got {len(generator)}"
-            )
-        shape = (num_models, self.denoiser.config.latent_dim)
-        if latents is not None and tuple(latents.shape) != shape:
-            raise ValueError(f"latents must have shape {shape}, got {tuple(latents.shape)}")
-        unknown = [name for name in callback_on_step_end_tensor_inputs if name not in self._callback_tensor_inputs]
-        if unknown:
-            raise ValueError(f"callbacks can have {self._callback_tensor_inputs}, not {unknown}")
-
-    def prepare_generators(
-        self, num_models: int, generator: torch.Generator | list[torch.Generator] | None
-    ) -> list[torch.Generator]:
-        """
-        One generator a model, all from `generator`. So the noise of a model depends on its index alone, and the first
-        models of a larger sample are those of a smaller one.
-        """
-        if isinstance(generator, list):
-            return generator
-        device = generator.device if generator is not None else "cpu"
-        seeds = torch.randint(2**62, (num_models,), generator=generator, device=device).tolist()
-        return [torch.Generator(device).manual_seed(seed) for seed in seeds]
-
-    def prepare_latents(
-        self, num_models: int, generators: list[torch.Generator], latents: torch.Tensor | None = None
-    ) -> torch.Tensor:
-        """Starting noise of shape `(num_models, L)`, with a standard deviation of 1."""
-        shape = (num_models, self.denoiser.config.latent_dim)
-        device = self._execution_device
-        if latents is None:
-            latents = randn_tensor(shape, generator=generators, device=device, dtype=torch.float32)
-        return latents.to(device, torch.float32)
-
     @torch.no_grad()
     def __call__(
         self,
@@ -291,45 +232,75 @@ class PDiffPipeline(SavedPipeline, LatentMixin, DiffusionPipeline):
             ValueError: for any argument that is out of range, and a scheduler that cannot sample latents or would give
                 them another spread, before anything is computed; for a result that is not finite.
         """
-        if num_inference_steps is None:
-            num_inference_steps = self.config.num_inference_steps
         if guidance_scale is None:
             guidance_scale = self.config.guidance_scale
         if temperature is None:
             temperature = self.config.temperature if loss_fn is None else 1.0
-        num_models = whole_number("num_models", num_models)
+        if num_inference_steps is None:
+            num_inference_steps = self.config.num_inference_steps
         num_inference_steps = whole_number("num_inference_steps", num_inference_steps)
+        group_size = num_models = whole_number("num_models", num_models)
         known = prepare_conditions(self.condition_encoder, condition, num_models)
-        if known is None and guidance_scale != 1:
-            raise ValueError("guidance_scale needs a generator with conditions, and this one was trained without")
-        if guidance_scale != 1 and not self.denoiser.knows_no_condition:
-            raise ValueError(
-                f"guidance_scale must be 1, got {guidance_scale}: the denoiser was trained with condition_dropout=0, "
-                "so that it has not learned what guidance moves away from; train it with condition_dropout=0.1"
-            )
-        if not isinstance(temperature, int | float) or not 0 <= temperature < math.inf:
-            raise ValueError(f"temperature must be finite and at least 0, got {temperature!r:.100}")
-        if loss_fn is not None and temperature != 1:
-            raise ValueError(f"loss_fn steers samples of the generator as it is, at temperature 1; got {temperature}")
-        if batch_norm_data is not None and output_type != "model":
-            raise ValueError(f"batch_norm_data is for output_type='model' and needs a base model, got {output_type!r}")
-        group_size, num_models = num_models, num_models if known is None else len(known)
-        self.check_inputs(
-            num_models, num_inference_steps, generator, latents, output_type, callback_on_step_end_tensor_inputs
+        num_models = num_models if known is None else len(known)
+        check_scheduler(self.scheduler)
+        most, shape = self.scheduler.config.num_train_timesteps, (num_models, self.denoiser.config.latent_dim)
+        generators = generator if isinstance(generator, list) else [] if generator is None else [generator]
+        unknown = [name for name in callback_on_step_end_tensor_inputs if name not in self._callback_tensor_inputs]
+        require(
+            num_inference_steps <= most,
+            f"num_inference_steps must be at most the {most} of training, got {num_inference_steps}",
         )
-        if loss_fn is None and loss_guidance_scale != 1:
-            raise ValueError("loss_guidance_scale needs a loss_fn")
-        if not 0 < loss_guidance_scale < math.inf:
-            raise ValueError(f"loss_guidance_scale must be above 0 and finite, got {loss_guidance_scale}")
-        scheduler = copy.deepcopy(self.scheduler)  # it keeps state from step to step, and calls may overlap
-        generators = self.prepare_generators(num_models, generator)
-        embedding = known
+        is_guided = guidance_scale != 1
+        is_right = known is not None or not is_guided
+        require(is_right, "guidance_scale needs a generator with conditions, and this one was trained without")
+        require(
+            not is_guided or self.denoiser.knows_no_condition,
+            f"guidance_scale must be 1, got {guidance_scale}: the denoiser was trained with condition_dropout=0, and "
+            "has not learned what guidance moves away from; train it with condition_dropout=0.1",
+        )
+        is_number = isinstance(temperature, int | float) and 0 <= temperature < math.inf
+        require(is_number, f"temperature must be finite and at least 0, got {temperature!r:.100}")
+        require(loss_fn is None or temperature == 1, f"loss_fn steers samples at temperature 1, got {temperature}")
+        require(loss_fn is not None or loss_guidance_scale == 1, "loss_guidance_scale needs a loss_fn")
+        is_number = 0 < loss_guidance_scale < math.inf
+        require(is_number, f"loss_guidance_scale must be above 0 and finite, got {loss_guidance_scale}")
+        is_known = output_type in OUTPUT_TYPES
+        require(is_known, f"output_type must be one of {', '.join(OUTPUT_TYPES)}, got {output_type!r}")
+        require(
+            output_type != "adapter" or bool(self.autoencoder.layout.adapters) or has_adapters(self.base_model),
+            "output_type='adapter' is for a generator of adapters of PEFT, and this one has none",
+        )
+        require(
+            batch_norm_data is None or output_type == "model",
+            f"batch_norm_data is for output_type='model' and needs a base model, got {output_type!r}",
+        )
+        require(
+            all(isinstance(one, torch.Generator) for one in generators),
+            "generator must be a torch.Generator, such as torch.Generator().manual_seed(0), or a list with one for "
+            f"each model, got {generator!r}",
+        )
+        is_whole = not isinstance(generator, list) or len(generators) == num_models
+        require(is_whole, f"a list of generators needs one for each of the {num_models} models, got {len(generators)}")
+        given = None if latents is None else tuple(latents.shape)
+        require(given in (None, shape), f"latents must have shape {shape}, got {given}")
+        require(not unknown, f"callbacks can have {self._callback_tensor_inputs}, not {unknown}")
+        if output_type == "model":
+            self.need_base_model("output_type='model'")
+        if not isinstance(generator, list):
+            # All from one, so that the noise of a model depends on its index alone, and the first models of a larger
+            # sample are those of a smaller one.
+            source = generator.device if generator is not None else "cpu"
+            seeds = torch.randint(2**62, (num_models,), generator=generator, device=source).tolist()
+            generators = [torch.Generator(source).manual_seed(seed) for seed in seeds]
+        device, embedding = self._execution_device, known
         if known is not None and not isinstance(condition, torch.Tensor):
-            embedding = embed_conditions(self.condition_encoder, known.to(self._execution_device), generators)
-        latents = self.prepare_latents(num_models, generators, latents)
+            embedding = embed_conditions(self.condition_encoder, known.to(device), generators)
+        if latents is None:
+            latents = randn_tensor(shape, generator=generators, device=device, dtype=torch.float32)
+        scheduler = copy.deepcopy(self.scheduler)  # it keeps state from step to step, and calls may overlap
         # On the CPU, where schedulers read them: to read one on a device is to wait for all that is queued there.
-        _schedule(scheduler, "set_timesteps", num_inference_steps, device="cpu")
-        latents = latents * scheduler.init_noise_sigma * temperature
+        scheduler.set_timesteps(num_inference_steps, device="cpu")
+        latents = latents.to(device, torch.float32) * scheduler.init_noise_sigma * temperature
         # Schedulers of ordinary differential equations add no noise, and some of them take no generator.
         takes_generator = "generator" in inspect.signature(scheduler.step).parameters
         extra = {"generator": generators} if takes_generator else {}
@@ -371,11 +342,11 @@ class PDiffPipeline(SavedPipeline, LatentMixin, DiffusionPipeline):
         else:
             in_parts, on_device = InParts("networks"), scheduler.timesteps.to(latents.device)
             for step, timestep in enumerate(self.progress_bar(scheduler.timesteps)):
-                rows = beside(_schedule(scheduler, "scale_model_input", latents, timestep))
+                rows = beside(scheduler.scale_model_input(latents, timestep))
                 blocks = in_blocks(functools.partial(denoise, timestep=on_device[step]), rows, length, in_parts)
                 # The step is taken for all networks at once, because schedulers keep state from step to step.
                 prediction = torch.cat(list(blocks)).float()
-                latents = _schedule(scheduler, "step", prediction, timestep, latents, **extra).prev_sample
+                latents = scheduler.step(prediction, timestep, latents, **extra).prev_sample
                 latents = on_step_end(step, timestep, latents)
 
         output = latents.cpu()
@@ -392,12 +363,3 @@ class PDiffPipeline(SavedPipeline, LatentMixin, DiffusionPipeline):
         self.denoiser.compile(**kwargs)
         if self.autoencoder.config.block_out_channels:
             self.autoencoder.decoder.compile(**kwargs)
-
-
-def _schedule(scheduler: SchedulerMixin, method: str, *args, **kwargs):
-    """What a method of the scheduler returns. Its own errors do not say that its settings are at fault."""
-    try:
-        return getattr(scheduler, method)(*args, **kwargs)
-    except Exception as error:
-        name = type(scheduler).__name__
-        raise ValueError(f"{name} cannot sample latents with the settings that it has: {error!r}") from error

@@ -54,6 +54,7 @@ class ConditionEncoder(SavedModel, ConfigMixin):
         if not self.fields:
             raise ConditionError("a condition encoder needs at least one field")
         self.register_to_config(fields=self.fields.to_list())
+        self.said_to_be_drawn: set[tuple[str, ...]] = set()  # fields that a warning has named
         # Of a one-hot vector, a linear map is an embedding.
         self.proj = nn.Linear(self.fields.num_features, embedding_dim)
         self.out = nn.Linear(embedding_dim, embedding_dim)

@@ -17,7 +17,7 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 from huggingface_hub.utils import validate_repo_id
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.utils.peft_utils import find_adapter_config_file
@@ -40,6 +40,12 @@ REFERENCE = "reference.json"
 def has_adapters(model: nn.Module | None) -> bool:
     """Whether `model` is a network of transformers or diffusers that holds adapters."""
     return isinstance(model, PreTrainedModel | ModelMixin) and bool(adapter_configs(model))
+
+
+def adapter_config(path: str | os.PathLike) -> dict[str, Any]:
+    """The config of an adapter of PEFT, of a folder or Hub id; empty if there is none."""
+    file = find_adapter_config_file(str(path))
+    return {} if file is None else json.loads(Path(file).read_text(encoding="utf-8"))
 
 
 def find_base(path: str) -> str | None:
@@ -78,15 +84,20 @@ def load_adapter(model: Any, path: str | os.PathLike, name: str = "default") -> 
         ValueError: if peft is not installed, or the adapter does not fit the network or works beside it (prompts).
     """
     try:
-        from peft import PeftConfig, PeftModel
+        from peft import PeftConfig, PeftModel, set_peft_model_state_dict
     except ImportError as error:
         raise ValueError(f"'{path}' is an adapter of PEFT; it needs peft: pip install peft") from error
     base = model.name_or_path if isinstance(model, PreTrainedModel) else None
-    _check_plain(path)
+    check_base_unchanged(adapter_config(path), str(path))
     try:
         with torch.random.fork_rng():  # adapters are drawn before they are loaded
             if isinstance(model, ModelMixin):
-                return _load_into_diffusers(model, PeftConfig.from_pretrained(str(path)), Path(path), name)
+                model.add_adapter(PeftConfig.from_pretrained(str(path)), name)
+                tensors = load_file(Path(path, "adapter_model.safetensors"))
+                tensors = {key.removeprefix(PEFT_PREFIX): tensor for key, tensor in tensors.items()}
+                if left := set_peft_model_state_dict(model, tensors, name).unexpected_keys:
+                    raise ValueError(f"the network has no {left[0]}")
+                return model.eval()
             wrapped = PeftModel.from_pretrained(model, str(path), name, torch_device="cpu")
     except Exception as error:  # what an adapter of another network makes PEFT raise has no common type
         # PEFT says in lines of its own which tensors are too large.
@@ -99,18 +110,6 @@ def load_adapter(model: Any, path: str | os.PathLike, name: str = "default") -> 
     for config in wrapped.peft_config.values():
         config.base_model_name_or_path = config.base_model_name_or_path or base
     return network.eval()
-
-
-def _load_into_diffusers(model: ModelMixin, config: Any, folder: Path, name: str) -> ModelMixin:
-    from peft import set_peft_model_state_dict
-
-    model.add_adapter(config, name)
-    with safe_open(folder / "adapter_model.safetensors", framework="pt") as file:
-        tensors = {key.removeprefix(PEFT_PREFIX): file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-    left = set_peft_model_state_dict(model, tensors, name).unexpected_keys  # type: ignore[attr-defined]
-    if left:
-        raise ValueError(f"the network has no {left[0]}")
-    return model.eval()
 
 
 def add_adapters(model: Any, configs: Mapping[str, dict]) -> Any:
@@ -157,19 +156,6 @@ def with_adapters(model: Any, layout: ParameterLayout) -> Any:
             "missing; load the generator with PDiffPipeline.from_pretrained"
         )
     return model
-
-
-def adapter_task(path: str | os.PathLike) -> str | None:
-    """What an adapter says it is for, as PEFT calls it, such as `SEQ_CLS`; None if it does not say."""
-    file = find_adapter_config_file(str(path))
-    return None if file is None else json.loads(Path(file).read_text(encoding="utf-8")).get("task_type")
-
-
-def _check_plain(path: str | os.PathLike) -> None:
-    """Raises a `ValueError` for an adapter that is right beside a changed base model only."""
-    file = find_adapter_config_file(str(path))
-    if file is not None:
-        check_base_unchanged(json.loads(Path(file).read_text(encoding="utf-8")), str(path))
 
 
 def without_wrapper(model: nn.Module) -> nn.Module:
@@ -238,25 +224,22 @@ def is_hub_id(name: str) -> bool:
 
 
 def adapter_weights(
-    layout: ParameterLayout, tensors: Mapping[str, torch.Tensor], model: nn.Module | None = None
+    layout: ParameterLayout | None, tensors: Mapping[str, torch.Tensor], model: nn.Module | None = None
 ) -> AdapterWeights:
     """
-    Generated adapters.
+    Generated adapters, or those of a network.
 
     Args:
-        tensors (`Mapping[str, torch.Tensor]`): Of the layout.
+        layout (`ParameterLayout`, *optional*), tensors (`Mapping[str, torch.Tensor]`): What is generated.
         model (`nn.Module`, *optional*): The base model, for what its adapters have beside the tensors of the layout,
             and for configurations that a layout of an older release lacks.
     """
-    names = dict(zip(layout.names, layout.aliases, strict=True))
-    everything = dict(tensors)
+    names = {} if layout is None else dict(zip(layout.names, layout.aliases, strict=True))
+    configs, everything = {} if layout is None else dict(layout.adapters), dict(tensors)
     if model is not None:
         of_model, state = adapter_names(model), model.state_dict()
-        names = {n: of_model.get(n, aliases) for n, aliases in names.items()}
-        others = {name: aliases for name, aliases in of_model.items() if name not in names}
-        everything |= {name: state[name] for name in others}
-        names |= others
-    configs = dict(layout.adapters) or ({} if model is None else adapter_configs(model))
+        names, configs = names | of_model, configs or adapter_configs(model)
+        everything = {name: state[name] for name in of_model} | everything
     if not configs:
         raise ValueError("this generator is not one of adapters, or of an older release without its base model")
     found: dict[str, tuple[dict, dict[str, torch.Tensor]]] = {name: (config, {}) for name, config in configs.items()}
@@ -265,15 +248,14 @@ def adapter_weights(
             adapter = alias.removeprefix(ADAPTER).partition("/")[0]
             if alias.startswith(ADAPTER) and adapter in found:
                 found[adapter][1][file_name(alias)] = everything[name]
-    of_diffusers = isinstance(model, ModelMixin) or any(".transformer_blocks." in name for name in layout.names)
-    is_unet = any(name.startswith(("down_blocks.", "mid_block.", "up_blocks.")) for name in layout.names)
+    of_diffusers = isinstance(model, ModelMixin) or any(".transformer_blocks." in name for name in names)
+    is_unet = any(name.startswith(("down_blocks.", "mid_block.", "up_blocks.")) for name in names)
     return AdapterWeights(found, ("unet" if is_unet else "transformer") if of_diffusers else None)
 
 
 def save_adapter(model: nn.Module, folder: str | os.PathLike) -> None:
     """Writes the adapters of a network as PEFT does: those with a name in a folder of that name."""
-    nothing = ParameterLayout(("none",), ((),), ("float32",), (), adapter_configs(model))
-    AdapterWeights(adapter_weights(nothing, {}, model).adapters).save_pretrained(folder)
+    AdapterWeights(adapter_weights(None, {}, model).adapters).save_pretrained(folder)
 
 
 def plain_network(model: Any) -> Any:

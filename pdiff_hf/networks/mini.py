@@ -122,9 +122,9 @@ class ConvNetMini(MiniNet):
     num_features, head_hidden_size, stride = 4, 16, 16
 
     def build(self, height: int, width: int) -> None:
-        def stage(in_channels: int, out_channels: int, reduction: int, **conv) -> nn.Sequential:
+        def stage(in_channels: int, out_channels: int, reduction: int, **settings) -> nn.Sequential:
             norm = nn.LayerNorm((out_channels, height // reduction, width // reduction))
-            conv = nn.Conv2d(in_channels, out_channels, **conv)
+            conv = nn.Conv2d(in_channels, out_channels, **settings)
             return named(conv=conv, norm=norm, act=nn.LeakyReLU(), pool=nn.MaxPool2d(2))
 
         self.stages = nn.Sequential(

@@ -20,7 +20,6 @@ from ..training.ensembles import (
     EnsembleObjective,
     TunedEnsembles,
     Tuning,
-    training_passes,
     validation_batch,
 )
 from ..training.tune import (
@@ -114,7 +113,7 @@ def _tune_for_task(
                 validate=validate,
                 extra_loss=_weight_loss(context, generated.generator) if c.tune_args.weight_loss else None,
             )
-            passes += training_passes(len(history["losses"]), c.tune_models, c.tune_batch_size)
+            passes += 3 * len(history["losses"]) * c.tune_models * c.tune_batch_size
             passes += len(history["steps"]) * model.num_networks * len(unseen["labels"])
             lowest = min((loss for loss in history["validation_losses"] if loss is not None), default=math.inf)
             results.append((lowest, diversity, candidate, history))

@@ -15,7 +15,7 @@ import torch
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 from transformers.models.timm_wrapper import TimmWrapperConfig
 
-from ..networks.adapters import adapter_task, find_base, load_adapter, load_network
+from ..networks.adapters import adapter_config, find_base, load_adapter, load_network
 from .dataset import BadRows, DatasetTask, choose_column, describe_row
 from .task import ClassificationTask, Split
 
@@ -61,7 +61,7 @@ class LabelledTask(DatasetTask, ClassificationTask):
     def __post_init__(self) -> None:
         if base := find_base(self.model):
             self.model, self.adapter = base, self.adapter or self.model
-        kind = adapter_task(self.adapter) if self.adapter else None
+        kind = adapter_config(self.adapter).get("task_type") if self.adapter else None
         if kind in LANGUAGE_TASKS:
             raise ValueError(
                 f"adapter '{self.adapter}' is one of a language model (task_type {kind}), not of a classifier; use "

@@ -81,11 +81,6 @@ class Tuning:
         return cls(**values | {"objective": EnsembleObjective(**values["objective"])})
 
 
-def training_passes(num_steps: int, num_networks: int, num_examples: int) -> int:
-    """Forward passes of an image through a network, a backward pass counted as two."""
-    return 3 * num_steps * num_networks * num_examples
-
-
 def ensemble_loss(logits: torch.Tensor, labels: torch.Tensor, ensemble_size: int) -> torch.Tensor:
     """
     Mean negative log-likelihood of ensembles of consecutive networks, in nats.

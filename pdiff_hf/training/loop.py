@@ -14,8 +14,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from ..utils.seeds import derive_seed
-from .checkpoints import latest_checkpoint, load_checkpoint, save_checkpoint
-from .state import Average, LoopCallback, LoopState
+from .state import Average, LoopCallback, LoopState, latest_checkpoint
 
 logger = logging.getLogger(__name__)
 
@@ -117,20 +116,6 @@ class Loop:
             TrainingError: if the loss or a weight is no longer finite. The last checkpoint is kept, and has finite
                 weights.
         """
-        try:
-            return self._train(model, loss_function, num_examples, args, description, after_step)
-        finally:
-            self.accelerator.free_memory()  # it saves all that it has prepared with every checkpoint
-
-    def _train(
-        self,
-        model: nn.Module,
-        loss_function: Callable[[nn.Module, torch.Tensor, torch.Generator], torch.Tensor],
-        num_examples: int,
-        args: LoopArguments,
-        description: str,
-        after_step: Callable[[LoopState], None] | None,
-    ) -> torch.Tensor:
         accelerator, num_accumulated = self.accelerator, self.accelerator.gradient_accumulation_steps
         parts = accelerator.num_processes * num_accumulated
         if args.batch_size % parts:
@@ -142,19 +127,20 @@ class Loop:
         lr_scheduler = get_scheduler(
             args.lr_scheduler, optimizer, num_warmup_steps=args.lr_warmup_steps, num_training_steps=args.num_steps
         )
+        accelerator.free_memory()  # it saves all that it has prepared with every checkpoint
         wrapped, optimizer, lr_scheduler = accelerator.prepare(model, optimizer, lr_scheduler)
         ema = Average(model.parameters(), decay=args.ema_decay) if args.ema_decay is not None else None
         state = LoopState(description, args.num_steps, list(model.parameters()), optimizer, lr_scheduler, ema)
         losses = torch.full((args.num_steps,), math.nan, device=accelerator.device)
         gradients = [torch.tensor(0.0)] * args.num_steps  # how large each step's is: not finite if it is not
-        first_step = 0
-        if self.resume and (latest := self.latest_checkpoint()) is not None:
-            state.step = first_step = load_checkpoint(accelerator, latest, state, losses)
-            logger.info("%s: going on from step %d", description, first_step)
+        if self.resume and (latest := latest_checkpoint(self.checkpoint_dir)) is not None:
+            state.load(accelerator, latest)
+            losses[: state.step] = state.losses
+            logger.info("%s: going on from step %d", description, state.step)
 
         wrapped.train()
+        first_step, every = state.step, self.checkpointing_steps or 0
         batches = epoch_indices(num_examples, args.batch_size, self.seed, first_step)
-        part_size, every = args.batch_size // parts, self.checkpointing_steps or 0
         progress = tqdm(
             range(first_step, args.num_steps),
             initial=first_step,
@@ -165,13 +151,13 @@ class Loop:
             mininterval=1.0,
         )
         for step in progress:
-            indices = next(batches)
+            indices = next(batches).chunk(parts)
             step_loss = 0.0
             for accumulation in range(num_accumulated):
                 part = accumulation * accelerator.num_processes + accelerator.process_index
                 generator = torch.Generator(accelerator.device).manual_seed(derive_seed(self.seed, step, part, 1))
                 with accelerator.accumulate(wrapped):
-                    loss = loss_function(wrapped, indices[part * part_size : (part + 1) * part_size], generator)
+                    loss = loss_function(wrapped, indices[part], generator)
                     accelerator.backward(loss)
                     if accelerator.sync_gradients and args.max_grad_norm is not None:
                         gradients[step] = accelerator.clip_grad_norm_(state.parameters, args.max_grad_norm)
@@ -205,8 +191,7 @@ class Loop:
                     callback.on_log(state, logs)
             if saves:
                 assert self.checkpoint_dir is not None
-                limit = self.checkpoints_total_limit
-                checkpoint = save_checkpoint(accelerator, self.checkpoint_dir, limit, state, losses)
+                checkpoint = state.save(accelerator, Path(self.checkpoint_dir), self.checkpoints_total_limit)
                 for callback in self.callbacks:
                     callback.on_save(state, checkpoint)
             if last:
@@ -214,10 +199,6 @@ class Loop:
         if ema is not None:
             ema.copy_to(state.parameters)
         return losses[: state.step].cpu()
-
-    def latest_checkpoint(self) -> Path | None:
-        """The `checkpoint-N` folder with the highest N."""
-        return None if self.checkpoint_dir is None else latest_checkpoint(self.checkpoint_dir)
 
     def _check_finite(
         self,
@@ -228,31 +209,27 @@ class Loop:
     ) -> None:
         """Raises a `TrainingError` that names the step which went wrong."""
         losses, start = state.losses, state.trusted_from
-        bad = torch.nonzero(~losses[start:].isfinite()) + start
-        last_weights_are_bad = largest_weight is not None and not largest_weight.isfinite()
-        if not len(bad) and not last_weights_are_bad:
+        bad = (torch.nonzero(~losses[start:].isfinite()) + start).flatten().tolist()
+        if not bad and (largest_weight is None or largest_weight.isfinite()):
             return
         precision = self.accelerator.mixed_precision
-        hint = "" if precision == "no" else f", or another precision than {precision}"
-        step = int(bad[0]) if len(bad) else len(losses)
+        advice = f"a learning rate below {learning_rate:g}"
+        advice += "" if precision == "no" else f", or another precision than {precision}"
+        step = bad[0] if bad else len(losses)
         cause = next((i for i in range(start, step) if not gradients[i].isfinite()), None)
         if cause is not None:
             what = (
                 f"the gradient of step {cause} is not finite, although its loss of {losses[cause]:.4g} is. Look for "
-                "what has no finite derivative in the loss (a root, a logarithm or a quotient of 0), or try a learning "
-                f"rate below {learning_rate:g}{hint}"
+                f"what has no finite derivative in the loss (a root, a logarithm or a quotient of 0), or try {advice}"
             )
-        elif len(bad):
+        elif bad:
             before = f" (it was {losses[step - 1]:.4g} before)" if step else ""
             what = (
-                f"the loss is {losses[step]} at step {step}{before}. Try a learning rate below {learning_rate:g}, "
-                "warm-up steps, or gradient clipping" + hint
+                f"the loss is {losses[step]} at step {step}{before}. Try warm-up steps, gradient clipping, or {advice}"
             )
         else:
-            what = (
-                f"the weights are not finite after step {step - 1}. Try a learning rate below {learning_rate:g}{hint}"
-            )
-        latest = self.latest_checkpoint() or "not written yet"
+            what = f"the weights are not finite after step {step - 1}. Try {advice}"
+        latest = latest_checkpoint(self.checkpoint_dir) or "not written yet"
         raise TrainingError(f"{state.description}: {what}. The last checkpoint is {latest}.")
 
 

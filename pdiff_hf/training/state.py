@@ -1,14 +1,20 @@
-"""What a training loop tells of itself while it runs."""
+"""What a training loop tells of itself while it runs, and its checkpoints: always whole, nothing of ours pickled."""
 
 import contextlib
+import os
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 from diffusers.training_utils import EMAModel
+from safetensors.torch import load_file, save_file
 from torch import nn
+
+from ..utils.files import remove, sync
 
 
 @dataclass
@@ -69,6 +75,57 @@ class LoopState:
         if self.ema is not None:
             self.ema.shadow_params = [parameter.detach().clone() for parameter in self.parameters]
         self.trusted_from = self.step
+
+    def save(self, accelerator: Accelerator, folder: Path, limit: int) -> Path:
+        """
+        Writes a checkpoint beside those in `folder`, of which the latest `limit` are kept. It has a temporary name at
+        first, so that a `checkpoint-N` folder is always whole.
+        """
+        part, checkpoint = folder / f"part-{self.step}", folder / f"checkpoint-{self.step}"
+        if accelerator.is_main_process:
+            remove(part)
+        accelerator.wait_for_everyone()
+        try:
+            accelerator.save_state(str(part))
+            accelerator.wait_for_everyone()
+            if accelerator.is_main_process:
+                # Not registered with Accelerate, which would pickle and unpickle it.
+                numbers = {"step": torch.tensor(self.step), "trusted_from": torch.tensor(self.trusted_from)}
+                averages = self.ema.shadow_params if self.ema is not None else ()
+                ema = {f"ema.{i}": tensor.contiguous() for i, tensor in enumerate(averages)}
+                save_file({"losses": self.losses} | numbers | ema, part / "loop.safetensors")
+                sync(part)
+                remove(checkpoint)
+                part.rename(checkpoint)
+                for old in _checkpoints(folder)[:-limit]:
+                    remove(old)
+        except BaseException:
+            if accelerator.is_main_process:
+                remove(part)
+            raise
+        accelerator.wait_for_everyone()
+        return checkpoint
+
+    def load(self, accelerator: Accelerator, checkpoint: Path) -> None:
+        """Sets models, optimizers and this state to those of a checkpoint."""
+        accelerator.load_state(str(checkpoint))
+        tensors = load_file(checkpoint / "loop.safetensors", str(accelerator.device))
+        self.step, self.trusted_from = int(tensors["step"]), int(tensors["trusted_from"])
+        self.losses = tensors["losses"][: self.step]
+        if self.ema is not None:
+            self.ema.shadow_params = [tensors[f"ema.{i}"] for i in range(len(self.parameters))]
+            self.ema.optimization_step = self.step
+
+
+def latest_checkpoint(folder: str | os.PathLike | None) -> Path | None:
+    """The `checkpoint-N` folder with the highest N, if there is one."""
+    checkpoints = [] if folder is None else _checkpoints(Path(folder))
+    return checkpoints[-1] if checkpoints else None
+
+
+def _checkpoints(folder: Path) -> list[Path]:
+    found = [path for path in folder.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
+    return sorted(found, key=lambda path: int(path.name.partition("-")[2]))
 
 
 class Average(EMAModel):

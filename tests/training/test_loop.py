@@ -9,8 +9,8 @@ from accelerate import Accelerator
 from torch import nn
 
 from pdiff_hf.training import Loop, LoopArguments, LoopCallback, TrainingError
-from pdiff_hf.training.checkpoints import latest_checkpoint
 from pdiff_hf.training.loop import epoch_indices
+from pdiff_hf.training.state import latest_checkpoint
 from pdiff_hf.utils.seeds import derive_seed
 
 TARGET = torch.randn(23, 5, generator=torch.Generator().manual_seed(7))
