@@ -16,17 +16,8 @@ MAX_PARAMETERS = 2**63 - 1
 # Limits of the search for similar names, whose time grows with the square of the length: how many, and how long.
 MAX_COMPARED, MAX_COMPARED_LENGTH = 10_000, 300
 # Every value of these types is a float32 as well, so that a round trip through the vector changes no bit.
-EXACT_DTYPES = {
-    str(dtype).removeprefix("torch."): dtype
-    for dtype in (
-        torch.float32,
-        torch.bfloat16,
-        torch.float16,
-        torch.int8,
-        torch.uint8,
-        torch.int16,
-        torch.bool,
-    )
+EXACT_DTYPES: dict[str, torch.dtype] = {
+    name: getattr(torch, name) for name in ("float32", "bfloat16", "float16", "int8", "uint8", "int16", "bool")
 }
 
 
@@ -63,14 +54,11 @@ class ParameterLayout:
     def __post_init__(self):
         # Lists arrive here when a layout was read from JSON.
         try:
-            object.__setattr__(self, "names", tuple(self.names))
-            object.__setattr__(self, "shapes", tuple(tuple(operator.index(n) for n in shape) for shape in self.shapes))
-            object.__setattr__(self, "dtypes", tuple(self.dtypes))
-            object.__setattr__(self, "aliases", tuple(map(tuple, self.aliases)) or ((),) * len(self.names))
+            shapes = tuple(tuple(operator.index(n) for n in shape) for shape in self.shapes)
+            aliases = tuple(map(tuple, self.aliases)) or ((),) * len(self.names)
+            vars(self).update(names=tuple(self.names), shapes=shapes, dtypes=tuple(self.dtypes), aliases=aliases)
         except TypeError as error:
-            raise LayoutError(
-                f"names, dtypes and shapes must be lists, and shapes hold whole numbers: {error}"
-            ) from error
+            raise LayoutError(f"names, dtypes and shapes must be lists, of whole numbers in shapes: {error}") from error
         for value in (*self.names, *self.dtypes, *itertools.chain.from_iterable(self.aliases)):
             if not isinstance(value, str):
                 raise LayoutError(f"names and dtypes of a layout must be strings, got {value!r:.200}")
@@ -83,8 +71,7 @@ class ParameterLayout:
             )
         if not self.names:
             raise LayoutError("a layout needs at least one tensor, got none")
-        if len(set(self.names)) < len(self.names):
-            repeated = [name for name, count in Counter(self.names).items() if count > 1]
+        if repeated := [name for name, count in Counter(self.names).items() if count > 1]:
             raise LayoutError(f"the names of a layout must differ, got {some_names(repeated)} more than once")
         for name, shape, dtype in zip(self.names, self.shapes, self.dtypes, strict=True):
             if dtype not in EXACT_DTYPES:
@@ -103,11 +90,9 @@ class ParameterLayout:
     ) -> "ParameterLayout":
         """Layout of the tensors `names` (all by default) of `state_dict`, in the order of `names`."""
         names = list(state_dict) if names is None else list(names)
-        missing = [name for name in names if name not in state_dict]
-        if missing:
-            raise LayoutError(
-                f"the state dict has no tensor {some_names(missing)}; {closest_names(missing[0], state_dict)}"
-            )
+        if missing := [name for name in names if name not in state_dict]:
+            similar = closest_names(missing[0], state_dict)
+            raise LayoutError(f"the state dict has no tensor {some_names(missing)}; {similar}")
         tensors = [state_dict[name] for name in names]
         return cls(
             tuple(names),
@@ -158,9 +143,8 @@ class ParameterLayout:
             if tensor.dtype != EXACT_DTYPES[dtype]:
                 raise LayoutError(f"tensor '{name}' is {tensor.dtype}, but the layout says {dtype}")
             batch = lead
-        return torch.cat(
-            [state_dict[name].detach().to(torch.float32).reshape(*batch, -1) for name in self.names], dim=-1
-        )
+        tensors = (state_dict[name].detach().to(torch.float32) for name in self.names)
+        return torch.cat([tensor.reshape(*batch, -1) for tensor in tensors], dim=-1)
 
     def unflatten(self, parameters: torch.Tensor) -> dict[str, torch.Tensor]:
         """
@@ -233,9 +217,8 @@ def _cast(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
 def some_names(names: Sequence[str], most: int = 3) -> str:
     """The first few names, in words."""
-    return ", ".join(f"'{name}'" for name in names[:most]) + (
-        f" and {len(names) - most} more" if len(names) > most else ""
-    )
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(f"'{name}'" for name in names[:most]) + more
 
 
 def closest_names(name: str, names: Iterable[str]) -> str:

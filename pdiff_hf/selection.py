@@ -3,7 +3,7 @@
 import fnmatch
 import itertools
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
@@ -13,18 +13,13 @@ from .lora import a_module, different_effects, scaling
 from .tensor_names import ADAPTER, adapter_configs, adapter_names, match_names, other_names, shared_tensors
 
 
-def is_normalization(module: nn.Module) -> bool:
-    """Whether `module` is a normalization layer that has parameters of its own, of any library."""
-    return "norm" in type(module).__name__.lower() and any(True for _ in module.parameters(recurse=False))
+def _has_name(module: nn.Module, *words: str) -> bool:
+    return any(word in type(module).__name__.lower() for word in words)
 
 
-def is_attention(module: nn.Module) -> bool:
-    """Whether `module` is an attention layer, of any library."""
-    return any(word in type(module).__name__.lower() for word in ("attention", "attn"))
-
-
-MODULE_KINDS = {
-    "norm": is_normalization,
+# Which modules are of a kind, of any library.
+MODULE_KINDS: dict[str, Callable[[nn.Module], bool]] = {
+    "norm": lambda module: _has_name(module, "norm") and any(True for _ in module.parameters(recurse=False)),
     "conv": lambda module: isinstance(module, nn.modules.conv._ConvNd),
     "linear": lambda module: isinstance(module, nn.Linear),
 }
@@ -131,12 +126,8 @@ def select_parameters(
     """
     selectable = [name for name, _ in model.named_parameters(remove_duplicate=False)]
     if batch_norm_statistics:
-        statistics = [
-            _join(name, statistic)
-            for name, module in model.named_modules()
-            for statistic in STATISTICS
-            if isinstance(module, _NormBase) and getattr(module, statistic) is not None
-        ]
+        norms = [name for name, m in model.named_modules() if isinstance(m, _NormBase) and m.running_mean is not None]
+        statistics = [_join(name, statistic) for name in norms for statistic in STATISTICS]
         if not statistics:
             raise LayoutError(
                 f"{type(model).__name__} has no batch norm with running statistics that could be generated; use "
@@ -209,7 +200,7 @@ def _groups(model: nn.Module, parameters: list[str], kind: str) -> list[list[str
     if kind == "blocks":
         names = _find_blocks(model)
     elif kind == "attention":
-        names = [name for name, module in named.items() if name and is_attention(module)]
+        names = [name for name, module in named.items() if name and _has_name(module, "attention", "attn")]
         names = [name for name in names if not any(name.startswith(f"{other}.") for other in names)]
     elif kind == "head":
         names = [n for n, m in named.items() if MODULE_KINDS["conv"](m) or MODULE_KINDS["linear"](m)][-1:]

@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -155,24 +156,24 @@ def adapter_names(model: nn.Module) -> dict[str, tuple[str, ...]]:
     What PEFT calls the tensors of its adapters in its files, by their names in the network: `adapter:NAME/FILE_NAME`
     with the name of the adapter, and the name in the file without PEFT's prefix. Empty for a network without adapters.
     """
-    (wrapper,) = getattr(model, "peft_wrapper", (model,))  # see `without_wrapper` in networks/adapters.py
-    adapters = getattr(wrapper, "peft_config", None)
-    if not isinstance(adapters, Mapping):
+    wrapper, adapters = _peft(model)
+    if not adapters:
         return {}
     from peft import get_peft_model_state_dict
 
+    def place(tensor: torch.Tensor) -> tuple:
+        return (tensor.untyped_storage()._cdata, *_geometry(tensor))
+
     names: dict[str, tuple[str, ...]] = {}
     own = model.state_dict()
-    by_memory: dict[tuple, str] = {}
-    for name, tensor in own.items():
-        by_memory.setdefault((tensor.untyped_storage()._cdata, *_geometry(tensor)), name)
+    by_memory = {place(tensor): name for name, tensor in reversed(own.items())}
     for adapter in adapters:
         # Embeddings that PEFT saves along have their own names.
         saved = get_peft_model_state_dict(wrapper, adapter_name=adapter, save_embedding_layers=False)
         for file_name, tensor in saved.items():
-            found = by_memory.get((tensor.untyped_storage()._cdata, *_geometry(tensor)))
+            found = by_memory.get(place(tensor))
             if found is None:  # PEFT copies the embeddings of prompts
-                equal = [name for name, own_one in own.items() if _is_equal(own_one, tensor)]
+                equal = [n for n, other in own.items() if other.shape == tensor.shape and other.equal(tensor)]
                 found = equal[0] if len(equal) == 1 else None
             if found is not None:
                 names[found] = (*names.get(found, ()), f"{ADAPTER}{adapter}/{file_name.removeprefix(PEFT_PREFIX)}")
@@ -181,15 +182,14 @@ def adapter_names(model: nn.Module) -> dict[str, tuple[str, ...]]:
 
 def adapter_configs(model: nn.Module) -> dict[str, dict]:
     """The configurations of a network's adapters of PEFT as JSON has them, by the adapters' names."""
+    return {name: plain_config(config.to_dict()) for name, config in _peft(model)[1].items()}
+
+
+def _peft(model: nn.Module) -> tuple[nn.Module, Mapping[str, Any]]:
+    """What knows the adapters of a network, see `without_wrapper` in networks/adapters.py, and their configurations."""
     (wrapper,) = getattr(model, "peft_wrapper", (model,))
     adapters = getattr(wrapper, "peft_config", None)
-    if not isinstance(adapters, Mapping):
-        return {}
-    return {name: plain_config(config.to_dict()) for name, config in adapters.items()}
-
-
-def _is_equal(tensor: torch.Tensor, other: torch.Tensor) -> bool:
-    return tensor.shape == other.shape and torch.equal(tensor, other)
+    return wrapper, adapters if isinstance(adapters, Mapping) else {}
 
 
 def file_name(alias: str) -> str:

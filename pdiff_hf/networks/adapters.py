@@ -95,7 +95,8 @@ def load_adapter(model: Any, path: str | os.PathLike, name: str = "default") -> 
                 model.add_adapter(PeftConfig.from_pretrained(str(path)), name)
                 tensors = load_file(Path(path, "adapter_model.safetensors"))
                 tensors = {key.removeprefix(PEFT_PREFIX): tensor for key, tensor in tensors.items()}
-                if left := set_peft_model_state_dict(model, tensors, name).unexpected_keys:
+                left = set_peft_model_state_dict(model, tensors, name).unexpected_keys  # type: ignore[attr-defined]
+                if left:
                     raise ValueError(f"the network has no {left[0]}")
                 return model.eval()
             wrapped = PeftModel.from_pretrained(model, str(path), name, torch_device="cpu")
