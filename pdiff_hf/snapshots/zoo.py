@@ -82,7 +82,7 @@ def train_specialists(
 
     def loss_function(model, indices, generator):
         torch.manual_seed(generator.initial_seed())  # of what a network draws by chance
-        batch = family.batch("train", table, indices)
+        batch = family.training_batch(table, indices, generator)
         logits = model(networks, family, batch)  # (T, B, C)
         # The sum over tasks of the mean over examples: each network gets the gradient of its own loss.
         return F.cross_entropy(logits.flatten(0, 1), batch["labels"].flatten()) * len(table)

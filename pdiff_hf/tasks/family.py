@@ -68,9 +68,18 @@ class Family(ABC):
             `dict`: What `predict` needs, tensors of shape `(T, B, ...)`, and `labels` of shape `(T, B)`.
         """
 
-    def examples(self, split: Split, table: torch.Tensor, indices: torch.Tensor, seeds: torch.Tensor) -> Batch:
-        """A `batch`, whose random changes, if it has any, are those of the conditions `seeds`, shape `(T, width)`."""
+    def examples(
+        self, split: Split, table: torch.Tensor, indices: torch.Tensor, seeds: torch.Tensor, draw: int = 0
+    ) -> Batch:
+        """
+        A `batch`, whose random changes, if it has any, are those of the conditions `seeds`, shape `(T, width)`; another
+        `draw` has others, for trainings that see an example again and again.
+        """
         return self.batch(split, table, indices)
+
+    def training_batch(self, table: torch.Tensor, indices: torch.Tensor, generator: torch.Generator) -> Batch:
+        """A `batch` of training examples, with random changes that follow from the seed of the step's generator."""
+        return self.examples("train", table, indices, table, generator.initial_seed())
 
     def check(self) -> None:
         """

@@ -44,14 +44,17 @@ class ImageFamily(TaskFamily):
     def batch(self, split: Split, table: torch.Tensor, indices: torch.Tensor) -> Batch:
         return self.examples(split, table, indices, table)
 
-    def examples(self, split: Split, table: torch.Tensor, indices: torch.Tensor, seeds: torch.Tensor) -> Batch:
+    def examples(
+        self, split: Split, table: torch.Tensor, indices: torch.Tensor, seeds: torch.Tensor, draw: int = 0
+    ) -> Batch:
         pixels, labels = self.pixels(split)
         shape = len(table), indices.shape[-1]  # (T, B)
         images = pixels[indices].to(table.device).float() / 255  # (B, C, H, W) or (T, B, C, H, W)
         # Each task has memory of its own: `change` may write in place.
         images = images.expand(*shape, *images.shape[-3:]).contiguous()
         labels = labels[indices].to(table.device).expand(shape).contiguous()
-        generator = ExampleGenerator(seeds, indices, get_args(Split).index(split))
+        stream = get_args(Split).index(split) + len(get_args(Split)) * (draw % 2**32)
+        generator = ExampleGenerator(seeds, indices, stream)
         is_first = split not in self._checked
         images, labels = apply_change(self, self.fields.named(table), images, labels, generator, check_values=is_first)
         self._checked.add(split)

@@ -169,7 +169,7 @@ def seen_tasks(
 def _examples(family: Family, table: torch.Tensor, args: TuneArguments, generator: torch.Generator) -> Batch:
     shape = (len(table), args.num_examples)
     indices = torch.randint(family.num_examples("train"), shape, generator=generator, device=generator.device)
-    return family.batch("train", table, indices.cpu())
+    return family.training_batch(table, indices.cpu(), generator)
 
 
 def single_task(task: ClassificationTask, args: TuneArguments, device: torch.device) -> TaskBatches:

@@ -78,6 +78,10 @@ def test_random_changes_belong_to_task_and_example():
     other = family.batch("train", table.flip(0), torch.tensor([[7, 3], [3, 9]]))["pixel_values"]
     torch.testing.assert_close(other[0], together[1, [7, 3]])
     torch.testing.assert_close(other[1], together[0, [3, 9]])
+    steps = [torch.Generator().manual_seed(seed) for seed in (5, 5, 6)]  # a training sees other noise at every step
+    first, again, later = (family.training_batch(table, INDICES, step)["pixel_values"] for step in steps)
+    assert torch.equal(first, again) and not torch.equal(first, later) and not torch.equal(first, together)
+    torch.testing.assert_close(first.mean(), later.mean(), rtol=0.05, atol=0.02)
     with pytest.raises(ValueError, match="the field 'shade' of Mine .one of dark, light. changes no image"):
         family.check()
 
