@@ -39,13 +39,10 @@ class ParameterAutoencoderOutput(BaseOutput):
     Args:
         sample (`torch.Tensor`): Shape `(N, C, S)`. The reconstruction of the tokens.
         target (`torch.Tensor`): Shape `(N, C, S)`. What it should be: the tokens without noise.
-        kl (`torch.Tensor`, *optional*): Shape `(N,)`, of a variational autoencoder: the divergence of each posterior
-            from the prior N(0, I), in nats.
     """
 
     sample: torch.Tensor
     target: torch.Tensor = None  # type: ignore[assignment]  # always given; Accelerate makes outputs from one dict
-    kl: torch.Tensor | None = None
 
 
 @dataclass
@@ -152,8 +149,6 @@ class ParameterAutoencoder(TokenModel, ConfigMixin):
         token_dim (`int`, *optional*, defaults to 32): Principal components that are kept of a token.
         basis_dtype (`str`, *optional*, defaults to `"float32"`): Of the bases of tokens. `"int8"`, with a float32 scale
             for each direction, takes a quarter of the memory and of the files and loses some 0.00003 of the variance.
-        variational (`bool`, *optional*, defaults to `False`): A VAE (paper, appendix B.2): the encoder gives the mean
-            and the log-variance of a latent, `forward` samples from them, and `encode` returns the mean.
         tuned_map (`bool`, *optional*, defaults to `False`): Add a linear map of latents to what they are decoded to,
             see [`add_tuned_map`].
         adapter_products (`bool`, *optional*, defaults to `False`): Learn the factors of LoRA adapters as their
@@ -165,8 +160,8 @@ class ParameterAutoencoder(TokenModel, ConfigMixin):
         format_version (`int`, *optional*): Of the saved files, which carry it so that an older release can refuse them.
 
     Raises:
-        LayoutError: if the latent is longer than the vector, the kernel size is even, there are no convolutions to be
-            variational, no factors to be multiplied, or there would be more than `MAX_TOKENS` tokens.
+        LayoutError: if the latent is longer than the vector, the kernel size is even, there are no factors
+            to be multiplied, or there would be more than `MAX_TOKENS` tokens.
     """
 
     @register_to_config
@@ -179,7 +174,6 @@ class ParameterAutoencoder(TokenModel, ConfigMixin):
         norm_num_groups: int | None = 1,
         token_size: int | None = None,
         token_dim: int = 32,
-        variational: bool = False,
         tuned_map: bool = False,
         adapter_products: bool = False,
         adapter_frame_size: int | None = None,
@@ -200,8 +194,6 @@ class ParameterAutoencoder(TokenModel, ConfigMixin):
             )
         if kernel_size % 2 == 0 or kernel_size < 1:
             raise LayoutError(f"kernel_size must be odd, so that a convolution keeps the length, got {kernel_size}")
-        if variational and not block_out_channels:
-            raise LayoutError("a variational autoencoder needs convolutions, got block_out_channels=()")
         if linear and (block_out_channels or not latent_dim <= token_dim <= vectors.num_parameters):
             raise LayoutError(
                 f"linear maps need block_out_channels=() and latent_dim <= token_dim, got {tuple(block_out_channels)}, "
@@ -211,7 +203,7 @@ class ParameterAutoencoder(TokenModel, ConfigMixin):
         self._init_tokens(vectors, block_out_channels, token_size, kept, basis_dtype)
         stride = 2 ** len(block_out_channels)
         self.padded_length = -(-self.token_shape[1] // stride) * stride
-        self._init_networks(2 * latent_dim if variational else latent_dim)
+        self._init_networks(latent_dim)
         self.register_buffer("parameter_mean", torch.zeros(vectors.num_parameters))
         self.register_buffer("parameter_std", torch.ones(len(vectors.names)))
         self.register_buffer("latent_mean", torch.zeros(latent_dim))
@@ -276,18 +268,17 @@ class ParameterAutoencoder(TokenModel, ConfigMixin):
                 snapshots, or all `together` have it on average. Principal components keep their proportions then, so
                 that a denoiser learns first what differs most between networks.
         """
-        latents = torch.cat([self._encode(batch)[0] for batch in tokens.split(BATCH_SIZE)]).double()
+        latents = torch.cat([self._encode(batch) for batch in tokens.split(BATCH_SIZE)]).double()
         std = latents.std(0, correction=0)
         if scaling == "together":
             std = std.square().mean().sqrt().expand_as(std)
         self.latent_mean.copy_(latents.mean(0))
         self.latent_std.copy_(torch.where(std > 0, std, 1.0))
 
-    def _encode(self, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """The network's own latents, `(N, L)`, and their log-variances where it is variational."""
+    def _encode(self, tokens: torch.Tensor) -> torch.Tensor:
+        """The network's own latents, `(N, L)`."""
         padded = F.pad(tokens, (0, self.padded_length - tokens.shape[-1]))  # (N, C, S) -> (N, C, padded length)
-        encoded = self.encoder(padded.to(self.dtype))  # (N, L) or (N, 2 L)
-        return encoded.chunk(2, dim=1) if self.config.variational else (encoded, None)
+        return self.encoder(padded.to(self.dtype))
 
     def _decode(self, latents: torch.Tensor) -> torch.Tensor:
         """The network's own latents, `(N, L)`, to tokens, `(N, C, S)`."""
@@ -296,7 +287,7 @@ class ParameterAutoencoder(TokenModel, ConfigMixin):
     @apply_forward_hook  # that moves an offloaded model to its device
     def encode(self, parameters: torch.Tensor, rows: torch.Tensor | None = None) -> ParameterEncoderOutput:
         """Parameters `(K, D)` in natural units to standardised latents `(N, L)`: of the rows `rows`, `(N,)`, or all."""
-        latents = self._encode(self.tokenize(parameters, rows))[0].float()
+        latents = self._encode(self.tokenize(parameters, rows)).float()
         return ParameterEncoderOutput(latents=(latents - self.latent_mean) / self.latent_std)
 
     @apply_forward_hook
@@ -320,16 +311,6 @@ class ParameterAutoencoder(TokenModel, ConfigMixin):
             raise ValueError("another rank is for adapters that are learned as products (adapter_products)")
         return self.layout if self.products is None else self.products.layout_of_rank(rank)
 
-    @torch.no_grad()
-    @apply_forward_hook
-    def sample_prior(self, num_models: int, generator: torch.Generator | None = None) -> torch.Tensor:
-        """Parameters, shape `(num_models, D)`, from the prior N(0, I) of a variational autoencoder's own latent."""
-        if not self.config.variational:
-            raise ValueError("only a variational autoencoder has a prior to sample from")
-        shape = (num_models, self.config.latent_dim)
-        latents = torch.randn(shape, generator=generator).to(self.device)
-        return self.with_factors(self.detokenize(self._decode(latents)))
-
     def forward(
         self,
         tokens: torch.Tensor,
@@ -343,27 +324,24 @@ class ParameterAutoencoder(TokenModel, ConfigMixin):
         Args:
             tokens (`torch.Tensor`): Shape `(N, C, S)`, of [`tokenize`].
             parameter_noise (`float`, *optional*, defaults to 0): σ_v, in normalised units of the parameters.
-            latent_noise (`float`, *optional*, defaults to 0): σ_z, in units of the network's own latent. A variational
-                autoencoder samples its latent instead.
+            latent_noise (`float`, *optional*, defaults to 0): σ_z, in units of the network's own latent.
             generator (`torch.Generator`, *optional*): Of the noise.
         """
-        noisy = tokens
-        if parameter_noise > 0:
-            noise = torch.randn(tokens.shape, generator=generator, device=tokens.device)
-            if self.token_lengths is not None:
-                # White noise on the parameters is white along orthonormal directions, of which a short token has few.
-                numbers = torch.arange(self.token_shape[0], device=noise.device).unsqueeze(1)
-                noise = noise / self.token_scale * (numbers < self.token_num_parameters)
-            noisy = tokens + parameter_noise * noise
-        latents, log_variance = self._encode(noisy)
-        scale: torch.Tensor | float = latent_noise
-        kl = None
-        if log_variance is not None:
-            scale = (0.5 * log_variance).exp()
-            kl = 0.5 * (latents.square() + log_variance.exp() - 1 - log_variance).float().sum(1)  # (N, L) -> (N,)
-        if log_variance is not None or latent_noise > 0:
-            latents = latents + scale * torch.randn(latents.shape, generator=generator, device=latents.device)
-        return ParameterAutoencoderOutput(sample=self._decode(latents).float(), target=tokens, kl=kl)
+        latents = self._encode(self._with_noise(tokens, parameter_noise, generator))
+        if latent_noise > 0:
+            latents = latents + latent_noise * torch.randn(latents.shape, generator=generator, device=latents.device)
+        return ParameterAutoencoderOutput(sample=self._decode(latents).float(), target=tokens)
+
+    def _with_noise(self, tokens: torch.Tensor, scale: float, generator: torch.Generator | None) -> torch.Tensor:
+        """Tokens of parameters with white noise."""
+        if scale == 0:
+            return tokens
+        noise = torch.randn(tokens.shape, generator=generator, device=tokens.device)
+        if self.token_lengths is not None:
+            # White noise on the parameters is white along orthonormal directions, of which a short token has few.
+            numbers = torch.arange(self.token_shape[0], device=noise.device).unsqueeze(1)
+            noise = noise / self.token_scale * (numbers < self.token_num_parameters)
+        return tokens + scale * noise
 
     def reconstruction_loss(self, output: ParameterAutoencoderOutput) -> torch.Tensor:
         """Mean squared error of the parameters in normalised units, apart from what tokens leave out; a scalar."""

@@ -40,16 +40,13 @@ def train_autoencoder(
     architecture: Mapping[str, Any],
     normalization: str = "coordinate",
     latent_scaling: str = "each",
-    kl_weight: float = 0.0,
+    model_class: type[ParameterAutoencoder] = ParameterAutoencoder,
     output_loss: OutputLoss | None = None,
 ) -> tuple[ParameterAutoencoder, torch.Tensor]:
     """
     Trains an autoencoder on snapshots to return the clean vector for a noisy one, and sets its statistics from them.
     Memory grows with D as the autoencoder does: the snapshots stay where they lie, the bases of tokens are kept once,
     outside of the optimizer and of checkpoints.
-
-    With `kl_weight` above 0 it is a variational one. At 1 its loss is the negative evidence lower bound of a decoder
-    with unit variance in normalised units (times 2 / D, plus a constant).
 
     Args:
         loop (`Loop`): Where the training runs.
@@ -63,13 +60,11 @@ def train_autoencoder(
             `(n, D)`, in place of the snapshots with the indices `rows`: what it is trained on, in place of parameters.
 
     Returns:
-        `tuple`: The autoencoder in eval mode on the CPU, and the loss (mean squared error in normalised units, plus the
-        weighted divergence of a variational one; or that of outputs) at every step, shape `(args.num_steps,)`.
+        `tuple`: The autoencoder in eval mode on the CPU, and the loss (mean squared error in normalised units, or
+        that of outputs) at every step, shape `(args.num_steps,)`.
     """
     torch.manual_seed(derive_seed(loop.seed, 0))
-    autoencoder = ParameterAutoencoder(
-        layout.to_dict(), latent_dim=latent_dim, variational=kl_weight > 0, **architecture
-    )
+    autoencoder = model_class(layout.to_dict(), latent_dim=latent_dim, **architecture)
     seen = torch.arange(len(snapshots)) if seen is None else seen
     geometry = autoencoder.fit_parameter_statistics(snapshots, normalization, rows=seen)
     if geometry is not None:
@@ -84,8 +79,7 @@ def train_autoencoder(
             return output_loss(
                 autoencoder.with_factors(autoencoder.detokenize(output.sample)), seen[indices], generator
             )
-        loss = autoencoder.reconstruction_loss(output)
-        return loss if output.kl is None else loss + kl_weight * 2 / layout.num_parameters * output.kl.mean()
+        return autoencoder.reconstruction_loss(output)
 
     losses = torch.empty(0)
     if any(True for _ in autoencoder.parameters()):
@@ -93,8 +87,7 @@ def train_autoencoder(
             if basis is not None:
                 autoencoder.token_basis = None
             autoencoder.products = None
-        description = "VAE" if kl_weight > 0 else "autoencoder"
-        losses = loop.train(autoencoder, loss_function, len(tokens), args, description=description)
+        losses = loop.train(autoencoder, loss_function, len(tokens), args, description="autoencoder")
     if basis is not None:
         autoencoder.token_basis = basis
     autoencoder.products = products

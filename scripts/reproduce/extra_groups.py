@@ -13,6 +13,7 @@ from pdiff_hf.training import NoiseArguments, train_autoencoder
 from pdiff_hf.utils.seeds import named_seed
 
 from .hyper_representations import sample_hyper_representations
+from .vae import VariationalAutoencoder
 
 
 def hyper_representations(run: RunContext, scorer: Scorer) -> Iterator[Group]:
@@ -36,11 +37,11 @@ def vae(run: RunContext, scorer: Scorer) -> Iterator[Group]:
             normalization=r.autoencoder_args.normalization,
             latent_scaling=r.latent_scaling,
             noise=NoiseArguments(parameter_noise=r.autoencoder_args.parameter_noise, latent_noise=0.0),
-            kl_weight=1.0,
+            model_class=VariationalAutoencoder,
         )
     generator = torch.Generator().manual_seed(named_seed(r.seed, "vae"))
-    with torch.no_grad():
-        yield Group("vae", autoencoder.eval().sample_prior(r.baseline_models, generator).cpu(), sweep="VAE")
+    assert isinstance(autoencoder, VariationalAutoencoder)
+    yield Group("vae", autoencoder.sample_prior(r.baseline_models, generator).cpu(), sweep="VAE")
 
 
 EXTRA_GROUPS: Mapping[str | None, Callable[[RunContext, Scorer], Iterator[Group]]] = {

@@ -315,8 +315,6 @@ def test_errors():
         LayoutError, match="token_size=1 cuts 1,000,000,000,000 parameters into 1,000,000,000,000 tokens"
     ):
         ParameterAutoencoder(make_layout(10**12).to_dict(), latent_dim=2, token_size=1)
-    with pytest.raises(LayoutError, match="needs convolutions"):
-        ParameterAutoencoder(make_layout(10).to_dict(), latent_dim=2, block_out_channels=(), variational=True)
     with pytest.raises(LayoutError, match="kernel_size must be odd"):
         ParameterAutoencoder(make_layout(10).to_dict(), latent_dim=2, kernel_size=4)
     denoiser = LatentDenoiser(8, block_out_channels=(4, 4), bottleneck_dim=8, embedding_dim=16)

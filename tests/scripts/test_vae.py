@@ -2,17 +2,17 @@
 
 import pytest
 import torch
+from reproduce.vae import VariationalAutoencoder
 
-from pdiff_hf import ParameterAutoencoder
-from pdiff_hf.layout import ParameterLayout
+from pdiff_hf import LayoutError, ParameterLayout
 
 
 def test_the_divergence_of_a_variational_autoencoder():
     layout = ParameterLayout(("a", "b"), ((6,), (2, 5)), ("float32", "float32"))
     torch.manual_seed(0)
-    vae = ParameterAutoencoder(layout.to_dict(), latent_dim=4, block_out_channels=(4, 4), variational=True)
+    vae = VariationalAutoencoder(layout.to_dict(), latent_dim=4, block_out_channels=(4, 4))
     parameters = torch.randn(9, 16)
-    mean, log_variance = vae._encode(vae.tokenize(parameters))
+    mean, log_variance = vae.posterior(vae.tokenize(parameters))
     output = vae(vae.tokenize(parameters), generator=torch.Generator().manual_seed(0))
     posterior = torch.distributions.Normal(mean, (0.5 * log_variance).exp())
     expected = torch.distributions.kl_divergence(posterior, torch.distributions.Normal(0.0, 1.0)).sum(1)
@@ -25,14 +25,21 @@ def test_the_divergence_of_a_variational_autoencoder():
 def test_the_prior_is_sampled_in_the_networks_own_latent():
     layout = ParameterLayout(("a",), ((16,),), ("float32",))
     torch.manual_seed(0)
-    vae = ParameterAutoencoder(layout.to_dict(), latent_dim=4, block_out_channels=(4, 4), variational=True)
+    vae = VariationalAutoencoder(layout.to_dict(), latent_dim=4, block_out_channels=(4, 4))
     vae.fit_parameter_statistics(5 + 2 * torch.randn(20, 16))
     vae.latent_mean += 3
     vae.latent_std *= 2
     sample = vae.sample_prior(6, torch.Generator().manual_seed(0))
     own = torch.randn(6, 4, generator=torch.Generator().manual_seed(0))
     torch.testing.assert_close(sample, vae.decode((own - 3) / 2).sample)
-    plain = ParameterAutoencoder(layout.to_dict(), latent_dim=4, block_out_channels=(4, 4))
-    with pytest.raises(ValueError, match="only a variational autoencoder"):
-        plain.sample_prior(1)
-    assert plain(torch.randn(2, 1, 16)).kl is None
+    with pytest.raises(LayoutError, match="needs convolutions"):
+        VariationalAutoencoder(layout.to_dict(), latent_dim=2, block_out_channels=())
+
+
+def test_its_loss_is_that_of_the_parameters_and_of_the_latents():
+    layout = ParameterLayout(("a",), ((16,),), ("float32",))
+    torch.manual_seed(0)
+    vae = VariationalAutoencoder(layout.to_dict(), latent_dim=4, block_out_channels=(4, 4))
+    output = vae(torch.randn(3, 1, 16), 0.1, generator=torch.Generator().manual_seed(0))
+    error = (output.sample - output.target).square().mean()
+    torch.testing.assert_close(vae.reconstruction_loss(output), error + 2 / 16 * output.kl.mean())
