@@ -16,7 +16,7 @@ from torch.nn.modules.conv import _ConvNd
 from torch.utils.checkpoint import checkpoint
 
 from ..layout import ParameterLayout
-from ..utils.memory import halve, is_out_of_memory
+from ..utils.memory import InParts, is_out_of_memory
 from .cropping import ConvolutionsAsProducts
 from .replacement import Replacement
 from .replay import FirstUse, Prefix, Recorder, ReplayError
@@ -82,6 +82,7 @@ class NetworkRunner:
         self._is_large = sum(parameter.numel() for parameter in model.parameters()) >= LARGE_NETWORK
         self._written: list[int] = []
         self._side_by_side = 0  # not known yet
+        self._in_parts = InParts("networks")
 
     def base_parameters(self) -> torch.Tensor:
         """Those of the base model, shape `(D,)`."""
@@ -157,20 +158,9 @@ class NetworkRunner:
         """
         if not self._side_by_side:
             self._probe(forward)
-        prefix = self.record(forward)
-        start = 0
-        while start < len(parameters):
-            rows = parameters[start : start + self._side_by_side]
-            try:
-                output = self._run(forward, rows, prefix)
-            except Exception as error:
-                if len(rows) == 1 or not is_out_of_memory(error):
-                    raise
-                output = None
-            if output is None:
-                self._side_by_side = halve(len(rows), "networks")
-                continue
-            yield slice(start, start + len(rows)), output
+        prefix, start = self.record(forward), 0
+        for rows in parameters.split(self._side_by_side) if len(parameters) else ():
+            yield slice(start, start + len(rows)), self._in_parts(lambda part: self._run(forward, part, prefix), rows)
             start += len(rows)
         if prefix.written():
             raise RuntimeError(
