@@ -260,7 +260,7 @@ class PDiffPipeline(SavedPipeline, LatentMixin, DiffusionPipeline):
         )
         is_number = isinstance(temperature, int | float) and 0 <= temperature < math.inf
         require(is_number, f"temperature must be finite and at least 0, got {temperature!r:.100}")
-        require(loss_fn is None or temperature == 1, f"loss_fn steers samples at temperature 1, got {temperature}")
+        require(loss_fn is None or temperature == 1, f"loss_fn steers samples at temperature 1; got {temperature}")
         require(loss_fn is not None or loss_guidance_scale == 1, "loss_guidance_scale needs a loss_fn")
         is_number = 0 < loss_guidance_scale < math.inf
         require(is_number, f"loss_guidance_scale must be above 0 and finite, got {loss_guidance_scale}")
