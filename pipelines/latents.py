@@ -132,7 +132,8 @@ class LatentMixin(NetworkMixin):
             ValueError: for labels that are all the same, or do not belong to the latents or the generator's fields.
         """
         if latents is not None:
-            require(not isinstance(labels, str | Mapping), "your own latents need your own labels: one number for each")
+            is_own = not isinstance(labels, str | Mapping)
+            require(is_own, "latents of your own need labels of your own: one number for each")
             values = torch.as_tensor(labels, dtype=torch.float64)
         else:
             latents, values = self._labelled_samples(labels, whole_number("num_samples", num_samples), generator)
