@@ -58,16 +58,16 @@ def test_a_resumed_zoo_is_the_uninterrupted_one(tmp_path):
     class Killed(Exception):
         pass
 
-    def killed_batch(split, table, indices, batch=family.batch):
+    def killed_batch(table, indices, generator, batch=family.training_batch):
         calls.append(1)
         if len(calls) > 10:  # after the first snapshot, which was taken at step 8
             raise Killed
-        return batch(split, table, indices)
+        return batch(table, indices, generator)
 
-    calls, family.batch = [], killed_batch
+    calls, family.training_batch = [], killed_batch
     with pytest.raises(Killed):
         train_specialists(loop, family, networks, table, ARGS)
-    del family.batch
+    del family.training_batch
     assert torch.equal(train_specialists(loop, family, networks, table, ARGS), whole)
 
 
