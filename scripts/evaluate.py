@@ -24,8 +24,8 @@ def main() -> None:
     )
     config, flags = parser.parse_config()
     # These take seconds to import, which a mistyped flag should not wait for.
+    from pdiff_hf.run.evaluating import evaluate_saved
     from pdiff_hf.run.processes import start_processes
-    from pdiff_hf.run.saved import evaluate_saved
     from pdiff_hf.run.terminal import one_line_errors, quiet_libraries
 
     with one_line_errors():

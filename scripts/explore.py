@@ -20,16 +20,11 @@ from safetensors.torch import save
 from transformers import PreTrainedModel
 
 from pdiff_hf import LayoutError, PDiffPipeline
-from pdiff_hf.evaluation.groups import Kind
+from pdiff_hf.evaluation import Kind
 from pdiff_hf.evaluation.metrics import max_iou
-from pdiff_hf.evaluation.plots import (
-    ScatterGroup,
-    plot_accuracy_vs_similarity,
-    plot_frontier,
-    sampling_error,
-    scatter_group,
-)
+from pdiff_hf.evaluation.plots import plot_frontier
 from pdiff_hf.evaluation.report import Report
+from pdiff_hf.evaluation.scatter import ScatterGroup, plot_accuracy_vs_similarity, sampling_error, scatter_group
 from pdiff_hf.evaluation.score import ClassifierScores, Scorer, make_scorer
 from pdiff_hf.models.condition import Condition
 from pdiff_hf.networks.adapters import has_adapters

@@ -15,8 +15,9 @@ from PIL import Image
 from torch import nn
 
 from pdiff_hf import ParameterLayout
-from pdiff_hf.evaluation.plots import plot_field, sampling_error
+from pdiff_hf.evaluation.plots import plot_field
 from pdiff_hf.evaluation.report import Report
+from pdiff_hf.evaluation.scatter import sampling_error
 from pdiff_hf.evaluation.score import ClassifierScores, Scorer, make_scorer
 from pdiff_hf.models import ConditionEncoder
 from pdiff_hf.models.condition import Condition

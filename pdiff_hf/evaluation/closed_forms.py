@@ -1,15 +1,15 @@
 """What answers to a condition with nothing but networks whose conditions are known: means, neighbours, regression."""
 
 from collections.abc import Callable, Iterator
+from functools import cache, partial
 
 import torch
 
 from ..models.kernel_ridge import KernelRidge
 from ..models.products import AdapterProducts, contracted, expanded
-from ..networks.runner import NetworkRunner
-from ..tasks.family import Family
-from .groups import Cost, Group, Kind
-from .opponents import VALIDATION_EXAMPLES, Pending
+from .groups import Group, Pending
+from .opponents import Regime
+from .report_data import Cost, Kind
 from .score import MemberScorer
 
 NEIGHBORS = (2, 3, 5, 8)
@@ -44,38 +44,27 @@ def nearest(features: torch.Tensor, seen: torch.Tensor, k: int) -> torch.Tensor:
 
 
 def tuned_ridge(
-    family: Family,
-    networks: NetworkRunner,
-    seen: torch.Tensor,
-    means: torch.Tensor,
-    validation: torch.Tensor,
-    products: AdapterProducts | None = None,
+    scorer: MemberScorer, seen: torch.Tensor, means: torch.Tensor, products: AdapterProducts | None = None
 ) -> KernelRidge:
     """
     Kernel ridge regression whose settings are chosen by the loss on validation tasks.
 
     Args:
+        scorer (`MemberScorer`): Of the validation tasks.
         seen (`torch.Tensor`), means (`torch.Tensor`): Conditions and their networks, of [`mean_networks`].
-        validation (`torch.Tensor`): Conditions of validation tasks, shape `(M, width)`.
     """
-    scorer = MemberScorer(family, networks, validation, VALIDATION_EXAMPLES)
 
     def loss(vectors_of: Callable[[torch.Tensor], torch.Tensor]) -> float:
-        return scorer.score("validation", contracted(vectors_of(validation), products)).losses.mean().item()
+        return scorer.loss(contracted(vectors_of(scorer.table.cpu()), products))
 
-    return KernelRidge.tuned(family.fields, seen, means, loss)
+    return KernelRidge.tuned(scorer.family.fields, seen, means, loss)
 
 
 def closed_forms(
-    family: Family,
-    networks: NetworkRunner,
+    regime: Regime,
     snapshots: torch.Tensor,
     table: torch.Tensor,
-    validation: torch.Tensor,
     cost: Cost,
-    size: int,
-    *,
-    seed: int = 0,
     products: AdapterProducts | None = None,
 ) -> Iterator[Pending]:
     """
@@ -84,78 +73,56 @@ def closed_forms(
     tasks.
 
     Args:
+        regime (`Regime`): The family, and what scores on its validation tasks.
         snapshots (`torch.Tensor`): Shape `(N, D)`.
         table (`torch.Tensor`): Their conditions without unknown fields, shape `(N, width)`; equal rows are snapshots of
             one task, and averaged.
-        validation (`torch.Tensor`): Conditions of validation tasks.
         cost (`Cost`): Of the snapshots.
-        size (`int`): Parameters of a network.
         products (`AdapterProducts`, *optional*): Means and regressions are of these, where they are given.
     """
-    fields = family.fields
+    fields, scorer = regime.family.fields, regime.scorer
+    validation, size = scorer.table.cpu(), regime.size
     seen, inverse, means = mean_networks(snapshots, table, products)
     last = torch.zeros(len(seen), dtype=torch.long).scatter_reduce_(
         0, inverse, torch.arange(len(table)), "amax", include_self=False
     )
     features, known = fields.features(seen), snapshots[last]
-    scorer = MemberScorer(family, networks, validation, VALIDATION_EXAMPLES)
     counts = [k for k in NEIGHBORS if k <= len(seen)] or [1]
-    ridges: list[KernelRidge] = []
+    ridge = cache(lambda: tuned_ridge(scorer, seen, means, products))
+    noise = torch.Generator().manual_seed(regime.seed)
 
-    def rows_of(rows: torch.Tensor, k: int) -> torch.Tensor:
-        return nearest(fields.features(rows), features, k)
+    def mean_of_nearest(rows: torch.Tensor, k: int) -> torch.Tensor:
+        return contracted(means[nearest(fields.features(rows), features, k)].mean(1), products)
 
-    def group(name: str, networks_of: Callable, note: str = "", kind: Kind = Kind.BASELINE, **more) -> Group:
-        return Group(name, networks_of, kind, cost=cost, note=note, **{"size": size} | more)
+    def nearest_ones(rows: torch.Tensor, k: int) -> torch.Tensor:
+        return known[nearest(fields.features(rows), features, k)]
 
-    def mean_of_nearest() -> Group:
-        def answer(rows: torch.Tensor, k: int) -> torch.Tensor:
-            return contracted(means[rows_of(rows, k)].mean(1), products)
-
-        tried = {k: scorer.score("validation", answer(validation, k)).losses.mean().item() for k in counts}
+    def best_of(name: str, answer: Callable[[torch.Tensor, int], torch.Tensor], vote: bool) -> Group:
+        tried = {k: scorer.loss(answer(validation, k), vote) for k in counts}
         best = min(tried, key=lambda k: tried[k])
-        shown = {str(k): loss for k, loss in tried.items()}
-        return group("mean of nearest snapshots", lambda _, t: answer(t, best), f"{best} tasks", tried=shown)
-
-    def ensemble_of_nearest() -> Group:
-        def loss(k: int) -> float:
-            return scorer.score("validation", known[rows_of(validation, k)], vote=True).losses.mean().item()
-
-        tried = {k: loss(k) for k in counts}
-        best = min(tried, key=lambda k: tried[k])
-        shown = {str(k): value for k, value in tried.items()}
-        return group(
-            "ensemble of nearest snapshots",
-            lambda _, t: known[rows_of(t, best)],
-            f"{best} tasks",
-            vote=True,
-            size=best * size,
-            tried=shown,
+        return Group(
+            name,
+            lambda _, t: answer(t, best),
+            cost=cost,
+            size=best * size if vote else size,
+            note=f"{best} tasks",
+            tried={str(k): loss for k, loss in tried.items()},
+            vote=vote,
         )
 
-    def ridge() -> KernelRidge:
-        if not ridges:
-            ridges.append(tuned_ridge(family, networks, seen, means, validation, products))
-        return ridges[0]
-
-    def note() -> str:
-        return f"ridge {ridge().ridge:g}, scales {', '.join(f'{scale:g}' for scale in ridge().scales)}"
-
-    def regression() -> Group:
-        return group("kernel ridge", lambda _, t: contracted(ridge()(t), products), note())
-
-    def regression_with_residuals() -> Group:
-        noise = torch.Generator().manual_seed(seed)
-        sample = lambda _, t: contracted(ridge().sample(t, NUM_SAMPLES, noise), products)  # noqa: E731
-        return group("kernel ridge + residuals", sample, note())
+    def regression(name: str, answer: Callable[[torch.Tensor], torch.Tensor]) -> Group:
+        note = f"ridge {ridge().ridge:g}, scales {', '.join(f'{scale:g}' for scale in ridge().scales)}"
+        return Group(name, lambda _, t: contracted(answer(t), products), cost=cost, note=note)
 
     mean = contracted(means.mean(0), products)
-    yield NEAREST, lambda: group(NEAREST, lambda _, t: known[rows_of(t, 1)[:, 0]], kind=Kind.SNAPSHOTS)
-    yield (
-        "mean of all snapshots",
-        lambda: group("mean of all snapshots", lambda _, t: mean.expand(len(t), -1)),
-    )
-    yield "mean of nearest snapshots", mean_of_nearest
-    yield "ensemble of nearest snapshots", ensemble_of_nearest
-    yield "kernel ridge", regression
-    yield "kernel ridge + residuals", regression_with_residuals
+    yield NEAREST, partial(Group, NEAREST, lambda _, t: nearest_ones(t, 1)[:, 0], Kind.SNAPSHOTS, cost=cost)
+    name = "mean of all snapshots"
+    yield name, partial(Group, name, lambda _, t: mean.expand(len(t), -1), cost=cost)
+    name = "mean of nearest snapshots"
+    yield name, partial(best_of, name, mean_of_nearest, vote=False)
+    name = "ensemble of nearest snapshots"
+    yield name, partial(best_of, name, nearest_ones, vote=True)
+    name = "kernel ridge"
+    yield name, partial(regression, name, lambda t: ridge()(t))
+    name = "kernel ridge + residuals"
+    yield name, partial(regression, name, lambda t: ridge().sample(t, NUM_SAMPLES, noise))

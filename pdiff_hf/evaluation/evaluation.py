@@ -1,11 +1,15 @@
 """Evaluates generated networks: groups of networks, scored, compared, and put into one report."""
 
+import importlib.util
+import itertools
+import logging
 import os
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from accelerate import PartialState
 from torch import Tensor, nn
 
 from ..layout import ParameterLayout
@@ -14,10 +18,13 @@ from ..networks.runner import NetworkRunner
 from ..pipelines import PDiffPipeline
 from ..tasks import Task
 from ..tasks.family import Family, as_family
-from .members import evaluate_members
+from .groups import Group, Pending
+from .members import Members
 from .report import Report
-from .score import make_scorer
-from .single_task import evaluate_task
+from .score import Scorer, make_scorer
+from .single_task import SingleTask
+
+logger = logging.getLogger(__name__)
 
 
 def evaluate(
@@ -30,6 +37,11 @@ def evaluate(
     layout: ParameterLayout | None = None,
     num_models: int | None = None,
     baselines: str = "few",
+    scorer: Scorer | None = None,
+    extra_groups: Iterable[Group | Pending] = (),
+    losses: Mapping[str, Mapping[str, Sequence[float]]] | None = None,
+    settings: Mapping[str, Any] | None = None,
+    warnings: Sequence[str] = (),
     folder: str | os.PathLike | None = None,
     seed: int = 0,
     **options: Any,
@@ -49,41 +61,79 @@ def evaluate(
         layout (`ParameterLayout`, *optional*): Which of its tensors are generated; by default the pipeline's.
         num_models (`int`, *optional*): Networks to sample: 200 for a task and 4 for each member by default.
         baselines (`str`, *optional*, defaults to `"few"`): Or `all`, which takes much longer.
+        scorer (`Scorer`, *optional*): For a single task, one that keeps scores; with it come base model and layout.
+        extra_groups (`Iterable[Group | Pending]`, *optional*): Further groups, each made when it is asked for.
+        losses (`Mapping`, *optional*): The loss at every step, by panel and curve, for a figure.
+        settings (`Mapping`, *optional*): To be kept in the report.
+        warnings (`Sequence[str]`, *optional*): What else a reader has to know.
         folder (`str` or `os.PathLike`, *optional*): Receives the report and its figures.
         seed (`int`, *optional*, defaults to 0): Of everything that is drawn.
-        options: Those of [`evaluate_task`] or [`evaluate_members`].
+        options: `untuned`, the generator before it was tuned, and the others of [`SingleTask`] or [`Members`].
 
     Returns:
-        `Report`: What came out.
+        `Report`: What came out. Numbers in it may be missing; nothing in it is nan.
 
     Raises:
         ValueError: if base model, layout or conditions are missing or do not fit.
     """
     family = as_family(task)
     pipeline = generator if isinstance(generator, PDiffPipeline) else None
+    if scorer is not None:
+        base_model, layout = scorer.models.model, scorer.layout
     base_model = base_model if base_model is not None or pipeline is None else pipeline.base_model
     layout = layout if layout is not None or pipeline is None else pipeline.autoencoder.layout
     if base_model is None or layout is None:
         raise ValueError(
             f"{'base_model' if base_model is None else 'layout'} is needed: the networks differ from it in some tensors"
         )
+    options |= {"baselines": baselines, "seed": seed} | ({} if num_models is None else {"num_models": num_models})
     with tempfile.TemporaryDirectory() as temporary:
-        output = Path(temporary if folder is None else folder)
-        if not family.fields:
-            scorer = make_scorer(family.task({}), base_model, layout)
-            options |= {"num_models": num_models or 200, "baselines": baselines, "seed": seed}
-            return evaluate_task(scorer, snapshots, generator, output, **options)
-        if conditions is None:
-            raise ValueError("conditions is needed: a family has members, and snapshots are of some of them")
-        table = conditions if isinstance(conditions, Tensor) else family.fields.table(conditions)
-        return evaluate_members(
-            family,
-            NetworkRunner(base_model, layout),
-            generator,
-            snapshots,
-            table,
-            output,
-            num_models=num_models or 4,
-            seed=seed,
-            **options,
-        )
+        compared: SingleTask | Members
+        if family.fields:
+            if conditions is None:
+                raise ValueError("conditions is needed: a family has members, and snapshots are of some of them")
+            table = conditions if isinstance(conditions, Tensor) else family.fields.table(conditions)
+            networks = NetworkRunner(base_model, layout)
+            where = None if folder is None else Path(folder)
+            compared = Members(family, networks, generator, snapshots, table, where, **options)
+        else:
+            scorer = scorer or make_scorer(family.task({}), base_model, layout)
+            compared = SingleTask(scorer, generator, snapshots, Path(folder or temporary), **options)
+        report = Report(compared.metric, layout.num_parameters, **compared.facts())
+        wrong: dict[str, Tensor] = {}
+        for row, errors in compared.rows(itertools.chain(compared.groups(), extra_groups)):
+            report.groups.append(row)
+            if errors is not None:
+                wrong[row.name] = errors
+        report.compare(wrong, compared.bootstrap_seed)
+        report.settings = dict(settings or {}) | {"seed": seed}
+        report.sampling = {} if pipeline is None else sampling_of(pipeline)
+        compared.complete(report)
+        report.describe()
+        report.warnings = [*warnings, *report.warnings]
+        if folder is not None and PartialState().is_main_process:
+            save_report(report, folder, losses, **compared.figures)
+    return report
+
+
+def sampling_of(pipeline: PDiffPipeline) -> dict[str, Any]:
+    """How a pipeline samples, for a report."""
+    names = ("num_inference_steps", "temperature", "guidance_scale")
+    return {name: pipeline.config[name] for name in names} | {"scheduler": type(pipeline.scheduler).__name__}
+
+
+def save_report(
+    report: Report,
+    folder: str | os.PathLike,
+    losses: Mapping[str, Mapping[str, Sequence[float]]] | None = None,
+    **figures: Any,
+) -> None:
+    """Writes a report with its figures, if they can be drawn; see [`~pdiff_hf.evaluation.plots.draw_figures`]."""
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    if importlib.util.find_spec("matplotlib"):
+        from .plots import draw_figures
+
+        draw_figures(report, folder, losses=losses, **figures)
+    else:
+        logger.warning("the report has no figures, which need matplotlib: pip install 'pdiff_hf[report]'")
+    report.save(folder)

@@ -37,10 +37,6 @@ class Rows:
     def shape(self) -> torch.Size:
         return torch.Size((len(self.index), self.matrix.shape[1]))
 
-    @property
-    def ndim(self) -> int:
-        return 2
-
     def __len__(self) -> int:
         return len(self.index)
 
@@ -75,19 +71,19 @@ class Yardstick:
             has its k lowered to one less than its size.
 
     Raises:
-        ValueError: for fewer than two snapshots, or k < 1.
+        ValueError: for fewer than two snapshots.
     """
 
     def __init__(self, snapshots: Matrix, k: int = 5):
-        if snapshots.ndim != 2 or k < 1 or len(snapshots) < 2:
-            raise ValueError(f"needs k >= 1 and at least 2 snapshots, got k={k} and shape {tuple(snapshots.shape)}")
+        if len(snapshots) < 2:
+            raise ValueError(f"needs at least 2 snapshots, got shape {tuple(snapshots.shape)}")
         self.snapshots, self.k = snapshots, k
         table = pairwise_distances(snapshots, snapshots).fill_diagonal_(math.inf)
         self.nearest_index = table.argmin(1)
         self.nearest = exact_distances(snapshots, snapshots, self.nearest_index)
         self.radii = table.kthvalue(self._k(len(snapshots)), dim=1).values
         self.mean = mean_of(snapshots)
-        self.to_mean = distances_to(snapshots, self.mean)
+        self.to_mean = self._to_mean(snapshots)
 
     def _k(self, size: int) -> int:
         return min(self.k, size - 1)
@@ -111,23 +107,15 @@ class Yardstick:
             of snapshots inside a ball of the networks (Kynkäänniemi et al. 2019), nan for one network; `density`, the
             mean number of balls around a network, divided by k and not bounded by 1, and `coverage`, the share of balls
             with a network in them (Naeem et al. 2020). A ball includes its surface.
-
-        Raises:
-            ValueError: for networks of another length.
         """
         if parameters is None:
             nearest, index, to_mean = self.nearest, self.nearest_index, self.to_mean
             covering = dict.fromkeys(("precision", "recall", "density", "coverage"), math.nan)
         else:
-            if parameters.ndim != 2 or parameters.shape[1] != self.snapshots.shape[1]:
-                raise ValueError(
-                    "needs two matrices (networks, parameters) with equal numbers of parameters, got "
-                    f"{tuple(parameters.shape)} and {tuple(self.snapshots.shape)}"
-                )
             between = pairwise_distances(self.snapshots, parameters)  # (K, N)
             index = between.argmin(0)
             nearest = exact_distances(parameters, self.snapshots, index)
-            to_mean = distances_to(parameters, self.mean)
+            to_mean = self._to_mean(parameters)
             covering = self._coverage(between, parameters)
         return {
             "nearest": nearest,
@@ -137,6 +125,10 @@ class Yardstick:
             "to_mean_relative": to_mean / self.to_mean.square().mean().sqrt(),
             **covering,
         }
+
+    def _to_mean(self, matrix: Matrix) -> Tensor:
+        """`(N,)`."""
+        return exact_distances(matrix, self.mean[None], torch.zeros(len(matrix), dtype=torch.long))
 
     def _coverage(self, between: Tensor, parameters: Tensor) -> dict[str, float]:
         inside = between <= self.radii[:, None]
@@ -174,39 +166,6 @@ def exact_distances(a: Matrix, b: Matrix, index: Tensor) -> Tensor:
     for columns in chunks(a.shape[1], 24 * len(a)):
         squared += (a[:, columns].double() - b[index, columns]).square().sum(1)
     return squared.sqrt()
-
-
-def distances_to(matrix: Matrix, point: Tensor) -> Tensor:
-    """Distance of every row of `(N, D)` to a point `(D,)`: float64 of shape `(N,)`."""
-    squared = torch.zeros(len(matrix), dtype=torch.float64)
-    for columns in chunks(matrix.shape[1], 16 * len(matrix)):
-        squared += (matrix[:, columns].double() - point[columns]).square().sum(1)
-    return squared.sqrt()
-
-
-def r2_score(parameters: Matrix, reconstructions: Tensor, mean: Tensor) -> float:
-    """
-    Share of the variance around `mean` that a reconstruction explains: 1 - SSE/SST over all rows and coordinates.
-
-    Args:
-        parameters (`torch.Tensor` or `Rows`): Shape `(N, D)`.
-        reconstructions (`torch.Tensor`): Shape `(N, D)`.
-        mean (`torch.Tensor`): Shape `(D,)`, usually that of the training snapshots.
-
-    Returns:
-        `float`: at most 1; nan where every row equals `mean`.
-    """
-    if parameters.ndim != 2 or reconstructions.shape != parameters.shape or mean.shape != parameters.shape[1:]:
-        raise ValueError(
-            f"`parameters` and `reconstructions` must be (N, D) and `mean` (D,), got {tuple(parameters.shape)}, "
-            f"{tuple(reconstructions.shape)} and {tuple(mean.shape)}"
-        )
-    error = total = 0.0
-    for columns in chunks(parameters.shape[1], 24 * len(parameters)):
-        rows = parameters[:, columns].double()
-        error += (rows - reconstructions[:, columns]).square().sum().item()
-        total += (rows - mean[columns]).square().sum().item()
-    return 1 - error / total if total > 0 else math.nan
 
 
 def pca_r2_score(train: Matrix, parameters: Matrix, num_components: int) -> float:

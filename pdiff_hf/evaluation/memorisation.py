@@ -10,7 +10,6 @@ noise that is larger than a step is no copy by this rule: `fraction_nearer_than_
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,53 +19,6 @@ from torch import Tensor
 TOO_NEAR_PERCENTILE = 0.05  # of the snapshots' own distances: what as many independent draws would be nearer than
 CHANCE = 0.99  # of a binomial with that probability: more models than this are too many
 NEAR_IDENTICAL = 0.5  # times the smallest of the snapshots' own distances: one model is enough
-CONTRACTED = 0.9  # times the snapshots' distance to their mean: nearer than that, a group has contracted towards it
-
-
-@dataclass(frozen=True)
-class Memorisation:
-    """The audit of one group of N models; lists have one entry a model, those about predictions none without classes.
-
-    Args:
-        nearest_in_weights (`list[int]`): which snapshot is nearest in L2.
-        distance (`list[float]`): and how far it is.
-        nearest_in_predictions (`list[int]`): which snapshot shares most wrong predictions.
-        iou (`list[float]`): and the IoU with it.
-        distance_relative (`float`): median of `distance` over the median distance of a snapshot to its nearest other.
-        to_mean_relative (`float`): distance to the snapshots' mean over that of the snapshots, both root mean squares.
-        fraction_below_minimum, fraction_below_percentile, fraction_below_median (`float`): share of the models whose
-            `distance` is below the minimum, 5th percentile and median of the snapshots' own.
-        fraction_nearer_than_mean (`float`): share of the models that are nearer to a snapshot than to the mean.
-        fraction_alike (`float`): share of the models whose `iou` is above the 95th percentile of the snapshots' own;
-            nan without predictions.
-        num_too_near (`int`): models below the 5th percentile that are also nearer to the snapshot than to the mean.
-        num_allowed (`int`): how many of those chance allows, the 99% quantile of Binomial(N, 0.05).
-        num_near_identical (`int`): models nearer than half of the minimum that are also nearer to it than to the mean.
-    """
-
-    nearest_in_weights: list[int]
-    distance: list[float]
-    nearest_in_predictions: list[int]
-    iou: list[float]
-    distance_relative: float
-    to_mean_relative: float
-    fraction_below_minimum: float
-    fraction_below_percentile: float
-    fraction_below_median: float
-    fraction_nearer_than_mean: float
-    fraction_alike: float
-    num_too_near: int
-    num_allowed: int
-    num_near_identical: int
-
-    @property
-    def num_models(self) -> int:
-        return len(self.distance)
-
-    @property
-    def copies(self) -> bool:
-        """Whether a model is nearly identical to a snapshot, or more models are too near to one than chance allows."""
-        return self.num_near_identical > 0 or self.num_too_near > self.num_allowed
 
 
 def find_copies(
@@ -74,15 +26,34 @@ def find_copies(
     snapshots_nearest: Tensor,
     similarity: tuple[Tensor, Tensor] | None = None,
     snapshots_iou: Tensor | None = None,
-) -> Memorisation:
-    """Nearest snapshot of each model in weights and in predictions, against how near snapshots are to each other.
+) -> dict[str, Any]:
+    """
+    Nearest snapshot of each of N models in weights and in predictions, against how near snapshots are to each other.
 
     Args:
-        place (`Mapping`): what `geometry.Yardstick.place` returns for the group.
-        snapshots_nearest (`torch.Tensor`): (K,) distance of each snapshot to its nearest other one.
-        similarity (`tuple`, *optional*): what `metrics.nearest_in_predictions` returns for the group.
-        snapshots_iou (`torch.Tensor`, *optional*): (K,) maximum IoU of each snapshot with another one; given together
-            with `similarity`, for classifiers.
+        place (`Mapping`): What `geometry.Yardstick.place` returns for the group.
+        snapshots_nearest (`torch.Tensor`): Shape `(K,)`, distance of each snapshot to its nearest other one.
+        similarity (`tuple`, *optional*): What `metrics.nearest_in_predictions` returns for the group.
+        snapshots_iou (`torch.Tensor`, *optional*): Shape `(K,)`, maximum IoU of each snapshot with another one; given
+            together with `similarity`, for classifiers.
+
+    Returns:
+        `dict`: Lists with one entry a model, those about predictions with none without classes:
+            - `nearest_in_weights`, `distance`: Which snapshot is nearest in L2, and how far it is.
+            - `nearest_in_predictions`, `iou`: Which shares most wrong predictions, and the IoU with it.
+
+        and numbers:
+            - `distance_relative`: Median of `distance` over the median distance of a snapshot to its nearest other.
+            - `to_mean_relative`: Distance to the snapshots' mean over that of the snapshots, both root mean squares.
+            - `fraction_below_minimum`, `fraction_below_percentile`, `fraction_below_median`: Share of the models whose
+              `distance` is below the minimum, 5th percentile and median of the snapshots' own.
+            - `fraction_nearer_than_mean`: Share of the models that are nearer to a snapshot than to the mean.
+            - `fraction_alike`: Share of the models whose `iou` is above the 95th percentile of the snapshots' own; nan
+              without predictions.
+            - `num_too_near`: Models below the 5th percentile that are also nearer to the snapshot than to the mean.
+            - `num_allowed`: How many of those chance allows, the 99% quantile of Binomial(N, 0.05).
+            - `num_near_identical`: Models nearer than half of the minimum that are also nearer to it than to the mean.
+            - `copies`: Whether a model is nearly identical to a snapshot, or more are too near than chance allows.
     """
     nearest, own = place["nearest"], snapshots_nearest
     iou, most_alike, alike = torch.empty(0), torch.empty(0, dtype=torch.long), math.nan
@@ -91,22 +62,26 @@ def find_copies(
         alike = _share(iou > snapshots_iou.quantile(1 - TOO_NEAR_PERCENTILE))
     percentile = own.quantile(TOO_NEAR_PERCENTILE)
     nearer_than_mean = nearest < place["to_mean"]
-    return Memorisation(
-        nearest_in_weights=place["nearest_index"].tolist(),
-        distance=nearest.tolist(),
-        nearest_in_predictions=most_alike.tolist(),
-        iou=iou.tolist(),
-        distance_relative=place["nearest_relative"].quantile(0.5).item(),
-        to_mean_relative=place["to_mean_relative"].square().mean().sqrt().item(),
-        fraction_below_minimum=_share(nearest < own.min()),
-        fraction_below_percentile=_share(nearest < percentile),
-        fraction_below_median=_share(nearest < own.quantile(0.5)),
-        fraction_nearer_than_mean=_share(nearer_than_mean),
-        fraction_alike=alike,
-        num_too_near=int((nearer_than_mean & (nearest < percentile)).sum()),
-        num_allowed=int(binom.ppf(CHANCE, len(nearest), TOO_NEAR_PERCENTILE)),
-        num_near_identical=int((nearer_than_mean & (nearest <= NEAR_IDENTICAL * own.min())).sum()),
-    )
+    num_too_near = int((nearer_than_mean & (nearest < percentile)).sum())
+    num_allowed = int(binom.ppf(CHANCE, len(nearest), TOO_NEAR_PERCENTILE))
+    num_near_identical = int((nearer_than_mean & (nearest <= NEAR_IDENTICAL * own.min())).sum())
+    return {
+        "nearest_in_weights": place["nearest_index"].tolist(),
+        "distance": nearest.tolist(),
+        "nearest_in_predictions": most_alike.tolist(),
+        "iou": iou.tolist(),
+        "distance_relative": place["nearest_relative"].quantile(0.5).item(),
+        "to_mean_relative": place["to_mean_relative"].square().mean().sqrt().item(),
+        "fraction_below_minimum": _share(nearest < own.min()),
+        "fraction_below_percentile": _share(nearest < percentile),
+        "fraction_below_median": _share(nearest < own.quantile(0.5)),
+        "fraction_nearer_than_mean": _share(nearer_than_mean),
+        "fraction_alike": alike,
+        "num_too_near": num_too_near,
+        "num_allowed": num_allowed,
+        "num_near_identical": num_near_identical,
+        "copies": num_near_identical > 0 or num_too_near > num_allowed,
+    }
 
 
 def _share(condition: Tensor) -> float:

@@ -17,10 +17,6 @@ from .geometry import chunks
 
 def accuracy(predictions: Tensor, labels: Tensor) -> Tensor:
     """Accuracy of N models in percent: `predictions` (N, M) integers against `labels` (M,), returns (N,) float64."""
-    if predictions.ndim != 2 or labels.shape != predictions.shape[1:]:
-        raise ValueError(
-            f"`predictions` must be (N, M) and `labels` (M,), got {_shape(predictions)} and {_shape(labels)}"
-        )
     return 100 * (predictions == labels).sum(1).double() / labels.numel()
 
 
@@ -38,11 +34,7 @@ def wrong_prediction_iou(wrong_a: Tensor, wrong_b: Tensor) -> Tensor:
 
     Returns:
         `torch.Tensor`: (N, K) float64 in [0, 1].
-
-    Raises:
-        ValueError: if an input is not a bool matrix or the numbers of images differ.
     """
-    _check_wrong(wrong_a, wrong_b)
     num_images = wrong_a.shape[1]
     intersection = torch.zeros(len(wrong_a), len(wrong_b), dtype=torch.float64)
     # A count is exact in float32 up to 2^24; a chunk has fewer images than that, and chunks are added in float64.
@@ -79,7 +71,6 @@ def nearest_in_predictions(wrong: Tensor, wrong_snapshots: Tensor, exclude_self:
     """As `max_iou`, and the index (N,) of the snapshot that it is reached with (the first one of equals)."""
     iou = wrong_prediction_iou(wrong, wrong_snapshots)
     if exclude_self:
-        _check_same_group(wrong, wrong_snapshots)
         iou.fill_diagonal_(-1)
     largest, index = iou.max(1)
     return largest.where(largest >= 0, math.nan), index
@@ -90,7 +81,6 @@ def nearest_in_predictions(wrong: Tensor, wrong_snapshots: Tensor, exclude_self:
 
 def negative_log_likelihood(log_probs: Tensor, labels: Tensor) -> Tensor:
     """Mean negative log-likelihood in nats: `log_probs` (N, M, C) float16 or float32, `labels` (M,); (N,) float64."""
-    _check_log_probs(log_probs, labels)
     nll = torch.empty(len(log_probs), dtype=torch.float64)
     for models in chunks(len(log_probs), 16 * labels.numel()):
         index = labels.expand(len(log_probs[models]), -1)[..., None]  # (n, M, 1), a view
@@ -111,7 +101,6 @@ def expected_calibration_error(log_probs: Tensor, labels: Tensor, num_bins: int 
     Returns:
         `torch.Tensor`: (N,) float64 in [0, 1].
     """
-    _check_log_probs(log_probs, labels)
     edges = torch.linspace(0, 1, num_bins + 1)
     error = torch.empty(len(log_probs), dtype=torch.float64)
     for models in chunks(len(log_probs), 40 * labels.numel()):
@@ -150,7 +139,6 @@ def ensemble_metrics(log_probs: Tensor, labels: Tensor, sizes: Sequence[int | No
     Returns:
         `list[dict]`: `size`, `num_ensembles`, `accuracy` (percent), `nll` (nats), `ece`, in the order of `sizes`.
     """
-    _check_log_probs(log_probs, labels)
     num_models = len(log_probs)
     order = torch.randperm(num_models, generator=torch.Generator().manual_seed(0))
     results = []
@@ -170,31 +158,6 @@ def ensemble_metrics(log_probs: Tensor, labels: Tensor, sizes: Sequence[int | No
             }
         )
     return results
-
-
-def _shape(tensor: Tensor) -> str:
-    return f"{tuple(tensor.shape)} {tensor.dtype}"
-
-
-def _check_wrong(wrong_a: Tensor, wrong_b: Tensor) -> None:
-    same = wrong_a.ndim == wrong_b.ndim == 2 and wrong_a.shape[1] == wrong_b.shape[1]
-    if not same or wrong_a.dtype != torch.bool or wrong_b.dtype != torch.bool:
-        raise ValueError(
-            "wrong predictions must be bool matrices (models, images) over the same images, "
-            f"got {_shape(wrong_a)} and {_shape(wrong_b)}"
-        )
-
-
-def _check_log_probs(log_probs: Tensor, labels: Tensor) -> None:
-    if log_probs.ndim != 3 or labels.shape != log_probs.shape[1:2]:
-        raise ValueError(
-            f"`log_probs` must be (N, M, C) and `labels` (M,), got {_shape(log_probs)} and {_shape(labels)}"
-        )
-
-
-def _check_same_group(a: Tensor, b: Tensor) -> None:
-    if a.shape != b.shape:
-        raise ValueError(f"`exclude_self` compares a group with itself, got {_shape(a)} and {_shape(b)}")
 
 
 # What a report shows
@@ -258,6 +221,10 @@ def _best_on_test(e: GroupEvidence) -> float:
     return e.sign * (e.sign * e.values).nan_to_num(nan=-math.inf).max().item()
 
 
+def _mean_of(function: Callable[[Tensor, Tensor], Tensor]) -> Callable[[GroupEvidence], float]:
+    return lambda e: function(e.scores.log_probs, e.scores.labels).nanmean().item()
+
+
 def _placed(name: str) -> Callable[[GroupEvidence], float]:
     return lambda e: e.place[name]
 
@@ -270,27 +237,12 @@ METRICS = [
     GroupMetric("validation_score_mean", "validation", ".2f", lambda e: e.validation.nanmean().item()),
     GroupMetric("iou_within", "IoU within", ".3f", lambda e: iou_within(e.scores.wrong), classifiers_only=True),
     GroupMetric("max_iou", "similarity", ".3f", lambda e: e.max_iou.nanmean().item(), classifiers_only=True),
-    GroupMetric(
-        "nll",
-        "NLL",
-        ".3f",
-        lambda e: negative_log_likelihood(e.scores.log_probs, e.scores.labels).nanmean().item(),
-        classifiers_only=True,
-    ),
-    GroupMetric(
-        "ece",
-        "ECE",
-        ".3f",
-        lambda e: expected_calibration_error(e.scores.log_probs, e.scores.labels).nanmean().item(),
-        classifiers_only=True,
-    ),
+    GroupMetric("nll", "NLL", ".3f", _mean_of(negative_log_likelihood), classifiers_only=True),
+    GroupMetric("ece", "ECE", ".3f", _mean_of(expected_calibration_error), classifiers_only=True),
     # The median, and the root mean square that the yardstick is too.
     GroupMetric("distance_nearest", "to nearest", ".2f", lambda e: e.place["nearest_relative"].quantile(0.5).item()),
     GroupMetric(
         "distance_to_mean", "to mean", ".2f", lambda e: e.place["to_mean_relative"].square().mean().sqrt().item()
     ),
-    *(
-        GroupMetric(name, name, ".2f", _placed(name), table="coverage")
-        for name in ("precision", "recall", "density", "coverage")
-    ),
+    *(GroupMetric(n, n, ".2f", _placed(n), table="coverage") for n in ("precision", "recall", "density", "coverage")),
 ]

@@ -7,7 +7,8 @@ the edges of those until the loss rises again. What was tried is in the report, 
 import copy
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, is_dataclass, replace
+from dataclasses import dataclass, is_dataclass, replace
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -24,11 +25,13 @@ from ..training.denoiser import LatentGenerator
 from ..training.loop import Loop
 from ..training.tune import GeneratedNetworks, TaskBatches, TuneArguments, tune
 from ..utils.seeds import named_seed
-from .groups import Cost, Group, Kind, search, training_cost
+from .groups import Group, Pending, search, training_cost
+from .report_data import Cost, Kind
 from .score import MemberScorer
 
 ORACLE_RATES = (0.005, 0.01, 0.02, 0.04)
 NETWORK_RATES = (0.001, 0.003, 0.01, 0.03)
+HYPERNETWORK_FACTORS = (0.3, 1.0, 3.0, 10.0)  # of the rate that the generator was tuned with
 SEARCH_SHARE = 4  # a search takes a quarter of the steps; the two best rates then get all
 SEARCH_MEMBERS = 16
 VALIDATIONS = 5
@@ -48,6 +51,10 @@ class Regime:
         num_tasks (`int`): Of the seen tasks.
         validation (`torch.Tensor`): Conditions of the validation tasks, shape `(M, width)`.
         seed (`int`): Of all of them.
+
+    Attributes:
+        scorer (`MemberScorer`): Of the validation tasks.
+        size (`int`): Parameters of a network.
     """
 
     family: Family
@@ -57,15 +64,11 @@ class Regime:
     num_tasks: int
     validation: torch.Tensor
     seed: int
-    scorer: MemberScorer = field(init=False)
 
     def __post_init__(self) -> None:
         table = self.validation.to(self.accelerator.device)
         self.scorer = MemberScorer(self.family, self.networks, table, VALIDATION_EXAMPLES)
-
-    def validate(self, module: nn.Module) -> float:
-        """The mean loss of `module(table, batch, generator)` on the validation tasks, always with the same noise."""
-        return self.scorer.score("validation", module).losses.mean().item()
+        self.size = sum(tensor.numel() for tensor in self.networks.model.parameters())
 
     def loop(self, what: str) -> Loop:
         """Without checkpoints."""
@@ -81,7 +84,7 @@ class Regime:
             self.batches(args),
             self.num_tasks,
             args,
-            validate=lambda: self.validate(module),
+            validate=lambda: self.scorer.loss(module),
             description=what,
             **kwargs,
         )
@@ -91,138 +94,118 @@ class Regime:
         args = replace(args, num_snapshots=1)
         return train_specialists(self.loop("oracles"), self.family, self.networks, table, args)[-1]
 
-    def fit_best(
-        self, make: Callable[[], nn.Module], args: TuneArguments, what: str, rates: Sequence[float]
-    ) -> tuple[nn.Module, dict[str, float], int]:
+    def best(
+        self,
+        name: str,
+        make: Callable[[], nn.Module],
+        args: TuneArguments,
+        rates: Sequence[float],
+        once: int,
+        size: int | None = None,
+    ) -> Group:
         """
-        The best of some modules on validation tasks: each learning rate gets a share of the steps, and then the two
+        The opponent that is best on validation tasks: each learning rate gets a share of the steps, and then the two
         best rates all of them.
 
-        Returns:
-            `tuple`: The module, the validation loss of each setting, and the passes that all of it took.
+        Args:
+            make (`Callable`): The module before it is trained.
+            once (`int`): Passes before all of that.
+            size (`int`, *optional*): Parameters that a prediction goes through; by default those of the module.
         """
-        spent, fitted = 0, dict[str, tuple[float, nn.Module]]()
+        fitted: dict[str, tuple[float, nn.Module]] = {}
 
         def train(rate: float, num_steps: int) -> float:
-            nonlocal spent
-            torch.manual_seed(named_seed(self.seed, f"{what} weights"))
-            module = make()
-            every = max(1, num_steps // VALIDATIONS)
-            history = self.fit(
-                module, replace(args, learning_rate=rate, num_steps=num_steps, validate_every=every), what
-            )
-            spent += training_cost(len(history["losses"]), args.num_tasks, args.num_examples)
-            loss = self.validate(module)
+            nonlocal once
+            torch.manual_seed(named_seed(self.seed, f"{name} weights"))
+            module, every = make(), max(1, num_steps // VALIDATIONS)
+            of_rate = replace(args, learning_rate=rate, num_steps=num_steps, validate_every=every)
+            once += training_cost(len(self.fit(module, of_rate, name)["losses"]), args.num_tasks, args.num_examples)
+            loss = self.scorer.loss(module)
             if num_steps == args.num_steps:
-                fitted[f"{rate:.3g} in full"] = loss, module
+                fitted[f"{rate:.3g}"] = loss, module
             return loss
 
         short = max(1, args.num_steps // SEARCH_SHARE)
         _, tried = search(lambda some: [train(rate, short) for rate in some], rates)
-        best = sorted(tried, key=lambda rate: tried[rate] if math.isfinite(tried[rate]) else math.inf)[:2]
-        for rate in best:
+        for rate in sorted(tried, key=lambda rate: tried[rate] if math.isfinite(tried[rate]) else math.inf)[:2]:
             train(float(rate), args.num_steps)
-        loss = {name: value for name, (value, _) in fitted.items()}
-        return fitted[min(loss, key=lambda name: loss[name])][1], tried | loss, spent
+        best = min(fitted, key=lambda rate: fitted[rate][0])
+        module = fitted[best][1]
+        return Group(
+            name,
+            module,
+            Kind.OPPONENT,
+            cost=Cost(once),
+            size=size or sum(p.numel() for p in module.parameters()),
+            note=f"learning rate {best} of {len(tried)}",
+            tried=tried | {f"{rate} in full": loss for rate, (loss, _) in fitted.items()},
+        )
 
 
-# A group of that name, of which the work begins when it is asked for.
-Pending = tuple[str, Callable[[], Group]]
-
-
-def oracles(regime: Regime, args: ZooArguments, once: int, factors: Sequence[int], size: int) -> Iterator[Pending]:
+def oracles(regime: Regime, args: ZooArguments, once: int, factors: Sequence[int]) -> Iterator[Pending]:
     """
     Networks that are trained on the unseen tasks themselves, for so many times as many steps as those of the seen ones.
 
     Args:
         once (`int`): Passes of the base model.
-        size (`int`): Parameters of a network.
     """
     table = regime.validation[:SEARCH_MEMBERS]
     scorer = MemberScorer(regime.family, regime.networks, table.to(regime.accelerator.device), VALIDATION_EXAMPLES)
+
+    def make(name: str, args: ZooArguments) -> Group:
+        def loss(rate: float) -> float:
+            return scorer.loss(regime.specialists(table, replace(args, learning_rate=rate)))
+
+        rate, tried = search(lambda rates: [loss(rate) for rate in rates], ORACLE_RATES)
+        each, best = training_cost(args.num_steps, args.batch_size), replace(args, learning_rate=rate)
+        return Group(
+            name,
+            lambda _, rows: regime.specialists(rows, best),
+            Kind.ORACLE,
+            cost=Cost(once + len(tried) * len(table) * each, each),
+            note=f"learning rate {rate:.3g} of {len(tried)}",
+            tried=tried,
+        )
+
     for factor in factors:
-        longer = replace(args, num_steps=factor * args.num_steps)
         name = "trained on the task" if factor == 1 else f"trained on the task, {factor} times longer"
-
-        def make(name: str = name, longer: ZooArguments = longer) -> Group:
-            def loss(rate: float) -> float:
-                networks = regime.specialists(table, replace(longer, learning_rate=rate))
-                return scorer.score("validation", networks).losses.mean().item()
-
-            rate, tried = search(lambda rates: [loss(rate) for rate in rates], ORACLE_RATES)
-            each = training_cost(longer.num_steps, longer.batch_size)
-            best = replace(longer, learning_rate=rate)
-            return Group(
-                name,
-                lambda _, rows: regime.specialists(rows, best),
-                Kind.ORACLE,
-                cost=Cost(once + len(tried) * len(table) * each, each),
-                size=size,
-                note=f"learning rate {rate:.3g} of {len(tried)}",
-                tried=tried,
-            )
-
-        yield name, make
+        yield name, partial(make, name, replace(args, num_steps=factor * args.num_steps))
 
 
-def shared_networks(regime: Regime, args: TuneArguments, once: int, size: int) -> Iterator[Pending]:
+def shared_networks(regime: Regime, args: TuneArguments, once: int) -> Iterator[Pending]:
     """
     One network for all tasks: without the condition, with the condition as input, and with FiLM, the latter two also
     four times wider, and a learned combination of a few networks.
 
     Args:
         args (`TuneArguments`): As the generator was tuned, but for as many passes as it took in all.
-        once (`int`): Passes of the base model.
-        size (`int`): Parameters of a network.
+        once (`int`): Passes of the base model. A wider network does not start from it, and gets these passes too.
     """
-    family, start = regime.family, regime.networks.base_parameters()
-    model, fields, names = regime.networks.model, family.fields, regime.networks.layout.names
+    family, networks = regime.family, regime.networks
     example = family.batch("train", regime.validation[:1].cpu(), torch.arange(1))
+    image = {"image_shape": example["pixel_values"].shape[2:]} if "pixel_values" in example else None
     wide = wider_network(family, WIDER)
-    makers: dict[str, Callable[[], nn.Module]] = {
-        "one network for all tasks": lambda: ConditionedNetwork(model, family.predict, names),
-        "one network, FiLM": lambda: ConditionedNetwork(model, family.predict, names, fields, film=True),
-    }
-    if "pixel_values" in example:
-        shape = example["pixel_values"].shape[2:]
-        makers["one network, condition as input"] = lambda: ConditionedNetwork(
-            model, family.predict, names, fields, image_shape=shape
-        )
-        if wide is not None:
-            makers["one network 4 times wider, condition as input"] = lambda: ConditionedNetwork(
-                wide, family.predict, None, fields, image_shape=shape
-            )
+    longer = replace(args, num_steps=args.num_steps + once // training_cost(args.num_tasks, args.num_examples))
+
+    def shared(name: str, model: nn.Module, names: Sequence[str] | None = None, **told: Any) -> Pending:
+        make = partial(ConditionedNetwork, model, family.predict, names, **told)
+        if model is wide:
+            return name, partial(regime.best, name, make, longer, NETWORK_RATES, 0)
+        return name, partial(regime.best, name, make, args, NETWORK_RATES, once)
+
+    narrow = networks.model, networks.layout.names
+    yield shared("one network for all tasks", *narrow)
+    yield shared("one network, FiLM", *narrow, fields=family.fields, film=True)
+    if image:
+        yield shared("one network, condition as input", *narrow, fields=family.fields, **image)
     if wide is not None:
-        makers["one network 4 times wider, FiLM"] = lambda: ConditionedNetwork(
-            wide, family.predict, None, fields, film=True
-        )
-    makers["basis networks"] = lambda: BasisNetworks(regime.networks, family.predict, start, fields)
-    for name, maker in makers.items():
-
-        def make(name: str = name, maker: Callable[[], nn.Module] = maker) -> Group:
-            more = 0
-            if "wider" in name:  # it does not start from the base model, whose passes it gets too
-                more = once // training_cost(args.num_tasks, args.num_examples)
-            longer = replace(args, num_steps=args.num_steps + more)
-            module, tried, spent = regime.fit_best(maker, longer, name, NETWORK_RATES)
-            of_one = size if isinstance(module, BasisNetworks) else sum(p.numel() for p in module.parameters())
-            return Group(
-                name,
-                module,
-                Kind.OPPONENT,
-                cost=Cost((0 if more else once) + spent),
-                size=of_one,
-                note=_best(tried),
-                tried=tried,
-            )
-
-        yield name, make
-
-
-def _best(tried: dict[str, float]) -> str:
-    full = {name: loss for name, loss in tried.items() if name.endswith("in full")}
-    rate = min(full, key=lambda name: full[name]).removesuffix(" in full")
-    return f"learning rate {rate} of {len(tried) - len(full)}"
+        name = f"one network {WIDER} times wider"
+        if image:
+            yield shared(f"{name}, condition as input", wide, fields=family.fields, **image)
+        yield shared(f"{name}, FiLM", wide, fields=family.fields, film=True)
+    make = partial(BasisNetworks, networks, family.predict, networks.base_parameters(), family.fields)
+    name = "basis networks"
+    yield name, partial(regime.best, name, make, args, NETWORK_RATES, once, regime.size)
 
 
 def hypernetworks(
@@ -233,7 +216,6 @@ def hypernetworks(
     args: TuneArguments,
     num_steps: int,
     once: int,
-    size: int,
 ) -> Iterator[Pending]:
     """
     A deterministic network with the generator's own architecture, from conditions to latents: by weights, and then by
@@ -245,28 +227,14 @@ def hypernetworks(
         args (`TuneArguments`): As the generator was tuned.
         num_steps (`int`): Of training by weights.
         once (`int`): Passes that the snapshots took.
-        size (`int`): Parameters of a network.
     """
     device = regime.accelerator.device
-    latents, table = latents.to(device), table.to(device)
-    state: dict[str, nn.Module] = {}
-
-    def by_weights() -> nn.Module:
-        if not state:
-            state["module"] = _fit_hypernetwork(regime, generated, latents, table, num_steps)
-        return copy.deepcopy(state["module"])
-
-    def tuned() -> Group:
-        rates = [factor * args.learning_rate for factor in (0.3, 1.0, 3.0, 10.0)]
-        module, tried, spent = regime.fit_best(by_weights, args, "hypernetwork", rates)
-        cost = Cost(once + spent)
-        return Group("hypernetwork", module, Kind.OPPONENT, cost=cost, size=size, note=_best(tried), tried=tried)
-
-    yield (
-        "hypernetwork by weights",
-        lambda: Group("hypernetwork by weights", by_weights(), Kind.BASELINE, cost=Cost(once), size=size),
-    )
-    yield "hypernetwork", tuned
+    fitted = cache(lambda: _fit_hypernetwork(regime, generated, latents.to(device), table.to(device), num_steps))
+    rates = [factor * args.learning_rate for factor in HYPERNETWORK_FACTORS]
+    name = "hypernetwork by weights"
+    yield name, lambda: Group("hypernetwork by weights", copy.deepcopy(fitted()), cost=Cost(once))
+    name = "hypernetwork"
+    yield name, partial(regime.best, name, lambda: copy.deepcopy(fitted()), args, rates, once, regime.size)
 
 
 def _fit_hypernetwork(

@@ -3,22 +3,20 @@
 import base64
 import html
 import textwrap
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from ..utils.reports import FIGURES, TEST
 from . import set_words
-from .groups import Kind
-from .metrics import METRICS, GroupMetric
-from .report_data import GroupRow, ReportData
-from .score import Metric
+from .metrics import METRICS
+from .report_data import GroupRow, Kind, Metric, ReportData
 from .verdict import number
 
 MAX_SUMMARY_ROWS = 9
 COLUMNS = 80
 SIMILARITY = "similarity to the nearest snapshot, lower is newer"
-SHOWN_KINDS = (Kind.GENERATED, Kind.SNAPSHOTS, Kind.VARIANT, Kind.BASELINE, Kind.OPPONENT, Kind.ORACLE)
 KIND_WORDS = {
     Kind.GENERATED: "generated networks",
     Kind.SNAPSHOTS: "snapshots",
@@ -28,6 +26,8 @@ KIND_WORDS = {
     Kind.VARIANT: "the generator otherwise",
     Kind.CONTROL: "a control",
 }
+# What each column says of a row, by title; and a header with lines of texts.
+Columns = dict[str, Callable[[Any], str]]
 Table = tuple[Sequence[str], Sequence[Sequence[str]]]
 
 
@@ -41,14 +41,7 @@ def best_of_sweeps(report: ReportData, *kinds: Kind) -> list[GroupRow]:
     sweeps: dict[str, list[GroupRow]] = {}
     for row in report.of_kind(*kinds):
         sweeps.setdefault(row.sweep or row.name, []).append(row)
-    best = [report.best(rows) for rows in sweeps.values()]
-    sign = report.metric.sign
-
-    def rank(row: GroupRow) -> float:
-        value = row.measures.get("validation_score_mean", row.mean())
-        return float("inf") if value is None else -sign * value
-
-    return sorted((row for row in best if row is not None), key=rank)
+    return sorted((max(rows, key=report.rank) for rows in sweeps.values()), key=report.rank, reverse=True)
 
 
 def summarise(report: ReportData) -> dict[str, Any]:
@@ -58,13 +51,22 @@ def summarise(report: ReportData) -> dict[str, Any]:
     Returns:
         `dict`: `header` and `rows`, texts, and `about`, which explains the columns.
     """
-    return _summary_of_members(report) if report.fields else _summary_of_task(report)
+    rows, columns, about = _of_members(report) if report.fields else _of_task(report)
+    header, cells = _table(rows, columns)
+    return {"header": header, "rows": cells, "about": " ".join(filter(None, [*about, sampling_sentence(report)]))}
 
 
-def _summary_of_task(report: ReportData) -> dict[str, Any]:
+def _of_task(report: ReportData) -> tuple[list[GroupRow], Columns, list[str]]:
     metric = report.metric
     has_similarity = "max_iou" in report.generated.measures
-    key, title = ("max_iou", "similarity") if has_similarity else ("distance_to_mean", "distance to mean")
+    columns: Columns = {"group": lambda row: row.name, metric_title(metric): spread_of}
+    if has_similarity:
+        columns["similarity"] = lambda row: number(row.measures.get("max_iou"))
+        about = "similarity is that of wrong predictions to the nearest snapshot's (lower is newer)"
+    else:
+        columns["distance to mean"] = lambda row: number(row.measures.get("distance_to_mean"), ".2f")
+        about = "distance to mean is that to the snapshots' mean, in units of their own"
+    columns["generated vs. this row"] = lambda row: row.verdict or "–"
     first = [*report.of_kind(Kind.GENERATED), *report.of_kind(Kind.SNAPSHOTS)]
     first += [row for row in report.of_kind(Kind.VARIANT) if row.sweep is None]
     plain, tuned = best_of_sweeps(report, Kind.BASELINE), best_of_sweeps(report, Kind.OPPONENT, Kind.ORACLE)
@@ -74,60 +76,42 @@ def _summary_of_task(report: ReportData) -> dict[str, Any]:
     rows = [*first, *plain[: max(room - len(tuned), (room + 1) // 2)]]
     rows += tuned[: MAX_SUMMARY_ROWS - len(rows)]
     left = len(first) + len(plain) + len(tuned) - len(rows)
-    count, sampled = report.generated.n, report.num_generated or 0
-    columns = "similarity is that of wrong predictions to the nearest snapshot's (lower is newer)"
-    if not has_similarity:
-        columns = "distance to mean is that to the snapshots' mean, in units of their own"
-    about = [
+    sentences = [
         f"{report.num_parameters:,} generated parameters. {metric.name.capitalize()} is the mean ± standard deviation "
         f"over the networks of a group on {report.splits['test']:,} test examples"
-        f"{'' if metric.higher_is_better else ', lower is better'}; {columns}; the last column says how generated "
-        "networks compare with the row. Of each sweep of settings the one that is best on validation."
+        f"{'' if metric.higher_is_better else ', lower is better'}; {about}; the last column says how generated "
+        "networks compare with the row. Of each sweep of settings the one that is best on validation.",
+        f"{left} more kinds are in the tables of the report." if left else "",
     ]
-    about += [f"A sample of {count:,} of the {sampled:,} generated networks was scored."] if count < sampled else []
-    about += [f"{left} more kinds are in the tables of the report."] if left else []
-    about += [sampling_sentence(report)]
-    return {
-        "header": ["group", metric_title(metric), title, "generated vs. this row"],
-        "rows": [
-            [
-                row.name,
-                spread_of(row),
-                number(row.measures.get(key), ".3f" if has_similarity else ".2f"),
-                row.verdict or "–",
-            ]
-            for row in rows
-        ],
-        "about": " ".join(filter(None, about)),
+    return rows, columns, sentences
+
+
+def _of_members(report: ReportData) -> tuple[list[GroupRow], Columns, list[str]]:
+    columns: Columns = {"networks": lambda row: row.name}
+    for name, members in report.conditions.items():
+        columns[f"{name} ({len(members)} tasks)"] = partial(lambda name, row: number(row.mean(name), ".1f"), name)
+    columns |= {
+        "generated vs. this row": _difference,
+        "passes before": lambda row: "–" if row.cost is None else short(row.cost.once),
+        "passes a task": lambda row: "–" if row.cost is None else short(row.cost.each),
+        "size": lambda row: "–" if row.size is None else short(row.size),
     }
-
-
-def _summary_of_members(report: ReportData) -> dict[str, Any]:
-    sets = list(report.conditions)
-    header = ["networks", *(f"{name} ({len(report.conditions[name])} tasks)" for name in sets)]
-    header += ["generated vs. this row", "passes before", "passes a task", "size"]
-    rows = []
-    for row in sorted(report.groups, key=lambda row: -report.metric.sign * (row.mean() or 0.0)):
-        cells = [row.name, *(number(row.mean(name), ".1f") for name in sets)]
-        comparison = row.comparisons.get(TEST)
-        cells.append("–" if comparison is None else f"{number(comparison.difference, '+.1f')} {_word(row)}")
-        cost = row.cost
-        cells += ["–", "–"] if cost is None else [short(cost.once), short(cost.each)]
-        rows.append([*cells, "–" if row.size is None else short(row.size)])
     about = (
         f"{report.num_parameters:,} generated parameters a network. {metric_title(report.metric).capitalize()} is the "
         "mean over tasks; differences are the generated networks' less the row's, paired over tasks, and a verdict "
         "needs a 95% interval without 0. Passes are of one example through one network: forward counts 1, backward 2; "
         "before the first unseen task, with all that validation tried, and for each. Size is the parameters that a "
-        f"prediction goes through. {sampling_sentence(report)}"
+        "prediction goes through."
     )
-    return {"header": header, "rows": rows, "about": about}
+    return sorted(report.groups, key=lambda row: -report.metric.sign * (row.mean() or 0.0)), columns, [about]
 
 
-def _word(row: GroupRow) -> str:
-    interval = row.comparisons[TEST].interval
-    ends = "" if interval is None else f"({number(interval[0], '+.1f')} to {number(interval[1], '+.1f')}), "
-    return f"{ends}{row.verdict}"
+def _difference(row: GroupRow) -> str:
+    if TEST not in row.comparisons:
+        return "–"
+    comparison = row.comparisons[TEST]
+    ends = comparison.interval and " to ".join(number(end, "+.1f") for end in comparison.interval)
+    return f"{number(comparison.difference, '+.1f')} {f'({ends}), ' if ends else ''}{row.verdict}"
 
 
 def sampling_sentence(report: ReportData) -> str:
@@ -251,10 +235,22 @@ def sections(report: ReportData) -> Iterable[tuple[str, str, Table]]:
     if set_words.is_of_sets(report):
         yield from set_words.sections(report)
         return
+    groups, title = report.groups, metric_title(report.metric)
+    name: Columns = {"group": lambda row: row.name}
     if report.fields:
-        yield from _member_sections(report)
+        yield (
+            "What the rows are",
+            "What each is to the generator, and what validation tasks have chosen.",
+            _table(groups, name | {"kind": lambda row: KIND_WORDS[row.kind], "chosen": lambda row: row.note or "–"}),
+        )
+        if tried := [row for row in groups if row.tried]:
+            yield (
+                "What was tried",
+                "Settings, such as learning rates, with their loss on validation tasks in nats.",
+                _table(tried, name | {"setting: validation loss": _settings_of}),
+            )
         return
-    groups, metric = report.groups, report.metric
+    scores: Columns = {"n": count_of, title: spread_of}
     yield (
         "All groups",
         "Best is the network chosen on validation; best on test is selected on the examples that it is reported on, as "
@@ -262,87 +258,106 @@ def sections(report: ReportData) -> Iterable[tuple[str, str, Table]]:
         "those of wrong predictions; NLL is in nats; NLL and ECE are means over networks, with a dash where they are "
         "not finite. Distances are L2, in units of the snapshots' own: to the nearest snapshot (median) and to their "
         "mean (root mean square).",
-        _group_table("scores", groups, metric),
+        _table(groups, name | scores | _measures("scores", groups)),
     )
     if report.reconstruction is not None:
-        explained = report.reconstruction
+        r = report.reconstruction
+        columns: Columns = {"": lambda kind: "principal components" if kind else "autoencoder"}
+        columns["seen snapshots"] = lambda kind: number(r[f"{kind}r2_train"], ".1%")
+        columns["held-out snapshots"] = lambda kind: number(r[f"{kind}r2_heldout"], ".1%")
         yield (
             "Reconstruction",
             "Share of the snapshots' variance around their mean that the autoencoder explains, and that as many "
-            f"principal components do. Reconstructions score {number(explained['score_difference'], '+.2f')} against "
-            "the snapshots that they are of.",
-            (
-                ["", "seen snapshots", "held-out snapshots"],
-                [
-                    [title, *(number(explained[f"{kind}r2_{of}"], ".1%") for of in ("train", "heldout"))]
-                    for title, kind in (("autoencoder", ""), ("principal components", "linear_"))
-                ],
-            ),
+            f"principal components do. Reconstructions score {number(r['score_difference'], '+.2f')} against the "
+            "snapshots that they are of.",
+            _table(("", "linear_"), columns),
         )
+    similarity: Columns = {"similarity": lambda row: number(row.measures.get("max_iou"))}
     if report.of_kind(Kind.BASELINE, Kind.OPPONENT):
+        columns = name | {"n": lambda row: str(row.n), title: lambda row: number(row.mean(), ".2f")}
+        columns["95%"] = lambda row: _interval(row.measures.get("score_interval"), ".2f")
+        columns |= similarity | {"95% of it": lambda row: _interval(row.measures.get("max_iou_interval"), ".3f")}
+        columns |= {word: partial(_share, word) for word in ("better", "worse")}
+        columns["verdict"] = lambda row: row.verdict or "–"
         yield (
             "Against every baseline and opponent",
             "In brackets are 95% intervals. `better` is the share of resamples of networks and test examples in which "
             "the generated networks are nowhere worse than the row, in score and similarity, and somewhere better; "
             "`worse` the reverse; a verdict needs 95%.",
-            _comparison_table(report),
+            _table([report.generated, *report.of_kind(Kind.BASELINE, Kind.OPPONENT, Kind.ORACLE)], columns),
         )
     if report.tuning is not None:
-        yield "The same feedback for trivial generators", _about_tuning(report.tuning), _tuned_table(report)
+        paid = {entry["name"]: f"{entry['num_models']:,}" for entry in report.tuning["break_even"]}
+        columns = name | {title: spread_of, SIMILARITY: similarity["similarity"]}
+        columns["generated vs. this row"] = lambda row: row.verdict or "–"
+        columns |= {"passes once": lambda row: f"{row.cost.once:,}", "passes each": lambda row: f"{row.cost.each:,}"}
+        columns["break-even"] = lambda row: paid.get(row.name, "–")
+        rows = [row for row in groups if row.cost is not None]
+        yield "The same feedback for trivial generators", _about_tuning(report.tuning), _table(rows, columns)
     if report.temperatures:
+        columns = {"temperature": lambda row: number(row["value"], "g"), "n": lambda row: str(row["num_models"])}
+        columns |= {title: lambda row: number(row["score"], ".2f"), "similarity": lambda row: number(row["max_iou"])}
+        for kind in ("plain", "tuned"):
+            if any(sum(row[kind].values()) for row in report.temperatures):
+                counts = partial(lambda kind, row: " / ".join(map(str, row[kind].values())), kind)
+                columns[f"{kind}: better / worse / too close to call"] = counts
         yield (
             "Temperatures",
             "The generator with its starting noise multiplied by other numbers, and how many settings of trivial "
             "generators it is better than, worse than, and too close to call against.",
-            _temperature_table(report),
+            _table(report.temperatures, columns),
         )
+    audited = [row for row in groups if row.memorisation is not None]
     yield (
         "Memorisation",
         "A group copies if more of its networks than chance allows are too near to a snapshot, or one is nearly "
         "identical. Alike is the share whose wrong predictions are more like a snapshot's than 95% of the snapshots' "
         "are like another's.",
-        _memorisation_table(groups),
+        _table(audited, name | MEMORISATION),
     )
+    others = [row for row in groups if row.kind != Kind.SNAPSHOTS]
     yield (
         "Coverage of the snapshots",
         "By nearest neighbours in the space of parameters (k = 5): precision is the share of the group that lies among "
         "the snapshots, recall the share of the snapshots that lies among the group, density and coverage the same "
         "with multiplicity and with the snapshots' balls only. Coverage grows with n; recall flatters a group of "
         "few or far-apart networks, whose balls are large.",
-        _group_table("coverage", [row for row in groups if row.kind != Kind.SNAPSHOTS], metric),
+        _table(others, name | {"n": count_of} | _measures("coverage", others)),
     )
     if groups[0].ensembles:
+        sizes = sorted({entry["size"] for row in groups for entry in row.ensembles[:-1]} | {1})
+        columns = name | {"n": lambda row: str(row.n)} | {str(size): partial(_ensemble, size) for size in sizes}
         yield (
             "Prediction ensembles",
             "Accuracy (NLL, ECE) of the averaged probabilities of n networks of a group, mean over up to 10 ensembles.",
-            _ensemble_table(groups),
+            _table(groups, columns | {"all n": lambda row: _ensemble(row.n, row)}),
         )
 
 
-def _member_sections(report: ReportData) -> Iterable[tuple[str, str, Table]]:
-    kinds = [[row.name, KIND_WORDS[row.kind], row.note or "–"] for row in report.groups]
-    yield (
-        "What the rows are",
-        "What each is to the generator, and what validation tasks have chosen.",
-        (
-            ["networks", "kind", "chosen"],
-            kinds,
-        ),
-    )
-    tried = [
-        [row.name, ", ".join(f"{name}: {number(loss)}" for name, loss in row.tried.items())]
-        for row in report.groups
-        if row.tried
-    ]
-    if tried:
-        yield (
-            "What was tried",
-            "Settings, such as learning rates, with their loss on validation tasks in nats.",
-            (
-                ["networks", "setting: validation loss"],
-                tried,
-            ),
-        )
+MEMORISATION: Columns = {
+    "n": lambda row: str(len(row.memorisation["distance"])),
+    "to nearest": lambda row: number(row.memorisation["distance_relative"], ".2f"),
+    "to mean": lambda row: number(row.memorisation["to_mean_relative"], ".2f"),
+    "too near (allowed)": lambda row: f"{row.memorisation['num_too_near']} ({row.memorisation['num_allowed']})",
+    "near identical": lambda row: str(row.memorisation["num_near_identical"]),
+    "alike": lambda row: number(row.memorisation["fraction_alike"], ".0%"),
+    "copies": lambda row: "–" if row.kind == Kind.SNAPSHOTS else "yes" if row.memorisation["copies"] else "no",
+}
+
+
+def _table(rows: Sequence[Any], columns: Columns) -> Table:
+    """A header and lines of texts, from what each column says of a row."""
+    return list(columns), [[cell(row) for cell in columns.values()] for row in rows]
+
+
+def _measures(kind: str, rows: Sequence[GroupRow]) -> Columns:
+    """The columns of the metrics of a table, but for those that stand beside the name."""
+    found = [m for m in METRICS if m.table == kind and m.key in rows[0].measures]
+    return {
+        m.title: partial(lambda m, row: number(row.measures.get(m.key), m.format), m)
+        for m in found
+        if m.key not in ("score_mean", "score_std")
+    }
 
 
 def _about_tuning(tuning: dict[str, Any]) -> str:
@@ -359,105 +374,17 @@ def _about_tuning(tuning: dict[str, Any]) -> str:
     )
 
 
-def _tuned_table(report: ReportData) -> Table:
-    assert report.tuning is not None
-    paid = {entry["name"]: entry["num_models"] for entry in report.tuning["break_even"]}
-    header = ["group", metric_title(report.metric), SIMILARITY, "generated vs. this row", "passes once", "passes each"]
-    return [*header, "break-even"], [
-        [
-            row.name,
-            spread_of(row),
-            number(row.measures.get("max_iou")),
-            row.verdict or "–",
-            f"{row.cost.once:,}",
-            f"{row.cost.each:,}",
-            f"{paid[row.name]:,}" if row.name in paid else "–",
-        ]
-        for row in report.groups
-        if row.cost is not None
-    ]
+def _settings_of(row: GroupRow) -> str:
+    return ", ".join(f"{name}: {number(loss)}" for name, loss in row.tried.items())
 
 
-def _temperature_table(report: ReportData) -> Table:
-    kinds = [kind for kind in ("plain", "tuned") if any(sum(row[kind].values()) for row in report.temperatures)]
-    header = ["temperature", "n", metric_title(report.metric), "similarity"]
-    header += [f"{kind}: better / worse / too close to call" for kind in kinds]
-    return header, [
-        [
-            number(row["value"], "g"),
-            str(row["num_models"]),
-            number(row["score"], ".2f"),
-            number(row["max_iou"]),
-            *(" / ".join(map(str, row[kind].values())) for kind in kinds),
-        ]
-        for row in report.temperatures
-    ]
+def _share(word: str, row: GroupRow) -> str:
+    return number(getattr(row.comparisons.get(TEST), word, None), ".0%")
 
 
-def _group_table(kind: str, rows: Sequence[GroupRow], metric: Metric) -> Table:
-    left_out = ("score_mean", "score_std")
-    metrics = [m for m in METRICS if m.table == kind and m.key in rows[0].measures and m.key not in left_out]
-    header, cells = ["group", "n"], [[row.name, count_of(row)] for row in rows]
-    if kind == "scores":
-        header.append(metric_title(metric))
-        cells = [[*line, spread_of(row)] for line, row in zip(cells, rows, strict=True)]
-
-    def cell(metric: GroupMetric, row: GroupRow) -> str:
-        return number(row.measures.get(metric.key), metric.format)
-
-    header += [m.title for m in metrics]
-    return header, [[*line, *(cell(m, row) for m in metrics)] for line, row in zip(cells, rows, strict=True)]
-
-
-def _comparison_table(report: ReportData) -> Table:
-    header = ["group", "n", metric_title(report.metric), "95%", "similarity", "95% of it", "better", "worse", "verdict"]
-    lines = []
-    for row in (report.generated, *report.of_kind(Kind.BASELINE, Kind.OPPONENT, Kind.ORACLE)):
-        comparison, m = row.comparisons.get(TEST), row.measures
-        lines.append(
-            [
-                row.name,
-                str(row.n),
-                number(row.mean(), ".2f"),
-                _interval(m.get("score_interval"), ".2f"),
-                number(m.get("max_iou"), ".3f"),
-                _interval(m.get("max_iou_interval"), ".3f"),
-                number(None if comparison is None else comparison.better, ".0%"),
-                number(None if comparison is None else comparison.worse, ".0%"),
-                row.verdict or "–",
-            ]
-        )
-    return header, lines
-
-
-def _memorisation_table(rows: Sequence[GroupRow]) -> Table:
-    header = ["group", "n", "to nearest", "to mean", "too near (allowed)", "near identical", "alike", "copies"]
-    return header, [
-        [
-            row.name,
-            str(len(m["distance"])),
-            number(m["distance_relative"], ".2f"),
-            number(m["to_mean_relative"], ".2f"),
-            f"{m['num_too_near']} ({m['num_allowed']})",
-            str(m["num_near_identical"]),
-            number(m["fraction_alike"], ".0%"),
-            "–" if row.kind == Kind.SNAPSHOTS else "yes" if m["copies"] else "no",
-        ]
-        for row in rows
-        if (m := row.memorisation) is not None
-    ]
-
-
-def _ensemble_table(rows: Sequence[GroupRow]) -> Table:
-    sizes = sorted({entry["size"] for row in rows for entry in row.ensembles[:-1]} | {1})
-    lines = []
-    for row in rows:
-        cells = {
-            entry["size"]: f"{number(entry['accuracy'], '.2f')} ({number(entry['nll'])}, {number(entry['ece'])})"
-            for entry in row.ensembles
-        }
-        lines.append([row.name, str(row.n), *(cells.get(size, "–") for size in sizes), cells[row.n]])
-    return ["group", "n", *(str(size) for size in sizes), "all n"], lines
+def _ensemble(size: int, row: GroupRow) -> str:
+    entry = next((entry for entry in row.ensembles if entry["size"] == size), None)
+    return f"{number(entry['accuracy'], '.2f')} ({number(entry['nll'])}, {number(entry['ece'])})" if entry else "–"
 
 
 def count_of(row: GroupRow) -> str:

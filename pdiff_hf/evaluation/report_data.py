@@ -1,18 +1,71 @@
-"""What a report holds: groups of networks, and how they came out."""
+"""What a report holds: groups of networks, how they came out, and how generated networks compare with them."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
+from enum import Enum
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
+import torch
+from torch import Tensor
+
 from ..utils.files import without_nan
 from ..utils.reports import REPORT_VERSION, TEST
-from .compare import Comparison
-from .groups import Cost, Kind
-from .score import Metric
+from .compare import VERDICTS, Bootstrap, Comparison, Sample
 
 if TYPE_CHECKING:
     from typing_extensions import Self
+
+CURVE = "generated at other temperatures"  # the sweep of the generator's own curve
+
+
+class Kind(str, Enum):  # noqa: UP042  # StrEnum needs Python 3.11
+    """What a group of networks is to the generator whose report it stands in."""
+
+    GENERATED = "generated"  # what the generator gives
+    SNAPSHOTS = "snapshots"  # what it was made from; for an unseen task, the nearest of them
+    BASELINE = "baseline"  # free: needs the snapshots or the base model, and no feedback
+    OPPONENT = "opponent"  # trained on feedback from tasks, as the generator was
+    ORACLE = "oracle"  # trained on the unseen task itself
+    VARIANT = "variant"  # the generator otherwise: before tuning, at another temperature
+    CONTROL = "control"  # shows where something is lost: reconstructions, shuffled conditions
+
+
+@dataclass(frozen=True)
+class Cost:
+    """
+    Passes of one example through one network: forward counts 1 and backward 2, so that a training step on one example
+    costs 3.
+
+    Args:
+        once (`int`): Before the first network or unseen task, with what validation took to choose among settings.
+        each (`int`): For each network, or each unseen task.
+    """
+
+    once: int = 0
+    each: int = 0
+
+
+@dataclass(frozen=True)
+class Metric:
+    """
+    What networks are judged by.
+
+    Args:
+        name (`str`): Such as `accuracy`.
+        unit (`str`): Such as `%`; empty if it has none.
+        higher_is_better (`bool`): Whether the best network is the one with the largest value.
+    """
+
+    name: str
+    unit: str = ""
+    higher_is_better: bool = True
+
+    @property
+    def sign(self) -> int:
+        """What values are multiplied with, so that larger is better."""
+        return 1 if self.higher_is_better else -1
 
 
 @dataclass
@@ -78,6 +131,10 @@ class GroupRow:
         """On the test members, seen from the generated networks."""
         return self.comparisons[TEST].verdict if TEST in self.comparisons else None
 
+    def to_dict(self) -> dict[str, Any]:
+        """The arguments, as JSON has them."""
+        return without_nan(asdict(self) | {"kind": self.kind.value})
+
 
 @dataclass
 class ReportData:
@@ -93,7 +150,7 @@ class ReportData:
         conditions (`dict`): The members of each set; the verdict is about `test`.
         sampling (`dict`): How the generator was sampled: steps, temperature, guidance, scheduler.
         settings (`dict`): What else the report was made with.
-        num_generated (`int`, *optional*): Networks that were generated, of which a sample may have been scored.
+        num_generated (`int`, *optional*): Networks that were generated for a single task.
         reconstruction, tuning, temperatures, more_steps: Of a single task; see the schema.
         reverse_process (`dict`, *optional*): Scores after so many denoising steps, a row a sample or a test member.
         warnings (`list[str]`): What a reader has to know before believing the numbers.
@@ -103,7 +160,7 @@ class ReportData:
 
     metric: Metric
     num_parameters: int
-    groups: list[GroupRow]
+    groups: list[GroupRow] = field(default_factory=list)
     splits: dict[str, int] = field(default_factory=dict)
     fields: dict[str, Any] = field(default_factory=dict)
     conditions: dict[str, list[dict[str, Any]]] = field(default_factory=lambda: {TEST: [{}]})
@@ -134,19 +191,57 @@ class ReportData:
     def generated(self) -> GroupRow:
         return self.of_kind(Kind.GENERATED)[0]
 
+    def rank(self, group: GroupRow) -> float:
+        """The larger the better: by validation data where there are scores of those, else by the mean on test."""
+        value = group.measures.get("validation_score_mean", group.mean())
+        return -math.inf if value is None else self.metric.sign * value
+
     def best(self, groups: Sequence[GroupRow]) -> GroupRow | None:
-        """The best of some groups: by validation data where there are scores of those, else by the mean on test."""
+        """The best of some groups."""
+        return max(groups, key=self.rank, default=None)
 
-        def rank(group: GroupRow) -> float:
-            value = group.measures.get("validation_score_mean", group.mean())
-            return float("-inf") if value is None else self.metric.sign * value
+    def compare(self, wrong: Mapping[str, Tensor] | None = None, seed: int = 0) -> None:
+        """
+        Fills in how the generated networks compare with every other group on each set: paired over its members, or for
+        a single member over the networks of both, and over test examples where it is known on which they err.
 
-        return max(groups, key=rank, default=None)
+        Args:
+            wrong (`Mapping[str, torch.Tensor]`, *optional*): For a single task where networks err, bool of shape
+                `(N, U)`, by group.
+            seed (`int`, *optional*, defaults to 0): Of the bootstrap.
+        """
+        wrong = wrong or {}
+        snapshots = next((wrong[row.name] for row in self.of_kind(Kind.SNAPSHOTS) if row.name in wrong), None)
+        for name, members in self.conditions.items():
+            num_units = len(members) if len(members) > 1 else 0 if snapshots is None else snapshots.shape[1]
+            noise = torch.Generator().manual_seed(seed)
+            bootstrap = Bootstrap(num_units, self.metric.sign, noise, snapshots)
+            places = {row.name: bootstrap.place(_sample(row, name, wrong.get(row.name))) for row in self.groups}
+            own = places[self.generated.name]
+            for row in self.groups:
+                if row is not self.generated:
+                    with_similarity = row.kind != Kind.SNAPSHOTS
+                    row.comparisons[name] = bootstrap.compare(own, places[row.name], with_similarity)
+            if name == TEST:
+                for row in self.groups:
+                    ends = {key: places[row.name][key] for key in ("score_interval", "max_iou_interval")}
+                    row.measures |= {key: interval for key, interval in ends.items() if interval is not None}
+                curve = [row for row in self.groups if row.sweep == CURVE]
+                self.temperatures = [self._place_on_curve(row, places, bootstrap) for row in curve]
+
+    def _place_on_curve(self, row: GroupRow, places: Mapping[str, Any], bootstrap: Bootstrap) -> dict[str, Any]:
+        """The generator at one temperature, and how many plain and tuned settings of others it is better than."""
+        counts = {}
+        for name, kind in (("plain", Kind.BASELINE), ("tuned", Kind.OPPONENT)):
+            found = [bootstrap.compare(places[row.name], places[one.name], True).verdict for one in self.of_kind(kind)]
+            counts[name] = {word: found.count(word) for word in VERDICTS}
+        measures = {"score": row.measures["score_mean"], "max_iou": row.measures.get("max_iou")}
+        return {"value": row.value, "num_models": row.n} | measures | counts
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON has it: what is not finite is None."""
         values = {one.name: getattr(self, one.name) for one in fields(self) if one.name not in ("groups", "metric")}
-        groups = [asdict(group) | {"kind": group.kind.value} for group in self.groups]
+        groups = [group.to_dict() for group in self.groups]
         return without_nan({"version": REPORT_VERSION, "metric": asdict(self.metric), "groups": groups, **values})
 
     @classmethod
@@ -154,3 +249,17 @@ class ReportData:
         """The inverse of `to_dict`."""
         rest = {key: value for key, value in values.items() if key not in ("version", "metric", "groups")}
         return cls(Metric(**values["metric"]), groups=[GroupRow(**row) for row in values["groups"]], **rest)
+
+
+def _sample(row: GroupRow, set_name: str, wrong: Tensor | None) -> Sample:
+    """What the bootstrap resamples of a group: means of members, or its networks where there is one member."""
+    rows = row.sets[set_name]["scores"]
+    if len(rows) == 1:
+        return Sample(as_tensor(rows[0]), wrong)
+    means = as_tensor(row.scores(set_name))
+    return Sample(means, means[None])
+
+
+def as_tensor(values: Sequence[float | None]) -> Tensor:
+    """Numbers of a report, float64, nan where there is none."""
+    return torch.tensor([math.nan if value is None else value for value in values], dtype=torch.float64)

@@ -8,7 +8,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Generic, Protocol, TypeVar
+from typing import Any, ClassVar, Generic, TypeVar
 
 import psutil
 import torch
@@ -30,31 +30,11 @@ from ..utils.devices import to_device
 from ..utils.files import replacing
 from .geometry import Matrix
 from .metrics import accuracy
+from .report_data import Metric
 
 # The parameters of networks that are scored in one pass are no more than this.
 CHUNK_BYTES = 2**29
 CACHE_FORMAT = b"2"
-
-
-@dataclass(frozen=True)
-class Metric:
-    """
-    What networks are judged by.
-
-    Args:
-        name (`str`): Such as `accuracy`.
-        unit (`str`): Such as `%`; empty if it has none.
-        higher_is_better (`bool`): Whether the best network is the one with the largest value.
-    """
-
-    name: str
-    unit: str = ""
-    higher_is_better: bool = True
-
-    @property
-    def sign(self) -> int:
-        """What values are multiplied with, so that larger is better."""
-        return 1 if self.higher_is_better else -1
 
 
 class Scores:
@@ -132,14 +112,6 @@ class MemberScores(Scores):
 
     values: Tensor
     losses: Tensor
-
-
-class Scoring(Protocol):
-    """What scores networks on a split: of a single task shape `(N, D)`, of members of a family `(M, n, D)`."""
-
-    metric: Metric
-
-    def score(self, split: Split, networks: Any, /) -> Scores: ...
 
 
 S = TypeVar("S", bound=Scores)
@@ -478,6 +450,10 @@ class MemberScorer:
             values.append(100 * correct.double().cpu() / len(indices))
             losses.append(loss.double().cpu() / len(indices))
         return MemberScores(torch.cat(values), torch.cat(losses))
+
+    def loss(self, networks: Tensor | nn.Module, vote: bool = False) -> float:
+        """The mean loss on validation data; arguments as of [`score`]."""
+        return self.score("validation", networks, vote).losses.mean().item()
 
 
 def check_memory(num_networks: int, num_examples: int, num_classes: int) -> None:

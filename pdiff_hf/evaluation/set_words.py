@@ -9,8 +9,7 @@ from torch import Tensor
 
 from ..tasks.data_task import DataTask
 from .compare import BETTER, WORSE
-from .groups import Kind
-from .report_data import GroupRow, ReportData
+from .report_data import GroupRow, Kind, ReportData
 from .verdict import number
 
 SHEET_COLUMNS, SHEET_HEIGHT, SHEET_GAP, SHEET_LABEL = 12, 40, 4, 190

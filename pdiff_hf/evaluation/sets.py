@@ -17,13 +17,13 @@ from ..pipelines import PDiffPipeline
 from ..tasks.data_task import DataTask
 from ..training import Loop, LoopArguments
 from ..utils.reports import CONTACT_SHEET, TEST
-from .baselines import diagonal_gaussian, low_rank_gaussian
+from .baselines import BaselineContext, diagonal_gaussian, low_rank_gaussian
 from .compare import BETTER, CLOSE, CONFIDENCE, WORSE, Comparison, interval
-from .finish import sampling_of, save_report
+from .evaluation import sampling_of, save_report
 from .geometry import Yardstick, exact_distances, pairwise_distances
-from .groups import Kind, named_generator
+from .groups import named_generator
 from .report import GroupRow, Report
-from .score import Metric
+from .report_data import Kind, Metric
 from .set_words import SHEET_COLUMNS, describe, draw_sheet
 
 METRIC = Metric("Fréchet distance", "% of the variance", higher_is_better=False)
@@ -275,14 +275,15 @@ def trivial(
         return named_generator(seed, f"{name} {space}")
 
     def deviations(of: Tensor, number: int, name: str) -> Tensor:
-        return low_rank_gaussian(of, number, 1.0, generator(name)) - of.mean(0)
+        return low_rank_gaussian(BaselineContext(of), number, 1.0, generator(name)) - of.mean(0)
 
     def pick(name: str, *size: int) -> Tensor:
         return torch.randint(len(rows), size or (count,), generator=generator(name))
 
     mean = rows.mean(0)
     yield "mean", "mean", mean.expand(count, -1), None
-    yield "diagonal Gaussian", "Gaussian", diagonal_gaussian(rows, count, 1.0, generator("diagonal")), None
+    independent = diagonal_gaussian(BaselineContext(rows), count, 1.0, generator("diagonal"))
+    yield "diagonal Gaussian", "Gaussian", independent, None
     yield "Gaussian", "Gaussian", mean + deviations(rows, count, "Gaussian"), None
     if classes is not None:
         drawn = classes[pick("classes")]

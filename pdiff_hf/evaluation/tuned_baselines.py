@@ -6,7 +6,6 @@ validation chooses among are tried in one go.
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -20,9 +19,10 @@ from ..tasks.task import Batch, take
 from ..training.ensembles import Tuning, validation_batch, validation_loss
 from ..utils.devices import to_device
 from ..utils.seeds import derive_seed
-from .baselines import diagonal_gaussian, low_rank_gaussian
-from .geometry import Matrix, mean_of
-from .groups import Cost, Group, Kind, named_generator, search, training_cost
+from .baselines import BaselineContext, diagonal_gaussian, low_rank_gaussian
+from .geometry import mean_of
+from .groups import Group, named_generator, search, training_cost
+from .report_data import Cost, Kind
 from .score import Scorer
 
 GAUSSIAN_LEARNING_RATES = (0.003, 0.01, 0.03, 0.1)
@@ -33,125 +33,119 @@ BEST_OF = (4, 16)
 TEMPERATURES = {"few": (0.5, 1.0), "all": (0.25, 0.5, 0.75, 1.0, 1.5)}
 
 
-@dataclass(frozen=True)
 class TunedBaselines:
     """
-    Makes trivial generators with the feedback that a generator got.
+    Makes trivial generators with the feedback that a generator got: batches of the training split, the same for all
+    networks.
 
     Args:
         scorer (`Scorer`): Of the task; its validation split selects.
         autoencoder (`ParameterAutoencoder`): Of the generator.
-        snapshots (`torch.Tensor` or `Rows`): Shape `(K, D)`, those that generators see.
-        latents (`torch.Tensor`): Theirs, shape `(K, L)`.
+        context (`BaselineContext`): The snapshots that generators see, with their latents.
         tuning (`Tuning`): How the generator was tuned.
         num_models (`int`): Networks of each.
         which (`str`): `all` or `few` temperatures.
         seed (`int`).
     """
 
-    scorer: Scorer
-    autoencoder: ParameterAutoencoder
-    snapshots: Matrix
-    latents: Tensor
-    tuning: Tuning
-    num_models: int
-    which: str
-    seed: int
-
-    @property
-    def count(self) -> int:
-        """Networks that are scored for all of them on validation and test data."""
-        best = self.num_models * max(BEST_OF)
-        return self.num_models * (3 * len(TEMPERATURES[self.which]) + len(self.steps) + len(BEST_OF)) + best
-
-    @property
-    def steps(self) -> list[int]:
-        """After how many steps refined networks are looked at."""
-        return sorted({max(1, round(self.tuning.num_steps * share)) for share in (0.1, 0.3, 1.0)})
+    def __init__(
+        self,
+        scorer: Scorer,
+        autoencoder: ParameterAutoencoder,
+        context: BaselineContext,
+        tuning: Tuning,
+        num_models: int,
+        which: str,
+        seed: int,
+    ):
+        assert isinstance(scorer.task, ClassificationTask)  # nothing else is tuned
+        assert context.latents is not None
+        self.scorer, self.autoencoder, self.context, self.tuning = scorer, autoencoder, context, tuning
+        self.num_models, self.temperatures, self.seed = num_models, TEMPERATURES[which], seed
+        self.task, self.latents, self.mean = scorer.task, context.latents, mean_of(context.snapshots).float()
+        self.networks = NetworkRunner(scorer.models.model, scorer.layout)
+        self.device = next(scorer.models.model.parameters()).device
+        self.split = self.task.load_split("train")
+        self.unseen = validation_batch(self.task, self.device)
 
     def groups(self) -> Iterator[Group]:
         """One setting after the other."""
-        tuning, temperatures = self.tuning, TEMPERATURES[self.which]
-        networks = NetworkRunner(self.scorer.models.model, self.scorer.layout)
-        assert isinstance(self.scorer.task, ClassificationTask)  # nothing else is tuned
-        feedback = _Feedback(self.scorer.task, networks, tuning, self.seed, self.scorer.models.model)
+        tuning, num_unseen = self.tuning, self.scorer.num_examples("validation")
         once = training_cost(tuning.num_steps, tuning.num_networks, tuning.num_examples)
-        num_unseen = self.scorer.num_examples("validation")
 
-        shift = self._tuned_mean(feedback) - mean_of(self.snapshots).float()
+        shift = self._tuned_mean() - self.mean
         cost = Cost(once + VALIDATIONS * tuning.num_networks * num_unseen)
-        for family, sample in (
-            ("tuned mean, diagonal", diagonal_gaussian),
-            ("tuned mean, low-rank", low_rank_gaussian),
-        ):
-            for value in temperatures:
-                generator = named_generator(self.seed, f"{family} {value}")
-                parameters = shift + sample(self.snapshots, self.num_models, value, generator)
-                yield Group(f"{family} {value}", parameters, Kind.OPPONENT, family, value, cost)
+        for sweep, sample in (("tuned mean, diagonal", diagonal_gaussian), ("tuned mean, low-rank", low_rank_gaussian)):
+            for value in self.temperatures:
+                noise = named_generator(self.seed, f"{sweep} {value}")
+                parameters = shift + sample(self.context, self.num_models, value, noise)
+                yield Group(f"{sweep} {value}", parameters, Kind.OPPONENT, sweep, value, cost)
 
-        mean, map_ = self._tuned_gaussian(feedback)
-        cost = Cost(len(GAUSSIAN_LEARNING_RATES) * (once + VALIDATIONS * tuning.num_networks * feedback.num_unseen))
-        for value in temperatures:
-            family = "tuned Gaussian"
-            noise = torch.randn(self.num_models, len(mean), generator=named_generator(self.seed, f"{family} {value}"))
+        mean, map_ = self._tuned_gaussian()
+        looks = VALIDATIONS * tuning.num_networks * len(self.unseen["labels"])
+        cost, sweep = Cost(len(GAUSSIAN_LEARNING_RATES) * (once + looks)), "tuned Gaussian"
+        for value in self.temperatures:
+            noise = named_generator(self.seed, f"{sweep} {value}")
+            latents = torch.randn(self.num_models, len(mean), generator=noise).to(mean.device)
             with torch.no_grad():
-                parameters = self.autoencoder.decode(mean + value * noise.to(mean.device) @ map_).sample.cpu()
-            yield Group(f"{family} {value}", parameters, Kind.OPPONENT, family, value, cost)
+                parameters = self.autoencoder.decode(mean + value * latents @ map_).sample.cpu()
+            yield Group(f"{sweep} {value}", parameters, Kind.OPPONENT, sweep, value, cost)
 
-        for steps, (parameters, tried) in self._refined(feedback).items():
+        start = self._swag(self.num_models, "SWAG, refined")
+        for steps in sorted({max(1, round(tuning.num_steps * share)) for share in (0.1, 0.3, 1.0)}):
+            parameters, tried = self._refined(start, steps)
             each = training_cost(steps, tuning.num_examples)
-            cost = Cost(len(tried) * self.num_models * (each + num_unseen), each)
-            note = f"learning rate of {len(tried)}"
             yield Group(
-                f"SWAG, {steps} steps", parameters, Kind.OPPONENT, "SWAG, refined", steps, cost, None, note, tried
+                f"SWAG, {steps} steps",
+                parameters,
+                Kind.OPPONENT,
+                "SWAG, refined",
+                steps,
+                Cost(len(tried) * self.num_models * (each + num_unseen), each),
+                note=f"learning rate of {len(tried)}",
+                tried=tried,
             )
 
-        generator = named_generator(self.seed, "best of SWAG")
-        candidates = self._swag(max(BEST_OF) * self.num_models, generator)
+        candidates = self._swag(max(BEST_OF) * self.num_models, "best of SWAG")
         accuracy = self.scorer.score("validation", candidates).values.view(self.num_models, -1)
         for count in BEST_OF:
             chosen = accuracy[:, :count].nan_to_num(-math.inf).argmax(1) + torch.arange(self.num_models) * max(BEST_OF)
             cost = Cost(0, count * num_unseen)
             yield Group(f"SWAG, best of {count}", candidates[chosen], Kind.OPPONENT, "SWAG, best of", count, cost)
 
-    def _swag(self, num_models: int, generator: torch.Generator) -> Tensor:
-        return low_rank_gaussian(self.snapshots, num_models, 1.0, generator, with_diagonal=True)
+    def _swag(self, num_models: int, name: str) -> Tensor:
+        return low_rank_gaussian(self.context, num_models, 1.0, named_generator(self.seed, name), with_diagonal=True)
 
-    def _tuned_mean(self, feedback: "_Feedback") -> Tensor:
+    def _tuned_mean(self) -> Tensor:
         """
         The mean of the snapshots, `(D,)`, fine-tuned with as many passes as the generator: on as many examples a step,
         with as many learning rates as the generator has networks. Validation chooses one, and after how many steps.
         """
         low, high = (math.log10(rate) for rate in MEAN_LEARNING_RATES)
         rates = torch.logspace(low, high, self.tuning.num_networks)
-        start = mean_of(self.snapshots).float().expand(len(rates), -1)
         every = self.tuning.num_steps / VALIDATIONS
-        kept = feedback.refine(start, rates, [max(1, round(every * (i + 1))) for i in range(VALIDATIONS)])
-        rows = torch.cat([*kept.values()])
+        looks = [max(1, round(every * (i + 1))) for i in range(VALIDATIONS)]
+        rows = torch.cat([*self._refine(self.mean.expand(len(rates), -1), rates, looks).values()])
         return rows[self.scorer.score("validation", rows).values.nan_to_num(-math.inf).argmax()]
 
-    def _refined(self, feedback: "_Feedback") -> dict[int, tuple[Tensor, dict[str, float]]]:
+    def _refined(self, start: Tensor, steps: int) -> tuple[Tensor, dict[str, float]]:
         """
-        Samples of SWAG after some numbers of steps, each with the learning rate that is best on validation data, and
-        the negative validation score of each rate.
+        Networks `(n, D)` after some steps, with the learning rate that is best on validation data, and the negative
+        validation score of each rate.
         """
-        start = self._swag(self.num_models, named_generator(self.seed, "SWAG, refined"))
-        best = {}
-        for steps in self.steps:
-            found: dict[float, Tensor] = {}
+        found: dict[float, Tensor] = {}
 
-            def losses(rates: Sequence[float], steps: int = steps, found: dict[float, Tensor] = found) -> list[float]:
-                each = torch.tensor(rates).repeat_interleave(len(start))
-                rows = feedback.refine(start.repeat(len(rates), 1), each, [steps])[steps]
-                found |= dict(zip(rates, rows.unflatten(0, (len(rates), -1)), strict=True))  # (R n, D) -> R of (n, D)
-                values = self.scorer.score("validation", rows).values.view(len(rates), -1).nanmean(1)
-                return [-value if math.isfinite(value) else math.inf for value in values.tolist()]
+        def losses(rates: Sequence[float]) -> list[float]:
+            each = torch.tensor(rates).repeat_interleave(len(start))
+            rows = self._refine(start.repeat(len(rates), 1), each, [steps])[steps]
+            found.update(zip(rates, rows.unflatten(0, (len(rates), -1)), strict=True))  # (R n, D) -> R of (n, D)
+            values = self.scorer.score("validation", rows).values.view(len(rates), -1).nanmean(1)
+            return [-value if math.isfinite(value) else math.inf for value in values.tolist()]
 
-            rate, tried = search(losses, NETWORK_LEARNING_RATES, factor=3)
-            best[steps] = found[rate], tried
-        return best
+        rate, tried = search(losses, NETWORK_LEARNING_RATES, factor=3)
+        return found[rate], tried
 
-    def _tuned_gaussian(self, feedback: "_Feedback") -> tuple[Tensor, Tensor]:
+    def _tuned_gaussian(self) -> tuple[Tensor, Tensor]:
         """
         Mean `(L,)` and linear map `(L, L)` of a Gaussian over the generator's own latents, at first that of the
         snapshots', tuned on the generator's objective. Validation chooses the learning rate, and after how many steps.
@@ -171,47 +165,30 @@ class TunedBaselines:
         def loss(parts: Sequence[Tensor], batch: Batch, generator: torch.Generator) -> Tensor:
             noise, sampled = sample(parts, generator)
             before = start[0] + noise @ start[1]
-            logits = feedback.logits(self.autoencoder.decode(sampled).sample, batch)
+            logits = self._logits(self.autoencoder.decode(sampled).sample, batch)
             rows = zip(logits.unflatten(0, (-1, count)), sampled.unflatten(0, (-1, count)), strict=True)
             return torch.stack([objective(each, batch["labels"], z, before) for each, z in rows]).sum()
 
         wide, num_steps = [part.expand(len(rates), *part.shape) for part in start], self.tuning.num_steps
-        for step, parts in feedback.descend(wide, rates, loss, num_steps):
+        for step, parts in self._descend(wide, rates, loss, num_steps):
             if step % max(1, num_steps // VALIDATIONS) and step != num_steps:
                 continue
             _, sampled = sample(parts, named_generator(self.seed, "tuned Gaussian validation"))
             with torch.no_grad():
-                logits = feedback.logits(self.autoencoder.decode(sampled).sample, feedback.unseen)
+                logits = self._logits(self.autoencoder.decode(sampled).sample, self.unseen)
             for i, each in enumerate(logits.unflatten(0, (-1, count))):
-                value = validation_loss(each, feedback.unseen["labels"]).item()
+                value = validation_loss(each, self.unseen["labels"]).item()
                 if value < best[0]:
                     best = value, [part[i].clone() for part in parts]
         mean, map_ = best[1]
         return mean, map_
 
-
-class _Feedback:
-    """The task as a generator sees it when it is tuned: batches of the training split, the same for all networks."""
-
-    def __init__(
-        self, task: ClassificationTask, networks: NetworkRunner, tuning: Tuning, seed: int, model: torch.nn.Module
-    ):
-        self.task, self.networks, self.tuning, self.seed = task, networks, tuning, seed
-        self.device = next(model.parameters()).device
-        self.split = task.load_split("train")
-        self.unseen = validation_batch(task, self.device)
-        self.num_unseen = len(self.unseen["labels"])
-
-    def logits(self, parameters: Tensor, batch: Batch) -> Tensor:
+    def _logits(self, parameters: Tensor, batch: Batch) -> Tensor:
         """Shape `(N, B, C)`."""
         return self.networks.stack(self.task.predict, parameters, batch, shared=True)
 
-    def descend(
-        self,
-        start: Sequence[Tensor],
-        rates: Tensor,
-        loss: Callable[[Sequence[Tensor], Batch, torch.Generator], Tensor],
-        num_steps: int,
+    def _descend(
+        self, start: Sequence[Tensor], rates: Tensor, loss: Callable[..., Tensor], num_steps: int
     ) -> Iterator[tuple[int, list[Tensor]]]:
         """
         Adam from R starts with a learning rate for each, which falls as a cosine.
@@ -232,9 +209,8 @@ class _Feedback:
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, num_steps)
         for step in range(1, num_steps + 1):
             generator = torch.Generator(self.device).manual_seed(derive_seed(self.seed, step))
-            chosen = torch.randint(
-                len(self.split), (self.tuning.num_examples,), generator=generator, device=self.device
-            )
+            shape = (self.tuning.num_examples,)
+            chosen = torch.randint(len(self.split), shape, generator=generator, device=self.device)
             batch = to_device(self.task.collate(take(self.split, chosen.tolist())), self.device)
             values = [part + scale * move for part, scale, move in zip(start, scales, moved, strict=True)]
             optimizer.zero_grad()
@@ -243,13 +219,13 @@ class _Feedback:
             schedule.step()
             yield step, [p + s * m.detach() for p, s, m in zip(start, scales, moved, strict=True)]
 
-    def refine(self, start: Tensor, rates: Tensor, steps: Sequence[int]) -> dict[int, Tensor]:
+    def _refine(self, start: Tensor, rates: Tensor, steps: Sequence[int]) -> dict[int, Tensor]:
         """Networks `(R, D)` after some numbers of steps on the training split, of which the largest ends it."""
 
         def loss(values: Sequence[Tensor], batch: Batch, generator: torch.Generator) -> Tensor:
-            logits = self.logits(values[0], batch)
+            logits = self._logits(values[0], batch)
             labels = batch["labels"].expand(len(logits), -1)
             return F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum") / labels.shape[1]
 
-        path = self.descend([start], rates, loss, max(steps))
+        path = self._descend([start], rates, loss, max(steps))
         return {step: parts[0].cpu() for step, parts in path if step in steps}

@@ -5,8 +5,7 @@ from typing import Any
 
 from ..utils.reports import TEST
 from .compare import BETTER, WORSE
-from .groups import Kind
-from .report_data import GroupRow, ReportData
+from .report_data import GroupRow, Kind, ReportData
 
 FEW_ERRORS = 20  # with fewer, one error more or less moves an IoU by 5 points
 EXPLAINS_LITTLE = 0.5  # of the variance: reconstructions are little but the mean
@@ -122,8 +121,7 @@ def find_warnings(report: ReportData) -> list[str]:
             f"to {copies['num_allowed']} expected by chance), and {copies['num_near_identical']} nearly identical to "
             "one."
         )
-    shuffled = [group for group in report.of_kind(Kind.CONTROL) if TEST in group.comparisons]
-    for group in shuffled:
+    for group in report.of_kind(Kind.CONTROL) if report.fields else ():
         if group.verdict != BETTER or (group.comparisons[TEST].difference or 0.0) < AS_GOOD:
             warnings.append(
                 f"Networks for other conditions are as good ({number(group.mean(), '.2f')}{unit(report)} against "

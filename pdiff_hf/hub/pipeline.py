@@ -19,7 +19,7 @@ from ..models.saved import replaced_files
 from ..networks.adapters import ADAPTER_FOLDER, find_reference, has_adapters, plain_network, save_adapter
 from ..utils.errors import first_line, limited_modules
 from ..utils.files import is_disk_full
-from ..utils.names import PIPELINE, generator_folder
+from ..utils.names import PIPELINE, TUNING, generator_folder
 from .push import PIPELINE_FILE, push_pipeline_to_hub
 
 # The longest schedule that is loaded: schedulers allocate memory for all steps. The longest ones in use have 1000.
@@ -110,14 +110,12 @@ class SavedPipeline(Base):
             if is_disk_full(error):
                 raise
             raise OSError(_no_pipeline(pretrained_model_name, error)) from error
-        # The adapters beside a base model, which are no component of a pipeline.
-        if not Path(folder, "base_model", ADAPTER_FOLDER).is_dir():
-            known: dict[str, Any] = {
-                key: kwargs[key] for key in kwargs if key in ("cache_dir", "token", "local_files_only")
-            }
-            pattern, revision = f"base_model/{ADAPTER_FOLDER}/*", Path(folder).name
-            with contextlib.suppress(LocalEntryNotFoundError):
-                snapshot_download(str(pretrained_model_name), revision=revision, allow_patterns=pattern, **known)
+        # The adapters beside a base model, and how it was tuned, which are no components of a pipeline.
+        names = ("cache_dir", "token", "local_files_only")
+        known: dict[str, Any] = {name: kwargs[name] for name in names if name in kwargs}
+        patterns, revision = [f"base_model/{ADAPTER_FOLDER}/*", TUNING], Path(folder).name
+        with contextlib.suppress(LocalEntryNotFoundError):
+            snapshot_download(str(pretrained_model_name), revision=revision, allow_patterns=patterns, **known)
         return folder
 
     @classmethod

@@ -1,76 +1,105 @@
-"""The stage that writes the report on a generator."""
+"""Reports: the stage of a run, and those on generators from elsewhere."""
 
 import contextlib
 import dataclasses
 import hashlib
+import itertools
 import json
 from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import PartialState
+from torch import nn
 
-from ..evaluation.groups import Cost, training_cost
-from ..evaluation.members import evaluate_members
-from ..evaluation.opponents import Pending, Regime, hypernetworks, shared_networks
+from ..evaluation import Report
+from ..evaluation.evaluation import evaluate as make_report
+from ..evaluation.groups import Pending, training_cost
+from ..evaluation.members import Spent
+from ..evaluation.opponents import Regime, hypernetworks, shared_networks
 from ..evaluation.score import make_scorer
 from ..evaluation.sets import evaluate_sets
-from ..evaluation.single_task import evaluate_task
+from ..layout import LayoutError, ParameterLayout
 from ..models import encode_in_batches
+from ..models.products import AdapterProducts, find_factors
+from ..networks.adapters import with_adapters, without_wrapper
 from ..networks.runner import NetworkRunner
 from ..pipelines import PDiffPipeline
+from ..snapshots import load_snapshots, parameter_matrix, read_networks
+from ..snapshots.conditions import read_conditions
+from ..snapshots.dataset import condition_table, load_fields
+from ..snapshots.files import beside
 from ..tasks.data_task import DataTask
+from ..tasks.family import Family
+from ..tasks.labels import LabelledTask
 from ..training.tune import TuneArguments
 from ..utils import names
-from ..utils.files import write_json
+from ..utils.errors import resource_errors
+from ..utils.files import check_writable, remove, write_json
 from .collecting import zoo_arguments
+from .config import PDiffConfig
 from .context import RunContext
 from .folder import Stage
 from .learning import generator_of_data, regressed_latents
+from .task import make_family, make_task
 from .tuning import generated_networks, load_tuning, make_regime, tune_arguments
 
 
 def evaluate(context: RunContext, stage: Stage) -> None:
-    """The report on the generated networks, beside the snapshots and trivial generators."""
-    c = context.config
-    if context.family.fields:
-        if PartialState().is_main_process:
-            save_sampling(context)
-        evaluate_unseen(context, stage)
-        return
+    """
+    The report on the generated networks. For a family all processes take part, because some of the generator's
+    opponents have to be trained, and a stopped evaluation goes on with the groups that it has not scored. For a single
+    task the main process does, and the others help it to score.
+    """
+    c, family, is_main = context.config, context.family, PartialState().is_main_process
     if isinstance(context.task, DataTask):
-        evaluate_data(context, context.task, stage)
-        return
+        return _evaluate_data(context, context.task, stage)
     device = PartialState().device
-    model, scores = context.base_model.to(device), context.scores
-    scorer = make_scorer(context.task, model, context.layout, scores, c.recomputes_statistics)
-    if not PartialState().is_main_process:
-        scorer.help()
-        return
-    with context.files.replacing(stage) as folder, scorer.with_help():
-        evaluate_task(
-            scorer,
-            context.parameters,
+    model, is_tuned = context.base_model.to(device), context.is_wanted("tune")
+    options: dict[str, Any] = {"settings": c.section(*stage.sections)}
+    with contextlib.ExitStack() as stack:
+        if family.fields:
+            snapshots, options["conditions"] = context.known_snapshots()
+            regime = make_regime(
+                context, stack.enter_context(context.accelerator()), NetworkRunner(model, context.layout)
+            )
+            scorer: Any = regime.scorer
+            options["settings"] |= {"tune_tasks": c.tune_tasks}
+            options |= _family_options(context, stage, regime)
+        else:
+            scorer = make_scorer(context.task, model, context.layout, context.scores, c.recomputes_statistics)
+            if not is_main:
+                return scorer.help()
+            stack.enter_context(scorer.with_help())
+            snapshots, tuning = context.parameters, load_tuning(context.folder / names.TUNED) if is_tuned else None
+            options |= {"scorer": scorer, "heldout": context.heldout, "latents": context.latents, "tuning": tuning}
+            options |= {"baseline_models": c.baseline_models, "warnings": _about_conditions(context)}
+        if context.extra_groups is not None:
+            extra = context.extra_groups(context, scorer)
+            options["extra_groups"] = itertools.chain(options.get("extra_groups", ()), extra)
+        folder = stack.enter_context(context.files.replacing(stage)) if is_main else None
+        make_report(
             context.pipeline.to(device),
-            folder,
-            heldout=context.heldout,
+            family,
+            snapshots=snapshots,
+            base_model=model,
+            layout=context.layout,
             num_models=c.num_models,
-            tuning=load_tuning(context.folder / names.TUNED) if context.is_wanted("tune") else None,
-            untuned=_untuned(context) if context.is_wanted("tune") else None,
-            baseline_models=c.baseline_models,
             baselines=c.baselines,
-            extra_groups=() if context.extra_groups is None else context.extra_groups(context, scorer),
+            untuned=_untuned(context) if is_tuned else None,
             losses=_losses(context),
-            latents=context.latents,
-            settings=c.section(*stage.sections),
-            warnings=_about_conditions(context),
+            folder=folder,
             seed=c.seed,
+            **options,
         )
     context.base_model.to("cpu")
-    save_sampling(context)
-    context.finish(stage, {})
+    if is_main:
+        _save_sampling(context)
+        context.finish(stage, {})
 
 
-def evaluate_data(context: RunContext, task: DataTask, stage: Stage) -> None:
+def _evaluate_data(context: RunContext, task: DataTask, stage: Stage) -> None:
     """The report on the data that generated networks make."""
     if not PartialState().is_main_process:
         return
@@ -93,7 +122,7 @@ def evaluate_data(context: RunContext, task: DataTask, stage: Stage) -> None:
             seed=c.seed,
         )
     context.base_model.to("cpu")
-    save_sampling(context)
+    _save_sampling(context)
     context.finish(stage, {})
 
 
@@ -108,13 +137,10 @@ def _about_conditions(context: RunContext) -> list[str]:
     ]
 
 
-def save_sampling(context: RunContext) -> None:
+def _save_sampling(context: RunContext) -> None:
     """The generator keeps how the report has sampled it, in its own index."""
-    folder, sampling = (
-        context.folder / (names.TUNED if context.is_wanted("tune") else names.PIPELINE),
-        context.config.sampling,
-    )
-    path = folder / PDiffPipeline.config_name
+    folder = context.folder / (names.TUNED if context.is_wanted("tune") else names.PIPELINE)
+    path, sampling = folder / PDiffPipeline.config_name, context.config.sampling
     index = json.loads(path.read_text(encoding="utf-8"))
     if not folder.is_symlink() and index != index | sampling:
         write_json(path, index | sampling)
@@ -131,85 +157,47 @@ def _untuned(context: RunContext) -> PDiffPipeline:
 def _losses(context: RunContext) -> dict[str, dict[str, list[float]]]:
     """The losses of the networks that were trained, for a figure."""
     panels = {
-        "base model": {"base": "base model"},
-        "autoencoder": {"autoencoder": "autoencoder"},
-        "denoiser": {"denoiser": "denoiser"},
-        "tuning": {"tune": "task loss"},
+        "base model": ("base", "base model"),
+        "autoencoder": ("autoencoder", "autoencoder"),
+        "denoiser": ("denoiser", "denoiser"),
+        "tuning": ("tune", "task loss"),
     }
-    records = {name: context.files.record(stage) for name, stage in context.stages.items() if context.is_finished(name)}
-    results = {name: record["results"] for name, record in records.items() if record is not None}
-    losses = {
-        title: {label: results[name]["losses"] for name, label in curves.items() if results.get(name, {}).get("losses")}
-        for title, curves in panels.items()
-    }
-    return {title: curves for title, curves in losses.items() if curves}
+    losses = {}
+    for title, (name, label) in panels.items():
+        record = context.files.record(context.stages[name]) if context.is_finished(name) else None
+        if record is not None and record["results"].get("losses"):
+            losses[title] = {label: record["results"]["losses"]}
+    return losses
 
 
-def evaluate_unseen(context: RunContext, stage: Stage) -> None:
-    """
-    The report on unseen tasks. All processes take part, because some of the generator's opponents have to be trained; a
-    stopped evaluation goes on with the groups that it has not scored.
-    """
-    c, family, device = context.config, context.family, PartialState().device
-    args, zoo = tune_arguments(context), zoo_arguments(c)
-    networks = NetworkRunner(context.base_model.to(device), context.layout)
-    sets = {name: table for name, table in context.conditions.items() if name not in ("train", "validation")}
-    key = hashlib.blake2b(json.dumps(context.settings(stage.name), sort_keys=True).encode(), digest_size=8).hexdigest()
-    base_steps = max(1, c.base_epochs * family.num_examples("train") // c.base_batch_size) if c.base_epochs else 0
-    of_base = training_cost(base_steps, c.base_batch_size)
-    of_zoo = of_base
-    if not context.is_imported:
-        of_zoo += training_cost(len(context.conditions["train"]), zoo.num_steps, zoo.batch_size)
-    cost, untuned = of_zoo, None
+def _family_options(context: RunContext, stage: Stage, regime: Regime) -> dict[str, Any]:
+    """What the report on a family needs besides: its members, what the generator took, and what takes long."""
+    c, args, zoo = context.config, tune_arguments(context), zoo_arguments(context.config)
+    steps = max(1, c.base_epochs * context.family.num_examples("train") // c.base_batch_size) if c.base_epochs else 0
+    base = training_cost(steps, c.base_batch_size)
+    of_zoo = 0 if context.is_imported else len(context.conditions["train"])
+    snapshots = base + training_cost(of_zoo, zoo.num_steps, zoo.batch_size)
+    generator = snapshots
     if c.num_tune_steps:
         record = json.loads((context.folder / names.STAGES / "tune.json").read_text(encoding="utf-8"))
-        cost += training_cost(len(record["results"]["losses"]), args.num_tasks, args.num_examples)
-        untuned = _untuned(context)
-    snapshots, table = context.known_snapshots()
-    is_main = PartialState().is_main_process
-    with (
-        context.files.replacing(stage) if is_main else contextlib.nullcontext() as folder,
-        context.accelerator() as accelerator,
-    ):
-        regime = make_regime(context, accelerator, networks)
-        more = _more_opponents(context, regime, args, of_base, of_zoo, cost) if c.baselines == "all" else ()
-        evaluate_members(
-            family,
-            networks,
-            context.pipeline.to(device),
-            snapshots,
-            table,
-            folder,
-            sets=sets,
-            validation=context.conditions["validation"],
-            num_models=c.num_models,
-            untuned=untuned,
-            cost=Cost(cost),
-            of_snapshots=Cost(of_zoo),
-            of_base=of_base,
-            zoo=zoo,
-            factors=(1,) if c.baselines == "few" else (1, 5),
-            regime=regime,
-            products=context.autoencoder.products,
-            more=more,
-            losses=_losses(context) if is_main else None,
-            settings=c.section(*stage.sections) | {"tune_tasks": c.tune_tasks},
-            cache=context.scores / f"members-{key}.json",
-            seed=c.seed,
-        )
-    context.base_model.to("cpu")
-    if is_main:
-        context.finish(stage, {})
+        generator += training_cost(len(record["results"]["losses"]), args.num_tasks, args.num_examples)
+    spent = Spent(base, snapshots, generator)
+    key = hashlib.blake2b(json.dumps(context.settings(stage.name), sort_keys=True).encode(), digest_size=8).hexdigest()
+    return {
+        "sets": {name: table for name, table in context.conditions.items() if name != "train"},
+        "spent": spent,
+        "zoo": zoo,
+        "regime": regime,
+        "cache": context.scores / f"members-{key}.json",
+        "extra_groups": _opponents(context, regime, args, spent) if c.baselines == "all" else (),
+    }
 
 
-def _more_opponents(
-    context: RunContext, regime: Regime, args: TuneArguments, of_base: int, of_zoo: int, cost: int
-) -> Iterator[Pending]:
+def _opponents(context: RunContext, regime: Regime, args: TuneArguments, spent: Spent) -> Iterator[Pending]:
     """What takes long: shared networks at the generator's number of passes, and hypernetworks."""
-    c, size = context.config, sum(tensor.numel() for tensor in regime.networks.model.parameters())
-    a_step = training_cost(args.num_tasks, args.num_examples)
-    longer = dataclasses.replace(args, num_steps=max(1, (cost - of_base) // a_step))
-    yield from shared_networks(regime, longer, of_base, size)
+    c, a_step = context.config, training_cost(args.num_tasks, args.num_examples)
+    longer = dataclasses.replace(args, num_steps=max(1, (spent.generator - spent.base) // a_step))
+    yield from shared_networks(regime, longer, spent.base)
     untuned = _untuned(context)
     if c.tune_args.map:
         untuned.autoencoder.add_tuned_map()
@@ -220,4 +208,151 @@ def _more_opponents(
         latents, table = torch.cat([latents, regressed]), torch.cat([table, conditions])
     generated = generated_networks(context, untuned, regime.networks)
     args = dataclasses.replace(args, num_steps=max(1, args.num_steps))
-    yield from hypernetworks(regime, generated, latents, table, args, c.denoiser_steps, of_zoo, size)
+    yield from hypernetworks(regime, generated, latents, table, args, c.denoiser_steps, spent.snapshots)
+
+
+# ------------------------------------------------------------------------------------------- generators from elsewhere
+
+
+def evaluate_saved(source: str, config: PDiffConfig) -> Report:
+    """
+    Writes the report on the generator `source` and its figures to `config.output_dir`. For a single task, a second call
+    scores only what is new. For a family it is about unseen tasks; with the seed and the numbers of tasks of a run they
+    are the unseen ones of that run, and with others its generator may have been tuned on them.
+
+    Args:
+        source (`str`): Folder or Hub id of a run or of a saved `PDiffPipeline`, or a folder of networks as
+            [`~pdiff_hf.snapshots.read_networks`] reads it. For a family, a pipeline with conditions, or a table of
+            networks with their conditions as [`~pdiff_hf.snapshots.conditions.read_conditions`] reads it: then its
+            tasks are the unseen ones, and each of them needs as many networks.
+        config (`PDiffConfig`): Its `snapshots`, its task (`dataset`, `model`, ...), its `family`, and its section for
+            the evaluation. `model` may be `None` for a pipeline that carries its base model.
+
+    Returns:
+        `Report`: What came out.
+
+    Raises:
+        ValueError: for everything that can be seen to be wrong before any work is done.
+        ResourceError: where disk or memory run out.
+    """
+    if config.snapshots is None:
+        raise ValueError("--snapshots is needed: the snapshots that the networks were made from")
+    if config.dataset is None and ":" not in config.task:
+        raise ValueError("--dataset is needed: the data set that the networks were made for")
+    dataset, layout = load_snapshots(config.snapshots)
+    snapshots, device = parameter_matrix(dataset, layout), PartialState().device
+    folder = Path(source if Path(source).exists() else PDiffPipeline.download(source))
+    inside = names.generator_folder(folder)
+    folder = inside if (inside / PDiffPipeline.config_name).is_file() else folder
+    pipeline = _load_pipeline(folder, layout, config) if (folder / PDiffPipeline.config_name).is_file() else None
+    carried = None if pipeline is None else pipeline.base_model
+    if config.model is None and carried is None:
+        raise ValueError(f"--model is needed: '{source}' does not carry the network that its tensors belong to")
+    name = config.model or str(folder / names.BASE_MODEL)
+    config = config.changed(model=name)
+    config.soft |= {"model"}  # it says where the network is, whether or not the task's class takes it
+    task = make_task(config)
+    family, output = make_family(config, task), Path(config.output_dir or "outputs/evaluation")
+    model = (_load_model(family, name, layout) if carried is None else carried).to(device)
+    layout.check_fits(model.state_dict())
+    generator: PDiffPipeline | torch.Tensor
+    options: dict[str, Any] = {}
+    if family.fields:
+        found = load_fields(str(config.snapshots))
+        if found != family.fields:
+            raise ValueError(
+                f"the snapshots have conditions with the fields {found}, and the family has {family.fields}"
+            )
+        if pipeline is not None and pipeline.condition_encoder is None:
+            raise ValueError(f"the generator '{source}' has no conditions; leave --family out")
+        sets: dict[str, Any] = {"validation": config.num_validation_tasks, "test": config.num_test_tasks}
+        sets |= dict.fromkeys(family.test_sets, config.num_test_tasks)
+        if pipeline is None:
+            if folder.suffix != ".csv":
+                raise ValueError(f"'{source}' is neither a saved pipeline nor a table of networks (.csv)")
+            generator, sets["test"] = _read_table(str(folder), family, layout)
+            sets = {name: sets[name] for name in ("validation", "test")}
+            if find_factors(layout):
+                options["products"] = AdapterProducts(layout, config.autoencoder_args.adapter_frame_size)
+                options["products"].fit(snapshots, torch.arange(len(snapshots)))
+        options |= {"conditions": condition_table(dataset, family.fields), "sets": sets, "zoo": zoo_arguments(config)}
+    else:
+        if isinstance(task, LabelledTask):
+            task.align(model.config)
+        if pipeline is None:
+            generator = read_networks(folder, layout)
+        options["scorer"] = make_scorer(task, model, layout, output / names.SCORES, config.recomputes_statistics)
+        options["tuning"] = None if pipeline is None else load_tuning(folder)
+        options["baseline_models"] = config.baseline_models
+    if pipeline is not None:
+        generator = pipeline.to(device)
+    check_writable(output)
+    part = output / ".report.part"
+    remove(part)
+    with resource_errors("evaluation", output, "what is scored is kept; go on with the same command"):
+        report = make_report(
+            generator,
+            family,
+            snapshots=snapshots,
+            base_model=model,
+            layout=layout,
+            num_models=config.num_models,
+            baselines=config.baselines,
+            folder=part,
+            seed=config.seed,
+            **options,
+        )
+    for path in part.iterdir():
+        path.replace(output / path.name)
+    part.rmdir()
+    return report
+
+
+def _load_pipeline(folder: Path, layout: ParameterLayout, config: PDiffConfig) -> PDiffPipeline:
+    try:
+        pipeline = PDiffPipeline.from_pretrained(str(folder))
+    except OSError as error:
+        raise ValueError(f"the pipeline in '{folder}' cannot be loaded: {error}") from error
+    if pipeline.autoencoder.layout != layout:
+        raise LayoutError("the pipeline generates other tensors than the snapshots hold; it was not made from them")
+    pipeline.register_to_config(**config.sampling)
+    if pipeline.config.base_model_reference:
+        pipeline.load_base_model()
+    return pipeline
+
+
+def _load_model(family: Family, name: str, layout: ParameterLayout) -> nn.Module:
+    """The network with its trained weights; without them for a single task that replaces all of its tensors anyway."""
+    torch.manual_seed(0)
+    model = with_adapters(without_wrapper(family.load_base_model()), layout)
+    frozen = [tensor for tensor in model.state_dict() if tensor not in layout.names]
+    if not frozen and not family.fields:
+        return model
+    try:
+        return with_adapters(without_wrapper(family.load_saved(name)), layout)
+    except (OSError, ValueError) as error:
+        why = "it is compared too"
+        if frozen:
+            why = f"'{frozen[0]}' and {len(frozen) - 1} more of its tensors are not generated"
+        raise ValueError(
+            f"--model must be a folder or Hub id with the weights of the base model, because {why}; '{name}' has none: "
+            f"{error}"
+        ) from error
+
+
+def _read_table(path: str, family: Family, layout: ParameterLayout) -> tuple[torch.Tensor, torch.Tensor]:
+    """The networks of a table, shape `(T, n, D)`, and their conditions, shape `(T, width)`."""
+    found, _ = read_conditions(path, family.fields)
+    table = family.fields.table(found.values())
+    if not family.fields.known(table).all():
+        raise ValueError(f"'{path}': every network needs all fields, because they say which task it is judged by")
+    rows = [read_networks(beside(path, name), layout) for name in found]
+    parameters = torch.cat(rows)
+    conditions = torch.cat([row.expand(len(own), -1) for row, own in zip(table, rows, strict=True)])
+    tasks, inverse, counts = conditions.unique(dim=0, return_inverse=True, return_counts=True)
+    if counts.min() != counts.max():
+        raise ValueError(
+            f"'{path}': every task needs as many networks, and there are from {int(counts.min())} to "
+            f"{int(counts.max())}"
+        )
+    return parameters[inverse.argsort(stable=True)].unflatten(0, (len(tasks), -1)), tasks

@@ -11,6 +11,8 @@ from diffusers import DDPMScheduler, ModelMixin
 from transformers import PreTrainedModel
 
 from ..evaluation.closed_forms import mean_networks, tuned_ridge
+from ..evaluation.opponents import VALIDATION_EXAMPLES
+from ..evaluation.score import MemberScorer
 from ..layout import ParameterLayout
 from ..models import (
     DENOISER_PRESETS,
@@ -260,7 +262,8 @@ def regressed_latents(context: RunContext) -> tuple[torch.Tensor, torch.Tensor]:
     networks = NetworkRunner(context.base_model, context.layout)
     products = autoencoder.products
     seen, _, means = mean_networks(*context.known_snapshots(), products)
-    ridge = tuned_ridge(family, networks, seen, means, context.conditions["validation"], products)
+    scorer = MemberScorer(family, networks, context.conditions["validation"], VALIDATION_EXAMPLES)
+    ridge = tuned_ridge(scorer, seen, means, products)
     unseen, generator = context.unseen_tasks, torch.Generator().manual_seed(named_seed(c.seed, "regressed"))
     draws = (family.draw(generator) for _ in range(MAX_DRAWS * c.num_regressed))
     allowed = (c for c in draws if family.region(c) is None and family.key(c) not in unseen)

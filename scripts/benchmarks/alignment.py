@@ -18,7 +18,6 @@ import torch
 from accelerate import Accelerator
 from torch.func import functional_call, grad, vmap
 
-from pdiff_hf.evaluation.geometry import r2_score
 from pdiff_hf.evaluation.render import table
 from pdiff_hf.layout import ParameterLayout
 from pdiff_hf.models import autoencoder_architecture
@@ -108,13 +107,19 @@ def measure(
         spread(heights),
         spread(lowest),
         f"{soup.item():.1f}",
-        f"{r2_score(train, decoded[:num_train], mean):.3f}",
-        f"{r2_score(heldout, decoded[num_train:], mean):.3f}",
-        f"{r2_score(heldout, projected, mean):.3f}",
+        f"{explained(train, decoded[:num_train], mean):.3f}",
+        f"{explained(heldout, decoded[num_train:], mean):.3f}",
+        f"{explained(heldout, projected, mean):.3f}",
         spread(own),
         spread(reconstructed[:num_train]),
         spread(reconstructed[num_train:]),
     ]
+
+
+def explained(parameters: torch.Tensor, reconstructions: torch.Tensor, mean: torch.Tensor) -> float:
+    """Share of the variance around `mean`."""
+    error, total = ((parameters - other).double().square().sum().item() for other in (reconstructions, mean))
+    return 1 - error / total
 
 
 def spread(values: torch.Tensor) -> str:

@@ -15,7 +15,6 @@ import resource
 from collections.abc import Sequence
 from pathlib import Path
 
-from pdiff_hf.evaluation.members import compare_members
 from pdiff_hf.evaluation.report import Report
 from pdiff_hf.run.cli import ConfigParser
 from pdiff_hf.run.config import PDiffConfig
@@ -70,7 +69,8 @@ def pool_reports(reports: Sequence[Report]) -> Report:
         }
         notes = "; ".join(dict.fromkeys(row.note for row in rows))
         pooled.groups.append(dataclasses.replace(rows[0], note=notes, sets=sets, comparisons={}))
-    compare_members(pooled)
+    pooled.compare()
+    pooled.describe()
     return pooled
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from matplotlib.figure import Figure
 
-from pdiff_hf.evaluation import plots
+from pdiff_hf.evaluation import plots, scatter
 from pdiff_hf.evaluation.report import Report
 from pdiff_hf.utils.reports import find_group
 
@@ -62,7 +62,7 @@ def _draw_memory(path: Path, rows: Sequence[Row], reports: Sequence[dict]) -> No
     sizes = [row.varies["num_parameters"] for row in rows]
     figure = Figure(figsize=(plots.WIDTH, 4.8), layout="constrained")
     axes = figure.subplots()
-    for (name, values), style, marker in zip(curves.items(), cycle(("-", "--")), cycle(plots.MARKERS)):
+    for (name, values), style, marker in zip(curves.items(), cycle(("-", "--")), cycle(scatter.MARKERS)):
         for whose, megabytes, colour in zip(("here", "paper"), values, (plots.GENERATED, plots.SNAPSHOTS), strict=True):
             axes.plot(sizes, megabytes, color=colour, linestyle=style, marker=marker, label=f"{name}, {whose}")
     axes.set_xscale("log")
@@ -74,9 +74,9 @@ def _draw_memory(path: Path, rows: Sequence[Row], reports: Sequence[dict]) -> No
     figure.savefig(path, dpi=plots.DPI)
 
 
-def scatter_group(report: dict, name: str, family: str) -> plots.ScatterGroup:
+def scatter_group(report: dict, name: str, family: str) -> scatter.ScatterGroup:
     """A group of a report on the plane of similarity and accuracy."""
-    return plots.scatter_group(Report.from_dict({k: v for k, v in report.items() if k != "selected"}), name, family)
+    return scatter.scatter_group(Report.from_dict({k: v for k, v in report.items() if k != "selected"}), name, family)
 
 
 FIGURES: Mapping[str, Callable[[Path, Sequence[Row], Sequence[dict]], Any]] = {

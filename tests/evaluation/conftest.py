@@ -2,10 +2,9 @@
 
 import pytest
 import torch
-from support.evaluation import digits, digits_pipeline, digits_snapshots
+from support.evaluation import digits, digits_pipeline, digits_snapshots, report_on
 
-from pdiff_hf.evaluation.groups import Group
-from pdiff_hf.evaluation.single_task import evaluate_task
+from pdiff_hf.evaluation import Group
 
 
 @pytest.fixture(scope="package")
@@ -16,7 +15,7 @@ def whole(tmp_path_factory):
     settings = {"num_models": 5, "baseline_models": 2, "heldout": heldout}
     settings |= {"losses": {"denoiser": {"loss": [1.0, 0.5]}}}
     settings |= {"extra_groups": [Group("vae", snapshots[:2] + 0.1, sweep="VAE")]}
-    return evaluate_task(scorer, snapshots, digits_pipeline(scorer, snapshots), folder, **settings), folder
+    return report_on(scorer, snapshots, digits_pipeline(scorer, snapshots), folder, **settings), folder
 
 
 @pytest.fixture

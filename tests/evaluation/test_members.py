@@ -14,7 +14,7 @@ from torch import nn
 
 from pdiff_hf.evaluation import Cost, Kind, Report, evaluate
 from pdiff_hf.evaluation.closed_forms import closed_forms, nearest
-from pdiff_hf.evaluation.members import compare_members, evaluate_members
+from pdiff_hf.evaluation.members import Spent
 from pdiff_hf.evaluation.opponents import (
     BasisNetworks,
     ConditionedNetwork,
@@ -47,7 +47,7 @@ def world():
     return family, networks, tables, networks.base_parameters() + 0.1 * noise
 
 
-def regime_of(world, tmp_path) -> Regime:
+def regime_of(world) -> Regime:
     family, networks, tables, _ = world
     device = Accelerator().device
     batches = lambda args: fresh_tasks(family, args, set(), device)  # noqa: E731
@@ -80,9 +80,8 @@ def test_nearest():
 
 def test_closed_forms_choose_on_validation(world):
     family, networks, tables, snapshots = world
-    forms = closed_forms(
-        family, networks, snapshots, tables["train"].repeat(2, 1), tables["validation"], Cost(1000), 50
-    )
+    regime = regime_of(world)
+    forms = closed_forms(regime, snapshots, tables["train"].repeat(2, 1), Cost(1000))
     groups = {name: make() for name, make in forms}
     # The nearest snapshot is the last one of the nearest task.
     features = family.fields.features
@@ -91,7 +90,7 @@ def test_closed_forms_choose_on_validation(world):
     assert groups["nearest snapshot"].kind == Kind.SNAPSHOTS and groups["kernel ridge"].cost == Cost(1000)
     ensemble = groups["ensemble of nearest snapshots"]
     best = min(ensemble.tried, key=ensemble.tried.get)
-    assert ensemble.vote and ensemble.size == int(best) * 50 and ensemble.note == f"{best} tasks"
+    assert ensemble.vote and ensemble.size == int(best) * regime.size and ensemble.note == f"{best} tasks"
 
 
 @pytest.mark.parametrize("mode", ["plain", "input", "FiLM"])
@@ -117,22 +116,21 @@ def test_a_conditioned_network_starts_as_the_base_model_and_learns_what_it_is_to
 def report(world, tmp_path_factory):
     family, networks, tables, snapshots = world
     folder = tmp_path_factory.mktemp("members")
-    regime = regime_of(world, folder)
+    regime = regime_of(world)
     args = TuneArguments(num_steps=4, num_tasks=4, num_examples=8)
-    found = evaluate_members(
-        family,
-        networks,
+    found = evaluate(
         networks.base_parameters().expand(6, 3, -1),
-        snapshots,
-        tables["train"].repeat(2, 1),
-        folder,
-        sets={TEST: tables["test"]},
-        validation=tables["validation"],
-        cost=Cost(2_000_000, 10),
-        of_base=300,
+        family,
+        snapshots=snapshots,
+        conditions=tables["train"].repeat(2, 1),
+        base_model=networks.model,
+        layout=networks.layout,
+        folder=folder,
+        sets={name: tables[name] for name in ("validation", TEST)},
+        spent=Spent(300, 1000, 2_000_000),
         zoo=ZooArguments(num_steps=10, batch_size=8),
         regime=regime,
-        more=list(shared_networks(regime, args, 300, 50))[:2],
+        extra_groups=list(shared_networks(regime, args, 300))[:2],
         num_examples=40,
         cache=folder / "cache.json",
     )
@@ -153,7 +151,7 @@ def test_a_whole_report(report, world, tmp_path):
     assert found.group("nearest snapshot").scores() == pytest.approx(expected)
     # The generated networks are the base model here.
     assert found.group("base model").comparisons[TEST].difference == pytest.approx(0, abs=1e-6)
-    assert found.generated.n == 3 and found.generated.cost == Cost(2_000_000, 10)
+    assert found.generated.n == 3 and found.generated.cost == Cost(2_000_000)
     oracle = found.group("trained on the task")
     assert oracle.kind == Kind.ORACLE and len(oracle.tried) >= 4
     assert oracle.cost == Cost(300 + len(oracle.tried) * 4 * 3 * 10 * 8, 3 * 10 * 8)  # the search is on 4 members
@@ -162,7 +160,7 @@ def test_a_whole_report(report, world, tmp_path):
     text = (folder / "report.md").read_text()
     assert "0.04: " in text and "free: needs no feedback" in text and "2e+06" not in text
     cells = {row[0]: row for row in found.summary["rows"]}
-    assert cells["generated"][-4:-1] == ["–", "2M", "10"]
+    assert cells["generated"][-4:-1] == ["–", "2M", "0"]
     terminal = found.to_terminal()
     assert all(len(line) <= 80 for line in terminal.splitlines())
 
@@ -180,20 +178,19 @@ def test_a_stopped_evaluation_goes_on_with_what_it_has_not_scored(report, world)
 
         specialists = fit
 
-    regime = regime_of(world, folder)
+    regime = regime_of(world)
     regime.__class__ = Untrainable
     args = TuneArguments(num_steps=4, num_tasks=4, num_examples=8)
-    again = evaluate_members(
-        family,
-        networks,
+    again = evaluate(
         networks.base_parameters().expand(6, 3, -1),
-        snapshots,
-        tables["train"].repeat(2, 1),
-        None,
-        sets={TEST: tables["test"]},
-        validation=tables["validation"],
+        family,
+        snapshots=snapshots,
+        conditions=tables["train"].repeat(2, 1),
+        base_model=networks.model,
+        layout=networks.layout,
+        sets={name: tables[name] for name in ("validation", TEST)},
         regime=regime,
-        more=list(shared_networks(regime, args, 300, 50))[:2],
+        extra_groups=list(shared_networks(regime, args, 300))[:2],
         num_examples=40,
         cache=folder / "cache.json",
     )
@@ -209,13 +206,13 @@ def test_pooled_reports_are_as_of_one_run(report):
     assert both.interval[1] - both.interval[0] < one.interval[1] - one.interval[0]
 
 
-def test_tuning_mends_an_under_tuned_opponent(world, tmp_path, monkeypatch):
+def test_tuning_mends_an_under_tuned_opponent(world, monkeypatch):
     """The rate that networks of seen tasks were trained at says nothing about how good an oracle can be."""
     family, networks, tables, _ = world
     scorer = MemberScorer(family, networks, tables["test"])
-    regime, args = regime_of(world, tmp_path), ZooArguments(num_steps=25, batch_size=32, learning_rate=1e-4)
+    regime, args = regime_of(world), ZooArguments(num_steps=25, batch_size=32, learning_rate=1e-4)
     under_tuned = scorer.score("test", regime.specialists(tables["test"], args)).values.mean()
-    ((_, make),) = oracles(regime, args, 0, (1,), 50)
+    ((_, make),) = oracles(regime, args, 0, (1,))
     group = make()
     tuned = scorer.score("test", group.networks(TEST, tables["test"])).values.mean()
     assert tuned > under_tuned + 5
@@ -226,7 +223,7 @@ def test_tuning_mends_an_under_tuned_opponent(world, tmp_path, monkeypatch):
 
     monkeypatch.setattr("pdiff_hf.evaluation.opponents.NETWORK_RATES", (1e-5, 2e-5, 4e-5, 8e-5))  # planted
     some = TuneArguments(num_steps=40, num_tasks=8, num_examples=16)
-    name, make = next(shared_networks(regime, some, 0, 50))
+    name, make = next(shared_networks(regime, some, 0))
     assert name == "one network for all tasks" and max(map(float, (k.split()[0] for k in make().tried))) > 1e-3
 
 
@@ -244,7 +241,8 @@ def with_scores(report: Report, **scores: float) -> Report:
     spread = [-1.0, 1.0, -2.0, 2.0, -0.5, 0.5]
     for name, value in scores.items():
         copy.group(name.replace("_", " ")).sets[TEST]["scores"] = [[value + s] for s in spread]
-    compare_members(copy)
+    copy.compare()
+    copy.describe()
     return copy
 
 
@@ -263,10 +261,12 @@ def test_a_generator_that_ignores_its_conditions_is_warned_of(report):
     copy = with_scores(report[0], generated=70.0)
     control = dataclasses.replace(copy.generated, name="generated, shuffled conditions", kind=Kind.CONTROL)
     copy.groups.append(control)
-    compare_members(copy)
+    copy.compare()
+    copy.describe()
     assert "ignores what it is told" in find_warnings(copy)[0]
     control.sets = {TEST: {"scores": [[30.0]] * 6}}
-    compare_members(copy)
+    copy.compare()
+    copy.describe()
     assert not find_warnings(copy)
 
 
@@ -274,7 +274,7 @@ def test_evaluate_is_one_call(world, without_figures):
     family, networks, tables, snapshots = world
     conditions = family.fields.conditions(tables["train"].repeat(2, 1))
     options = {"base_model": networks.model, "layout": networks.layout, "snapshots": snapshots}
-    options |= {"sets": {TEST: tables["test"]}, "validation": tables["validation"], "num_examples": 20}
+    options |= {"sets": {"validation": tables["validation"], TEST: tables["test"]}, "num_examples": 20}
     options |= {"zoo": ZooArguments(num_steps=2, batch_size=4)}
     answers = networks.base_parameters().expand(6, -1)
     report = evaluate(answers, family, conditions=conditions, **options)

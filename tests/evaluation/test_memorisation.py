@@ -1,5 +1,7 @@
 """Memorisation, on groups that copy or do not by construction."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -24,7 +26,7 @@ def audit(parameters, snapshots):
     similarity = metrics.nearest_in_predictions(parameters > 0.5, snapshots > 0.5, own)
     snapshots_iou = metrics.max_iou(snapshots > 0.5, snapshots > 0.5, exclude_self=True)
     place = yardstick.place(None if own else parameters)
-    return find_copies(place, yardstick.nearest, similarity, snapshots_iou)
+    return SimpleNamespace(**find_copies(place, yardstick.nearest, similarity, snapshots_iou))
 
 
 def test_exact_copies_are_found(snapshots):
@@ -78,7 +80,7 @@ def test_fresh_draws_from_the_same_distribution_are_no_copies():
 
 def test_contraction_is_neither_copying_nor_novelty(snapshots):
     """Near the mean of unrelated snapshots a model is nearer to each than they are to each other, and copies none."""
-    contracted = baselines.diagonal_gaussian(snapshots, 30, 0.3, seeded())
+    contracted = baselines.diagonal_gaussian(baselines.BaselineContext(snapshots), 30, 0.3, seeded())
     row = audit(contracted, snapshots)
     assert row.fraction_below_minimum == 1 and row.fraction_nearer_than_mean == 0
     assert not row.copies
@@ -102,7 +104,7 @@ def test_audit_against_a_loop(snapshots):
         ious = [jaccard_score(snapshot > 0.5, parameters[model] > 0.5) for snapshot in snapshots]
         assert row.iou[model] == pytest.approx(max(ious))
         assert row.nearest_in_predictions[model] == int(np.argmax(ious))
-    assert row.num_models == 9
+    assert len(row.distance) == 9
 
 
 def test_snapshots_are_compared_with_each_other(snapshots):

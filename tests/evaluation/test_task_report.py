@@ -10,16 +10,16 @@ from pathlib import Path
 import jsonschema
 import pytest
 import torch
-from support.evaluation import digits, digits_pipeline, digits_snapshots, regression, snapshots_around
+from support.evaluation import digits, digits_pipeline, digits_snapshots, regression, report_on, snapshots_around
 
-from pdiff_hf.evaluation import Report, evaluate, groups
-from pdiff_hf.evaluation.baselines import Baseline, BaselineContext, standard_baselines
+from pdiff_hf.evaluation import Kind, Report, evaluate, single_task
+from pdiff_hf.evaluation.baselines import Baseline, standard_baselines
 from pdiff_hf.evaluation.compare import CLOSE, WORSE, Comparison
 from pdiff_hf.evaluation.geometry import Yardstick
-from pdiff_hf.evaluation.groups import Group, Kind, encode, named_generator, room_for, sample_baselines
+from pdiff_hf.evaluation.groups import named_generator
 from pdiff_hf.evaluation.metrics import METRICS, GroupMetric, ensemble_metrics, iou_within, max_iou
-from pdiff_hf.evaluation.single_task import compare_groups, evaluate_task
 from pdiff_hf.evaluation.verdict import find_warnings, write_verdict
+from pdiff_hf.models import encode_in_batches
 from pdiff_hf.utils.reports import TEST, load_report
 
 SCHEMA = json.loads(files("pdiff_hf.evaluation").joinpath("report_schema.json").read_text())
@@ -40,8 +40,7 @@ def test_a_report_on_a_pipeline_has_everything(whole):
         missing |= {"precision", "recall", "density", "coverage"} if row.kind == Kind.SNAPSHOTS else set()
         assert {metric.key for metric in METRICS if row.measures[metric.key] is None} == missing, row.name
         assert row.ensembles[0]["size"] == 1 and row.ensembles[-1]["size"] == row.n
-        compared = row.kind in (Kind.SNAPSHOTS, Kind.BASELINE)
-        assert bool(row.comparisons) is compared and not (compared and row.verdict is None)
+        assert (row.verdict is None) is (row.kind == Kind.GENERATED)
     assert report.splits == {"validation": 50, "test": 50} and report.conditions == {TEST: [{}]}
     sampling = {"num_inference_steps": 2, "temperature": 1.0, "guidance_scale": 1.0}
     assert report.sampling == sampling | {"scheduler": "DPMSolverMultistepScheduler"}
@@ -78,7 +77,7 @@ def test_what_people_read(whole):
 def test_metrics_are_those_of_the_functions_and_selection_is_on_validation(tmp_path, without_figures):
     scorer, snapshots = digits(), digits_snapshots()
     generated = snapshots.flip(0)[:5] * 1.2
-    report = evaluate_task(scorer, snapshots, generated, tmp_path, baseline_models=0)
+    report = report_on(scorer, snapshots, generated, tmp_path, baseline_models=0)
     row, test = report.generated, scorer.score("test", generated)
     validation = scorer.score("validation", generated)
     assert row.scores() == test.values.tolist() and row.mean() == pytest.approx(test.values.mean().item())
@@ -99,7 +98,7 @@ def test_a_measured_task_has_the_same_schema(tmp_path, without_figures):
     scorer = regression()
     snapshots = snapshots_around(scorer)
     settings = {"num_models": 4, "baseline_models": 2}
-    report = evaluate_task(scorer, snapshots, digits_pipeline(scorer, snapshots), tmp_path, **settings)
+    report = report_on(scorer, snapshots, digits_pipeline(scorer, snapshots), tmp_path, **settings)
     jsonschema.validate(report.to_dict(), SCHEMA)
     test, validation = (scorer.score(split, snapshots).values for split in ("test", "validation"))
     measures = report.group("snapshots").measures
@@ -118,7 +117,7 @@ def test_networks_that_have_no_score_are_counted_and_never_break_a_report(make, 
     snapshots = snapshots_around(scorer)
     bad = snapshots[:2] * 1e38
     for generated, count in ((torch.cat([bad[:1], snapshots[2:7] + 0.01]), 1), (bad, 2)):
-        report = evaluate_task(scorer, snapshots, generated, tmp_path, baseline_models=1)
+        report = report_on(scorer, snapshots, generated, tmp_path, baseline_models=1)
         jsonschema.validate(load_report(tmp_path / "report.json"), SCHEMA)
         text = (tmp_path / "report.md").read_text()
         assert report.generated.num_undefined == count and f"{len(generated)} ({count} not finite)" in text
@@ -127,47 +126,40 @@ def test_networks_that_have_no_score_are_counted_and_never_break_a_report(make, 
         assert "nan" not in text and "inf " not in text
 
 
-@pytest.fixture(scope="module")
-def baselines():
-    """Those that all reports below have in common."""
-    return list(sample_baselines(BaselineContext(digits_snapshots(), digits().layout.sizes), 2, 0))[:8]
-
-
-def reported(baselines, generated, snapshots=None) -> Report:
+def reported(generated, snapshots=None) -> Report:
     snapshots = digits_snapshots() if snapshots is None else snapshots
-    own = [Group("snapshots", snapshots, Kind.SNAPSHOTS), Group("generated", generated, Kind.GENERATED)]
-    return compare_groups(digits(), [*own, *baselines])
+    return report_on(digits(), snapshots, generated, baseline_models=2, baselines="few")
 
 
-def test_copies_are_called_so(baselines):
+def test_copies_are_called_so():
     snapshots = digits_snapshots()
-    copies = reported(baselines, snapshots[:5] + 1e-6)
+    copies = reported(snapshots[:5] + 1e-6)
     assert copies.generated.memorisation["copies"]
     assert "5 are closer to a snapshot than allowed" in find_warnings(copies)[0]
-    contracted = reported(baselines, snapshots.mean(0) + 1e-3 * torch.randn(5, snapshots.shape[1]))
+    contracted = reported(snapshots.mean(0) + 1e-3 * torch.randn(5, snapshots.shape[1]))
     assert not contracted.generated.memorisation["copies"] and not find_warnings(contracted)
 
 
-def test_groups_are_scored_alike_whatever_they_are_scored_with(baselines, monkeypatch):
+def test_groups_are_scored_alike_whatever_they_are_scored_with(monkeypatch):
     generated = digits_snapshots()[:4] + 0.2
-    together = reported(baselines, generated)
+    together = reported(generated)
     monkeypatch.setattr(type(digits()), "chunk_size", 3)
-    assert [row.sets for row in reported(baselines, generated).groups] == [row.sets for row in together.groups]
+    assert [row.sets for row in reported(generated).groups] == [row.sets for row in together.groups]
     same = digits_snapshots()[:1].repeat(3, 1)
-    alike = reported([], same.clone(), same)
+    alike = report_on(digits(), same, same.clone(), baseline_models=0)
     assert alike.generated.measures["iou_within"] == 1 and alike.group("snapshots").verdict == CLOSE
 
 
 def test_a_new_metric_and_a_new_baseline_are_one_entry_each(tmp_path, monkeypatch, without_figures):
-    def flip(context, num_models, generator):
+    def flip(context, num_models, value, generator):
         return context.snapshots[torch.arange(num_models)].flip(1)
 
     spread = GroupMetric("score_range", "range", ".1f", lambda e: (e.values.max() - e.values.min()).item())
-    monkeypatch.setattr(groups, "standard_baselines", lambda which: [Baseline("flip", "all", flip)])
+    monkeypatch.setattr(single_task, "standard_baselines", lambda which: [Baseline("flip", "all", flip)])
     METRICS.append(spread)
     try:
         generated = digits_snapshots()[:3] + 1
-        report = evaluate_task(digits(), digits_snapshots(), generated, tmp_path, baseline_models=4)
+        report = report_on(digits(), digits_snapshots(), generated, tmp_path, baseline_models=4)
     finally:
         METRICS.pop()
     jsonschema.validate(report.to_dict(), SCHEMA)
@@ -177,34 +169,19 @@ def test_a_new_metric_and_a_new_baseline_are_one_entry_each(tmp_path, monkeypatc
     assert "| range |" in text and "| flip all " in text and report.groups[-1].n == 4
 
 
-def test_a_sample_of_the_generated_networks_is_scored(tmp_path, without_figures):
-    snapshots = digits_snapshots()
-    generated = torch.cat([snapshots + 0.1, snapshots - 0.1])
-    few, most = (
-        evaluate_task(digits(), snapshots, generated, tmp_path, baseline_models=0, score_models=count)
-        for count in (6, 100)
-    )
-    assert (few.generated.n, most.generated.n, few.num_generated) == (6, 24, 24)
-    assert "6 of the 24 generated networks" in few.summary["about"] and "A sample" not in most.summary["about"]
-    assert set(few.generated.scores()) <= set(most.generated.scores())
-
-
 def test_results_that_are_too_large_for_memory_lie_in_a_file(tmp_path, monkeypatch, without_figures):
     """Whatever lies in files, the report is the same, and nothing is left in the folder."""
     scorer, snapshots = digits(), digits_snapshots()
     pipeline, heldout = digits_pipeline(scorer, snapshots), torch.arange(12) == 3
     settings = {"num_models": 5, "baseline_models": 2, "heldout": heldout}
-    plain = evaluate_task(scorer, snapshots, pipeline, tmp_path / "plain", **settings)
-    monkeypatch.setattr(groups, "CHUNK_BYTES", 16)
-    large = room_for(3, 7, tmp_path)
-    large[:] = 1.5
-    assert large.shape == (3, 7) and large.sum() == 31.5 and not list(tmp_path.glob("tmp*"))
-    latents = encode(pipeline, snapshots)
-    in_file = evaluate_task(scorer, snapshots, pipeline, tmp_path / "file", latents=latents, **settings)
+    plain = report_on(scorer, snapshots, pipeline, tmp_path / "plain", **settings)
+    monkeypatch.setattr(single_task, "CHUNK_BYTES", 16)
+    latents = encode_in_batches(pipeline.autoencoder, snapshots)
+    in_file = report_on(scorer, snapshots, pipeline, tmp_path / "file", latents=latents, **settings)
     assert in_file.to_dict() == plain.to_dict()
     assert {path.name for path in (tmp_path / "file").iterdir()} == {"report.json", "report.md", "report.html"}
     with pytest.raises(ValueError, match=r"more than half.*--baseline_models \d+ at most"):
-        evaluate_task(scorer, snapshots, snapshots[:2], tmp_path / "out", baseline_models=10**12)
+        report_on(scorer, snapshots, snapshots[:2], tmp_path / "out", baseline_models=10**12)
     assert not (tmp_path / "out").exists()
 
 
@@ -309,7 +286,7 @@ def test_networks_that_are_worse_are_tried_with_more_steps(tmp_path, without_fig
     pipeline = digits_pipeline(scorer, snapshots)
     worse = Comparison(-9.0, (-10.0, -8.0), WORSE)
     monkeypatch.setattr("pdiff_hf.evaluation.compare.Bootstrap.compare", lambda *args: worse)
-    report = evaluate_task(scorer, snapshots, pipeline, tmp_path, num_models=2, baseline_models=0)
+    report = report_on(scorer, snapshots, pipeline, tmp_path, num_models=2, baseline_models=0)
     assert report.more_steps["num_inference_steps"] == 10 and report.more_steps["n"] == 20
     again = pipeline(2, generator=named_generator(0, "generated"), output_type="pt").parameters
     assert report.generated.scores() == scorer.score("test", again).values.tolist()

@@ -8,12 +8,12 @@ from importlib.resources import files
 import jsonschema
 import pytest
 import torch
-from support.evaluation import digits, digits_pipeline, digits_snapshots
+from support.evaluation import digits, digits_pipeline, digits_snapshots, report_on
 
-from pdiff_hf.evaluation.baselines import low_rank_gaussian
-from pdiff_hf.evaluation.groups import Cost, Kind, named_generator, search
+from pdiff_hf.evaluation import Cost, Kind
+from pdiff_hf.evaluation.baselines import BaselineContext, low_rank_gaussian
+from pdiff_hf.evaluation.groups import named_generator, search
 from pdiff_hf.evaluation.score import make_scorer
-from pdiff_hf.evaluation.single_task import evaluate_task
 from pdiff_hf.evaluation.tuned_baselines import BEST_OF, TEMPERATURES, TunedBaselines
 from pdiff_hf.training.ensembles import EnsembleObjective, Tuning
 
@@ -28,7 +28,9 @@ def groups():
     autoencoder = digits_pipeline(scorer, snapshots).autoencoder
     with torch.no_grad():
         latents = autoencoder.encode(snapshots).latents
-    baselines = TunedBaselines(scorer, autoencoder, snapshots, latents, TUNING, COUNT, "few", seed=0)
+    baselines = TunedBaselines(
+        scorer, autoencoder, BaselineContext(snapshots, latents=latents), TUNING, COUNT, "few", 0
+    )
     return {group.name: group for group in baselines.groups()}
 
 
@@ -41,7 +43,9 @@ def test_a_gpu_gives_the_same_groups(groups):
     with torch.no_grad():
         latents = autoencoder.encode(snapshots).latents
     autoencoder.to("cuda")
-    baselines = TunedBaselines(scorer, autoencoder, snapshots, latents, TUNING, COUNT, "few", seed=0)
+    baselines = TunedBaselines(
+        scorer, autoencoder, BaselineContext(snapshots, latents=latents), TUNING, COUNT, "few", 0
+    )
     found = {group.name: group.networks for group in baselines.groups()}
     assert found.keys() == groups.keys()
     assert all(parameters.shape == groups[name].networks.shape for name, parameters in found.items())
@@ -55,7 +59,9 @@ def loss(parameters: torch.Tensor) -> float:
 
 def test_feedback_makes_them_better(groups):
     snapshots = digits_snapshots()
-    swag = low_rank_gaussian(snapshots, COUNT, 1.0, named_generator(0, "SWAG, refined"), with_diagonal=True)
+    swag = low_rank_gaussian(
+        BaselineContext(snapshots), COUNT, 1.0, named_generator(0, "SWAG, refined"), with_diagonal=True
+    )
     losses = [loss(swag), *(loss(groups[f"SWAG, {steps} steps"].networks) for steps in (3, 9, 30))]
     assert losses == sorted(losses, reverse=True) and losses[3] < losses[0] - 0.05
     around_mean = groups["tuned mean, diagonal 0.5"].networks
@@ -68,7 +74,11 @@ def test_feedback_makes_them_better(groups):
 def test_the_best_of_some_is_the_one_that_validation_prefers(groups):
     """The candidates of a network are the first ones of the larger choice."""
     candidates = low_rank_gaussian(
-        digits_snapshots(), COUNT * max(BEST_OF), 1.0, named_generator(0, "best of SWAG"), with_diagonal=True
+        BaselineContext(digits_snapshots()),
+        COUNT * max(BEST_OF),
+        1.0,
+        named_generator(0, "best of SWAG"),
+        with_diagonal=True,
     ).unflatten(0, (COUNT, -1))
     for count in BEST_OF:
         chosen = groups[f"SWAG, best of {count}"].networks
@@ -102,7 +112,7 @@ def test_they_stand_in_the_report_of_a_tuned_generator(tmp_path, without_figures
     scorer, snapshots = digits(), digits_snapshots()
     pipeline = digits_pipeline(scorer, snapshots)
     pipeline.register_to_config(temperature=0.5)
-    report = evaluate_task(
+    report = report_on(
         scorer, snapshots, pipeline, tmp_path, tuning=TUNING, untuned=pipeline, num_models=4, baseline_models=2
     )
     jsonschema.validate(report.to_dict(), SCHEMA)

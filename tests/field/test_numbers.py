@@ -10,9 +10,7 @@ from accelerate import Accelerator
 from safetensors.torch import load_file
 from torch import nn
 
-from pdiff_hf import ParameterLayout, PDiffPipeline
-from pdiff_hf.evaluation.score import make_scorer
-from pdiff_hf.evaluation.single_task import evaluate_task
+from pdiff_hf import ParameterLayout, PDiffPipeline, evaluate
 from pdiff_hf.run.config import PDiffConfig
 from pdiff_hf.run.folder import RunError
 from pdiff_hf.run.trainer import execute, prepare
@@ -212,15 +210,15 @@ def whole_chain(
     generated = pipe(5, 4, torch.Generator().manual_seed(0), output_type="pt").parameters
     assert generated.shape == (5, layout.num_parameters) and generated.isfinite().all()
     (folder / "evaluation").mkdir()
-    evaluate_task(
-        make_scorer(Points(), Points().load_base_model().eval(), layout),
-        snapshots,
+    evaluate(
         pipe,
-        folder / "evaluation",
-        heldout=torch.zeros(len(snapshots), dtype=torch.bool),
+        Points(),
+        snapshots=snapshots,
+        base_model=Points().load_base_model(),
         num_models=5,
         baseline_models=3,
-        seed=0,
+        baselines="all",
+        folder=folder / "evaluation",
     )
     return json.loads((folder / "evaluation" / "report.json").read_text())
 

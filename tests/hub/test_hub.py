@@ -17,7 +17,7 @@ import torch
 from diffusers import DiffusionPipeline
 from huggingface_hub import HfApi, ModelCard
 from huggingface_hub.errors import HTTPError
-from support.evaluation import regression, snapshots_around
+from support.evaluation import regression, report_on, snapshots_around
 from support.hub_server import Fault
 from support.markdown import check_markdown, tables
 from support.pipelines import make_network, make_pipeline
@@ -26,13 +26,11 @@ from transformers import AutoModelForImageClassification
 
 from pdiff_hf import LatentDenoiser, ParameterLayout, PDiffPipeline
 from pdiff_hf.evaluation import Report
-from pdiff_hf.evaluation.single_task import evaluate_task
 from pdiff_hf.hub.card import PRIVATE_KEYS, HubError, make_model_card
 from pdiff_hf.hub.push import push_pipeline_to_hub, push_run_to_hub, push_snapshots_to_hub
 from pdiff_hf.models.condition import Fields
 from pdiff_hf.run.config import PDiffConfig
 from pdiff_hf.run.context import RunContext
-from pdiff_hf.run.saved import download
 from pdiff_hf.run.settings import RunSection
 from pdiff_hf.run.trainer import execute, prepare
 from pdiff_hf.run.tuning import load_tuning
@@ -178,9 +176,9 @@ def test_how_a_generator_was_tuned_goes_with_it(hub, pipe, tmp_path):
     tuning = Tuning(EnsembleObjective(4, 0.5, 0.1), 10, 8, 16, passes=1280)
     (tmp_path / "tuning.json").write_text(json.dumps(tuning.to_dict()))
     push_pipeline_to_hub(tmp_path, ID)
-    assert load_tuning(Path(download(ID))) == tuning
+    assert load_tuning(Path(PDiffPipeline.download(ID))) == tuning
     pipe.push_to_hub(ID)  # one that is not tuned
-    assert "tuning.json" not in files(hub) and load_tuning(Path(download(ID))) is None
+    assert "tuning.json" not in files(hub) and load_tuning(Path(PDiffPipeline.download(ID))) is None
 
 
 def test_the_same_push_twice_makes_one_commit(published, pipe):
@@ -533,7 +531,7 @@ def test_the_card_of_a_measured_task(pipe, tmp_path):
     scorer = regression()
     snapshots = snapshots_around(scorer)
     pipe.save_pretrained(tmp_path / "pipeline")
-    evaluate_task(scorer, snapshots, snapshots[:3] + 0.1, tmp_path / "evaluation", baseline_models=1)
+    report_on(scorer, snapshots, snapshots[:3] + 0.1, tmp_path / "evaluation", baseline_models=1)
     card = make_model_card(tmp_path / "pipeline", ID, run=tmp_path)
     check_markdown(card.text, tmp_path)
     results = {result.metric_name: result for result in card.data.eval_results}

@@ -12,6 +12,7 @@ from support.scripts import run_script
 from pdiff_hf import PDiffPipeline
 from pdiff_hf.evaluation import Kind, Report
 from pdiff_hf.evaluation.opponents import Regime
+from pdiff_hf.evaluation.score import MemberScorer
 from pdiff_hf.run.config import PDiffConfig
 from pdiff_hf.run.context import RunContext
 from pdiff_hf.run.folder import RunError
@@ -124,7 +125,7 @@ def test_stopped_in_tuning_it_ends_with_the_same_record(finished, tmp_path, monk
     for name in ("tune", "evaluate"):
         (folder / "stages" / f"{name}.json").unlink()
     shutil.rmtree(folder / "tuned")
-    validate, looks = Regime.validate, []
+    validate, looks = MemberScorer.loss, []
 
     def stopped(*args) -> float:
         looks.append(1)
@@ -132,7 +133,7 @@ def test_stopped_in_tuning_it_ends_with_the_same_record(finished, tmp_path, monk
             raise KeyboardInterrupt
         return validate(*args)
 
-    monkeypatch.setattr(Regime, "validate", stopped)
+    monkeypatch.setattr(MemberScorer, "loss", stopped)
     changes = {"stages": ["tune"], "checkpointing_steps": 3, "resume_from_checkpoint": "latest"}
     with pytest.raises(KeyboardInterrupt):
         finish(folder, **changes)

@@ -12,8 +12,8 @@ from pdiff_hf import PDiffPipeline
 from pdiff_hf.evaluation import Report
 from pdiff_hf.evaluation.groups import named_generator
 from pdiff_hf.run.config import PDiffConfig
+from pdiff_hf.run.evaluating import evaluate_saved
 from pdiff_hf.run.folder import RunError
-from pdiff_hf.run.saved import evaluate_saved
 from pdiff_hf.run.trainer import execute, prepare
 from pdiff_hf.utils.names import generator_folder
 

@@ -10,10 +10,9 @@ from reproduce.hyper_representations import (
     sane_kde30,
     sane_sub,
 )
-from support.evaluation import digits, digits_pipeline, digits_snapshots
+from support.evaluation import digits, digits_pipeline, digits_snapshots, report_on
 
 from pdiff_hf import ParameterAutoencoder
-from pdiff_hf.evaluation.single_task import evaluate_task
 from pdiff_hf.layout import ParameterLayout
 
 LAYOUT = ParameterLayout(("a", "b"), ((10,), (2, 3)), ("float32", "float32"))
@@ -154,8 +153,6 @@ def test_errors(snapshots, accuracies, autoencoder):
             sample(snapshots, accuracies[1:], autoencoder, 3, seeded())
         with pytest.raises(ValueError, match=r"at least 2 snapshots .* got shapes \(1, 16\) and \(1,\)"):
             sample(snapshots[:1], accuracies[:1], autoencoder, 3, seeded())
-        with pytest.raises(ValueError, match="`num_models` must be at least 1, got 0"):
-            sample(snapshots, accuracies, autoencoder, 0, seeded())
     for wrong in ({"num_prompts": 1}, {"num_candidates": 0}):
         with pytest.raises(ValueError, match="`num_prompts` must be at least 2 and `num_candidates` at least 1"):
             sane_sub(snapshots, accuracies, autoencoder, 3, seeded(), first_numbers, **wrong)
@@ -168,7 +165,7 @@ def test_groups_of_a_report_learn_from_validation_data(tmp_path):
     settings = {"num_models": 4, "baseline_models": 0}
     seen = snapshots[~heldout]
     settings["extra_groups"] = sample_hyper_representations(scorer, seen, pipeline.autoencoder, 4, seed=0)
-    report = evaluate_task(scorer, snapshots, pipeline, tmp_path, heldout=heldout, **settings)
+    report = report_on(scorer, snapshots, pipeline, tmp_path, heldout=heldout, **settings)
     groups = {row.name: row for row in report.groups if row.name in NAMES}
     assert list(groups) == list(NAMES)
     assert all(row.n == 4 and row.sweep == "hyper-representations" for row in groups.values())

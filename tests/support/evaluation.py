@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from pdiff_hf import LatentDenoiser, ParameterAutoencoder, PDiffPipeline
+from pdiff_hf import LatentDenoiser, ParameterAutoencoder, PDiffPipeline, Report, evaluate
 from pdiff_hf.evaluation.score import Scorer, make_scorer
 from pdiff_hf.selection import select_layout
 from pdiff_hf.tasks import ImageClassificationTask, MeasuredTask
@@ -21,6 +21,12 @@ def digits() -> Scorer:
     torch.manual_seed(0)
     model = task.load_base_model()
     return make_scorer(task, model, select_layout(model, ["norm[-2:]"], []))
+
+
+def report_on(scorer: Scorer, snapshots: torch.Tensor, generator, folder=None, **options) -> Report:
+    """The report, with all baselines."""
+    options = {"baselines": "all", "scorer": scorer, "folder": folder} | options
+    return evaluate(generator, scorer.task, snapshots=snapshots, **options)
 
 
 def snapshots_around(scorer: Scorer, count: int = 12) -> torch.Tensor:
