@@ -71,7 +71,12 @@ def reverse_process(
         return tensors
 
     num_models = 1 if conditions else count
-    how = {"condition": conditions, "latents": noise, "output_type": "latent", "callback_on_step_end": keep}
+    how: dict[str, Any] = {
+        "condition": conditions,
+        "latents": noise,
+        "output_type": "latent",
+        "callback_on_step_end": keep,
+    }
     pipeline(num_models, generator=generator, **how)
     last = len(along) - 1
     steps = torch.linspace(0, last, min(last, MAX_TRAJECTORY_STEPS) + 1).round().int().tolist()

@@ -5,6 +5,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import cycle
+from typing import Any
 
 import numpy as np
 import torch
@@ -87,7 +88,7 @@ def plot_accuracy_vs_similarity(
     for axes in grid[len(panels) :]:
         axes.set_axis_off()
     if len(panels) > 1:
-        where = {"loc": "outside lower center", "ncols": 3, "fontsize": "small", "frameon": False}
+        where: dict[str, Any] = {"loc": "outside lower center", "ncols": 3, "fontsize": "small", "frameon": False}
         figure.legend(list(handles.values()), list(handles), **where)
     figure.savefig(path, dpi=DPI, format="png")
 
@@ -162,7 +163,13 @@ def _draw_scatter(
         else:
             (colour, marker, line), size, on_top = next(styles), 6, 3
         outside += sum(not all(lo <= m <= hi for m, (lo, hi) in zip(point, limits, strict=True)) for point in drawn)
-        look = {"color": colour, "marker": marker, "markersize": size, "markeredgecolor": "white", "linestyle": line}
+        look: dict[str, Any] = {
+            "color": colour,
+            "marker": marker,
+            "markersize": size,
+            "markeredgecolor": "white",
+            "linestyle": line,
+        }
         axes.plot(*zip(*places, strict=True), **look, linewidth=1.2, zorder=on_top, label=family)
         inside = [place for place in places if limits[1][0] <= place[1] <= limits[1][1]] or places
         labels.append((*inside[-1], family, colour))
