@@ -8,9 +8,9 @@ import torch
 from ..models.kernel_ridge import KernelRidge
 from ..models.products import AdapterProducts, contracted, expanded
 from .groups import Group, Pending
+from .member_score import MemberScorer
 from .opponents import Regime
 from .report_data import Cost, Kind
-from .score import MemberScorer
 
 NEIGHBORS = (2, 3, 5, 8)
 NUM_SAMPLES = 4

@@ -26,10 +26,10 @@ from ..utils.seeds import named_seed
 from .closed_forms import closed_forms
 from .decoded import decode, reverse_process
 from .groups import Group, Pending, named_generator
+from .member_score import MemberScorer
 from .opponents import Regime, oracles
 from .report import GroupRow, Report
 from .report_data import Cost, Kind
-from .score import MemberScorer
 
 NUM_VALIDATION_MEMBERS, NUM_TEST_MEMBERS = 32, 48
 SHOWN_SNAPSHOTS = 200  # of them, so many are encoded for a figure

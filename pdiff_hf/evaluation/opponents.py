@@ -26,8 +26,8 @@ from ..training.loop import Loop
 from ..training.tune import GeneratedNetworks, TaskBatches, TuneArguments, tune
 from ..utils.seeds import named_seed
 from .groups import Group, Pending, search, training_cost
+from .member_score import MemberScorer
 from .report_data import Cost, Kind
-from .score import MemberScorer
 
 ORACLE_RATES = (0.005, 0.01, 0.02, 0.04)
 NETWORK_RATES = (0.001, 0.003, 0.01, 0.03)

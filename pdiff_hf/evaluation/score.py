@@ -1,4 +1,4 @@
-"""Scores networks: many of one task in one pass over its data, kept by content; or some for each member of a family."""
+"""Scores networks for a single task: many in one pass over its data, kept by content."""
 
 import contextlib
 import hashlib
@@ -8,11 +8,10 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 
 import psutil
 import torch
-import torch.nn.functional as F
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from safetensors import safe_open
@@ -24,13 +23,15 @@ from ..layout import ParameterLayout
 from ..networks.batch_norm import RecomputedStatistics
 from ..networks.runner import GPU_MEMORY_BUDGET, NetworkRunner
 from ..tasks import ClassificationTask, MeasuredTask, Task, predict_logits, take
-from ..tasks.family import Family
 from ..tasks.task import EVAL_BATCH_SIZE, Split, statistics_batches
 from ..utils.devices import to_device
 from ..utils.files import replacing
 from .geometry import Matrix
 from .metrics import accuracy
 from .report_data import Metric
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 # The parameters of networks that are scored in one pass are no more than this.
 CHUNK_BYTES = 2**29
@@ -54,15 +55,15 @@ class Scores:
     def undefined(self) -> Tensor:
         return self.values.isnan()
 
+    def __getitem__(self, rows: slice) -> "Self":
+        return type(self)(**{name: v if name in self.shared else v[rows] for name, v in vars(self).items()})
+
 
 @dataclass
 class MeasuredScores(Scores):
     """The metric alone."""
 
     values: Tensor
-
-    def __getitem__(self, rows: slice) -> "MeasuredScores":
-        return MeasuredScores(self.values[rows])
 
 
 @dataclass
@@ -95,23 +96,6 @@ class ClassifierScores(Scores):
     def wrong(self) -> Tensor:
         """bool of shape `(N, M)`, where a network errs."""
         return self.predictions != self.labels
-
-    def __getitem__(self, rows: slice) -> "ClassifierScores":
-        return ClassifierScores(self.predictions[rows], self.log_probs[rows], self.labels)
-
-
-@dataclass
-class MemberScores(Scores):
-    """
-    How n networks for each of M members of a family do.
-
-    Args:
-        values (`torch.Tensor`): Accuracies in percent, float64 of shape `(M, n)`.
-        losses (`torch.Tensor`): Cross-entropies in nats, of the same shape.
-    """
-
-    values: Tensor
-    losses: Tensor
 
 
 S = TypeVar("S", bound=Scores)
@@ -151,7 +135,12 @@ class Scorer(ABC, Generic[S]):
         self.task, self.layout = task, layout
         self.cache_dir = None if cache_dir is None else Path(cache_dir)
         self._has_help = False
-        self._context = _context_hash(model, layout)
+        # To be continued: of everything that networks which differ in the tensors of `layout` have in common.
+        self._context = hashlib.blake2b(digest_size=16)
+        for name, tensor in model.state_dict().items():
+            if name not in layout.names:
+                self._context.update(name.encode() + _bytes(tensor))
+        self._context.update(repr(layout.to_dict()).encode())
         self._statistics = None
         if recompute_statistics:
             device = next(model.parameters()).device
@@ -171,7 +160,6 @@ class Scorer(ABC, Generic[S]):
     def _run(self, split: Split, parameters: Tensor) -> S:
         """Scores networks, at least one, in one pass."""
 
-    @abstractmethod
     def check_memory(self, split: Split, num_networks: int) -> None:
         """Raises a `ValueError` if the scores of so many networks would take more than half of the free memory."""
 
@@ -295,7 +283,14 @@ class ClassifierScorer(Scorer[ClassifierScores]):
     _classes: int | None = None
 
     def check_memory(self, split: Split, num_networks: int) -> None:
-        check_memory(num_networks, self.num_examples(split), self._num_classes(split))
+        num_examples, num_classes = self.num_examples(split), self._num_classes(split)
+        needed, free = 2 * num_networks * num_examples * num_classes, psutil.virtual_memory().available
+        if needed > free / 2:
+            raise ValueError(
+                f"the log-probabilities of {num_networks} networks on {num_examples} examples with {num_classes} "
+                f"classes need {needed:,} bytes, more than half of the {free:,} bytes of free memory; use fewer "
+                f"networks, or examples (--max_eval_samples {free // 2 // (2 * num_networks * num_classes)} at most)"
+            )
 
     def _batch(self, split: Split, size: int) -> dict:
         indices = list(range(min(size, self.num_examples(split))))
@@ -360,9 +355,6 @@ class MeasuredScorer(Scorer[MeasuredScores]):
         self.metric = Metric(task.metric, task.unit, task.higher_is_better)
         super().__init__(task, *args, **kwargs)
 
-    def check_memory(self, split: Split, num_networks: int) -> None:
-        """One number a network always fits."""
-
     def _empty(self, split: Split, num_networks: int) -> MeasuredScores:
         return MeasuredScores(torch.empty(num_networks, dtype=torch.float64))
 
@@ -399,74 +391,6 @@ def make_scorer(
     )
 
 
-MEMBERS_AT_ONCE = 16
-EXAMPLES_AT_ONCE = 500
-
-
-class MemberScorer:
-    """
-    Scores networks, or one that answers by itself, for each of some members of a family.
-
-    Args:
-        family (`Family`): Of classification tasks.
-        networks (`NetworkRunner`): Runs the networks.
-        table (`torch.Tensor`): The conditions of the members, shape `(M, width)`.
-        num_examples (`int`, *optional*, defaults to 2000): No more examples of a split, evenly spaced over it.
-    """
-
-    metric = Metric("accuracy", "%")
-
-    def __init__(self, family: Family, networks: NetworkRunner, table: Tensor, num_examples: int = 2000):
-        self.family, self.networks, self.table, self.num_examples = family, networks, table, num_examples
-
-    @torch.no_grad()
-    def score(self, split: Split, networks: Tensor | nn.Module, vote: bool = False) -> MemberScores:
-        """
-        Args:
-            networks (`torch.Tensor` or `nn.Module`): Shape `(M, D)` or `(M, n, D)`; or `module(table, batch,
-                generator)`, which gives logits of shape `(M, B, C)` and always gets the same noise.
-            vote (`bool`, *optional*, defaults to `False`): The n networks of a member answer together: n becomes 1.
-        """
-        total = self.family.num_examples(split)
-        indices = torch.linspace(0, total - 1, min(self.num_examples, total)).round().long()
-        noise, values, losses = torch.Generator(self.table.device).manual_seed(0), [], []
-        if isinstance(networks, Tensor) and networks.ndim == 2:
-            networks = networks.unsqueeze(1)
-        for rows in torch.arange(len(self.table)).split(MEMBERS_AT_ONCE):
-            correct: Any = 0.0
-            loss: Any = 0.0
-            for part in indices.split(EXAMPLES_AT_ONCE):
-                batch = self.family.batch(split, self.table[rows.to(self.table.device)], part)
-                if isinstance(networks, nn.Module):
-                    logits = networks(self.table[rows.to(self.table.device)], batch, noise).unsqueeze(1)
-                else:
-                    answers = [self.networks.stack(self.family.predict, n, batch) for n in networks[rows].unbind(1)]
-                    logits = torch.stack(answers, dim=1)  # (m, n, B, C)
-                if vote:
-                    logits = logits.log_softmax(-1).logsumexp(1, keepdim=True)
-                labels = batch["labels"].unsqueeze(1).expand(logits.shape[:-1])
-                correct += (logits.argmax(-1) == labels).sum(-1)
-                loss += F.cross_entropy(logits.movedim(-1, 1), labels, reduction="none").sum(-1)
-            values.append(100 * correct.double().cpu() / len(indices))
-            losses.append(loss.double().cpu() / len(indices))
-        return MemberScores(torch.cat(values), torch.cat(losses))
-
-    def loss(self, networks: Tensor | nn.Module, vote: bool = False) -> float:
-        """The mean loss on validation data; arguments as of [`score`]."""
-        return self.score("validation", networks, vote).losses.mean().item()
-
-
-def check_memory(num_networks: int, num_examples: int, num_classes: int) -> None:
-    """Raises a `ValueError` if log-probabilities of this size would take more than half of the free memory."""
-    needed, free = 2 * num_networks * num_examples * num_classes, psutil.virtual_memory().available
-    if needed > free / 2:
-        raise ValueError(
-            f"the log-probabilities of {num_networks} networks on {num_examples} examples with {num_classes} classes "
-            f"need {needed:,} bytes, more than half of the {free:,} bytes of free memory; use fewer examples "
-            f"(--max_eval_samples {free // 2 // (2 * num_networks * num_classes)} at most) or fewer networks"
-        )
-
-
 def _fill(scores: Scores, rows: list[int], chunk: dict[str, Tensor], i: int) -> None:
     """Copies network `i` of `chunk` to `rows` of `scores`."""
     for name, tensor in vars(scores).items():
@@ -474,16 +398,6 @@ def _fill(scores: Scores, rows: list[int], chunk: dict[str, Tensor], i: int) -> 
             tensor.copy_(chunk[name])
         else:
             tensor[rows] = chunk[name][i]
-
-
-def _context_hash(model: nn.Module, layout: ParameterLayout) -> "hashlib.blake2b":
-    """A hash to be continued, of everything that networks which differ in the tensors of `layout` have in common."""
-    context = hashlib.blake2b(digest_size=16)
-    for name, tensor in model.state_dict().items():
-        if name not in layout.names:
-            context.update(name.encode() + _bytes(tensor))
-    context.update(repr(layout.to_dict()).encode())
-    return context
 
 
 def _content_hash(parameters: Tensor) -> str:

@@ -57,13 +57,9 @@ def make_model_card(
         HubError: if the run's report is of another version of this library.
     """
     pipeline = Path(pipeline)
-    layout = ParameterLayout.from_dict(
-        json.loads((pipeline / "autoencoder" / "config.json").read_text(encoding="utf-8"))["layout"]
-    )
-    base = pipeline / "base_model" / "config.json"
-    base_config = json.loads(base.read_text(encoding="utf-8")) if base.is_file() else {}
-    encoder = pipeline / "condition_encoder" / "config.json"
-    encoder_config = json.loads(encoder.read_text(encoding="utf-8")) if encoder.is_file() else {}
+    layout = ParameterLayout.from_dict(read_json(pipeline / "autoencoder" / "config.json")["layout"])
+    base_config = read_json(pipeline / "base_model" / "config.json")
+    encoder_config = read_json(pipeline / "condition_encoder" / "config.json")
     fields = Fields(encoder_config["fields"]) if encoder_config else None
     recipe: dict = {}
     report, figures = None, list[dict]()
@@ -108,6 +104,11 @@ def make_model_card(
     )
 
 
+def read_json(path: Path) -> dict[str, Any]:
+    """What the file holds; nothing if there is none."""
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+
 def published_recipe(folder: Path) -> dict:
     """The recipe of a run without what concerns this machine or the push; local folders by their names only."""
     recipe = yaml.safe_load((folder / "recipe.yaml").read_text(encoding="utf-8"))
@@ -124,7 +125,7 @@ def _without_paths(value: Any) -> Any:
 
 def _reference(pipeline: Path) -> dict:
     """Where on the Hub the base model is, of a generator of adapters that names it."""
-    return json.loads((pipeline / "model_index.json").read_text(encoding="utf-8")).get("base_model_reference") or {}
+    return read_json(pipeline / "model_index.json").get("base_model_reference") or {}
 
 
 def _base_model(pipeline: Path, layout: ParameterLayout, recipe: dict) -> str | None:
@@ -165,16 +166,12 @@ def _eval_results(report: dict, recipe: dict) -> list[EvalResult]:
     metric = report["metric"]["name"]
     title = f"{metric} ({report['metric']['unit']})" if report["metric"]["unit"] else metric
     generated = generated_group(report)
-    values: dict[str, tuple[str, float | None]]
+    values: dict[str, tuple[str, float | None]] = {}
     if report["fields"]:
-        values = {
-            f"Mean {title} on {len(scores['scores'])} unseen tasks ({name})": (
-                metric,
-                fmean(fmean(row) for row in scores["scores"]),
-            )
-            for name, scores in generated["sets"].items()
-            if name not in report["fields"]  # tasks along a field are for a figure
-        }
+        for name, scores in generated["sets"].items():
+            if name not in report["fields"]:  # tasks along a field are for a figure
+                mean = fmean(fmean(row) for row in scores["scores"])
+                values[f"Mean {title} on {len(scores['scores'])} unseen tasks ({name})"] = metric, mean
     else:
         measures = generated["measures"]
         values = {

@@ -8,34 +8,43 @@ can use it as well. What is published is chosen by name; nothing else in a folde
 import json
 import os
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypedDict
 
 import yaml
-from huggingface_hub import (
-    CommitInfo,
-    CommitOperationAdd,
-    CommitOperationDelete,
-    HfApi,
-    ModelCard,
-)
+from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi, ModelCard
 from huggingface_hub.errors import HfHubHTTPError, HTTPError
 
 from ..utils.names import TUNED, TUNING, generator_folder
-from .card import HUB_ID, HubError, make_model_card, published_recipe
+from .card import HUB_ID, HubError, make_model_card, published_recipe, read_json
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 PIPELINE_FILE = "pipeline.py"
 FIGURES = (".png", ".svg")
 
 
+class PushOptions(TypedDict, total=False):
+    """
+    How something is pushed.
+
+    Args:
+        private (`bool`, *optional*): Whether a new repository is private.
+        revision (`str`, *optional*): Branch to push to; created from `main` if it does not exist.
+        token (`str`, *optional*): By default the one of `hf auth login`, or of `HF_TOKEN`.
+        commit_message (`str`, *optional*): By default, what is uploaded.
+        create_pr (`bool`, *optional*): Whether to open a pull request instead.
+    """
+
+    private: bool | None
+    revision: str | None
+    token: str | None
+    commit_message: str
+    create_pr: bool
+
+
 def push_run_to_hub(
-    folder: str | os.PathLike,
-    repo_id: str,
-    *,
-    private: bool | None = None,
-    revision: str | None = None,
-    token: str | None = None,
-    license: str = "apache-2.0",
-    commit_message: str = "Upload PDiffPipeline",
+    folder: str | os.PathLike, repo_id: str, *, license: str = "apache-2.0", **options: "Unpack[PushOptions]"
 ) -> CommitInfo:
     """
     Pushes the generator of a run in one commit: the pipeline's components, its code as `pipeline.py`, the report, the
@@ -44,12 +53,9 @@ def push_run_to_hub(
     Args:
         folder (`str` or `os.PathLike`): A run's `output_dir`.
         repo_id (`str`): `name`, `user/name` or `organization/name`. Created if it does not exist.
-        private (`bool`, *optional*): Whether a new repository is private.
-        revision (`str`, *optional*): Branch to push to; created from `main` if it does not exist.
-        token (`str`, *optional*): By default the one of `hf auth login`, or of `HF_TOKEN`.
         license (`str`, *optional*, defaults to `"apache-2.0"`): For the card; that of the base model and of the data
             may ask for another one.
-        commit_message (`str`, *optional*, defaults to `"Upload PDiffPipeline"`).
+        options: See [`PushOptions`].
 
     Returns:
         `CommitInfo`: The address of the commit, as a string with attributes.
@@ -68,40 +74,23 @@ def push_run_to_hub(
         for path in sorted((folder / "evaluation").rglob("*")):
             if path.name in ("report.json", "report.md", "report.html") or path.suffix in FIGURES:
                 files[path.relative_to(folder).as_posix()] = path
-    repo_id = resolve_repo_id(repo_id, token)
+    repo_id = resolve_repo_id(repo_id, options.get("token"))
     files["README.md"] = str(make_model_card(pipeline, repo_id, run=folder, license=license)).encode()
-    return _push(files, repo_id, "model", private, revision, token, commit_message)
+    return _push(files, repo_id, "model", **options)
 
 
-def push_pipeline_to_hub(
-    folder: str | os.PathLike,
-    repo_id: str,
-    *,
-    private: bool | None = None,
-    revision: str | None = None,
-    token: str | None = None,
-    create_pr: bool = False,
-    commit_message: str = "Upload PDiffPipeline",
-) -> CommitInfo:
+def push_pipeline_to_hub(folder: str | os.PathLike, repo_id: str, **options: "Unpack[PushOptions]") -> CommitInfo:
     """
     Pushes a folder of `PDiffPipeline.save_pretrained` in one commit. A model card that the repository has is kept.
-    Arguments and errors are those of [`push_run_to_hub`]; `create_pr` opens a pull request instead.
+    Arguments and errors are those of [`push_run_to_hub`].
     """
     files = pipeline_files(Path(folder))
-    repo_id = resolve_repo_id(repo_id, token)
+    repo_id = resolve_repo_id(repo_id, options.get("token"))
     files["README.md"] = str(make_model_card(Path(folder), repo_id)).encode()
-    return _push(files, repo_id, "model", private, revision, token, commit_message, create_pr, keep=("README.md",))
+    return _push(files, repo_id, "model", keep=("README.md",), **options)
 
 
-def push_snapshots_to_hub(
-    folder: str | os.PathLike,
-    repo_id: str,
-    *,
-    private: bool | None = None,
-    revision: str | None = None,
-    token: str | None = None,
-    commit_message: str = "Upload parameter snapshots",
-) -> CommitInfo:
+def push_snapshots_to_hub(folder: str | os.PathLike, repo_id: str, **options: "Unpack[PushOptions]") -> CommitInfo:
     """
     Pushes a parameter data set with its layout in one commit, such that `load_snapshots(repo_id)` gives it back.
     Arguments and errors are those of [`push_run_to_hub`].
@@ -115,7 +104,8 @@ def push_snapshots_to_hub(
     missing = [name for name in ("README.md", "data", "layout") if not any(path.startswith(name) for path in files)]
     if missing:
         raise HubError(f"'{folder}' is not a parameter data set: it has no {', '.join(missing)}")
-    return _push(files, resolve_repo_id(repo_id, token), "dataset", private, revision, token, commit_message)
+    repo_id = resolve_repo_id(repo_id, options.get("token"))
+    return _push(files, repo_id, "dataset", **{"commit_message": "Upload parameter snapshots"} | options)  # type: ignore
 
 
 def resolve_repo_id(repo_id: str, token: str | None = None) -> str:
@@ -144,8 +134,7 @@ def pipeline_files(folder: Path) -> dict[str, Path | bytes]:
         raise HubError(f"'{folder}' is not a finished pipeline: {index.name} or {PIPELINE_FILE} is missing")
     files: dict[str, Path | bytes] = {name: folder / name for name in (index.name, PIPELINE_FILE)}
     try:
-        values = json.loads(index.read_text(encoding="utf-8")).items()
-        components = [name for name, value in values if isinstance(value, list) and any(value)]
+        components = [name for name, value in read_json(index).items() if isinstance(value, list) and any(value)]
     except (ValueError, AttributeError) as error:
         raise HubError(f"'{folder}' is not a finished pipeline: {index.name} is damaged ({error})") from error
     for component in components:
@@ -159,7 +148,7 @@ def pipeline_files(folder: Path) -> dict[str, Path | bytes]:
         files[TUNING] = folder / TUNING
     for name in files:
         if name == "autoencoder/config.json" or name.endswith("/adapter_config.json"):
-            config = json.loads((folder / name).read_text(encoding="utf-8"))
+            config = read_json(folder / name)
             if (public := _without_folders(config)) != config:
                 files[name] = json.dumps(public, indent=2).encode()
     return files
@@ -178,9 +167,7 @@ def _check_report_is_of_pipeline(folder: Path) -> None:
     """The settings of a later stage hold those of all earlier ones; a stage that was interrupted has none."""
     generator = "tune" if generator_folder(folder).name == TUNED else "denoiser"
     records = [folder / "stages" / f"{stage}.json" for stage in (generator, "evaluate")]
-    pipeline, report = (
-        json.loads(path.read_text(encoding="utf-8"))["settings"] if path.is_file() else {} for path in records
-    )
+    pipeline, report = (read_json(path).get("settings", {}) for path in records)
     if any(report.get(key) != value for key, value in pipeline.items()):
         raise HubError(
             f"the report in '{folder}' describes a pipeline with other settings; run the stage evaluate again"
@@ -191,10 +178,11 @@ def _push(
     files: dict[str, Path | bytes],
     repo_id: str,
     repo_type: str,
-    private: bool | None,
-    revision: str | None,
-    token: str | None,
-    commit_message: str,
+    *,
+    private: bool | None = None,
+    revision: str | None = None,
+    token: str | None = None,
+    commit_message: str = "Upload PDiffPipeline",
     create_pr: bool = False,
     keep: tuple[str, ...] = (),
 ) -> CommitInfo:

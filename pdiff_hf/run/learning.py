@@ -11,8 +11,8 @@ from diffusers import DDPMScheduler, ModelMixin
 from transformers import PreTrainedModel
 
 from ..evaluation.closed_forms import mean_networks, tuned_ridge
+from ..evaluation.member_score import MemberScorer
 from ..evaluation.opponents import VALIDATION_EXAMPLES
-from ..evaluation.score import MemberScorer
 from ..layout import ParameterLayout
 from ..models import (
     DENOISER_PRESETS,

@@ -14,6 +14,7 @@ from torch import nn
 
 from pdiff_hf.evaluation import Cost, Kind, Report, evaluate
 from pdiff_hf.evaluation.closed_forms import closed_forms, nearest
+from pdiff_hf.evaluation.member_score import MemberScorer
 from pdiff_hf.evaluation.members import Spent
 from pdiff_hf.evaluation.opponents import (
     BasisNetworks,
@@ -23,7 +24,6 @@ from pdiff_hf.evaluation.opponents import (
     shared_networks,
     wider_network,
 )
-from pdiff_hf.evaluation.score import MemberScorer
 from pdiff_hf.evaluation.verdict import find_warnings, write_verdict
 from pdiff_hf.networks.runner import NetworkRunner
 from pdiff_hf.snapshots.zoo import ZooArguments

@@ -11,8 +11,8 @@ from support.scripts import run_script
 
 from pdiff_hf import PDiffPipeline
 from pdiff_hf.evaluation import Kind, Report
+from pdiff_hf.evaluation.member_score import MemberScorer
 from pdiff_hf.evaluation.opponents import Regime
-from pdiff_hf.evaluation.score import MemberScorer
 from pdiff_hf.run.config import PDiffConfig
 from pdiff_hf.run.context import RunContext
 from pdiff_hf.run.folder import RunError
