@@ -20,7 +20,6 @@ from sklearn.decomposition import PCA
 from torch import Tensor
 
 from ..utils.reports import FIELD_FIGURE, TEST
-from .render import best_of_sweeps, metric_title
 from .report_data import Kind, ReportData, as_tensor
 from .scatter import (
     DPI,
@@ -36,6 +35,7 @@ from .scatter import (
     sampling_error,
     scatter_group,
 )
+from .summary import best_of_sweeps, metric_title
 
 COLOURS = {Kind.SNAPSHOTS: SNAPSHOTS, Kind.GENERATED: GENERATED}
 # Rows of the figure of accuracy along a field, where they are there.

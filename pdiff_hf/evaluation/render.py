@@ -1,9 +1,9 @@
-"""A report for people: the small table of terminal, page and model card, and the whole of it as Markdown or HTML."""
+"""A report for people: in a terminal, as Markdown and as HTML."""
 
 import base64
 import html
 import textwrap
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -11,10 +11,10 @@ from typing import Any
 from ..utils.reports import FIGURES, TEST
 from . import set_words
 from .metrics import METRICS
-from .report_data import GroupRow, Kind, Metric, ReportData
+from .report_data import GroupRow, Kind, ReportData
+from .summary import Columns, Table, count_of, metric_title, spread_of, table_of
 from .verdict import number
 
-MAX_SUMMARY_ROWS = 9
 COLUMNS = 80
 SIMILARITY = "similarity to the nearest snapshot, lower is newer"
 KIND_WORDS = {
@@ -26,113 +26,6 @@ KIND_WORDS = {
     Kind.VARIANT: "the generator otherwise",
     Kind.CONTROL: "a control",
 }
-# What each column says of a row, by title; and a header with lines of texts.
-Columns = dict[str, Callable[[Any], str]]
-Table = tuple[Sequence[str], Sequence[Sequence[str]]]
-
-
-def metric_title(metric: Metric) -> str:
-    """The metric with its unit, such as `accuracy (%)`."""
-    return f"{metric.name} ({metric.unit})" if metric.unit else metric.name
-
-
-def best_of_sweeps(report: ReportData, *kinds: Kind) -> list[GroupRow]:
-    """Of every sweep of some kinds the best setting, on validation data where there is any; the best sweep first."""
-    sweeps: dict[str, list[GroupRow]] = {}
-    for row in report.of_kind(*kinds):
-        sweeps.setdefault(row.sweep or row.name, []).append(row)
-    return sorted((max(rows, key=report.rank) for rows in sweeps.values()), key=report.rank, reverse=True)
-
-
-def summarise(report: ReportData) -> dict[str, Any]:
-    """
-    The few rows that a reader wants first.
-
-    Returns:
-        `dict`: `header` and `rows`, texts, and `about`, which explains the columns.
-    """
-    rows, columns, about = _of_members(report) if report.fields else _of_task(report)
-    header, cells = _table(rows, columns)
-    return {"header": header, "rows": cells, "about": " ".join(filter(None, [*about, sampling_sentence(report)]))}
-
-
-def _of_task(report: ReportData) -> tuple[list[GroupRow], Columns, list[str]]:
-    metric = report.metric
-    has_similarity = "max_iou" in report.generated.measures
-    columns: Columns = {"group": lambda row: row.name, metric_title(metric): spread_of}
-    if has_similarity:
-        columns["similarity"] = lambda row: number(row.measures.get("max_iou"))
-        about = "similarity is that of wrong predictions to the nearest snapshot's (lower is newer)"
-    else:
-        columns["distance to mean"] = lambda row: number(row.measures.get("distance_to_mean"), ".2f")
-        about = "distance to mean is that to the snapshots' mean, in units of their own"
-    columns["generated vs. this row"] = lambda row: row.verdict or "–"
-    first = [*report.of_kind(Kind.GENERATED), *report.of_kind(Kind.SNAPSHOTS)]
-    first += [row for row in report.of_kind(Kind.VARIANT) if row.sweep is None]
-    plain, tuned = best_of_sweeps(report, Kind.BASELINE), best_of_sweeps(report, Kind.OPPONENT, Kind.ORACLE)
-    first += [row for row in plain if row.sweep == "mean"]
-    plain = [row for row in plain if row not in first]
-    room = MAX_SUMMARY_ROWS - len(first)
-    rows = [*first, *plain[: max(room - len(tuned), (room + 1) // 2)]]
-    rows += tuned[: MAX_SUMMARY_ROWS - len(rows)]
-    left = len(first) + len(plain) + len(tuned) - len(rows)
-    sentences = [
-        f"{report.num_parameters:,} generated parameters. {metric.name.capitalize()} is the mean ± standard deviation "
-        f"over the networks of a group on {report.splits['test']:,} test examples"
-        f"{'' if metric.higher_is_better else ', lower is better'}; {about}; the last column says how generated "
-        "networks compare with the row. Of each sweep of settings the one that is best on validation.",
-        f"{left} more kinds are in the tables of the report." if left else "",
-    ]
-    return rows, columns, sentences
-
-
-def _of_members(report: ReportData) -> tuple[list[GroupRow], Columns, list[str]]:
-    columns: Columns = {"networks": lambda row: row.name}
-    for name, members in report.conditions.items():
-        columns[f"{name} ({len(members)} tasks)"] = partial(lambda name, row: number(row.mean(name), ".1f"), name)
-    columns |= {
-        "generated vs. this row": _difference,
-        "passes before": lambda row: "–" if row.cost is None else short(row.cost.once),
-        "passes a task": lambda row: "–" if row.cost is None else short(row.cost.each),
-        "size": lambda row: "–" if row.size is None else short(row.size),
-    }
-    about = (
-        f"{report.num_parameters:,} generated parameters a network. {metric_title(report.metric).capitalize()} is the "
-        "mean over tasks; differences are the generated networks' less the row's, paired over tasks, and a verdict "
-        "needs a 95% interval without 0. Passes are of one example through one network: forward counts 1, backward 2; "
-        "before the first unseen task, with all that validation tried, and for each. Size is the parameters that a "
-        "prediction goes through."
-    )
-    return sorted(report.groups, key=lambda row: -report.metric.sign * (row.mean() or 0.0)), columns, [about]
-
-
-def _difference(row: GroupRow) -> str:
-    if TEST not in row.comparisons:
-        return "–"
-    comparison = row.comparisons[TEST]
-    ends = comparison.interval and " to ".join(number(end, "+.1f") for end in comparison.interval)
-    return f"{number(comparison.difference, '+.1f')} {f'({ends}), ' if ends else ''}{row.verdict}"
-
-
-def sampling_sentence(report: ReportData) -> str:
-    """How the generator was sampled."""
-    s = report.sampling
-    if not s:
-        return ""
-    steps = s.get("num_inference_steps")
-    parts = ["" if steps is None else "1 step" if steps == 1 else f"{steps} steps"]
-    parts += [f"of {s['scheduler']}" if "scheduler" in s else ""]
-    parts += [f"at temperature {s['temperature']:g}" if "temperature" in s else ""]
-    parts += [f"with guidance {s['guidance_scale']:g}" if s.get("guidance_scale", 1) != 1 else ""]
-    return f"Sampled in {' '.join(filter(None, parts))}."
-
-
-def short(count: int) -> str:
-    """A large number in few characters."""
-    for size, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if count >= size:
-            return f"{count / size:.3g}{unit}"
-    return str(count)
 
 
 def to_terminal(report: ReportData) -> str:
@@ -199,12 +92,12 @@ def to_html(report: ReportData, folder: Path) -> str:
     name = report.generated.name
     body = ["<h1>Report</h1>", f'<div class="verdict">{"<br>".join(map(html.escape, report.verdict))}</div>']
     body += [f'<p class="warning">{html.escape(warning)}</p>' for warning in report.warnings]
-    body += [_html_table(report.summary["header"], report.summary["rows"], name), *figures[:1]]
+    body += [_htmltable_of(report.summary["header"], report.summary["rows"], name), *figures[:1]]
     body.append(f'<p class="about">{html.escape(report.summary["about"])}</p>')
     for title, about, lines in sections(report):
         body.append(
             f"<details><summary>{html.escape(title)}</summary><p class='about'>{html.escape(about)}</p>"
-            f"{_html_table(*lines, name)}</details>"
+            f"{_htmltable_of(*lines, name)}</details>"
         )
     body += figures[1:]
     head = '<meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>Report</title>'
@@ -219,7 +112,7 @@ def _html_figure(path: Path, caption: str) -> str:
     return f"<figure>{image}<figcaption>{caption}</figcaption></figure>"
 
 
-def _html_table(header: Sequence[str], rows: Sequence[Sequence[str]], generated: str) -> str:
+def _htmltable_of(header: Sequence[str], rows: Sequence[Sequence[str]], generated: str) -> str:
     def line(cells: Sequence[str], tag: str) -> str:
         mark = ' class="generated"' if cells[0] == generated else ""
         return f"<tr{mark}>" + "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in cells) + "</tr>"
@@ -241,13 +134,13 @@ def sections(report: ReportData) -> Iterable[tuple[str, str, Table]]:
         yield (
             "What the rows are",
             "What each is to the generator, and what validation tasks have chosen.",
-            _table(groups, name | {"kind": lambda row: KIND_WORDS[row.kind], "chosen": lambda row: row.note or "–"}),
+            table_of(groups, name | {"kind": lambda row: KIND_WORDS[row.kind], "chosen": lambda row: row.note or "–"}),
         )
         if tried := [row for row in groups if row.tried]:
             yield (
                 "What was tried",
                 "Settings, such as learning rates, with their loss on validation tasks in nats.",
-                _table(tried, name | {"setting: validation loss": _settings_of}),
+                table_of(tried, name | {"setting: validation loss": _settings_of}),
             )
         return
     scores: Columns = {"n": count_of, title: spread_of}
@@ -258,7 +151,7 @@ def sections(report: ReportData) -> Iterable[tuple[str, str, Table]]:
         "those of wrong predictions; NLL is in nats; NLL and ECE are means over networks, with a dash where they are "
         "not finite. Distances are L2, in units of the snapshots' own: to the nearest snapshot (median) and to their "
         "mean (root mean square).",
-        _table(groups, name | scores | _measures("scores", groups)),
+        table_of(groups, name | scores | _measures("scores", groups)),
     )
     if report.reconstruction is not None:
         r = report.reconstruction
@@ -270,7 +163,7 @@ def sections(report: ReportData) -> Iterable[tuple[str, str, Table]]:
             "Share of the snapshots' variance around their mean that the autoencoder explains, and that as many "
             f"principal components do. Reconstructions score {number(r['score_difference'], '+.2f')} against the "
             "snapshots that they are of.",
-            _table(("", "linear_"), columns),
+            table_of(("", "linear_"), columns),
         )
     similarity: Columns = {"similarity": lambda row: number(row.measures.get("max_iou"))}
     if report.of_kind(Kind.BASELINE, Kind.OPPONENT):
@@ -284,7 +177,7 @@ def sections(report: ReportData) -> Iterable[tuple[str, str, Table]]:
             "In brackets are 95% intervals. `better` is the share of resamples of networks and test examples in which "
             "the generated networks are nowhere worse than the row, in score and similarity, and somewhere better; "
             "`worse` the reverse; a verdict needs 95%.",
-            _table([report.generated, *report.of_kind(Kind.BASELINE, Kind.OPPONENT, Kind.ORACLE)], columns),
+            table_of([report.generated, *report.of_kind(Kind.BASELINE, Kind.OPPONENT, Kind.ORACLE)], columns),
         )
     if report.tuning is not None:
         paid = {entry["name"]: f"{entry['num_models']:,}" for entry in report.tuning["break_even"]}
@@ -293,7 +186,7 @@ def sections(report: ReportData) -> Iterable[tuple[str, str, Table]]:
         columns |= {"passes once": lambda row: f"{row.cost.once:,}", "passes each": lambda row: f"{row.cost.each:,}"}
         columns["break-even"] = lambda row: paid.get(row.name, "–")
         rows = [row for row in groups if row.cost is not None]
-        yield "The same feedback for trivial generators", _about_tuning(report.tuning), _table(rows, columns)
+        yield "The same feedback for trivial generators", _about_tuning(report.tuning), table_of(rows, columns)
     if report.temperatures:
         columns = {"temperature": lambda row: number(row["value"], "g"), "n": lambda row: str(row["num_models"])}
         columns |= {title: lambda row: number(row["score"], ".2f"), "similarity": lambda row: number(row["max_iou"])}
@@ -305,7 +198,7 @@ def sections(report: ReportData) -> Iterable[tuple[str, str, Table]]:
             "Temperatures",
             "The generator with its starting noise multiplied by other numbers, and how many settings of trivial "
             "generators it is better than, worse than, and too close to call against.",
-            _table(report.temperatures, columns),
+            table_of(report.temperatures, columns),
         )
     audited = [row for row in groups if row.memorisation is not None]
     yield (
@@ -313,7 +206,7 @@ def sections(report: ReportData) -> Iterable[tuple[str, str, Table]]:
         "A group copies if more of its networks than chance allows are too near to a snapshot, or one is nearly "
         "identical. Alike is the share whose wrong predictions are more like a snapshot's than 95% of the snapshots' "
         "are like another's.",
-        _table(audited, name | MEMORISATION),
+        table_of(audited, name | MEMORISATION),
     )
     others = [row for row in groups if row.kind != Kind.SNAPSHOTS]
     yield (
@@ -322,7 +215,7 @@ def sections(report: ReportData) -> Iterable[tuple[str, str, Table]]:
         "the snapshots, recall the share of the snapshots that lies among the group, density and coverage the same "
         "with multiplicity and with the snapshots' balls only. Coverage grows with n; recall flatters a group of "
         "few or far-apart networks, whose balls are large.",
-        _table(others, name | {"n": count_of} | _measures("coverage", others)),
+        table_of(others, name | {"n": count_of} | _measures("coverage", others)),
     )
     if groups[0].ensembles:
         sizes = sorted({entry["size"] for row in groups for entry in row.ensembles[:-1]} | {1})
@@ -330,7 +223,7 @@ def sections(report: ReportData) -> Iterable[tuple[str, str, Table]]:
         yield (
             "Prediction ensembles",
             "Accuracy (NLL, ECE) of the averaged probabilities of n networks of a group, mean over up to 10 ensembles.",
-            _table(groups, columns | {"all n": lambda row: _ensemble(row.n, row)}),
+            table_of(groups, columns | {"all n": lambda row: _ensemble(row.n, row)}),
         )
 
 
@@ -343,11 +236,6 @@ MEMORISATION: Columns = {
     "alike": lambda row: number(row.memorisation["fraction_alike"], ".0%"),
     "copies": lambda row: "–" if row.kind == Kind.SNAPSHOTS else "yes" if row.memorisation["copies"] else "no",
 }
-
-
-def _table(rows: Sequence[Any], columns: Columns) -> Table:
-    """A header and lines of texts, from what each column says of a row."""
-    return list(columns), [[cell(row) for cell in columns.values()] for row in rows]
 
 
 def _measures(kind: str, rows: Sequence[GroupRow]) -> Columns:
@@ -385,17 +273,6 @@ def _share(word: str, row: GroupRow) -> str:
 def _ensemble(size: int, row: GroupRow) -> str:
     entry = next((entry for entry in row.ensembles if entry["size"] == size), None)
     return f"{number(entry['accuracy'], '.2f')} ({number(entry['nll'])}, {number(entry['ece'])})" if entry else "–"
-
-
-def count_of(row: GroupRow) -> str:
-    """The size of a group, and how many of its networks have no score or no finite predictions."""
-    return f"{row.n:,}" + (f" ({row.num_undefined} not finite)" if row.num_undefined else "")
-
-
-def spread_of(row: GroupRow) -> str:
-    """The mean ± the standard deviation of a group."""
-    mean, std = number(row.measures.get("score_mean"), ".2f"), number(row.measures.get("score_std"), ".2f")
-    return mean if row.measures.get("score_mean") is None or row.n == 1 else f"{mean} ± {std}"
 
 
 def _interval(bounds: Sequence[float | None] | None, format: str) -> str:

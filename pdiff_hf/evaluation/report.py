@@ -10,6 +10,7 @@ from ..utils.names import REPORT
 from ..utils.reports import FIGURES, load_report
 from . import render
 from .report_data import GroupRow, ReportData
+from .summary import summarise
 from .verdict import find_warnings, write_verdict
 
 __all__ = ["GroupRow", "Report"]
@@ -39,7 +40,7 @@ class Report(ReportData):
     def describe(self) -> None:
         """Puts the numbers into words: warnings, verdict and summary."""
         self.warnings, self.verdict = find_warnings(self), write_verdict(self)
-        self.summary = render.summarise(self)
+        self.summary = summarise(self)
 
     def save(self, folder: str | os.PathLike) -> None:
         """Writes `report.json`, `report.md` and `report.html`; the latter two show the figures that are there."""

@@ -6,8 +6,8 @@ from typing import Any
 import numpy as np
 
 from pdiff_hf.evaluation.compare import paired_difference
-from pdiff_hf.evaluation.render import short as passes
 from pdiff_hf.evaluation.render import table
+from pdiff_hf.evaluation.summary import short as passes
 
 GENERATOR = "generator"
 ZOO_GENERATOR = "zoo generator and training networks"

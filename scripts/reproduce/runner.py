@@ -19,9 +19,9 @@ from benchmarks.training import measure_training
 from filelock import FileLock, Timeout
 
 from pdiff_hf.evaluation.groups import named_generator
-from pdiff_hf.evaluation.render import metric_title
 from pdiff_hf.evaluation.report_data import Metric
 from pdiff_hf.evaluation.score import make_scorer
+from pdiff_hf.evaluation.summary import metric_title
 from pdiff_hf.run.config import PDiffConfig
 from pdiff_hf.run.context import RunContext
 from pdiff_hf.run.folder import link

@@ -186,6 +186,14 @@ def test_a_zoo_from_elsewhere(finished, tmp_path):
         run_in(tmp_path / "other", snapshots=str(zoo), family=None, tune_steps=2)
 
 
+def test_conditions_without_a_family_are_warned_of(finished, tmp_path):
+    zoo, few = str(finished.folder / "snapshots"), {"tune_steps": 0, "baselines": "few", "baseline_models": 1}
+    run = finish(tmp_path / "out", snapshots=zoo, family=None, **few)
+    report = Report.load(run.folder / "evaluation")
+    assert report.warnings[0].startswith("The snapshots have conditions (angle, invert, occlude), and no family says")
+    assert "--family" in report.warnings[0] and not report.fields and report.group("snapshots").n == 12
+
+
 def evaluate(monkeypatch, finished, source, folder, *flags) -> Report:
     r = finished.config
     task = [
