@@ -215,7 +215,6 @@ class Members:
             )
             kept[name] = row.to_dict()
             if self.cache is not None and PartialState().is_main_process:
-                self.cache.parent.mkdir(parents=True, exist_ok=True)
                 write_json(self.cache, kept)
             yield row, None
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import hashlib
+import math
 import os
 import time
 from abc import ABC, abstractmethod
@@ -184,21 +185,17 @@ class Scorer(ABC, Generic[S]):
             ValueError: if the scores would not fit into memory; nothing is computed before.
         """
         self.check_memory(split, len(parameters))
-        rows: dict[str, list[int]] = {}  # the same network may be asked for several times
+        missing: dict[str, list[int]] = {}  # the same network may be asked for several times
         for row in range(len(parameters)):
-            rows.setdefault(_content_hash(parameters[row]), []).append(row)
+            missing.setdefault(_content_hash(parameters[row]), []).append(row)
         scores = self._empty(split, len(parameters))
-        missing = dict(rows)
         for known, chunk in self._read(split):
             for i, key in enumerate(known):
                 if key in missing:
                     _fill(scores, missing.pop(key), chunk, i)
-        keys = list(missing)
+        keys, what = list(missing), f"{self.metric.name} on {split}"
         size = max(1, min(self.chunk_size, CHUNK_BYTES // (4 * self.layout.num_parameters)))
-        description = f"{self.metric.name} on {split}"
-        with tqdm(
-            total=len(keys), desc=description, unit="network", disable=not keys, mininterval=1.0, leave=False
-        ) as progress:
+        with tqdm(total=len(keys), desc=what, unit="network", disable=not keys, leave=False) as progress:
             for start in range(0, len(keys), size):
                 part = keys[start : start + size]
                 computed = vars(self._compute(split, torch.stack([parameters[missing[key][0]] for key in part]), part))
@@ -216,10 +213,8 @@ class Scorer(ABC, Generic[S]):
         else:
             scores = self._run(split, parameters)
         if self.cache_dir is not None:
-            folder = self._folder(split)
-            folder.mkdir(parents=True, exist_ok=True)
             name = hashlib.blake2b("".join(keys).encode(), digest_size=16).hexdigest()
-            with replacing(folder / f"{name}.safetensors") as part:
+            with replacing(self._folder(split) / f"{name}.safetensors") as part:
                 save_file(vars(scores), part, metadata={"keys": " ".join(keys)})
         return scores
 
@@ -250,12 +245,8 @@ class Scorer(ABC, Generic[S]):
 
     def help(self) -> None:
         """For the other processes: scores what the main process asks for until its block [`with_help`] ends."""
-        while True:
-            asked = [None]
-            broadcast_object_list(asked)
-            if asked[0] is None:
-                return
-            self._run_share(*asked[0])
+        while (asked := broadcast_object_list([None])[0]) is not None:
+            self._run_share(*asked)
 
     def _folder(self, split: Split) -> Path:
         assert self.cache_dir is not None
@@ -327,8 +318,7 @@ class ClassifierScorer(Scorer[ClassifierScores]):
         return ClassifierScores(**{name: values.cpu() for name, values in vars(scores).items()})
 
     def estimate(self, num_networks: int) -> float:
-        batch = self._batch("test", EVAL_BATCH_SIZE)
-        base = self.models.layout.flatten(self.models.model.state_dict())
+        batch, base = self._batch("test", EVAL_BATCH_SIZE), self.models.base_parameters()
 
         def seconds(count: int) -> float:
             start = time.perf_counter()
@@ -338,10 +328,9 @@ class ClassifierScorer(Scorer[ClassifierScores]):
 
         seconds(1)  # the first call of a kind prepares what later ones use
         few, more = seconds(2), seconds(6)
-        each = max(0.0, more - few) / 4
-        passes = -(-num_networks // self.chunk_size)
-        examples = self.num_examples("validation") + self.num_examples("test")
-        batches = examples / min(EVAL_BATCH_SIZE, self.num_examples("test"))
+        each, passes = max(0.0, more - few) / 4, math.ceil(num_networks / self.chunk_size)
+        num_test = self.num_examples("test")
+        batches = (self.num_examples("validation") + num_test) / min(EVAL_BATCH_SIZE, num_test)
         return batches * (num_networks * each + passes * max(0.0, few - 2 * each))
 
 

@@ -187,8 +187,8 @@ def test_a_zoo_from_elsewhere(finished, tmp_path):
 
 
 def test_conditions_without_a_family_are_warned_of(finished, tmp_path):
-    zoo, few = str(finished.folder / "snapshots"), {"tune_steps": 0, "baselines": "few", "baseline_models": 1}
-    run = finish(tmp_path / "out", snapshots=zoo, family=None, **few)
+    changes = {"tune_steps": 0, "tune_args.inference_steps": 10, "baselines": "few", "baseline_models": 1}
+    run = finish(tmp_path / "out", snapshots=str(finished.folder / "snapshots"), family=None, **changes)
     report = Report.load(run.folder / "evaluation")
     assert report.warnings[0].startswith("The snapshots have conditions (angle, invert, occlude), and no family says")
     assert "--family" in report.warnings[0] and not report.fields and report.group("snapshots").n == 12
