@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from pdiff_hf.evaluation.score import MemberScorer
+from pdiff_hf.evaluation.member_score import MemberScorer
 from pdiff_hf.networks.runner import NetworkRunner
 from pdiff_hf.tasks.family import Family
 from pdiff_hf.tasks.task import Batch, Split

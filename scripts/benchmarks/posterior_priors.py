@@ -20,8 +20,8 @@ from torch import nn
 
 from pdiff_hf.evaluation.closed_forms import mean_networks
 from pdiff_hf.evaluation.groups import training_cost
+from pdiff_hf.evaluation.member_score import MemberScorer
 from pdiff_hf.evaluation.opponents import Regime
-from pdiff_hf.evaluation.score import MemberScorer
 from pdiff_hf.layout import ParameterLayout
 from pdiff_hf.models import DENOISER_PRESETS, ConditionEncoder, LatentDenoiser, ParameterAutoencoder
 from pdiff_hf.models.kernel_ridge import KernelRidge
