@@ -8,6 +8,7 @@ Turns a network's training run into a generator of new, working networks, and sa
     accelerate launch scripts/train.py --stages denoiser evaluate         # some stages only
     accelerate launch scripts/train.py --resume_from_checkpoint latest    # go on where a run was stopped
     accelerate launch scripts/train.py --push_to_hub --hub_model_id user/name  # publish the generator with its report
+    accelerate launch --quiet scripts/train.py ...                 # without the launcher's traceback after an error
 
 On several hosts (on CPUs with ACCELERATE_USE_CPU=true and GLOO_SOCKET_IFNAME=eth0, or whatever joins them):
 

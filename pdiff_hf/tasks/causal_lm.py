@@ -1,6 +1,5 @@
 """Language models: any causal network of transformers on texts, on prompts with completions, or on conversations."""
 
-import hashlib
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -26,7 +25,7 @@ from .dataset import DatasetTask
 from .labels import find_weights
 from .registry import register_task
 from .sources import load_raw
-from .task import Batch, MeasuredTask, Split, take
+from .task import Batch, MeasuredTask, Split, digest, take
 
 # What is not predicted: prompts and padding.
 IGNORED = -100
@@ -96,8 +95,7 @@ class LanguageTask(DatasetTask):
 
     def fingerprint(self, split: Split) -> str:
         """Follows all tokens, and which of them are predicted."""
-        digest = hashlib.blake2b(repr(self.load_split(split).examples).encode(), digest_size=16)
-        return digest.hexdigest()
+        return digest(self.load_split(split).examples)
 
 
 @register_task("causal_lm")

@@ -113,27 +113,17 @@ def load_image_data(dataset: str, column: str | None = None) -> dict[str, datase
     Args:
         dataset (`str`): `digits`, `all_digits` or `moving_digits`, which need no download (see `digits.py`), or what
             `load_raw` takes.
-        column (`str`, *optional*): See [`as_images`].
+        column (`str`, *optional*): Of the images; `image` by default. A column of paths (relative to the data set or
+            the current folder), of whole files as bytes, or of files in base64 becomes one of images.
+
+    Raises:
+        ValueError: if there is no such data set, and for a column of addresses in the web, or of texts that are neither
+            paths nor base64.
     """
     if dataset in EMBEDDED:
         return EMBEDDED[dataset]()
-    return as_images(load_raw(dataset, "'digits', 'all_digits', 'moving_digits', "), dataset, column)
-
-
-def as_images(
-    raw: Mapping[str, datasets.Dataset], dataset: str, column: str | None = None
-) -> dict[str, datasets.Dataset]:
-    """
-    The splits with a column of images in place of one of paths (relative to the data set or the current folder), whole
-    files as bytes, or files in base64.
-
-    Args:
-        column (`str`, *optional*): `image` by default.
-
-    Raises:
-        ValueError: for a column of addresses in the web, and of texts that are neither paths nor base64.
-    """
-    splits, column = dict(raw), column or "image"
+    names, column = ", ".join(f"'{name}'" for name in EMBEDDED), column or "image"
+    splits = load_raw(dataset, f"{names}, ")
     feature = splits["train"].features.get(column)
     if isinstance(feature, dict) and "bytes" in feature:
         return {name: rows.cast_column(column, datasets.Image()) for name, rows in splits.items()}

@@ -8,7 +8,6 @@ from functools import cached_property
 from typing import Any, ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -96,12 +95,8 @@ class MultipleChoiceTask(LanguageTask, ClassificationTask):
         """The tokens of a text."""
         return self.tokenizer(text, **kwargs)["input_ids"]
 
-    def loss(self, call: Callable, batch: Batch) -> torch.Tensor:
-        """Of the probabilities that the choices have among themselves."""
-        return F.cross_entropy(self.predict(call, batch), batch["labels"])
-
     def predict(self, call: Callable, batch: Batch) -> torch.Tensor:
-        """The log-probability of each choice, shape `(B, C)`."""
+        """The log-probability of each choice, shape `(B, C)`; the loss is of those that they have among themselves."""
         (num_examples, num_rows, length), targets = batch["input_ids"].shape, batch["choices"]  # (B, C, K)
         mask = batch["attention_mask"].flatten(0, 1).bool()  # (B R, T)
         # As attention needs it, because networks look at the values of another form, which many side by side do not

@@ -18,9 +18,8 @@ from ..networks.runner import NetworkRunner
 from ..networks.torchvision import Architecture
 from ..utils.imports import require
 from .dataset import BadRows, take_columns
-from .images import ImageColumn, ImageTask, as_images
+from .images import ImageColumn, ImageTask, load_image_data
 from .registry import register_task
-from .sources import load_raw
 from .task import Batch, MeasuredTask, Split, batches
 
 # COCO's metric looks at no more detections than this in an image.
@@ -65,7 +64,7 @@ class ObjectDetectionTask(ImageTask, MeasuredTask):
         if self.image_size is not None and "min_size" in self._architecture.known_args:
             sizes = {"min_size": self.image_size, "max_size": self.image_size}
             self._architecture = Architecture.find(self.model, detection, sizes | self.model_args)
-        raw = as_images(load_raw(self.dataset), self.dataset, self.image_column)
+        raw = load_image_data(self.dataset, self.image_column)
         self.class_names = self._find_classes(raw["train"].features)
         columns = {self._choose_image(raw["train"].features): "image", "objects": "objects"}
         for name, rows in raw.items():

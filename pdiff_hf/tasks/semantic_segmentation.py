@@ -18,9 +18,8 @@ from torchvision.transforms.functional import pil_to_tensor
 from ..networks.runner import NetworkRunner
 from ..networks.torchvision import Architecture
 from .dataset import BadRows, take_columns
-from .images import ImageColumn, ImageTask, as_images, prepared
+from .images import ImageColumn, ImageTask, load_image_data, prepared
 from .registry import register_task
-from .sources import load_raw
 from .task import Batch, MeasuredTask, Split, Tensors, batches
 
 # Pixels of this class are neither trained on nor counted.
@@ -68,7 +67,7 @@ class SemanticSegmentationTask(ImageTask, MeasuredTask):
         self._architecture = Architecture.find(self.model, segmentation, self.model_args)
         if self._architecture.weights is not None and "aux_loss" in self._architecture.known_args:
             self._architecture = Architecture.find(self.model, segmentation, {"aux_loss": True} | self.model_args)
-        raw = as_images(load_raw(self.dataset), self.dataset, self.image_column)
+        raw = load_image_data(self.dataset, self.image_column)
         columns = self._choose_columns(raw["train"].features)
         classes = 0
         for name, rows in raw.items():

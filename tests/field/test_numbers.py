@@ -18,6 +18,7 @@ from pdiff_hf.snapshots import CollectArguments, SnapshotError, SnapshotWriter, 
 from pdiff_hf.snapshots.dataset import load_snapshots, parameter_matrix
 from pdiff_hf.tasks import ClassificationTask
 from pdiff_hf.training import (
+    NoiseArguments,
     make_sampling_scheduler,
     make_training_scheduler,
     train_autoencoder,
@@ -188,6 +189,7 @@ def whole_chain(
         snapshots,
         layout,
         LoopArguments(**loop),
+        NoiseArguments(),
         latent_dim=latent_dim,
         architecture=architecture,
     )
