@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from diffusers import ConfigMixin
 from diffusers.configuration_utils import register_to_config
+from diffusers.models.autoencoders.vae import DecoderOutput
 from diffusers.utils import BaseOutput
 from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import nn
@@ -53,16 +54,6 @@ class ParameterEncoderOutput(BaseOutput):
     """
 
     latents: torch.Tensor
-
-
-@dataclass
-class ParameterDecoderOutput(BaseOutput):
-    """
-    Args:
-        sample (`torch.Tensor`): Shape `(N, D)`. Parameters, in their natural units.
-    """
-
-    sample: torch.Tensor
 
 
 def autoencoder_architecture(
@@ -291,7 +282,7 @@ class ParameterAutoencoder(TokenModel, ConfigMixin):
         return ParameterEncoderOutput(latents=(latents - self.latent_mean) / self.latent_std)
 
     @apply_forward_hook
-    def decode(self, latents: torch.Tensor, rank: int | None = None) -> ParameterDecoderOutput:
+    def decode(self, latents: torch.Tensor, rank: int | None = None) -> DecoderOutput:
         """
         Standardised latents, shape `(N, L)`, to parameters in natural units, shape `(N, D)`, always float32. Adapters
         that are learned as products may have another `rank` than the snapshots; see [`layout_of_rank`].
@@ -299,7 +290,7 @@ class ParameterAutoencoder(TokenModel, ConfigMixin):
         sample = self.detokenize(self._decode(latents * self.latent_std + self.latent_mean))
         if self.config.tuned_map:
             sample = sample + latents.float() @ self.map_weight.float()
-        return ParameterDecoderOutput(sample=self.with_factors(sample, rank))
+        return DecoderOutput(sample=self.with_factors(sample, rank))
 
     def with_factors(self, vectors: torch.Tensor, rank: int | None = None) -> torch.Tensor:
         """Vectors as parameters, `(N, D)`: of adapters that are learned as products, their factors."""

@@ -122,16 +122,14 @@ class ConditionEncoder(SavedModel, ConfigMixin):
                     )
 
     @apply_forward_hook  # that moves an offloaded model to its device
-    def complete(self, table: torch.Tensor, draws: torch.Tensor, num_neighbors: int | None = None) -> torch.Tensor:
+    def complete(self, table: torch.Tensor, draws: torch.Tensor) -> torch.Tensor:
         """
         Draws the unknown fields from the seen conditions.
 
         Args:
             table (`torch.Tensor`): Shape `(N, width)`, NaN where a field is unknown.
-            draws (`torch.Tensor`): Shape `(N,)`, uniform in [0, 1): which of the seen conditions each row takes all of
-                its unknown fields from.
-            num_neighbors (`int`, *optional*): Only from so many of the seen conditions, the nearest in the known
-                fields; all by default, which is right for fields that do not depend on each other.
+            draws (`torch.Tensor`): Shape `(N,)`, uniform in [0, 1): which of the seen conditions, in the order of
+                their distance in the known fields, each row takes all of its unknown fields from.
 
         Raises:
             ConditionError: if there are unknown fields, and no seen condition to draw them from.
@@ -148,9 +146,7 @@ class ConditionEncoder(SavedModel, ConfigMixin):
         of_seen, of_rows = features[: len(seen)], features[len(seen) :]
         weights = known[:, self.fields.feature_fields().to(known.device)].to(features.dtype)  # (N, F)
         distances = ((of_rows.unsqueeze(1) - of_seen).square() * weights.unsqueeze(1)).sum(-1)  # (N, S)
-        # Where nothing is known, all are equally near.
-        sizes = torch.where(known.any(1), min(num_neighbors or len(seen), len(seen)), len(seen))
-        chosen = (draws * sizes).long().minimum(sizes - 1)  # (N,)
+        chosen = (draws * len(seen)).long().clamp(max=len(seen) - 1)  # (N,)
         chosen = distances.argsort(dim=1, stable=True).gather(1, chosen.unsqueeze(1)).squeeze(1)
         return torch.where(table.isnan(), seen[chosen], table)
 

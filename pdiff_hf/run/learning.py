@@ -32,7 +32,6 @@ from ..tasks.family import MAX_DRAWS
 from ..training import (
     Loop,
     LoopArguments,
-    NoiseArguments,
     gaussian_loss,
     make_sampling_scheduler,
     make_training_scheduler,
@@ -83,7 +82,8 @@ def fit_autoencoder(context: RunContext, stage: Stage) -> None:
             architecture=architecture(context),
             normalization=args.normalization,
             latent_scaling=c.latent_scaling,
-            noise=NoiseArguments(parameter_noise=args.parameter_noise, latent_noise=args.latent_noise),
+            parameter_noise=args.parameter_noise,
+            latent_noise=args.latent_noise,
             output_loss=output_loss(context, loop.device) if c.autoencoder_loss == "outputs" else None,
         )
     if not PartialState().is_main_process:

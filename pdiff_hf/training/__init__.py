@@ -1,6 +1,6 @@
 """Training of the autoencoder and the denoiser in one loop."""
 
-from .autoencoder import NoiseArguments, train_autoencoder
+from .autoencoder import train_autoencoder
 from .denoiser import gaussian_loss, make_sampling_scheduler, make_training_scheduler, train_denoiser
 from .loop import Loop, LoopArguments, TrainingError
 from .state import LoopCallback, LoopState
@@ -10,7 +10,6 @@ __all__ = [
     "LoopArguments",
     "LoopCallback",
     "LoopState",
-    "NoiseArguments",
     "TrainingError",
     "gaussian_loss",
     "make_sampling_scheduler",

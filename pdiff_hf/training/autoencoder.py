@@ -1,7 +1,6 @@
 """Trains the parameter autoencoder (paper, section 2.3)."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -16,30 +15,19 @@ from .loop import Loop, LoopArguments
 OutputLoss = Callable[[torch.Tensor, torch.Tensor, torch.Generator], torch.Tensor]
 
 
-@dataclass(frozen=True)
-class NoiseArguments:
-    """
-    Args:
-        parameter_noise (`float`, *optional*, defaults to 0.001): σ_v, in normalised units.
-        latent_noise (`float`, *optional*, defaults to 0.1): σ_z.
-    """
-
-    parameter_noise: float = 1e-3
-    latent_noise: float = 0.1
-
-
 def train_autoencoder(
     loop: Loop,
     snapshots: torch.Tensor,
     layout: ParameterLayout,
     args: LoopArguments,
-    noise: NoiseArguments,
     *,
     seen: torch.Tensor | None = None,
     latent_dim: int,
     architecture: Mapping[str, Any],
     normalization: str = "coordinate",
     latent_scaling: str = "each",
+    parameter_noise: float = 1e-3,
+    latent_noise: float = 0.1,
     model_class: type[ParameterAutoencoder] = ParameterAutoencoder,
     output_loss: OutputLoss | None = None,
 ) -> tuple[ParameterAutoencoder, torch.Tensor]:
@@ -56,6 +44,9 @@ def train_autoencoder(
             [`autoencoder_architecture`]. Without convolutions there is nothing to train, and no step is taken.
         normalization (`str`, *optional*, defaults to `"coordinate"`): Of `fit_parameter_statistics`.
         latent_scaling (`str`, *optional*, defaults to `"each"`): Of `fit_latent_statistics`.
+        parameter_noise (`float`, *optional*, defaults to 0.001), latent_noise (`float`, *optional*, defaults to 0.1):
+            σ_v and σ_z; see [`ParameterAutoencoder.forward`].
+        model_class (`type`, *optional*): A subclass of [`ParameterAutoencoder`] to train.
         output_loss (`Callable`, *optional*): `output_loss(parameters, rows, generator)` of the decoded networks, shape
             `(n, D)`, in place of the snapshots with the indices `rows`: what it is trained on, in place of parameters.
 
@@ -74,7 +65,7 @@ def train_autoencoder(
     basis, products = getattr(autoencoder, "token_basis", None), autoencoder.products
 
     def loss_function(model, indices, generator):
-        output = model(tokens[indices].to(loop.device), **asdict(noise), generator=generator)
+        output = model(tokens[indices].to(loop.device), parameter_noise, latent_noise, generator)
         if output_loss is not None:
             return output_loss(
                 autoencoder.with_factors(autoencoder.detokenize(output.sample)), seen[indices], generator

@@ -61,9 +61,8 @@ class Loop:
     Args:
         accelerator (`Accelerator`): With its `gradient_accumulation_steps`; what it has prepared before, it forgets.
         seed (`int`): Of the order of the examples and of the noise.
-        checkpoint_dir (`str` or `os.PathLike`, *optional*): Where `checkpoint-N` folders are kept.
+        checkpoint_dir (`str` or `os.PathLike`, *optional*): Where the last two `checkpoint-N` folders are kept.
         checkpointing_steps (`int`, *optional*): Save a checkpoint every so many steps.
-        checkpoints_total_limit (`int`, *optional*, defaults to 2): Keep no more than this many.
         resume (`bool`, *optional*, defaults to `False`): Go on from the latest checkpoint in `checkpoint_dir`, if any.
         callbacks (`Sequence[LoopCallback]`, *optional*): Are told what happens.
     """
@@ -72,7 +71,6 @@ class Loop:
     seed: int
     checkpoint_dir: str | os.PathLike | None = None
     checkpointing_steps: int | None = None
-    checkpoints_total_limit: int = 2
     resume: bool = False
     callbacks: Sequence[LoopCallback] = ()
 
@@ -191,7 +189,7 @@ class Loop:
                     callback.on_log(state, logs)
             if saves:
                 assert self.checkpoint_dir is not None
-                checkpoint = state.save(accelerator, Path(self.checkpoint_dir), self.checkpoints_total_limit)
+                checkpoint = state.save(accelerator, Path(self.checkpoint_dir))
                 for callback in self.callbacks:
                     callback.on_save(state, checkpoint)
             if last:

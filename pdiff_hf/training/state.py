@@ -76,10 +76,10 @@ class LoopState:
             self.ema.shadow_params = [parameter.detach().clone() for parameter in self.parameters]
         self.trusted_from = self.step
 
-    def save(self, accelerator: Accelerator, folder: Path, limit: int) -> Path:
+    def save(self, accelerator: Accelerator, folder: Path) -> Path:
         """
-        Writes a checkpoint beside those in `folder`, of which the latest `limit` are kept. It has a temporary name at
-        first, so that a `checkpoint-N` folder is always whole.
+        Writes a checkpoint into `folder`, where the one before is kept too. It has a temporary name at first, so that a
+        `checkpoint-N` folder is always whole.
         """
         part, checkpoint = folder / f"part-{self.step}", folder / f"checkpoint-{self.step}"
         if accelerator.is_main_process:
@@ -97,7 +97,7 @@ class LoopState:
                 sync(part)
                 remove(checkpoint)
                 part.rename(checkpoint)
-                for old in _checkpoints(folder)[:-limit]:
+                for old in _checkpoints(folder)[:-2]:
                     remove(old)
         except BaseException:
             if accelerator.is_main_process:

@@ -27,7 +27,7 @@ from pdiff_hf.snapshots import align_snapshots, find_hidden_units
 from pdiff_hf.snapshots.alignment import match_weights
 from pdiff_hf.snapshots.barrier import measure_barrier
 from pdiff_hf.tasks import ImageClassificationTask, accuracy, take
-from pdiff_hf.training import NoiseArguments, train_autoencoder
+from pdiff_hf.training import train_autoencoder
 from pdiff_hf.training.loop import Loop, LoopArguments, epoch_indices
 
 HEADER = [
@@ -91,7 +91,6 @@ def measure(
         train,
         models.layout,
         LoopArguments(args.autoencoder_steps, batch_size=50, learning_rate=1e-3, lr_warmup_steps=30, max_grad_norm=1.0),
-        NoiseArguments(),
         latent_dim=args.latent_dim,
         architecture=autoencoder_architecture("tokens", models.layout.num_parameters),
     )

@@ -25,7 +25,7 @@ from pdiff_hf.models.tokens import BASIS_DTYPES
 from pdiff_hf.run.cli import load_config
 from pdiff_hf.run.learning import autoencoder_arguments
 from pdiff_hf.run.trainer import prepare
-from pdiff_hf.training import NoiseArguments, train_autoencoder
+from pdiff_hf.training import train_autoencoder
 from pdiff_hf.training.loop import Loop
 
 
@@ -53,7 +53,6 @@ def measure(folder: str, dtype: str, token_dim: int, steps: int) -> None:
             autoencoder_arguments(
                 r.changed(autoencoder_steps=steps, autoencoder_batch_size=min(r.autoencoder_batch_size, len(seen)))
             ),
-            NoiseArguments(),
             seen=seen,
             latent_dim=r.latent_dim,
             architecture=architecture | {"basis_dtype": dtype, "token_dim": token_dim},

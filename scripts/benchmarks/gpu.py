@@ -35,7 +35,6 @@ from pdiff_hf.models import DENOISER_PRESETS, LatentDenoiser, ParameterAutoencod
 from pdiff_hf.selection import select_parameters
 from pdiff_hf.tasks import ImageClassificationTask
 from pdiff_hf.training import (
-    NoiseArguments,
     make_sampling_scheduler,
     make_training_scheduler,
     train_autoencoder,
@@ -156,7 +155,6 @@ class Bench:
                     snapshots,
                     layout_of(length),
                     args,
-                    NoiseArguments(),
                     latent_dim=LATENT_DIM,
                     architecture=autoencoder_architecture(preset, length),
                 )

@@ -29,7 +29,7 @@ from pdiff_hf.evaluation.render import table
 from pdiff_hf.layout import ParameterLayout
 from pdiff_hf.models import DENOISER_PRESETS, autoencoder_architecture
 from pdiff_hf.run.config import PDiffConfig
-from pdiff_hf.training import NoiseArguments, make_training_scheduler, train_autoencoder, train_denoiser
+from pdiff_hf.training import make_training_scheduler, train_autoencoder, train_denoiser
 from pdiff_hf.training.estimate import estimate_autoencoder, estimate_denoiser
 from pdiff_hf.training.loop import Loop, LoopArguments
 
@@ -173,7 +173,6 @@ def _measure(
                     snapshots,
                     ParameterLayout(("parameters",), ((length,),), ("float32",)),
                     args,
-                    NoiseArguments(),
                     latent_dim=latent_dim,
                     architecture=autoencoder_architecture(preset, length),
                 )

@@ -9,7 +9,7 @@ from pdiff_hf.evaluation.groups import Group
 from pdiff_hf.evaluation.score import Scorer
 from pdiff_hf.run.context import RunContext
 from pdiff_hf.run.learning import architecture, autoencoder_arguments
-from pdiff_hf.training import NoiseArguments, train_autoencoder
+from pdiff_hf.training import train_autoencoder
 from pdiff_hf.utils.seeds import named_seed
 
 from .hyper_representations import sample_hyper_representations
@@ -36,7 +36,7 @@ def vae(run: RunContext, scorer: Scorer) -> Iterator[Group]:
             architecture=architecture(run),
             normalization=r.autoencoder_args.normalization,
             latent_scaling=r.latent_scaling,
-            noise=NoiseArguments(parameter_noise=r.autoencoder_args.parameter_noise, latent_noise=0.0),
+            parameter_noise=r.autoencoder_args.parameter_noise,
             model_class=VariationalAutoencoder,
         )
     generator = torch.Generator().manual_seed(named_seed(r.seed, "vae"))

@@ -18,7 +18,6 @@ from pdiff_hf.snapshots import CollectArguments, SnapshotError, SnapshotWriter, 
 from pdiff_hf.snapshots.dataset import load_snapshots, parameter_matrix
 from pdiff_hf.tasks import ClassificationTask
 from pdiff_hf.training import (
-    NoiseArguments,
     make_sampling_scheduler,
     make_training_scheduler,
     train_autoencoder,
@@ -189,7 +188,6 @@ def whole_chain(
         snapshots,
         layout,
         LoopArguments(**loop),
-        NoiseArguments(),
         latent_dim=latent_dim,
         architecture=architecture,
     )

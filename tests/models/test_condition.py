@@ -187,9 +187,7 @@ def test_unknown_fields_come_from_the_seen_conditions_together():
     assert [row["blur"] for row in drawn] == pytest.approx([0.72] * 4)
     assert [row["angle"] for row in drawn] == [70.0, 90.0, 0.0, 90.0]
     assert [row["invert"] for row in drawn] == ["yes", "yes", "no", "yes"]
-    nearest = FIELDS.conditions(encoder.complete(asked[:2], torch.tensor([0.0, 0.99]), num_neighbors=2))
-    assert [row["angle"] for row in nearest] == [70.0, 80.0]
-    nothing = FIELDS.conditions(encoder.complete(FIELDS.table([{}]), torch.tensor([0.99]), num_neighbors=2))
+    nothing = FIELDS.conditions(encoder.complete(FIELDS.table([{}]), torch.tensor([0.99])))
     assert nothing[0]["angle"] == 90.0
     complete = FIELDS.table(CONDITIONS[:1])
     assert torch.equal(encoder.complete(complete, torch.zeros(1)), complete)

@@ -36,9 +36,9 @@ def run(
         return scale * F.mse_loss(model(target + noise * torch.randn(target.shape, generator=generator)), target)
 
     accelerator = Accelerator(cpu=True, gradient_accumulation_steps=accumulation, step_scheduler_with_optimizer=False)
-    limits = {key: kwargs.pop(key) for key in ("checkpointing_steps", "checkpoints_total_limit") if key in kwargs}
+    every = kwargs.pop("checkpointing_steps", None)
     args = LoopArguments(**{"num_steps": 30, "batch_size": 8, "learning_rate": 1e-2} | kwargs)
-    loop = Loop(accelerator, 0, folder, resume=resume, callbacks=callbacks, **limits)
+    loop = Loop(accelerator, 0, folder, every, resume, callbacks)
     losses = loop.train(model, loss_function, len(TARGET), args, description="test")
     return torch.cat([p.detach().flatten() for p in model.parameters()]), losses, calls
 
@@ -107,8 +107,8 @@ def test_without_resume_it_starts_again(tmp_path):
 
 
 def test_checkpoints_are_limited_and_half_written_ones_ignored(tmp_path):
-    run(tmp_path, checkpointing_steps=4, checkpoints_total_limit=3)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoint-20", "checkpoint-24", "checkpoint-28"]
+    run(tmp_path, checkpointing_steps=4)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoint-24", "checkpoint-28"]
     (tmp_path / "part-40").mkdir()
     (tmp_path / "checkpoint-x").mkdir()
     assert latest_checkpoint(tmp_path).name == "checkpoint-28"

@@ -9,7 +9,6 @@ from pdiff_hf.models import ParameterAutoencoder, autoencoder_architecture
 from pdiff_hf.training import (
     Loop,
     LoopArguments,
-    NoiseArguments,
     gaussian_loss,
     make_training_scheduler,
     train_autoencoder,
@@ -32,7 +31,8 @@ def train(snapshots, num_steps, output_loss=None, preset="linear"):
         snapshots,
         LAYOUT,
         LoopArguments(num_steps, 20, 0.01),
-        NoiseArguments(0.0, 0.0),
+        parameter_noise=0.0,
+        latent_noise=0.0,
         latent_dim=4,
         architecture=autoencoder_architecture(preset, 30, num_snapshots=60),
         output_loss=output_loss,

@@ -7,7 +7,7 @@ from safetensors.torch import load_file
 
 from pdiff_hf.layout import ParameterLayout
 from pdiff_hf.models import autoencoder_architecture
-from pdiff_hf.training import NoiseArguments, train_autoencoder
+from pdiff_hf.training import train_autoencoder
 from pdiff_hf.training.loop import Loop, LoopArguments
 
 LAYOUT = ParameterLayout(("weight", "bias"), ((20, 30), (20,)), ("float32", "float32"))
@@ -19,7 +19,6 @@ def train(snapshots: torch.Tensor, folder, num_steps: int = 6, preset: str = "to
         snapshots,
         LAYOUT,
         LoopArguments(num_steps=num_steps, batch_size=8, learning_rate=1e-3, lr_scheduler="constant"),
-        NoiseArguments(),
         latent_dim=4,
         architecture=autoencoder_architecture(preset, LAYOUT.num_parameters),
         **kwargs,
