@@ -1,8 +1,6 @@
 """Evaluates generated networks: groups of networks, scored, compared, and put into one report."""
 
-import importlib.util
 import itertools
-import logging
 import os
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
@@ -17,14 +15,15 @@ from ..models.condition import Condition
 from ..networks.runner import NetworkRunner
 from ..pipelines import PDiffPipeline
 from ..tasks import Task
+from ..tasks.data_task import DataTask
 from ..tasks.family import Family, as_family
 from .groups import Group, Pending
 from .members import Members
 from .report import Report
+from .saving import sampling_of, save_report
 from .score import Scorer, make_scorer
+from .sets import evaluate_sets
 from .single_task import SingleTask
-
-logger = logging.getLogger(__name__)
 
 
 def evaluate(
@@ -59,7 +58,8 @@ def evaluate(
             of shape `(K, width)`.
         base_model (`nn.Module`, *optional*): By default the pipeline's.
         layout (`ParameterLayout`, *optional*): Which of its tensors are generated; by default the pipeline's.
-        num_models (`int`, *optional*): Networks to sample: 200 for a task and 4 for each member by default.
+        num_models (`int`, *optional*): Networks to sample: by default 200 for a task, 1000 if they are data, and 4 for
+            each member.
         baselines (`str`, *optional*, defaults to `"few"`): Or `all`, which takes much longer.
         scorer (`Scorer`, *optional*): For a single task, one that keeps scores; with it come base model and layout.
         extra_groups (`Iterable[Group | Pending]`, *optional*): Further groups, each made when it is asked for.
@@ -68,7 +68,8 @@ def evaluate(
         warnings (`Sequence[str]`, *optional*): What else a reader has to know.
         folder (`str` or `os.PathLike`, *optional*): Receives the report and its figures.
         seed (`int`, *optional*, defaults to 0): Of everything that is drawn.
-        options: `untuned`, the generator before it was tuned, and the others of [`SingleTask`] or [`Members`].
+        options: `untuned`, the generator before it was tuned, and the others of [`SingleTask`], [`Members`] or
+            [`evaluate_sets`].
 
     Returns:
         `Report`: What came out. Numbers in it may be missing; nothing in it is nan.
@@ -86,6 +87,11 @@ def evaluate(
         raise ValueError(
             f"{'base_model' if base_model is None else 'layout'} is needed: the networks differ from it in some tensors"
         )
+    if isinstance(task, DataTask):
+        table = task.fields.table(conditions) if isinstance(conditions, Sequence) else conditions
+        options |= {"table": table, "num_models": num_models or 1000, "losses": losses, "settings": settings}
+        networks = NetworkRunner(base_model, layout)
+        return evaluate_sets(task, networks, snapshots, generator, folder, seed=seed, **options)
     options |= {"baselines": baselines, "seed": seed} | ({} if num_models is None else {"num_models": num_models})
     with tempfile.TemporaryDirectory() as temporary:
         compared: SingleTask | Members
@@ -114,26 +120,3 @@ def evaluate(
         if folder is not None and PartialState().is_main_process:
             save_report(report, folder, losses, **compared.figures)
     return report
-
-
-def sampling_of(pipeline: PDiffPipeline) -> dict[str, Any]:
-    """How a pipeline samples, for a report."""
-    names = ("num_inference_steps", "temperature", "guidance_scale")
-    return {name: pipeline.config[name] for name in names} | {"scheduler": type(pipeline.scheduler).__name__}
-
-
-def save_report(
-    report: Report,
-    folder: str | os.PathLike,
-    losses: Mapping[str, Mapping[str, Sequence[float]]] | None = None,
-    **figures: Any,
-) -> None:
-    """Writes a report with its figures, if they can be drawn; see [`~pdiff_hf.evaluation.plots.draw_figures`]."""
-    Path(folder).mkdir(parents=True, exist_ok=True)
-    if importlib.util.find_spec("matplotlib"):
-        from .plots import draw_figures
-
-        draw_figures(report, folder, losses=losses, **figures)
-    else:
-        logger.warning("the report has no figures, which need matplotlib: pip install 'pdiff_hf[report]'")
-    report.save(folder)

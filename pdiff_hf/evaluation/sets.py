@@ -19,11 +19,11 @@ from ..training import Loop, LoopArguments
 from ..utils.reports import CONTACT_SHEET, TEST
 from .baselines import BaselineContext, diagonal_gaussian, low_rank_gaussian
 from .compare import BETTER, CLOSE, CONFIDENCE, WORSE, Comparison, interval
-from .evaluation import sampling_of, save_report
 from .geometry import Yardstick, exact_distances, pairwise_distances
 from .groups import named_generator
 from .report import GroupRow, Report
 from .report_data import Kind, Metric
+from .saving import sampling_of, save_report
 from .set_words import SHEET_COLUMNS, describe, draw_sheet
 
 METRIC = Metric("Fréchet distance", "% of the variance", higher_is_better=False)
@@ -38,8 +38,8 @@ NEIGHBOURS, RESAMPLES = 5, 200
 BANDWIDTHS = (0.2, 0.3, 0.4, 0.5, 0.6)
 GUIDANCE = 1.5
 # The classifier of the data set, whose features sets are compared by.
-CLASSIFIER = LoopArguments(800, 64, 2e-3)
-WIDTH = 32
+CLASSIFIER = LoopArguments(500, 64, 2e-3, weight_decay=0.01)
+WIDTH = 48
 
 Named = tuple[str, Kind, str | None, Tensor, Tensor | None]  # name, kind, sweep, outputs `(N, P, C)`, classes `(N,)`
 
@@ -50,18 +50,18 @@ class Features(nn.Module):
     def __init__(self, shape: Sequence[int], num_classes: int):
         super().__init__()
         if len(shape) == 3:
-            size = -(-shape[1] // 2) * -(-shape[2] // 2)
-            body = [
-                nn.Conv2d(shape[0], WIDTH, 3, padding=1),
-                nn.ReLU(),
-                nn.Conv2d(WIDTH, WIDTH, 3, stride=2, padding=1),
-                nn.ReLU(),
-                nn.Flatten(),
-                nn.Linear(WIDTH * size, WIDTH),
-            ]
+            body, channels = [], shape[0]
+            for width in (WIDTH // 2, WIDTH):
+                body += [nn.Conv2d(channels, width, 3, padding=1), nn.BatchNorm2d(width), nn.ReLU()]
+                body.append(nn.MaxPool2d(2, ceil_mode=True))
+                channels = width
+            body += [nn.Flatten(), nn.Linear(WIDTH * -(-shape[1] // 4) * -(-shape[2] // 4), WIDTH)]
         else:
             body = [nn.Linear(shape[0], 4 * WIDTH), nn.ReLU(), nn.Linear(4 * WIDTH, WIDTH)]
-        self.body, self.head = nn.Sequential(*body, nn.ReLU()), nn.Linear(WIDTH, num_classes)
+        self.body, self.head = (
+            nn.Sequential(*body, nn.ReLU()),
+            nn.Sequential(nn.Dropout(0.2), nn.Linear(WIDTH, num_classes)),
+        )
 
     def forward(self, data: Tensor) -> Tensor:
         return self.head(self.body(data))
@@ -315,7 +315,7 @@ def evaluate_sets(
     networks: NetworkRunner,
     snapshots: Tensor,
     generator: PDiffPipeline | Tensor,
-    folder: str | os.PathLike,
+    folder: str | os.PathLike | None = None,
     *,
     table: Tensor | None = None,
     heldout: Tensor | None = None,
@@ -328,7 +328,7 @@ def evaluate_sets(
     seed: int = 0,
 ) -> Report:
     """
-    The report on the data that generated networks make, against held-out data, which is written to `folder`.
+    The report on the data that generated networks make, against held-out data, which is written to `folder`, if given.
 
     Args:
         task (`DataTask`): Says what networks render, and which data there are.
@@ -351,7 +351,7 @@ def evaluate_sets(
     if len(signals["test"]) <= NEIGHBOURS:
         raise ValueError(f"sets are compared with held-out data: more than {NEIGHBOURS} are needed")
     judge = Judge(task, seed)
-    resampled, folder = Resampled(judge, seed), Path(folder)
+    resampled = Resampled(judge, seed)
     rows, placed, sheet = [], {}, {}
     of_train = None if table is None or not table.shape[1] else table[~heldout]
     seen = snapshots[~heldout]
@@ -412,9 +412,11 @@ def evaluate_sets(
     if isinstance(generator, PDiffPipeline):
         report.sampling = sampling_of(generator)
     describe(report)
-    folder.mkdir(parents=True, exist_ok=True)
+    if folder is None:
+        return report
+    Path(folder).mkdir(parents=True, exist_ok=True)
     nearest = pairwise_distances(judge.flat(sheet["generated"]), judge.train).argmin(1)
-    draw_sheet(task, sheet, signals["train"][nearest], folder / CONTACT_SHEET)
+    draw_sheet(task, sheet, signals["train"][nearest], Path(folder, CONTACT_SHEET))
     save_report(report, folder, losses)
     return report
 

@@ -276,6 +276,12 @@ def evaluate_saved(source: str, config: PDiffConfig) -> Report:
                 options["products"] = AdapterProducts(layout, config.autoencoder_args.adapter_frame_size)
                 options["products"].fit(snapshots, torch.arange(len(snapshots)))
         options |= {"conditions": condition_table(dataset, family.fields), "sets": sets, "zoo": zoo_arguments(config)}
+    elif isinstance(task, DataTask):
+        options["conditions"] = condition_table(dataset, load_fields(str(config.snapshots)))
+        if "heldout" in dataset.column_names:
+            options["heldout"] = torch.tensor(dataset["heldout"][:]) > 0
+        if pipeline is None:
+            generator = read_networks(folder, layout)
     else:
         if isinstance(task, LabelledTask):
             task.align(model.config)

@@ -7,15 +7,18 @@ import torch
 from accelerate import Accelerator
 from safetensors.torch import load_file, save_file
 from support.recipes import TINY_DATA
+from support.scripts import run_script
 from support.waves import Waves
 from torch import nn
 
 from pdiff_hf import (
     ModuleTask,
+    NeuralField,
     NeuralFieldTask,
     PDiffConfig,
     PDiffPipeline,
     PDiffTrainer,
+    evaluate,
     load_snapshots,
     select_layout,
 )
@@ -152,3 +155,28 @@ def test_snapshots_of_some_tensors_keep_the_network_around_them():
     with pytest.raises(RunError, match=r"not '0.weight'.*, and base_epochs=3 would train another network around them"):
         PDiffTrainer(task, torch.randn(20, 16), args=PDiffConfig(base_epochs=3, latent_dim=2))
     PDiffTrainer(task, torch.randn(20, 16), args=PDiffConfig(base_epochs=0, latent_dim=2))
+
+
+def test_evaluate_takes_pipelines_and_networks_that_are_data(context, tmp_path, monkeypatch):
+    settings = {"snapshots": context.parameters, "heldout": context.heldout, "num_models": 20}
+    pipe = PDiffPipeline.from_pretrained(context.folder)
+    report = evaluate(pipe, context.task, conditions=context.snapshot_conditions, **settings)
+    assert report.generated.n == 20 and "class_accuracy" in report.generated.measures
+    networks = {"base_model": context.base_model, "layout": context.layout}
+    report = evaluate(context.parameters[:30], context.task, folder=tmp_path / "report", **settings, **networks)
+    assert report.generated.n == 30 and (tmp_path / "report" / "contact_sheet.png").is_file()
+
+
+def test_scripts_take_generators_of_data(context, tmp_path, monkeypatch):
+    folder, out = str(context.folder), str(tmp_path / "networks")
+    run_script(monkeypatch, "generate.py", folder, "--num_models=2", f"--output_dir={out}", '--condition={"label": 3}')
+    assert NeuralField.from_pretrained(tmp_path / "networks" / "network-00001")(torch.zeros(5, 2)).shape == (5, 1)
+    task = ["--task=neural_field", "--model=siren", "--model_args", "width=8", "num_layers=1", "--dataset=all_digits"]
+    task += [
+        "--max_train_samples=140",
+        "--max_eval_samples=20",
+        "--num_models=20",
+        f"--output_dir={tmp_path / 'report'}",
+    ]
+    run_script(monkeypatch, "evaluate.py", folder, f"--snapshots={context.folder / 'snapshots'}", *task)
+    assert "Fréchet" in (tmp_path / "report" / "report.md").read_text()
