@@ -87,11 +87,12 @@ def evaluate(
         raise ValueError(
             f"{'base_model' if base_model is None else 'layout'} is needed: the networks differ from it in some tensors"
         )
-    if isinstance(task, DataTask):
-        table = task.fields.table(conditions) if isinstance(conditions, Sequence) else conditions
+    one = None if family.fields else family.task({})
+    if isinstance(one, DataTask):
+        table = one.fields.table(conditions) if isinstance(conditions, Sequence) else conditions
         options |= {"table": table, "num_models": num_models or 1000, "losses": losses, "settings": settings}
         networks = NetworkRunner(base_model, layout)
-        return evaluate_sets(task, networks, snapshots, generator, folder, seed=seed, **options)
+        return evaluate_sets(one, networks, snapshots, generator, folder, seed=seed, **options)
     options |= {"baselines": baselines, "seed": seed} | ({} if num_models is None else {"num_models": num_models})
     with tempfile.TemporaryDirectory() as temporary:
         compared: SingleTask | Members
