@@ -71,8 +71,8 @@ class DocstringQuestions(MultipleChoiceTask):
         super().__post_init__()
 
 
-def paragraphs(package: str, generator: torch.Generator) -> list[str]:
-    """Different paragraphs of docstrings of a package, without its own name, in random order."""
+def paragraphs(package: str, generator: torch.Generator, most: int = 20) -> list[str]:
+    """`NUM_TEXTS` of the docstrings of a package, of `most` times as many, without its own name, in random order."""
     spec = importlib.util.find_spec(package)
     assert spec is not None and spec.origin is not None
     found: dict[str, None] = {}
@@ -87,7 +87,7 @@ def paragraphs(package: str, generator: torch.Generator) -> list[str]:
                     words = re.sub(package, " ", part, flags=re.IGNORECASE).split()
                     if len(words) >= MIN_WORDS:
                         found[" ".join(words[:MAX_WORDS])] = None
-        if len(found) > 20 * NUM_TEXTS:
+        if len(found) > most * NUM_TEXTS:
             break
     texts = list(found)
     return [texts[i] for i in torch.randperm(len(texts), generator=generator)[:NUM_TEXTS].tolist()]
@@ -96,7 +96,7 @@ def paragraphs(package: str, generator: torch.Generator) -> list[str]:
 def make(folder: Path, seed: int = 0) -> None:
     """Writes `data`, `network` and `adapter` into a folder."""
     generator = torch.Generator().manual_seed(seed)
-    texts = {package: paragraphs(package, generator) for package in PACKAGES}
+    texts = {package: paragraphs(package, generator, 3) for package in PACKAGES}
     parts: dict[str, dict[str, list[str]]] = {split: {} for split in SHARES}
     for package, found in texts.items():
         start = 0
