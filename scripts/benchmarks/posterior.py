@@ -63,9 +63,9 @@ def main() -> None:
         bench = Bench(Priors(args, seed, folder / f"seed{seed}" / "trained", clock))
         settings = {name: value for name, value in vars(args).items() if name not in ("output_dir", "seeds")}
         report = {"examples": bench.labelled_examples(), "fields": bench.unknown_fields(), "rows": bench.rows}
-        report |= {"ideal": bench.ideal, "validity": bench.valid_networks(), "settings": settings | {"seed": seed}}
+        report |= {"ideal": bench.ideal, "validity": bench.valid_networks()}
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-        report["settings"] |= {"cpu_seconds": clock.seconds, "peak_memory_gb": peak}
+        report["settings"] = settings | {"seed": seed, "cpu_seconds": clock.seconds, "peak_memory_gb": peak}
         write_json(folder / f"seed{seed}" / "report.json", report)
         reports.append(report)
         print(json.dumps(clock.seconds), flush=True)
@@ -391,12 +391,9 @@ class Bench:
             **{f"zoo generator, {name}": p.networks_for(m, None, 256, 0)[:64] for name, m in p.zoo.items()},
         }
         table = torch.cat([p.tables["train"], p.tables["test"]])
-        found = {}
-        for name, rows in networks.items():
-            accuracy = validity(p.family, p.networks, rows, table, num_examples=200)[0]
-            found[name] = {"mean": accuracy.mean().item(), "std": accuracy.std().item(), "n": len(rows)}
+        found = {n: validity(p.family, p.networks, rows, table, num_examples=200)[0] for n, rows in networks.items()}
         p.clock("validity")
-        return found
+        return {name: {"mean": a.mean().item(), "std": a.std().item(), "n": len(a)} for name, a in found.items()}
 
 
 if __name__ == "__main__":
