@@ -1,12 +1,11 @@
-"""What is measured about a group of networks, and the table of what a report shows of it.
+"""What is measured about a group of networks.
 
 The functions are pure, of arrays on the CPU. Accuracies are in percent, sums are taken in float64, and what is expanded
 to float32 or float64 on the way is expanded in chunks of about 64 MiB.
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -162,87 +161,43 @@ def ensemble_metrics(log_probs: Tensor, labels: Tensor, sizes: Sequence[int | No
 
 # What a report shows
 
+COVERAGE = ("precision", "recall", "density", "coverage")
 
-@dataclass(frozen=True)
-class GroupEvidence:
+
+def measures(
+    values: Tensor,
+    validation: Tensor,
+    sign: int,
+    place: Mapping[str, Any],
+    scores: Any = None,
+    similarities: Tensor | None = None,
+) -> dict[str, float]:
     """
-    What is known of a group of N networks.
+    Numbers about a group of N networks. A mean over networks leaves out those that have none (nan), and is infinite
+    where one of them is.
 
     Args:
         values (`torch.Tensor`): Shape `(N,)`, the metric on test data, nan where it is not defined.
         validation (`torch.Tensor`): The same on validation data.
         sign (`int`): What values are multiplied with, so that larger is better.
-        scores (`Scores`): On test data; those of classifiers have `wrong`, `log_probs` and `labels`.
-        max_iou (`torch.Tensor`): Shape `(N,)`, of classifiers; empty otherwise.
         place (`Mapping`): What `geometry.Yardstick.place` returns.
+        scores (`ClassifierScores`, *optional*): Of classifiers, on test data.
+        similarities (`torch.Tensor`, *optional*): Shape `(N,)`, their maximum IoU with a snapshot.
     """
-
-    values: Tensor
-    validation: Tensor
-    sign: int
-    scores: Any
-    max_iou: Tensor
-    place: Mapping[str, Any]
-
-
-@dataclass(frozen=True)
-class GroupMetric:
-    """
-    A number about a group, in `report.json` and in the tables.
-
-    Args:
-        key (`str`): In a group's entry.
-        title (`str`): Of its column.
-        format (`str`): How it is written, such as `.3f`.
-        function (`Callable`): From the evidence to the number. What is not finite is None in the report: a mean over
-            networks leaves out those that have none (nan), and is infinite where one of them is.
-        table (`str`): Which table of the report shows it: `scores` or `coverage`; empty for none.
-        classifiers_only (`bool`): Whether it is of predictions.
-    """
-
-    key: str
-    title: str
-    format: str
-    function: Callable[[GroupEvidence], float]
-    table: str = "scores"
-    classifiers_only: bool = False
-
-
-def _std(e: GroupEvidence) -> float:
-    defined = e.values[~e.values.isnan()]
-    return defined.std().item() if len(defined) > 1 else 0.0
-
-
-def _best(e: GroupEvidence) -> float:
-    return e.values[(e.sign * e.validation).nan_to_num(nan=-math.inf).argmax()].item()
-
-
-def _best_on_test(e: GroupEvidence) -> float:
-    return e.sign * (e.sign * e.values).nan_to_num(nan=-math.inf).max().item()
-
-
-def _mean_of(function: Callable[[Tensor, Tensor], Tensor]) -> Callable[[GroupEvidence], float]:
-    return lambda e: function(e.scores.log_probs, e.scores.labels).nanmean().item()
-
-
-def _placed(name: str) -> Callable[[GroupEvidence], float]:
-    return lambda e: e.place[name]
-
-
-METRICS = [
-    GroupMetric("score_mean", "mean", ".2f", lambda e: e.values.nanmean().item()),
-    GroupMetric("score_std", "std", ".2f", _std),
-    GroupMetric("score_best", "best", ".2f", _best),
-    GroupMetric("score_best_on_test", "best on test", ".2f", _best_on_test),
-    GroupMetric("validation_score_mean", "validation", ".2f", lambda e: e.validation.nanmean().item()),
-    GroupMetric("iou_within", "IoU within", ".3f", lambda e: iou_within(e.scores.wrong), classifiers_only=True),
-    GroupMetric("max_iou", "similarity", ".3f", lambda e: e.max_iou.nanmean().item(), classifiers_only=True),
-    GroupMetric("nll", "NLL", ".3f", _mean_of(negative_log_likelihood), classifiers_only=True),
-    GroupMetric("ece", "ECE", ".3f", _mean_of(expected_calibration_error), classifiers_only=True),
+    defined = values[~values.isnan()]
+    found = {
+        "score_mean": values.nanmean().item(),
+        "score_std": defined.std().item() if len(defined) > 1 else 0.0,
+        "score_best": values[(sign * validation).nan_to_num(nan=-math.inf).argmax()].item(),
+        "score_best_on_test": sign * (sign * values).nan_to_num(nan=-math.inf).max().item(),
+        "validation_score_mean": validation.nanmean().item(),
+    }
+    if scores is not None and similarities is not None:
+        found["iou_within"] = iou_within(scores.wrong)
+        found["max_iou"] = similarities.nanmean().item()
+        found["nll"] = negative_log_likelihood(scores.log_probs, scores.labels).nanmean().item()
+        found["ece"] = expected_calibration_error(scores.log_probs, scores.labels).nanmean().item()
     # The median, and the root mean square that the yardstick is too.
-    GroupMetric("distance_nearest", "to nearest", ".2f", lambda e: e.place["nearest_relative"].quantile(0.5).item()),
-    GroupMetric(
-        "distance_to_mean", "to mean", ".2f", lambda e: e.place["to_mean_relative"].square().mean().sqrt().item()
-    ),
-    *(GroupMetric(n, n, ".2f", _placed(n), table="coverage") for n in ("precision", "recall", "density", "coverage")),
-]
+    found["distance_nearest"] = place["nearest_relative"].quantile(0.5).item()
+    found["distance_to_mean"] = place["to_mean_relative"].square().mean().sqrt().item()
+    return found | {name: place[name] for name in COVERAGE}

@@ -3,19 +3,31 @@
 import base64
 import html
 import textwrap
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from ..utils.reports import FIGURES, TEST
 from . import set_words
-from .metrics import METRICS
+from .metrics import COVERAGE
 from .report_data import GroupRow, Kind, ReportData
 from .summary import Columns, Table, count_of, metric_title, spread_of, table_of
 from .verdict import number
 
 COLUMNS = 80
+# Of measures beside the mean, their titles and how they are written.
+MEASURES = {
+    "score_best": ("best", ".2f"),
+    "score_best_on_test": ("best on test", ".2f"),
+    "validation_score_mean": ("validation", ".2f"),
+    "iou_within": ("IoU within", ".3f"),
+    "max_iou": ("similarity", ".3f"),
+    "nll": ("NLL", ".3f"),
+    "ece": ("ECE", ".3f"),
+    "distance_nearest": ("to nearest", ".2f"),
+    "distance_to_mean": ("to mean", ".2f"),
+}
 SIMILARITY = "similarity to the nearest snapshot, lower is newer"
 KIND_WORDS = {
     Kind.GENERATED: "generated networks",
@@ -151,7 +163,7 @@ def sections(report: ReportData) -> Iterable[tuple[str, str, Table]]:
         "those of wrong predictions; NLL is in nats; NLL and ECE are means over networks, with a dash where they are "
         "not finite. Distances are L2, in units of the snapshots' own: to the nearest snapshot (median) and to their "
         "mean (root mean square).",
-        table_of(groups, name | scores | _measures("scores", groups)),
+        table_of(groups, name | scores | _measures(MEASURES, groups)),
     )
     if report.reconstruction is not None:
         r = report.reconstruction
@@ -215,7 +227,7 @@ def sections(report: ReportData) -> Iterable[tuple[str, str, Table]]:
         "the snapshots, recall the share of the snapshots that lies among the group, density and coverage the same "
         "with multiplicity and with the snapshots' balls only. Coverage grows with n; recall flatters a group of "
         "few or far-apart networks, whose balls are large.",
-        table_of(others, name | {"n": count_of} | _measures("coverage", others)),
+        table_of(others, name | {"n": count_of} | _measures({name: (name, ".2f") for name in COVERAGE}, others)),
     )
     if groups[0].ensembles:
         sizes = sorted({entry["size"] for row in groups for entry in row.ensembles[:-1]} | {1})
@@ -238,13 +250,12 @@ MEMORISATION: Columns = {
 }
 
 
-def _measures(kind: str, rows: Sequence[GroupRow]) -> Columns:
-    """The columns of the metrics of a table, but for those that stand beside the name."""
-    found = [m for m in METRICS if m.table == kind and m.key in rows[0].measures]
+def _measures(shown: Mapping[str, tuple[str, str]], rows: Sequence[GroupRow]) -> Columns:
+    """The columns of the measures that the rows have."""
     return {
-        m.title: partial(lambda m, row: number(row.measures.get(m.key), m.format), m)
-        for m in found
-        if m.key not in ("score_mean", "score_std")
+        title: partial(lambda key, style, row: number(row.measures.get(key), style), key, style)
+        for key, (title, style) in shown.items()
+        if key in rows[0].measures
     }
 
 

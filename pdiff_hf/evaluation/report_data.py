@@ -86,7 +86,7 @@ class GroupRow:
         sets (`dict`): For each set of members `scores`, a row a member and a column a network, and for members of a
             family `losses`.
         comparisons (`dict`): For each set, the generated networks against this group.
-        measures (`dict`): Of the group on test data; see `metrics.METRICS`.
+        measures (`dict`): Of the group on test data; see `metrics.measures`.
         ensembles (`list`), memorisation (`dict`, *optional*): Of a group for a single task.
     """
 

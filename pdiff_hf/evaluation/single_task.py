@@ -22,7 +22,7 @@ from .decoded import decode, reverse_process, room_for
 from .geometry import Rows, Yardstick, mean_of, pca_r2_score
 from .groups import Group, Pending, named_generator
 from .memorisation import find_copies
-from .metrics import METRICS, GroupEvidence, ensemble_metrics, max_iou, nearest_in_predictions
+from .metrics import ensemble_metrics, max_iou, measures, nearest_in_predictions
 from .report import GroupRow, Report
 from .report_data import CURVE, Cost, Kind
 from .score import CHUNK_BYTES, ClassifierScores, Scorer, Scores
@@ -227,8 +227,7 @@ class SingleTask:
                     wrong_snapshots, snapshots_iou = wrong, max_iou(wrong, wrong, exclude_self=True)
                 assert wrong_snapshots is not None
                 similarity = nearest_in_predictions(wrong, wrong_snapshots, own)
-            iou = torch.empty(0) if similarity is None else similarity[0]
-            evidence = GroupEvidence(test.values, validation, self.metric.sign, test, iou, place)
+            of_classifiers = () if similarity is None else (test, similarity[0])
             row = GroupRow(
                 group.name,
                 group.kind,
@@ -240,9 +239,7 @@ class SingleTask:
                 note=group.note,
                 tried=dict(group.tried or {}),
                 sets={"test": {"scores": [without_nan(test.values.tolist())]}},
-                measures=without_nan(
-                    {m.key: m.function(evidence) for m in METRICS if wrong is not None or not m.classifiers_only}
-                ),
+                measures=without_nan(measures(test.values, validation, self.metric.sign, place, *of_classifiers)),
                 ensembles=ensembles,
                 memorisation=find_copies(place, yardstick.nearest, similarity, snapshots_iou),
             )
