@@ -16,21 +16,6 @@ MOST_RESAMPLES, LEAST_RESAMPLES, NUM_DRAWS = 10_000, 200, 2_000_000
 
 
 @dataclass(frozen=True)
-class Sample:
-    """
-    What is resampled of a group of networks.
-
-    Args:
-        values (`torch.Tensor`): float64 of shape `(N,)`, the score of each network; nan is left out.
-        units (`torch.Tensor`, *optional*): What is drawn alike for all groups: bool of shape `(N, U)`, where networks
-            err on U test examples; or float64 of shape `(1, U)`, mean scores for U members of a family.
-    """
-
-    values: Tensor
-    units: Tensor | None = None
-
-
-@dataclass(frozen=True)
 class Comparison:
     """
     Generated networks against a group, seen from the generated ones.
@@ -74,20 +59,25 @@ class Bootstrap:
         draws = torch.randint(max(1, num_units), (self.num_resamples, max(1, num_units)), generator=generator)
         self.weights = torch.zeros(draws.shape).scatter_add_(1, draws, torch.ones(draws.shape)).T  # (U, R)
 
-    def place(self, sample: Sample) -> dict[str, Any]:
+    def place(self, values: Tensor, units: Tensor | None = None) -> dict[str, Any]:
         """
         Mean score and similarity of a group with their intervals, under `score`, `score_interval`, `max_iou` and
         `max_iou_interval`, and the same in each resample, under `scores` and `similarities`, shape `(R,)`.
+
+        Args:
+            values (`torch.Tensor`): float64 of shape `(N,)`, the score of each network; nan is left out.
+            units (`torch.Tensor`, *optional*): What is drawn alike for all groups: bool of shape `(N, U)`, where
+                networks err on U test examples; or float64 of shape `(1, U)`, mean scores for U members of a family.
         """
-        scores, counts = self._scores(sample)
+        scores, counts = self._scores(values, units)
         row: dict[str, Any] = {
-            "score": sample.values.nanmean().item(),
+            "score": values.nanmean().item(),
             "score_interval": interval(scores),
             "scores": scores,
         }
         row |= {"max_iou": None, "max_iou_interval": None, "similarities": None}
-        if self.wrong_snapshots is not None and sample.units is not None:
-            iou, resampled = self._similarity(sample.units)
+        if self.wrong_snapshots is not None and units is not None:
+            iou, resampled = self._similarity(units)
             similarities = (counts.T * resampled).mean(0)
             row |= {"max_iou": iou.mean().item(), "max_iou_interval": interval(similarities)}
             row["similarities"] = similarities
@@ -108,16 +98,16 @@ class Bootstrap:
         verdict = BETTER if better >= CONFIDENCE else WORSE if worse >= CONFIDENCE else CLOSE
         return Comparison(difference, (low, high), verdict, better, worse)
 
-    def _scores(self, sample: Sample) -> tuple[Tensor, Tensor]:
+    def _scores(self, own: Tensor, units: Tensor | None) -> tuple[Tensor, Tensor]:
         """The group's mean score in each resample `(R,)`, and how often each network is in it `(R, N)`."""
-        if sample.units is None:
-            values = sample.values[:, None].expand(-1, self.num_resamples)
+        if units is None:
+            values = own[:, None].expand(-1, self.num_resamples)
         else:
-            num_units = sample.units.shape[1]
-            values = torch.empty(len(sample.units), self.num_resamples, dtype=torch.float64)
+            num_units = units.shape[1]
+            values = torch.empty(len(units), self.num_resamples, dtype=torch.float64)
             for rows in chunks(len(values), 8 * num_units):
-                values[rows] = (sample.units[rows].float() @ self.weights).double() / num_units
-            if sample.units.dtype == torch.bool:
+                values[rows] = (units[rows].float() @ self.weights).double() / num_units
+            if units.dtype == torch.bool:
                 values = 100 - 100 * values
         draws = torch.randint(len(values), (self.num_resamples, len(values)), generator=self.generator)
         counts = torch.zeros(draws.shape, dtype=torch.float64).scatter_add_(1, draws, torch.ones(draws.shape).double())
@@ -141,7 +131,7 @@ def paired_difference(first: Sequence[float], second: Sequence[float], seed: int
     """Two methods by their scores for the same members, of which more is better."""
     a, b = (torch.as_tensor(values, dtype=torch.float64) for values in (first, second))
     bootstrap = Bootstrap(len(a), 1, torch.Generator().manual_seed(seed))
-    own, other = (bootstrap.place(Sample(values, values[None])) for values in (a, b))
+    own, other = (bootstrap.place(values, values[None]) for values in (a, b))
     return bootstrap.compare(own, other)
 
 

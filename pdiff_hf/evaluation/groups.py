@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from ..utils.seeds import named_seed
-from .report_data import Cost, Kind
+from .report_data import Cost, GroupRow, Kind
 
 
 def training_cost(*numbers: int) -> int:
@@ -47,6 +47,11 @@ class Group:
     note: str = ""
     tried: Mapping[str, float] | None = None
     vote: bool = False
+
+    def row(self, n: int, **scores: Any) -> GroupRow:
+        """What a report says of it, with `n` networks (for each member) and their scores."""
+        about = {"cost": self.cost, "size": self.size, "note": self.note, "tried": dict(self.tried or {})}
+        return GroupRow(self.name, self.kind, self.sweep, self.value, n, **about, **scores)  # type: ignore[arg-type]
 
 
 # A group of that name, of which the work begins when it is asked for.

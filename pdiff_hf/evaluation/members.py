@@ -200,19 +200,9 @@ class Members:
                 scores = scorer.score("test", answer, group.vote)
                 sets[set_name] = {"scores": scores.values.tolist(), "losses": scores.losses.tolist()}
             means = torch.tensor(sets[TEST]["scores"]).double().mean(1)
-            row = GroupRow(
-                name,
-                group.kind,
-                group.sweep,
-                group.value,
-                n=len(sets[TEST]["scores"][0]),
-                cost=group.cost,
-                size=group.size or size,
-                note=group.note,
-                tried=dict(group.tried or {}),
-                sets=sets,
-                measures={"score_mean": means.mean().item(), "score_std": means.std().item()},
-            )
+            measures = {"score_mean": means.mean().item(), "score_std": means.std().item()}
+            row = group.row(len(sets[TEST]["scores"][0]), sets=sets, measures=measures)
+            row.size = row.size or size
             kept[name] = row.to_dict()
             if self.cache is not None and PartialState().is_main_process:
                 write_json(self.cache, kept)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..utils.files import without_nan
 from ..utils.reports import REPORT_VERSION, TEST
-from .compare import VERDICTS, Bootstrap, Comparison, Sample
+from .compare import VERDICTS, Bootstrap, Comparison
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -216,7 +216,7 @@ class ReportData:
             num_units = len(members) if len(members) > 1 else 0 if snapshots is None else snapshots.shape[1]
             noise = torch.Generator().manual_seed(seed)
             bootstrap = Bootstrap(num_units, self.metric.sign, noise, snapshots)
-            places = {row.name: bootstrap.place(_sample(row, name, wrong.get(row.name))) for row in self.groups}
+            places = {row.name: bootstrap.place(*_sample(row, name, wrong.get(row.name))) for row in self.groups}
             own = places[self.generated.name]
             for row in self.groups:
                 if row is not self.generated:
@@ -251,13 +251,13 @@ class ReportData:
         return cls(Metric(**values["metric"]), groups=[GroupRow(**row) for row in values["groups"]], **rest)
 
 
-def _sample(row: GroupRow, set_name: str, wrong: Tensor | None) -> Sample:
+def _sample(row: GroupRow, set_name: str, wrong: Tensor | None) -> tuple[Tensor, Tensor | None]:
     """What the bootstrap resamples of a group: means of members, or its networks where there is one member."""
     rows = row.sets[set_name]["scores"]
     if len(rows) == 1:
-        return Sample(as_tensor(rows[0]), wrong)
+        return as_tensor(rows[0]), wrong
     means = as_tensor(row.scores(set_name))
-    return Sample(means, means[None])
+    return means, means[None]
 
 
 def as_tensor(values: Sequence[float | None]) -> Tensor:

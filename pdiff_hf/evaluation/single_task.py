@@ -228,16 +228,9 @@ class SingleTask:
                 assert wrong_snapshots is not None
                 similarity = nearest_in_predictions(wrong, wrong_snapshots, own)
             of_classifiers = () if similarity is None else (test, similarity[0])
-            row = GroupRow(
-                group.name,
-                group.kind,
-                group.sweep,
-                group.value,
-                n=len(test.values),
+            row = group.row(
+                len(test.values),
                 num_undefined=int(test.undefined.sum()),
-                cost=group.cost,
-                note=group.note,
-                tried=dict(group.tried or {}),
                 sets={"test": {"scores": [without_nan(test.values.tolist())]}},
                 measures=without_nan(measures(test.values, validation, self.metric.sign, place, *of_classifiers)),
                 ensembles=ensembles,

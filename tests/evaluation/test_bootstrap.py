@@ -9,7 +9,7 @@ import torch
 from sklearn.metrics import jaccard_score
 
 from pdiff_hf.evaluation import metrics
-from pdiff_hf.evaluation.compare import BETTER, CLOSE, WORSE, Bootstrap, Comparison, Sample, paired_difference
+from pdiff_hf.evaluation.compare import BETTER, CLOSE, WORSE, Bootstrap, Comparison, paired_difference
 
 IMAGES = 2000
 
@@ -19,13 +19,13 @@ def seeded(seed=0):
 
 
 def sample(wrong):
-    return Sample(100 - 100 * wrong.double().mean(1), wrong)
+    return 100 - 100 * wrong.double().mean(1), wrong
 
 
 def compare(generated, others, wrong_snapshots, seed=0, with_similarity=True) -> list[Comparison]:
     bootstrap = Bootstrap(generated.shape[1], 1, seeded(seed), wrong_snapshots)
-    own = bootstrap.place(sample(generated))
-    return [bootstrap.compare(own, bootstrap.place(sample(other)), with_similarity) for other in others]
+    own = bootstrap.place(*sample(generated))
+    return [bootstrap.compare(own, bootstrap.place(*sample(other)), with_similarity) for other in others]
 
 
 @pytest.fixture
@@ -60,7 +60,7 @@ def test_verdicts_count_score_and_similarity(snapshots):
     assert (found[0].worse, found[0].better) == (1, 0) and (found[1].worse, found[1].better) == (0, 1)
     alone = compare(generated, [accurate_but_alike], snapshots, with_similarity=False)[0]
     assert alone.verdict == WORSE and alone.better is None and alone.interval[1] < 0
-    place = Bootstrap(IMAGES, 1, seeded(), snapshots).place(sample(generated))
+    place = Bootstrap(IMAGES, 1, seeded(), snapshots).place(*sample(generated))
     assert place["max_iou"] == pytest.approx(metrics.max_iou(generated, snapshots).mean().item())
     assert place["score_interval"][0] < place["score"] < place["score_interval"][1]
 
@@ -83,7 +83,7 @@ def test_resamples_against_a_loop():
     wrong, original = torch.rand(2, 1, 60, generator=seeded(5)) < 0.5
     bootstrap = Bootstrap(60, 1, seeded(7), original)
     draws = torch.randint(60, (bootstrap.num_resamples, 60), generator=seeded(7))[:500]
-    place = bootstrap.place(sample(wrong))
+    place = bootstrap.place(*sample(wrong))
     accuracy = [100 - 100 * wrong[0, images].double().mean().item() for images in draws]
     iou = [jaccard_score(original[0, images], wrong[0, images]) for images in draws]
     np.testing.assert_allclose(place["scores"][:500], accuracy, rtol=1e-5)
@@ -94,7 +94,7 @@ def test_networks_are_resampled_too():
     """Models that get everything right or everything wrong: images add no spread, so the interval is the binomial's."""
     wrong = torch.zeros(100, 40, dtype=torch.bool)
     wrong[:30] = True
-    low, high = Bootstrap(40, 1, seeded()).place(sample(wrong))["score_interval"]
+    low, high = Bootstrap(40, 1, seeded()).place(*sample(wrong))["score_interval"]
     assert (low + high) / 2 == pytest.approx(70, abs=1)
     assert (high - low) / (2 * 1.96) == pytest.approx(100 * math.sqrt(0.3 * 0.7 / 100), rel=0.1)
 
@@ -114,9 +114,9 @@ def test_groups_see_the_same_images(snapshots):
 @pytest.mark.parametrize(("sign", "verdicts"), [(1, [BETTER, WORSE, CLOSE]), (-1, [WORSE, BETTER, CLOSE])])
 def test_scores_alone_decide_where_there_are_no_predictions(sign, verdicts):
     bootstrap = Bootstrap(0, sign, seeded())
-    own = bootstrap.place(Sample(torch.tensor([3.0, 3.1, math.nan]).double()))
+    own = bootstrap.place(torch.tensor([3.0, 3.1, math.nan]).double())
     others = [torch.full((3,), 1.0), torch.full((3,), 5.0), torch.tensor([3.0, 3.1])]
-    found = [bootstrap.compare(own, bootstrap.place(Sample(values.double())), True) for values in others]
+    found = [bootstrap.compare(own, bootstrap.place(values.double()), True) for values in others]
     assert [one.verdict for one in found] == verdicts and found[0].difference == pytest.approx(2.05)
     assert own["max_iou"] is None
 
