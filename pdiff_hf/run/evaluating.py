@@ -295,7 +295,8 @@ def evaluate_saved(source: str, config: PDiffConfig) -> Report:
     check_writable(output)
     part = output / ".report.part"
     remove(part)
-    with resource_errors("evaluation", output, "what is scored is kept; go on with the same command"):
+    go_on = "start again" if family.fields else "what is scored is kept; go on"
+    with resource_errors("evaluation", output, f"{go_on} with the same command"):
         report = make_report(
             generator,
             family,
