@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from ..networks.runner import NetworkRunner
 from ..pipelines import PDiffPipeline
 from ..tasks.data_task import DataTask
+from ..tasks.task import Split
 from ..training import Loop, LoopArguments
 from ..utils.reports import CONTACT_SHEET, TEST
 from .baselines import BaselineContext, diagonal_gaussian, low_rank_gaussian
@@ -33,6 +34,7 @@ MOST_FEATURES = 64
 # data are is no virtue.
 NATURAL = 0.9
 LIKE = 0.05  # in nearness: sets that differ by less are as new as each other
+SPLITS: tuple[Split, ...] = ("train", "test")
 COPY_QUANTILE = 0.01  # of held-out data's distances: what is nearer is a copy
 NEIGHBOURS, RESAMPLES = 5, 200
 BANDWIDTHS = (0.2, 0.3, 0.4, 0.5, 0.6)
@@ -82,18 +84,19 @@ class Judge:
 
     def __init__(self, task: DataTask, seed: int):
         self.task = task
-        signals = {split: task.signals(split) for split in ("train", "test")}
-        self.train, self.heldout = (self.flat(signals[split]) for split in ("train", "test"))
-        self.classes, self.classifier, self.accuracy = None, None, None
+        signals = {split: task.signals(split) for split in SPLITS}
+        self.train, self.heldout = (self.flat(signals[split]) for split in SPLITS)
+        self.classes: Tensor | None = None
+        self.classifier: Features | None = None
+        self.accuracy: float | None = None
         words = [name for name, field in task.fields.items() if field.choices]
         if words:
             column = task.fields.columns[words[0]].start
-            tables = {split: task.fields.table(task.conditions(split))[:, column] for split in signals}
-            self.column = column
-            self.classes = tables["train"]
+            seen, held = (task.fields.table(task.conditions(split))[:, column] for split in SPLITS)
+            self.column, self.classes = column, seen
             self._train_classifier(signals["train"], len(task.fields[words[0]].choices or ()), seed)
-            known = ~tables["test"].isnan()
-            said = self.classify(signals["test"])[known] == tables["test"][known]
+            known = ~held.isnan()
+            said = self.classify(signals["test"])[known] == held[known]
             self.accuracy = 100 * said.double().mean().item()
         self.basis: Tensor | None = None
         features = self._raw_features(signals["train"])

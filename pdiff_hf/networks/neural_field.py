@@ -46,9 +46,10 @@ class NeuralField(ModelMixin, ConfigMixin):
             raise ValueError("in_features, out_features, width and num_layers must be at least 1")
         inputs = in_features * (1 + 2 * num_frequencies) if kind == "fourier" else in_features
         sizes = [inputs, *[width] * num_layers, out_features]
-        self.layers = nn.ModuleList(nn.Linear(*pair) for pair in zip(sizes[:-1], sizes[1:], strict=True))
+        layers = [nn.Linear(*pair) for pair in zip(sizes[:-1], sizes[1:], strict=True)]
+        self.layers = nn.ModuleList(layers)
         if kind == "siren":
-            for i, layer in enumerate(self.layers):
+            for i, layer in enumerate(layers):
                 bound = math.sqrt(6 / layer.in_features) / omega if i else 1 / layer.in_features
                 nn.init.uniform_(layer.weight, -bound, bound)
 

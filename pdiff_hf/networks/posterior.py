@@ -66,15 +66,14 @@ def check_examples(examples: Mapping[str, Any], sigma: float | None = None) -> N
     Raises a `ValueError` unless `labels` are whole numbers of shape `(B,)`, or with `sigma` floats of shape `(B,)` or
     `(B, C)`, and all other tensors have B rows.
     """
-    labels = examples.get("labels")
-    is_tensor = isinstance(labels, torch.Tensor)
-    if sigma is None:
-        fits, wanted = is_tensor and labels.ndim == 1 and not labels.is_floating_point(), "whole numbers of shape (B,)"
-    else:
-        fits, wanted = is_tensor and labels.ndim in (1, 2) and labels.is_floating_point(), "floats of shape (B, C)"
-    if not fits:
-        got = f"{labels.dtype} of shape {tuple(labels.shape)}" if is_tensor else repr(labels)
-        raise ValueError(f"examples need labels, {wanted}, got {got}")
+    labels, wanted = (
+        examples.get("labels"),
+        "whole numbers of shape (B,)" if sigma is None else "floats of shape (B, C)",
+    )
+    if not isinstance(labels, torch.Tensor):
+        raise ValueError(f"examples need labels, {wanted}, got {labels!r}")
+    if labels.is_floating_point() != (sigma is not None) or labels.ndim not in ((1,) if sigma is None else (1, 2)):
+        raise ValueError(f"examples need labels, {wanted}, got {labels.dtype} of shape {tuple(labels.shape)}")
     for name, value in examples.items():
         if isinstance(value, torch.Tensor) and value.shape[:1] != labels.shape[:1]:
             raise ValueError(f"there are {len(labels)} labels, but {name} has the shape {tuple(value.shape)}")
