@@ -112,10 +112,5 @@ def _conv2d(images, weight, bias=None, stride=1, padding=0, dilation=1, groups=1
     output = weight.flatten(1) @ columns  # (B, O, positions)
     if bias is not None:
         output = output + bias.unsqueeze(1)
-    sizes = (
-        (size + 2 * pad - dil * (kernel - 1) - 1) // step + 1
-        for size, pad, dil, kernel, step in zip(
-            images.shape[-2:], padding, dilation, weight.shape[-2:], stride, strict=True
-        )
-    )
-    return output.unflatten(-1, tuple(sizes))
+    height = (images.shape[-2] + 2 * padding[0] - dilation[0] * (weight.shape[-2] - 1) - 1) // stride[0] + 1
+    return output.unflatten(-1, (height, -1))

@@ -26,6 +26,8 @@ logger = logging.getLogger(__name__)
 # Conditions of shape `(T, width)`, or None, and examples of shape `(T, B, ...)`, for indices of tasks.
 TaskBatches = Callable[[torch.Tensor, torch.Generator], tuple[torch.Tensor | None, Batch]]
 ExtraLoss = Callable[[torch.Generator], torch.Tensor]
+# Gradients are clipped to this norm.
+MAX_GRAD_NORM = 1.0
 # The learning rate rises for this share of the steps.
 WARM_UP = 0.05
 # A loss has jumped if it has risen by so much of the first one, on average over so many steps.
@@ -43,7 +45,6 @@ class TuneArguments:
         ema_decay (`float`, *optional*, defaults to 0.99): Of the averaged weights, which are validated and kept.
         validate_every (`int`, *optional*, defaults to 100): Steps between two looks at the validation tasks.
         patience (`int`, *optional*, defaults to 5): End after so many looks without a lower loss.
-        max_grad_norm (`float`, *optional*, defaults to 1).
     """
 
     num_steps: int = 1200
@@ -53,7 +54,6 @@ class TuneArguments:
     ema_decay: float = 0.99
     validate_every: int = 100
     patience: int = 5
-    max_grad_norm: float | None = 1.0
 
 
 class GeneratedNetworks(nn.Module):
@@ -313,7 +313,7 @@ def tune(
             args.num_tasks,
             args.learning_rate,
             lr_warmup_steps=round(WARM_UP * args.num_steps),
-            max_grad_norm=args.max_grad_norm,
+            max_grad_norm=MAX_GRAD_NORM,
             ema_decay=args.ema_decay,
         ),
         description=description,
