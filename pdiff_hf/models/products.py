@@ -143,15 +143,18 @@ class AdapterProducts(nn.Module):
                 self._places[a, side] = slice(start, size)
             if size:
                 self.register_buffer(name, torch.zeros(size, dtype=torch.bfloat16))
-        kept = [name for name in layout.names if name not in self.pairs.values()]
+        # Where tensors lie in vectors with factors, and the names of those that vectors with products have too.
+        starts = zip(layout.names, layout.offsets, layout.sizes, strict=True)
+        self.places = {name: slice(start, start + size) for name, start, size in starts}
+        self.names = [name for name in layout.names if name not in self.pairs.values()]
         cores = {
             a: (left or self.sides[a][0], *(shapes[a][1:] if right is None else (right,)))
             for a, (left, right) in self.kept.items()
         }
         self.layout = ParameterLayout(
-            tuple(FACTOR.sub(r"\g<module>.\g<kind>BA\g<rest>", name) if name in cores else name for name in kept),
-            tuple(cores.get(name, shapes[name]) for name in kept),
-            ("float32",) * len(kept),
+            tuple(FACTOR.sub(r"\g<module>.\g<kind>BA\g<rest>", name) if name in cores else name for name in self.names),
+            tuple(cores.get(name, shapes[name]) for name in self.names),
+            ("float32",) * len(self.names),
         )
         self._orthonormal: dict[tuple, torch.Tensor] = {}
 
@@ -210,8 +213,7 @@ class AdapterProducts(nn.Module):
         nearest to them in the Frobenius norm: one of the factors has the first r singular vectors. With another `rank`,
         to vectors of [`layout_of_rank`].
         """
-        kept = [name for name in self.factors.names if name not in self.pairs.values()]
-        pieces = dict(zip(kept, products.split(self.layout.sizes, -1), strict=True))
+        pieces = dict(zip(self.names, products.split(self.layout.sizes, -1), strict=True))
         for a, b in self.pairs.items():
             rows = self.kept[a][0] or self.sides[a][0]
             left, right = _factors(pieces[a].unflatten(-1, (rows, -1)), rank or self.ranks[a])
@@ -236,11 +238,10 @@ class AdapterProducts(nn.Module):
         count = len(rows)
         gram = torch.zeros(count, count, dtype=torch.float64)
         kept = whole = 0.0
-        offsets = dict(zip(self.factors.names, self.factors.offsets, strict=True))
         for a, b in self.pairs.items():
             (num_rows, num_columns), rank = self.sides[a], self.ranks[a]
-            left = parameters[:, offsets[b] : offsets[b] + num_rows * rank][rows].unflatten(1, (num_rows, rank))
-            right = parameters[:, offsets[a] : offsets[a] + rank * num_columns][rows].unflatten(1, (rank, num_columns))
+            left = parameters[:, self.places[b]][rows].unflatten(1, (num_rows, rank))
+            right = parameters[:, self.places[a]][rows].unflatten(1, (rank, num_columns))
             columns = left.float().transpose(0, 1).reshape(num_rows, -1)  # (o, N r)
             lines = right.float().reshape(-1, num_columns)  # (N r, i)
             of_left, of_right = columns.mT @ columns, lines @ lines.mT  # (N r, N r)
@@ -310,9 +311,6 @@ class ProductRows:
 
     def __init__(self, products: AdapterProducts, parameters: torch.Tensor):
         self.products, self.parameters = products, parameters
-        self.kept = [name for name in products.factors.names if name not in products.pairs.values()]
-        self.offsets = dict(zip(products.factors.names, products.factors.offsets, strict=True))
-        self.sizes = dict(zip(products.factors.names, products.factors.sizes, strict=True))
         self._last: tuple[Any, torch.Tensor] | None = None
 
     def __len__(self) -> int:
@@ -321,7 +319,7 @@ class ProductRows:
     def __getitem__(self, key: tuple[torch.Tensor, slice]) -> torch.Tensor:
         rows, columns = key
         layout, found = self.products.layout, []
-        for name, offset, size in zip(self.kept, layout.offsets, layout.sizes, strict=True):
+        for name, offset, size in zip(self.products.names, layout.offsets, layout.sizes, strict=True):
             start, stop = max(columns.start, offset), min(columns.stop, offset + size)
             if start < stop:
                 found.append(self._tensor(name, rows)[:, start - offset : stop - offset])
@@ -337,8 +335,7 @@ class ProductRows:
         return tensor
 
     def _read(self, name: str, rows: torch.Tensor) -> torch.Tensor:
-        start = self.offsets[name]
-        return self.parameters[:, start : start + self.sizes[name]][rows]
+        return self.parameters[:, self.products.places[name]][rows]
 
 
 def _with_rank(config: dict, rank: int) -> dict:
