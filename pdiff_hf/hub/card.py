@@ -176,7 +176,7 @@ def _eval_results(report: dict, recipe: dict) -> list[EvalResult]:
         measures = generated["measures"]
         values = {
             f"Mean {title} of {generated['n']} networks": (metric, measures["score_mean"]),
-            f"{title} of the network chosen on validation data": (metric, measures["score_best"]),
+            f"{title} of the network chosen on validation data": (metric, measures.get("score_best")),
             "Mean similarity of errors to the nearest snapshot, lower is newer": ("iou", measures.get("max_iou")),
         }
     return [
