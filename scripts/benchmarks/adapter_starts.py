@@ -25,6 +25,7 @@ from pdiff_hf.tasks import make_family
 from pdiff_hf.training import Loop
 
 RANKS = (2, 4, 8)
+SEARCH_EXAMPLES = 30  # of each validation task, on which the settings of a regression are chosen
 
 
 def own_starts(networks: NetworkRunner, count: int, ranks: tuple[int, ...], seed: int) -> torch.Tensor:
@@ -56,13 +57,15 @@ def main() -> None:
     words = make_family("tabled", task, {"fields": {"description": {"type": "text"}}})
     model = without_wrapper(task.load_base_model())
     networks = NetworkRunner(model, select_layout(model, "*lora_*"))
-    sizes = {"train": args.num_tasks, "validation": 12, "test": args.num_test_tasks}
+    sizes = {"train": args.num_tasks, "validation": 8, "test": args.num_test_tasks}
     sets = words.split(sizes, args.seed)
     members = {name: [words.key(condition) for condition in conditions] for name, conditions in sets.items()}
     tables = {name: bits.fields.table(bits.told[int(i)] for i in ids) for name, ids in members.items()}
     said = {name: words.fields.table(sets[name]) for name in ("validation", "test")}
     ways = words.fields.alternatives(sets["train"])  # (T, K, width)
     own = MemberScorer(bits, networks, tables["test"])
+    search = MemberScorer(bits, networks, tables["validation"], SEARCH_EXAMPLES)
+    search_words = MemberScorer(words, networks, said["validation"], SEARCH_EXAMPLES)
 
     def score(parameters: torch.Tensor) -> str:
         values = own.score("test", parameters).values
@@ -85,13 +88,13 @@ def main() -> None:
         found = {}
         for kind, products in {"factors": None, "products": AdapterProducts(networks.layout)}.items():
             seen, _, means = mean_networks(trained, tables["train"], products)
-            ridge = tuned_ridge(MemberScorer(bits, networks, tables["validation"]), seen, means, products)
+            ridge = tuned_ridge(search, seen, means, products)
             found[kind] = score(contracted(ridge(tables["test"]), products))
         nearest = torch.cdist(tables["test"], tables["train"]).argmin(1)
         found["nearest seen task"] = score(trained[nearest])
         products = AdapterProducts(networks.layout)
         means = expanded(trained, products).repeat_interleave(ways.shape[1], 0)
-        ridge = tuned_ridge(MemberScorer(words, networks, said["validation"]), ways.flatten(0, 1), means, products)
+        ridge = tuned_ridge(search_words, ways.flatten(0, 1), means, products)
         found["products from words"] = score(contracted(ridge(said["test"]), products))
         found["from another task's words"] = score(contracted(ridge(said["test"].roll(1, 0)), products))
         print(name, found, flush=True)
