@@ -2,20 +2,17 @@
 A page to explore a generator in the browser.
 
     pip install -e ".[app]"
-    python scripts/app.py outputs/digits             # a run: its task and snapshots are used as well
-    python scripts/app.py outputs/on_demand          # of a family of tasks: its networks at work, as you move a control
+    python scripts/app.py outputs/on_demand          # a run: a network at work for each task, as you move a slider
+    python scripts/app.py outputs/digits             # its task and snapshots are used as well
     python scripts/app.py user/generator             # a Hub id, with the report in its repository
 
-As a Space: an `app.py` with `build_app("user/generator").launch(**LAUNCH)`, imported from `pdiff_hf.scripts.app`.
+As a Space: `python scripts/push_to_hub.py outputs/on_demand --hub_model_id user/generator --space`.
 """
 
 import argparse
 
-from pdiff_hf.utils.imports import lazy_attributes
+from pdiff_hf.utils.imports import require
 from pdiff_hf.utils.terminal import start_script
-
-# gradio takes seconds to import, which a mistyped flag should not wait for.
-__getattr__ = lazy_attributes(__name__, dict.fromkeys(("build_app", "LAUNCH"), "pdiff_hf.scripts.page"))
 
 
 def port(text: str) -> int:
@@ -30,16 +27,15 @@ def main() -> None:
     parser.add_argument("pipeline", nargs="?", default="", help="Folder of a run or of a pipeline, or a Hub id.")
     parser.add_argument("--port", type=port, help="By default the first free one from 7860.")
     args = parser.parse_args()
-    try:
-        import gradio  # noqa: F401
-    except ModuleNotFoundError as error:
-        parser.exit(1, f'error: the page needs gradio ({error}); pip install -e ".[app]"\n')
+    # These take seconds to import, which a mistyped flag should not wait for.
     from pdiff_hf.run.terminal import one_line_errors, quiet_libraries
-    from pdiff_hf.scripts.explore import load_source
-    from pdiff_hf.scripts.page import LAUNCH, build_app
 
     quiet_libraries()
     with one_line_errors():
+        require("the page", "app", "gradio", "matplotlib")
+        from pdiff_hf.scripts.explore import load_source
+        from pdiff_hf.scripts.page import LAUNCH, build_app
+
         if args.pipeline:
             load_source(args.pipeline)  # an error is of more use here than on the page
         build_app(args.pipeline).launch(server_port=args.port, **LAUNCH)

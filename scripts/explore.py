@@ -1,48 +1,51 @@
 """What the page shows: a generator and what is known of it, sampling, its comparison, and the archive of networks."""
 
+import copy
 import os
 import tempfile
 import threading
 import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from functools import cached_property, lru_cache
+from dataclasses import replace as changed
+from functools import lru_cache
 from pathlib import Path
 from queue import SimpleQueue
 
 import torch
 import yaml
-from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler, SchedulerMixin
+from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError
 from matplotlib import rc_context
-from safetensors.torch import save
-from transformers import PreTrainedModel
 
 from pdiff_hf import LayoutError, PDiffPipeline
 from pdiff_hf.evaluation import Kind
 from pdiff_hf.evaluation.metrics import max_iou
-from pdiff_hf.evaluation.plots import plot_frontier
+from pdiff_hf.evaluation.plots import plot_field, plot_frontier
 from pdiff_hf.evaluation.report import Report
-from pdiff_hf.evaluation.scatter import ScatterGroup, plot_accuracy_vs_similarity, sampling_error, scatter_group
-from pdiff_hf.evaluation.score import ClassifierScores, Scorer, make_scorer
+from pdiff_hf.evaluation.scatter import ScatterGroup, plot_accuracy_vs_similarity, scatter_group
+from pdiff_hf.evaluation.score import ClassifierScores
 from pdiff_hf.models.condition import Condition
 from pdiff_hf.networks.adapters import has_adapters
 from pdiff_hf.run.cli import load_config
-from pdiff_hf.run.config import PDiffConfig
-from pdiff_hf.run.export import save_network
+from pdiff_hf.run.collecting import zoo_arguments
+from pdiff_hf.run.export import write_parameters
 from pdiff_hf.run.task import make_family, make_task
-from pdiff_hf.scripts.on_demand import AtWork, as_code, draw_field
+from pdiff_hf.scripts.on_demand import TRAINED, AtWork, Choice, as_code, in_words
 from pdiff_hf.scripts.watch import LETTERS
 from pdiff_hf.snapshots import load_snapshots, parameter_matrix
 from pdiff_hf.snapshots.dataset import condition_table
 from pdiff_hf.tasks import ClassificationTask
 from pdiff_hf.tasks.labels import LabelledTask
 from pdiff_hf.utils import names
+from pdiff_hf.utils.terminal import shorten
 
 MAX_BYTES = 2**30  # of all networks that are sampled at once, and of their archive
 FIRST_SCORED = 10  # networks that are drawn first, because the reader waits for them
+AS_SAVED = "the generator's own"
 SCHEDULERS = {
+    AS_SAVED: (None, {}),
     "DPM-Solver++": (DPMSolverMultistepScheduler, {"algorithm_type": "dpmsolver++", "final_sigmas_type": "zero"}),
     "DDIM": (DDIMScheduler, {"clip_sample": False}),  # latents are not images between -1 and 1
     "DDPM": (DDPMScheduler, {"clip_sample": False}),
@@ -51,97 +54,55 @@ SCHEDULERS = {
 
 @dataclass
 class Source:
-    """
-    What is known of a generator.
-
-    Args:
-        pipe (`PDiffPipeline`): The generator.
-        location (`str`): Of the pipeline, as `from_pretrained` takes it.
-        dataset (`str`, *optional*): What its networks were trained on.
-        report (`Report`, *optional*): Its report.
-        scorer (`Scorer`, *optional*): Of the run's task; with it come `snapshots`, shape `(K, D)`.
-        at_work (`AtWork`, *optional*): Of a run's family of tasks, in place of `scorer`.
-        snapshots (`torch.Tensor`, *optional*): Of the run.
-        num_steps (`int`): Of denoising, for a start.
-        missing (`list[str]`): What is not available, in words for the reader.
-    """
+    """What is known of a generator."""
 
     pipe: PDiffPipeline
-    location: str = ""
-    dataset: str | None = None
+    location: str = ""  # as `from_pretrained` takes it
+    dataset: str | None = None  # what its networks were trained on
     report: Report | None = None
-    scorer: Scorer | None = None
-    at_work: AtWork | None = None
-    snapshots: torch.Tensor | None = None
-    num_steps: int = 20
-    missing: list[str] = field(default_factory=list)
-
-    @cached_property
-    def snapshot_scores(self) -> ClassifierScores:
-        """Of the snapshots on the test split; a run that was evaluated has them already."""
-        return self.scorer.score("test", self.snapshots)
+    at_work: AtWork | None = None  # what runs classifiers whose data are there
+    missing: list[str] = field(default_factory=list)  # what is not available, in words for the reader
 
     @property
-    def has_whole_networks(self) -> bool:
-        """Whether what is generated can be saved as networks that `from_pretrained` loads."""
-        return isinstance(self.pipe.base_model, PreTrainedModel)
+    def snapshots(self) -> torch.Tensor | None:
+        """Of a run, shape `(K, D)`."""
+        return None if self.at_work is None else self.at_work.snapshots
 
 
 @lru_cache(maxsize=2)
 def load_source(name: str) -> Source:
-    """
-    Args:
-        name (`str`): Folder of a run or of a pipeline, or a Hub id.
-
-    Raises:
-        ValueError, OSError, HTTPError: if there is no generator.
-    """
+    """From the folder of a run or of a pipeline, or a Hub id; without a generator, the error of `from_pretrained`."""
     if not name:
         raise ValueError("name a generator: a Hub id such as user/generator, or a folder")
     folder = Path(name)
     is_local = folder.is_dir()
     if is_local and "SPACE_ID" in os.environ:
         raise ValueError("a Space reads no folders; name a Hub id")
-    if is_local and (folder / PDiffPipeline.config_name).is_file():
-        pipeline, folder = folder, folder.resolve().parent
-    else:
-        pipeline = names.generator_folder(folder) if is_local else name
-    if is_local and not (Path(pipeline) / PDiffPipeline.config_name).is_file():
-        raise ValueError(f"'{name}' holds neither a pipeline nor a run with a finished one")
-    pipe = PDiffPipeline.from_pretrained(pipeline, use_safetensors=True)
+    pipe = PDiffPipeline.from_pretrained(name, use_safetensors=True)
     pipe.to("cuda" if torch.cuda.is_available() else "cpu")
-    source = Source(pipe, str(pipeline), num_steps=pipe.config.num_inference_steps)
-    where = folder if is_local else name
-    if recipe := _find_file(where, "recipe.yaml"):
-        settings = yaml.safe_load(recipe.read_text(encoding="utf-8"))
-        source.dataset = settings.get("dataset")
+    source = Source(pipe, name)
+    if is_local:
+        run = folder.resolve().parent if (folder / PDiffPipeline.config_name).is_file() else folder
+    where = run if is_local else name
+    recipe = _find_file(where, names.RECIPE)
+    if recipe:
+        source.dataset = yaml.safe_load(recipe.read_text(encoding="utf-8")).get("dataset")
     try:
         if path := _find_file(where, f"{names.EVALUATION}/{names.REPORT}"):
             source.report = Report.load(path)
         else:
             source.missing.append("its report: it has not been evaluated")
     except ValueError as error:
-        source.missing.append(f"its report: {one_line(error)}")
-    measured = {} if source.report is None else source.report.generated.measures
-    if source.report is not None and not is_conditional(source) and not {"max_iou", "nearness"} & measured.keys():
-        source.report = None
-        source.missing.append("its report, which is not one of classifiers: see report.md beside the pipeline")
-    what = "the accuracy of what is sampled here"
-    if not is_local:
-        source.missing.append(f"{what}: a repository has no snapshots to compare with. Open the run's folder")
-    elif recipe is None:
-        source.missing.append(f"{what}: the folder is not that of a run")
-    else:
-        try:
-            _load_task(source, folder)
-        except (ValueError, OSError, TypeError, ImportError) as error:
-            source.missing.append(f"{what}: {one_line(error)}")
+        source.missing.append(f"its report: {shorten(str(error))}")
+    what = "networks at work"
+    if recipe is None:
+        source.missing.append(f"{what}: there is no {names.RECIPE}, which says what they are for")
+        return source
+    try:
+        _load_task(source, recipe, run if is_local else None)
+    except Exception as error:  # whatever a class of the user's own raises
+        source.missing.append(f"{what}: {shorten(str(error))}")
     return source
-
-
-def is_conditional(source: Source) -> bool:
-    """Whether the report is on members of a family."""
-    return source.report is not None and bool(source.report.fields)
 
 
 def _find_file(where: Path | str, path: str) -> Path | None:
@@ -154,221 +115,165 @@ def _find_file(where: Path | str, path: str) -> Path | None:
         return None
 
 
-def _load_task(source: Source, folder: Path) -> None:
-    """The snapshots of a run, and what scores networks on its task."""
-    recipe = load_config(folder / "recipe.yaml")
-    if recipe.family is not None:
-        return _load_family(source, folder, recipe)
-    snapshots, layout = load_snapshots(recipe.snapshots or folder / names.SNAPSHOTS)
-    if layout != source.pipe.autoencoder.layout:
-        raise LayoutError("the snapshots beside the pipeline are of other tensors")
+def _load_task(source: Source, recipe_file: Path, folder: Path | None) -> None:
+    """What runs networks on the task, or the tasks, of a recipe; and the snapshots in the folder of a run."""
+    recipe, encoder, layout = load_config(recipe_file), source.pipe.condition_encoder, source.pipe.autoencoder.layout
+    if folder is None and ":" in f"{recipe.task}{recipe.family or ''}":
+        raise ValueError("they are for a task of their author's own, whose code is not run from a repository")
     task = make_task(recipe)
     if not isinstance(task, ClassificationTask):
         raise ValueError(f"networks for {recipe.task} are not classifiers; scripts/evaluate.py measures them")
-    model = source.pipe.base_model or task.load_saved(folder / names.BASE_MODEL).to(source.pipe.device)
-    if isinstance(task, LabelledTask):
-        task.align(model.config)
-    source.scorer = make_scorer(task, model, layout, folder / names.SCORES, recipe.recomputes_statistics)
-    source.snapshots = parameter_matrix(snapshots, layout)
-
-
-def _load_family(source: Source, folder: Path, recipe: PDiffConfig) -> None:
-    """What runs networks on the tasks of a run's family, and the networks of its seen tasks."""
-    encoder, layout = source.pipe.condition_encoder, source.pipe.autoencoder.layout
-    family = make_family(recipe, make_task(recipe))
-    if encoder is None or family.fields.to_dict() != encoder.fields.to_dict():
+    family = make_family(recipe, task)
+    if family.fields and (encoder is None or family.fields.to_dict() != encoder.fields.to_dict()):
         raise ValueError(f"the recipe's family has the fields {family.fields}, and the generator others")
     family.num_examples("test")  # so that data which are not there are known now
-    model = source.pipe.base_model or family.load_saved(folder / names.BASE_MODEL).to(source.pipe.device)
-    source.at_work = AtWork(family, model, layout)
+    model = source.pipe.base_model
+    if model is None and folder is None:
+        raise ValueError("the base model is not in the repository")
+    model = model or family.load_saved(folder / names.BASE_MODEL).to(source.pipe.device)
+    at_work = AtWork(family, model, layout, folder and folder / names.SCORES, recipe.recomputes_statistics)
+    if family.fields:
+        at_work.zoo, at_work.seed = zoo_arguments(recipe), recipe.seed
+        rows = source.report.groups if source.report else ()
+        if tried := next((row.tried for row in rows if row.name == TRAINED), None):
+            at_work.zoo = changed(at_work.zoo, learning_rate=float(min(tried, key=tried.__getitem__)))
+    elif isinstance(task, LabelledTask):
+        task.align(model.config)
+    source.at_work = at_work
     try:
+        if folder is None:
+            raise ValueError("they are not in the repository; a run's folder has them")
         snapshots, found = load_snapshots(recipe.snapshots or folder / names.SNAPSHOTS)
         if found != layout:
-            raise LayoutError("the snapshots beside the pipeline are of other tensors")
-        source.snapshots = parameter_matrix(snapshots, layout)
-        source.at_work.set_snapshots(source.snapshots, condition_table(snapshots, family.fields))
+            raise LayoutError("those beside the pipeline are of other tensors")
+        table = condition_table(snapshots, family.fields)
+        known = family.fields.known(table).all(1)
+        if known.any():
+            at_work.snapshots, at_work.conditions = parameter_matrix(snapshots, layout)[known], table[known]
     except (ValueError, OSError) as error:
-        source.missing.append(f"the networks of seen tasks: {one_line(error)}")
+        source.missing.append(f"snapshots: {shorten(str(error))}")
 
 
-def one_line(error: BaseException) -> str:
-    text = " ".join(str(error).split())
-    return text if len(text) <= 300 else f"{text[:300]}…"
-
-
-# -------------------------------------------------------------------------------------------------------- what is shown
-
-
-@rc_context(LETTERS)
-def compare(source: Source, path: Path, scores: ClassifierScores | None = None) -> str:
+def compare(source: Source, choice: Choice, path: Path, scores: ClassifierScores | None = None) -> str:
     """
-    Draws similarities and accuracies to `path`, if there are any, and returns what the reader needs to know about them.
+    Draws similarities and accuracies, or for a family accuracies along a field, to `path` where there are any, and
+    returns what the reader needs to know about them.
 
     Args:
-        scores (`ClassifierScores`, *optional*): Of networks that were sampled here, on the test split.
+        scores (`ClassifierScores`, *optional*): Of networks that were sampled here for `choice`, on the test split.
     """
-    report, others = source.report, []
-    if is_conditional(source):  # of many tasks: they cannot share a figure with networks of one
-        return draw_field(report, path)
-    if report is not None and "nearness" in report.generated.measures:  # of data
-        plot_frontier(report, path)
-        return " ".join(report.verdict)
-    if report is not None:
-        compared = report.of_kind(Kind.BASELINE, Kind.OPPONENT)
-        others = [scatter_group(report, group.name, group.sweep or group.name) for group in compared]
-        generated = scatter_group(report, report.generated.name, "generated, report")
-    if scores is None:
-        if report is None:
-            rest = " yet; sample, to see how these networks do." if source.scorer else "."
-            return f"There is nothing to compare: there is no report{rest}"
-        snapshots, num_examples = scatter_group(report, "snapshots", "snapshots"), report.splits["test"]
-        text = f"The {len(generated.accuracy)} networks of the report on {num_examples:,} test examples. "
-        text += "Those that you sample will be " if source.scorer else "Networks that are sampled here are not "
-        text += "in this figure." if source.scorer else "in this figure: see above."
-    else:
-        if report is not None:
-            others.append(generated)
-        known, num_examples = source.snapshot_scores, len(scores.labels)
-        snapshots = ScatterGroup("snapshots", known.values, max_iou(known.wrong, known.wrong, exclude_self=True))
-        generated = ScatterGroup("sampled here", scores.values, max_iou(scores.wrong, known.wrong))
-        mean = snapshots.accuracy.mean().item()
-        text = (
-            f"**{len(scores.values)} networks sampled here:** accuracy {scores.values.mean():.2f} % on average, from "
-            f"{scores.values.min():.2f} to {scores.values.max():.2f} %; the snapshots have {mean:.2f} %, to which "
-            f"{num_examples:,} test examples give ± {sampling_error(mean, num_examples):.2f}. Maximum IoU with a "
-            f"snapshot {generated.max_iou.nanmean():.3f} on average."
-        )
-    plot_accuracy_vs_similarity(path, {"": (snapshots, generated, others)}, num_examples)
-    return text
+    report, at_work = source.report, source.at_work
+    texts = [] if scores is None or at_work is None else [at_work.describe(choice, scores)]
+    with rc_context(LETTERS):
+        if report is not None and report.fields:
+            plot_field(report, path)
+            if along := next((name for name in report.conditions if name in report.fields), None):
+                rest = in_words({k: v for k, v in report.conditions[along][0].items() if k != along})
+                texts.append(f"From the report: accuracy on tasks along *{along}*; {rest}.")
+        elif report is not None and "nearness" in report.generated.measures:  # of data
+            plot_frontier(report, path)
+            texts.extend(report.verdict)
+        elif report is not None and "max_iou" in report.generated.measures:
+            compared = report.of_kind(Kind.BASELINE, Kind.OPPONENT)
+            others = [scatter_group(report, group.name, group.sweep or group.name) for group in compared]
+            generated = scatter_group(report, report.generated.name, "generated, report")
+            snapshots = scatter_group(report, "snapshots", "snapshots")
+            if scores is not None and at_work is not None and at_work.snapshots is not None:
+                others.append(generated)
+                similarity = max_iou(scores.wrong, at_work.snapshot_scores.wrong)
+                generated = ScatterGroup("sampled here", scores.values, similarity)
+                texts.append(f"Their similarity to the nearest snapshot is {similarity.nanmean():.3f} on average.")
+            elif scores is None:
+                count = len(generated.accuracy)
+                texts.append(f"The {count} networks of the report on {report.splits['test']:,} test examples.")
+            plot_accuracy_vs_similarity(path, {"": (snapshots, generated, others)}, report.splits["test"])
+    return "\n\n".join(texts) or "There is nothing to compare yet."
 
 
 def write_zip(
     source: Source, parameters: torch.Tensor, path: Path, whole: bool, condition: Condition | None = None
 ) -> None:
-    """
-    Every network as a folder that `from_pretrained` loads, or else its generated tensors as a safetensors file; and how
-    to load them.
-    """
-    with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as archive:  # weights do not get smaller
-        archive.writestr(_readable("README.md"), how_to_load(source, whole, condition))
-        for i, row in enumerate(parameters):
-            tensors = {name: t.clone() for name, t in source.pipe.autoencoder.layout.unflatten(row).items()}
-            if not whole:
-                archive.writestr(_readable(f"network-{i:05d}.safetensors"), save(tensors))
-                continue
-            with tempfile.TemporaryDirectory() as folder:
-                save_network(source.pipe.make_model(tensors), Path(folder))
-                for file in sorted(Path(folder).iterdir()):
-                    archive.writestr(_readable(f"network-{i:05d}/{file.name}"), file.read_bytes())
-
-
-def _readable(name: str) -> zipfile.ZipInfo:
-    """A file of an archive that is not for its owner alone when it is unpacked."""
-    info = zipfile.ZipInfo(name)
-    info.external_attr = 0o644 << 16
-    return info
+    """Networks as `scripts/generate.py` writes them, whole or their generated tensors alone, and how to load them."""
+    with tempfile.TemporaryDirectory() as folder, zipfile.ZipFile(path, "w") as archive:  # weights do not get smaller
+        write_parameters(source.pipe, source.pipe.autoencoder.layout, parameters, Path(folder), not whole)
+        Path(folder, "README.md").write_text(how_to_load(source, whole, condition), encoding="utf-8")
+        for file in sorted(Path(folder).rglob("*")):
+            archive.write(file, file.relative_to(folder))
 
 
 def how_to_load(source: Source, whole: bool, condition: Condition | None = None) -> str:
     """Markdown: what reads the files of `write_zip`; of a generator with conditions also what makes more of them."""
+    pipe, model = f'PDiffPipeline.from_pretrained("{source.location}")', type(source.pipe.base_model)
+    first = '"network-00000' + ('"' if whole else '.safetensors"')
     if whole and has_adapters(source.pipe.base_model):
-        lines = [
-            "from peft import PeftModel",
-            "",
-            'network = PeftModel.from_pretrained(base, "network-00000")  # base: the network without adapters',
-        ]
+        what = "from peft import PeftModel\n\n"
+        what += f"network = PeftModel.from_pretrained(base, {first})  # base: without adapters"
     elif whole:
-        model = type(source.pipe.base_model).__name__
-        lines = [
-            "import pdiff_hf  # for its own architectures",
-            f"from transformers import {model}",
-            "",
-            f'network = {model}.from_pretrained("network-00000")',
-        ]
+        library, name = model.__module__.partition(".")[0], model.__name__
+        what = f"import pdiff_hf  # for its own architectures\nfrom {library} import {name}\n\n"
+        what += f"network = {name}.from_pretrained({first})"
+    elif source.pipe.base_model is None:
+        what = f"from safetensors.torch import load_file\n\ntensors = load_file({first})\n"
+        what += "network.load_state_dict(tensors, strict=False)  # your network"
     else:
-        lines = [
-            "from pdiff_hf import PDiffPipeline",
-            "from safetensors.torch import load_file",
-            "",
-            'tensors = load_file("network-00000.safetensors")',
-        ]
-        if source.pipe.base_model is None:
-            lines += ["network.load_state_dict(tensors, strict=False)  # a network of your own"]
-            del lines[0]
-        else:
-            lines += [f'network = PDiffPipeline.from_pretrained("{source.location}").make_model(tensors)']
-    text = "\n".join(["Unpack the archive, then:", "", "```python", *lines, "```", ""])
+        what = "from pdiff_hf import PDiffPipeline\nfrom safetensors.torch import load_file\n\n"
+        what += f"network = {pipe}.make_model(load_file({first}))"
+    text = f"Unpack the archive, then:\n\n```python\n{what}\n```\n"
     if condition is None:
         return text
-    lines = [
-        "from pdiff_hf import PDiffPipeline",
-        "",
-        f'pipe = PDiffPipeline.from_pretrained("{source.location}")',
-        f"condition = {as_code(condition)}",
-        "tensors = pipe(8, condition=condition).parameters",
-    ]
-    return "\n".join(
-        [text, "They were made for this condition. To make more of them:", "", "```python", *lines, "```", ""]
-    )
+    what = f"from pdiff_hf import PDiffPipeline\n\npipe = {pipe}\ncondition = {as_code(condition)}\n"
+    what += "tensors = pipe(8, condition=condition).parameters"
+    return f"{text}\nThey were made for this condition. To make more of them:\n\n```python\n{what}\n```\n"
 
 
 # --------------------------------------------------------------------------------------------------------- what is done
 
 
-class Closed(Exception):
-    """Ends sampling that nobody waits for any more."""
-
-
-def make_scheduler(name: str, source: Source) -> SchedulerMixin:
-    """For the same diffusion as the pipeline's own."""
-    scheduler_class, settings = SCHEDULERS[name]
-    return scheduler_class.from_config(source.pipe.scheduler.config, **settings)
-
-
 def with_scheduler(source: Source, name: str) -> PDiffPipeline:
-    """A pipeline of one's own, because another reader may have chosen another scheduler."""
-    parts, scheduler = source.pipe, make_scheduler(name, source)
-    pipe = PDiffPipeline(
-        parts.autoencoder,
-        parts.denoiser,
-        scheduler,
-        condition_encoder=parts.condition_encoder,
-        temperature=parts.config.temperature,
-        guidance_scale=parts.config.guidance_scale,
-    )
+    """A pipeline of one's own, because another reader may have chosen another scheduler; for the same diffusion."""
+    pipe, own = copy.copy(source.pipe), source.pipe.scheduler
+    scheduler_class, settings = SCHEDULERS[name]
+    pipe.scheduler = (scheduler_class or type(own)).from_config(own.config, **settings)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
 
 def sample_latents(
-    source: Source, num_models: int, num_steps: int, scheduler: str, seed: int, condition: Condition | None = None
+    source: Source,
+    num_models: int,
+    num_steps: int,
+    temperature: float,
+    scheduler: str = AS_SAVED,
+    seed: int = 0,
+    condition: Condition | None = None,
 ) -> Iterator[tuple[int, torch.Tensor]]:
-    """Yields, while the pipeline runs, how many steps are done, and the latents, shape `(N, L)`."""
+    """Yields, while the pipeline runs, how many steps are done, from 0 on, and the latents, shape `(N, L)`."""
+    if None in (num_models, num_steps, temperature, seed):
+        raise ValueError("networks, steps, temperature and seed must all be given")
     pipe = with_scheduler(source, scheduler)
     steps: SimpleQueue[tuple[int, torch.Tensor] | BaseException | None] = SimpleQueue()
     closed = threading.Event()
 
+    def begin(*arguments):
+        latents = source.pipe.prepare_latents(*arguments)
+        steps.put((0, temperature * pipe.scheduler.init_noise_sigma * latents))
+        return latents
+
     def after_step(pipe, step, timestep, values):
         if closed.is_set():
-            raise Closed
+            raise GeneratorExit  # nobody waits for it any more
         steps.put((step + 1, values["latents"].clone()))
         return values
 
     def run() -> None:
+        noise, how = torch.Generator().manual_seed(seed), {"temperature": temperature, "output_type": "latent"}
         try:
-            generator = torch.Generator().manual_seed(seed)
-            pipe(
-                num_models,
-                num_steps,
-                generator,
-                condition=condition,
-                output_type="latent",
-                callback_on_step_end=after_step,
-            )
+            pipe(num_models, num_steps, noise, condition=condition, callback_on_step_end=after_step, **how)
             steps.put(None)
         except BaseException as error:  # whatever it is, the thread that waits must hear of it
             steps.put(error)
 
+    pipe.prepare_latents = begin
     threading.Thread(target=run, daemon=True).start()
     try:
         while (item := steps.get()) is not None:
@@ -386,6 +291,6 @@ def check_size(source: Source, num_models: int, whole: bool = False) -> None:
         size = sum(t.numel() * t.element_size() for t in source.pipe.base_model.state_dict().values())
     if size * num_models > MAX_BYTES:
         raise ValueError(
-            f"{num_models} networks of {size / 2**20:.1f} MiB are more than this page samples at once; choose "
+            f"{num_models} networks of {size / 2**20:.1f} MiB are more than this page takes at once; choose "
             f"{MAX_BYTES // size} at most, or use scripts/generate.py"
         )

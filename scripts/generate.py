@@ -35,19 +35,11 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0, help="The same seed gives the same networks.")
     parser.add_argument("--output_dir", default="outputs/networks", help="Must not hold generated networks yet.")
     parser.add_argument("--only_generated", action="store_true", help="Write only the generated tensors.")
-    parser.add_argument(
-        "--adapters", action="store_true", help="Write adapters alone, and refuse a generator of anything else."
-    )
-    parser.add_argument(
-        "--condition",
-        type=condition,
-        help="What is known of the task, as JSON, for a generator with conditions; unknown fields are drawn.",
-    )
-    parser.add_argument(
-        "--batch_norm_data",
-        metavar="RECIPE.yaml",
-        help="Recipe of a run, on whose training data the statistics of batch norm are recomputed for each network.",
-    )
+    parser.add_argument("--adapters", action="store_true", help="Write adapters, and refuse to write anything else.")
+    what = "What is known of the task, as JSON, for a generator with conditions; unknown fields are sampled."
+    parser.add_argument("--condition", type=condition, help=what)
+    what = "Recipe of a run: recompute the statistics of batch norm on its training data for each network."
+    parser.add_argument("--batch_norm_data", metavar="RECIPE.yaml", help=what)
     return parser.parse_args()
 
 
@@ -71,20 +63,11 @@ def main() -> None:
 
     quiet_libraries()
     with one_line_errors():
-        recipe = None if args.batch_norm_data is None else load_config(expand_path(args.batch_norm_data))
-        folder = Path(expand_path(args.output_dir))
-        write_networks(
-            expand_path(args.pipeline),
-            folder,
-            num_models=args.num_models,
-            num_inference_steps=args.num_inference_steps,
-            temperature=args.temperature,
-            seed=args.seed,
-            only_generated=args.only_generated,
-            adapters=args.adapters,
-            condition=args.condition,
-            task=None if recipe is None else make_task(recipe.with_dataset()),
-        )
+        options = vars(args)
+        source, recipe = expand_path(options.pop("pipeline")), options.pop("batch_norm_data")
+        folder = Path(expand_path(options.pop("output_dir")))
+        task = None if recipe is None else make_task(load_config(expand_path(recipe)).with_dataset())
+        write_networks(source, folder, task=task, **options)
         print(f"{args.num_models} networks are in {folder}.")
 
 

@@ -1,45 +1,50 @@
-"""What the page shows of a generator with conditions: what a reader says of a task, and its network at work."""
+"""What the page shows of networks at work: what a reader says of a task, and what a network for it answers."""
 
 import base64
+import copy
 import html
 import io
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
-from matplotlib import rc_context
+from accelerate import Accelerator
 from PIL import Image
 from torch import nn
 
 from pdiff_hf import ParameterLayout
-from pdiff_hf.evaluation.plots import plot_field
-from pdiff_hf.evaluation.report import Report
 from pdiff_hf.evaluation.scatter import sampling_error
-from pdiff_hf.evaluation.score import ClassifierScores, Scorer, make_scorer
+from pdiff_hf.evaluation.score import ClassifierScores, make_scorer
 from pdiff_hf.models import ConditionEncoder
 from pdiff_hf.models.condition import Condition
 from pdiff_hf.networks.runner import NetworkRunner
-from pdiff_hf.scripts.watch import LETTERS
+from pdiff_hf.scripts.watch import evenly
+from pdiff_hf.snapshots.zoo import ZooArguments, train_specialists
+from pdiff_hf.tasks import ClassificationTask, predict_logits, take
 from pdiff_hf.tasks.family import Family
-from pdiff_hf.tasks.image_families import ImageFamily
-from pdiff_hf.tasks.label_groups import GroupedFamily
+from pdiff_hf.tasks.label_groups import LabelGroups
+from pdiff_hf.training import Loop
+from pdiff_hf.utils.seeds import named_seed
 
-EXAMPLES = 500  # test examples that the networks are run on
-PICTURES = 24  # of them so many are shown
+PICTURES = 24  # test examples that are shown
+EXAMPLES = 2000  # of the task of a family networks are judged on no more, in a report as well
 CHECKBOXES = 32  # a longer vector of bits is a text
-GENERATED = "generated"
+TRAINED = "trained on the task"
 CSS = """
-.at-work .row { display: grid; grid-template-columns: 9.5em 1fr 4.2em; align-items: center; gap: 8px; margin: 4px 0; }
+.at-work .row { display: grid; grid-template-columns: 10.5em 1fr 4.2em; align-items: center; gap: 8px; margin: 4px 0; }
 .at-work .row > :last-child { text-align: right; font-variant-numeric: tabular-nums; }
 .at-work .track { height: 12px; background: var(--border-color-primary); border-radius: 3px; overflow: hidden; }
 .at-work .track i { display: block; height: 100%; background: var(--body-text-color-subdued); }
 .at-work .first { font-weight: 600; }
 .at-work .first .track i { background: #D55E00; }
 .at-work .note { font-size: 0.9em; margin: 6px 0; }
-.at-work .images { display: grid; grid-template-columns: repeat(auto-fill, minmax(58px, 1fr)); gap: 8px; }
+.at-work .images { display: grid; grid-template-columns: repeat(auto-fill, minmax(50px, 1fr)); gap: 6px; }
+.at-work .texts { display: grid; gap: 4px; }
 .at-work figure { margin: 0; text-align: center; border: 2px solid transparent; border-radius: 4px; padding: 2px; }
 .at-work figure.wrong { border: 2px dashed var(--body-text-color); }
 .at-work figure img { width: 100%; image-rendering: pixelated; display: block; }
@@ -49,26 +54,25 @@ CSS = """
 
 @dataclass(frozen=True)
 class Choice:
-    """
-    What a reader has chosen.
+    """What a reader has chosen; nothing, where a generator takes no conditions."""
 
-    Args:
-        task (`dict`): The value of every field.
-        told (`tuple[str, ...]`): The fields that the generator is told; it draws the others.
-    """
-
-    task: dict[str, Any]
-    told: tuple[str, ...]
+    task: dict[str, Any] = field(default_factory=dict)  # the value of every field
+    told: tuple[str, ...] = ()  # the fields that the generator is told; it samples the others
 
     @property
     def condition(self) -> dict[str, Any]:
         """What the generator is told."""
         return {name: self.task[name] for name in self.told}
 
+    @property
+    def told_or_none(self) -> dict[str, Any] | None:
+        """The condition for a pipeline, of a generator that takes none: None."""
+        return self.condition if self.task else None
+
 
 def in_words(condition: Condition) -> str:
     """A condition in a sentence."""
-    return ", ".join(f"{name} {_short(value)}" for name, value in condition.items()) or "nothing known of the task"
+    return ", ".join(f"{name} {_short(value)}" for name, value in condition.items()) or "any task"
 
 
 def _short(value: Any) -> str:
@@ -81,8 +85,10 @@ def _short(value: Any) -> str:
 # ------------------------------------------------------------------------------------------------------------- controls
 
 
-def first_choice(encoder: ConditionEncoder) -> Choice:
+def first_choice(encoder: ConditionEncoder | None) -> Choice:
     """What the controls show at first."""
+    if encoder is None:
+        return Choice()
     seen = encoder.seen[encoder.seen_known.all(1)].cpu()
     kept = encoder.fields.conditions(seen[:1])[0] if len(seen) else {}
 
@@ -113,9 +119,7 @@ def from_control(encoder: ConditionEncoder, name: str, value: Any) -> Any:
     """The inverse of `to_control`."""
     field = encoder.fields[name]
     if value is None:
-        raise ValueError(
-            f"'{name}' must be {field}, and it is empty; take it out of what the generator is told instead"
-        )
+        raise ValueError(f"'{name}' must be {field}, and it is empty; untick 'told' instead")
     if field.bounds or field.choices:
         return value
     if bits_of(encoder, name):
@@ -126,187 +130,170 @@ def from_control(encoder: ConditionEncoder, name: str, value: Any) -> Any:
         raise ValueError(f"'{name}' must be {field}: {error}") from error
 
 
-def read_choice(encoder: ConditionEncoder, values: Sequence[Any], told: Sequence[str]) -> Choice:
+def read_choice(encoder: ConditionEncoder, values: Sequence[Any], told: Sequence[bool]) -> Choice:
     """
-    What the controls say, one value for each field.
+    What the controls say, a value for each field, and whether the generator is told it.
 
     Raises:
         ValueError: for a value that its field cannot have.
     """
     task = {name: from_control(encoder, name, value) for name, value in zip(encoder.fields, values, strict=True)}
     encoder.fields.table([task])
-    return Choice(task, tuple(name for name in encoder.fields if name in told))
+    return Choice(task, tuple(name for name, is_told in zip(encoder.fields, told, strict=True) if is_told))
 
 
 # -------------------------------------------------------------------------------------------------------------- at work
 
 
+@dataclass(eq=False)
 class AtWork:
-    """
-    Networks at work on the test data of a family's tasks.
+    """Networks at work on the test data of the tasks of a family, of which a single task is one."""
 
-    Args:
-        family (`Family`): Of the tasks.
-        model (`nn.Module`): The base model, on the device to compute on.
-        layout (`ParameterLayout`): The tensors that are generated.
-    """
+    family: Family  # of classification tasks
+    model: nn.Module  # the base model, on the device to compute on
+    layout: ParameterLayout  # the tensors that are generated
+    cache: Path | None = None  # where scores of networks for a single task are kept
+    recompute_statistics: bool = False  # of batch norm, for each network
+    zoo: ZooArguments | None = None  # how a network is trained on one of the tasks of a family
+    seed: int = 0  # of that training
+    snapshots: torch.Tensor | None = None  # (K, D)
+    conditions: torch.Tensor | None = None  # (K, width), all known
+    _trained: dict = field(default_factory=dict)
+    _lock: Any = field(default_factory=threading.RLock)
 
-    snapshots: torch.Tensor | None = None  # (K, D), those whose conditions are known
-    conditions: torch.Tensor  # (K, width)
+    def task(self, choice: Choice) -> ClassificationTask:
+        return self.family.task({name: choice.task[name] for name in self.family.fields})  # type: ignore[return-value]
 
-    def __init__(self, family: Family, model: nn.Module, layout: ParameterLayout):
-        self.family, self.model, self.layout = family, model, layout
-        self.device = next(model.parameters()).device
+    @cached_property
+    def snapshot_scores(self) -> ClassifierScores:
+        """Of a single task; a run that was evaluated has them already."""
+        return self.score(Choice(), self.snapshots)
 
-    def set_snapshots(self, parameters: torch.Tensor, table: torch.Tensor) -> None:
-        """Networks of seen tasks, shape `(K, D)`, with their conditions, shape `(K, width)`."""
-        known = self.family.fields.known(table).all(1)
-        if known.any():
-            self.snapshots, self.conditions = parameters[known], table[known]
+    @torch.no_grad()
+    def score(self, choice: Choice, parameters: torch.Tensor, most: int | None = None) -> ClassifierScores:
+        """Scores on the test examples of a task that a report looks at, or on `most` of them, without probabilities."""
+        with self._lock:  # networks take turns in the base model, and readers may come together
+            cache = None if self.family.fields else self.cache
+            scorer = make_scorer(self.task(choice), self.model, self.layout, cache, self.recompute_statistics)
+            if not self.family.fields and most is None:
+                return scorer.score("test", parameters)
+            most = min(most or EXAMPLES, self.family.num_examples("test"))
+            predictions, true = torch.empty(len(parameters), most).long(), torch.empty(most).long()
+            whole = scorer.complete(parameters)
+            for rows, examples, logits, labels in predict_logits(scorer.task, scorer.models, "test", whole, most):
+                predictions[rows, examples], true[examples] = logits.argmax(-1).cpu(), labels.cpu()
+            return ClassifierScores(predictions, torch.empty(0), true)
 
     def nearest(self, choice: Choice) -> int | None:
         """Which snapshot is the last one of the seen task that is nearest in what is known."""
-        if self.snapshots is None or not choice.told:
-            return None
         fields = self.family.fields
+        if self.conditions is None or not choice.told or not fields:
+            return None
         known = torch.tensor([name in choice.told for name in fields])[fields.feature_fields()]
-        features = fields.features(torch.cat([fields.table([choice.task]), self.conditions]))[:, known]
+        own = fields.table([{name: choice.task[name] for name in fields}])
+        features = fields.features(torch.cat([own, self.conditions]))[:, known]
         distances = (features[1:] - features[0]).square().sum(1)
         return int(torch.nonzero(distances == distances.min())[-1])
 
-    def others(self, choice: Choice) -> dict[str, torch.Tensor]:
-        """What a reader could have without a generator, parameters of shape `(D,)` by name."""
-        networks = {"base model": self.layout.flatten(self.model.state_dict()).cpu()}
-        nearest = self.nearest(choice)
-        if nearest is not None and self.snapshots is not None:
-            networks["nearest seen task"] = self.snapshots[nearest]
-        return networks
+    def train(self, choice: Choice) -> None:
+        """Trains a network on the task itself, as for a report, while others are shown; the last one is kept."""
+        if self._trained.get("task") != choice.task:
+            loop, family = Loop(Accelerator(), named_seed(self.seed, "oracles")), copy.copy(self.family)
+            networks, table = NetworkRunner(copy.deepcopy(self.model), self.layout), family.fields.table([choice.task])
+            network = train_specialists(loop, family, networks, table, replace(self.zoo, num_snapshots=1))[-1][0]
+            self._trained = {"task": choice.task, "network": network}
 
-    def scorer(self, choice: Choice) -> Scorer[ClassifierScores]:
-        """Scores networks on the whole test data of one task."""
-        return make_scorer(self.family.task(choice.task), self.model, self.layout)
-
-    def reference(self, choice: Choice) -> tuple[str, ClassifierScores]:
-        """What the accuracy of sampled networks is compared with: its name, and its scores on the test data."""
-        name, parameters = list(self.others(choice).items())[-1]
-        return name, self.scorer(choice).score("test", parameters.unsqueeze(0))
-
-    @torch.no_grad()
-    def predict(self, choice: Choice, parameters: torch.Tensor) -> tuple[dict, torch.Tensor]:
-        """A batch of the task's test data, and what networks, shape `(N, D)`, predict on it, shape `(N, B)`."""
-        total = self.family.num_examples("test")
-        indices = torch.linspace(0, total - 1, min(EXAMPLES, total)).round().long()
-        table = self.family.fields.table([choice.task]).to(self.device)
-        batch = {name: values[0] for name, values in self.family.batch("test", table, indices).items()}
-        models = NetworkRunner(self.model, self.layout)
-        logits = [part for _, part in models(lambda call: self.family.predict(call, batch), parameters)]
-        return batch, torch.cat(logits).argmax(-1)
-
-    def show(self, choice: Choice, parameters: torch.Tensor) -> str:
-        """
-        HTML: the accuracy of a network of shape `(D,)` beside those that need no generator, and some test images with
-        what it predicts.
-        """
-        networks = {GENERATED: parameters} | self.others(choice)
-        batch, predicted = self.predict(choice, torch.stack(list(networks.values())))
-        right = predicted == batch["labels"]
-        accuracies = dict(zip(networks, (100 * right.double().mean(1)).tolist(), strict=True))
-        error = sampling_error(accuracies[GENERATED], right.shape[1])
-        notes = [f"Accuracy on {right.shape[1]} test examples of this task, ± {error:.1f} for the first."]
-        nearest = self.nearest(choice)
+    def others(self, choice: Choice) -> dict[str, float]:
+        """What a reader could have without a generator, with its accuracy; what was learned from comes first."""
+        networks, nearest = {}, self.nearest(choice)
         if nearest is not None:
+            networks["nearest snapshot"] = self.snapshots[nearest]
+        networks["base model"] = self.layout.flatten(self.model.state_dict()).cpu()
+        if (kept := self._trained).get("task") == choice.task:
+            networks[TRAINED] = kept["network"]
+        scores = self.score(choice, torch.stack(list(networks.values())))
+        found = dict(zip(networks, scores.values.tolist(), strict=True))
+        if self.snapshots is not None and not self.family.fields:
+            found = {"snapshots": self.snapshot_scores.values.nanmean().item()} | found
+        return found
+
+    def show(self, choice: Choice, parameters: torch.Tensor, train: bool = False) -> tuple[str, str]:
+        """
+        HTML: some test examples with what a network of shape `(D,)` answers, and its accuracy beside others. With
+        `train` there is room for that of a network trained on the task.
+        """
+        scores = self.score(choice, parameters.unsqueeze(0))
+        accuracy, count = scores.values.item(), len(scores.labels)
+        shown = evenly(count, PICTURES)
+        figures = self._figures(choice, evenly(self.family.num_examples("test"), count)[shown], scores[:1], shown)
+        others = self.others(choice)
+        bars = {"generated": accuracy} | ({TRAINED: others.get(TRAINED)} if train else {}) | others
+        notes = f"Accuracy on {count:,} test examples of this task, ± {sampling_error(accuracy, count):.1f}."
+        if (nearest := self.nearest(choice)) is not None:
             condition = self.family.fields.conditions(self.conditions[nearest : nearest + 1])[0]
-            notes.append(f"The nearest seen task: {in_words(condition)}.")
-        shown = torch.linspace(0, right.shape[1] - 1, min(PICTURES, right.shape[1])).round().long()
-        parts = [
-            *(_bar(name, value, name == GENERATED) for name, value in accuracies.items()),
-            f'<p class="note">{html.escape(" ".join(notes))}</p>',
-            *self._pictures({name: values[shown] for name, values in batch.items()}, predicted[0][shown]),
-        ]
-        return "".join(parts)
+            notes += f" The nearest snapshot is for {in_words(condition)}."
+        return figures, "".join(_bar(*bar) for bar in bars.items()) + f'<p class="note">{html.escape(notes)}</p>'
 
-    def _pictures(self, batch: Mapping[str, torch.Tensor], predicted: torch.Tensor) -> list[str]:
-        if not isinstance(self.family, ImageFamily):
-            return ['<p class="note">Its examples are no images.</p>']
-        examples = self.family.base.load_split("test")
-        preparation = examples.preparation
-        mean, std = (255 * torch.tensor(values).view(-1, 1, 1) for values in (preparation.mean, preparation.std))
-        pixels = (batch["pixel_values"].cpu() * std + mean).round().clamp(0, 255).byte()
-        names = self.class_names
-        pairs = [(names[int(a)], names[int(b)]) for a, b in zip(predicted, batch["labels"], strict=True)]
-        return ['<div class="images">', *map(_picture, pixels, pairs), "</div>"]
+    def _figures(self, choice: Choice, rows: torch.Tensor, scores: ClassifierScores, shown: torch.Tensor) -> str:
+        """HTML of the test examples `rows`, which are the columns `shown` of the scores of one network."""
+        task, base = self.task(choice), getattr(self.family, "base", None)
+        batch = task.collate(take(task.load_split("test"), rows.tolist()))
+        preparation = getattr(base.load_split("test"), "preparation", None) if base else None
+        kind, bodies = "texts", [""] * len(rows)
+        if "pixel_values" in batch and preparation is not None:
+            mean, std = (255 * torch.tensor(values).view(-1, 1, 1) for values in (preparation.mean, preparation.std))
+            pixels = (batch["pixel_values"].cpu() * std + mean).round().clamp(0, 255).byte()
+            kind, bodies = "images", list(map(_picture, pixels))
+        elif "input_ids" in batch:
+            texts = base.processor.batch_decode(batch["input_ids"], skip_special_tokens=True)
+            bodies = list(map(html.escape, texts))
+        names = ("negative", "positive") if isinstance(self.family, LabelGroups) else getattr(base, "class_names", None)
+        figures = []
+        for body, pair in zip(
+            bodies, zip(scores.predictions[0][shown], scores.labels[shown], strict=True), strict=True
+        ):
+            answer, label = (html.escape(str(names[int(i)] if names else int(i))) for i in pair)
+            mark, caption = ("right", f"✓ {answer}") if answer == label else ("wrong", f"✗ {answer}<br>is {label}")
+            figures.append(f'<figure class="{mark}">{body}<figcaption>{caption}</figcaption></figure>')
+        return f'<div class="{kind}">{"".join(figures)}</div>'
 
-    @property
-    def class_names(self) -> list[str]:
-        if isinstance(self.family, GroupedFamily):
-            return ["negative", "positive"]
-        assert isinstance(self.family, ImageFamily)
-        return list(map(str, self.family.base.class_names))
+    def describe(self, choice: Choice, scores: ClassifierScores) -> str:
+        """Markdown: the accuracies of networks that were sampled here, on the task that they were sampled for."""
+        beside = ", ".join(f"{name} {value:.2f} %" for name, value in self.others(choice).items())
+        values, count = scores.values, len(scores.labels)
+        what = f" for {in_words(choice.task)}" if choice.task else ""
+        return (
+            f"**{len(values)} networks sampled here**{what}: accuracy {values.mean():.2f} % on average, from "
+            f"{values.min():.2f} to {values.max():.2f} %, on {count:,} test examples "
+            f"(± {sampling_error(values.mean().item(), count):.2f}). Beside them: {beside}."
+        )
 
 
-def _bar(name: str, accuracy: float, is_first: bool) -> str:
-    return (
-        f'<div class="row{" first" if is_first else ""}"><span>{name}</span>'
-        f'<span class="track"><i style="width:{accuracy:.1f}%"></i></span><span>{accuracy:.1f} %</span></div>'
-    )
+def _bar(name: str, accuracy: float | None) -> str:
+    value, mark = "…" if accuracy is None else f"{accuracy:.1f} %", " first" if name == "generated" else ""
+    bar = f'<span class="track"><i style="width:{accuracy or 0:.1f}%"></i></span>'
+    return f'<div class="row{mark}"><span>{name}</span>{bar}<span>{value}</span></div>'
 
 
-def _picture(pixels: torch.Tensor, names: tuple[str, str]) -> str:
-    """An image, uint8 of shape `(C, H, W)`, with the name of the class that is predicted, and of the true one."""
-    predicted, true = map(html.escape, names)
+def _picture(pixels: torch.Tensor) -> str:
+    """HTML of an image, uint8 of shape `(C, H, W)`."""
     mode, array = ("L", pixels[0]) if len(pixels) == 1 else ("RGB", pixels[:3].movedim(0, -1))
     file = io.BytesIO()
     Image.fromarray(array.contiguous().numpy(), mode).save(file, "PNG")
-    source = base64.b64encode(file.getvalue()).decode()
-    is_right = predicted == true
-    caption = f"✓ {predicted}" if is_right else f"✗ {predicted}<br>is {true}"
-    return (
-        f'<figure class="{"right" if is_right else "wrong"}"><img src="data:image/png;base64,{source}" alt="{true}">'
-        f"<figcaption>{caption}</figcaption></figure>"
-    )
+    return f'<img src="data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}" alt="">'
 
 
-def frame(choice: Choice, shown: str) -> str:
-    """HTML: for which condition what follows is."""
-    told, task = html.escape(in_words(choice.condition)), html.escape(in_words(choice.task))
-    text = f"A new network for <b>{told}</b>: the first that <i>Sample</i> gives."
-    untold = [name for name in choice.task if name not in choice.told]
-    if untold:
-        text += f" The generator draws {html.escape(', '.join(untold))} from the seen tasks; here the task has {task}."
-    return f'<div class="at-work"><p class="note">{text}</p>{shown}</div>'
-
-
-# -------------------------------------------------------------------------------------------------------------- reports
-
-
-@rc_context(LETTERS)
-def draw_field(report: Report, path: Path) -> str:
-    """Draws the accuracies of a report along a field to `path`, if it has them; returns what they are."""
-    plot_field(report, path)
-    return about_field(report)
-
-
-def about_field(report: Report) -> str:
-    """Markdown: what the figure of `draw_field` shows."""
-    field = next((name for name in report.conditions if name in report.fields), None)
-    if field is None:
-        return "The report has no accuracies along a field."
-    fixed = {name: value for name, value in report.conditions[field][0].items() if name != field}
-    rest = f"; {in_words(fixed)}" if fixed else ""
-    return f"From the report: accuracy on tasks along *{field}*{rest}."
-
-
-def describe_scores(at_work: AtWork, choice: Choice, scores: ClassifierScores) -> str:
-    """Markdown: the accuracies of networks that were sampled here, on the task that they were sampled for."""
-    others = at_work.others(choice)
-    values = at_work.scorer(choice).score("test", torch.stack(list(others.values()))).values
-    beside = ", ".join(f"the {name} {value:.2f} %" for name, value in zip(others, values.tolist(), strict=True))
-    accuracy, num_examples = scores.values, len(scores.labels)
-    return (
-        f"**{len(accuracy)} networks sampled here** for {in_words(choice.task)}: accuracy {accuracy.mean():.2f} % on "
-        f"average, from {accuracy.min():.2f} to {accuracy.max():.2f} %, on the {num_examples:,} test examples of this "
-        f"task (± {sampling_error(accuracy.mean().item(), num_examples):.2f}). There, {beside}."
-    )
+def frame(shown: str, choice: Choice | None = None) -> str:
+    """HTML of a part of the page, below a line that says for which choice a network is."""
+    text = ""
+    if choice is not None:
+        what = f" for <b>{html.escape(in_words(choice.condition))}</b>" if choice.task else ""
+        text = f'<p class="note">A new network{what}: the first that <i>Sample</i> gives.'
+        if untold := ", ".join(name for name in choice.task if name not in choice.told):
+            task = html.escape(in_words(choice.task))
+            text += f" The generator samples {html.escape(untold)} from the seen tasks; here the task has {task}."
+        text += "</p>"
+    return f'<div class="at-work">{text}{shown}</div>'
 
 
 def as_code(condition: Condition) -> str:

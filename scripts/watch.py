@@ -4,18 +4,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from accelerate.utils import send_to_device
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from pdiff_hf.evaluation.plots import GENERATED, plot_reverse_process
-from pdiff_hf.evaluation.score import ClassifierScores, Scorer
 from pdiff_hf.models.products import expanded
-from pdiff_hf.tasks import take
 
 if TYPE_CHECKING:
     from pdiff_hf.scripts.explore import Source
+    from pdiff_hf.scripts.on_demand import Choice
 
 WATCHED = 5  # networks whose way through the reverse process is drawn
 WATCHED_EXAMPLES = 500  # test examples for the accuracy along the way
@@ -55,43 +53,30 @@ def evenly(count: int, limit: int) -> torch.Tensor:
 class Watcher:
     """
     What is drawn of the reverse process: of a few networks at every step the distance to the mean of the snapshots, in
-    standard deviations (1 is where snapshots lie), and the accuracy on some test examples if there is a task.
-
-    Args:
-        source (`Source`): Of the networks.
-        scorer (`Scorer`, *optional*): Of their task.
-        reference (`tuple`, *optional*): With a scorer, what their accuracy is compared with: a name, and its scores on
-            the test split.
+    standard deviations (1 is where snapshots lie), and the accuracy on some test examples of the task if there is one.
     """
 
-    def __init__(
-        self, source: "Source", scorer: Scorer | None = None, reference: tuple[str, ClassifierScores] | None = None
-    ):
-        self.source, self.scorer = source, scorer
+    def __init__(self, source: "Source", choice: "Choice"):
+        self.source, self.choice, self.reference = source, choice, ("", 0.0)
         self.steps: list[int] = []
         self.distances: list[torch.Tensor] = []
         self.accuracies: list[torch.Tensor] = []
-        if scorer is not None:
-            split = scorer.task.load_split("test")
-            chosen = evenly(len(split), WATCHED_EXAMPLES)
-            self.batch = send_to_device(scorer.task.collate(take(split, chosen.tolist())), source.pipe.device)
-            self.reference, scores = reference
-            self.reference_accuracy = 100 * (~scores.wrong[:, chosen]).double().mean().item()
+        if source.at_work is not None:
+            self.reference = next(iter(source.at_work.others(choice).items()))
 
     @torch.no_grad()
     def add(self, step: int, latents: torch.Tensor) -> None:
         """Latents of shape `(n, L)` after so many steps."""
-        autoencoder, scorer = self.source.pipe.autoencoder, self.scorer
+        autoencoder, at_work = self.source.pipe.autoencoder, self.source.at_work
         parameters = autoencoder.decode(latents).sample
         self.steps.append(step)
         self.distances.append(
             autoencoder.normalize(expanded(parameters, autoencoder.products)).square().mean(1).sqrt().cpu()
         )
-        if scorer is not None:
-            labels = self.batch["labels"]
-            whole = scorer.complete(parameters)
-            logits = [part for _, part in scorer.models(lambda call: scorer.task.predict(call, self.batch), whole)]
-            self.accuracies.append(100 * (torch.cat(logits).argmax(-1) == labels).double().mean(-1).cpu())
+        if at_work is not None:
+            scores = at_work.score(self.choice, parameters, WATCHED_EXAMPLES)
+            self.accuracies.append(scores.values)
+            self.num_examples = len(scores.labels)
 
     @rc_context(LETTERS)
     def draw_distances(self, path: Path) -> None:
@@ -107,5 +92,5 @@ class Watcher:
 
     @rc_context(LETTERS)
     def draw_accuracies(self, path: Path) -> None:
-        accuracies, num_examples = torch.stack(self.accuracies, 1), len(self.batch["labels"])
-        plot_reverse_process(path, self.steps, accuracies, self.reference_accuracy, num_examples, self.reference)
+        name, accuracy = self.reference
+        plot_reverse_process(path, self.steps, torch.stack(self.accuracies, 1), accuracy, self.num_examples, name)

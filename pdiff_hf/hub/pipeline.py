@@ -19,7 +19,7 @@ from ..models.saved import replaced_files
 from ..networks.adapters import ADAPTER_FOLDER, find_reference, has_adapters, plain_network, save_adapter
 from ..utils.errors import first_line, limited_modules
 from ..utils.files import is_disk_full
-from ..utils.names import PIPELINE, TUNING, generator_folder
+from ..utils.names import TUNING, generator_folder
 from .push import PIPELINE_FILE, push_pipeline_to_hub
 
 # The longest schedule that is loaded: schedulers allocate memory for all steps. The longest ones in use have 1000.
@@ -28,10 +28,10 @@ MAX_SCHEDULER_NUMBER = 1_000_000
 LIBRARIES = ("diffusers", "pdiff_hf", "transformers")
 
 
-def _no_pipeline(name: str | os.PathLike, error: Exception) -> str:
-    return (
-        f"'{name}' is neither the folder of a pipeline (runs have theirs in OUTPUT_DIR/{PIPELINE}) nor the id of one "
-        f"of one that is available on the Hub: {first_line(error)}"
+def _no_pipeline(name: str | os.PathLike, reason: str) -> OSError:
+    return OSError(
+        f"'{name}' is neither the folder of a finished run or of a saved pipeline, nor the id of one on the Hub: "
+        f"{reason}"
     )
 
 
@@ -40,7 +40,7 @@ def _check_repo_id(name: str | os.PathLike) -> None:
     try:
         validate_repo_id(os.fspath(name))
     except HFValidationError as error:
-        raise OSError(_no_pipeline(name, error)) from error
+        raise _no_pipeline(name, "there is no such folder") from error
 
 
 if TYPE_CHECKING:
@@ -69,10 +69,7 @@ class SavedPipeline(Base):
         if source.is_dir() and not (source / cls.config_name).is_file():
             source = generator_folder(source)
             if not (source / cls.config_name).is_file():
-                raise OSError(
-                    f"'{pretrained_model_name_or_path}' is not a saved pipeline, nor a run with a finished one: it has "
-                    f"no {cls.config_name}"
-                )
+                raise _no_pipeline(pretrained_model_name_or_path, f"it has no {cls.config_name}")
             pretrained_model_name_or_path = str(source)
         if not source.is_dir():
             _check_repo_id(pretrained_model_name_or_path)
@@ -109,7 +106,7 @@ class SavedPipeline(Base):
         except OSError as error:
             if is_disk_full(error):
                 raise
-            raise OSError(_no_pipeline(pretrained_model_name, error)) from error
+            raise _no_pipeline(pretrained_model_name, first_line(error).partition(" (")[0]) from error
         # The adapters beside a base model, and how it was tuned, which are no components of a pipeline.
         names = ("cache_dir", "token", "local_files_only")
         known: dict[str, Any] = {name: kwargs[name] for name in names if name in kwargs}

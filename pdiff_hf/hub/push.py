@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict
 
 import yaml
-from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi, ModelCard
+from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi, RepoCard
 from huggingface_hub.errors import HfHubHTTPError, HTTPError
 
 from ..utils.names import TUNED, TUNING, generator_folder
@@ -76,7 +76,7 @@ def push_run_to_hub(
                 files[path.relative_to(folder).as_posix()] = path
     repo_id = resolve_repo_id(repo_id, options.get("token"))
     files["README.md"] = str(make_model_card(pipeline, repo_id, run=folder, license=license)).encode()
-    return _push(files, repo_id, "model", **options)
+    return push_files(files, repo_id, "model", **options)
 
 
 def push_pipeline_to_hub(folder: str | os.PathLike, repo_id: str, **options: "Unpack[PushOptions]") -> CommitInfo:
@@ -87,7 +87,7 @@ def push_pipeline_to_hub(folder: str | os.PathLike, repo_id: str, **options: "Un
     files = pipeline_files(Path(folder))
     repo_id = resolve_repo_id(repo_id, options.get("token"))
     files["README.md"] = str(make_model_card(Path(folder), repo_id)).encode()
-    return _push(files, repo_id, "model", keep=("README.md",), **options)
+    return push_files(files, repo_id, "model", keep=("README.md",), **options)
 
 
 def push_snapshots_to_hub(folder: str | os.PathLike, repo_id: str, **options: "Unpack[PushOptions]") -> CommitInfo:
@@ -105,7 +105,7 @@ def push_snapshots_to_hub(folder: str | os.PathLike, repo_id: str, **options: "U
     if missing:
         raise HubError(f"'{folder}' is not a parameter data set: it has no {', '.join(missing)}")
     repo_id = resolve_repo_id(repo_id, options.get("token"))
-    return _push(files, repo_id, "dataset", **{"commit_message": "Upload parameter snapshots"} | options)  # type: ignore
+    return push_files(files, repo_id, "dataset", **{"commit_message": "Upload parameter snapshots"} | options)  # type: ignore
 
 
 def resolve_repo_id(repo_id: str, token: str | None = None) -> str:
@@ -174,7 +174,7 @@ def _check_report_is_of_pipeline(folder: Path) -> None:
         )
 
 
-def _push(
+def push_files(
     files: dict[str, Path | bytes],
     repo_id: str,
     repo_type: str,
@@ -186,13 +186,14 @@ def _push(
     create_pr: bool = False,
     keep: tuple[str, ...] = (),
 ) -> CommitInfo:
-    """One commit that adds `files` and deletes what earlier pushes left in their folders."""
+    """One commit that adds files, by their path, and deletes what earlier pushes left in their folders."""
     api = HfApi(token=token)
     try:
         card = files["README.md"]
-        if isinstance(card, bytes):  # that of a model, which was made here
-            ModelCard(card.decode()).validate()
-        api.create_repo(repo_id, repo_type=repo_type, private=private, exist_ok=True)
+        if isinstance(card, bytes):  # which was made here
+            RepoCard(card.decode()).validate(repo_type)
+        sdk = "gradio" if repo_type == "space" else None
+        api.create_repo(repo_id, repo_type=repo_type, private=private, exist_ok=True, space_sdk=sdk)
         info = api.repo_info(repo_id, repo_type=repo_type)
         if private and not info.private:
             raise HubError(f"'{repo_id}' exists and is public; make it private on the Hub first, or choose another id")

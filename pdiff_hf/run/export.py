@@ -8,6 +8,7 @@ from timm.models import model_entrypoint
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, TimmWrapperForImageClassification
 
+from ..layout import ParameterLayout
 from ..models.condition import Condition
 from ..networks.adapters import adapter_weights, has_adapters, save_adapter
 from ..networks.batch_norm import RecomputedStatistics
@@ -99,8 +100,15 @@ def write_networks(
         layout, parameters = statistics.layout, statistics(parameters)
     elif not only_generated:
         pipe.recompute_statistics(parameters, None)  # which warns where they should be
+    write_parameters(pipe, layout, parameters, folder, only_generated)
+
+
+def write_parameters(
+    pipe: PDiffPipeline, layout: ParameterLayout, parameters: torch.Tensor, folder: Path, only_generated: bool
+) -> None:
+    """What `write_networks` writes of networks with parameters of shape `(N, D)`."""
     folder.mkdir(parents=True, exist_ok=True)
-    names = adapter_file_names(layout)
+    names, of_adapters = adapter_file_names(layout), has_adapters(pipe.base_model) or bool(layout.adapters)
     for i, row in enumerate(tqdm(parameters, "writing")):
         # Copies, because safetensors does not write views of a larger tensor.
         state_dict = {name: tensor.clone() for name, tensor in layout.unflatten(row).items()}

@@ -32,10 +32,10 @@ def test_a_folder_without_a_generator(inside, tmp_path, monkeypatch):
         make_network().save_pretrained(folder)
     if inside == "snapshots":
         (folder / "snapshots").mkdir()
-    with pytest.raises(SystemExit, match=f"error: '{folder}' is not a saved pipeline") as end:
+    with pytest.raises(SystemExit, match=f"error: '{folder}' is neither the folder of a finished run") as end:
         run_script(monkeypatch, "generate.py", folder, "--output_dir", tmp_path / "out")
     assert "\n" not in end.value.code and not (tmp_path / "out").exists()
-    with pytest.raises((ValueError, OSError), match="holds neither a pipeline|is not a saved pipeline"):
+    with pytest.raises((ValueError, OSError), match="is neither the folder of a finished run"):
         explore.load_source(str(folder))
 
 
@@ -43,7 +43,9 @@ def test_a_folder_without_a_generator(inside, tmp_path, monkeypatch):
 def test_a_folder_that_is_misspelled(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", str(tmp_path))
-    with pytest.raises(SystemExit, match="error: '.*' is neither the folder of a pipeline .*nor the id of one") as end:
+    with pytest.raises(
+        SystemExit, match="error: '.*' is neither the folder of a finished run .*nor the id of one"
+    ) as end:
         run_script(monkeypatch, "generate.py", name)
     assert "\n" not in end.value.code
 

@@ -280,14 +280,14 @@ def test_private_repositories_need_the_token(hub, pipe, tmp_path):
 def test_what_does_not_exist(published, tmp_path):
     for name in ("alice/nothing", "outputs/run/nothing", "no name!"):
         for load in (PDiffPipeline.from_pretrained, PDiffPipeline.download):
-            with pytest.raises(OSError, match=f"'{name}' is neither the folder of a pipeline .* nor the id"):
+            with pytest.raises(OSError, match=f"'{name}' is neither the folder of a finished run .* nor the id"):
                 load(name, cache_dir=tmp_path)
     with pytest.raises(OSError, match="specified revision"):
         PDiffPipeline.from_pretrained(ID, revision="no-branch", cache_dir=tmp_path)
 
 
 def test_the_folder_of_a_run_is_its_generator(pipe, tmp_path):
-    with pytest.raises(OSError, match=r"is not a saved pipeline, nor a run with a finished one: it has no model_index"):
+    with pytest.raises(OSError, match="nor the id of one on the Hub: it has no model_index"):
         PDiffPipeline.from_pretrained(tmp_path)
     pipe.save_pretrained(tmp_path / "pipeline")
     found = PDiffPipeline.from_pretrained(tmp_path)

@@ -105,7 +105,7 @@ class HubServer(ThreadingHTTPServer):
         users (`dict[str, User]`): Who is who, by token.
 
     Attributes:
-        repos (`dict[tuple[str, str], Repo]`): By type (`models` or `datasets`) and id.
+        repos (`dict[tuple[str, str], Repo]`): By type (`models`, `datasets` or `spaces`) and id.
         requests (`list[str]`): Method and path of all that came.
     """
 
@@ -261,7 +261,7 @@ class Handler(BaseHTTPRequestHandler):
         repo_id = f"{request.get('organization') or self.user.name}/{request['name']}"
         if not (self.user.can_write and self.owns(repo_id)):
             raise error(403, f"You don't have the rights to create {repo_id}")
-        url = f"{self.server.url}/{'datasets/' if repo_type == 'datasets' else ''}{repo_id}"
+        url = f"{self.server.url}/{'' if repo_type == 'models' else f'{repo_type}/'}{repo_id}"
         with self.server.lock:
             if (repo_type, repo_id) in self.server.repos:
                 raise Answer(409, {"error": "You already created this repo", "url": url})
@@ -422,7 +422,7 @@ class Handler(BaseHTTPRequestHandler):
         raise Answer(200, file.content, headers)
 
 
-KIND, ID, REVISION = r"(models|datasets)", r"([\w.-]+/[\w.-]+)", r"(refs/pr/\d+|[^/]+)"
+KIND, ID, REVISION = r"(models|datasets|spaces)", r"([\w.-]+/[\w.-]+)", r"(refs/pr/\d+|[^/]+)"
 ROUTES = [
     ("GET", "/api/whoami-v2", Handler.whoami),
     ("POST", "/api/validate-yaml", Handler.validate_yaml),
@@ -435,10 +435,10 @@ ROUTES = [
     ("POST", f"/api/{KIND}/{ID}/branch/(.+)", Handler.create_branch),
     ("POST", f"/api/{KIND}/{ID}/preupload/{REVISION}", Handler.preupload),
     ("POST", f"/api/{KIND}/{ID}/commit/{REVISION}", Handler.commit),
-    ("POST", rf"/(?:(datasets)/)?{ID}\.git/info/lfs/objects/batch", Handler.lfs_batch),
+    ("POST", rf"/(?:(datasets|spaces)/)?{ID}\.git/info/lfs/objects/batch", Handler.lfs_batch),
     ("PUT", r"/lfs/(\w+)", Handler.lfs_put),
-    ("GET", f"/(?:(datasets)/)?{ID}/resolve/{REVISION}/(.+)", Handler.resolve),
-    ("HEAD", f"/(?:(datasets)/)?{ID}/resolve/{REVISION}/(.+)", Handler.resolve),
+    ("GET", f"/(?:(datasets|spaces)/)?{ID}/resolve/{REVISION}/(.+)", Handler.resolve),
+    ("HEAD", f"/(?:(datasets|spaces)/)?{ID}/resolve/{REVISION}/(.+)", Handler.resolve),
 ]
 
 
