@@ -247,17 +247,12 @@ def sample_latents(
     seed: int = 0,
     condition: Condition | None = None,
 ) -> Iterator[tuple[int, torch.Tensor]]:
-    """Yields, while the pipeline runs, how many steps are done, from 0 on, and the latents, shape `(N, L)`."""
+    """Yields, while the pipeline runs, how many steps are done, and the latents, shape `(N, L)`."""
     if None in (num_models, num_steps, temperature, seed):
         raise ValueError("networks, steps, temperature and seed must all be given")
     pipe = with_scheduler(source, scheduler)
     steps: SimpleQueue[tuple[int, torch.Tensor] | BaseException | None] = SimpleQueue()
     closed = threading.Event()
-
-    def begin(*arguments):
-        latents = source.pipe.prepare_latents(*arguments)
-        steps.put((0, temperature * pipe.scheduler.init_noise_sigma * latents))
-        return latents
 
     def after_step(pipe, step, timestep, values):
         if closed.is_set():
@@ -273,7 +268,6 @@ def sample_latents(
         except BaseException as error:  # whatever it is, the thread that waits must hear of it
             steps.put(error)
 
-    pipe.prepare_latents = begin
     threading.Thread(target=run, daemon=True).start()
     try:
         while (item := steps.get()) is not None:

@@ -57,6 +57,8 @@ def space_files(repo_id: str, license: str) -> dict[str, Path | bytes]:
     from pdiff_hf import pipelines, scripts
 
     needed = [Requirement(line) for line in requires("pdiff_hf") or ()]
+    if not needed:
+        raise ValueError("a Space needs the list of what this package requires: install it with pip")
     needed = [one for one in needed if one.marker is None or one.marker.evaluate({"extra": "app"})]
     lines = [
         f"{one.name}{one.specifier}" for one in needed if one.name != "gradio"

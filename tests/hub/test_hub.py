@@ -1,5 +1,6 @@
 """Push and pull over HTTP, against the server of `hub_server.py`: round trips, rights, cards, and faults on the way."""
 
+import configparser
 import dataclasses
 import hashlib
 import json
@@ -689,6 +690,30 @@ def test_the_script_for_what_is_finished(hub, run, monkeypatch, capsys, part, ki
     assert run_script(monkeypatch, capsys, *argv).startswith(f"Published: {hub.url}/")
     assert text in files(hub, "lab/it", "v2", kind)["README.md"].decode()
     assert files(hub, "lab/it", kind=kind) == {}
+
+
+def test_a_space_with_the_page(hub, run, monkeypatch, capsys):
+    """It has the package itself, because no index has it, and opens with the generator."""
+    setup = configparser.ConfigParser()
+    setup.read(ROOT / "setup.cfg", encoding="utf-8")
+    extra = [f"{line}; extra == 'app'" for line in setup["options.extras_require"]["app"].split("\n") if line]
+    lines = [line for line in setup["options"]["install_requires"].split("\n") if line and line[0] != "#"] + extra
+    monkeypatch.setattr("importlib.metadata.requires", lambda name: [*lines, "peft >= 0.17; extra == 'peft'"])
+    monkeypatch.setattr("importlib.metadata.version", lambda name: "6.31.0")
+    argv = ["push_to_hub.py", run.folder, "--hub_model_id", "lab/it", "--space"]
+    assert f"Its page: {hub.url}/" in run_script(monkeypatch, capsys, *argv)
+    assert "model_index.json" in files(hub, "lab/it")
+    space = {name: content.decode() for name, content in files(hub, "lab/it", kind="spaces").items()}
+    assert 'build_app("lab/it").launch' in space["app.py"]
+    assert "sdk: gradio\nsdk_version: 6.31.0\napp_file: app.py" in space["README.md"]
+    needed = space["requirements.txt"].split("\n")
+    assert {"torch>=2.6", "matplotlib>=3.9"} <= set(needed) and not any("gradio" in n or "peft" in n for n in needed)
+    for module in ("", "scripts/", "pipelines/", "hub/"):
+        assert f"pdiff_hf/{module}__init__.py" in space
+    assert {"pdiff_hf/scripts/page.py", "pdiff_hf/hub/card.md.jinja"} <= set(space)
+    compile(space["app.py"], "app.py", "exec")
+    argv[1] = run.folder / "snapshots"
+    assert "holds snapshots" in run_script(monkeypatch, capsys, *argv)
 
 
 def test_the_script_for_what_is_not_finished(hub, tmp_path, monkeypatch, capsys):

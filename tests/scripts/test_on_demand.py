@@ -137,8 +137,7 @@ def test_without_data_the_networks_are_still_there(moved, tmp_path):
     source = explore.load_source(str(run))
     assert source.at_work is None and "gone.py" in source.missing[0]
     explore.write_zip(source, torch.zeros(1, source.pipe.autoencoder.layout.num_parameters), tmp_path / "a", False, {})
-    (start, noise), *_, (_, latents) = explore.sample_latents(source, 2, 4, 0.5, seed=1, condition={"invert": "yes"})
-    assert start == 0 and noise.std() < 0.8
+    *_, (_, latents) = explore.sample_latents(source, 2, 4, 0.5, seed=1, condition={"invert": "yes"})
     options = {"temperature": 0.5, "output_type": "latent"}
     expected = source.pipe(2, 4, torch.Generator().manual_seed(1), condition={"invert": "yes"}, **options)
     torch.testing.assert_close(latents, expected.parameters)
