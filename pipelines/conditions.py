@@ -45,16 +45,10 @@ def prepare_conditions(
         length = encoder.config.embedding_dim
         if condition.ndim != 2 or condition.shape[1] != length or len(condition) == 0:
             raise ConditionError(f"embeddings must have shape (M, {length}), got {tuple(condition.shape)}")
+        if not condition.isfinite().all():
+            raise ConditionError("embeddings must be finite")
         return condition.repeat_interleave(num_models, 0)
-    given: Any = condition
-    if hasattr(given, "iterrows"):  # a DataFrame; pandas itself is not needed here
-        given = [row for _, row in given.iterrows()]
-    if given is None or isinstance(given, Mapping) or hasattr(given, "dropna"):
-        given = [given]
-    if isinstance(given, str) or not isinstance(given, Iterable):
-        raise ConditionError(f"condition is a mapping of fields, got {shown(given)}; there is {encoder.fields}")
-    # What is missing in a Series of pandas is unknown.
-    conditions = [{} if c is None else c.dropna().to_dict() if hasattr(c, "dropna") else c for c in given]
+    conditions = list_conditions(condition, encoder)
     if not conditions:
         raise ConditionError("condition is an empty list; give at least one condition, or none at all")
     table = encoder.fields.table(conditions)
@@ -66,6 +60,19 @@ def prepare_conditions(
         level = logging.WARNING if known.any() else logging.INFO  # nothing is known: nobody has forgotten a field
         logger.log(level, "drawn from the conditions seen in training: %s", ", ".join(drawn))
     return table.repeat_interleave(num_models, 0)
+
+
+def list_conditions(given: Any, encoder: ConditionEncoder | None) -> list[Condition]:
+    """One condition or several as a list. Raises a `ConditionError` for what is neither."""
+    if hasattr(given, "iterrows"):  # a DataFrame; pandas itself is not needed here
+        given = [row for _, row in given.iterrows()]
+    if given is None or isinstance(given, Mapping) or hasattr(given, "dropna"):
+        given = [given]
+    if isinstance(given, str) or not isinstance(given, Iterable):
+        there_is = f"; there is {encoder.fields}" if encoder else ""
+        raise ConditionError(f"condition is a mapping of fields, got {shown(given)}{there_is}")
+    # What is missing in a Series of pandas is unknown.
+    return [{} if c is None else c.dropna().to_dict() if hasattr(c, "dropna") else c for c in given]
 
 
 def embed_conditions(

@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,8 +17,8 @@ from pdiff_hf.utils.devices import to_device
 
 logger = logging.getLogger(__name__)
 
-# Names that people give to images and texts; the first is the network's.
-IMAGES, TEXTS = ("pixel_values", "images", "image"), ("text", "texts")
+# Names that people give to images, texts and labels; of images and labels, the first is the network's.
+IMAGES, TEXTS, LABELS = ("pixel_values", "images", "image"), ("text", "texts"), ("labels", "label")
 # Values may lie so far outside of what training images can have, as a share of its range: families add noise.
 TOLERANCE = 0.25
 
@@ -43,16 +44,22 @@ def prepare_inputs(examples: Mapping[str, Any], base_model: nn.Module, processor
         )
     config = getattr(base_model, "config", None)
     is_known = isinstance(base_model, PreTrainedModel)  # what other networks take, they know themselves
+    for names in (IMAGES, TEXTS, LABELS) if is_known else ():
+        if len(given := [name for name in names if name in examples]) > 1:
+            raise ValueError(f"examples have {' and '.join(given)}, which say the same; leave all but one out")
     batch: dict[str, Any] = {}
     for name, values in examples.items():
         if is_known and name in IMAGES:
             batch[IMAGES[0]] = _images(values, make_preparation(config, processor))
         elif is_known and name in TEXTS:
             batch["input_ids"], batch["attention_mask"] = _texts(values, processor)
-        elif name == "labels":
-            batch[name] = _labels(values, config)
+        elif name == LABELS[0] or (is_known and name in LABELS):
+            batch[LABELS[0]] = _labels(values, config)
         else:
             batch[name] = torch.as_tensor(values) if isinstance(values, np.ndarray) else values
+    needed = getattr(base_model, "main_input_name", None)
+    if is_known and len(batch) > 1 and not {needed, "inputs_embeds"} & set(batch):
+        raise ValueError(f"examples need {needed}, or what that is made of, and have {', '.join(examples)}")
     return to_device(batch, next(base_model.parameters()).device)
 
 
@@ -64,14 +71,24 @@ def _is_float(values: Any) -> bool:
     return not isinstance(values, Image.Image) and np.asarray(values).dtype.kind == "f"
 
 
-def _images(values: Any, preparation: Preparation | None) -> torch.Tensor:
+def _images(given: Any, preparation: Preparation | None) -> torch.Tensor:
     """Float32 of shape `(B, C, H, W)`."""
-    is_list = isinstance(values, list | tuple) and len(values) > 0
-    if not is_list and not isinstance(values, torch.Tensor | np.ndarray):
-        raise ValueError(f"images are a list of them, or an array of all with the batch first, got {values!r:.80}")
+    values = given
+    if isinstance(given, torch.Tensor | np.ndarray):
+        # The rows of one image would be read as grey images.
+        is_one = given.ndim == 3 and (given.shape[-1] in (1, 3, 4) or given.shape[0] == 3)
+    else:
+        is_one = isinstance(given, str | bytes | Image.Image) or not isinstance(given, Iterable)
+        values = [] if is_one else list(given)
+    if is_one or len(values) == 0:
+        got = f"one of shape {tuple(given.shape)}" if hasattr(given, "shape") else f"{given!r:.80}"
+        raise ValueError(f"images are a list of them, or an array of all with the batch first, got {got}")
     if _is_float(values):
+        if isinstance(values, list) and len({np.shape(value) for value in values}) > 1:
+            raise ValueError("images as floats are taken as prepared, and must all have one size")
         images = values if isinstance(values, torch.Tensor) else torch.stack([torch.as_tensor(v) for v in values])
-        _check_range(images, preparation)
+        if preparation is not None:
+            _check_floats(images, preparation)
         return images.to(torch.float32)
     if preparation is None:
         raise ValueError(
@@ -85,6 +102,8 @@ def _picture(value: Any) -> Image.Image:
     """An image of Pillow, or an array or tensor of shape `(H, W)`, `(H, W, C)` or `(C, H, W)` from 0 to 255."""
     if isinstance(value, Image.Image):
         return value
+    if isinstance(value, str | bytes | Path | Mapping):
+        raise ValueError(f"an image is one of Pillow, or an array; open a file with Image.open: got {value!r:.80}")
     array = value.cpu().numpy() if isinstance(value, torch.Tensor) else np.asarray(value)
     comes_first = isinstance(value, torch.Tensor) or array.shape[-1:] not in ((1,), (3,), (4,))
     if array.ndim == 3 and comes_first and array.shape[0] in (1, 3, 4):
@@ -101,10 +120,21 @@ def _picture(value: Any) -> Image.Image:
     return Image.fromarray(array.astype(np.uint8))
 
 
-def _check_range(images: torch.Tensor, preparation: Preparation | None) -> None:
-    """Warns of floats that are no images as training had them."""
-    if preparation is None or images.numel() == 0:
-        return
+def _check_floats(images: torch.Tensor, preparation: Preparation) -> None:
+    """
+    Warns of floats that are no images as training had them.
+
+    Raises:
+        ValueError: for another shape, and for what is not finite.
+    """
+    channels = 1 if preparation.mode == "L" else 3
+    if images.ndim != 4 or images.shape[1] != channels:
+        raise ValueError(
+            f"images as floats are taken as prepared, and have shape (B, {channels}, height, width), got "
+            f"{tuple(images.shape)}; images that are not prepared belong here as 8-bit integers or images of Pillow"
+        )
+    if not images.isfinite().all():
+        raise ValueError("the images hold values that are not finite")
     mean, std = torch.tensor(preparation.mean), torch.tensor(preparation.std)
     low, high = (-mean / std).min().item(), ((1 - mean) / std).max().item()
     least, most = images.min().item(), images.max().item()

@@ -4,6 +4,7 @@ import functools
 import itertools
 import logging
 import math
+import numbers
 import operator
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, SupportsIndex
@@ -15,6 +16,7 @@ from torch.utils._pytree import tree_leaves
 from pdiff_hf.layout import ParameterLayout
 from pdiff_hf.models import ParameterAutoencoder
 from pdiff_hf.models.condition import Condition
+from pdiff_hf.models.fields import plain
 from pdiff_hf.networks.adapters import load_reference, with_adapters
 from pdiff_hf.networks.batch_norm import RecomputedStatistics
 from pdiff_hf.networks.ensemble import EnsembleModel
@@ -32,6 +34,7 @@ from pdiff_hf.networks.posterior import (
 )
 from pdiff_hf.networks.replacement import Replacement
 from pdiff_hf.networks.runner import Forward, NetworkRunner
+from pdiff_hf.pipelines.conditions import list_conditions
 from pdiff_hf.pipelines.inputs import prepare_inputs
 
 if TYPE_CHECKING:
@@ -214,7 +217,9 @@ class NetworkMixin(Base):
         num_models, layout = whole_number("num_models", num_models), self.autoencoder.layout
         refine_steps = whole_number("refine_steps", refine_steps) if refine_steps else 0
         per_condition = whole_number("num_candidates", num_candidates)
-        num_conditions = 1 if condition is None or isinstance(condition, Mapping) else max(1, len(condition))
+        if condition is not None and not isinstance(condition, torch.Tensor):
+            condition = list_conditions(condition, self.condition_encoder)
+        num_conditions = 1 if condition is None else max(1, len(condition))
         check_loss(loss, sigma)
         examples = self.prepare(examples)
         check_examples(examples, sigma)
@@ -223,8 +228,8 @@ class NetworkMixin(Base):
             per_condition % num_conditions == 0,
             f"{num_candidates} candidates cannot be shared by {num_conditions} conditions evenly",
         )
-        for name, value in {"temperature": temperature, "refine_learning_rate": refine_learning_rate}.items():
-            require(0 < value < math.inf, f"{name} must be above 0 and finite, got {value}")
+        temperature = finite_number("temperature", temperature, positive=True)
+        refine_learning_rate = finite_number("refine_learning_rate", refine_learning_rate, positive=True)
         require(
             shape is None or len(shape) == 2 and shape[1] == layout.num_parameters,
             f"candidates must have shape (M, {layout.num_parameters}), got {shape}",
@@ -303,3 +308,13 @@ def whole_number(name: str, value: SupportsIndex) -> int:
     number = 0 if isinstance(value, bool) or not hasattr(value, "__index__") else operator.index(value)
     require(number >= 1, f"{name} must be a whole number of at least 1, got {value!r}")
     return number
+
+
+def finite_number(name: str, value: Any, *, positive: bool = False) -> float:
+    """`value`, of any type of numbers, as a finite `float` of at least 0, or above."""
+    number = plain(value)
+    is_right = isinstance(number, numbers.Real) and 0 <= number < math.inf and (number > 0 or not positive)
+    require(
+        is_right, f"{name} must be {'above 0 and finite' if positive else 'finite and at least 0'}, got {value!r:.100}"
+    )
+    return float(number)

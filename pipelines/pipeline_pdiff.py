@@ -3,7 +3,6 @@
 import copy
 import functools
 import inspect
-import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Optional, SupportsIndex, Union
@@ -24,7 +23,7 @@ from pdiff_hf.networks.posterior import LossFunction
 from pdiff_hf.pipelines.conditions import embed_conditions, prepare_conditions
 from pdiff_hf.pipelines.guidance import check_losses, guided_latents
 from pdiff_hf.pipelines.latents import LatentMixin
-from pdiff_hf.pipelines.networks import require, whole_number
+from pdiff_hf.pipelines.networks import finite_number, require, whole_number
 from pdiff_hf.utils.blocks import in_blocks
 from pdiff_hf.utils.memory import InParts
 
@@ -96,7 +95,7 @@ class PDiffPipeline(SavedPipeline, LatentMixin, DiffusionPipeline):
         num_inference_steps: int = 10,
         guidance_scale: float = 1.0,
         temperature: float = 1.0,
-        base_model_reference: dict | None = None,
+        base_model_reference: Optional[dict] = None,  # noqa: UP045
     ):
         super().__init__()
         # Components may be None while a pipeline is put together from parts.
@@ -239,6 +238,9 @@ class PDiffPipeline(SavedPipeline, LatentMixin, DiffusionPipeline):
         if num_inference_steps is None:
             num_inference_steps = self.config.num_inference_steps
         num_inference_steps = whole_number("num_inference_steps", num_inference_steps)
+        guidance_scale = finite_number("guidance_scale", guidance_scale)
+        temperature = finite_number("temperature", temperature)
+        loss_guidance_scale = finite_number("loss_guidance_scale", loss_guidance_scale, positive=True)
         group_size = num_models = whole_number("num_models", num_models)
         known = prepare_conditions(self.condition_encoder, condition, num_models)
         num_models = num_models if known is None else len(known)
@@ -258,12 +260,8 @@ class PDiffPipeline(SavedPipeline, LatentMixin, DiffusionPipeline):
             f"guidance_scale must be 1, got {guidance_scale}: the denoiser was trained with condition_dropout=0, and "
             "has not learned what guidance moves away from; train it with condition_dropout=0.1",
         )
-        is_number = isinstance(temperature, int | float) and 0 <= temperature < math.inf
-        require(is_number, f"temperature must be finite and at least 0, got {temperature!r:.100}")
         require(loss_fn is None or temperature == 1, f"loss_fn steers samples at temperature 1; got {temperature}")
         require(loss_fn is not None or loss_guidance_scale == 1, "loss_guidance_scale needs a loss_fn")
-        is_number = 0 < loss_guidance_scale < math.inf
-        require(is_number, f"loss_guidance_scale must be above 0 and finite, got {loss_guidance_scale}")
         is_known = output_type in OUTPUT_TYPES
         require(is_known, f"output_type must be one of {', '.join(OUTPUT_TYPES)}, got {output_type!r}")
         require(
@@ -281,8 +279,11 @@ class PDiffPipeline(SavedPipeline, LatentMixin, DiffusionPipeline):
         )
         is_whole = not isinstance(generator, list) or len(generators) == num_models
         require(is_whole, f"a list of generators needs one for each of the {num_models} models, got {len(generators)}")
-        given = None if latents is None else tuple(latents.shape)
-        require(given in (None, shape), f"latents must have shape {shape}, got {given}")
+        given = tuple(latents.shape) if isinstance(latents, torch.Tensor) else latents
+        require(
+            given is None or given is not latents and given == shape,
+            f"latents must be a tensor of shape {shape}, got {given!r:.100}",
+        )
         require(not unknown, f"callbacks can have {self._callback_tensor_inputs}, not {unknown}")
         if output_type == "model":
             self.need_base_model("output_type='model'")

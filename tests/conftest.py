@@ -9,9 +9,11 @@ import os
 import sys
 import tempfile
 from collections.abc import Iterator
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
+from packaging.version import Version
 from support.hub_server import HubServer, User
 from support.run_server import FLAGS, STAGES, RunServer
 
@@ -52,9 +54,11 @@ def hub_server():
 
 
 @pytest.fixture
-def hub():
+def hub(monkeypatch):
     """The server, empty."""
     SERVER.reset()
+    if Version(version("huggingface_hub")) < Version("1"):  # asks the real Hub about a card, whatever HF_ENDPOINT says
+        monkeypatch.setattr("huggingface_hub.RepoCard.validate", lambda card: None)
     return SERVER
 
 

@@ -76,9 +76,14 @@ class Field:
 
     def parse(self, value: Any) -> list[float]:
         """A value as the `width` numbers of a table. Raises a `ValueError` or `TypeError` for what cannot be one."""
-        number = float(plain(value))
+        try:
+            number = float(plain(value))
+        except (TypeError, ValueError):
+            several = isinstance(value, Iterable) and not isinstance(value, str | bytes)
+            hint = "; for several tasks give a list of conditions" if several else ""
+            raise ValueError(f"it is not a number{hint}") from None
         if not math.isfinite(number):
-            raise ValueError("it is not finite")
+            raise ValueError("it is not finite; leave it out, or give None, if it is unknown")
         return [number]
 
     def parse_all(self, value: Any) -> list[list[float]]:
@@ -178,6 +183,10 @@ class AngleField(Field):
 
     def __str__(self) -> str:
         return f"an angle with period {self.period:g}"
+
+    def parse(self, value: Any) -> list[float]:
+        (number,) = super().parse(value)
+        return [number if abs(number) <= self.period else number % self.period]  # many turns are not exact in float32
 
     def features(self, columns: torch.Tensor) -> torch.Tensor:
         radians = columns * (2 * math.pi / self.period)

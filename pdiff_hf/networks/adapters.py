@@ -4,6 +4,7 @@ import inspect
 import json
 import os
 import re
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -99,7 +100,10 @@ def load_adapter(model: Any, path: str | os.PathLike, name: str = "default") -> 
                 if left:
                     raise ValueError(f"the network has no {left[0]}")
                 return model.eval()
-            wrapped = PeftModel.from_pretrained(model, str(path), name, torch_device="cpu")
+            with warnings.catch_warnings():
+                # Of a network with other layers, whose adapter would stay as it was drawn.
+                warnings.filterwarnings("error", ".*missing adapter keys", UserWarning)
+                wrapped = PeftModel.from_pretrained(model, str(path), name, torch_device="cpu")
     except Exception as error:  # what an adapter of another network makes PEFT raise has no common type
         # PEFT says in lines of its own which tensors are too large.
         reason = " ".join(str(error).split()) or type(error).__name__

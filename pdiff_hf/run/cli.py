@@ -106,7 +106,8 @@ class ConfigParser(argparse.ArgumentParser):
             config = PDiffConfig(**values)
             config.soft = frozenset(flat(self.defaults | found).keys() - flat(flags).keys())
         except ValueError as error:
-            self.error(str(error))
+            is_default = recipe is not None and namespace.recipe is None
+            self.error(f"{error}{f'; the default recipe is {recipe}, and digits.yaml is one of one task' * is_default}")
         return config, namespace
 
     def parse_changes(self, argv: Sequence[str]) -> dict[str, Any]:

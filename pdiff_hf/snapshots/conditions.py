@@ -54,7 +54,9 @@ def read_conditions(
         else:
             values[column.name], found[column.name] = read_column(column)
     conditions: dict[str, dict[str, Any]] = {}
+    names: dict[str, str] = {}  # ./a.pt is a.pt
     for i, (row, name) in enumerate(first):
+        name = names.setdefault(os.path.normpath(name), name)
         condition = {field: values[field][i] for field in values}
         if name in conditions:
             _merge(f"'{path}', row {row}: {name!r}", conditions[name], condition, fields or found)

@@ -5,6 +5,7 @@ import io
 import json
 import os
 import re
+import unicodedata
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -27,7 +28,9 @@ _NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)(e[-+]?\d+)?|[-+]?inf(inity)?", re.
 _DECIMAL_COMMA = re.compile(r"[-+]?\d*,\d+")
 # Meant as a number or several, and readable in more than one way.
 _NUMBERISH = re.compile(r"[-+$€£]?\s*\d[\d.,;:'’\s_e+-]*[%°]?", re.IGNORECASE)
-_ARRAY = re.compile(r"(?:(?:np|numpy|torch)\.)?(?:array|tensor)\(\s*(.*?)\s*(?:,\s*\w+=[^\])]*)?\)", re.DOTALL)
+# 5 ms, 1/2, <0.5, 10⁻³: meant as a number, and not written as one; or a word such as 3x3.
+_BEGINS_WITH_NUMBER = re.compile(r"['\"~≈<>=#$€£¥(+−–-]*\s*[.,]?\d\S*(\s\S+)?")
+_ARRAY = re.compile(r"(?:\w+\.)?(?:[aA]rray|tensor|list)\(\s*(.*?)\s*(?:,\s*\w+=[^\])]*)?\)", re.DOTALL)
 _NUMPY_SCALAR = re.compile(r"(?:np|numpy)\.\w+\(([^()]*)\)")
 LARGEST = float(np.finfo(np.float32).max)  # as tables and data sets have numbers
 # A column of more words than this, most of which occur once, or of sentences, is hardly one of classes.
@@ -136,6 +139,9 @@ def _check_titles(path: str | os.PathLike, columns: Sequence[Column]) -> None:
             f"'{path}' needs a header such as network,rate: its first row has {shown(first.name)} and "
             f"{shown(untitled[0] if untitled else fields[0].name)}, which look like a network and its values"
         )
+    for column in fields:
+        if all(cell.endswith(SUFFIXES) for cell in column.cells):
+            raise ConditionError(f"'{path}': column '{column.name}' names networks, and must be the first one")
     alike = defaultdict(list)
     for column in fields:
         alike[" ".join(column.name.casefold().split())].append(column.name)
@@ -160,14 +166,16 @@ def read_column(column: Column) -> tuple[list, Field]:
     present = [cell for cell in column.cells if not _is_missing(cell)]
     if not any(column.cells):
         raise column.error("it is empty")
-    if present and any(cell.startswith("[") or _ARRAY.fullmatch(cell) or _vector(cell) for cell in present):
+    if present and any(cell.startswith(("[", "{")) or _ARRAY.fullmatch(cell) or _vector(cell) for cell in present):
         vectors = read_vectors(column)
         lengths = sorted({len(vector) for vector in vectors if vector is not None})
         if len(lengths) > 1:
             raise column.error(f"it holds lists of {lengths} numbers")
         check_differ(column, vectors)
         return vectors, VectorField(lengths[0])
-    if column.kind != "angle" and not any(_number(c) is not None or _NUMBERISH.fullmatch(c) for c in present):
+    is_number = any(_number(cell) is not None or _NUMBERISH.fullmatch(cell) for cell in present)
+    is_number |= 2 * sum(bool(_BEGINS_WITH_NUMBER.fullmatch(cell)) for cell in present) > len(present)
+    if column.kind != "angle" and not is_number:
         return words(column)
     values = read_numbers(column)
     known = sorted({value for value in values if value is not None})
@@ -215,7 +223,7 @@ def _is_missing(cell: str) -> bool:
 
 
 def _number(cell: str) -> float | None:
-    cell = cell.replace("\N{MINUS SIGN}", "-")
+    cell = _NUMPY_SCALAR.sub(r"\1", cell.replace("\N{MINUS SIGN}", "-"))
     return float(cell) if _NUMBER.fullmatch(cell) else None
 
 
@@ -249,7 +257,8 @@ def _vector(cell: str) -> list[float] | None:
     """The numbers of a cell, as JSON, Python, NumPy, pandas or torch write them; None for anything else."""
     array = _ARRAY.fullmatch(cell)
     inner = _NUMPY_SCALAR.sub(r"\1", array[1] if array else cell).strip()
-    if not inner or (inner[0], inner[-1]) not in (("[", "]"), ("(", ")")):
+    # (5) is no tuple, but minus five to an accountant.
+    if not re.fullmatch(r"\[.+\]|\(.*[,\s].*\)", inner, re.DOTALL):
         return None
     numbers = [_number(part) for part in re.split(r"[,\s]+", inner[1:-1].strip().rstrip(","))]
     return None if None in numbers else numbers  # type: ignore[return-value]
@@ -279,9 +288,11 @@ def words(column: Column, as_they_stand: bool = False) -> tuple[list[str | None]
         if _is_missing(cell):
             said = "can be a missing value or a word; leave the cell empty if it is unknown, or"
             raise column.error(f"{cell!r} {said} {keep} as words", row)
-        other = alike.setdefault(" ".join(cell.casefold().split()), cell)
+        letters = "".join(c for c in unicodedata.normalize("NFKC", cell) if unicodedata.category(c) != "Cf")
+        other = alike.setdefault(" ".join(letters.casefold().split()), cell)
         if other != cell:
-            said = f"differs from {other!r} (row {places[other]}) only in case or spaces; write both alike, or"
+            said = f"differs from {other!r} (row {places[other]}) only in case or spaces, or in how it is encoded; "
+            said += "write both alike, or"
             raise column.error(f"{cell!r} {said} {keep} apart", row)
     check_differ(column, cells)
     length = sum(len(cell.split()) for cell in places) / len(places)

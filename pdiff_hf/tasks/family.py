@@ -1,5 +1,6 @@
 """Families: tasks that differ by a condition; one task of a family by itself, and many as one."""
 
+import copy
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
@@ -89,10 +90,26 @@ class Family(ABC):
             ValueError: if examples are not the same a second time or beside those of other tasks, or if a field changes
                 none of them.
         """
-        if not self.fields:
+        name, fields = type(self).__name__, getattr(self, "fields", None)
+        if not isinstance(fields, Fields):
+            raise ValueError(
+                f"{name} needs `fields = Fields({{...}})`, which says what conditions hold, got {fields!r}"
+            )
+        if not fields:
             return
-        name, generator = type(self).__name__, torch.Generator().manual_seed(0)
-        drawn = self.fields.table([self.draw(generator) for _ in range(2 * CHECKED_TASKS)])
+
+        def draw() -> torch.Tensor:
+            generator = torch.Generator().manual_seed(0)
+            return torch.cat([fields.table([self.draw(generator)]) for _ in range(2 * CHECKED_TASKS)])
+
+        drawn = draw()
+        if not fields.known(drawn).all():
+            raise ValueError(f"{name}.draw must give a value of each field: {fields}")
+        if not torch.equal(drawn, draw()):
+            raise ValueError(
+                f"{name}.draw gives other conditions a second time, so that no run can be repeated: random values must "
+                "come from its argument `generator`"
+            )
         table = drawn[:CHECKED_TASKS]
         parts = torch.arange(min(MOST_CHECKED, self.num_examples("train"))).split(CHECKED_EXAMPLES)
 
@@ -118,10 +135,12 @@ class Family(ABC):
                 same = (mixed[:, columns] == table[:, columns]).all(1)
                 mixed[same, columns] = drawn.roll(shift, 0)[:CHECKED_TASKS][same, columns]
             if all(equal(look(table, table, indices), look(mixed, table, indices)) for indices in parts):
+                use = f"conditions[{field!r}]"
+                if choices := self.fields[field].choices:  # its numbers equal no word
+                    use += f" == {choices[-1]!r}"
                 raise ValueError(
                     f"the field '{field}' of {name} ({self.fields[field]}) changes no image and no label of "
-                    f"{sum(map(len, parts))} examples of {CHECKED_TASKS} tasks; leave it out, or use "
-                    f"conditions[{field!r}]"
+                    f"{sum(map(len, parts))} examples of {CHECKED_TASKS} tasks; leave it out, or use {use}"
                 )
 
     def described(self, condition: Condition) -> Condition:
@@ -190,7 +209,7 @@ class Family(ABC):
         for _ in range(MAX_DRAWS * (num + 1)):
             if len(conditions) == num:
                 return conditions
-            condition = self.draw(generator)
+            condition = copy.deepcopy(self.draw(generator))  # it may return the same object each time
             key = self.key(condition)
             if self.region(condition) == region and key not in keys:
                 keys.add(key)

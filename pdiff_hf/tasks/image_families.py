@@ -50,13 +50,13 @@ class ImageFamily(TaskFamily):
         pixels, labels = self.pixels(split)
         shape = len(table), indices.shape[-1]  # (T, B)
         images = pixels[indices].to(table.device).float() / 255  # (B, C, H, W) or (T, B, C, H, W)
-        # Each task has memory of its own: `change` may write in place.
+        # Each task, and this call, have memory of their own: `change` may write in place.
         images = images.expand(*shape, *images.shape[-3:]).contiguous()
         labels = labels[indices].to(table.device).expand(shape).contiguous()
         stream = get_args(Split).index(split) + len(get_args(Split)) * (draw % 2**32)
         generator = ExampleGenerator(seeds, indices, stream)
-        is_first = split not in self._checked
-        images, labels = apply_change(self, self.fields.named(table), images, labels, generator, check_values=is_first)
+        named, is_first = self.fields.named(table.clone()), split not in self._checked
+        images, labels = apply_change(self, named, images, labels, generator, check_values=is_first)
         self._checked.add(split)
         preparation = self.base.load_split(split).preparation
         mean, std = (torch.tensor(v, device=table.device).view(-1, 1, 1) for v in (preparation.mean, preparation.std))

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
+from accelerate.utils import compare_versions
 from torch import nn
 
 from ..models.condition import Condition, Conditions, Fields
@@ -103,7 +104,9 @@ class GroupedTextFamily(LabelGroups):
 
     def predict(self, call: Callable, batch: Batch) -> torch.Tensor:
         mask = batch["attention_mask"].bool()
-        mask = mask[:, None, None, :].expand(-1, 1, mask.shape[1], -1)  # (B, T) -> (B, 1, T, T)
+        mask = mask[:, None, :].expand(-1, mask.shape[1], -1)  # (B, T) -> (B, T, T)
+        if compare_versions("transformers", ">=", "5.0"):
+            mask = mask[:, None]  # (B, 1, T, T)
         return super().predict(call, {**batch, "attention_mask": mask})
 
     def batch(self, split: Split, table: torch.Tensor, indices: torch.Tensor) -> Batch:

@@ -47,9 +47,10 @@ def start_script(doc: str | None) -> str:
 def _keep_docstrings() -> None:
     """Replaces this process by the same without `-OO` or PYTHONOPTIMIZE=2: without docstrings, transformers and
     diffusers cannot be imported."""
-    arguments = [argument for argument in sys.orig_argv[1:] if argument not in ("-O", "-OO")]
-    if os.environ.pop("PYTHONOPTIMIZE", None) or len(arguments) < len(sys.orig_argv) - 1:
-        os.execv(sys.executable, [sys.executable, *arguments])
+    given = sys.orig_argv[1:]
+    kept = [re.sub("O", "", flag) if re.fullmatch(r"-[A-Za-z]*O[A-Za-z]*", flag) else flag for flag in given]  # -BOO
+    if os.environ.pop("PYTHONOPTIMIZE", None) or kept != given:
+        os.execv(sys.executable, [sys.executable, *(flag for flag in kept if flag != "-")])
 
 
 def _flush() -> None:

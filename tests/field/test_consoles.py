@@ -50,14 +50,14 @@ def test_help(console, name, run_server):
     assert console in ("none", "head") or "usage:" in result.output
 
 
-@pytest.mark.parametrize("how", ["-OO", "PYTHONOPTIMIZE=2"])
+@pytest.mark.parametrize("how", ["-BOO", "PYTHONOPTIMIZE=2"])
 def test_without_docstrings(how):
     """Some images set it. The libraries that a run needs cannot be imported without theirs."""
     code = "import runpy, sys\nfor script in sys.argv[1:]:\n    sys.argv = [script, '--help']\n"
     code += "    try: runpy.run_path(script, run_name='__main__')\n    except SystemExit as end:\n"
     code += "        if end.code != 0: raise\nimport diffusers, transformers; diffusers.DiffusionPipeline"
     scripts = [str(SCRIPTS / f"{name}.py") for name in NAMES]
-    flags, environment = (["-OO"], {}) if how == "-OO" else ([], {"PYTHONOPTIMIZE": "2"})
+    flags, environment = ([how], {}) if how == "-BOO" else ([], {"PYTHONOPTIMIZE": "2"})
     done = subprocess.run(
         [sys.executable, *flags, "-c", code, *scripts], env=os.environ | environment, capture_output=True, text=True
     )

@@ -2,7 +2,9 @@
 
 import logging
 
+import datasets
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from PIL import Image
@@ -65,6 +67,9 @@ HAVE = {
     "a list of tensors of bytes": list(torch.tensor(PIXELS).permute(0, 3, 1, 2)),
     "a list of arrays": list(PIXELS),
     "whole numbers of 64 bits": PIXELS.astype(np.int64),
+    "lists of lists": PIXELS.tolist(),
+    "a column of datasets": datasets.Dataset.from_dict({"image": [Image.fromarray(p) for p in PIXELS]})["image"],
+    "a Series": pd.Series([Image.fromarray(pixels) for pixels in PIXELS]),
 }
 
 
@@ -106,7 +111,15 @@ def test_grey_coloured_and_transparent_images(channels):
         (PIXELS.astype(np.int64) * 2, "whole numbers from 0 to 255, got int64 of shape .* from 0 to 510"),
         (np.zeros((8, 5), dtype=np.uint8), r"got uint8 of shape \(5,\)"),
         (PIXELS > 3, "got bool of shape"),
-        (["a.png"], "got <U5"),
+        (["a.png"], "open a file with Image.open: got 'a.png'"),
+        ([{"bytes": b"", "path": None}], "open a file with Image.open"),
+        (PIXELS[0], r"the batch first, got one of shape \(16, 16, 3\)"),
+        (torch.tensor(PIXELS[0]).permute(2, 0, 1), r"the batch first, got one of shape \(3, 16, 16\)"),
+        (PIXELS / 255, r"shape \(B, 3, height, width\), got \(8, 16, 16, 3\); images that are not prepared"),
+        (np.zeros((8, 1, 16, 16)), r"shape \(B, 3, height, width\), got \(8, 1, 16, 16\)"),
+        ([np.zeros((3, 16, side)) for side in (16, 18)], "must all have one size"),
+        (np.full((8, 3, 16, 16), np.nan), "not finite"),
+        (PIXELS[:0], "the batch first, got one of shape"),
         (Image.fromarray(PIXELS[0]), "images are a list"),
         ([], "images are a list"),
     ],
@@ -166,6 +179,26 @@ def test_labels_that_cannot_be(labels, message, pipe, prepared):
         pipe.posterior(examples, **FEW)
     with pytest.raises(ValueError, match=message):
         pipe.example_loss(examples)(torch.zeros(1, pipe.autoencoder.layout.num_parameters))
+
+
+def test_a_slice_of_a_data_set(pipe, prepared):
+    rows = {"image": [Image.fromarray(pixels) for pixels in PIXELS], "label": LABELS.tolist()}
+    got = pipe.prepare(datasets.Dataset.from_dict(rows)[:8])
+    assert torch.equal(got["labels"], LABELS) and torch.allclose(got["pixel_values"], prepared, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("examples", "message"),
+    [
+        ({"images": PIXELS, "pixel_values": PIXELS, "labels": LABELS}, "pixel_values and images, which say the same"),
+        ({"images": PIXELS, "labels": LABELS, "label": LABELS}, "labels and label, which say the same"),
+        ({"img": PIXELS, "labels": LABELS}, "need pixel_values, or what that is made of, and have img, labels"),
+        ({"text": ["good"] * 8, "labels": LABELS}, "need a tokenizer"),
+    ],
+)
+def test_examples_under_other_names(examples, message, pipe):
+    with pytest.raises(ValueError, match=message):
+        pipe.posterior(examples, **FEW)
 
 
 def test_examples_that_are_a_pair(pipe, prepared):

@@ -6,7 +6,12 @@ import torch
 from safetensors.torch import load_file
 from support.scripts import run_script
 from support.trainer import make_trainer, vit
-from transformers import BertConfig, BertForSequenceClassification
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    RobertaConfig,
+    RobertaForSequenceClassification,
+)
 
 from pdiff_hf.networks.adapters import (
     find_base,
@@ -33,10 +38,19 @@ TARGETS = ["query", "value"]
 IDS = torch.tensor([[1, 2, 3, 4]])
 
 
-def bert() -> BertForSequenceClassification:
+SIZES = {
+    "vocab_size": 50,
+    "hidden_size": 16,
+    "num_hidden_layers": 1,
+    "max_position_embeddings": 16,
+    "num_attention_heads": 2,
+    "intermediate_size": 16,
+}
+
+
+def bert(num_hidden_layers: int = 1) -> BertForSequenceClassification:
     torch.manual_seed(0)
-    sizes = {"vocab_size": 50, "hidden_size": 16, "num_hidden_layers": 1, "max_position_embeddings": 16}
-    return BertForSequenceClassification(BertConfig(**sizes, num_attention_heads=2, intermediate_size=16)).eval()
+    return BertForSequenceClassification(BertConfig(**SIZES | {"num_hidden_layers": num_hidden_layers})).eval()
 
 
 def adapted(config, adapter: str = "default", seed: int = 0):
@@ -51,7 +65,7 @@ def adapted(config, adapter: str = "default", seed: int = 0):
 
 METHODS = {
     "LoRA": lambda: peft.LoraConfig(r=2, target_modules=TARGETS),
-    "LoRA with biases": lambda: peft.LoraConfig(r=2, target_modules=TARGETS, bias="lora_only"),
+    "LoRA with biases": lambda: peft.LoraConfig(r=2, target_modules=TARGETS, bias="all"),
     "LoRA of embeddings": lambda: peft.LoraConfig(r=2, target_modules=["word_embeddings"]),
     "DoRA": lambda: peft.LoraConfig(r=2, target_modules=TARGETS, use_dora=True),
     "a head": lambda: peft.LoraConfig(r=2, target_modules=TARGETS, task_type="SEQ_CLS"),
@@ -172,8 +186,10 @@ def test_what_is_said_of_adapters_that_cannot_be_loaded(tmp_path):
     with pytest.raises(ValueError, match="does not say which network it belongs to.*give that network as --model"):
         find_base(str(tmp_path / "adapter"))
     assert find_base("resnet18") is None and find_base(str(tmp_path)) is None
-    with pytest.raises(ValueError, match="adapter.*does not fit ViTForImageClassification"):
-        load_adapter(vit(), tmp_path / "adapter")
+    others = [vit(), bert(2), RobertaForSequenceClassification(RobertaConfig(**SIZES))]
+    for network in others:
+        with pytest.raises(ValueError, match=f"adapter.*does not fit {type(network).__name__}"):
+            load_adapter(network, tmp_path / "adapter")
     adapted(PROMPTS["prompts"]()).save_pretrained(tmp_path / "prompts")
     with pytest.raises(ValueError, match="of the kind PROMPT_TUNING, which works beside the network"):
         load_adapter(bert(), tmp_path / "prompts")

@@ -8,6 +8,7 @@ from pathlib import Path
 import datasets
 import pytest
 import torch
+from accelerate.utils import compare_versions
 from huggingface_hub import HfApi, snapshot_download
 from safetensors.torch import load_file, save_file, save_model
 from support.blobs import Blobs, Net
@@ -78,6 +79,7 @@ def test_checkpoints_of_the_trainer(recorded, tmp_path):
     assert torch.equal(imported(paths, tmp_path / "two", layout)[1], parameters[[2, 0]])
 
 
+@pytest.mark.skipif(compare_versions("transformers", "<", "5.0"), reason="saves all tensors under their own names")
 def test_networks_that_transformers_saves_under_other_names(tmp_path):
     models = []
     for step in (1, 2):

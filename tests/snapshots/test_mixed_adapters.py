@@ -120,7 +120,7 @@ def shifted(model):
 
 OWN = {
     "classifier": {"task_type": "SEQ_CLS"},
-    "bias": {"bias": "lora_only"},
+    "bias": {"bias": "all"},
     "word_embeddings": {"change": shifted},
 }
 

@@ -1,0 +1,141 @@
+"""Families that people write: what `change` and `draw` do, and may not do."""
+
+import math
+import random
+
+import numpy as np
+import pytest
+import torch
+
+from pdiff_hf import Fields, ImageClassificationTask
+from pdiff_hf.tasks.image_families import ImageFamily
+
+RATE = Fields({"rate": {"type": "scalar", "low": 0, "high": 8}})
+WORD = Fields({"kind": {"type": "category", "values": ["plain", "inverted"]}})
+PAIR = Fields({"pair": {"type": "vector", "length": 2}})
+INDICES = torch.arange(20)
+
+
+@pytest.fixture(scope="module")
+def digits() -> ImageClassificationTask:
+    arguments = {"in_chans": 1, "img_size": 8}
+    return ImageClassificationTask("mlp_mini", "digits", image_size=8, model_args=arguments, max_train_samples=64)
+
+
+def make(digits, fields=RATE, **methods) -> ImageFamily:
+    return type("Own", (ImageFamily,), {"fields": fields, **methods})(digits)
+
+
+def brightness(self, conditions, images, labels):
+    return images * conditions.over(images).rate / 8, labels
+
+
+def in_radians(self, conditions, images, labels):
+    rate = conditions.over(images).rate
+    rate /= 8  # in place
+    return images * rate, labels
+
+
+def whole_table(self, conditions, images, labels):
+    conditions.table.div_(8)
+    return images * conditions.over(images).rate, labels
+
+
+def shifted_labels(self, conditions, images, labels):
+    for task, rate in enumerate(conditions.rate.round().int().tolist()):
+        labels[task] = (labels[task] + rate) % 10
+        images[task, ..., :rate] = 0
+    return images, labels
+
+
+@pytest.mark.parametrize("change", [in_radians, whole_table, shifted_labels])
+def test_what_is_written_in_place_changes_nothing_else(change, digits):
+    family = make(digits, change=change)
+    family.check()
+    table = family.fields.table([{"rate": rate} for rate in (0, 8, 3)])
+    given, together = table.clone(), family.batch("train", table, INDICES)
+    assert torch.equal(table, given)
+    for task in range(3):
+        alone = family.batch("train", table[task : task + 1], INDICES)
+        assert all(torch.equal(alone[name][0], together[name][task]) for name in alone)
+    again = family.batch("train", table, INDICES)
+    assert all(torch.equal(again[name], together[name]) for name in again)
+
+
+def test_a_draw_that_fills_in_one_object_again_and_again(digits):
+    condition, pair = {}, [0.0, 0.0]
+
+    def draw(self, generator):
+        condition["rate"] = 8 * torch.rand((), generator=generator).item()
+        return condition
+
+    def draw_pair(self, generator):
+        pair[:] = torch.rand(2, generator=generator).tolist()
+        return {"pair": pair}
+
+    def offset(self, conditions, images, labels):
+        return images + conditions.pair.mean(1).view(-1, 1, 1, 1, 1), labels
+
+    for family in (make(digits, change=brightness, draw=draw), make(digits, PAIR, change=offset, draw=draw_pair)):
+        family.check()
+        drawn = family.conditions(4, seed=0)
+        assert len({str(condition) for condition in drawn}) == 4
+
+
+GLOBAL = {
+    "random": lambda self, generator: {"rate": 8 * random.random()},
+    "NumPy": lambda self, generator: {"rate": 8 * np.random.rand()},
+    "torch": lambda self, generator: {"rate": 8 * torch.rand(()).item()},
+}
+
+
+@pytest.mark.parametrize("draw", GLOBAL.values(), ids=GLOBAL)
+def test_a_draw_from_a_global_generator(draw, digits):
+    with pytest.raises(ValueError, match="Own.draw gives other conditions a second time.*argument `generator`"):
+        make(digits, change=brightness, draw=draw).check()
+
+
+@pytest.mark.parametrize("value", [{}, {"rate": None}])
+def test_a_draw_that_leaves_a_field_out(value, digits):
+    with pytest.raises(ValueError, match="Own.draw must give a value of each field: 'rate'"):
+        make(digits, change=brightness, draw=lambda self, generator: value).check()
+
+
+@pytest.mark.parametrize("fields", [dict(RATE.to_dict()), None])
+def test_fields_that_are_none(fields, digits):
+    with pytest.raises(ValueError, match=r"Own needs `fields = Fields\({...}\)`"):
+        make(digits, fields, change=brightness).check()
+
+
+@pytest.mark.parametrize("values", [lambda column: column.tolist(), list])
+def test_a_category_compared_number_by_number(values, digits):
+    """Its numbers are equal to no word, so that nothing is ever changed."""
+
+    def change(self, conditions, images, labels):
+        for task, kind in enumerate(values(conditions.kind)):
+            if kind == "inverted":
+                images[task] = 1 - images[task]
+        return images, labels
+
+    with pytest.raises(ValueError, match=r"changes no image.*use conditions\['kind'\] == 'inverted'"):
+        make(digits, WORD, change=change).check()
+
+
+RETURNS = {
+    "half the pixels": (lambda images, labels: (images[..., ::2], labels), r"images of shape \(8, 32, 1, 8, 8\)"),
+    "half the examples": (lambda images, labels: (images[:, ::2], labels[:, ::2]), "images of shape"),
+    "labels and images": (lambda images, labels: (labels, images), r"returns \(8, 32\)"),
+    "a mapping": (lambda images, labels: {"images": images, "labels": labels}, "two tensors.*returns a dict"),
+    "arrays": (lambda images, labels: (images.numpy(), labels.numpy()), "two tensors"),
+    "bytes": (lambda images, labels: ((images * 255).byte(), labels), "floats from 0 to 1, and returns torch.uint8"),
+    "up to 255": (lambda images, labels: (images * 255, labels), "about 0 to 1, and returns values from 0 to 255"),
+    "not a number": (lambda images, labels: (images * math.nan, labels), "returns values from nan to nan"),
+    "one-hot labels": (lambda images, labels: (images, torch.eye(10)[labels]), r"labels of shape \(8, 32\)"),
+    "labels from one": (lambda images, labels: (images, labels + 1), "labels from 0 to 9, and returns some from 1"),
+}
+
+
+@pytest.mark.parametrize(("result", "message"), RETURNS.values(), ids=RETURNS)
+def test_other_results_of_a_change(result, message, digits):
+    with pytest.raises(ValueError, match=f"Own.change .test_families.py, line .*{message}"):
+        make(digits, change=lambda self, conditions, images, labels: result(images, labels)).check()
