@@ -1,5 +1,6 @@
 """From what people have, images, arrays and texts with their labels, to what a base model takes."""
 
+import inspect
 import logging
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -57,9 +58,9 @@ def prepare_inputs(examples: Mapping[str, Any], base_model: nn.Module, processor
             batch[LABELS[0]] = _labels(values, config)
         else:
             batch[name] = torch.as_tensor(values) if isinstance(values, np.ndarray) else values
-    needed = getattr(base_model, "main_input_name", None)
-    if is_known and len(batch) > 1 and not {needed, "inputs_embeds"} & set(batch):
-        raise ValueError(f"examples need {needed}, or what that is made of, and have {', '.join(examples)}")
+    taken = [p.name for p in inspect.signature(base_model.forward).parameters.values() if p.kind != p.VAR_KEYWORD]
+    if is_known and len(batch) > 1 and not set(taken) & (batch.keys() - {LABELS[0]}):
+        raise ValueError(f"examples need {taken[0]}, or what that is made of, and have {', '.join(examples)}")
     return to_device(batch, next(base_model.parameters()).device)
 
 
