@@ -106,8 +106,7 @@ class ConfigParser(argparse.ArgumentParser):
             config = PDiffConfig(**values)
             config.soft = frozenset(flat(self.defaults | found).keys() - flat(flags).keys())
         except ValueError as error:
-            is_default = recipe is not None and namespace.recipe is None
-            self.error(f"{error}{f'; the default recipe is {recipe}, and digits.yaml is one of one task' * is_default}")
+            self.error(str(error))
         return config, namespace
 
     def parse_changes(self, argv: Sequence[str]) -> dict[str, Any]:
