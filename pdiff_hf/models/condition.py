@@ -10,7 +10,30 @@ import torch
 import torch.nn.functional as F
 
 from .embedded import FIELD_TYPES
-from .fields import Condition, ConditionError, Field, nearest, shown
+from .fields import (
+    AngleField,
+    CategoryField,
+    Condition,
+    ConditionError,
+    Field,
+    ScalarField,
+    VectorField,
+    nearest,
+    shown,
+)
+
+# The types of fields belong to what a condition is; people name them from here.
+__all__ = [
+    "AngleField",
+    "CategoryField",
+    "Condition",
+    "ConditionError",
+    "Conditions",
+    "Field",
+    "Fields",
+    "ScalarField",
+    "VectorField",
+]
 
 
 class Fields(Mapping[str, Field]):
