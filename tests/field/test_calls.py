@@ -1,4 +1,4 @@
-"""What people give to a generator as a condition, and beside it."""
+"""What people give to the call of a generator: conditions, and settings beside them."""
 
 import math
 from decimal import Decimal
