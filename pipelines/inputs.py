@@ -81,7 +81,8 @@ def _images(given: Any, preparation: Preparation | None) -> torch.Tensor:
     else:
         is_one = isinstance(given, str | bytes | Image.Image) or not isinstance(given, Iterable)
         values = [] if is_one else list(given)
-    if is_one or len(values) == 0:
+    # No example at all is one more number of examples, where its shape is given.
+    if is_one or (len(values) == 0 and not (isinstance(values, torch.Tensor) and _is_float(values))):
         got = f"one of shape {tuple(given.shape)}" if hasattr(given, "shape") else f"{given!r:.80}"
         raise ValueError(f"images are a list of them, or an array of all with the batch first, got {got}")
     if _is_float(values):
@@ -136,6 +137,8 @@ def _check_floats(images: torch.Tensor, preparation: Preparation) -> None:
         )
     if not images.isfinite().all():
         raise ValueError("the images hold values that are not finite")
+    if len(images) == 0:
+        return
     mean, std = torch.tensor(preparation.mean), torch.tensor(preparation.std)
     low, high = (-mean / std).min().item(), ((1 - mean) / std).max().item()
     least, most = images.min().item(), images.max().item()
