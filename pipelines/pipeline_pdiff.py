@@ -300,7 +300,11 @@ class PDiffPipeline(SavedPipeline, LatentMixin, DiffusionPipeline):
             latents = randn_tensor(shape, generator=generators, device=device, dtype=torch.float32)
         scheduler = copy.deepcopy(self.scheduler)  # it keeps state from step to step, and calls may overlap
         # On the CPU, where schedulers read them: to read one on a device is to wait for all that is queued there.
-        scheduler.set_timesteps(num_inference_steps, device="cpu")
+        try:
+            scheduler.set_timesteps(num_inference_steps, device="cpu")
+        except Exception as error:  # what schedulers raise has no common type
+            name = type(scheduler).__name__
+            raise ValueError(f"{name} cannot take {num_inference_steps} denoising steps: {error!r}") from error
         latents = latents.to(device, torch.float32) * scheduler.init_noise_sigma * temperature
         # Schedulers of ordinary differential equations add no noise, and some of them take no generator.
         takes_generator = "generator" in inspect.signature(scheduler.step).parameters

@@ -104,12 +104,12 @@ def to_html(report: ReportData, folder: Path) -> str:
     name = report.generated.name
     body = ["<h1>Report</h1>", f'<div class="verdict">{"<br>".join(map(html.escape, report.verdict))}</div>']
     body += [f'<p class="warning">{html.escape(warning)}</p>' for warning in report.warnings]
-    body += [_htmltable_of(report.summary["header"], report.summary["rows"], name), *figures[:1]]
+    body += [_html_table(report.summary["header"], report.summary["rows"], name), *figures[:1]]
     body.append(f'<p class="about">{html.escape(report.summary["about"])}</p>')
     for title, about, lines in sections(report):
         body.append(
             f"<details><summary>{html.escape(title)}</summary><p class='about'>{html.escape(about)}</p>"
-            f"{_htmltable_of(*lines, name)}</details>"
+            f"{_html_table(*lines, name)}</details>"
         )
     body += figures[1:]
     head = '<meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>Report</title>'
@@ -124,7 +124,7 @@ def _html_figure(path: Path, caption: str) -> str:
     return f"<figure>{image}<figcaption>{caption}</figcaption></figure>"
 
 
-def _htmltable_of(header: Sequence[str], rows: Sequence[Sequence[str]], generated: str) -> str:
+def _html_table(header: Sequence[str], rows: Sequence[Sequence[str]], generated: str) -> str:
     def line(cells: Sequence[str], tag: str) -> str:
         mark = ' class="generated"' if cells[0] == generated else ""
         return f"<tr{mark}>" + "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in cells) + "</tr>"

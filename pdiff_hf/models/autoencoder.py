@@ -202,6 +202,17 @@ class ParameterAutoencoder(TokenModel, ConfigMixin):
         if tuned_map:
             self.add_tuned_map()
 
+    @classmethod
+    def from_config(cls, config: dict, **kwargs: Any):
+        """Like that of `SavedModel`; a `ValueError` for a variational autoencoder, as version 0.2 could train one."""
+        config = dict(config)
+        if config.pop("variational", False) and cls is ParameterAutoencoder:
+            raise ValueError(
+                "it is a variational autoencoder, which is no part of the package any more; load it with the class "
+                "VariationalAutoencoder of scripts/reproduce/vae.py, or train another one"
+            )
+        return super().from_config(config, **kwargs)
+
     def _init_networks(self, num_outputs: int) -> None:
         """
         Sets `encoder`, which has `num_outputs`, and `decoder`; without convolutions they are the identity, or linear.

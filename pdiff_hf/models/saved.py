@@ -86,7 +86,6 @@ class SavedModel(ModelMixin):
             ValueError: if the network that the config describes cannot be, or does not fit into this machine's memory;
                 no memory has been taken by then.
         """
-        config = {name: value for name, value in config.items() if name != "variational"}  # False, in older files
         try:
             with torch.device("meta"):
                 built = super().from_config(config, **kwargs)

@@ -241,7 +241,8 @@ def evaluate_saved(source: str, config: PDiffConfig) -> Report:
         raise ValueError("--dataset is needed: the data set that the networks were made for")
     dataset, layout = load_snapshots(config.snapshots)
     snapshots, device = parameter_matrix(dataset, layout), PartialState().device
-    folder = Path(source if Path(source).exists() else PDiffPipeline.download(source))
+    is_here = Path(source).exists() or source.endswith(".csv")  # no repository has that name
+    folder = Path(source if is_here else PDiffPipeline.download(source))
     inside = names.generator_folder(folder)
     folder = inside if (inside / PDiffPipeline.config_name).is_file() else folder
     pipeline = _load_pipeline(folder, layout, config) if (folder / PDiffPipeline.config_name).is_file() else None

@@ -1,10 +1,12 @@
 """The variational autoencoder, a baseline."""
 
+import json
+
 import pytest
 import torch
 from reproduce.vae import VariationalAutoencoder
 
-from pdiff_hf import LayoutError, ParameterLayout
+from pdiff_hf import LayoutError, ParameterAutoencoder, ParameterLayout
 
 
 def test_the_divergence_of_a_variational_autoencoder():
@@ -34,6 +36,20 @@ def test_the_prior_is_sampled_in_the_networks_own_latent():
     torch.testing.assert_close(sample, vae.decode((own - 3) / 2).sample)
     with pytest.raises(LayoutError, match="needs convolutions"):
         VariationalAutoencoder(layout.to_dict(), latent_dim=2, block_out_channels=())
+
+
+def test_one_of_version_0_2_is_refused_but_by_its_own_class(tmp_path):
+    layout = ParameterLayout(("a",), ((16,),), ("float32",))
+    vae = VariationalAutoencoder(layout.to_dict(), latent_dim=4, block_out_channels=(4, 4))
+    vae.save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"variational": True}))
+    with pytest.raises(ValueError, match="scripts/reproduce/vae.py"):
+        ParameterAutoencoder.from_pretrained(tmp_path)
+    tokens = torch.randn(3, 1, 16)
+    torch.testing.assert_close(
+        VariationalAutoencoder.from_pretrained(tmp_path).posterior(tokens), vae.posterior(tokens)
+    )
 
 
 def test_its_loss_is_that_of_the_parameters_and_of_the_latents():
