@@ -216,7 +216,7 @@ def _decode(codes: Tensor, autoencoder: ParameterAutoencoder) -> Tensor:
 
 
 def _check(snapshots: Matrix, scores: Tensor) -> None:
-    if snapshots.ndim != 2 or len(snapshots) < 2 or scores.shape != snapshots.shape[:1]:
+    if len(snapshots.shape) != 2 or len(snapshots) < 2 or scores.shape != snapshots.shape[:1]:
         raise ValueError(
             "needs a matrix of at least 2 snapshots and a score for each, got shapes "
             f"{tuple(snapshots.shape)} and {tuple(scores.shape)}"
