@@ -11,7 +11,7 @@ from pdiff_hf.utils.errors import users_line
 from pdiff_hf.utils.seeds import derive_seed
 from pdiff_hf.utils.terminal import MAX_VALUE, shorten
 
-OWN = ROOT / "tests" / "support" / "own_task.py"
+OWN = ROOT / "docs" / "snippets" / "clouds.py"
 
 
 def line_of(capsys) -> str:

@@ -1,15 +1,19 @@
 """Work in the space of latents: from networks and back, directions, edits, inversion; adapters without a base model."""
 
 import json
+import shutil
+from pathlib import Path
 
 import pytest
 import torch
 from diffusers import DPMSolverMultistepScheduler
 from safetensors.torch import load_file
+from support.docs import run_page
 from transformers import BertConfig, BertForSequenceClassification
 
 from pdiff_hf import ConditionEncoder, LatentDenoiser, ParameterAutoencoder, PDiffPipeline
 from pdiff_hf.models import DENOISER_PRESETS
+from pdiff_hf.models.condition import Fields
 from pdiff_hf.networks.adapters import without_wrapper
 from pdiff_hf.selection import select_layout
 from pdiff_hf.snapshots import adapter_layout, read_networks
@@ -164,3 +168,27 @@ def test_a_base_model_on_the_hub_is_named_and_not_copied(hub, adapters, tmp_path
     assert (tmp_path / "changed" / "base_model" / "model.safetensors").is_file()
     loaded = PDiffPipeline.from_pretrained(tmp_path / "changed").base_model
     assert torch.equal(loaded(IDS).logits, model(IDS).logits)
+
+
+def test_the_page_on_adapters(adapters, hub, tmp_path, monkeypatch):
+    """Its blocks run as they stand, in a folder with adapters and a run for the mood that they are for."""
+    bert().push_to_hub("alice/tiny-bert")
+    shutil.copytree(adapters, tmp_path / "adapters")
+    for config in (tmp_path / "adapters").rglob("adapter_config.json"):
+        config.write_text(config.read_text().replace("someone/tiny-bert", "alice/tiny-bert"))
+    monkeypatch.chdir(tmp_path)
+    folders = sorted(Path("adapters").iterdir())
+    layout, fields = adapter_layout(folders), Fields({"mood": {"type": "category", "values": ["kind", "curt"]}})
+    moods = fields.table([{"mood": "kind"}, {"mood": "curt"}] * 4)
+    base = BertForSequenceClassification.from_pretrained("alice/tiny-bert").eval()
+    pipe = make_pipeline(layout, read_networks("adapters", layout), base, fields.to_dict(), moods)
+    pipe.save_pretrained("outputs/adapters")
+    examples = {"input_ids": IDS.expand(4, -1), "labels": torch.tensor([0, 1, 0, 1])}
+    given = {"PDiffPipeline": PDiffPipeline, "folders": folders, "examples": examples, "latents": pipe.encode(folders)}
+    found = run_page("guide/adapters", given)
+    assert (
+        load_file("new_adapter/adapter_model.safetensors").keys()
+        == load_file("adapters/task0/adapter_model.safetensors").keys()
+    )
+    assert found["network"](IDS).logits.shape == (1, 2)
+    assert found["kinder"].shape == found["likely"].shape == (2, 7)

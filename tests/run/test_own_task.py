@@ -5,7 +5,7 @@ import shutil
 
 from support.run_server import ROOT
 
-OWN = ROOT / "tests" / "support" / "own_task.py"
+OWN = ROOT / "docs" / "snippets" / "clouds.py"
 FLAGS = [
     "--select=all",
     "--base_epochs=1",

@@ -297,8 +297,6 @@ class Darker(ImageFamily):
     fields = Fields({"gamma": {"type": "scalar", "low": 1.0, "high": 4.0}})
 
     def change(self, conditions, images, labels):
-        if (conditions.gamma > 3.9).any():
-            raise RuntimeError("too dark")
         return images ** conditions.over(images).gamma, labels
 """
 
@@ -307,6 +305,10 @@ def test_an_error_in_a_family_of_ones_own_is_a_message(page, tmp_path, monkeypat
     (tmp_path / "dark.py").write_text(FAMILY)
     changes = {"family": f"{tmp_path}/dark.py:Darker", "family_args": "{}", "output_dir": str(tmp_path / "out")}
     execute(prepare(PDiffConfig(**TINY_FAMILY | changes)))
+    trouble = (
+        '        if (conditions.gamma > 3.9).any():\n            raise RuntimeError("too dark")\n        return images'
+    )
+    (tmp_path / "dark.py").write_text(FAMILY.replace("        return images", trouble))
     open_generator(page, tmp_path / "out")
     page.get_by_label("number input for gamma").fill("4")
     page.locator(".toast-body").get_by_text("too dark").wait_for()

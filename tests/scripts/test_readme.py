@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from PIL import Image
 from sklearn.datasets import load_digits
+from support.docs import PAGES, README, ROOT, SNIPPETS, blocks
 from support.recipes import TINY, TINY_DATA, TINY_FAMILY
 from transformers import (
     AutoModelForImageClassification,
@@ -26,11 +27,8 @@ from transformers import (
 import pdiff_hf
 from pdiff_hf import SnapshotCallback
 
-ROOT = Path(__file__).parents[2]
-README = (ROOT / "README.md").read_text(encoding="utf-8")
-BLOCKS = re.findall(r"```(bash|python)\n(.*?)```", README, re.DOTALL)
-PAGES = [path.read_text(encoding="utf-8") for path in (ROOT / "docs" / "pages").rglob("*.md")]
-SNIPPETS = {path.stem: path.read_text(encoding="utf-8") for path in (ROOT / "docs" / "snippets").glob("*.py")}
+BLOCKS = blocks(README, "bash", "python")
+TEXT = "".join(PAGES.values())
 
 # Not run here: the installation, and the page, which waits for a browser.
 SKIPPED = ("pip install", "python scripts/app.py")
@@ -155,12 +153,12 @@ def test_everything_in_the_readme_runs(tmp_path, monkeypatch, hub, capsys):
 def test_blocks_are_those_of_the_documentation():
     """And each of these is on a page."""
     assert all(block in SNIPPETS.values() for language, block in BLOCKS if language == "python")
-    shown = set(re.findall(r'--8<-- "(\w+)\.py"', "".join(PAGES)))
+    shown = set(re.findall(r'--8<-- "(\w+)\.py"', TEXT))
     assert shown | {"hub"} == set(SNIPPETS)
 
 
 def test_every_public_name_is_in_the_reference():
-    shown = re.findall(r"^::: pdiff_hf\.(\w+)$", "".join(PAGES), re.MULTILINE)
+    shown = re.findall(r"^::: pdiff_hf\.(\w+)$", TEXT, re.MULTILINE)
     assert sorted(shown) == sorted(pdiff_hf.__all__)
 
 
