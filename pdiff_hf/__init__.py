@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 from .utils.imports import lazy_attributes, register_components, when_imported
 
-__version__ = "0.2.0"
+__version__ = "0.3.0.dev0"
 
 # What this package is for: all of it is imported when it is asked for.
 _PUBLIC = {
