@@ -313,8 +313,9 @@ def whole_number(name: str, value: SupportsIndex) -> int:
 def finite_number(name: str, value: Any, *, positive: bool = False) -> float:
     """`value`, of any type of numbers, as a finite `float` of at least 0, or above."""
     number = plain(value)
-    is_right = isinstance(number, numbers.Real) and 0 <= number < math.inf and (number > 0 or not positive)
+    number = float(number) if isinstance(number, numbers.Real) else math.nan
+    is_right = 0 <= number < math.inf and (number > 0 or not positive)
     require(
         is_right, f"{name} must be {'above 0 and finite' if positive else 'finite and at least 0'}, got {value!r:.100}"
     )
-    return float(number)
+    return number
