@@ -9,7 +9,7 @@ from pdiff_hf.tasks.image_classification import ImageClassificationTask
 from pdiff_hf.utils.source import source_digests
 
 FILES = {
-    "mine.py": "import helper\nfrom parts import first\nfrom support.own_task import Clouds\n\n\nclass Mine(Clouds):\n"
+    "mine.py": "import helper\nfrom parts import first\nfrom support.file_task import Clouds\n\n\nclass Mine(Clouds):\n"
     "    pass\n",
     "helper.py": "def later():\n    import deeper\n\n    return deeper\n",
     "deeper.py": "import torch\n",
@@ -35,7 +35,7 @@ def test_the_files_that_a_class_follows_from(folder):
     name = f"{folder / 'mine.py'}:Mine"
     before = source_digests(task_class(name))
     own = {"deeper.py", "first.py", "helper.py", "mine.py", "parts/__init__.py", "second.py"}
-    assert set(before) == own | {"own_task.py"}  # and what it derives from
+    assert set(before) == own | {"file_task.py"}  # and what it derives from
     for edited in ("helper.py", "deeper.py", "parts/second.py"):
         (folder / edited).write_text(FILES[edited] + "# edited\n")
         after = source_digests(task_class(name))
