@@ -6,7 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 import torch
-from diffusers import DDIMScheduler, DDPMScheduler
+from diffusers import DDIMScheduler, DDPMScheduler, PNDMScheduler
 from safetensors.torch import load_file, save_model
 from support.pipelines import LATENT_DIM, make_network, make_pipeline, sample
 from transformers import AutoConfig, AutoModelForImageClassification
@@ -235,6 +235,13 @@ def test_a_failed_save_leaves_the_pipeline_before(base_model, tmp_path, monkeypa
 def test_wrong_arguments(pipe, arguments, message):
     with pytest.raises(ValueError, match=message):
         pipe(**arguments)
+
+
+def test_a_scheduler_that_cannot_take_so_few_steps_is_named(base_model):
+    pipe = make_pipeline(base_model)
+    pipe.scheduler = PNDMScheduler.from_config(pipe.scheduler.config)
+    with pytest.raises(ValueError, match="^PNDMScheduler cannot take 1 denoising steps"):
+        pipe(1, num_inference_steps=1)
 
 
 def test_parts_that_do_not_fit_together(base_model):
