@@ -26,7 +26,7 @@ from .metrics import ensemble_metrics, max_iou, measures, nearest_in_predictions
 from .report import GroupRow, Report
 from .report_data import CURVE, Cost, Kind
 from .score import CHUNK_BYTES, ClassifierScores, Scorer, Scores
-from .tuned_baselines import TunedBaselines
+from .tuned_baselines import TunedBaselines, num_tuned
 from .verdict import break_even
 
 logger = logging.getLogger(__name__)
@@ -107,7 +107,8 @@ class SingleTask:
 
     def _announce(self) -> None:
         num_networks = 2 * len(self.snapshots) + 1 + self.num_generated
-        num_networks += self.baseline_models * len(standard_baselines(self.baselines))
+        num_tried = 0 if self.tuning is None else num_tuned(self.baselines)
+        num_networks += self.baseline_models * (len(standard_baselines(self.baselines)) + num_tried)
         seconds = self.scorer.estimate(num_networks)
         units = ((7200, 3600, "h"), (120, 60, "min"), (0, 1, "s"))
         time = next(f"{seconds / size:.0f} {unit}" for least, size, unit in units if seconds >= least)
