@@ -44,9 +44,10 @@ def _complaints(context: RunContext) -> Iterator[str]:
     c, fields, tune_steps = context.config, context.family.fields, context.config.num_tune_steps
     if c.latent_dim > (length := context.layout.num_parameters):
         yield f"latent_dim is {c.latent_dim}, but only {length} parameters are selected; a latent cannot be longer"
-    if round(context.num_snapshots * (1 - c.heldout_snapshots)) < 2:
+    share = c.autoencoder_args.heldout_snapshots
+    if round(context.num_snapshots * (1 - share)) < 2:
         yield f"{context.num_snapshots} snapshots leave fewer than 2 to train on"
-    num_seen = round(context.num_snapshots * (1 - (0 if c.is_of_data and c.collects else c.heldout_snapshots)))
+    num_seen = round(context.num_snapshots * (1 - (0 if c.is_of_data and c.collects else share)))
     if c.autoencoder_preset == "linear" and c.latent_dim > (most := min(MOST_COMPONENTS, num_seen - 1)):
         yield (
             f"latent_dim is {c.latent_dim}, more than the {most} components that autoencoder_preset=linear has of "

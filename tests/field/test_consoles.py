@@ -50,7 +50,7 @@ def test_help(console, name, run_server):
     assert console in ("none", "head") or "usage:" in result.output
 
 
-@pytest.mark.parametrize("how", ["-BOO", "PYTHONOPTIMIZE=2"])
+@pytest.mark.parametrize("how", ["-BOO", pytest.param("PYTHONOPTIMIZE=2", marks=pytest.mark.slow)])
 def test_without_docstrings(how):
     """Some images set it. The libraries that a run needs cannot be imported without theirs."""
     code = "import runpy, sys\nfor script in sys.argv[1:]:\n    sys.argv = [script, '--help']\n"

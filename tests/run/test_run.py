@@ -186,7 +186,11 @@ def test_stages_that_are_missing_are_named(run_server, copied):
         ),
         ({"gradient_accumulation_steps": 3}, RunError, "autoencoder_batch_size=8 cannot be cut into 3"),
         ({"mixed_precision": "fp16"}, RunError, "mixed_precision=fp16 needs a GPU, and this run has a CPU"),
-        ({"num_snapshots": 2, "heldout_snapshots": 0.4}, RunError, "2 snapshots leave fewer than 2 to train on"),
+        (
+            {"num_snapshots": 2, "autoencoder_args": {"heldout_snapshots": 0.4}},
+            RunError,
+            "2 snapshots leave fewer than 2 to train on",
+        ),
         # Not even the administrator can write there.
         ({"output_dir": "/proc/no/such/run"}, ValueError, "nothing can be written to '/proc/no/such/run'"),
         ({"output_dir": f"{__file__}/run"}, ValueError, f"nothing can be written to '{__file__}/run'"),

@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 from PIL import Image
 from sklearn.datasets import load_digits
@@ -118,6 +119,7 @@ def write_user_files(folder: Path) -> None:
     trainer.save_model("my_model")
 
 
+@pytest.mark.slow
 def test_everything_in_the_readme_runs(tmp_path, monkeypatch, hub, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "scripts").symlink_to(ROOT / "scripts")

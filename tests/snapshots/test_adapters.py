@@ -211,7 +211,13 @@ def shell(tmp_path):
         model.save_pretrained(tmp_path / "adapters" / f"checkpoint-{step}")
     return (
         *("--task=text_classification", "--dataset", tmp_path / "data", "--base_epochs=0", "--select", "*.lora_*"),
-        *("--latent_dim=2", "--heldout_snapshots=0", "--autoencoder_steps=2", "--denoiser_steps=2", "--num_models=2"),
+        *(
+            "--latent_dim=2",
+            "--autoencoder_args=heldout_snapshots=0",
+            "--autoencoder_steps=2",
+            "--denoiser_steps=2",
+            "--num_models=2",
+        ),
         *("--baseline_models=0", "--output_dir", tmp_path / "out"),
     )
 

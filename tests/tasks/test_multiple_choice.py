@@ -135,7 +135,12 @@ def test_adapters_from_descriptions(tmp_path, monkeypatch):
         *("--family=tabled", "--family_args", json.dumps({"fields": {"told": {"type": "text", "encoder": encoder}}})),
         *("--select", "*lora_*", "--base_epochs=0", "--num_tasks=6", "--num_validation_tasks=2", "--num_test_tasks=2"),
         *("--num_snapshots=6", "--collect_steps=3", "--collect_every=1", "--collect_batch_size=4", "--latent_dim=2"),
-        *("--adapter_products=true", "--autoencoder_preset=pca", "--heldout_snapshots=0", "--denoiser_preset=mlp"),
+        *(
+            "--adapter_products=true",
+            "--autoencoder_preset=pca",
+            "--autoencoder_args=heldout_snapshots=0",
+            "--denoiser_preset=mlp",
+        ),
         *("--denoiser_steps=3", "--tune_steps=2", "--tune_models=2", "--tune_batch_size=4", "--num_models=2"),
         *("--baselines=few", "--output_dir", tmp_path / "out"),
     )
