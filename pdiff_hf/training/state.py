@@ -109,7 +109,9 @@ class LoopState:
     def load(self, accelerator: Accelerator, checkpoint: Path) -> None:
         """Sets models, optimizers and this state to those of a checkpoint."""
         accelerator.load_state(str(checkpoint))
-        tensors = load_file(checkpoint / "loop.safetensors", str(accelerator.device))
+        device = accelerator.device
+        # With several processes Accelerate says `cpu:0`, which safetensors does not know.
+        tensors = load_file(checkpoint / "loop.safetensors", "cpu" if device.type == "cpu" else str(device))
         self.step, self.trusted_from = int(tensors["step"]), int(tensors["trusted_from"])
         self.losses = tensors["losses"][: self.step]
         if self.ema is not None:
