@@ -226,9 +226,6 @@ def how_to_load(source: Source, whole: bool, condition: Condition | None = None)
     return f"{text}\nThey were made for this condition. To make more of them:\n\n```python\n{what}\n```\n"
 
 
-# --------------------------------------------------------------------------------------------------------- what is done
-
-
 def with_scheduler(source: Source, name: str) -> PDiffPipeline:
     """A pipeline of one's own, because another reader may have chosen another scheduler; for the same diffusion."""
     pipe, own = copy.copy(source.pipe), source.pipe.scheduler

@@ -82,9 +82,6 @@ def _short(value: Any) -> str:
     return value if isinstance(value, str) else f"{value:.4g}"
 
 
-# ------------------------------------------------------------------------------------------------------------- controls
-
-
 def first_choice(encoder: ConditionEncoder | None) -> Choice:
     """What the controls show at first."""
     if encoder is None:
@@ -140,9 +137,6 @@ def read_choice(encoder: ConditionEncoder, values: Sequence[Any], told: Sequence
     task = {name: from_control(encoder, name, value) for name, value in zip(encoder.fields, values, strict=True)}
     encoder.fields.table([task])
     return Choice(task, tuple(name for name, is_told in zip(encoder.fields, told, strict=True) if is_told))
-
-
-# -------------------------------------------------------------------------------------------------------------- at work
 
 
 @dataclass(eq=False)
