@@ -93,11 +93,12 @@ class Judge:
         if words:
             column = task.fields.columns[words[0]].start
             seen, held = (task.fields.table(task.conditions(split))[:, column] for split in SPLITS)
-            self.column, self.classes = column, seen
-            self._train_classifier(signals["train"], len(task.fields[words[0]].choices or ()), seed)
-            known = ~held.isnan()
-            said = self.classify(signals["test"])[known] == held[known]
-            self.accuracy = 100 * said.double().mean().item()
+            if not seen.isnan().all():
+                self.column, self.classes = column, seen
+                self._train_classifier(signals["train"], len(task.fields[words[0]].choices or ()), seed)
+                known = ~held.isnan()
+                said = self.classify(signals["test"])[known] == held[known]
+                self.accuracy = 100 * said.double().mean().item() if len(said) else None
         self.basis: Tensor | None = None
         features = self._raw_features(signals["train"])
         if features.shape[1] > MOST_FEATURES:
@@ -122,13 +123,14 @@ class Judge:
         inputs, labels = self._inputs(signals)[known], self.classes[known].long()
         torch.manual_seed(seed)
         self.classifier = Features(inputs.shape[1:], num_classes)
-        loop = Loop(Accelerator(cpu=True), seed)
+        loop = Loop(Accelerator(), seed)
 
         def loss(model: nn.Module, indices: Tensor, generator: torch.Generator) -> Tensor:
-            return F.cross_entropy(model(inputs[indices]), labels[indices])
+            rows = indices.cpu()
+            return F.cross_entropy(model(inputs[rows].to(loop.device)), labels[rows].to(loop.device))
 
         loop.train(self.classifier, loss, len(inputs), CLASSIFIER, description="classifier for features")
-        self.classifier.eval()
+        self.classifier.cpu().eval()
 
     @torch.no_grad()
     def classify(self, outputs: Tensor) -> Tensor:
@@ -288,8 +290,8 @@ def trivial(
     independent = diagonal_gaussian(BaselineContext(rows), count, 1.0, generator("diagonal"))
     yield "diagonal Gaussian", "Gaussian", independent, None
     yield "Gaussian", "Gaussian", mean + deviations(rows, count, "Gaussian"), None
-    if classes is not None:
-        drawn = classes[pick("classes")]
+    if classes is not None and len(known := classes[~classes.isnan()]):
+        drawn = known[torch.randint(len(known), (count,), generator=generator("classes"))]
         found = torch.empty(count, rows.shape[1])
         for label in drawn.unique():
             members, which = rows[classes == label], drawn == label
@@ -343,16 +345,23 @@ def evaluate_sets(
         heldout (`torch.Tensor`, *optional*): bool of shape `(K,)`: networks that no generator has seen.
         data (`torch.Tensor`, *optional*): Which of those of the splits train and test each snapshot is, `(K,)`.
         latents (`torch.Tensor`, *optional*): Of the snapshots, `(K, L)`, if they are known already.
-        num_models (`int`, *optional*, defaults to 1000): Networks to sample, and of each trivial generator.
+        num_models (`int`, *optional*, defaults to 1000): Networks to sample, and of each trivial generator; as many as
+            there are if they are given, because the Fréchet distance falls with the size of a set.
         on_data (`Callable`, *optional*): `on_data(data)` trains the same generator on training data, `(N, P C)`.
 
     Raises:
-        ValueError: if there are too few held-out data.
+        ValueError: if there are too few data, conditions are missing, or networks are not finite.
     """
     heldout = torch.zeros(len(snapshots), dtype=torch.bool) if heldout is None else heldout
-    signals = {split: task.signals(split) for split in ("train", "test")}
-    if len(signals["test"]) <= NEIGHBOURS:
-        raise ValueError(f"sets are compared with held-out data: more than {NEIGHBOURS} are needed")
+    signals = {split: task.signals(split) for split in SPLITS}
+    if few := too_few(*map(len, signals.values()), int((~heldout).sum())):
+        raise ValueError(few)
+    if isinstance(generator, Tensor):
+        num_models = len(generator)
+        if num_models < 2 or not generator.isfinite().all():
+            raise ValueError("a set of generated networks is needed: at least 2, with finite parameters")
+    elif generator.condition_encoder is not None and (table is None or not table.shape[1]):
+        raise ValueError("conditions of the snapshots are needed: the generator is sampled for those of training data")
     judge = Judge(task, seed)
     resampled = Resampled(judge, seed)
     rows, placed, sheet = [], {}, {}
@@ -422,6 +431,16 @@ def evaluate_sets(
     draw_sheet(task, sheet, signals["train"][nearest], Path(folder, CONTACT_SHEET))
     save_report(report, folder, losses)
     return report
+
+
+def too_few(*sizes: int) -> str | None:
+    """What is wrong with the numbers of training data, held-out data and networks, if anything is."""
+    if min(sizes) > NEIGHBOURS:
+        return None
+    return (
+        f"a report on sets of data needs more than {NEIGHBOURS} training data, as many held-out ones and networks, and "
+        f"there are {min(sizes)}; use more data, or leave the stage evaluate out"
+    )
 
 
 def _some(rows: Tensor, count: int, seed: int) -> Tensor:

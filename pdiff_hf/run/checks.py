@@ -4,6 +4,7 @@ import os
 from collections.abc import Iterator
 
 from ..evaluation.score import make_scorer
+from ..evaluation.sets import SPLITS, too_few
 from ..models.autoencoder import MOST_COMPONENTS
 from ..models.products import AdapterProducts
 from ..networks.adapters import without_wrapper
@@ -32,7 +33,10 @@ def check_run(context: RunContext) -> None:
     if not c.overwrite_output_dir:
         _check_folder(context)
     judged = "evaluate" in c.stages and not context.is_finished("evaluate") and not context.family.fields
-    if judged and not isinstance(context.task, DataTask):  # the scores of all networks must fit into memory
+    if judged and isinstance(context.task, DataTask):
+        if few := too_few(*(len(context.task.signals(split)) for split in SPLITS)):
+            raise RunError(few)
+    elif judged:  # the scores of all networks must fit into memory
         model = context.base_model if context.is_finished("base") else without_wrapper(context.task.load_base_model())
         scorer = make_scorer(context.task, model, context.layout, recompute_statistics=c.recomputes_statistics)
         for split in ("validation", "test"):

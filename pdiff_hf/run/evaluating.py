@@ -101,10 +101,9 @@ def evaluate(context: RunContext, stage: Stage) -> None:
 
 def _evaluate_data(context: RunContext, task: DataTask, stage: Stage) -> None:
     """The report on the data that generated networks make."""
-    if not PartialState().is_main_process:
-        return
-    c, device = context.config, PartialState().device
-    with context.files.replacing(stage) as folder:
+    c, device, is_main = context.config, PartialState().device, PartialState().is_main_process
+    # All processes take part, because networks are trained for it.
+    with context.files.replacing(stage) if is_main else contextlib.nullcontext() as folder:
         evaluate_sets(
             task,
             NetworkRunner(context.base_model.to(device), context.layout),
@@ -116,14 +115,15 @@ def _evaluate_data(context: RunContext, task: DataTask, stage: Stage) -> None:
             data=context.data if c.collects else None,
             latents=context.latents,
             num_models=c.num_models,
-            on_data=None if c.baselines == "few" else lambda data: generator_of_data(context, data),
+            on_data=None if c.baselines == "few" else lambda data: generator_of_data(context, task, data),
             losses=_losses(context),
             settings=c.section(*stage.sections),
             seed=c.seed,
         )
     context.base_model.to("cpu")
-    _save_sampling(context)
-    context.finish(stage, {})
+    if is_main:
+        _save_sampling(context)
+        context.finish(stage, {})
 
 
 def _about_conditions(context: RunContext) -> list[str]:

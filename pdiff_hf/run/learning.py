@@ -193,7 +193,7 @@ def fit_denoiser(context: RunContext, stage: Stage) -> None:
     context.finish(stage, {"losses": losses.tolist(), "gaussian_loss": gaussian})
 
 
-def generator_of_data(context: RunContext, data: torch.Tensor) -> PDiffPipeline:
+def generator_of_data(context: RunContext, task: DataTask, data: torch.Tensor) -> PDiffPipeline:
     """
     The same denoiser, for the same conditions, on as many principal components of the training data themselves, shape
     `(N, d)`, as a latent is long.
@@ -206,7 +206,9 @@ def generator_of_data(context: RunContext, data: torch.Tensor) -> PDiffPipeline:
     autoencoder.fit_latent_statistics(autoencoder.tokenize(data), scaling="together")
     with context.accelerator() as accelerator:
         loop = Loop(accelerator, named_seed(c.seed, "denoiser of data"))
-        encoder, table = seen_encoder(context)
+        encoder, _ = seen_encoder(context)
+        # Of the data themselves: equal ones have one network together.
+        table = None if encoder is None else context.fields.alternatives(task.conditions("train"))
         denoiser, scheduler, _ = _learn_denoiser(loop, encode_in_batches(autoencoder, data), c, encoder, table)
     sampler = make_sampling_scheduler(scheduler)
     return PDiffPipeline(autoencoder, denoiser, sampler, condition_encoder=encoder, **c.sampling)

@@ -40,7 +40,7 @@ class LanguageTask(DatasetTask):
     What tasks of language models have in common.
 
     Args beyond those of [`DatasetTask`]:
-        max_length (`int`, *optional*, defaults to 128): Texts are cut to so many tokens.
+        max_length (`int`, *optional*, defaults to 128): Texts are cut to so many tokens, prompts at their start.
         adapter (`str`, *optional*): Folder or Hub id of an adapter of PEFT that the model gets. Where `model` is one,
             it becomes the adapter, and `model` the network that it belongs to.
         dtype (`str`, *optional*, defaults to `"float32"`): Of the network's own weights; adapters stay in float32.
@@ -161,16 +161,22 @@ class CausalLMTask(LanguageTask, MeasuredTask):
         if "messages" in row:
             messages = row["messages"]
             whole = tokenizer.apply_chat_template(messages, tokenize=True, return_dict=False)
-            prompt = tokenizer.apply_chat_template(
-                messages[:-1], tokenize=True, return_dict=False, add_generation_prompt=True
-            )
-            read = len(prompt) if messages[:-1] else 0
-            return list(whole)[: self.max_length], read
+            prompt = []
+            if messages[:-1]:
+                prompt = tokenizer.apply_chat_template(
+                    messages[:-1], tokenize=True, return_dict=False, add_generation_prompt=True
+                )
+            return self._cut(list(whole), len(prompt))
         if "prompt" in row:
             prompt = tokenizer(row["prompt"] or "")["input_ids"]
             completion = tokenizer(row["completion"], add_special_tokens=False)["input_ids"]
-            return (prompt + completion + end)[: self.max_length], len(prompt)
-        return (tokenizer(row[self._columns[0]])["input_ids"] + end)[: self.max_length], 0
+            return self._cut(prompt + completion + end, len(prompt))
+        return self._cut(tokenizer(row[self._columns[0]])["input_ids"] + end, 0)
+
+    def _cut(self, tokens: list[int], read: int) -> tuple[list[int], int]:
+        """Tokens that are not too many: of a prompt the end is kept, and of what is predicted the start."""
+        start = min(max(0, len(tokens) - self.max_length), max(0, read - 1))
+        return tokens[start:][: self.max_length], read - start
 
     def loss(self, call: Callable, batch: Batch) -> torch.Tensor:
         """The mean over the tokens of the batch."""

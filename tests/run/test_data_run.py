@@ -132,6 +132,29 @@ def test_a_task_of_your_own_without_words_or_images():
     assert "denoiser on the data" not in [row.name for row in report.groups]
 
 
+class Repeated(Waves):
+    """Some data come twice."""
+
+    def conditions(self, split):
+        found = super().conditions(split)
+        return found + found[3:6] if split == "train" else found
+
+
+def test_equal_data_have_one_network_and_keep_their_conditions():
+    settings = {name: TINY_DATA[name] for name in TINY_DATA if name.startswith(("auto", "denoiser", "collect", "num_"))}
+    settings |= {"base_epochs": 2, "base_batch_size": 10, "select": ["all"], "denoiser_args": {}, "latent_dim": 4}
+    trainer = PDiffTrainer(Repeated(), args=PDiffConfig(**settings))
+    trainer.train()
+    report = trainer.evaluate()
+    assert len(trainer.context.seen) == 30 and report.splits["train"] == 33
+    assert "denoiser on the data" in [row.name for row in report.groups]
+
+
+def test_too_few_data_for_a_report_are_refused_before_any_work(tmp_path):
+    with pytest.raises(RunError, match="needs more than 5 training data, as many held-out ones.*there are 4;"):
+        prepare(PDiffConfig(**TINY_DATA | {"max_eval_samples": 4}, output_dir=str(tmp_path)))
+
+
 def test_networks_of_several_starts_are_a_warning_and_may_be_aligned(caplog):
     task = NeuralFieldTask(model_args={"width": 8, "num_layers": 1}, max_train_samples=40, max_eval_samples=10)
     args, rows = LoopArguments(100, 64, 0.01, optimizer="adam"), []

@@ -65,6 +65,24 @@ def test_what_is_read_and_what_is_predicted(kind, model, tmp_path):
     )
 
 
+@pytest.mark.parametrize(
+    ("kind", "read", "predicted"),
+    [("text", "", "a b c"), ("prompt", "b", "c d <eos>"), ("messages", "<bot>", "c d")],
+)
+def test_of_long_prompts_the_end_is_kept(kind, read, predicted, model, tmp_path):
+    length = len(f"{read} {predicted}".split())
+    task = CausalLMTask(str(model / "model"), write(tmp_path, [KINDS[kind][0]]), max_length=length)
+    batch = take(task.load_split("train"), [0, 1])
+    assert batch["input_ids"][0].tolist() == ids(f"{read} {predicted}")
+    assert batch["labels"][0].tolist() == [IGNORED] * len(ids(read)) + ids(predicted)
+
+
+def test_a_message_without_a_prompt_is_predicted(model, tmp_path):
+    row = {"messages": [{"role": "assistant", "content": "c d"}]}
+    (labels,) = take(CausalLMTask(str(model / "model"), write(tmp_path, [row])).load_split("train"), [0])["labels"]
+    assert labels.tolist() == ids("<bot> c d")
+
+
 @torch.no_grad()
 def test_the_loss_of_a_token(model, tmp_path):
     rows = [{"prompt": "a b", "completion": "c d e"}, {"prompt": "f", "completion": "g"}]
