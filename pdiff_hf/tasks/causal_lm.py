@@ -161,7 +161,7 @@ class CausalLMTask(LanguageTask, MeasuredTask):
         if "messages" in row:
             messages = row["messages"]
             whole = tokenizer.apply_chat_template(messages, tokenize=True, return_dict=False)
-            prompt = []
+            prompt: list[int] = []
             if messages[:-1]:
                 prompt = tokenizer.apply_chat_template(
                     messages[:-1], tokenize=True, return_dict=False, add_generation_prompt=True
