@@ -71,9 +71,13 @@ class MultipleChoiceTask(LanguageTask, ClassificationTask):
     def load_saved(self, folder: Any) -> PreTrainedModel:
         return self._checked(super().load_saved(folder))
 
+    @cached_property
+    def _arguments(self) -> set[str]:
+        """What the network takes."""
+        return set(inspect.signature(self._auto_class._model_mapping[type(self._config)].forward).parameters)
+
     @torch.no_grad()
     def _checked(self, model: PreTrainedModel) -> PreTrainedModel:
-        self._arguments = set(inspect.signature(model.forward).parameters)
         examples = self.load_split("validation")
         lengths = [len(prompt) for prompt, *_ in examples.examples]
         ends = [lengths.index(min(lengths)), lengths.index(max(lengths))]
@@ -181,7 +185,7 @@ class TabledFamily(TaskFamily):
         self.fields = self.fields if isinstance(self.fields, Fields) else Fields(self.fields)
         tasks = {split: self.base.rows(split, self.column) for split in SPLITS}
         said = {name: self.base.rows("train", name) for name in self.fields}
-        self.members = sorted(set(tasks["train"]))
+        self.members = sorted(set().union(*tasks.values()))
         self._examples: dict[str, list[list[int]]] = {}
         for split, names in tasks.items():
             places = {name: [i for i, other in enumerate(names) if other == name] for name in self.members}

@@ -33,9 +33,10 @@ def test_the_likeliest_answer_is_chosen(tmp_path):
         rows = [{"prompt": p, "choices": choices, "answer": i % 3} for i, p in enumerate(["e f g", "h", "a b c d e"])]
         rows[1]["answer"] = choices[1]
         task = make_task("multiple_choice", {"model": model, "dataset": write(tmp_path, rows)})
-        network = task.load_base_model()
         plain = LlamaForCausalLM.from_pretrained(model).eval()
         batch = take(task.load_split("train"), [0, 1, 2])
+        network, other = task.load_base_model(), make_task("multiple_choice", {"model": model, "dataset": task.dataset})
+        torch.testing.assert_close(other.predict(plain, batch), task.predict(network, batch))  # of elsewhere, too
         assert batch["labels"].tolist() == [0, 1, 2] and batch["input_ids"].shape[1] == (1 if choices[0] == "a" else 3)
         expected = []
         for row in rows:
@@ -83,6 +84,15 @@ def questions(num_examples: int = 6) -> list[dict]:
                     row | {"answer": answer, "task": f"{topic} {negated}", "told": said, "sign": float(negated)}
                 )
     return rows
+
+
+def test_a_task_without_training_examples_is_refused(tmp_path):
+    data = write(tmp_path, questions())
+    with open(f"{data}/test.jsonl", "a") as file:
+        file.write(json.dumps(questions()[0] | {"task": "new"}) + "\n")
+    base = MultipleChoiceTask(make_llama(tmp_path / "llama"), data)
+    with pytest.raises(ValueError, match="task 'new' of dataset .* has no train examples"):
+        make_family("tabled", base, {"fields": {"sign": {"type": "scalar", "low": 0.0, "high": 1.0}}})
 
 
 def test_tasks_that_a_column_names(tmp_path):
