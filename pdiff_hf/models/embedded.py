@@ -79,7 +79,7 @@ class EmbeddedField(VectorField):
         found = []
         for part in [value] if is_one else value:
             if isinstance(part, Mapping):  # as `store` has it
-                found.append((part["text"], super().parse(part["embedding"])))
+                found.append((part.get("text", ""), super().parse(part["embedding"])))
             else:
                 found.append((part if isinstance(part, str) else "", super().parse(self._embed(part))))
         return found

@@ -53,7 +53,7 @@ def _beside(path: Path) -> list[Path]:
     while pending:
         file = pending.pop()
         for name, level in _imports(file):
-            target = file.parents[max(0, level - 1)].joinpath(*name.split("."))
+            target = file.parents[min(max(0, level - 1), len(file.parents) - 1)].joinpath(*name.split("."))
             for candidate in (target.with_suffix(".py"), target / "__init__.py"):
                 if name and candidate.is_file() and candidate not in found:
                     found.append(candidate)

@@ -40,7 +40,7 @@ FLAGS = [
     "--disable-sync",
 ]
 WIDTHS = {"desktop": (1280, 900), "phone": (390, 844)}
-TIMEOUT = 120_000  # milliseconds: what is waited for comes at last on a machine of any speed
+TIMEOUT = 900_000  # milliseconds: what is waited for comes at last on a machine of any speed
 
 
 @pytest.fixture(scope="module")
