@@ -260,7 +260,8 @@ def weighted_median(values: Tensor, counts: Tensor) -> Tensor:
 def two_sample(features: Tensor, real: Tensor) -> float:
     """How often the nearest neighbour is of the own set, of two sets of equal size (Lopez-Paz and Oquab 2017)."""
     size = min(len(features), len(real))
-    both = torch.cat([features[:size], real[:size]])
+    order = torch.randperm(len(real), generator=torch.Generator().manual_seed(0))  # data are often sorted by class
+    both = torch.cat([features[:size], real[order[:size]]])
     nearest = pairwise_distances(both, both).fill_diagonal_(math.inf).argmin(1)
     return ((nearest < size) == (torch.arange(2 * size) < size)).double().mean().item()
 

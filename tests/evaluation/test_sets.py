@@ -4,7 +4,7 @@ import pytest
 import torch
 from support.waves import Waves
 
-from pdiff_hf.evaluation.sets import Judge, Resampled, evaluate_sets, frechet, trivial, with_root
+from pdiff_hf.evaluation.sets import Judge, Resampled, evaluate_sets, frechet, trivial, two_sample, with_root
 from pdiff_hf.networks.runner import NetworkRunner
 from pdiff_hf.selection import select_layout
 
@@ -32,6 +32,13 @@ def test_moments_of_a_set_are_those_of_torch():
     placed = resampled.place(Waves().signals("test"))
     assert placed.measures["score_mean"] == pytest.approx(0, abs=1e-3)
     assert placed.measures["nearness"] == pytest.approx(1) and placed.measures["two_sample"] == 0
+
+
+def test_sets_of_other_sizes_are_told_apart_by_chance_where_data_are_sorted():
+    generator = torch.Generator().manual_seed(0)
+    real = torch.cat([torch.randn(200, 2, generator=generator), 9 + torch.randn(200, 2, generator=generator)])
+    drawn = torch.randn(200, 2, generator=generator) + 9.0 * (torch.arange(200) % 2)[:, None]
+    assert two_sample(drawn, real) == pytest.approx(0.5, abs=0.06)
 
 
 def test_a_gaussian_of_each_class_leaves_rows_without_a_class_out():
