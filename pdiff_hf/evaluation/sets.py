@@ -203,13 +203,14 @@ class Resampled:
             return Placed({"score_mean": math.nan}, nothing, nothing)
         nearest = exact_distances(data, judge.train, pairwise_distances(data, judge.train).argmin(1))
         counts = self._counts(len(data))
+        value = frechet(*self._moments(features, torch.ones(1, len(data)).double()), *self.exact).item()
         distances = frechet(*self._moments(features, counts), *self.real)
-        exact = self._moments(features, torch.ones(1, len(data)).double())
+        # Resamples lie farther from each other than samples do, and wide sets more so than narrow ones.
+        distances += value - distances.mean()
         covering = judge.covering.place(features) if len(data) > 1 else {}
         measures: dict[str, Any] = {
-            "score_mean": (value := frechet(*exact, *self.exact).item()),
-            # Resamples lie farther from each other than samples do, all by about as much.
-            "score_interval": interval(distances - distances.mean() + value),
+            "score_mean": value,
+            "score_interval": interval(distances),
             "nearness": (nearest.quantile(0.5) / judge.heldout_nearest.quantile(0.5)).item(),
             "copies": 100 * (nearest < judge.copy_distance).double().mean().item(),
             "two_sample": two_sample(features, judge.real),
