@@ -60,7 +60,8 @@ def evaluate(
         layout (`ParameterLayout`, *optional*): Which of its tensors are generated; by default the pipeline's.
         num_models (`int`, *optional*): Networks to sample: by default 200 for a task, 1000 if they are data, and 4 for
             each member.
-        baselines (`str`, *optional*, defaults to `"few"`): Or `all`, which takes much longer.
+        baselines (`str`, *optional*, defaults to `"few"`): Or `all`, which takes much longer. Networks that are data
+            have the same ones in either case.
         scorer (`Scorer`, *optional*): For a single task, one that keeps scores; with it come base model and layout.
         extra_groups (`Iterable[Group | Pending]`, *optional*): Further groups, each made when it is asked for.
         losses (`Mapping`, *optional*): The loss at every step, by panel and curve, for a figure.
@@ -89,10 +90,13 @@ def evaluate(
         )
     one = None if family.fields else family.task({})
     if isinstance(one, DataTask):
+        given = {"scorer": scorer, "extra_groups": list(extra_groups)}
+        if unused := [name for name, value in given.items() if value]:
+            raise ValueError(f"{' and '.join(unused)} cannot be used with networks that are data, compared as sets")
         table = one.fields.table(conditions) if isinstance(conditions, Sequence) else conditions
         options |= {"table": table, "num_models": num_models or 1000, "losses": losses, "settings": settings}
         networks = NetworkRunner(base_model, layout)
-        return evaluate_sets(one, networks, snapshots, generator, folder, seed=seed, **options)
+        return evaluate_sets(one, networks, snapshots, generator, folder, seed=seed, warnings=warnings, **options)
     options |= {"baselines": baselines, "seed": seed} | ({} if num_models is None else {"num_models": num_models})
     with tempfile.TemporaryDirectory() as temporary:
         compared: SingleTask | Members

@@ -32,8 +32,9 @@ ABOUT = (
     "Sets of data are compared with held-out data. The Fréchet distance is that of features (of a classifier of the "
     "data set, unless others were given), in percent of their variance; lower is better. Nearness is the median "
     "distance to the nearest training datum over that of held-out data: 1 is natural, less is closer to copies. Copies "
-    "are nearer than 1% of held-out data are. The last column says how generated networks compare with the row: better "
-    "is a lower Fréchet distance of data that are as new (nearness up to 0.9, within 0.05), in 95% of the resamples."
+    "are data nearer than the nearest 1% of held-out data. The last column says how generated networks compare with "
+    "the row: better is a lower Fréchet distance of data that are as new (nearness up to 0.9, within 0.05), in 95% of "
+    "the resamples."
 )
 
 

@@ -192,9 +192,9 @@ class Resampled:
     def place(self, outputs: Tensor, classes: Tensor | None = None) -> Placed:
         """
         Where a set lies: `score_mean`, the Fréchet distance to the held-out data; `nearness`, the median distance to
-        the nearest training datum over that of held-out data; `copies`, the share that is nearer than 1% of held-out
-        data; `two_sample`, how often the nearest neighbour of a datum is of its own set (0.5 is ideal); `precision`,
-        `recall`, `density`, `coverage` among the held-out data; `class_accuracy`.
+        the nearest training datum over that of held-out data; `copies`, the share that is nearer than the nearest 1%
+        of held-out data; `two_sample`, how often the nearest neighbour of a datum is of its own set (0.5 is ideal);
+        `precision`, `recall`, `density`, `coverage` among the held-out data; `class_accuracy`.
         """
         judge = self.judge
         features, data = judge.features(outputs), judge.flat(outputs)
@@ -210,7 +210,7 @@ class Resampled:
         covering = judge.covering.place(features) if len(data) > 1 else {}
         measures: dict[str, Any] = {
             "score_mean": value,
-            "score_interval": interval(distances),
+            "score_interval": interval(distances.clamp(min=0)),
             "nearness": (nearest.quantile(0.5) / judge.heldout_nearest.quantile(0.5)).item(),
             "copies": 100 * (nearest < judge.copy_distance).double().mean().item(),
             "two_sample": two_sample(features, judge.real),
@@ -332,6 +332,7 @@ def evaluate_sets(
     on_data: Callable[[Tensor], PDiffPipeline] | None = None,
     losses: Mapping[str, Mapping[str, Sequence[float]]] | None = None,
     settings: Mapping[str, Any] | None = None,
+    warnings: Sequence[str] = (),
     seed: int = 0,
 ) -> Report:
     """
@@ -426,6 +427,7 @@ def evaluate_sets(
     if isinstance(generator, PDiffPipeline):
         report.sampling = sampling_of(generator)
     describe(report)
+    report.warnings = [*warnings, *report.warnings]
     if folder is None:
         return report
     Path(folder).mkdir(parents=True, exist_ok=True)

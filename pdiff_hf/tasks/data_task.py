@@ -17,7 +17,7 @@ class DataTask(Task):
     A task for which each network is one datum: a neural field such as an image, a shape or a signal. A run trains one
     network for each datum of the split `train`, side by side and from one shared start, learns a generator of them, and
     judges the *sets* of data that generated networks make. The data of the split `test` have networks of their own,
-    which no generator sees. There is no choice that would need a third split: `validation` is `test`.
+    which no generator sees. Nothing is chosen in a run, so that there is no third split: `validation` is `test`.
 
     Attributes:
         fields (`Fields`): Of what is known of a datum, such as its class; none by default.
@@ -49,7 +49,7 @@ class DataTask(Task):
         return (outputs - signals).square().mean((-2, -1))
 
     def data(self, outputs: torch.Tensor) -> torch.Tensor:
-        """What people have, of the outputs of networks or of signals; same shape, values about 0 to 1."""
+        """Outputs or signals as data in the units that they are compared in: same shape, values about 0 to 1."""
         return outputs
 
     def images(self, outputs: torch.Tensor) -> torch.Tensor | None:

@@ -1,5 +1,6 @@
 """Images as neural fields: one network for each image of a data set, at any resolution."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -18,6 +19,8 @@ from .images import ImageColumn, ImageTask, load_image_data
 from .labels import NUMBER, label_candidates
 from .registry import register_task
 from .task import Split
+
+LOOKED_AT = 100  # images, of which one in colour makes all fields those of colours
 
 
 @register_task("neural_field")
@@ -68,9 +71,9 @@ class NeuralFieldTask(ImageTask, DataTask):
         if test is None:
             train, test = hold_out(train, self.dataset, self.validation_fraction)
         self._set_splits({"train": train, "validation": test, "test": test})
-        first = ImageColumn(train, "image", self.dataset)[0]
-        self.image_size = self.image_size or max(first.size)
-        self._mode = "L" if first.mode in ("L", "1", "LA") else "RGB"
+        images = list(ImageColumn(train, "image", self.dataset).read(range(min(len(train), LOOKED_AT))))
+        self.image_size = self.image_size or max(images[0].size)
+        self._mode = "L" if all(image.mode in ("L", "1", "LA") for image in images) else "RGB"
         if self.condition_columns is None:  # images in no folders of classes have an empty column
             columns = [name for name in columns if len({*self._values(name, "train"), None}) > 2]
         self.fields = Fields({name: self._field(name) for name in columns})
@@ -98,7 +101,8 @@ class NeuralFieldTask(ImageTask, DataTask):
                 "values": sorted(words, key=float) if all(map(NUMBER.fullmatch, words)) else words,
             }
         if all(isinstance(value, int | float) for value in known):
-            return {"type": "scalar", "low": float(min(known)), "high": float(max(known))}
+            numbers = [float(value) for value in known if math.isfinite(value)]
+            return {"type": "scalar", "low": min(numbers), "high": max(numbers)}
         raise ValueError(f"dataset '{self.dataset}': column {column} holds {feature}, neither words nor numbers")
 
     def conditions(self, split: Split) -> Sequence[Condition]:

@@ -4,7 +4,8 @@ import pytest
 import torch
 from support.waves import Waves
 
-from pdiff_hf.evaluation.sets import Judge, Resampled, evaluate_sets, frechet, trivial, two_sample, with_root
+from pdiff_hf import evaluate
+from pdiff_hf.evaluation.sets import Judge, Placed, Resampled, evaluate_sets, frechet, trivial, two_sample, with_root
 from pdiff_hf.networks.runner import NetworkRunner
 from pdiff_hf.selection import select_layout
 
@@ -64,3 +65,19 @@ def test_what_is_refused_before_any_work(networks):
         evaluate_sets(Waves(), networks, snapshots[:5], snapshots)
     with pytest.raises(ValueError, match="at least 2, with finite parameters"):
         evaluate_sets(Waves(), networks, snapshots, snapshots * torch.nan)
+    with pytest.raises(ValueError, match="extra_groups cannot be used with networks that are data"):
+        evaluate(
+            snapshots, Waves(), snapshots=snapshots, base_model=networks.model, layout=networks.layout, extra_groups=[0]
+        )
+
+
+def test_a_lower_distance_of_data_that_are_as_new_is_better():
+    def placed(distance: float, novelty: float) -> Placed:
+        return Placed({"score_mean": distance}, torch.full((9,), distance), torch.full((9,), novelty))
+
+    own = placed(2.0, 0.95)
+    verdicts = [Resampled.compare(own, placed(*other)).verdict for other in ((3.0, 0.95), (3.0, 0.5), (3.0, 1.4))]
+    assert verdicts == ["better"] * 3
+    assert Resampled.compare(own, placed(1.0, 0.5)).verdict == "too close to call"  # nearer, but a copy
+    assert Resampled.compare(own, placed(1.0, 0.92)).verdict == "worse"
+    assert Resampled.compare(placed(2.0, 0.5), placed(3.0, 0.95)).verdict == "too close to call"

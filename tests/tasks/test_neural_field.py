@@ -61,6 +61,15 @@ def test_images_in_no_folders_of_classes_have_no_condition(tmp_path):
     assert not task.fields and task.conditions("test") == [{}] * 3
 
 
+def test_one_image_in_colour_makes_fields_of_colours(tmp_path):
+    for split in ("train", "test"):
+        (tmp_path / split).mkdir()
+        for i in range(4):
+            pixels = np.full((4, 4) if i == 0 else (4, 4, 3), 20 * i, dtype=np.uint8)
+            Image.fromarray(pixels).save(tmp_path / split / f"{i}.png")
+    assert NeuralFieldTask(dataset=str(tmp_path)).signals("train").shape == (4, 16, 3)
+
+
 def test_the_loss_of_the_start_is_least_for_the_mean_of_the_data(task):
     batch = task.collate(task.load_split("train").__getitems__([0, 1, 2]))
     values = batch["signals"].mean(0).requires_grad_()
