@@ -1,5 +1,6 @@
 """The table of stages."""
 
+from ..training import make_sampling_scheduler  # noqa: F401  scripts that were written for version 0.2 import it from here
 from ..utils import names
 from . import settings
 from .collecting import collect, train_base

@@ -1,7 +1,9 @@
 """Families that people write: what `change` and `draw` do, and may not do."""
 
+import importlib
 import math
 import random
+import sys
 
 import numpy as np
 import pytest
@@ -9,6 +11,7 @@ import torch
 
 from pdiff_hf import Fields, ImageClassificationTask
 from pdiff_hf.tasks.image_families import ImageFamily
+from pdiff_hf.training import make_sampling_scheduler
 
 RATE = Fields({"rate": {"type": "scalar", "low": 0, "high": 8}})
 WORD = Fields({"kind": {"type": "category", "values": ["plain", "inverted"]}})
@@ -139,3 +142,11 @@ RETURNS = {
 def test_other_results_of_a_change(result, message, digits):
     with pytest.raises(ValueError, match=f"Own.change .test_families.py, line .*{message}"):
         make(digits, change=lambda self, conditions, images, labels: result(images, labels)).check()
+
+
+def test_a_file_that_was_written_for_the_last_version_is_imported(monkeypatch):
+    monkeypatch.delitem(sys.modules, "pdiff_hf.tasks.families", raising=False)
+    with pytest.warns(FutureWarning, match="import ImageFamily from pdiff_hf"):
+        families = importlib.import_module("pdiff_hf.tasks.families")
+    assert families.ImageFamily is ImageFamily
+    assert importlib.import_module("pdiff_hf.run.stages").make_sampling_scheduler is make_sampling_scheduler
