@@ -105,7 +105,7 @@ class Regime:
     ) -> Group:
         """
         The opponent that is best on validation tasks: each learning rate gets a share of the steps, and then the two
-        best rates all of them.
+        best rates all of them, as do higher ones while the highest is the best.
 
         Args:
             make (`Callable`): The module before it is trained.
@@ -129,7 +129,12 @@ class Regime:
         _, tried = search(lambda some: [train(rate, short) for rate in some], rates)
         for rate in sorted(tried, key=lambda rate: tried[rate] if math.isfinite(tried[rate]) else math.inf)[:2]:
             train(float(rate), args.num_steps)
-        best = min(fitted, key=lambda rate: fitted[rate][0])
+
+        def in_full() -> str:
+            return min(fitted, key=lambda rate: fitted[rate][0] if math.isfinite(fitted[rate][0]) else math.inf)
+
+        while float(best := in_full()) >= max(map(float, (*tried, *fitted))):  # a share of the steps likes lower rates
+            train(2 * float(best), args.num_steps)
         module = fitted[best][1]
         return Group(
             name,
