@@ -48,14 +48,17 @@ class MultipleChoiceTask(LanguageTask, ClassificationTask):
         if missing:
             columns = ", ".join(raw["train"].column_names)
             raise ValueError(f"dataset '{self.dataset}' has no column {min(missing)}; its columns are {columns}")
-        count = len(_choices(raw["train"][0]["choices"]))
+        count = next((len(choices) for row in raw["train"]["choices"][:] if (choices := _choices(row))), 0)
         for name, rows in raw.items():
             bad = {}
-            for i, (choices, answer) in enumerate(zip(rows["choices"][:], rows["answer"][:], strict=True)):
-                if _number(_choices(choices), answer) is None:
-                    bad[i] = ("answer", f"{answer!r:.100} is none of the choices {choices!r:.200}")
-                if len(_choices(choices)) != count:
-                    bad[i] = ("choices", f"there are {len(_choices(choices))}, and {count} in the first row")
+            for i, (row, answer) in enumerate(zip(rows["choices"][:], rows["answer"][:], strict=True)):
+                choices = _choices(row)
+                if not choices:
+                    bad[i] = ("choices", f"{row!r:.200} is no list of texts that say something")
+                elif len(choices) != count:
+                    bad[i] = ("choices", f"there are {len(choices)}, and {count} in the first row")
+                elif _number(choices, answer) is None:
+                    bad[i] = ("answer", f"{answer!r:.100} is none of the choices {row!r:.200}")
             raw[name] = self._usable(rows, name, bad)
         self._set_splits(raw)
 
@@ -118,7 +121,12 @@ class MultipleChoiceTask(LanguageTask, ClassificationTask):
 
 
 def _choices(value: Any) -> list[str]:
-    return list(json.loads(value) if isinstance(value, str) else value)
+    """The choices of a row; none if it does not hold a list of texts that are not empty."""
+    try:
+        found = json.loads(value) if isinstance(value, str) else value
+    except json.JSONDecodeError:
+        return []
+    return found if isinstance(found, list) and all(isinstance(text, str) and text for text in found) else []
 
 
 def _number(choices: Sequence[str], answer: Any) -> int | None:
