@@ -106,7 +106,7 @@ class SavedPipeline(Base):
         except OSError as error:
             if is_disk_full(error):
                 raise
-            raise _no_pipeline(pretrained_model_name, first_line(error).partition(" (")[0]) from error
+            raise _no_pipeline(pretrained_model_name, first_line(error)) from error
         # The adapters beside a base model, and how it was tuned, which are no components of a pipeline.
         names = ("cache_dir", "token", "local_files_only")
         known: dict[str, Any] = {name: kwargs[name] for name in names if name in kwargs}
