@@ -197,8 +197,10 @@ def write_zip(
     with tempfile.TemporaryDirectory() as folder, zipfile.ZipFile(path, "w") as archive:  # weights do not get smaller
         write_parameters(source.pipe, source.pipe.autoencoder.layout, parameters, Path(folder), not whole)
         Path(folder, "README.md").write_text(how_to_load(source, whole, condition), encoding="utf-8")
-        for file in sorted(Path(folder).rglob("*")):
-            archive.write(file, file.relative_to(folder))
+        for file in sorted(path for path in Path(folder).rglob("*") if path.is_file()):
+            info = zipfile.ZipInfo(file.relative_to(folder).as_posix())
+            info.external_attr = 0o644 << 16  # whatever the umask here, readers can read what they unpack
+            archive.writestr(info, file.read_bytes())
 
 
 def how_to_load(source: Source, whole: bool, condition: Condition | None = None) -> str:
