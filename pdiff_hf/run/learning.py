@@ -68,22 +68,32 @@ def autoencoder_arguments(config: PDiffConfig) -> LoopArguments:
     )
 
 
+def learn_autoencoder(context: RunContext, loop: Loop, **kwargs: Any) -> tuple[ParameterAutoencoder, torch.Tensor]:
+    """An autoencoder with a run's settings and its losses; see [`train_autoencoder`], which gets `kwargs`."""
+    c = context.config
+    return train_autoencoder(
+        loop,
+        context.parameters,
+        context.layout,
+        autoencoder_arguments(c),
+        seen=context.seen,
+        latent_dim=c.latent_dim,
+        architecture=architecture(context),
+        normalization=c.autoencoder_args.normalization,
+        latent_scaling=c.latent_scaling,
+        parameter_noise=c.autoencoder_args.parameter_noise,
+        **kwargs,
+    )
+
+
 def fit_autoencoder(context: RunContext, stage: Stage) -> None:
     """The autoencoder that turns snapshots into latents."""
-    c, args = context.config, context.config.autoencoder_args
+    c = context.config
     with context.loop(stage) as loop:
-        autoencoder, losses = train_autoencoder(
+        autoencoder, losses = learn_autoencoder(
+            context,
             loop,
-            context.parameters,
-            context.layout,
-            autoencoder_arguments(c),
-            seen=context.seen,
-            latent_dim=c.latent_dim,
-            architecture=architecture(context),
-            normalization=args.normalization,
-            latent_scaling=c.latent_scaling,
-            parameter_noise=args.parameter_noise,
-            latent_noise=args.latent_noise,
+            latent_noise=c.autoencoder_args.latent_noise,
             output_loss=output_loss(context, loop.device) if c.autoencoder_loss == "outputs" else None,
         )
     if not PartialState().is_main_process:

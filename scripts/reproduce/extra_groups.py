@@ -8,8 +8,7 @@ from pdiff_hf.evaluation.geometry import Rows
 from pdiff_hf.evaluation.groups import Group
 from pdiff_hf.evaluation.score import Scorer
 from pdiff_hf.run.context import RunContext
-from pdiff_hf.run.learning import architecture, autoencoder_arguments
-from pdiff_hf.training import train_autoencoder
+from pdiff_hf.run.learning import learn_autoencoder
 from pdiff_hf.utils.seeds import named_seed
 
 from .hyper_representations import sample_hyper_representations
@@ -26,19 +25,7 @@ def vae(run: RunContext, scorer: Scorer) -> Iterator[Group]:
     """Table 8: the prior of a variational autoencoder that is trained as the generator's own, but with the KL term."""
     r = run.config
     with run.loop(run.stages["evaluate"]) as loop:
-        autoencoder, _ = train_autoencoder(
-            loop,
-            run.parameters,
-            run.layout,
-            autoencoder_arguments(r),
-            seen=run.seen,
-            latent_dim=r.latent_dim,
-            architecture=architecture(run),
-            normalization=r.autoencoder_args.normalization,
-            latent_scaling=r.latent_scaling,
-            parameter_noise=r.autoencoder_args.parameter_noise,
-            model_class=VariationalAutoencoder,
-        )
+        autoencoder, _ = learn_autoencoder(run, loop, model_class=VariationalAutoencoder)
     generator = torch.Generator().manual_seed(named_seed(r.seed, "vae"))
     assert isinstance(autoencoder, VariationalAutoencoder)
     yield Group("vae", autoencoder.sample_prior(r.baseline_models, generator).cpu(), sweep="VAE")

@@ -112,27 +112,36 @@ def test_a_conditioned_network_starts_as_the_base_model_and_learns_what_it_is_to
     assert sum(p.numel() for p in wide.parameters()) > 3 * sum(p.numel() for p in networks.model.parameters())
 
 
-@pytest.fixture(scope="module")
-def report(world, tmp_path_factory):
+def evaluated(world, regime, cached, **kwargs) -> Report:
+    """Of the base model as the generated networks, with scores kept in the folder `cached`."""
     family, networks, tables, snapshots = world
-    folder = tmp_path_factory.mktemp("members")
-    regime = regime_of(world)
     args = TuneArguments(num_steps=4, num_tasks=4, num_examples=8)
-    found = evaluate(
+    return evaluate(
         networks.base_parameters().expand(6, 3, -1),
         family,
         snapshots=snapshots,
         conditions=tables["train"].repeat(2, 1),
         base_model=networks.model,
         layout=networks.layout,
-        folder=folder,
         sets={name: tables[name] for name in ("validation", TEST)},
-        spent=Spent(300, 1000, 2_000_000),
-        zoo=ZooArguments(num_steps=10, batch_size=8),
         regime=regime,
         extra_groups=list(shared_networks(regime, args, 300))[:2],
         num_examples=40,
-        cache=folder / "cache.json",
+        cache=cached / "cache.json",
+        **kwargs,
+    )
+
+
+@pytest.fixture(scope="module")
+def report(world, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("members")
+    found = evaluated(
+        world,
+        regime_of(world),
+        folder,
+        folder=folder,
+        spent=Spent(300, 1000, 2_000_000),
+        zoo=ZooArguments(num_steps=10, batch_size=8),
     )
     return found, folder
 
@@ -169,7 +178,6 @@ def test_a_whole_report(report, world, tmp_path):
 
 def test_a_stopped_evaluation_goes_on_with_what_it_has_not_scored(report, world):
     found, folder = report
-    family, networks, tables, snapshots = world
     kept = json.loads((folder / "cache.json").read_text())
     del kept["kernel ridge"]
     (folder / "cache.json").write_text(json.dumps(kept))
@@ -182,20 +190,7 @@ def test_a_stopped_evaluation_goes_on_with_what_it_has_not_scored(report, world)
 
     regime = regime_of(world)
     regime.__class__ = Untrainable
-    args = TuneArguments(num_steps=4, num_tasks=4, num_examples=8)
-    again = evaluate(
-        networks.base_parameters().expand(6, 3, -1),
-        family,
-        snapshots=snapshots,
-        conditions=tables["train"].repeat(2, 1),
-        base_model=networks.model,
-        layout=networks.layout,
-        sets={name: tables[name] for name in ("validation", TEST)},
-        regime=regime,
-        extra_groups=list(shared_networks(regime, args, 300))[:2],
-        num_examples=40,
-        cache=folder / "cache.json",
-    )
+    again = evaluated(world, regime, folder)
     assert [row.sets for row in again.groups] == [row.sets for row in found.groups]
 
 

@@ -141,9 +141,6 @@ class Points(ClassificationTask):
         points, labels = zip(*examples, strict=True)
         return {"points": torch.stack(points), "labels": torch.stack(labels)}
 
-    def loss(self, call, batch):
-        return F.cross_entropy(self.predict(call, batch), batch["labels"])
-
     def predict(self, call, batch):
         return F.pad(call(batch["points"]), (0, 1))  # (B, 1) -> (B, 2)
 

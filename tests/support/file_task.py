@@ -3,7 +3,6 @@
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from pdiff_hf.tasks import ClassificationTask, Task
@@ -35,9 +34,6 @@ class Clouds(ClassificationTask):
     def collate(self, examples):
         points, labels = zip(*examples, strict=True)
         return {"points": torch.stack(points), "labels": torch.stack(labels)}
-
-    def loss(self, call, batch):
-        return F.cross_entropy(self.predict(call, batch), batch["labels"])
 
     def predict(self, call, batch):
         return call(batch["points"])
