@@ -138,8 +138,8 @@ def plot_reverse_process(
         axes.axhspan(low, high, color=SNAPSHOTS, alpha=0.1, linewidth=0, label="sampling error (95%)")
         label = f"{reference} ({reference_accuracy:.2f} %)"
         axes.axhline(reference_accuracy, color=SNAPSHOTS, linestyle="--", label=label)
-        ends = torch.stack([accuracies.min(), accuracies.max()])  # all of it, outliers too
-        axes.set_ylim(*axis_limits(2 * error, ends, torch.tensor([low, high]), margin=0.05, ends=(0, 100)))
+        all_of_it = (accuracies.min()[None], accuracies.max()[None], torch.tensor([low]), torch.tensor([high]))
+        axes.set_ylim(*axis_limits(2 * error, *all_of_it, margin=0.05, ends=(0, 100)))  # outliers too
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.set_xlabel("denoising steps taken")
         axes.set_ylabel("test accuracy (%)")
@@ -163,14 +163,18 @@ def _draw_process(report: ReportData, path: Path) -> None:
 
 def plot_frontier(report: ReportData, path: Path) -> None:
     """Sets of data: the Fréchet distance against nearness to the training data. Low and right is better."""
-    styles = {"generated": (GENERATED, "o"), "variant": (GENERATED, "*"), "snapshots": (SNAPSHOTS, "X")}
-    styles |= {"control": (SNAPSHOTS, "x"), "opponent": (OTHERS[2], "P")}
+    styles = {
+        "generated": ("generated", GENERATED, "o"),
+        "variant": ("generated, other guidance", GENERATED, "*"),
+        "snapshots": ("training networks", SNAPSHOTS, "X"),
+        "control": ("real data, held-out networks", SNAPSHOTS, "x"),
+        "opponent": ("same generator, of the data", OTHERS[2], "P"),
+    }
     spaces = {"weights": (OTHERS[0], "s"), "latents": (OTHERS[1], "^"), "data": (OTHERS[4], "D")}
     with _figure(path, 4.2) as axes:
         for row in report.groups:
             space = row.name.rpartition(", ")[2]
-            colour, marker = styles.get(row.kind.value) or spaces[space]
-            label = row.kind.value if row.kind.value in styles else f"trivial, in {space}"
+            label, colour, marker = styles.get(row.kind.value) or (f"trivial, in {space}", *spaces[space])
             near, distance = row.measures.get("nearness"), row.mean()
             if near is not None and distance is not None:
                 axes.scatter(near, max(distance, 0.05), color=colour, marker=marker, label=label)

@@ -120,6 +120,15 @@ def test_the_reverse_process_of_few_examples_does_not_look_like_progress(path):
     assert heights[0] < 0.2 < heights[1]
 
 
+def test_the_reverse_process_shows_all_samples(path, monkeypatch):
+    limits, set_ylim = [], Axes.set_ylim
+    monkeypatch.setattr(Axes, "set_ylim", lambda axes, *ends, **kw: (limits.append(ends), set_ylim(axes, *ends, **kw)))
+    accuracies = torch.tensor([[2.0, 94.0], [60.0, 80.0]])
+    plots.plot_reverse_process(path, [0, 1], accuracies, 88.0, 500)
+    (low, high) = limits[-1]
+    assert low < 2 and 94 < high <= 102
+
+
 def test_distribution(path):
     nothing, one, equal = torch.tensor([math.nan, math.nan]), torch.tensor([0.9]), torch.full((20,), 0.9)
     values = 0.9 + 0.01 * rows(40)
