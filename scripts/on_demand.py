@@ -153,6 +153,7 @@ class AtWork:
     snapshots: torch.Tensor | None = None  # (K, D)
     conditions: torch.Tensor | None = None  # (K, width), all known
     _trained: dict = field(default_factory=dict)
+    # Networks take turns in the base model, and readers may come together: whoever looks at it waits.
     _lock: Any = field(default_factory=threading.RLock)
 
     def task(self, choice: Choice) -> ClassificationTask:
@@ -166,7 +167,7 @@ class AtWork:
     @torch.no_grad()
     def score(self, choice: Choice, parameters: torch.Tensor, most: int | None = None) -> ClassifierScores:
         """Scores on the test examples of a task that a report looks at, or on `most` of them, without probabilities."""
-        with self._lock:  # networks take turns in the base model, and readers may come together
+        with self._lock:
             cache = None if self.family.fields else self.cache
             scorer = make_scorer(self.task(choice), self.model, self.layout, cache, self.recompute_statistics)
             if not self.family.fields and most is None:
@@ -193,7 +194,9 @@ class AtWork:
         """Trains a network on the task itself, as for a report, while others are shown; the last one is kept."""
         if self._trained.get("task") != choice.task:
             loop, family = Loop(Accelerator(), named_seed(self.seed, "oracles")), copy.copy(self.family)
-            networks, table = NetworkRunner(copy.deepcopy(self.model), self.layout), family.fields.table([choice.task])
+            with self._lock:
+                networks = NetworkRunner(copy.deepcopy(self.model), self.layout)
+            table = family.fields.table([choice.task])
             network = train_specialists(loop, family, networks, table, replace(self.zoo, num_snapshots=1))[-1][0]
             self._trained = {"task": choice.task, "network": network}
 
@@ -202,7 +205,8 @@ class AtWork:
         networks, nearest = {}, self.nearest(choice)
         if nearest is not None:
             networks["nearest snapshot"] = self.snapshots[nearest]
-        networks["base model"] = self.layout.flatten(self.model.state_dict()).cpu()
+        with self._lock:
+            networks["base model"] = self.layout.flatten(self.model.state_dict()).cpu()
         if (kept := self._trained).get("task") == choice.task:
             networks[TRAINED] = kept["network"]
         scores = self.score(choice, torch.stack(list(networks.values())))

@@ -4,6 +4,7 @@ import html
 import re
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -69,6 +70,32 @@ def test_what_is_shown_is_what_a_loop_over_images_finds(moved):
     batch = split.__getitems__(list(range(40)))
     logits = source.pipe.base_model(batch["pixel_values"]).logits
     assert base == pytest.approx(100 * (logits.argmax(-1) == batch["labels"]).float().mean().item(), abs=0.05)
+
+
+def test_readers_who_come_together_see_what_they_would_see_alone(moved):
+    source, choice = explore.load_source(str(moved)), all_told(angle=100.0, invert="yes", occlude="left")
+    at_work, parameters = source.at_work, source.at_work.snapshots[:2]
+    alone = at_work.score(choice, parameters).values
+    found, others = {}, []
+
+    def come(model, args) -> None:
+        """While the networks of one reader are in the place of the base model's tensors."""
+        swapped = [value for name, value in model.named_parameters() if name in at_work.layout.names]
+        if not others and torch._C._functorch.is_batchedtensor(swapped[0]):
+            others.append(threading.Thread(target=lambda: found.update(at_work.others(choice), trained=None)))
+            others.append(threading.Thread(target=lambda: (at_work.train(choice), found.update(train=True))))
+            for thread in others:
+                thread.start()
+                thread.join(0.5)  # long enough to look at the base model, if nothing makes it wait
+
+    hook = at_work.model.register_forward_pre_hook(come)
+    together = at_work.score(choice, parameters).values
+    hook.remove()
+    assert len(others) == 2
+    for thread in others:
+        thread.join()
+    torch.testing.assert_close(together, alone)
+    assert found["train"] and found["base model"] == pytest.approx(at_work.others(choice)["base model"])
 
 
 def test_the_nearest_seen_task_is_nearest_in_what_the_generator_is_told():
