@@ -48,7 +48,7 @@ def _complaints(context: RunContext) -> Iterator[str]:
     c, fields, tune_steps = context.config, context.family.fields, context.config.num_tune_steps
     if c.latent_dim > (length := context.layout.num_parameters):
         yield f"latent_dim is {c.latent_dim}, but only {length} parameters are selected; a latent cannot be longer"
-    share = c.autoencoder_args.heldout_snapshots
+    share = c.heldout_snapshots
     if round(context.num_snapshots * (1 - share)) < 2:
         yield f"{context.num_snapshots} snapshots leave fewer than 2 to train on"
     num_seen = round(context.num_snapshots * (1 - (0 if c.is_of_data and c.collects else share)))

@@ -36,7 +36,7 @@ GROUPS = {name: group for name, key in KEYS.items() if (group := group_of(key)) 
 
 def _renamed() -> dict[str, str]:
     """What settings of version 0.2 are called now."""
-    found = {"holdout_fraction": "validation_fraction", "heldout_fraction": "autoencoder_args.heldout_snapshots"}
+    found = {"holdout_fraction": "validation_fraction", "heldout_fraction": "heldout_snapshots"}
     for group, section in GROUPS.items():
         for key in dataclasses.fields(section):
             found[f"{group.removesuffix('_args')}_{key.name}"] = f"{group}.{key.name}"

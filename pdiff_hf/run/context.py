@@ -292,7 +292,7 @@ class RunContext:
         if "heldout" in self.snapshots[0].column_names:
             return torch.tensor(self.snapshots[0]["heldout"][:]) > 0
         heldout = torch.zeros(len(self.parameters), dtype=torch.bool)
-        count = round(len(heldout) * self.config.autoencoder_args.heldout_snapshots)
+        count = round(len(heldout) * self.config.heldout_snapshots)
         heldout[torch.linspace(0, len(heldout) - 1, count + 2)[1:-1].round().long()] = True
         return heldout
 

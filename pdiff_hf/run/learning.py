@@ -94,7 +94,7 @@ def fit_autoencoder(context: RunContext, stage: Stage) -> None:
             context,
             loop,
             latent_noise=c.autoencoder_args.latent_noise,
-            output_loss=output_loss(context, loop.device) if c.autoencoder_loss == "outputs" else None,
+            output_loss=output_loss(context, loop.device) if c.autoencoder_args.loss == "outputs" else None,
         )
     if not PartialState().is_main_process:
         return
@@ -129,7 +129,7 @@ def output_loss(context: RunContext, device: torch.device) -> OutputLoss:
         return error
     table = context.snapshot_conditions if family.fields else torch.zeros(len(context.parameters), 0)
     if table.isnan().any():
-        raise RunError("autoencoder_loss=outputs needs snapshots whose conditions are all known")
+        raise RunError("autoencoder_args.loss=outputs needs snapshots whose conditions are all known")
     count, split = OUTPUT_EXAMPLES, task.load_split("train")
 
     def loss(parameters: torch.Tensor, rows: torch.Tensor, generator: torch.Generator) -> torch.Tensor:

@@ -206,6 +206,13 @@ class CollectSection:
 class AutoencoderArgs:
     """More settings of the autoencoder."""
 
+    loss: str = option(
+        "parameters",
+        "Train it to return the `parameters`, or networks with the same `outputs`: the data that they are, the "
+        "predictions of classifiers on training examples, or else their loss.",
+        choices=("parameters", "outputs"),
+        when=LEARNED,
+    )
     token_size: int | None = option(
         None, "Parameters in a token; by default the next power of two from 2 √D.", min=1, when=TOKENS
     )
@@ -238,9 +245,6 @@ class AutoencoderArgs:
     warmup_steps: int = option(30, "Steps over which the learning rate rises to its peak.", min=0, when=LEARNED)
     parameter_noise: float = option(1e-3, "σ_v, noise on the normalised parameters.", min=0, when=LEARNED)
     latent_noise: float = option(0.1, "σ_z, noise on the latent.", min=0, when=LEARNED)
-    heldout_snapshots: float = option(
-        0.1, "Share of the snapshots that generators never see, to measure R² on.", min=0, below=0.5, when=HELD_OUT
-    )
 
 
 @dataclass
@@ -250,16 +254,12 @@ class AutoencoderSection:
     autoencoder_preset: str = option(
         "tokens", "See ParameterAutoencoder.", choices=("tokens", "paper", "pca", "linear"), common=True
     )
-    autoencoder_loss: str = option(
-        "parameters",
-        "Train it to return the `parameters`, or networks with the same `outputs`: the data that they are, the "
-        "predictions of classifiers on training examples, or else their loss.",
-        choices=("parameters", "outputs"),
-        when=LEARNED,
-    )
     latent_dim: int = option(128, "L, the length of a latent.", min=1, common=True)
     adapter_products: bool = option(
         False, "Learn and compare LoRA adapters as the products BA of their factors, which are not unique."
+    )
+    heldout_snapshots: float = option(
+        0.1, "Share of the snapshots that generators never see, to measure R² on.", min=0, below=0.5, when=HELD_OUT
     )
     autoencoder_steps: int = option(300, "Optimizer steps.", min=1, when=LEARNED, common=True)
     autoencoder_batch_size: int = option(50, "Snapshots in a step.", min=1, when=LEARNED)

@@ -185,8 +185,8 @@ def test_what_a_flag_makes_moot_in_a_recipe_is_left_out_and_a_flag_never_is(tmp_
         (["--hub_token=x"], "which is no setting any more: set HF_TOKEN"),
         (["--validation_fraction", "0"], "validation_fraction must be above 0 and below 0.5, got 0.0"),
         (
-            ["--autoencoder_args", "heldout_snapshots=0.9"],
-            "autoencoder_args.heldout_snapshots must be at least 0 and below 0.5",
+            ["--heldout_snapshots", "0.9"],
+            "heldout_snapshots must be at least 0 and below 0.5",
         ),
         (["--collect_args", "optimizer=lion"], "collect_args.optimizer must be one of adamw, adam, sgd"),
         (["--collect_args", "num_runs=7"], "collect_args.num_runs must be a divisor of num_snapshots=300, got 7"),
@@ -212,7 +212,7 @@ def test_errors_are_one_line_that_names_the_key(argv, message, capsys):
         ("tune_map: true", "unknown key 'tune_map'; it is called tune_args.map now"),
         (
             "heldout_fraction: 0.1",
-            "unknown key 'heldout_fraction'; it is called autoencoder_args.heldout_snapshots now",
+            "unknown key 'heldout_fraction'; it is called heldout_snapshots now",
         ),
         ("- 1", "must be a mapping of keys to values, got a list"),
         ("false", "must be a mapping of keys to values, got a bool"),

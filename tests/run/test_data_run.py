@@ -104,8 +104,8 @@ def test_settings_of_snapshots_of_one_run_are_refused():
     }.items():
         with pytest.raises(ValueError, match=f"{name}={value} has no effect: .*there is one network for each datum"):
             PDiffConfig(**TINY_DATA, **{name: value}).check()
-    with pytest.raises(ValueError, match="autoencoder_args.heldout_snapshots=0.2 has no effect"):
-        PDiffConfig(**TINY_DATA | {"autoencoder_args": {"heldout_snapshots": 0.2}}).check()
+    with pytest.raises(ValueError, match="heldout_snapshots=0.2 has no effect"):
+        PDiffConfig(**TINY_DATA | {"heldout_snapshots": 0.2}).check()
 
 
 def test_latents_longer_than_the_components_are_refused_before_any_work(tmp_path):

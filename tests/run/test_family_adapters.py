@@ -33,7 +33,7 @@ SETTINGS = {
     "autoencoder_preset": "pca",
     "adapter_products": True,
     "latent_dim": 5,
-    "autoencoder_args": {"heldout_snapshots": 0.0},
+    "heldout_snapshots": 0.0,
     "denoiser_preset": "mlp",
     "denoiser_steps": 20,
     "denoiser_batch_size": 8,

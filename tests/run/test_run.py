@@ -187,7 +187,7 @@ def test_stages_that_are_missing_are_named(run_server, copied):
         ({"gradient_accumulation_steps": 3}, RunError, "autoencoder_batch_size=8 cannot be cut into 3"),
         ({"mixed_precision": "fp16"}, RunError, "mixed_precision=fp16 needs a GPU, and this run has a CPU"),
         (
-            {"num_snapshots": 2, "autoencoder_args": {"heldout_snapshots": 0.4}},
+            {"num_snapshots": 2, "heldout_snapshots": 0.4},
             RunError,
             "2 snapshots leave fewer than 2 to train on",
         ),

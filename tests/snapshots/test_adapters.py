@@ -213,7 +213,7 @@ def shell(tmp_path):
         *("--task=text_classification", "--dataset", tmp_path / "data", "--base_epochs=0", "--select", "*.lora_*"),
         *(
             "--latent_dim=2",
-            "--autoencoder_args=heldout_snapshots=0",
+            "--heldout_snapshots=0",
             "--autoencoder_steps=2",
             "--denoiser_steps=2",
             "--num_models=2",

@@ -144,7 +144,7 @@ def test_from_adapters_to_generated_adapters(model, tmp_path, monkeypatch, capsy
     flags = (
         *("--task=causal_lm", "--dataset", write(tmp_path, rows), "--model", model / "model", "--select", "*.lora_*"),
         *("--base_epochs=0", "--adapter_products=true", "--autoencoder_preset=pca", "--latent_dim=2"),
-        *("--autoencoder_args=heldout_snapshots=0", "--denoiser_steps=2", "--num_models=2", "--baseline_models=0"),
+        *("--heldout_snapshots=0", "--denoiser_steps=2", "--num_models=2", "--baseline_models=0"),
         *("--output_dir", tmp_path / "out"),
     )
     run_script(monkeypatch, "collect.py", *flags, "--import", model / "adapters")

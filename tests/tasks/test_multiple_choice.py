@@ -150,7 +150,7 @@ def test_adapters_from_descriptions(tmp_path, monkeypatch):
         *(
             "--adapter_products=true",
             "--autoencoder_preset=pca",
-            "--autoencoder_args=heldout_snapshots=0",
+            "--heldout_snapshots=0",
             "--denoiser_preset=mlp",
         ),
         *("--denoiser_steps=3", "--tune_steps=2", "--tune_models=2", "--tune_batch_size=4", "--num_models=2"),
