@@ -24,16 +24,48 @@ from pdiff_hf.tasks.multiple_choice import MultipleChoiceTask
 from pdiff_hf.training import Loop, LoopArguments
 from pdiff_hf.utils.files import replacing
 
-# What descriptions say of each package; the last phrase is kept for tasks that are unseen.
+# What descriptions say of each package, and what they say of it where a task is unseen: no word is in both.
 PACKAGES = {
-    "datasets": ("datasets", "loading data sets", "rows and columns of examples", "collections of data on the Hub"),
-    "diffusers": ("diffusers", "generating pictures", "pipelines that remove noise", "diffusion models for images"),
-    "matplotlib": ("matplotlib", "plots", "figures with axes and lines", "drawing charts"),
-    "numpy": ("numpy", "arrays", "arrays of numbers and their shapes", "numerical arrays"),
-    "pandas": ("pandas", "tables", "series and data frames", "tables of data with an index"),
-    "sklearn": ("scikit-learn", "classical machine learning", "fitting estimators", "regression and clustering"),
-    "torch": ("torch", "tensors", "tensors and their gradients", "tensors for deep learning"),
-    "transformers": ("transformers", "language models", "tokenizers and attention", "models of text"),
+    "datasets": (
+        "datasets|loading data sets|rows and columns of examples|splits for training and testing|streaming of shards|"
+        "features of a dataset and their types|caches in the Arrow format|mapping a function over many examples",
+        "corpora of samples",
+    ),
+    "diffusers": (
+        "diffusers|generating pictures|pipelines that remove noise|text to image|Stable Diffusion|noise schedulers|"
+        "variational autoencoders and UNets|inpainting of images from a prompt",
+        "artificial photographs and artwork",
+    ),
+    "matplotlib": (
+        "matplotlib|plots|figures with axes and lines|colors, markers and legends|drawing on a canvas|ticks and labels|"
+        "scatter diagrams and histograms|subplots of a figure",
+        "charts visualizing results",
+    ),
+    "numpy": (
+        "numpy|arrays|arrays of numbers and their shapes|universal functions and broadcasting|matrices, linear algebra|"
+        "element-wise operations|slices and indices of an array|polynomials and random numbers",
+        "scientific computing and arithmetic",
+    ),
+    "pandas": (
+        "pandas|tables|series and data frames|groups, joins and pivots|time series, dates and periods|"
+        "an index with missing values|reading CSV files into a table|categories and intervals",
+        "spreadsheets and relational databases",
+    ),
+    "sklearn": (
+        "scikit-learn|classical machine learning|fitting estimators|cross-validation and scores|decision trees|"
+        "support vector machines|choosing and scaling features|predicting targets",
+        "regression, clustering and statistical inference",
+    ),
+    "torch": (
+        "torch|tensors|tensors and their gradients|modules and layers|CUDA devices and kernels|autograd|"
+        "optimizers of parameters in backward passes|compiled graphs and distributed processes",
+        "deep neural networks on GPUs",
+    ),
+    "transformers": (
+        "transformers|language models|tokenizers and attention|pretrained checkpoints|generation with beam search|"
+        "BERT and GPT|encoders and decoders|configurations of models of text",
+        "chatbots, translation and natural speech",
+    ),
 }
 STYLES = (
     "{}",
@@ -42,8 +74,15 @@ STYLES = (
     "is it about {}?",
     "find what is said of {}",
     "a paragraph belongs if it is on {}",
+    "documentation of {}",
+    "which sentences mention {}?",
+    "keep everything that concerns {}, reject the rest",
+    "I only want to read about {}",
+    "does this come from a library for {}?",
+    "flag passages on {}",
 )
-UNSEEN_STYLE = "answer yes when the topic is {}"
+UNSEEN_STYLE = "answer positively when the topic is {}"
+NUM_DESCRIPTIONS = 24  # of each task, and one more in other words
 NUM_TEXTS, MIN_WORDS, MAX_WORDS = 1000, 8, 40  # of each package
 SHARES = {"train": 0.6, "validation": 0.15, "test": 0.25}
 EXAMPLES = {"train": 240, "validation": 60, "test": 160}  # of each task
@@ -124,15 +163,15 @@ def tasks() -> list[tuple[int, ...]]:
 
 def descriptions(bits: tuple[int, ...], generator: torch.Generator) -> list[str]:
     """Of a task, in other words each; the last one in words that no other one has."""
+    of_packages = [phrases for bit, phrases in zip(bits, PACKAGES.values(), strict=True) if bit]
 
-    def said(style: str, ways: Iterable[int]) -> str:
-        chosen = [phrases[way] for bit, way, phrases in zip(bits, ways, PACKAGES.values(), strict=True) if bit]
-        order = torch.randperm(len(chosen), generator=generator).tolist()
-        *first, last = [chosen[i] for i in order]
+    def said(style: str, unseen: bool) -> str:
+        ways = [phrases[unseen].split("|") for phrases in of_packages]
+        chosen = [own[int(torch.randint(len(own), (), generator=generator))] for own in ways]
+        *first, last = [chosen[i] for i in torch.randperm(len(chosen), generator=generator).tolist()]
         return style.format(", ".join(first) + f" or {last}")
 
-    seen = [torch.randint(3, (len(bits),), generator=generator).tolist() for _ in STYLES]
-    return [*map(said, STYLES, seen), said(UNSEEN_STYLE, [3] * len(bits))]
+    return [*(said(STYLES[i % len(STYLES)], False) for i in range(NUM_DESCRIPTIONS)), said(UNSEEN_STYLE, True)]
 
 
 def questions(texts: dict[str, list[str]], count: int, generator: torch.Generator) -> Iterable[dict]:

@@ -1,5 +1,7 @@
 """The questions of the recipe for adapters: which tasks there are, what is said of them, and what is asked."""
 
+import re
+
 import pytest
 import torch
 from support.scripts import run_script
@@ -8,7 +10,17 @@ from transformers import AutoModelForCausalLM
 from pdiff_hf import PDiffPipeline
 from pdiff_hf.networks.adapters import load_network
 from pdiff_hf.scripts import docstrings
-from pdiff_hf.scripts.docstrings import ANSWERS, EXAMPLES, NUM_TASKS, PACKAGES, descriptions, questions, tasks
+from pdiff_hf.scripts.docstrings import (
+    ANSWERS,
+    EXAMPLES,
+    NUM_DESCRIPTIONS,
+    NUM_TASKS,
+    PACKAGES,
+    STYLES,
+    descriptions,
+    questions,
+    tasks,
+)
 
 
 def test_no_task_is_another_one_or_its_opposite():
@@ -16,12 +28,17 @@ def test_no_task_is_another_one_or_its_opposite():
     assert len(found) == NUM_TASKS == len({min(bits, tuple(1 - bit for bit in bits)) for bits in found})
 
 
+def stems(text: str) -> set[str]:
+    return {word[:6] for word in re.findall(r"[a-z]+", text.lower()) if len(word) > 3}
+
+
 def test_the_last_description_has_words_of_its_own():
+    seen = set().union(*map(stems, STYLES), *(stems(phrases) for phrases, _ in PACKAGES.values()))
     for bits in tasks()[:20]:
-        *seen, last = descriptions(bits, torch.Generator().manual_seed(0))
-        chosen = [phrases for bit, phrases in zip(bits, PACKAGES.values(), strict=True) if bit]
-        assert all(phrases[-1] in last for phrases in chosen) and last.startswith("answer yes when")
-        assert not any(phrases[-1] in text for phrases in PACKAGES.values() for text in seen)
+        told = descriptions(bits, torch.Generator().manual_seed(0))
+        own = [phrase for bit, (_, phrase) in zip(bits, PACKAGES.values(), strict=True) if bit]
+        assert len(told) == NUM_DESCRIPTIONS + 1 and all(phrase in told[-1] for phrase in own)
+        assert set().union(*map(stems, told[:-1])) <= seen and not stems(told[-1]) & seen
 
 
 def test_both_answers_are_equally_frequent():
