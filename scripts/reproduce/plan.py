@@ -127,7 +127,7 @@ def _row_settings(row: Row, scale: str, dataset: str | None, output_dir: str | o
             settings["dataset"] = dataset
         return settings
     assert dataset is not None
-    if architecture.minutes is None:  # recipes of other tasks are small
+    if architecture.canvases is None and architecture.features is None:  # recipes of other tasks are small
         settings |= SCALE_SETTINGS["small"]
     settings |= {**architecture.small, "dataset": dataset}
     if architecture.canvases is not None:

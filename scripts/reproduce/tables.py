@@ -19,13 +19,11 @@ class Dataset:
     Args:
         id (`str`): On the Hub.
         title (`str`): The paper's name.
-        num_images (`Sequence[int]`): Of the splits for training, validation (if there is one) and test.
         settings (`Mapping`, *optional*): Settings that runs on it need.
     """
 
     id: str
     title: str
-    num_images: Sequence[int]
     settings: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -35,11 +33,10 @@ class Architecture:
 
     label: str
     recipe: str
+    minutes: int
     small: Mapping[str, Any] = field(default_factory=dict)
     paper: Mapping[str, Any] = field(default_factory=dict)
     canvases: Mapping[str, int] | None = None
-    minutes: float | None = None
-    operations: Mapping[str, float] | None = None
     features: str | None = None
 
 
