@@ -122,13 +122,18 @@ def _picture(image: torch.Tensor) -> str:
     return f'<img alt="" style="width:{SIDE}px;image-rendering:pixelated" src="data:image/png;base64,{data}">'
 
 
-@lru_cache(maxsize=2)
 def load_data(name: str) -> DataAtWork | None:
-    """Of the folder of a run whose networks are data; None for anything else."""
-    recipe = Path(name, names.RECIPE)
-    if not name or not recipe.is_file():
+    """Of the folder of a run whose networks are data, with its latest generator; None for anything else."""
+    files = [Path(name, names.RECIPE), Path(name, names.PIPELINE, "model_index.json")]
+    if not name or not all(file.is_file() for file in files):
         return None
-    config = load_config(recipe)
+    return _load_data(name, *(file.stat().st_mtime_ns for file in files))
+
+
+@lru_cache(maxsize=2)
+def _load_data(name: str, *changed: int) -> DataAtWork | None:
+    """What a folder holds whose files were `changed` then."""
+    config = load_config(Path(name, names.RECIPE))
     if config.is_of_data is False or config.family is not None:
         return None
     task = make_task(config)

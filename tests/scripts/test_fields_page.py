@@ -16,10 +16,12 @@ pytestmark = pytest.mark.skipif(find_spec("gradio") is None, reason="needs gradi
 def data(tmp_path_factory):
     from pdiff_hf.scripts.fields_page import load_data
 
-    settings = TINY_DATA | {"stages": ["base", "collect", "autoencoder", "denoiser"]}
-    run = prepare(PDiffConfig(**settings, output_dir=str(tmp_path_factory.mktemp("page") / "run")))
-    execute(run)
+    run = prepare(PDiffConfig(**TINY_DATA, output_dir=str(tmp_path_factory.mktemp("page") / "run")))
+    execute(run, ["base", "collect", "autoencoder"])
+    assert load_data(str(run.folder)) is None  # not yet
+    execute(run, ["denoiser"])
     assert load_data(str(run.folder / "pipeline")) is None  # without its data
+    assert load_data(str(run.folder)) is load_data(str(run.folder))
     return load_data(str(run.folder))
 
 
