@@ -5,6 +5,7 @@ Collects snapshots of a network, without training a generator for them.
     accelerate launch scripts/collect.py RECIPE.yaml                   # a base model and its snapshots
     python scripts/collect.py --model FOLDER --dataset DATASET --base_epochs 0 --import FOLDER   # snapshots from files
     python scripts/collect.py ... --select all --import FOLDER --align   # networks trained apart: MLPs, plain CNNs
+    python scripts/collect.py ... --import FOLDER --path_fields '_(?P<label>[0-9])_'   # the class is in the path
     python scripts/collect.py ... --conditions TABLE.csv   # networks or adapters, with what each of them is for
 
 Keys and flags are those of scripts/train.py, which goes on from here with the same ones.
@@ -38,6 +39,12 @@ def main() -> None:
         "`name:category`, and for descriptions `name:text`.",
     )
     parser.add_argument(
+        "--path_fields",
+        metavar="REGEX",
+        help="With --import: a regular expression in the path of each network, whose named groups are fields of words, "
+        "such as 'training_(?P<label>[0-9])_'.",
+    )
+    parser.add_argument(
         "--text_encoder",
         metavar="MODEL",
         help="With --conditions: reads columns `name:text`; a Hub id or folder (default: the extra `text`).",
@@ -48,6 +55,8 @@ def main() -> None:
     for flag in ("align", "require_same_frozen"):
         if getattr(flags, flag) and not (flags.paths or flags.conditions):
             parser.error(f"--{flag} needs --import or --conditions: it is for snapshots from files")
+    if flags.path_fields and not flags.paths:
+        parser.error("--path_fields needs --import: it reads the paths of networks")
     if flags.text_encoder and not flags.conditions:
         parser.error("--text_encoder needs --conditions: it reads the descriptions of a table")
     # These take seconds to import, which a mistyped flag should not wait for.
@@ -58,7 +67,7 @@ def main() -> None:
     from pdiff_hf.run.terminal import one_line_errors, quiet_libraries
     from pdiff_hf.run.trainer import execute, prepare
     from pdiff_hf.snapshots.conditions import read_conditions
-    from pdiff_hf.snapshots.files import beside, find_adapter
+    from pdiff_hf.snapshots.files import beside, conditions_of_paths, find_adapter
     from pdiff_hf.utils.paths import expand_path
 
     with one_line_errors():
@@ -70,6 +79,8 @@ def main() -> None:
                 print(line)
             return
         paths, conditions, fields = [expand_path(path) for path in flags.paths or []], None, None
+        if flags.path_fields:
+            paths, conditions, fields = conditions_of_paths(paths, flags.path_fields)
         if flags.conditions:
             table = expand_path(flags.conditions)
             encoder = {"text_encoder": flags.text_encoder} if flags.text_encoder else {}

@@ -223,6 +223,12 @@ class RunContext:
                 f"the snapshots have conditions with the fields {fields}, and family={self.config.family} has "
                 f"{self.family.fields}"
             )
+        known = self.task.fields if isinstance(self.task, DataTask) else None
+        if known and fields and fields != known:
+            raise RunError(
+                f"the snapshots have conditions with the fields {fields}, and the data {known}: give both the same "
+                "fields and words, or leave those of the data out (task_args: {condition_columns: []})"
+            )
         return self.family.fields or fields  # in the family's order
 
     @cached_property

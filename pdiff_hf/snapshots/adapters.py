@@ -84,6 +84,11 @@ class Notes:
                 f"{len(unknown)} adapters (such as '{unknown[0]}') have no {ADAPTER_CONFIG}, which says how their "
                 "factors are scaled; they are taken to be scaled as the base model's adapter"
             )
+        if renamed := done.get("renamed"):
+            logger.warning(
+                f"{len(renamed)} networks (such as '{renamed[0]}') have other names for their tensors, which are taken "
+                "in the order of their layers: all have the shapes of the base model's"
+            )
         for copy, first in self.copies.items():
             logger.warning(f"'{copy}' is left out: it equals '{first}' in every parameter")
         for name, files in sorted(self.left_out.items())[:3]:

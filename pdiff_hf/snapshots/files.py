@@ -14,6 +14,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 
 from ..layout import LayoutError, ParameterLayout, some_names
 from ..models.condition import Condition, Fields
+from ..models.fields import ConditionError
 from ..selection import check_adapters
 from ..utils.paths import expand_path
 from .adapters import ADAPTER_CONFIG, DIFFUSERS_FILE, Notes, find_adapters, read_config
@@ -30,6 +31,7 @@ from .dataset import (
 )
 from .frozen import FrozenCheck
 from .readers import SUFFIXES, adapter_reader, open_network, read_vector
+from .tables import Column, read_column
 
 logger = logging.getLogger(__name__)
 
@@ -65,8 +67,8 @@ def import_snapshots(
     Args:
         paths (`Sequence[str | os.PathLike]`): In order, each of
 
-            - a state dict: `.safetensors`, or `.pt`, `.pth` or `.bin` that `torch.load(weights_only=True)` reads, which
-              may hold it under a key such as `state_dict`, `model` or `model_ema`;
+            - a state dict: `.safetensors`, an `.npz` of numbers, or `.pt`, `.pth` or `.bin` that
+              `torch.load(weights_only=True)` reads, which may hold it under a key such as `state_dict` or `model`;
             - a folder that `save_pretrained` or `Trainer` wrote, of a network or of PEFT adapters of any method;
             - a file of a LoRA adapter that diffusers or kohya has written, or a folder with
               `pytorch_lora_weights.safetensors`;
@@ -81,6 +83,7 @@ def import_snapshots(
             [`~pdiff_hf.selection.select_layout`]`(model, "norm[-2:]")`. Floats of half precision are widened; names
             may have the prefixes that `torch.compile`, FSDP, data parallelism, EMA, PEFT and transformers' wrapper of
             timm add, in any order and number, or be those of PEFT's files, or of another module that shares the tensor.
+            Where all modules have other names, tensors of the same shapes are taken in order, with a warning.
         folder (`str` or `os.PathLike`): Must not exist yet.
         conditions (`Sequence[Mapping]`, *optional*): One for each of the paths, which all networks that it stands for
             have; see [`~pdiff_hf.snapshots.conditions.read_conditions`].
@@ -183,6 +186,38 @@ def read_networks(path: str | os.PathLike, layout: ParameterLayout) -> torch.Ten
             raise type(error)(f"'{file}': {error}") from error
     notes.report()
     return parameters
+
+
+def conditions_of_paths(paths: Sequence[str | os.PathLike], pattern: str) -> tuple[list[str], list[Condition], Fields]:
+    """
+    All networks that the paths stand for, as [`import_snapshots`] understands them, and what their paths say of them.
+
+    Args:
+        pattern (`str`): A regular expression that each path contains; its named groups are fields of words, such as
+            `training_(?P<label>[0-9])_`.
+
+    Raises:
+        ConditionError: if it has no groups, a path does not contain it, or all have the same word.
+    """
+    try:
+        expression = re.compile(pattern)
+    except re.error as error:
+        raise ConditionError(f"{pattern!r} is not a regular expression: {error}") from None
+    if not expression.groupindex:
+        raise ConditionError(f"{pattern!r} has no named group such as (?P<label>[a-z]+), which would be a field")
+    networks = [str(file) for path in paths for _, file in _expand(path, {})]
+    found = []
+    for network in networks:
+        if (match := expression.search(Path(network).as_posix())) is None:
+            raise ConditionError(f"the path '{network}' does not contain {pattern!r}")
+        found.append(match.groupdict(""))
+    rows = range(1, len(found) + 1)
+    columns = {
+        name: read_column(Column(f"paths with {pattern}", name, "category", [one[name] for one in found], rows))
+        for name in expression.groupindex
+    }
+    conditions = [{name: values[i] for name, (values, _) in columns.items()} for i in range(len(found))]
+    return networks, conditions, Fields({name: field for name, (_, field) in columns.items()})
 
 
 def beside(table: str | os.PathLike, name: str) -> str:

@@ -1,4 +1,4 @@
-"""The tensors of one saved network: safetensors, files of `torch.save`, folders of transformers and of PEFT."""
+"""The tensors of one saved network: safetensors, `torch.save`, `numpy.savez`, folders of transformers and of PEFT."""
 
 import json
 import pickle
@@ -9,6 +9,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import transformers
 from safetensors import SafetensorError, safe_open
@@ -34,12 +35,12 @@ from .adapters import (
 )
 from .dataset import SnapshotError
 
-SUFFIXES = (".safetensors", ".pt", ".pth", ".bin")
+SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".npz")
 # What people name in place of them, and what to do with it.
 OTHER_FORMATS = dict.fromkeys(
     (".zip", ".tar", ".gz", ".tgz", ".bz2", ".xz", ".7z", ".rar"), "an archive: unpack it, and name the folder"
 ) | dict.fromkeys(
-    (".npz", ".npy", ".h5", ".hdf5", ".keras", ".onnx", ".gguf", ".msgpack", ".tflite"),
+    (".npy", ".h5", ".hdf5", ".keras", ".onnx", ".gguf", ".msgpack", ".tflite"),
     f"of a format that is not read: save the state dict of each network as one of {', '.join(SUFFIXES)}",
 )
 IN_MEMORY = "PDiffTrainer(snapshots=torch.load(FILE)) takes"
@@ -89,6 +90,9 @@ def read_vector(
         LayoutError: names the first tensor that is missing, or has another shape or type.
     """
     read = reader.read(tensors, tensors.files, what, notes)
+    if not read and (theirs := _same_order(tensors, layout)):
+        read = {name: tensors[key] for name, key in theirs.items()}
+        notes.done["renamed"].add(what)
     for name in layout.names:
         if name not in read:
             own = ". That is the base model's own module, which adapters do not have; select the one that was trained "
@@ -98,6 +102,22 @@ def read_vector(
     dtypes = (EXACT_DTYPES[dtype] for dtype in layout.dtypes)
     converted = {name: _convert(name, read[name], dtype) for name, dtype in zip(layout.names, dtypes, strict=True)}
     return layout.flatten(converted)
+
+
+def _same_order(tensors: "NetworkTensors", layout: ParameterLayout) -> dict[str, str]:
+    """
+    For each tensor of a layout what a file calls it whose modules have other names: the same weights and biases of the
+    same shapes, in the order of their numbers. Nothing if they are not the same.
+    """
+
+    def ordered(names: Iterable[str]) -> list[str]:
+        return sorted(names, key=lambda name: [(len(part), part) for part in re.split(r"(\d+)", name)])
+
+    ours, theirs = ordered(layout.names), ordered(tensors)
+    shapes = dict(zip(layout.names, layout.shapes, strict=True))
+    alike = [(name.rpartition(".")[2], shapes[name]) for name in ours]
+    same = alike == [(name.rpartition(".")[2], tensors.shape(name)) for name in theirs]
+    return dict(zip(ours, theirs, strict=True)) if same else {}
 
 
 class NetworkTensors(Mapping[str, torch.Tensor]):
@@ -174,7 +194,7 @@ def _open_file(file: Path, stack: ExitStack) -> NetworkTensors:
         return _open_safetensors(file, stack)
     if hint := OTHER_FORMATS.get(file.suffix.lower()):
         raise SnapshotError(f"{file.name} is {hint}")
-    tensors = _load_pickle(file)
+    tensors = _load_arrays(file) if file.suffix == ".npz" else _load_pickle(file)
     return NetworkTensors({name: (tensors, name) for name in tensors})
 
 
@@ -195,6 +215,19 @@ def _open_shards(index: Path, stack: ExitStack) -> NetworkTensors:
         raise SnapshotError(f"{index.name} is not the index of a sharded network ({error!r})") from error
     opened = [_open_safetensors(shard, stack).sources for shard in sorted(shards)]
     return NetworkTensors({name: source for sources in opened for name, source in sources.items()})
+
+
+def _load_arrays(file: Path) -> Mapping[str, torch.Tensor]:
+    try:
+        _check_not_compressed(file)
+        with np.load(file, allow_pickle=False) as arrays:
+            return {name: torch.from_numpy(arrays[name]) for name in arrays.files}
+    except SnapshotError:
+        raise
+    except Exception as error:  # as of torch.save
+        raise SnapshotError(
+            f"{file.name} is not a whole file of numbers of numpy.savez ({first_line(error)})"
+        ) from error
 
 
 def _load_pickle(file: Path) -> Mapping[str, torch.Tensor]:
@@ -249,14 +282,14 @@ def _holds_tensors(content: Any, depth: int) -> bool:
 
 
 def _check_not_compressed(file: Path) -> None:
-    """`torch.save` stores its records as they are. A zip archive that grows when it is read was not written by it."""
+    """`torch.save` and `numpy.savez` store records as they are. An archive that grows when it is read is of neither."""
     if zipfile.is_zipfile(file):
         with zipfile.ZipFile(file) as archive:
             size = sum(record.file_size for record in archive.infolist())
         if size > file.stat().st_size:
             raise SnapshotError(
                 f"{file.name} would take {size:,} bytes of memory, and is a file of {file.stat().st_size:,}; files of "
-                "torch.save are not compressed"
+                "torch.save are not compressed, nor those of numpy.savez"
             )
 
 

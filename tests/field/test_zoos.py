@@ -33,7 +33,8 @@ def write_tar(path):
 ODD = {
     "networks.zip": (write_zip, "networks.zip is an archive: unpack it, and name the folder"),
     "networks.tar.gz": (write_tar, "networks.tar.gz is an archive: unpack it"),
-    "network.npz": (lambda path: np.savez(path, a=np.zeros(3)), "of a format that is not read: save the state dict"),
+    "object.npz": (lambda path: np.savez(path, a=np.array([{}])), "is not a whole file of numbers of numpy.savez"),
+    "zeros.npz": (lambda path: np.savez_compressed(path, a=np.zeros(10**6)), "nor those of numpy.savez"),
     "network.onnx": (lambda path: path.write_bytes(b"onnx"), "of a format that is not read"),
     "list.pt": (
         lambda path: torch.save([NETWORK.state_dict()] * 3, path),

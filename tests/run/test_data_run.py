@@ -1,7 +1,9 @@
 """A run whose networks are data: collected side by side, learned, and judged by the sets that they make."""
 
 import json
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
@@ -26,8 +28,11 @@ from pdiff_hf.networks.runner import NetworkRunner
 from pdiff_hf.run.folder import RunError
 from pdiff_hf.run.trainer import execute, prepare
 from pdiff_hf.snapshots import align_snapshots, of_data, parameter_matrix
+from pdiff_hf.snapshots.files import _natural_order
 from pdiff_hf.snapshots.of_data import check_starts, fit_networks
 from pdiff_hf.training import Loop, LoopArguments
+
+SNIPPETS = Path(__file__).parents[2] / "docs" / "snippets"
 
 
 @pytest.fixture(scope="module")
@@ -204,3 +209,34 @@ def test_scripts_take_generators_of_data(context, tmp_path, monkeypatch):
     ]
     run_script(monkeypatch, "evaluate.py", folder, f"--snapshots={context.folder / 'snapshots'}", *task)
     assert "Fréchet" in (tmp_path / "report" / "report.md").read_text()
+
+
+def test_a_public_zoo_of_neural_fields(context, tmp_path, monkeypatch, caplog):
+    """Class and number in the path, other names of tensors, several formats, other values and positions."""
+    dataset, layout = load_snapshots(context.folder / "snapshots")
+    zoo, rows = tmp_path / "zoo", parameter_matrix(dataset, layout)[:140]
+    for i, (row, label) in enumerate(zip(rows, dataset["label"], strict=False)):
+        folder = zoo / f"mnist_png_training_{label}_{i}" / "checkpoints"
+        folder.mkdir(parents=True)
+        tensors = {name.replace("layers", "seq"): t.clone() for name, t in layout.unflatten(row).items()}
+        if i % 2:
+            torch.save(tensors, folder / "model_final.pth")
+        else:
+            np.savez(folder / "model_final.npz", **{name: t.numpy() for name, t in tensors.items()})
+    recipe = tmp_path / "recipe.json"
+    kept = {name: value for name, value in TINY_DATA.items() if not name.startswith(("collect", "base"))}
+    recipe.write_text(json.dumps(kept | {"task": f"{SNIPPETS / 'inrs.py'}:Inrs", "base_epochs": 0}))
+    flags = [str(recipe), f"--output_dir={tmp_path / 'run'}"]
+    run_script(monkeypatch, "collect.py", *flags, f"--import={zoo}", "--path_fields", "training_(?P<label>[0-9])_")
+    assert "140 networks" in caplog.text and "in the order of their layers" in caplog.text
+    imported, _ = load_snapshots(tmp_path / "run" / "snapshots")
+    order = [int(path.name.rpartition("_")[2]) for path in sorted(zoo.iterdir(), key=_natural_order)]
+    assert torch.equal(parameter_matrix(imported, layout), rows[order])
+    assert imported["label"][:] == [dataset["label"][i] for i in order]
+    run_script(monkeypatch, "train.py", *flags)
+    groups = {
+        group["name"]: group for group in json.loads((tmp_path / "run/evaluation/report.json").read_text())["groups"]
+    }
+    assert groups["generated"]["measures"]["class_accuracy"] >= 0 and groups["held-out networks"]["n"] == 14
+    with pytest.raises(SystemExit, match="does not contain 'testing_"):
+        run_script(monkeypatch, "collect.py", *flags, f"--import={zoo}", "--path_fields", "testing_(?P<label>[0-9])_")
