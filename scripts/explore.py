@@ -131,8 +131,6 @@ def _load_task(source: Source, recipe_file: Path, folder: Path | None) -> None:
     if model is None and folder is None:
         raise ValueError("the base model is not in the repository")
     model = model or family.load_saved(folder / names.BASE_MODEL).to(source.pipe.device)
-    # Modules of its own, with the same tensors: what a download copies must not be what networks at work stand in.
-    model = copy.deepcopy(model, {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())})
     at_work = AtWork(family, model, layout, folder and folder / names.SCORES, recipe.recomputes_statistics)
     if family.fields:
         at_work.zoo, at_work.seed = zoo_arguments(recipe), recipe.seed

@@ -3,8 +3,7 @@
 import base64
 import html
 import io
-import threading
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
@@ -33,8 +32,6 @@ class DataAtWork:
 
     pipe: PDiffPipeline
     task: DataTask
-    # Networks take turns in the base model, and readers may come together.
-    _lock: Any = field(default_factory=threading.RLock)
 
     @cached_property
     def networks(self) -> NetworkRunner:
@@ -72,9 +69,8 @@ class DataAtWork:
         (found,) = self.pipe(
             DRAWN, generator=generator, condition=condition, output_type="pt", return_dict=False, **guided
         )
-        with self._lock:
-            nearest = self.nearest(self.task.render_all(self.networks, found))
-            large = self.task.render_all(self.networks, found, self.task.coordinates(int(resolution)))
+        nearest = self.nearest(self.task.render_all(self.networks, found))
+        large = self.task.render_all(self.networks, found, self.task.coordinates(int(resolution)))
         pairs = zip(self._pictures(large), self._pictures(nearest), strict=True)
         cells = (f"<figure>{new}{old}<figcaption>generated, nearest</figcaption></figure>" for new, old in pairs)
         return f'<div style="{STYLE}">{"".join(cells)}</div>'
@@ -84,16 +80,15 @@ class DataAtWork:
         coordinates, signal = self.task.coordinates(), self.task.signals("test")[int(number)]
         axis, sign = PARTS[part]
         known = sign * coordinates[:, axis] < 0
-        with self._lock:
-            output = self.pipe.posterior(
-                {"coordinates": coordinates[known], "labels": signal[known]},
-                num_candidates=1,
-                candidates=self.candidates,
-                loss="mse",
-                sigma=SIGMA,
-                generator=torch.Generator().manual_seed(0),
-            )
-            outputs = self.task.render_all(self.networks, output.parameters)
+        output = self.pipe.posterior(
+            {"coordinates": coordinates[known], "labels": signal[known]},
+            num_candidates=1,
+            candidates=self.candidates,
+            loss="mse",
+            sigma=SIGMA,
+            generator=torch.Generator().manual_seed(0),
+        )
+        outputs = self.task.render_all(self.networks, output.parameters)
         mean = (output.weights[:, None, None] * outputs).sum(0)
         half = torch.where(known.unsqueeze(1), signal, torch.zeros_like(signal))
         shown = {"held-out datum": signal, "known": half, "posterior mean": mean}

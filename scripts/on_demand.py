@@ -153,8 +153,7 @@ class AtWork:
     snapshots: torch.Tensor | None = None  # (K, D)
     conditions: torch.Tensor | None = None  # (K, width), all known
     _trained: dict = field(default_factory=dict)
-    # Networks take turns in the base model, and readers may come together: whoever looks at it waits.
-    _lock: Any = field(default_factory=threading.RLock)
+    _lock: Any = field(default_factory=threading.Lock)  # on the files of `cache`
 
     def task(self, choice: Choice) -> ClassificationTask:
         return self.family.task({name: choice.task[name] for name in self.family.fields})  # type: ignore[return-value]
@@ -167,17 +166,17 @@ class AtWork:
     @torch.no_grad()
     def score(self, choice: Choice, parameters: torch.Tensor, most: int | None = None) -> ClassifierScores:
         """Scores on the test examples of a task that a report looks at, or on `most` of them, without probabilities."""
-        with self._lock:
-            cache = None if self.family.fields else self.cache
-            scorer = make_scorer(self.task(choice), self.model, self.layout, cache, self.recompute_statistics)
-            if not self.family.fields and most is None:
+        cache = None if self.family.fields else self.cache
+        scorer = make_scorer(self.task(choice), self.model, self.layout, cache, self.recompute_statistics)
+        if not self.family.fields and most is None:
+            with self._lock:
                 return scorer.score("test", parameters)
-            most = min(most or EXAMPLES, self.family.num_examples("test"))
-            predictions, true = torch.empty(len(parameters), most).long(), torch.empty(most).long()
-            whole = scorer.complete(parameters)
-            for rows, examples, logits, labels in predict_logits(scorer.task, scorer.models, "test", whole, most):
-                predictions[rows, examples], true[examples] = logits.argmax(-1).cpu(), labels.cpu()
-            return ClassifierScores(predictions, torch.empty(0), true)
+        most = min(most or EXAMPLES, self.family.num_examples("test"))
+        predictions, true = torch.empty(len(parameters), most).long(), torch.empty(most).long()
+        whole = scorer.complete(parameters)
+        for rows, examples, logits, labels in predict_logits(scorer.task, scorer.models, "test", whole, most):
+            predictions[rows, examples], true[examples] = logits.argmax(-1).cpu(), labels.cpu()
+        return ClassifierScores(predictions, torch.empty(0), true)
 
     def nearest(self, choice: Choice) -> int | None:
         """Which snapshot is the last one of the seen task that is nearest in what is known."""
@@ -194,8 +193,7 @@ class AtWork:
         """Trains a network on the task itself, as for a report, while others are shown; the last one is kept."""
         if self._trained.get("task") != choice.task:
             loop, family = Loop(Accelerator(), named_seed(self.seed, "oracles")), copy.copy(self.family)
-            with self._lock:
-                networks = NetworkRunner(copy.deepcopy(self.model), self.layout)
+            networks = NetworkRunner(copy.deepcopy(self.model), self.layout)
             table = family.fields.table([choice.task])
             network = train_specialists(loop, family, networks, table, replace(self.zoo, num_snapshots=1))[-1][0]
             self._trained = {"task": choice.task, "network": network}
@@ -205,8 +203,7 @@ class AtWork:
         networks, nearest = {}, self.nearest(choice)
         if nearest is not None:
             networks["nearest snapshot"] = self.snapshots[nearest]
-        with self._lock:
-            networks["base model"] = self.layout.flatten(self.model.state_dict()).cpu()
+        networks["base model"] = self.layout.flatten(self.model.state_dict()).cpu()
         if (kept := self._trained).get("task") == choice.task:
             networks[TRAINED] = kept["network"]
         scores = self.score(choice, torch.stack(list(networks.values())))

@@ -1,6 +1,6 @@
 """Batch-norm statistics of many networks, recomputed in one pass over data, as SWAG does (arXiv 1902.02476)."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -37,31 +37,28 @@ class RecomputedStatistics:
 
     def __init__(self, model: nn.Module, layout: ParameterLayout, batches: Callable[[], Iterable[Forward]]):
         self.models, self.batches = NetworkRunner(model, layout), batches
-        named = {
-            name: module
+        self.names = [
+            name
             for name, module in model.named_modules()
             if isinstance(module, _NormBase)
             and module.running_mean is not None
             and f"{name}.running_mean" not in layout.names
-        }
+        ]
         first = next(iter(batches()), None)
         if first is None:
             raise ValueError("there are no batches of data to compute the statistics of batch norm from")
-        self.layers = list(named.values())
-        if named:
+        if self.names:
             rows = torch.stack([self.models.base_parameters(), self.models.other_parameters()])
-            own, other = self._statistics_of(first, rows).split(1)
-            sizes = [2 * layer.num_features for layer in self.layers]
-            differs = [not torch.equal(a, b) for a, b in zip(own.split(sizes, 1), other.split(sizes, 1), strict=True)]
-            named = {name: layer for (name, layer), yes in zip(named.items(), differs, strict=True) if yes}
-            self.layers = list(named.values())
+            sizes = [2 * len(model.get_buffer(f"{name}.running_mean")) for name in self.names]
+            own, other = (found[0].split(sizes) for found in self._statistics_of(first, rows).split(1))
+            self.names = [name for name, a, b in zip(self.names, own, other, strict=True) if not torch.equal(a, b)]
             self.models = NetworkRunner(model, layout)  # afresh: with other layers, other things can be shared
-        if not named:
+        if not self.names:
             raise ValueError(
                 f"{type(model).__name__} has no batch norm behind the tensors that are generated, so that there are no "
                 "statistics to recompute"
             )
-        names = [f"{name}.{statistic}" for name in named for statistic in ("running_mean", "running_var")]
+        names = [f"{name}.{statistic}" for name in self.names for statistic in ("running_mean", "running_var")]
         added = ParameterLayout.from_state_dict(model.state_dict(), names)
         self.layout = ParameterLayout(
             layout.names + added.names,
@@ -83,7 +80,8 @@ class RecomputedStatistics:
 
     def _statistics_of(self, forward: Forward, rows: torch.Tensor) -> torch.Tensor:
         """Means and variances in one batch, layer by layer: `(N, D)` to `(N, S)`."""
-        with _normalising_by_batch(self.layers) as seen:
+        modules = self.models.modules()
+        with _normalising_by_batch([modules.get_submodule(name) for name in self.names]) as seen:
 
             def statistics(call: Callable) -> torch.Tensor:
                 for found in seen.values():
@@ -96,23 +94,22 @@ class RecomputedStatistics:
 
 
 @contextmanager
-def _normalising_by_batch(layers: list[_NormBase]) -> Iterator[dict[_NormBase, list[torch.Tensor]]]:
+def _normalising_by_batch(layers: Sequence[nn.Module]) -> Iterator[dict[nn.Module, list[torch.Tensor]]]:
     """Within the block the layers normalise by their batch; it gets the mean and variance of all that they see."""
-    seen: dict[_NormBase, list[torch.Tensor]] = {layer: [] for layer in layers}
+    seen: dict[nn.Module, list[torch.Tensor]] = {layer: [] for layer in layers}
 
     def look(layer: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
         values = args[0].transpose(0, 1).flatten(1)  # (C, everything else)
         variance, mean = torch.var_mean(values.float(), dim=1)
-        seen[layer].append(torch.cat([mean, variance]))  # type: ignore[index]  # hooks are on these layers alone
+        seen[layer].append(torch.cat([mean, variance]))
 
-    tracked = {layer: layer.track_running_stats for layer in layers}
     hooks = [layer.register_forward_pre_hook(look) for layer in layers]
+    tracked = [layer.track_running_stats for layer in layers]
     for layer in layers:
         layer.training, layer.track_running_stats = True, False
     try:
         yield seen
     finally:
-        for hook in hooks:
+        for hook, layer, value in zip(hooks, layers, tracked, strict=True):
             hook.remove()
-        for layer, value in tracked.items():
             layer.training, layer.track_running_stats = False, value

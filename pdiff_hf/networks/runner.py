@@ -3,8 +3,10 @@ One way to run N networks that share all but a few tensors: what they share is c
 """
 
 import contextlib
+import copy
 import logging
 import re
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Any
@@ -13,6 +15,7 @@ import torch
 from torch import nn
 from torch.func import functional_call, vmap
 from torch.nn.modules.conv import _ConvNd
+from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 
 from ..layout import ParameterLayout
@@ -43,6 +46,13 @@ def is_refused_by_vmap(error: BaseException) -> bool:
     return isinstance(error, ReplayError) or (isinstance(error, RuntimeError) and bool(REFUSALS.search(str(error))))
 
 
+class _SharedTensors(TorchFunctionMode):
+    """A context in which a deep copy has the very tensors of the original, wherever these are kept."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        return args[0] if func is torch.Tensor.__deepcopy__ else func(*args, **(kwargs or {}))
+
+
 class NetworkRunner:
     """
     Runs N networks that differ in the tensors of `layout` and share everything else, in one of two ways:
@@ -56,7 +66,8 @@ class NetworkRunner:
       output does not depend on which others share the pass.
     - [`stack`], with gradients, all at once, where each network may have a batch of its own.
 
-    Networks that `vmap` refuses run one after the other. Where memory runs out, fewer run at once.
+    Networks that `vmap` refuses run one after the other. Where memory runs out, fewer run at once. Several threads may
+    use one runner, or several of one model, at the same time: each has modules of its own (see [`modules`]).
 
     Args:
         model (`nn.Module`): The base model; it is put in eval mode. Nothing of it is ever written to.
@@ -83,6 +94,22 @@ class NetworkRunner:
         self._written: list[int] = []
         self._side_by_side = 0  # not known yet
         self._in_parts = InParts("networks")
+        self._modules: dict[int, tuple[list, nn.Module]] = {}  # by threads, with the tensors that they have
+
+    def modules(self) -> nn.Module:
+        """
+        The model with modules of this thread's own, and with the memory of the model's tensors, which have no gradients
+        there. What takes the place of tensors while a network runs is seen by nobody else.
+        """
+        tensors = [*self.model.parameters(), *self.model.buffers()]
+        current = [(id(tensor), tensor.untyped_storage()._cdata) for tensor in tensors]
+        known, modules = self._modules.get(threading.get_ident(), (None, self.model))
+        if known != current:  # none yet, or the model has moved to another device
+            with _SharedTensors():
+                frozen = {id(t): nn.Parameter(t.detach(), False) if t.requires_grad else t for t in tensors}
+                modules = copy.deepcopy(self.model, frozen)
+            self._modules[threading.get_ident()] = current, modules
+        return modules
 
     def base_parameters(self) -> torch.Tensor:
         """Those of the base model, shape `(D,)`."""
@@ -93,8 +120,9 @@ class NetworkRunner:
         return self._replacement.tensors(self.model, self.layout.unflatten(rows))
 
     def call(self, forward: Forward, tensors: dict[str, torch.Tensor]) -> torch.Tensor:
-        """`forward` of one network, with `tensors` in the place of the model's."""
-        return forward(lambda *args, **kwargs: functional_call(self.model, tensors, args, kwargs, tie_weights=False))
+        """`forward` of one network, with `tensors` in the place of the model's; after [`modules`] in this thread."""
+        _, modules = self._modules[threading.get_ident()]
+        return forward(lambda *args, **kwargs: functional_call(modules, tensors, args, kwargs, tie_weights=False))
 
     def stack(
         self,
@@ -123,8 +151,9 @@ class NetworkRunner:
         def one(tensors: dict[str, torch.Tensor], inputs: Mapping[str, Any]) -> torch.Tensor:
             return self.call(lambda call: predict(call, inputs), tensors)
 
+        self.modules()
         tensors, batch, refusal = self.tensors(parameters), dict(batch), None
-        with _without_gradients(self.model), ConvolutionsAsProducts():
+        with ConvolutionsAsProducts():
             if side_by_side and self._goes_under_vmap and not self._is_large:
                 try:
                     return vmap(one, in_dims=(0, None if shared else 0), randomness="different")(tensors, batch)
@@ -156,6 +185,7 @@ class NetworkRunner:
         Yields:
             `tuple[slice, torch.Tensor]`: Consecutive networks, and their outputs stacked: shape `(n, *output)`.
         """
+        self.modules()  # before anything is recorded
         if not self._side_by_side:
             self._probe(forward)
         prefix, start = self.record(forward), 0
@@ -203,6 +233,7 @@ class NetworkRunner:
 
     def record(self, forward: Forward) -> Prefix:
         """The prefix of `forward` on one batch of data: what comes before the first use of a tensor that differs."""
+        self.modules()
         if not self._has_prefix:
             return Prefix([])
         base = self.tensors(self.base_parameters())
@@ -227,16 +258,3 @@ class NetworkRunner:
         tensors = self.tensors(row)
         with prefix.replay({i: prefix.memory(i).clone() for i in self._written}):
             return self.call(forward, tensors)
-
-
-@contextlib.contextmanager
-def _without_gradients(model: nn.Module) -> Iterator[None]:
-    """Within the block nothing is kept for gradients with respect to the model's own parameters."""
-    wanted = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    try:
-        for parameter in wanted:
-            parameter.requires_grad_(False)
-        yield
-    finally:
-        for parameter in wanted:
-            parameter.requires_grad_(True)

@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import threading
 
 import pytest
 import timm
@@ -422,3 +423,41 @@ def test_snapshots_are_the_same_with_and_without_cached_prefixes(tmp_path, monke
     rows = [parameter_matrix(*load_snapshots(tmp_path / name)) for name in ("cached", "plain")]
     torch.testing.assert_close(*rows, rtol=1e-6, atol=1e-7)
     assert not torch.equal(rows[0][0], rows[0][1])
+
+
+def test_threads_that_share_a_model_do_not_see_each_others_networks():
+    """One stops in the middle of its networks, with their tensors in place, while others run."""
+    model, layout, parameters, x = make("mlp, head")
+    expected = plain_loop(model, layout, parameters, x)
+    first, second, own = NetworkRunner(model, layout), NetworkRunner(model, layout), predict(model, x)
+    inside, goes_on, found = threading.Event(), threading.Event(), []
+
+    def forward(call):
+        def stopped(*_):
+            if threading.current_thread() is thread:
+                inside.set()
+                assert goes_on.wait(60)
+
+        with first.modules().register_forward_hook(stopped):
+            return call(x)
+
+    thread = threading.Thread(target=lambda: found.extend(output for _, output in first(forward, parameters)))
+    thread.start()
+    assert inside.wait(60)
+    for runner_of_others in (first, second):
+        torch.testing.assert_close(run(runner_of_others, parameters, x), expected)
+    assert torch.equal(predict(model, x), own)
+    goes_on.set()
+    thread.join()
+    torch.testing.assert_close(torch.cat(found), expected)
+
+
+def test_a_runner_follows_its_model():
+    """Where the model gets other tensors, so do the modules that a runner has run."""
+    model, layout, parameters, x = make("mlp, head")
+    models = NetworkRunner(model, layout)
+    run(models, parameters, x)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.data = parameter + 1
+    torch.testing.assert_close(run(models, parameters, x), plain_loop(model, layout, parameters, x))
