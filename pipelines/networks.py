@@ -25,7 +25,6 @@ from pdiff_hf.networks.posterior import (
     PosteriorOutput,
     Predict,
     check_examples,
-    check_loss,
     example_loss,
     log_likelihoods,
     predict_logits,
@@ -174,7 +173,6 @@ class NetworkMixin(Base):
         *,
         temperature: float = 1.0,
         candidates: torch.Tensor | None = None,
-        candidates_share: float | None = None,
         refine_learning_rate: float = 1e-3,
         num_inference_steps: int | None = None,
         generator: torch.Generator | None = None,
@@ -199,8 +197,6 @@ class NetworkMixin(Base):
                 few examples it overfits: 50 steps on 20 labels took networks from 91.4% to 90.4%.
             temperature (`float`, *optional*, defaults to 1): Above 1, the examples count less.
             candidates (`torch.Tensor`, *optional*): More candidates, shape `(M, D)`, such as the training networks.
-            candidates_share (`float`, *optional*): How likely it is, before any example, that one of `candidates` is
-                right and none that is sampled; by default all count the same.
             refine_learning_rate (`float`, *optional*, defaults to 1e-3): Of AdamW.
             num_inference_steps (`int`, *optional*): Denoising steps, by default the pipeline's. They take most of the
                 time, and what is weighted afterwards needs fewer than what is used as it is.
@@ -220,9 +216,8 @@ class NetworkMixin(Base):
         if condition is not None and not isinstance(condition, torch.Tensor):
             condition = list_conditions(condition, self.condition_encoder)
         num_conditions = 1 if condition is None else max(1, len(condition))
-        check_loss(loss, sigma)
         examples = self.prepare(examples)
-        check_examples(examples, sigma)
+        check_examples(examples, loss, sigma)
         shape = None if candidates is None else tuple(candidates.shape)
         require(
             per_condition % num_conditions == 0,
@@ -234,10 +229,6 @@ class NetworkMixin(Base):
             shape is None or len(shape) == 2 and shape[1] == layout.num_parameters,
             f"candidates must have shape (M, {layout.num_parameters}), got {shape}",
         )
-        require(
-            candidates_share is None or candidates is not None and 0 < candidates_share < 1,
-            f"candidates_share needs candidates and lies between 0 and 1, got {candidates_share}",
-        )
         per_condition //= num_conditions
         (latents,) = self(
             per_condition, num_inference_steps, generator, condition=condition, output_type="latent", return_dict=False
@@ -246,12 +237,8 @@ class NetworkMixin(Base):
         models = NetworkRunner(base_model, layout)
         parts = itertools.chain(self.decode_in_blocks(latents), [] if candidates is None else [candidates])
         log_likelihood = torch.cat([log_likelihoods(models, examples, part, predict, sigma) for part in parts])
-        log_prior = None
-        if candidates is not None and candidates_share is not None:
-            shares = torch.tensor([(1 - candidates_share) / len(latents), candidates_share / len(candidates)])
-            log_prior = shares.log().repeat_interleave(torch.tensor([len(latents), len(candidates)]))
         chosen, weights, size = select_by_likelihood(
-            log_likelihood, num_models, temperature=temperature, log_prior=log_prior, generator=generator
+            log_likelihood, num_models, temperature=temperature, generator=generator
         )
         parameters = self.decode_latents(latents[chosen[chosen < len(latents)]])
         if candidates is not None:
@@ -274,7 +261,6 @@ class NetworkMixin(Base):
         self,
         examples: Mapping[str, Any],
         *,
-        class_weights: torch.Tensor | None = None,
         predict: Predict = predict_logits,
         loss: str = "nll",
         sigma: float | None = None,
@@ -287,9 +273,9 @@ class NetworkMixin(Base):
             ValueError: for examples without labels, and if the pipeline has no base model.
         """
         base_model, layout = self.need_base_model("a loss of examples"), self.autoencoder.layout
-        check_loss(loss, sigma)
         prepared = self.prepare(examples)
-        return example_loss(base_model, layout, prepared, class_weights=class_weights, predict=predict, sigma=sigma)
+        check_examples(prepared, loss, sigma)
+        return example_loss(base_model, layout, prepared, predict=predict, sigma=sigma)
 
 
 def _run(call: Callable, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:

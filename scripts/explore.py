@@ -6,8 +6,7 @@ import tempfile
 import threading
 import zipfile
 from collections.abc import Iterator
-from dataclasses import dataclass, field
-from dataclasses import replace as changed
+from dataclasses import dataclass, field, replace as changed
 from functools import lru_cache
 from pathlib import Path
 from queue import SimpleQueue

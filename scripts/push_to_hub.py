@@ -68,7 +68,7 @@ def space_files(repo_id: str, license: str) -> dict[str, Path | bytes]:
     files["requirements.txt"] = "\n".join([*lines, ""]).encode()
     for package, pattern in ((pdiff_hf, "**/*"), (pipelines, "*"), (scripts, "*")):
         root, place = Path(package.__path__[0]), Path(*package.__name__.split("."))
-        found = (path for path in sorted(root.glob(pattern)) if path.suffix in (".py", ".json", ".jinja"))
+        found = (path for path in sorted(root.glob(pattern)) if path.suffix in (".py", ".pyi", ".json", ".jinja"))
         files |= {(place / path.relative_to(root)).as_posix(): path for path in found}
     return files
 

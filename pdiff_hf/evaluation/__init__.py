@@ -4,5 +4,3 @@ from .evaluation import evaluate
 from .groups import Group
 from .report import GroupRow, Report
 from .report_data import Cost, Kind
-
-__all__ = ["Cost", "Group", "GroupRow", "Kind", "Report", "evaluate"]

@@ -5,15 +5,3 @@ from .condition import Fields
 from .condition_encoder import ConditionEncoder
 from .denoiser import DENOISER_PRESETS, LatentDenoiser
 from .fields import ConditionError
-
-__all__ = [
-    "AUTOENCODER_PRESETS",
-    "DENOISER_PRESETS",
-    "ConditionEncoder",
-    "ConditionError",
-    "Fields",
-    "LatentDenoiser",
-    "ParameterAutoencoder",
-    "autoencoder_architecture",
-    "encode_in_batches",
-]

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import nn
@@ -94,7 +95,7 @@ class RecomputedStatistics:
 
 
 @contextmanager
-def _normalising_by_batch(layers: Sequence[nn.Module]) -> Iterator[dict[nn.Module, list[torch.Tensor]]]:
+def _normalising_by_batch(layers: Sequence[Any]) -> Iterator[dict[nn.Module, list[torch.Tensor]]]:
     """Within the block the layers normalise by their batch; it gets the mean and variance of all that they see."""
     seen: dict[nn.Module, list[torch.Tensor]] = {layer: [] for layer in layers}
 

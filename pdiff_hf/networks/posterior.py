@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from diffusers.utils import BaseOutput
 from torch import nn
 
@@ -50,8 +49,12 @@ def predict_logits(call: Callable, examples: Mapping[str, Any]) -> torch.Tensor:
     return output if isinstance(output, torch.Tensor) else output.logits
 
 
-def check_loss(loss: str, sigma: float | None) -> None:
-    """Raises a `ValueError` unless `loss` is `"nll"`, or `"mse"` with a positive standard deviation."""
+def check_examples(examples: Mapping[str, Any], loss: str = "nll", sigma: float | None = None) -> None:
+    """
+    Raises a `ValueError` unless `loss` is `"nll"`, and `labels` are whole numbers of shape `(B,)`; or it is `"mse"`,
+    with a positive standard deviation, and they are floats of shape `(B,)` or `(B, C)`; and all other tensors have B
+    rows.
+    """
     if loss not in LOSSES:
         raise ValueError(f"loss must be one of {', '.join(LOSSES)}, got {loss!r}")
     if (loss == "mse") != (sigma is not None) or (sigma is not None and not 0 < sigma < math.inf):
@@ -59,30 +62,29 @@ def check_loss(loss: str, sigma: float | None) -> None:
             f"loss='mse' needs sigma, above 0: how far labels are from what the right network gives; got loss={loss!r} "
             f"and sigma={sigma}"
         )
-
-
-def check_examples(examples: Mapping[str, Any], sigma: float | None = None) -> None:
-    """
-    Raises a `ValueError` unless `labels` are whole numbers of shape `(B,)`, or with `sigma` floats of shape `(B,)` or
-    `(B, C)`, and all other tensors have B rows.
-    """
     labels, wanted = (
         examples.get("labels"),
-        "whole numbers of shape (B,)" if sigma is None else "floats of shape (B, C)",
+        "whole numbers of shape (B,)" if loss == "nll" else "floats of shape (B, C)",
     )
     if not isinstance(labels, torch.Tensor):
         raise ValueError(f"examples need labels, {wanted}, got {labels!r}")
-    if labels.is_floating_point() != (sigma is not None) or labels.ndim not in ((1,) if sigma is None else (1, 2)):
+    if labels.is_floating_point() != (loss == "mse") or labels.ndim not in ((1,) if loss == "nll" else (1, 2)):
         raise ValueError(f"examples need labels, {wanted}, got {labels.dtype} of shape {tuple(labels.shape)}")
     for name, value in examples.items():
         if isinstance(value, torch.Tensor) and value.shape[:1] != labels.shape[:1]:
             raise ValueError(f"there are {len(labels)} labels, but {name} has the shape {tuple(value.shape)}")
 
 
-def check_labels(labels: torch.Tensor, num_classes: int) -> None:
-    """Raises a `ValueError` for a label that a network of so many classes has no output for."""
-    if len(labels) and not 0 <= labels.min() <= labels.max() < num_classes:
-        raise ValueError(f"labels must lie between 0 and {num_classes - 1}, got {labels.unique().tolist()!s:.200}")
+def _losses(outputs: torch.Tensor, labels: torch.Tensor, sigma: float | None) -> torch.Tensor:
+    """Negative log-likelihood of labels under each of some networks, of outputs `(n, B, C)` to `(n,)`, in nats."""
+    outputs, labels = outputs.float(), labels.to(outputs.device)
+    if sigma is not None:
+        return ((outputs - labels.view(outputs.shape[1:])) / sigma).square().flatten(1).sum(1) / 2
+    if len(labels) and not 0 <= labels.min() <= labels.max() < outputs.shape[-1]:
+        raise ValueError(
+            f"labels must lie between 0 and {outputs.shape[-1] - 1}, got {labels.unique().tolist()!s:.200}"
+        )
+    return -outputs.log_softmax(-1).gather(-1, labels.expand(len(outputs), -1).unsqueeze(-1)).sum((1, 2))
 
 
 @torch.no_grad()
@@ -107,32 +109,21 @@ def log_likelihoods(
     Raises:
         ValueError: for a label that the networks have no output for.
     """
-    device = next(models.model.parameters()).device
-    labels = examples["labels"].to(device)
     total = torch.zeros(len(parameters))
-    if len(labels) == 0:
-        return total
-    for rows, logits in models(lambda call: predict(call, examples), parameters.to(device)):  # (n, B, C)
-        if sigma is not None:
-            errors = logits.float() - labels.view(logits.shape[1:])
-            total[rows] = -(errors / sigma).square().flatten(1).sum(1).cpu() / 2
-            continue
-        check_labels(labels, logits.shape[-1])
-        log_probs = logits.float().log_softmax(-1)
-        total[rows] = log_probs.gather(-1, labels.expand(len(log_probs), -1).unsqueeze(-1)).sum((1, 2)).cpu()
+    if len(examples["labels"]):
+        rows = parameters.to(next(models.model.parameters()).device)
+        for part, outputs in models(lambda call: predict(call, examples), rows):
+            total[part] = -_losses(outputs, examples["labels"], sigma).cpu()
     return total
 
 
-def posterior_weights(
-    log_likelihood: torch.Tensor, temperature: float = 1.0, log_prior: torch.Tensor | None = None
-) -> torch.Tensor:
+def posterior_weights(log_likelihood: torch.Tensor, temperature: float = 1.0) -> torch.Tensor:
     """
-    Weights in proportion to prior · likelihood^(1 / temperature), shape `(N,)`, of sum 1. A network whose likelihood is
-    not finite gets none.
+    Weights in proportion to likelihood^(1 / temperature), shape `(N,)`, of sum 1. A network whose likelihood is not
+    finite gets none.
 
     Args:
         log_likelihood (`torch.Tensor`): Shape `(N,)`.
-        log_prior (`torch.Tensor`, *optional*): Shape `(N,)`, up to a constant; the same for all by default.
 
     Raises:
         ValueError: if no likelihood is finite.
@@ -140,8 +131,7 @@ def posterior_weights(
     usable = log_likelihood.isfinite()
     if not usable.any():
         raise ValueError("none of the networks gives the labels a finite likelihood")
-    logits = log_likelihood / temperature + (0 if log_prior is None else log_prior)
-    return torch.where(usable, logits, -math.inf).softmax(0)
+    return torch.where(usable, log_likelihood / temperature, -math.inf).softmax(0)
 
 
 def effective_sample_size(weights: torch.Tensor) -> float:
@@ -165,7 +155,6 @@ def example_loss(
     layout: ParameterLayout,
     examples: Mapping[str, Any],
     *,
-    class_weights: torch.Tensor | None = None,
     predict: Predict = predict_logits,
     sigma: float | None = None,
 ) -> LossFunction:
@@ -174,26 +163,19 @@ def example_loss(
 
     Args:
         examples (`Mapping[str, Any]`): A batch of the task with `labels`, int64 of shape `(B,)`.
-        class_weights (`torch.Tensor`, *optional*): How much an example of each class counts, shape `(C,)`.
         predict (`Callable`, *optional*): As `predict` of a task.
         sigma (`float`, *optional*): See [`log_likelihoods`].
 
     Returns:
         `Callable`: Parameters of shape `(n, D)` to the loss of each network, shape `(n,)`.
     """
-    check_examples(examples, sigma)
     runner = NetworkRunner(model, layout)
 
-    def loss(call: Callable, batch: Mapping[str, Any]) -> torch.Tensor:
-        logits = predict(call, examples).float()
-        if sigma is not None:
-            errors = logits - examples["labels"].to(logits.device).view(logits.shape)
-            return (errors / sigma).square().sum() / 2
-        check_labels(examples["labels"], logits.shape[-1])
-        weight = None if class_weights is None else class_weights.to(logits.device)
-        return F.cross_entropy(logits, examples["labels"].to(logits.device), weight, reduction="sum")
+    def loss(rows: torch.Tensor) -> torch.Tensor:
+        outputs = runner.stack(lambda call, _: predict(call, examples), rows, {}, shared=True)
+        return _losses(outputs, examples["labels"], sigma)
 
-    return lambda parameters: runner.stack(loss, parameters, {}, shared=True)
+    return loss
 
 
 def refine(
@@ -231,22 +213,20 @@ def select_by_likelihood(
     num_models: int,
     *,
     temperature: float = 1.0,
-    log_prior: torch.Tensor | None = None,
     generator: torch.Generator | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, float]:
     """
-    Draws `num_models` of N candidates in proportion to prior · likelihood^(1 / temperature): a sample of the posterior,
-    of which the candidates are the prior. A warning says if few of them decide.
+    Draws `num_models` of N candidates in proportion to likelihood^(1 / temperature): a sample of the posterior, of
+    which the candidates are the prior. A warning says if few of them decide.
 
     Args:
         log_likelihood (`torch.Tensor`): Of the examples, shape `(N,)`.
-        log_prior (`torch.Tensor`, *optional*): Shape `(N,)`, up to a constant; the same for all by default.
 
     Returns:
         `tuple`: Indices of the different candidates that were drawn, in order, shape `(n,)`; how often each was, as a
         share, `(n,)`; and the effective sample size of all candidates.
     """
-    weights = posterior_weights(log_likelihood, temperature, log_prior)
+    weights = posterior_weights(log_likelihood, temperature)
     size = effective_sample_size(weights)
     if size < FEW:
         logger.warning(

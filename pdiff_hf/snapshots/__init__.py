@@ -8,22 +8,3 @@ from .files import import_snapshots, read_networks
 from .frozen import FrozenCheck
 from .recorder import SnapshotCallback, SnapshotRecorder
 from .tracing import AlignmentError, find_hidden_units
-
-__all__ = [
-    "AlignmentError",
-    "CollectArguments",
-    "FrozenCheck",
-    "SnapshotCallback",
-    "SnapshotError",
-    "SnapshotRecorder",
-    "SnapshotWriter",
-    "adapter_layout",
-    "align_snapshots",
-    "collect_snapshots",
-    "find_hidden_units",
-    "import_snapshots",
-    "load_snapshots",
-    "parameter_matrix",
-    "read_networks",
-    "train_base_model",
-]

@@ -22,22 +22,3 @@ def __getattr__(name: str) -> Any:
         if name == "".join(part.capitalize() for part in task.split("_")) + "Task":
             return task_class(task)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-
-
-__all__ = [
-    "Batch",
-    "ClassificationTask",
-    "MeasuredTask",
-    "Split",
-    "Task",
-    "accuracy",
-    "check_head",
-    "make_family",
-    "make_task",
-    "predict_logits",
-    "register_family",
-    "register_task",
-    "take",
-    "task_class",
-    "task_names",
-]

@@ -4,16 +4,3 @@ from .autoencoder import train_autoencoder
 from .denoiser import gaussian_loss, make_sampling_scheduler, make_training_scheduler, train_denoiser
 from .loop import Loop, LoopArguments, TrainingError
 from .state import LoopCallback, LoopState
-
-__all__ = [
-    "Loop",
-    "LoopArguments",
-    "LoopCallback",
-    "LoopState",
-    "TrainingError",
-    "gaussian_loss",
-    "make_sampling_scheduler",
-    "make_training_scheduler",
-    "train_autoencoder",
-    "train_denoiser",
-]

@@ -1,5 +1,6 @@
 """Imports that wait until they are needed: torch and the libraries above it take seconds."""
 
+import ast
 import importlib
 import importlib.abc
 import importlib.util
@@ -7,6 +8,7 @@ import sys
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from importlib.machinery import ModuleSpec
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -25,6 +27,12 @@ def lazy_attributes(package: str, modules: Mapping[str, str]) -> Callable[[str],
         return getattr(importlib.import_module(modules[name], package), name)
 
     return get
+
+
+def stub_modules(file: str) -> dict[str, str]:
+    """For each name that the `.pyi` beside the `__init__.py` of a package imports, the module that has it."""
+    tree = ast.parse(Path(file).with_suffix(".pyi").read_text(encoding="utf-8"))
+    return {a.name: f".{n.module}" for n in tree.body if isinstance(n, ast.ImportFrom) for a in n.names}
 
 
 def when_imported(module: str, function: Callable[[ModuleType], Any]) -> None:

@@ -253,7 +253,7 @@ class Bench:
             log_prior = torch.cat([torch.full((len(rows),), part / len(rows)).log() for rows, part in of_each])
             start = []
             for t in range(len(self.tasks[split].table)):
-                weights = posterior_weights(self.tasks[split].likelihoods(t, n, candidates), temperature, log_prior)
+                weights = posterior_weights(self.tasks[split].likelihoods(t, n, candidates) / temperature + log_prior)
                 start.append(candidates[resample(weights, NUM_REFINED, torch.Generator().manual_seed(t))])
             return torch.cat(start)
 

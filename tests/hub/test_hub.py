@@ -711,7 +711,7 @@ def test_a_space_with_the_page(hub, run, monkeypatch, capsys):
     assert not any("gradio" in line or "peft" in line for line in needed)
     for module in ("", "scripts/", "pipelines/", "hub/"):
         assert f"pdiff_hf/{module}__init__.py" in space
-    assert {"pdiff_hf/scripts/page.py", "pdiff_hf/hub/card.md.jinja"} <= set(space)
+    assert {"pdiff_hf/__init__.pyi", "pdiff_hf/scripts/page.py", "pdiff_hf/hub/card.md.jinja"} <= set(space)
     compile(space["app.py"], "app.py", "exec")
     argv[1] = run.folder / "snapshots"
     assert "holds snapshots" in run_script(monkeypatch, capsys, *argv)

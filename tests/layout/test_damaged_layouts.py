@@ -4,8 +4,7 @@ import json
 import math
 
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 from safetensors.torch import save_file
 from support.damage import NAMES, changed, fuzz, only
 from transformers import AutoModelForImageClassification, ResNetConfig

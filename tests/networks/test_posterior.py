@@ -9,7 +9,7 @@ from torch import nn
 
 from pdiff_hf.networks.ensemble import EnsembleModel
 from pdiff_hf.networks.posterior import (
-    check_loss,
+    check_examples,
     effective_sample_size,
     example_loss,
     log_likelihoods,
@@ -130,15 +130,13 @@ def test_a_pipeline_draws_networks_for_examples(caplog):
     assert "effective sample size is" in caplog.text
 
 
-def test_given_candidates_have_the_share_of_the_prior_that_they_are_given():
+def test_given_candidates_count_as_sampled_ones():
     pipe = make_pipeline(make_network())
     nothing = {"pixel_values": torch.zeros(0, 3, 32, 32), "labels": torch.zeros(0, dtype=torch.long)}
     given = torch.zeros(2, pipe.autoencoder.layout.num_parameters)
-    for share, expected in ((0.75, 0.75), (None, 2 / 8)):
-        found = pipe.posterior(nothing, 6, 64, candidates=given, candidates_share=share, num_inference_steps=2)
-        of_given = (found.parameters == 0).all(1)
-        assert found.weights[of_given].sum().item() == pytest.approx(expected, abs=1 / 64)
-        assert found.effective_sample_size == pytest.approx(8 if share is None else 1 / (0.25**2 / 6 + 0.75**2 / 2))
+    found = pipe.posterior(nothing, 6, 64, candidates=given, num_inference_steps=2)
+    assert found.weights[(found.parameters == 0).all(1)].sum().item() == pytest.approx(2 / 8, abs=1 / 64)
+    assert found.effective_sample_size == pytest.approx(8)
 
 
 def test_candidates_are_decoded_a_few_at_a_time(monkeypatch):
@@ -160,7 +158,6 @@ def test_candidates_are_decoded_a_few_at_a_time(monkeypatch):
         ({}, {"refine_steps": -1}, "refine_steps must be a whole number of at least 1"),
         ({}, {"num_models": 0}, "num_models must be a whole number of at least 1"),
         ({}, {"refine_learning_rate": 0.0}, "refine_learning_rate must be above 0 and finite, got 0.0"),
-        ({}, {"candidates_share": 0.5}, "candidates_share needs candidates and lies between 0 and 1, got 0.5"),
         ({}, {"condition": [{}, {}, {}]}, "4 candidates cannot be shared by 3 conditions evenly"),
         ({}, {"candidates": torch.zeros(2, 5)}, r"candidates must have shape \(M, 64\), got \(2, 5\)"),
     ],
@@ -189,10 +186,10 @@ def test_values_are_labels_with_a_gaussian_error():
     torch.testing.assert_close(losses, -expected, rtol=1e-4, atol=1e-4)
     assert losses.requires_grad
     with pytest.raises(ValueError, match=r"examples need labels, floats of shape \(B, C\), got torch.int64"):
-        example_loss(model, layout, examples | {"labels": torch.ones(7, dtype=torch.long)}, sigma=sigma)
+        check_examples({"labels": torch.ones(7, dtype=torch.long)}, "mse", sigma)
 
 
 @pytest.mark.parametrize(("loss", "sigma"), [("mse", None), ("nll", 0.5), ("mse", 0.0)])
 def test_squared_errors_need_a_sigma_and_classes_have_none(loss, sigma):
     with pytest.raises(ValueError, match="loss='mse' needs sigma, above 0"):
-        check_loss(loss, sigma)
+        check_examples({}, loss, sigma)

@@ -6,8 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 from safetensors.torch import load_file
 from support.damage import changed, damaged, damaged_safetensors, fuzz, only
 from support.pipelines import make_pipeline, sample

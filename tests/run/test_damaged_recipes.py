@@ -3,8 +3,7 @@
 from pathlib import Path
 
 import yaml
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 from support.damage import changed, damaged, fuzz, only
 
 from pdiff_hf.run.cli import ConfigParser

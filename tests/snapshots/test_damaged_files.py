@@ -13,8 +13,7 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 from safetensors.torch import save_file
 from support.damage import NAMES, changed, damaged, damaged_safetensors, fuzz, only
 from transformers import AutoModelForImageClassification, ResNetConfig

@@ -15,8 +15,7 @@ import signal
 import struct
 from collections.abc import Callable, Iterator
 
-from hypothesis import HealthCheck, settings
-from hypothesis import strategies as st
+from hypothesis import HealthCheck, settings, strategies as st
 
 # No case takes more memory than this beyond what the process had, and none more seconds: far above what any needs.
 MEMORY, SECONDS = 2 * 2**30, 60

@@ -11,8 +11,7 @@ from PIL import Image
 from timm.models import save_for_hf
 from transformers import AutoImageProcessor, ConvNextConfig, ConvNextImageProcessor, ViTConfig, ViTImageProcessor
 
-from pdiff_hf.tasks import ImageClassificationTask
-from pdiff_hf.tasks import images as module
+from pdiff_hf.tasks import ImageClassificationTask, images as module
 
 
 def all_of(split):
