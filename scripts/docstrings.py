@@ -24,46 +24,67 @@ from pdiff_hf.tasks.multiple_choice import MultipleChoiceTask
 from pdiff_hf.training import Loop, LoopArguments
 from pdiff_hf.utils.files import replacing
 
-# What descriptions say of each package, and what they say of it where a task is unseen: no word is in both.
+# What descriptions say of each package; and, in other words, where a task is unseen. The text encoder finds those words
+# likest to their own package, so that the answer can be known.
 PACKAGES = {
     "datasets": (
-        "datasets|loading data sets|rows and columns of examples|splits for training and testing|streaming of shards|"
-        "features of a dataset and their types|caches in the Arrow format|mapping a function over many examples",
-        "corpora of samples",
+        "datasets|loading data sets|rows and columns of examples|splits for training and testing|"
+        "streaming of shards|features of a dataset and their types|caches in the Arrow format|"
+        "mapping a function over many examples|data on the Hub|downloading and preparing data|"
+        "filtering, shuffling and concatenating examples|builders of a data set and their configurations|"
+        "large collections of data|audio and image columns|datasets that are read lazily|sharing training data",
+        "repositories of records",
     ),
     "diffusers": (
-        "diffusers|generating pictures|pipelines that remove noise|text to image|Stable Diffusion|noise schedulers|"
-        "variational autoencoders and UNets|inpainting of images from a prompt",
+        "diffusers|generating pictures|pipelines that remove noise|text to image|Stable Diffusion|"
+        "noise schedulers|variational autoencoders and UNets|inpainting of images from a prompt|"
+        "denoising diffusion models|samplers and their timesteps|video generation|latents and guidance|"
+        "ControlNet and adapters for images|generative models of images|turning noise into a picture|"
+        "image to image",
         "artificial photographs and artwork",
     ),
     "matplotlib": (
-        "matplotlib|plots|figures with axes and lines|colors, markers and legends|drawing on a canvas|ticks and labels|"
-        "scatter diagrams and histograms|subplots of a figure",
+        "matplotlib|plots|figures with axes and lines|colors, markers and legends|drawing on a canvas|"
+        "ticks and labels|scatter diagrams and histograms|subplots of a figure|colormaps and colorbars|"
+        "rendering of lines, patches and text|saving a figure to PDF|interactive windows and toolkits|"
+        "limits and scales of an axis|drawing curves|pictures of data|annotations and arrows",
         "charts visualizing results",
     ),
     "numpy": (
-        "numpy|arrays|arrays of numbers and their shapes|universal functions and broadcasting|matrices, linear algebra|"
-        "element-wise operations|slices and indices of an array|polynomials and random numbers",
+        "numpy|arrays|arrays of numbers and their shapes|universal functions and broadcasting|"
+        "matrices, linear algebra|element-wise operations|slices and indices of an array|"
+        "polynomials and random numbers|n-dimensional arrays|dtypes and memory layout|Fourier transforms|"
+        "sums and products along an axis|sorting and searching arrays|calculations with vectors|"
+        "floating-point numbers|masked arrays",
         "scientific computing and arithmetic",
     ),
     "pandas": (
         "pandas|tables|series and data frames|groups, joins and pivots|time series, dates and periods|"
-        "an index with missing values|reading CSV files into a table|categories and intervals",
-        "spreadsheets and relational databases",
+        "an index with missing values|reading CSV files into a table|categories and intervals|"
+        "data analysis with tables|rows selected by label|merging two tables|resampling and rolling windows|"
+        "columns of a data frame|cleaning tabular data|aggregation by group|time zones and offsets",
+        "spreadsheets",
     ),
     "sklearn": (
         "scikit-learn|classical machine learning|fitting estimators|cross-validation and scores|decision trees|"
-        "support vector machines|choosing and scaling features|predicting targets",
+        "support vector machines|choosing and scaling features|predicting targets|random forests and boosting|"
+        "principal components and other decompositions|hyperparameters and grid search|"
+        "metrics such as precision and recall|nearest neighbors|linear models with a penalty|"
+        "labels of samples and their probabilities|supervised and unsupervised learning",
         "regression, clustering and statistical inference",
     ),
     "torch": (
         "torch|tensors|tensors and their gradients|modules and layers|CUDA devices and kernels|autograd|"
-        "optimizers of parameters in backward passes|compiled graphs and distributed processes",
+        "optimizers of parameters in backward passes|compiled graphs and distributed processes|trainable weights|"
+        "convolutions and activations|automatic differentiation|data-parallel processes|"
+        "quantized and sparse tensors|hooks and state dicts|just-in-time compilation|losses and learning rates",
         "deep neural networks on GPUs",
     ),
     "transformers": (
         "transformers|language models|tokenizers and attention|pretrained checkpoints|generation with beam search|"
-        "BERT and GPT|encoders and decoders|configurations of models of text",
+        "BERT and GPT|encoders and decoders|configurations of models of text|vocabularies and token ids|"
+        "fine-tuning a pretrained model|hidden states and attention masks|question answering and summarization|"
+        "sequence classification|models of vision|chat templates and prompts|large language models",
         "chatbots, translation and natural speech",
     ),
 }
@@ -201,7 +222,12 @@ def train_network(texts: dict[str, list[str]], folder: Path, seed: int) -> None:
     words = Tokenizer(models.BPE())
     words.pre_tokenizer, words.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
     special = ["<pad>", "<from>", *ANSWERS, *(f"<{package}>" for package in texts)]
-    trainer = trainers.BpeTrainer(vocab_size=VOCABULARY, special_tokens=special, show_progress=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY,
+        special_tokens=special,
+        initial_alphabet=words.pre_tokenizer.alphabet(),
+        show_progress=False,
+    )
     words.train_from_iterator(itertools.chain(*texts.values()), trainer)
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=words, pad_token="<pad>", additional_special_tokens=special[1:], truncation_side="left"

@@ -5,8 +5,10 @@ from functools import cache, partial
 
 import torch
 
+from ..models.embedded import EmbeddedField
 from ..models.kernel_ridge import KernelRidge
 from ..models.products import AdapterProducts, contracted, expanded
+from ..tasks.family import Family
 from .groups import Group, Pending
 from .member_score import MemberScorer
 from .opponents import Regime
@@ -39,8 +41,16 @@ def mean_networks(
 
 
 def nearest(features: torch.Tensor, seen: torch.Tensor, k: int) -> torch.Tensor:
-    """Which k of the seen conditions are nearest, `(M, k)`; both have features, of shape `(M, F)` and `(S, F)`."""
-    return torch.cdist(features, seen).topk(k, largest=False).indices
+    """Which k of the seen conditions are nearest, `(M, k)`; features are `(M, F)` and `(S, F)` or `(S, K, F)`."""
+    distances = torch.cdist(features, seen.flatten(0, -2)).unflatten(1, (len(seen), -1))
+    return distances.amin(2).topk(k, largest=False).indices
+
+
+def all_ways(family: Family, seen: torch.Tensor) -> torch.Tensor:
+    """Seen conditions, shape `(S, width)`, with all ways to say them, such as several descriptions: `(S, K, width)`."""
+    if not any(isinstance(field, EmbeddedField) for field in family.fields.values()):
+        return seen.unsqueeze(1)
+    return family.fields.alternatives(map(family.described, family.fields.conditions(seen)))
 
 
 def tuned_ridge(
@@ -57,7 +67,7 @@ def tuned_ridge(
     def loss(vectors_of: Callable[[torch.Tensor], torch.Tensor]) -> float:
         return scorer.loss(contracted(vectors_of(scorer.table.cpu()), products))
 
-    return KernelRidge.tuned(scorer.family.fields, seen, means, loss)
+    return KernelRidge.tuned(scorer.family.fields, all_ways(scorer.family, seen), means, loss)
 
 
 def closed_forms(
@@ -86,7 +96,8 @@ def closed_forms(
     last = torch.zeros(len(seen), dtype=torch.long).scatter_reduce_(
         0, inverse, torch.arange(len(table)), "amax", include_self=False
     )
-    features, known = fields.features(seen), snapshots[last]
+    ways, known = all_ways(regime.family, seen), snapshots[last]
+    features = fields.features(ways.flatten(0, 1)).unflatten(0, ways.shape[:2])
     counts = [k for k in NEIGHBORS if k <= len(seen)] or [1]
     ridge = cache(lambda: tuned_ridge(scorer, seen, means, products))
     noise = torch.Generator().manual_seed(regime.seed)

@@ -18,7 +18,7 @@ class KernelRidge:
 
     Args:
         fields (`Fields`): Of the conditions.
-        table (`torch.Tensor`): The seen conditions, shape `(S, width)`.
+        table (`torch.Tensor`): The seen conditions, shape `(S, width)`, or `(S, K, width)` with K ways to say each.
         parameters (`torch.Tensor`): Shape `(S, D)`.
         ridge (`float`): λ.
         scales (`list[float]`): What the features of each field are multiplied by, in the order of `fields`.
@@ -28,11 +28,12 @@ class KernelRidge:
         self, fields: Fields, table: torch.Tensor, parameters: torch.Tensor, ridge: float, scales: list[float]
     ):
         self.fields, self.ridge, self.scales = fields, ridge, scales
-        self.seen = self._scaled(table)
+        self.seen = self._scaled(table.flatten(0, -2))  # (S K, F)
         self.mean = parameters.mean(0)
-        kernel = self._kernel(self.seen) + ridge * torch.eye(len(table), dtype=torch.float64)
+        self.moves = (parameters - self.mean).double()
+        kernel = self._kernel(self.seen) + ridge * torch.eye(len(self.seen), dtype=torch.float64)
         self.inverse = torch.linalg.inv(kernel)
-        self.weights = self.inverse @ (parameters - self.mean).double()  # (S, D)
+        self.weights = self.inverse.unflatten(1, (len(table), -1)).sum(2)  # (S K, S)
 
     def _scaled(self, table: torch.Tensor) -> torch.Tensor:
         scales = torch.tensor(self.scales, dtype=torch.float64)[self.fields.feature_fields()]
@@ -43,11 +44,15 @@ class KernelRidge:
 
     def __call__(self, table: torch.Tensor) -> torch.Tensor:
         """Conditions, shape `(T, width)`, to parameters, shape `(T, D)`."""
-        return (self._kernel(self._scaled(table)) @ self.weights).float() + self.mean
+        return (self._kernel(self._scaled(table)) @ self.weights @ self.moves).float() + self.mean
 
     def sample(self, table: torch.Tensor, num_networks: int, generator: torch.Generator) -> torch.Tensor:
         """Samples around the prediction with the covariance of its leave-one-out residuals: shape `(T, n, D)`."""
-        residuals = (self.weights / self.inverse.diagonal().unsqueeze(1)).float()  # (S, D), exact for a linear smoother
+        count = len(self.moves)
+        blocks = self.inverse.unflatten(0, (count, -1)).unflatten(2, (count, -1)).diagonal(dim1=0, dim2=2)  # (K, K, S)
+        # Exact for a linear smoother: of each network without all ways to say what it is for.
+        left_out = torch.linalg.solve(blocks.permute(2, 0, 1), self.weights.unflatten(0, (count, -1))).mean(1)  # (S, S)
+        residuals = (left_out @ self.moves).float()  # (S, D)
         draws = torch.randn(len(table), num_networks, len(residuals), generator=generator)
         return self(table).unsqueeze(1) + draws @ residuals / math.sqrt(len(residuals))
 

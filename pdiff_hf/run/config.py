@@ -103,7 +103,8 @@ class PDiffConfig(
     @property
     def num_regressed(self) -> int:
         """`denoiser_args.regressed_networks`, or its default for this run."""
-        default = 1500 if self.has_family and self.tune_tasks == "seen" else 0
+        # The family `tabled` has no tasks beside those of its data.
+        default = 1500 if self.has_family and self.tune_tasks == "seen" and self.family != "tabled" else 0
         number = self.denoiser_args.regressed_networks
         return default if number is None else number
 

@@ -288,7 +288,7 @@ class DenoiserArgs:
     regressed_networks: int | None = option(
         None,
         "Families only: networks for other conditions, by kernel ridge regression, to learn beside the snapshots. "
-        "By default 1500 where tuning is on seen tasks alone, and else none.",
+        "By default 1500 where tuning is on seen tasks alone, and others can be drawn, and else none.",
         min=0,
         when=FAMILY,
     )

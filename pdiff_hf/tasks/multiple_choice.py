@@ -270,9 +270,8 @@ class PromptedNetwork(nn.Module):
 
     def forward(self, table: torch.Tensor, batch: Batch, generator: torch.Generator) -> torch.Tensor:
         """Logits of shape `(M, B, C)`."""
-        told = [self.family.told[i][self.name] for i, _ in self.family._members(table)]
-        ways = [way for _, way in self.family._members(table)]
-        tokens = [self.family.base.encode(texts[way % len(texts)]) for texts, way in zip(told, ways, strict=True)]
+        told = [(self.family.told[i][self.name], way) for i, way in self.family._members(table)]
+        tokens = [self.family.base.encode(f"{texts[way % len(texts)]}\n") for texts, way in told]
         batch = dict(batch)
         for name, rows in {"input_ids": tokens, "attention_mask": [[1] * len(row) for row in tokens]}.items():
             before = padded(rows, 0, left=True).to(table.device)[:, None, None]  # (M, 1, 1, T')

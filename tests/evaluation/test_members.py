@@ -76,6 +76,7 @@ def test_nearest():
     seen = torch.tensor([[0.0], [1.0], [5.0]])
     assert nearest(torch.tensor([[0.4], [4.0]]), seen, 1).tolist() == [[0], [2]]
     assert nearest(torch.tensor([[0.4]]), seen, 2).tolist() == [[0, 1]]
+    assert nearest(torch.tensor([[2.6]]), seen[:, None] + torch.tensor([[0.0], [1.5]]), 2).tolist() == [[1, 0]]
 
 
 def test_closed_forms_choose_on_validation(world):

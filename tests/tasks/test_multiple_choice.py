@@ -123,7 +123,10 @@ def test_tasks_that_a_column_names(tmp_path):
     (condition,) = family.fields.conditions(family.fields.table(sets["train"][:1]))
     assert family.described(condition) == sets["train"][0]
     model = family.load_base_model()
+    encoded, encode = [], base.encode
+    base.encode = lambda text: encoded.append(text) or encode(text)
     logits = family.prompted(model)(table, batch, torch.Generator())
+    assert encoded == [f"{condition['told'][0]}\n" for condition in sets["test"]]
     prompt = base.encode(sets["test"][1]["told"][0]) + batch["input_ids"][1, 0, 0][-2:].tolist()
     expected = model(torch.tensor([prompt])).logits[0, -1].log_softmax(-1)[ids("a b")]
     torch.testing.assert_close(logits[1, 0], expected)
