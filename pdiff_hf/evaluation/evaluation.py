@@ -41,6 +41,7 @@ def evaluate(
     losses: Mapping[str, Mapping[str, Sequence[float]]] | None = None,
     settings: Mapping[str, Any] | None = None,
     warnings: Sequence[str] = (),
+    outputs: Mapping[str, float] | None = None,
     folder: str | os.PathLike | None = None,
     seed: int = 0,
     **options: Any,
@@ -67,6 +68,7 @@ def evaluate(
         losses (`Mapping`, *optional*): The loss at every step, by panel and curve, for a figure.
         settings (`Mapping`, *optional*): To be kept in the report.
         warnings (`Sequence[str]`, *optional*): What else a reader has to know.
+        outputs (`Mapping`, *optional*): How reconstructions compute, to stand beside what they explain.
         folder (`str` or `os.PathLike`, *optional*): Receives the report and its figures.
         seed (`int`, *optional*, defaults to 0): Of everything that is drawn.
         options: `untuned`, the generator before it was tuned, and the others of [`SingleTask`], [`Members`] or
@@ -120,6 +122,8 @@ def evaluate(
         report.settings = dict(settings or {}) | {"seed": seed}
         report.sampling = {} if pipeline is None else sampling_of(pipeline)
         compared.complete(report)
+        if outputs:
+            report.reconstruction = (report.reconstruction or {}) | dict(outputs)
         report.describe()
         report.warnings = [*warnings, *report.warnings]
         if folder is not None and PartialState().is_main_process:

@@ -142,6 +142,15 @@ def sections(report: ReportData) -> Iterable[tuple[str, str, Table]]:
         return
     groups, title = report.groups, metric_title(report.metric)
     name: Columns = {"group": lambda row: row.name}
+    r = report.reconstruction or {}
+    words = {"agreement": "equal predictions (%)", "loss": "loss", "snapshots": "loss of snapshots"}
+    if computed := {word: number(r[key]) for key, word in words.items() if key in r}:
+        yield (
+            "Outputs of reconstructions",
+            "What networks compute that are decoded from the latents of snapshots, held-out ones if there are any, on "
+            "validation data.",
+            (list(computed), [list(computed.values())]),
+        )
     if report.fields:
         yield (
             "What the rows are",
@@ -165,8 +174,7 @@ def sections(report: ReportData) -> Iterable[tuple[str, str, Table]]:
         "mean (root mean square).",
         table_of(groups, name | scores | _measures(MEASURES, groups)),
     )
-    if report.reconstruction is not None:
-        r = report.reconstruction
+    if "r2_train" in r:
         columns: Columns = {"": lambda kind: "principal components" if kind else "autoencoder"}
         columns["seen snapshots"] = lambda kind: number(r[f"{kind}r2_train"], ".1%")
         columns["held-out snapshots"] = lambda kind: number(r[f"{kind}r2_heldout"], ".1%")

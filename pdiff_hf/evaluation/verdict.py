@@ -149,7 +149,7 @@ def find_warnings(report: ReportData) -> list[str]:
                 "more test data."
             )
     explained = report.reconstruction
-    if explained is not None and (explained["r2_train"] or 0.0) < EXPLAINS_LITTLE:
+    if explained is not None and (explained.get("r2_train", 1.0) or 0.0) < EXPLAINS_LITTLE:
         warnings.append(
             f"The autoencoder explains only {max(0.0, explained['r2_train'] or 0.0):.0%} of what differs between the "
             "snapshots, so every generated network is close to an average. Train it longer or with a higher learning "

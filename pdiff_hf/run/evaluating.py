@@ -58,6 +58,8 @@ def evaluate(context: RunContext, stage: Stage) -> None:
     device = PartialState().device
     model, is_tuned = context.base_model.to(device), context.is_wanted("tune")
     options: dict[str, Any] = {"settings": c.section(*stage.sections)}
+    record = context.files.record(context.stages["autoencoder"]) or {"results": {}}
+    options["outputs"] = record["results"].get("outputs")
     with contextlib.ExitStack() as stack:
         if family.fields:
             snapshots, options["conditions"] = context.known_snapshots()

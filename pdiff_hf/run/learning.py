@@ -2,6 +2,7 @@
 
 import itertools
 import logging
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -29,6 +30,7 @@ from ..pipelines import PDiffPipeline
 from ..tasks import ClassificationTask, take
 from ..tasks.data_task import DataTask
 from ..tasks.family import MAX_DRAWS
+from ..tasks.task import Split
 from ..training import (
     Loop,
     LoopArguments,
@@ -53,6 +55,8 @@ MAX_GRAD_NORM = 1.0
 LAST_LOSSES = 100
 # Training examples that the outputs of networks are compared on in a step.
 OUTPUT_EXAMPLES = 64
+# Snapshots, and validation examples, that reconstructions are compared on.
+COMPARED, COMPARED_EXAMPLES = 32, 500
 # So many networks of a regression are made at once.
 REGRESSED_AT_ONCE = 256
 
@@ -88,20 +92,76 @@ def learn_autoencoder(context: RunContext, loop: Loop, **kwargs: Any) -> tuple[P
 
 def fit_autoencoder(context: RunContext, stage: Stage) -> None:
     """The autoencoder that turns snapshots into latents."""
-    c = context.config
+    c, of_outputs = context.config, context.config.autoencoder_args.loss == "outputs"
     with context.loop(stage) as loop:
         autoencoder, losses = learn_autoencoder(
             context,
             loop,
             latent_noise=c.autoencoder_args.latent_noise,
-            output_loss=output_loss(context, loop.device) if c.autoencoder_args.loss == "outputs" else None,
+            output_loss=output_loss(context, loop.device) if of_outputs else None,
         )
+        device = loop.device
     if not PartialState().is_main_process:
         return
+    results: dict[str, Any] = {"losses": losses.tolist()}
+    if autoencoder.adapter_geometry is not None:
+        results["adapters"] = autoencoder.adapter_geometry
+    if of_outputs and not isinstance(context.task, DataTask):  # a report on data has their decibels
+        results["outputs"] = compare_outputs(context, autoencoder, device)
     with context.files.replacing(stage) as folder:
         autoencoder.save_pretrained(folder)
-    geometry = {} if autoencoder.adapter_geometry is None else {"adapters": autoencoder.adapter_geometry}
-    context.finish(stage, {"losses": losses.tolist()} | geometry)
+    context.finish(stage, results)
+
+
+@torch.no_grad()
+def compare_outputs(context: RunContext, autoencoder: ParameterAutoencoder, device: torch.device) -> dict[str, float]:
+    """
+    How far reconstructions of some snapshots, held-out ones if there are any, compute the same on validation examples:
+    `agreement`, the share of equal predictions in percent, or of networks that are no classifiers the mean `loss` of
+    reconstructions and that of `snapshots`.
+    """
+    heldout = context.heldout if context.heldout.any() else ~context.heldout
+    rows = heldout.nonzero().flatten()[:COMPARED]
+    networks, run = NetworkRunner(context.base_model.to(device), context.layout), _runs(context, "validation", device)
+    total = len(context.task.load_split("validation"))  # type: ignore[arg-type]  # a map-style data set
+    examples = torch.linspace(0, total - 1, min(total, COMPARED_EXAMPLES)).round().long()
+    found = []
+    for row in rows.split(1):  # of large networks as few as of small ones
+        own = context.parameters[row]
+        pair = torch.cat([own, autoencoder.decode(autoencoder.encode(own).latents).sample]).to(device)
+        found.append(run(networks, pair, row.expand(2), examples))
+    context.base_model.to("cpu")
+    outputs = torch.stack(found)  # (n, 2, B, C), or losses (n, 2)
+    if isinstance(context.task, ClassificationTask):
+        said = outputs.argmax(-1)
+        result = {"agreement": 100 * (said[:, 0] == said[:, 1]).double().mean().item()}
+        logger.info(
+            "autoencoder: reconstructions agree with their snapshots in %.1f%% of predictions", *result.values()
+        )
+    else:
+        result = dict(zip(("snapshots", "loss"), outputs.double().mean(0).tolist(), strict=True))
+        logger.info("autoencoder: the loss of snapshots is %.4g, and %.4g of reconstructions", *result.values())
+    return result
+
+
+def _runs(context: RunContext, split: Split, device: torch.device) -> Callable[..., torch.Tensor]:
+    """
+    `run(networks, parameters, rows, examples)` gives the logits of networks `(n, D)`, those of classifiers and in the
+    place of the snapshots `rows`, on some examples of a split, `(n, B, C)`; of all others the losses, `(n,)`.
+    """
+    task, family = context.task, context.family
+    table = context.snapshot_conditions if family.fields else torch.zeros(len(context.parameters), 0)
+    if table.isnan().any():
+        raise RunError("autoencoder_args.loss=outputs needs snapshots whose conditions are all known")
+    data = task.load_split(split)
+
+    def run(networks: NetworkRunner, parameters: torch.Tensor, rows: torch.Tensor, examples: torch.Tensor):
+        if isinstance(task, ClassificationTask):
+            return networks.stack(family.predict, parameters, family.batch(split, table[rows].to(device), examples))
+        batch = to_device(task.collate(take(data, examples.tolist())), device)
+        return networks.stack(task.loss, parameters, batch, shared=True)
+
+    return run
 
 
 def output_loss(context: RunContext, device: torch.device) -> OutputLoss:
@@ -109,7 +169,7 @@ def output_loss(context: RunContext, device: torch.device) -> OutputLoss:
     How far the outputs of decoded networks are from those of snapshots: from the data, if each is a datum; of
     classifiers the divergence of predictions on training examples; and of all others their own loss there.
     """
-    task, family = context.task, context.family
+    task = context.task
     networks = NetworkRunner(context.base_model.to(device), context.layout)
     if isinstance(task, DataTask):
         points, size = task.coordinates().to(device), context.config.collect_batch_size
@@ -127,20 +187,16 @@ def output_loss(context: RunContext, device: torch.device) -> OutputLoss:
             return task.error(outputs, signals[rows.unsqueeze(1), some.cpu()].to(device)).mean()
 
         return error
-    table = context.snapshot_conditions if family.fields else torch.zeros(len(context.parameters), 0)
-    if table.isnan().any():
-        raise RunError("autoencoder_args.loss=outputs needs snapshots whose conditions are all known")
-    count, split = OUTPUT_EXAMPLES, task.load_split("train")
+    run, total = _runs(context, "train", device), len(task.load_split("train"))  # type: ignore[arg-type]  # map-style
 
     def loss(parameters: torch.Tensor, rows: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-        chosen = torch.randint(len(split), (count,), generator=generator, device=device).cpu()
+        chosen = torch.randint(total, (OUTPUT_EXAMPLES,), generator=generator, device=device).cpu()
+        found = run(networks, parameters, rows, chosen)
         if not isinstance(task, ClassificationTask):
-            batch = to_device(task.collate(take(split, chosen.tolist())), device)
-            return networks.stack(task.loss, parameters, batch, shared=True).mean()
-        batch = family.batch("train", table[rows].to(device), chosen)
+            return found.mean()
         with torch.no_grad():
-            wanted = networks.stack(family.predict, context.parameters[rows].to(device), batch).log_softmax(-1)
-        found = networks.stack(family.predict, parameters, batch).log_softmax(-1)
+            wanted = run(networks, context.parameters[rows].to(device), rows, chosen).log_softmax(-1)
+        found = found.log_softmax(-1)
         return F.kl_div(found, wanted, reduction="none", log_target=True).sum(-1).mean()
 
     return loss

@@ -1,6 +1,7 @@
 """LoRA adapters on demand: a family of text classifiers, whose adapters are learned as products."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -128,3 +129,12 @@ def test_generated_adapters_load_with_plain_peft(finished, folder, tmp_path, mon
 def test_what_products_do_not_go_with_is_refused_before_any_work(folder):
     with pytest.raises(ValueError, match="lora_A and lora_B .* leave adapter_products out"):
         prepare(recipe(folder, select=["*classifier*"]))
+
+
+def test_the_autoencoder_of_adapters_is_trained_on_what_they_predict(folder, finished, tmp_path):
+    shutil.copytree(finished.folder, tmp_path / "run")
+    changes = {"autoencoder_preset": "linear", "autoencoder_args": {"loss": "outputs"}, "overwrite_output_dir": True}
+    run = prepare(recipe(folder, output_dir=str(tmp_path / "run"), autoencoder_steps=20, **changes))
+    execute(run, ["autoencoder"])
+    results = run.files.record(run.stages["autoencoder"])["results"]
+    assert results["losses"][-1] >= 0 and 50 < results["outputs"]["agreement"] <= 100

@@ -16,7 +16,7 @@ from pdiff_hf.evaluation.opponents import Regime
 from pdiff_hf.run.config import PDiffConfig
 from pdiff_hf.run.context import RunContext
 from pdiff_hf.run.folder import RunError
-from pdiff_hf.run.learning import regressed_latents
+from pdiff_hf.run.learning import compare_outputs, regressed_latents
 from pdiff_hf.run.trainer import execute, prepare
 from pdiff_hf.snapshots import load_snapshots, parameter_matrix
 from pdiff_hf.utils.seeds import named_seed
@@ -295,3 +295,18 @@ def test_what_is_refused_before_any_work(tmp_path, changes, message):
     with pytest.raises(ValueError, match=message):
         run_in(tmp_path / "out", **changes)
     assert not (tmp_path / "out").exists()
+
+
+def test_an_autoencoder_is_trained_on_predictions_of_the_members(finished, tmp_path):
+    """Reconstructions of held-out networks then predict more like them than from as many principal components."""
+    folder, agreement = tmp_path / "out", {}
+    shutil.copytree(finished.folder, folder)
+    changes = {"latent_dim": 2, "baselines": "few", "tune_steps": 0, "overwrite_output_dir": True, "tune_args": {}}
+    changes["heldout_snapshots"] = 0.25
+    learned = {"autoencoder_steps": 80, "autoencoder_args": {"loss": "outputs", "latent_noise": 0}}
+    for preset, more in (("pca", {}), ("linear", learned)):
+        run = finish(folder, autoencoder_preset=preset, **changes, **more)
+        agreement[preset] = compare_outputs(run, run.autoencoder, torch.device("cpu"))["agreement"]
+    report = Report.load(folder / "evaluation")
+    assert report.reconstruction == {"agreement": agreement["linear"]} and agreement["linear"] > agreement["pca"]
+    assert "Outputs of reconstructions" in (folder / "evaluation" / "report.md").read_text()
