@@ -27,7 +27,9 @@ AUTOENCODER_PRESETS: dict[str, dict[str, Any]] = {
     "pca": {"block_out_channels": ()},
     "linear": {"block_out_channels": (), "linear": True},
 }
-MOST_COMPONENTS = 256  # that the preset `linear` starts from
+# Of principal components that the preset `linear` starts from, which bound what it keeps of held-out networks: so many
+# values in their bases, 128 MB of float32, but no fewer components than these.
+BASES, COMPONENTS = 2**25, 256
 # From so many parameters on, the bases of the preset `tokens` are kept as int8: they are most of a generator then.
 LARGE = 2**22
 # So many snapshots are encoded at once.
@@ -77,8 +79,7 @@ def autoencoder_architecture(
             kept as those of large networks.
     """
     if preset == "linear":
-        most = min(MOST_COMPONENTS, num_parameters, num_parameters if num_snapshots is None else num_snapshots - 1)
-        return AUTOENCODER_PRESETS[preset] | {"token_dim": most}
+        return AUTOENCODER_PRESETS[preset] | {"token_dim": num_components(num_parameters, num_snapshots)}
     if preset != "tokens":
         return AUTOENCODER_PRESETS[preset]
     default = 2 ** math.ceil(math.log2(2 * math.sqrt(num_parameters)))
@@ -87,6 +88,12 @@ def autoencoder_architecture(
         return architecture
     token_dim = architecture["token_dim"] if num_snapshots is None else num_snapshots - 1
     return architecture | {"basis_dtype": "int8", "token_dim": min(token_dim, architecture["token_dim"])}
+
+
+def num_components(num_parameters: int, num_snapshots: int | None = None) -> int:
+    """How many principal components of D parameters, of K snapshots, the preset `linear` starts from."""
+    most = max(COMPONENTS, BASES // num_parameters)
+    return min(most, num_parameters, num_parameters if num_snapshots is None else num_snapshots - 1)
 
 
 @torch.no_grad()

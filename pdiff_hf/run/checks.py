@@ -5,7 +5,7 @@ from collections.abc import Iterator
 
 from ..evaluation.score import make_scorer
 from ..evaluation.sets import SPLITS, too_few
-from ..models.autoencoder import MOST_COMPONENTS
+from ..models.autoencoder import num_components
 from ..models.products import AdapterProducts
 from ..networks.adapters import without_wrapper
 from ..tasks import ClassificationTask
@@ -52,7 +52,7 @@ def _complaints(context: RunContext) -> Iterator[str]:
     if round(context.num_snapshots * (1 - share)) < 2:
         yield f"{context.num_snapshots} snapshots leave fewer than 2 to train on"
     num_seen = round(context.num_snapshots * (1 - (0 if c.is_of_data and c.collects else share)))
-    if c.autoencoder_preset == "linear" and c.latent_dim > (most := min(MOST_COMPONENTS, num_seen - 1)):
+    if c.autoencoder_preset == "linear" and c.latent_dim > (most := num_components(length, num_seen)):
         yield (
             f"latent_dim is {c.latent_dim}, more than the {most} components that autoencoder_preset=linear has of "
             f"{num_seen} snapshots; use fewer, or autoencoder_preset=tokens"
