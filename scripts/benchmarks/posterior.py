@@ -1,399 +1,307 @@
-"""A prior over networks: unknown fields and a few labelled examples, against everything simpler that could serve.
+"""
+Networks for an unknown task, with a few labelled examples of it or with a field of its condition unknown.
 
-python scripts/benchmarks/posterior.py                                         # scikit-learn's digits
-python scripts/benchmarks/posterior.py --dataset path/to/fashion_mnist --image_size 14 --seeds 0 1 2
-python scripts/benchmarks/posterior.py --dataset path/to/fashion_mnist --image_size 14 --family grouped
+    python scripts/benchmarks/on_demand.py --seeds 0 1 2
+    python scripts/benchmarks/posterior.py outputs/on_demand/seed0 outputs/on_demand/seed1 outputs/on_demand/seed2
+
+It takes finished runs of a family and their unseen tasks. Candidates from several priors are weighted by the likelihood
+of the examples, as `PDiffPipeline.posterior` does, and networks are fine-tuned on them. What each method has to choose
+(temperature of the likelihood, learning rate, steps) is chosen for each number of examples on validation tasks.
 """
 
 import argparse
 import functools
-import itertools
 import json
-import resource
-from collections.abc import Callable, Sequence
+import math
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import torch
-from posterior_metrics import (
-    TEMPERATURES,
-    WeighedSet,
-    expected_unknown_nll,
-    fit_temperature,
-    marginal_nll,
-    mix,
-    summarize,
-    validity,
-    weigh,
-)
-from posterior_priors import NUM_CANDIDATES, Clock, Priors, add_arguments
-from posterior_report import GENERATOR, TRAINING_NETWORKS, ZOO_GENERATOR, pool_reports, render_markdown
-from torch import Tensor
+import torch.nn.functional as F
 
-from pdiff_hf.evaluation.groups import training_cost
-from pdiff_hf.networks.posterior import log_likelihoods, posterior_weights, resample
-from pdiff_hf.tasks.label_groups import GroupedFamily
+from pdiff_hf.evaluation.closed_forms import mean_networks, tuned_ridge
+from pdiff_hf.evaluation.compare import paired_difference
+from pdiff_hf.evaluation.member_score import MemberScorer
+from pdiff_hf.evaluation.report import Report
+from pdiff_hf.networks.posterior import log_likelihoods, posterior_weights, refine, resample
+from pdiff_hf.networks.runner import NetworkRunner
+from pdiff_hf.pipelines import PDiffPipeline
+from pdiff_hf.run.cli import load_config
+from pdiff_hf.run.terminal import quiet_libraries
+from pdiff_hf.run.trainer import prepare
+from pdiff_hf.tasks.task import Batch
+from pdiff_hf.utils import names
 from pdiff_hf.utils.files import write_json
-from pdiff_hf.utils.seeds import derive_seed
 
-NUM_EXAMPLES = (0, 1, 3, 6, 10, 20, 50)
-SHARES = (0.0, 0.1, 0.3, 0.5, 0.7, 0.9, 1.0)  # of the generic network in a prior
-# Of a generator of a zoo and of the zoo, and of the generic network beside both.
-ZOO_SHARES, GENERIC_SHARES = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0), (0.0, 0.1, 0.5, 1.0)
-TUNING_STEPS, TUNING_RATES = [0, 10, 30, 100, 300, 600], (1e-3, 3e-3, 1e-2)
-NUM_REFINED, REFINE_STEPS = 32, [0, 3, 10, 30]
-NUM_QUERIES = {"validation": 300, "test": 1000}
-NUM_DRAWS, NUM_NEAREST = 256, 32  # where fields are unknown
-NUM_UNKNOWN = (1, 7, 9, 10)  # bits of a grouped task
-
-# What each task of a split is answered with: `answers("test")`.
-Answers = Callable[[str], Sequence[WeighedSet]]
-# For a number of labelled examples, by what can be chosen, the answers and the passes of a task.
-Options = Callable[[int], dict[Any, tuple[Answers, int]]]
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.strip().split("\n")[0])
-    add_arguments(parser)
-    parser.add_argument("--output_dir", default="outputs/posterior", help="What is trained in it already is used.")
-    args = parser.parse_args()
-    folder, reports = Path(args.output_dir), []
-    for seed in args.seeds:
-        clock = Clock()
-        bench = Bench(Priors(args, seed, folder / f"seed{seed}" / "trained", clock))
-        settings = {name: value for name, value in vars(args).items() if name not in ("output_dir", "seeds")}
-        report = {"examples": bench.labelled_examples(), "fields": bench.unknown_fields(), "rows": bench.rows}
-        report |= {"ideal": bench.ideal, "validity": bench.valid_networks()}
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-        report["settings"] = settings | {"seed": seed, "cpu_seconds": clock.seconds, "peak_memory_gb": peak}
-        write_json(folder / f"seed{seed}" / "report.json", report)
-        reports.append(report)
-        print(json.dumps(clock.seconds), flush=True)
-    report = pool_reports(reports)
-    write_json(folder / "report.json", report)
-    (folder / "report.md").write_text(render_markdown(report), encoding="utf-8")
-    print(render_markdown(report))
-
-
-class Tasks:
-    """Examples and queries of the validation or the test tasks."""
-
-    def __init__(self, priors: Priors, split: str):
-        self.family, self.networks, self.table = priors.family, priors.networks, priors.tables[split]
-        generator = torch.Generator().manual_seed(derive_seed(priors.seed, 30, len(self.table)))
-        num_images, most = self.family.num_examples("validation"), max(NUM_EXAMPLES)
-        order = torch.stack([torch.randperm(num_images, generator=generator) for _ in self.table])
-        # Images that no network was trained on; queries of validation tasks are others of them.
-        self.examples = self.family.batch("validation", self.table, order[:, :most])
-        total = self.family.num_examples(split)
-        num = min(NUM_QUERIES[split], total - most) // 20 * 20
-        indices = order[:, most : most + num]
-        if split == "test":
-            indices = torch.randperm(total, generator=generator)[:num].expand(len(self.table), -1)
-        self.queries = self.family.batch(split, self.table, indices)
-
-    def first(self, t: int, n: int) -> dict[str, Tensor]:
-        """The first n examples of a task."""
-        return {name: values[t, :n] for name, values in self.examples.items()}
-
-    def likelihoods(self, t: int, n: int, networks: Tensor) -> Tensor:
-        """Of the first n examples of a task, shape `(N,)`."""
-        return log_likelihoods(self.networks, self.first(t, n), networks, self.family.predict)
-
-    def weigh(
-        self, networks: Callable[[int], Tensor], numbers: Sequence[int] = (0,), temperatures: Sequence[float] = (1.0,)
-    ) -> list[WeighedSet]:
-        """What candidates, `networks(t)` of shape `(N, D)` for each task, say about it."""
-        found = []
-        for t in range(len(self.table)):
-            batches = ({name: values[t] for name, values in batch.items()} for batch in (self.examples, self.queries))
-            found.append(weigh(self.networks, self.family.predict, networks(t), *batches, numbers, temperatures))
-        return found
+NUM_EXAMPLES, SHOWN = (1, 3, 10, 20, 50), 20  # differences are with 20
+NUM_CANDIDATES, NUM_DRAWN, REFINE_STEPS = 2048, 64, 50
+TEMPERATURES = (1.0, 1.5, 2.0, 4.0)  # of likelihoods
+RATES, STEPS = (0.001, 0.003, 0.01, 0.03), (0, 10, 30, 100)  # of fine-tuning
+NUM_SETTING_TASKS, NUM_QUERIES = 16, 500
+NUM_DRAWS, JOINT_QUERIES = 256, 20  # where a field is unknown
+GENERATOR = "posterior of the generator"
+# Accuracy in percent and negative log-likelihood of a task, for each of some settings.
+Scores = dict[str, tuple[float, float]]
 
 
 class Bench:
-    """
-    Scores every method, with what it has to choose chosen on validation tasks.
+    """The unseen tasks of a run, and what could answer for them."""
 
-    Attributes:
-        rows (`dict`): Kind of each method, and passes before the first task.
-        ideal (`dict`): What the unknown bits of grouped tasks cost at least.
-    """
-
-    def __init__(self, priors: Priors):
-        self.priors = priors
-        self.tasks = {split: Tasks(priors, split) for split in ("validation", "test")}
-        self.rows: dict[str, dict] = {}
-        self.ideal: dict[str, float] = {}
-        self.sections: dict[str, dict] = {f"{n} examples": {} for n in NUM_EXAMPLES}
-
-    def methods(self) -> dict[str, tuple[str, int, Callable[[Tensor, int, int], Tensor]]]:
-        """
-        Priors of networks by name: what kind they are, passes before the first task, and `networks(known, num, seed)`,
-        that agree with a row of a table, NaN where it is unknown.
-        """
-        p = self.priors
-
-        def by(module, of_seen: bool = False) -> Callable[[Tensor, int, int], Tensor]:
-            return lambda known, num, seed: p.networks_for(module, p.draw(known, num, seed, of_seen), 0, seed)
-
-        def ridge(of_seen: bool) -> Callable[[Tensor, int, int], Tensor]:
-            return lambda known, num, seed: p.ridge(p.draw(known, num, seed, of_seen))
-
-        return {
-            GENERATOR: ("generator", p.tuned_passes, by(p.tuned)),
-            "generator, fields of seen tasks": ("variant", p.tuned_passes, by(p.tuned, of_seen=True)),
-            "generator by weights": ("variant", p.zoo_passes, by(p.by_weights)),
-            "hypernetwork": ("hypernetwork", p.tuned_passes, by(p.hypernetwork)),
-            "kernel ridge, fields drawn": ("closed form", p.zoo_passes, ridge(of_seen=False)),
-            "kernel ridge, fields of seen tasks": ("closed form", p.zoo_passes, ridge(of_seen=True)),
+    def __init__(self, folder: Path):
+        config = load_config(str(folder / "recipe.yaml"), output_dir=str(folder), stages=["evaluate"])
+        self.run = run = prepare(config)
+        self.family, self.networks = run.family, NetworkRunner(run.base_model, run.layout)
+        self.snapshots, self.known = run.known_snapshots()
+        self.tuned = run.pipeline
+        self.by_weights = PDiffPipeline.from_pretrained(run.folder / names.PIPELINE)
+        self.by_weights.register_to_config(**config.sampling)
+        self.tasks = {"validation": run.conditions["validation"][:NUM_SETTING_TASKS], "test": run.conditions["test"]}
+        order = torch.Generator().manual_seed(config.seed)
+        num = self.family.num_examples("validation")
+        self.indices = {
+            split: torch.stack([torch.randperm(num, generator=order) for _ in table])
+            for split, table in self.tasks.items()
         }
+        self.drawn = self.family.conditions(NUM_CANDIDATES, config.seed + 1, without=run.unseen_tasks)
 
-    # ---- a few labelled examples and nothing else, with every prior that could be weighed by them
+    def examples(self, split: str, task: int) -> Batch:
+        """Of a task, from images that no network was trained on."""
+        return self._batch("validation", split, task, self.indices[split][task, : max(NUM_EXAMPLES)])
 
-    def add(self, name: str, kind: str, once: int, options: Options, numbers: Sequence[int] = ()) -> None:
-        """Adds a method to the sections of these numbers of examples, all by default."""
-        self.rows[name] = {"kind": kind, "once": once}
-        labels = {split: tasks.queries["labels"] for split, tasks in self.tasks.items()}
+    def queries(self, split: str, task: int) -> Batch:
+        """Test images; of a validation task other validation images."""
+        if split == "validation":
+            rest = self.indices[split][task, max(NUM_EXAMPLES) :][:NUM_QUERIES]
+            return self._batch("validation", split, task, rest)
+        total = self.family.num_examples("test")
+        rows = torch.linspace(0, total - 1, min(total, NUM_QUERIES)).round().long()
+        return self._batch("test", split, task, rows)
 
-        def scores(answers: Answers, split: str) -> list[dict[str, float]]:
-            pairs = zip(answers(split), labels[split], strict=True)
-            return [{metric: value.item() for metric, value in summarize(*pair).items()} for pair in pairs]
+    def _batch(self, source: str, split: str, task: int, indices: torch.Tensor) -> Batch:
+        batch = self.family.batch(source, self.tasks[split][task : task + 1], indices)  # type: ignore[arg-type]
+        return {name: values[0] for name, values in batch.items()}
 
-        for n in numbers or NUM_EXAMPLES:
-            found = options(n)
-            best = min(found, key=lambda key: sum(row["nll"] for row in scores(found[key][0], "validation")))
-            answers, passes = found[best]
-            chosen = torch.stack([one.probabilities for one in answers("validation")])
-            scale = fit_temperature(chosen, labels["validation"])
-            values = scores(answers, "test")
-            row: dict = {metric: [value[metric] for value in values] for metric in values[0]}
-            pairs = zip(answers("test"), labels["test"], strict=True)
-            row["scaled_nll"] = [marginal_nll(one.probabilities, right, scale).item() for one, right in pairs]
-            self.sections[f"{n} examples"][name] = row | {"passes": passes, "choice": best}
-        accuracies = {key: section[name]["accuracy"] for key, section in self.sections.items() if name in section}
-        print(name, {key: round(sum(row) / len(row), 1) for key, row in accuracies.items()}, flush=True)
+    @torch.no_grad()
+    def sample(self, pipeline: PDiffPipeline, conditions: list | None, num: int = 1) -> torch.Tensor:
+        """Parameters `(N, D)`: `num` networks for each condition, or without any `num` for those that were seen."""
+        pipeline.set_progress_bar_config(disable=True)
+        generator = torch.Generator().manual_seed(0)
+        return pipeline(num, generator=generator, condition=conditions, output_type="pt", return_dict=False)[0]
 
-    def add_weighed(
-        self, name: str, kind: str, once: int, sources: Sequence[dict], shares: Sequence[tuple], num: int
-    ) -> None:
-        """
-        Adds a method that weighs `num` candidates.
+    @functools.cached_property
+    def ridge(self) -> Callable[[torch.Tensor], torch.Tensor]:
+        """Kernel ridge regression from conditions to networks, chosen on validation tasks."""
+        seen, _, means = mean_networks(self.snapshots, self.known)
+        scorer = MemberScorer(self.family, self.networks, self.run.conditions["validation"], 500)
+        return tuned_ridge(scorer, seen, means)
 
-        Args:
-            sources (`list`): Of `weigh`.
-            shares (`list`): Priors to choose from: the probability of each of the sources.
-        """
+    def priors(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Candidates for all tasks, by what they come from."""
+        drawn = self.family.fields.table(self.drawn)
+        yield GENERATOR, self.sample(self.tuned, self.drawn)
+        yield f"{GENERATOR}, seen conditions", self.sample(self.tuned, None, NUM_CANDIDATES)
+        yield f"{GENERATOR} by weights", self.sample(self.by_weights, self.drawn)
+        yield "posterior of kernel ridge", self.ridge(drawn)
+        yield "posterior of the training networks", self.snapshots
 
-        def options(n: int) -> dict[Any, tuple[Answers, int]]:
-            e = NUM_EXAMPLES.index(n)
+    # ---- a few labelled examples
 
-            def answers(split: str, share: tuple, k: int) -> list[WeighedSet]:
-                each = zip(*(source[split] for source in sources), strict=True)
-                return [mix([part.at(e, k) for part in parts], share) for parts in each]
+    def weigh(self, candidates: torch.Tensor, split: str, task: int) -> dict[int, Scores]:
+        """What weighted candidates say about a task, by the number of examples and the temperature."""
+        queries = self.queries(split, task)
+        keys = [(n, t) for n in NUM_EXAMPLES for t in TEMPERATURES]
+        likelihoods = {n: self.likelihoods(candidates, split, task, n) for n in NUM_EXAMPLES}
+        weights = torch.stack([posterior_weights(likelihoods[n], t) for n, t in keys])  # (K, N)
+        probabilities = self.logits(candidates, queries).softmax(-1)  # (N, B, C)
+        mixed = (weights @ probabilities.flatten(1)).unflatten(1, probabilities.shape[1:])
+        answers: dict[int, Scores] = {n: {} for n in NUM_EXAMPLES}
+        for (n, t), values in zip(keys, mixed, strict=True):
+            answers[n][f"temperature {t:g}"] = score(values, queries["labels"])
+        return answers
 
-            choices = itertools.product(dict.fromkeys(shares), enumerate(TEMPERATURES))
-            return {
-                (share, temperature): (functools.partial(answers, share=share, k=k), num * n)
-                for share, (k, temperature) in choices
-            }
+    def logits(self, rows: torch.Tensor, batch: Batch) -> torch.Tensor:
+        """Of networks `(N, D)` on one batch, shape `(N, B, C)`."""
+        return torch.cat([out for _, out in self.networks(lambda call: self.family.predict(call, batch), rows)])
 
-        self.add(name, kind, once, options)
+    def likelihoods(self, candidates: torch.Tensor, split: str, task: int, n: int) -> torch.Tensor:
+        """Log-likelihoods of the first n examples of a task, shape `(N,)`."""
+        examples = {name: values[:n] for name, values in self.examples(split, task).items()}
+        return log_likelihoods(self.networks, examples, candidates, self.family.predict)
 
-    def weigh(self, candidates: Tensor) -> dict[str, list[WeighedSet]]:
-        """The same candidates for all tasks, with all numbers of examples."""
-        tasks = self.tasks.items()
-        return {split: some.weigh(lambda _: candidates, NUM_EXAMPLES, TEMPERATURES) for split, some in tasks}
+    def refined(self, candidates: torch.Tensor, task: int) -> tuple[float, float]:
+        """Networks that are drawn from the posterior and fine-tuned on the examples, each for itself."""
+        weights = posterior_weights(self.likelihoods(candidates, "test", task, SHOWN))
+        rows = candidates[resample(weights, NUM_DRAWN, torch.Generator().manual_seed(task))]
+        examples = {name: values[:SHOWN] for name, values in self.examples("test", task).items()}
+        settings = {"num_steps": REFINE_STEPS, "predict": self.family.predict}
+        rows = refine(self.networks.model, self.networks.layout, rows, examples, **settings)
+        queries = self.queries("test", task)
+        return score(self.logits(rows, queries).softmax(-1).mean(0), queries["labels"])
 
-    def given(self, networks: Callable[[str], Tensor], passes: int = 0) -> tuple[Answers, int]:
-        """Networks for each task of a split, shape `(T, N, D)`, that all count alike."""
-        cache: dict[str, list[WeighedSet]] = {}
-
-        def answers(split: str) -> list[WeighedSet]:
-            if split not in cache:
-                rows = networks(split)
-                cache[split] = [one.at(0, 0) for one in self.tasks[split].weigh(lambda t: rows[t])]
-            return cache[split]
-
-        return answers, passes
-
-    def fine_tuned(
-        self, starts: Callable[[str, int], Tensor], each: int, candidates: int, all_steps: list[int]
-    ) -> Options:
-        """`each` networks for a task, `starts(split, n)` of shape `(T · each, D)`, tuned on its examples."""
-
-        def options(n: int) -> dict[Any, tuple[Answers, int]]:
-            @functools.cache
-            def tuned(split: str, rate: float) -> dict[int, Tensor]:
-                examples = {k: v.repeat_interleave(each, 0) for k, v in self.tasks[split].examples.items()}
-                return self.priors.fine_tune(starts(split, n), examples, n, rate, all_steps)
-
-            def networks(split: str, rate: float, step: int) -> Tensor:
-                return tuned(split, rate)[step].unflatten(0, (-1, each))
-
-            return {
-                f"{step} steps of {rate:g}": self.given(
-                    functools.partial(networks, rate=rate, step=step), candidates * n + training_cost(step, n, each)
-                )
-                for rate, step in itertools.product(TUNING_RATES, all_steps)
-            }
-
-        return options
-
-    def refined(self, name: str, sets: Sequence[Tensor]) -> Options:
-        """
-        Networks drawn from the sets of candidates with the weights that were chosen for the method `name`, and
-        fine-tuned on the examples, all in one batch.
-        """
-        candidates = torch.cat(list(sets))
-
-        def starts(split: str, n: int) -> Tensor:
-            share, temperature = self.sections[f"{n} examples"][name]["choice"]
-            of_each = zip(sets, share, strict=True)
-            log_prior = torch.cat([torch.full((len(rows),), part / len(rows)).log() for rows, part in of_each])
-            start = []
-            for t in range(len(self.tasks[split].table)):
-                weights = posterior_weights(self.tasks[split].likelihoods(t, n, candidates) / temperature + log_prior)
-                start.append(candidates[resample(weights, NUM_REFINED, torch.Generator().manual_seed(t))])
-            return torch.cat(start)
-
-        return self.fine_tuned(starts, NUM_REFINED, len(candidates), REFINE_STEPS)
-
-    def labelled_examples(self) -> dict[str, dict]:
-        """The sections of the report."""
-        p, some = self.priors, NUM_EXAMPLES[1:]
-        nothing = torch.full((p.family.fields.width,), torch.nan)
-        start = p.generic.values.detach()
-        generic, zoo = self.weigh(start.unsqueeze(0)), self.weigh(p.snapshots)
-        with_generic = [(1 - share, share) for share in SHARES]
-        noise = torch.Generator().manual_seed(derive_seed(p.seed, 31))
-        candidates = {name: answer(nothing, NUM_CANDIDATES, 1) for name, (_, _, answer) in self.methods().items()}
-        candidates["kernel ridge + residuals"] = p.ridge.sample(p.draw(nothing, NUM_CANDIDATES, 1), 1, noise)[:, 0]
-        candidates[TRAINING_NETWORKS] = p.snapshots
-        for name, rows in candidates.items():
-            kind, once, _ = self.methods().get(name, ("closed form", p.zoo_passes, None))
-            found = zoo if name == TRAINING_NETWORKS else self.weigh(rows)
-            self.add_weighed(name, kind, once + p.opponent_passes, [found, generic], with_generic, len(rows))
-            if name == GENERATOR:
-                alone = "generator, without the generic network"
-                self.add_weighed(alone, "variant", once, [found], [(1.0,)], NUM_CANDIDATES)
-            p.clock(name)
-        self.add_weighed("generic network", "generic", p.opponent_passes, [generic], [(1.0,)], 0)
-        with torch.no_grad():
-            told_nothing = p.deterministic.sample_parameters(nothing.unsqueeze(0), noise)
-        told = {"": self.given(lambda split: told_nothing.expand(len(p.tables[split]), 1, -1))}
-        self.add("deterministic network", "deterministic", p.tuned_passes, lambda n: told, NUM_EXAMPLES[:1])
-        cost = training_cost(p.args.zoo_steps, p.zoo_args.batch_size)
-        oracle = self.given(lambda split: p.oracle(p.tables[split]).unsqueeze(1), cost)
-        self.add("trained on the task", "oracle", p.base_passes, lambda n: {"": oracle})
-        p.clock("oracle")
-
-        def most_likely(split: str, n: int) -> Tensor:
-            tasks = self.tasks[split]
-            best = [tasks.likelihoods(t, n, p.snapshots).argmax() for t in range(len(tasks.table))]
-            return p.snapshots[torch.stack(best)]
-
-        from_generic = self.fine_tuned(lambda split, _: start.repeat(len(p.tables[split]), 1), 1, 0, TUNING_STEPS)
-        self.add("generic network, tuned on them", "fine-tuned", p.opponent_passes, from_generic, some)
-        from_best = self.fine_tuned(most_likely, 1, 0, TUNING_STEPS)
-        self.add("best training network, tuned on them", "fine-tuned", p.zoo_passes, from_best, some)
-        for name, kind in {GENERATOR: "variant", TRAINING_NETWORKS: "fine-tuned"}.items():
-            options = self.refined(name, [candidates[name], start.unsqueeze(0)])
-            self.add(f"{name}, refined", kind, self.rows[name]["once"], options, some)
-        p.clock("fine-tuning")
-        # A zoo without conditions: what nothing but its networks and the examples of seen tasks can be made of.
-        grid = [((1 - g) * (1 - z), (1 - g) * z, g) for z, g in itertools.product(ZOO_SHARES, GENERIC_SHARES)]
-        once = p.zoo_passes + p.opponent_passes
-        for name, module in p.zoo.items():
-            sampled = p.networks_for(module, None, NUM_CANDIDATES, 5)
-            found, num = self.weigh(sampled), NUM_CANDIDATES + len(p.snapshots)
-            self.add_weighed(f"zoo generator, {name}", "zoo", once, [found, generic], with_generic, NUM_CANDIDATES)
-            together = ZOO_GENERATOR if name == "predictive" else f"{ZOO_GENERATOR}, {name}"
-            self.add_weighed(together, "zoo", once, [found, zoo, generic], grid, num)
-            if together == ZOO_GENERATOR:
-                options = self.refined(together, [sampled, p.snapshots, start.unsqueeze(0)])
-                self.add(f"{together}, refined", "zoo", once, options, some)
-            p.clock(f"zoo generator, {name}")
-        return self.sections
-
-    # ---- tasks of which some fields are unknown, answered with a set of networks
-
-    def unknown_fields(self) -> dict[str, dict]:
-        """The sections of the report."""
-        family, table = self.priors.family, self.tasks["test"].table
-        index, width = torch.arange(len(table)).unsqueeze(1), table.shape[1]
-        columns = torch.arange(width)
-        if isinstance(family, GroupedFamily):
-            names = {number: f"{number} of {width} bits unknown" for number in NUM_UNKNOWN}
-            unknown = {name: (columns - index) % width < number for number, name in names.items()}
-            self.ideal = {name: expected_unknown_nll(width, width - number) for number, name in names.items()}
-        else:
-            unknown = {
-                "angle unknown": (columns == family.fields.columns["angle"].start).expand(len(table), -1),
-                "all but one unknown": columns != index % width,
-                "all unknown": torch.ones(table.shape, dtype=torch.bool),
-            }
-        sections = {}
-        for name, mask in unknown.items():
-            sections[name] = self._section(torch.where(mask, torch.nan, table))
-            self.priors.clock(name)
-        return sections
-
-    def _section(self, known: Tensor) -> dict[str, dict]:
-        """Scores of every method, for tasks of which a table `(T, width)` says what is known."""
-        p, tasks, fields = self.priors, self.tasks["test"], self.priors.family.fields
-        noise = torch.Generator().manual_seed(derive_seed(p.seed, 40))
-        oracle = p.oracle(tasks.table)
-        gaussians = {row: p.fit_ridge(torch.tensor(row)) for row in set(map(tuple, (~known.isnan()).tolist()))}
-
-        def gaussian(t: int) -> Tensor:
-            regression = gaussians[tuple((~known[t].isnan()).tolist())]
-            return regression.sample(known[t : t + 1].nan_to_num(), NUM_DRAWS, noise)[0]
-
-        def nearest(t: int) -> Tensor:
-            is_known = ~known[t].isnan()
-            if not is_known.any():
-                return p.snapshots
-            asked = torch.where(is_known, known[t], 0).unsqueeze(0)
-            distances = torch.cdist(fields.features(asked), fields.features(torch.where(is_known, p.table, 0)))[0]
-            return p.snapshots[distances.topk(NUM_NEAREST, largest=False).indices]
-
-        @torch.no_grad()
-        def deterministic(t: int) -> Tensor:
-            return p.deterministic.sample_parameters(known[t : t + 1], noise)
-
-        def drawn(answer: Callable[[Tensor, int, int], Tensor]) -> Callable[[int], Tensor]:
-            return lambda t: answer(known[t], NUM_DRAWS, 100 + t)
-
-        methods = {name: (kind, once, drawn(answer)) for name, (kind, once, answer) in self.methods().items()} | {
-            "conditional Gaussian": ("closed form", p.zoo_passes, gaussian),
-            "nearest training networks": ("closed form", p.zoo_passes, nearest),
-            "deterministic network": ("deterministic", p.tuned_passes, deterministic),
-            "generic network": ("generic", p.opponent_passes, lambda t: p.generic.values.detach().unsqueeze(0)),
-            "trained on the task": ("oracle", p.base_passes, lambda t: oracle[t : t + 1]),
-        }
-        found = {}
-        for name, (kind, once, networks) in methods.items():
-            self.rows.setdefault(name, {"kind": kind, "once": once})
-            pairs = zip(tasks.weigh(networks), tasks.queries["labels"], strict=True)
-            each = [summarize(one.at(0, 0), labels) for one, labels in pairs]
-            found[name] = {metric: [scores[metric].item() for scores in each] for metric in each[0]}
+    def fine_tune(self, starts: torch.Tensor, split: str, n: int) -> list[Scores]:
+        """For each task of a split the network `starts[task]`, fine-tuned on n examples with each rate and so long."""
+        tasks = range(len(starts))
+        batch, queries = (
+            {name: torch.stack([one[name] for one in each]) for name in each[0]}
+            for each in ([self.examples(split, t) for t in tasks], [self.queries(split, t) for t in tasks])
+        )
+        batch = {name: values[:, :n] for name, values in batch.items()}
+        found: list[Scores] = [{} for _ in tasks]
+        for rate in RATES:
+            rows = starts.clone().requires_grad_()
+            optimizer = torch.optim.AdamW([rows], lr=rate, weight_decay=0)
+            for step in range(max(STEPS) + 1):
+                if step in STEPS:
+                    with torch.no_grad():
+                        logits = self.networks.stack(self.family.predict, rows, queries)
+                    for t in tasks:
+                        found[t][f"rate {rate:g}, {step} steps"] = score(logits[t].softmax(-1), queries["labels"][t])
+                logits = self.networks.stack(self.family.predict, rows, batch)
+                loss = F.cross_entropy(logits.flatten(0, 1), batch["labels"].flatten()) * len(starts)
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
         return found
 
-    def valid_networks(self) -> dict[str, dict[str, float]]:
-        """How good networks of each prior are for the seen or test task that they are best for."""
-        p = self.priors
-        conditions = p.draw(torch.full((p.family.fields.width,), torch.nan), 64, 0)
-        networks = {
-            GENERATOR: p.networks_for(p.tuned, conditions, 0, 0),
-            "generator by weights": p.networks_for(p.by_weights, conditions, 0, 0),
-            TRAINING_NETWORKS: p.snapshots[-64:],
-            **{f"zoo generator, {name}": p.networks_for(m, None, 256, 0)[:64] for name, m in p.zoo.items()},
-        }
-        table = torch.cat([p.tables["train"], p.tables["test"]])
-        found = {n: validity(p.family, p.networks, rows, table, num_examples=200)[0] for n, rows in networks.items()}
-        p.clock("validity")
-        return {name: {"mean": a.mean().item(), "std": a.std().item(), "n": len(a)} for name, a in found.items()}
+    def few_examples(self) -> dict[str, dict[int, dict]]:
+        """Accuracies and losses of the unseen tasks, and what was chosen, by method and number of examples."""
+        found: dict[str, dict[int, dict]] = {}
+        for name, candidates in self.priors():
+            scores = {
+                split: [self.weigh(candidates, split, t) for t in range(len(table))]
+                for split, table in self.tasks.items()
+            }
+            found[name] = {n: choose({k: [one[n] for one in v] for k, v in scores.items()}) for n in NUM_EXAMPLES}
+            if name == GENERATOR:
+                values = [self.refined(candidates, t) for t in range(len(self.tasks["test"]))]
+                found[f"{name}, refined for {REFINE_STEPS} steps"] = {SHOWN: as_row(values)}
+        for name, start in {"training network": self.snapshots, "base model": None}.items():
+            found[f"best {name}, fine-tuned" if start is not None else f"{name}, fine-tuned"] = {
+                n: choose({split: self.fine_tune(self.starts(start, split, n), split, n) for split in self.tasks})
+                for n in NUM_EXAMPLES
+            }
+        report = Report.load(self.run.folder / names.EVALUATION)
+        for name, row in (("told the condition", report.generated), ("trained on the task", "trained on the task")):
+            row = report.group(row) if isinstance(row, str) else row
+            losses = [sum(one) / len(one) for one in row.sets["test"]["losses"]]
+            given = {"accuracy": row.scores(), "nll": losses, "choice": row.note}
+            found[name] = dict.fromkeys(NUM_EXAMPLES, given)
+        return found
+
+    def starts(self, candidates: torch.Tensor | None, split: str, n: int) -> torch.Tensor:
+        """The most likely candidate for each task, or the base model: shape `(T, D)`."""
+        tasks = range(len(self.tasks[split]))
+        if candidates is None:
+            return self.networks.base_parameters().repeat(len(tasks), 1)
+        return torch.stack([candidates[self.likelihoods(candidates, split, t, n).argmax()] for t in tasks])
+
+    # ---- a field that is unknown
+
+    @torch.no_grad()
+    def unknown(self, field: str) -> dict[str, list[float]]:
+        """Joint negative log-likelihood of some queries of each unseen task in nats, if a field is unknown."""
+        fields, found = self.family.fields, dict[str, list[float]]()
+        values = [condition[field] for condition in self.drawn[:NUM_DRAWS]]
+        for t, condition in enumerate(fields.conditions(self.tasks["test"])):
+            conditions = [condition | {field: value} for value in values]
+            sets = {
+                "generator": self.sample(self.tuned, conditions),
+                "kernel ridge": self.ridge(fields.table(conditions)),
+                "generator by weights": self.sample(self.by_weights, conditions),
+                "training networks": self.snapshots,
+                "base model": self.networks.base_parameters()[None],
+            }
+            queries = self.queries("test", t)
+            num = len(queries["labels"]) // JOINT_QUERIES * JOINT_QUERIES
+            order = torch.randperm(len(queries["labels"]), generator=torch.Generator().manual_seed(t))[:num]
+            queries = {name: value[order] for name, value in queries.items()}
+            for name, rows in sets.items():
+                logits = torch.cat(
+                    [out for _, out in self.networks(lambda call, q=queries: self.family.predict(call, q), rows)]
+                )
+                right = -F.cross_entropy(
+                    logits.movedim(-1, 1), queries["labels"].expand(len(rows), -1), reduction="none"
+                )
+                joint = right.unflatten(1, (-1, JOINT_QUERIES)).sum(2).logsumexp(0) - math.log(len(rows))
+                found.setdefault(name, []).append(-joint.mean().item())
+        return found
+
+
+def score(probabilities: torch.Tensor, labels: torch.Tensor) -> tuple[float, float]:
+    """Accuracy in percent and negative log-likelihood of probabilities `(B, C)`."""
+    right = probabilities.gather(1, labels[:, None]).clamp_min(1e-12)
+    return 100 * (probabilities.argmax(1) == labels).float().mean().item(), -right.log().mean().item()
+
+
+def choose(scores: dict[str, list[Scores]]) -> dict:
+    """The scores of the unseen tasks with the setting of the lowest loss on validation tasks."""
+    best = min(scores["validation"][0], key=lambda key: sum(one[key][1] for one in scores["validation"]))
+    return as_row([one[best] for one in scores["test"]]) | {"choice": best}
+
+
+def as_row(values: list[tuple[float, float]]) -> dict:
+    return {"accuracy": [a for a, _ in values], "nll": [loss for _, loss in values], "choice": ""}
+
+
+def show(report: dict) -> str:
+    """Tables in Markdown, pooled over runs."""
+    found, lines = report["examples"], []
+    lines.append("| method | " + " | ".join(f"{n}" for n in NUM_EXAMPLES) + f" | posterior minus this ({SHOWN}) |")
+    lines.append("| --- |" + " --: |" * (len(NUM_EXAMPLES) + 1))
+    own = found[GENERATOR][str(SHOWN)]["accuracy"]
+    for name, row in sorted(found.items(), key=lambda item: -mean(item[1][str(SHOWN)]["accuracy"])):
+        means = {n: f"{mean(one['accuracy']):.1f} / {mean(one['nll']):.3f}" for n, one in row.items()}
+        cells = [means.get(str(n), "–") for n in NUM_EXAMPLES]
+        cells.append("–" if name == GENERATOR else difference(own, row[str(SHOWN)]["accuracy"]))
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    if report["unknown"]:
+        lines += ["", f"| {report['field']} unknown | joint NLL | generator minus this |", "| --- | --: | --: |"]
+        own = report["unknown"]["generator"]
+        for name, values in sorted(report["unknown"].items(), key=lambda item: mean(item[1])):
+            lines.append(f"| {name} | {mean(values):.1f} | {difference(own, values)} |")
+    return "\n".join(lines)
+
+
+def difference(own: list[float], other: list[float]) -> str:
+    """Paired over tasks, with a 95% interval."""
+    one = paired_difference(own, other)
+    return "{:+.1f} ({:+.1f} to {:+.1f})".format(one.difference, *one.interval)
+
+
+def mean(values: list[float]) -> float:
+    return sum(values) / len(values)
+
+
+def pool(reports: list[dict]) -> dict:
+    """Reports of several runs as one: lists of tasks one after the other, choices side by side."""
+    first, *others = reports
+    if not others:
+        return first
+    if isinstance(first, dict):
+        return {key: pool([one[key] for one in reports]) for key in first}
+    return sum(reports, []) if isinstance(first, list) else "; ".join(dict.fromkeys(map(str, reports)))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.strip().split("\n\n")[0])
+    parser.add_argument("runs", nargs="+", type=Path, help="Folders of finished runs of one recipe.")
+    parser.add_argument("--unknown", default="angle", help="A field of its conditions.")
+    parser.add_argument("--output", type=Path, default=Path("outputs/posterior.json"))
+    args = parser.parse_args()
+    quiet_libraries()
+    reports = []
+    for folder in args.runs:
+        start, bench = time.process_time(), Bench(folder)
+        few = {name: {str(n): row for n, row in rows.items()} for name, rows in bench.few_examples().items()}
+        reports.append({"examples": few, "unknown": bench.unknown(args.unknown)})
+        print(f"{folder}: {time.process_time() - start:.0f} s of CPU", flush=True)
+    report = pool(reports) | {"field": args.unknown}
+    args.output.parent.mkdir(parents=True, exist_ok=True)
+    write_json(args.output, report)
+    print(show(report))
+    chosen = {name: {n: one["choice"] for n, one in rows.items()} for name, rows in report["examples"].items()}
+    print(json.dumps(chosen, indent=1))
 
 
 if __name__ == "__main__":
