@@ -61,9 +61,14 @@ def _complaints(context: RunContext) -> Iterator[str]:
         yield f"num_inference_steps is {steps}, more than denoiser_args.num_train_timesteps={most}"
     parts = c.gradient_accumulation_steps * int(os.environ.get("WORLD_SIZE", 1))
     cut = f"cannot be cut into {parts} equal parts (processes × gradient_accumulation_steps)"
-    for key in ("autoencoder_batch_size", "denoiser_batch_size"):
-        if getattr(c, key) % parts:
-            yield f"{key}={getattr(c, key)} {cut}"
+    keys = ["autoencoder_batch_size", "denoiser_batch_size", *["base_batch_size"] * (c.base_epochs > 0)]
+    batches = {key: getattr(c, key) for key in keys}
+    if c.collects and isinstance(context.task, DataTask):
+        size = min(c.collect_batch_size, num_points := len(context.task.coordinates()))
+        batches[f"with {num_points} coordinates collect_batch_size"] = size
+    for key, size in batches.items():
+        if size % parts:
+            yield f"{key}={size} {cut}"
     if tune_steps and not isinstance(context.task, ClassificationTask):
         yield f"tune_steps={tune_steps} needs a task of classification, whose loss networks are tuned on"
     if tune_steps and c.tune_models % (parts * c.tune_args.ensemble_size):

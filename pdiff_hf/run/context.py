@@ -215,13 +215,15 @@ class RunContext:
         Of the conditions of the snapshots; none if they have no conditions.
 
         Raises:
-            RunError: if they are not those of the family.
+            RunError: if they are not those of the family, or of the data.
         """
         fields = load_fields(self.config.snapshots or self.folder / names.SNAPSHOTS)
-        if self.family.fields and fields != self.family.fields:
+        of, base = self.family, getattr(self.family, "base", None)
+        if fields and isinstance(base, DataTask):  # whose generators may also have no conditions
+            of = base
+        if (of.fields or of is base) and fields != of.fields:
             raise RunError(
-                f"the snapshots have conditions with the fields {fields}, and family={self.config.family} has "
-                f"{self.family.fields}"
+                f"the snapshots have conditions with the fields {fields}, and {type(of).__name__} has {of.fields}"
             )
         known = self.task.fields if isinstance(self.task, DataTask) else None
         if known and fields and fields != known:

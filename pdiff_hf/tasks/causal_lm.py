@@ -3,7 +3,7 @@
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import datasets
@@ -58,6 +58,8 @@ class LanguageTask(DatasetTask):
 
     def __post_init__(self) -> None:
         self._check_sizes("max_length")
+        if self.max_length < 2:
+            raise ValueError("max_length must be at least 2: a token is predicted from those before it")
         if self.dtype not in ("float32", "bfloat16", "float16"):
             raise ValueError(f"dtype must be float32, bfloat16 or float16, got {self.dtype!r}")
         if base := find_base(self.model):
@@ -159,19 +161,32 @@ class CausalLMTask(LanguageTask, MeasuredTask):
         tokenizer, end = self.tokenizer, [self.tokenizer.eos_token_id]
         end = [] if end[0] is None else end
         if "messages" in row:
-            messages = row["messages"]
-            whole = tokenizer.apply_chat_template(messages, tokenize=True, return_dict=False)
-            prompt: list[int] = []
-            if messages[:-1]:
-                prompt = tokenizer.apply_chat_template(
-                    messages[:-1], tokenize=True, return_dict=False, add_generation_prompt=True
-                )
-            return self._cut(list(whole), len(prompt))
+            return self._cut(*self._templated(row["messages"]))
         if "prompt" in row:
             prompt = tokenizer(row["prompt"] or "")["input_ids"]
             completion = tokenizer(row["completion"], add_special_tokens=False)["input_ids"]
             return self._cut(prompt + completion + end, len(prompt))
         return self._cut(tokenizer(row[self._columns[0]])["input_ids"] + end, 0)
+
+    def _templated(self, messages: Sequence[Mapping[str, Any]]) -> tuple[list[int], int]:
+        """
+        Token ids of a conversation, and the number of those before the last message.
+
+        Raises:
+            ValueError: for a chat template that writes the same messages otherwise where another one follows.
+        """
+        template = partial(self.tokenizer.apply_chat_template, tokenize=True, return_dict=False)
+        whole = list(template(messages))
+        if len(messages) < 2:
+            return whole, 0
+        prompt = list(template(messages[:-1], add_generation_prompt=True))
+        read = len(os.path.commonprefix([whole, prompt]))  # an answer may lack the end of it, such as a thought's start
+        if read < len(prompt) and read < len(template(messages[:-1])):
+            raise ValueError(
+                f"the chat template of '{self.model}' does not write the messages before the last one as it writes "
+                "them alone, so that it is not known which tokens to predict; use the columns prompt and completion"
+            )
+        return whole, read
 
     def _cut(self, tokens: list[int], read: int) -> tuple[list[int], int]:
         """Tokens that are not too many: of a prompt the end is kept, and of what is predicted the start."""
@@ -197,13 +212,14 @@ class CausalLMTask(LanguageTask, MeasuredTask):
         def forward(call: Callable) -> torch.Tensor:
             logits, tokens = self._predicted(call, batch)
             if exact:
-                return ((logits.argmax(-1) == tokens) | (tokens == IGNORED)).all(-1).float()
+                right = ((logits.argmax(-1) == tokens) | (tokens == IGNORED)).all(-1)
+                return (right & (tokens != IGNORED).any(-1)).float()
             return F.cross_entropy(logits.float().mT, tokens, ignore_index=IGNORED, reduction="none")
 
         for indices in torch.arange(len(examples)).split(BATCH_SIZE):
             batch = to_device(take(examples, indices.tolist()), device)
             tokens = batch["labels"] if self.reads_first else batch["labels"][:, 1:]
-            count += len(indices) if exact else int((tokens != IGNORED).sum())
+            count += int(((tokens != IGNORED).any(-1) if exact else tokens != IGNORED).sum())
             for rows, values in models(forward, parameters.to(device)):
                 total[rows] += values.flatten(1).double().sum(1).cpu()
         return total / max(1, count) * (100 if exact else 1)

@@ -51,9 +51,16 @@ def register_family(name: str) -> Callable[[T], T]:
 
 
 def _register(kind: str, name: str, cls: T) -> T:
+    _import(kind, name)  # first, so that a class of yours takes the place of one of this package
     classes = _registered[kind].setdefault(name, [])
     classes[:] = [old for old in classes if getattr(old, "takes", None) is not getattr(cls, "takes", None)] + [cls]
     return cls
+
+
+def _import(kind: str, name: str) -> None:
+    """Imports what this package has of that name."""
+    for module in MODULES[kind].get(name, ()):
+        importlib.import_module(f"{__package__}.{module}")
 
 
 def task_names() -> tuple[str, ...]:
@@ -76,8 +83,7 @@ def task_class(name: str) -> type[Task]:
 
 def _find(kind: str, name: str, base: type) -> list[Any]:
     """The classes of that name."""
-    for module in MODULES[kind].get(name, ()):
-        importlib.import_module(f"{__package__}.{module}")
+    _import(kind, name)
     if name in _registered[kind]:
         return _registered[kind][name]
     if ":" in name:

@@ -160,6 +160,25 @@ def test_too_few_data_for_a_report_are_refused_before_any_work(tmp_path):
         prepare(PDiffConfig(**TINY_DATA | {"max_eval_samples": 4}, output_dir=str(tmp_path)))
 
 
+def test_coordinates_that_cannot_be_cut_are_refused_before_any_work(tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    settings = TINY_DATA | {f"{name}_batch_size": 30 for name in ("base", "autoencoder", "denoiser")}
+    with pytest.raises(RunError, match="with 64 coordinates collect_batch_size=64 cannot be cut into 3 equal parts"):
+        prepare(PDiffConfig(**settings, output_dir=str(tmp_path)))
+
+
+def test_networks_with_conditions_that_data_do_not_have_are_refused(context, tmp_path):
+    settings = {
+        "snapshots": str(context.folder / "snapshots"),
+        "output_dir": str(tmp_path / "run"),
+        "select": ["norm[-2:]"],
+    }
+    settings |= {"task_args": {"condition_columns": []}, "collect_args": {}}
+    kept = {key: value for key, value in TINY_DATA.items() if not key.startswith("collect")}
+    with pytest.raises(RunError, match="conditions with the fields 'label' .*, and NeuralFieldTask has"):
+        prepare(PDiffConfig(**kept | settings))
+
+
 def test_networks_of_several_starts_are_a_warning_and_may_be_aligned(caplog):
     task = NeuralFieldTask(model_args={"width": 8, "num_layers": 1}, max_train_samples=40, max_eval_samples=10)
     args, rows = LoopArguments(100, 64, 0.01, optimizer="adam"), []

@@ -180,7 +180,7 @@ def test_a_zoo_from_elsewhere(finished, tmp_path):
     assert len(seen) == 6 and not seen & (keys["validation"] | keys["test"] | keys["angle"])
     report = Report.load(run.folder / "evaluation")
     assert report.group("kernel ridge").cost.once == 3 * (120 * 10 // 32) * 32  # what others trained is not counted
-    with pytest.raises(RunError, match="fields 'angle' .* and family=grouped has 'positive'"):
+    with pytest.raises(RunError, match="fields 'angle' .* and GroupedFamily has 'positive'"):
         run_in(tmp_path / "other", snapshots=str(zoo), family="grouped", family_args="{}", num_tasks=6)
     with pytest.raises(RunError, match="needs --family"):
         run_in(tmp_path / "other", snapshots=str(zoo), family=None, tune_steps=2)

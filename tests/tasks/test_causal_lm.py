@@ -83,6 +83,26 @@ def test_a_message_without_a_prompt_is_predicted(model, tmp_path):
     assert labels.tolist() == ids("<bot> c d")
 
 
+@pytest.mark.parametrize(
+    ("template", "predicted"),
+    [
+        # A prompt ends with the start of a thought, which the written answer lacks.
+        (TEMPLATE.replace("%}<bot> {%", "%}<bot> e {%"), "c d"),
+        # How many messages there are stands before them.
+        ("{{ 'a ' if messages | length == 1 else 'b ' }}" + TEMPLATE, None),
+    ],
+)
+def test_the_answer_begins_where_a_template_puts_it(template, predicted, model, tmp_path):
+    task = CausalLMTask(str(model / "model"), write(tmp_path, [KINDS["messages"][0]]))
+    task.tokenizer.chat_template = template
+    if predicted is None:
+        with pytest.raises(ValueError, match="does not write the messages before the last one as it writes them alone"):
+            task.load_split("train")
+    else:
+        (labels,) = take(task.load_split("train"), [0])["labels"]
+        assert labels.tolist() == [IGNORED] * 4 + ids(predicted)
+
+
 @torch.no_grad()
 def test_the_loss_of_a_token(model, tmp_path):
     rows = [{"prompt": "a b", "completion": "c d e"}, {"prompt": "f", "completion": "g"}]
@@ -117,7 +137,12 @@ def test_exact_answers_are_those_that_greedy_decoding_gives(model, tmp_path):
     layout = select_layout(network, "norm")
     measured = task.measure(NetworkRunner(network, layout), "test", layout.flatten(network.state_dict())[None])
     right = [task._raw["test"][i]["completion"] in (rows[1]["completion"], rows[3]["completion"]) for i in range(8)]
-    assert measured.item() == pytest.approx(100 * sum(right) / 8) and (task.metric, task.unit) == ("exact match", "%")
+    task._splits["test"].examples.append((ids("a"), 0))  # has nothing to predict, and is no exact answer
+    again = task.measure(NetworkRunner(network, layout), "test", layout.flatten(network.state_dict())[None])
+    assert measured.item() == again.item() == pytest.approx(100 * sum(right) / 8) and (task.metric, task.unit) == (
+        "exact match",
+        "%",
+    )
 
 
 @torch.no_grad()
@@ -169,6 +194,8 @@ def test_a_network_in_half_precision_keeps_its_adapter_in_single(model, tmp_path
 
 
 def test_what_is_refused(model, tmp_path):
+    with pytest.raises(ValueError, match="max_length must be at least 2"):  # all answers would be exact ones
+        CausalLMTask(str(model / "model"), write(tmp_path, [KINDS["prompt"][0]]), max_length=1)
     with pytest.raises(ValueError, match="no column text, nor messages, nor prompt and completion.*columns are x"):
         CausalLMTask(str(model / "model"), write(tmp_path, [{"x": "a"}]))
     with pytest.raises(ValueError, match="column completion, row 1: it is empty"):

@@ -30,6 +30,16 @@ def test_registered_tasks_are_imported_when_they_are_asked_for():
     assert task_class("image_classification") is ImageClassificationTask is tasks.ImageClassificationTask
 
 
+def test_a_class_of_yours_takes_the_place_of_one_of_the_package_whichever_comes_first(tmp_path, monkeypatch):
+    code = "from pdiff_hf.tasks.registry import register_task\n@register_task('odd')\nclass Theirs: pass"
+    (tmp_path / "odd_task.py").write_text(code)
+    monkeypatch.setattr(tasks, "__path__", [*tasks.__path__, str(tmp_path)])
+    monkeypatch.setitem(registry.MODULES["task"], "odd", ("odd_task",))
+    monkeypatch.setitem(registry._registered["task"], "odd", [])
+    registry.register_task("odd")(ImageClassificationTask)
+    assert task_class("odd") is ImageClassificationTask
+
+
 def test_settings_go_to_the_arguments_of_the_same_names():
     config = PDiffConfig(model="test_resnet", image_size=0, max_eval_samples=7, model_args={"in_chans": 1})
     task = task_of(config.changed(num_snapshots=3))
