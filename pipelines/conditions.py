@@ -8,8 +8,7 @@ import torch
 
 from pdiff_hf.models import ConditionEncoder
 from pdiff_hf.models.fields import Condition, ConditionError, shown
-from pdiff_hf.utils.blocks import in_blocks
-from pdiff_hf.utils.memory import InParts
+from pdiff_hf.utils.memory import InParts, in_blocks
 
 logger = logging.getLogger(__name__)
 

@@ -10,8 +10,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from pdiff_hf.models import ParameterAutoencoder
 from pdiff_hf.models.scheduler import clean_sample, signal_levels
 from pdiff_hf.networks.posterior import FEW, LossFunction, resample
-from pdiff_hf.utils.blocks import in_blocks
-from pdiff_hf.utils.memory import InParts
+from pdiff_hf.utils.memory import InParts, in_blocks
 
 logger = logging.getLogger(__name__)
 

@@ -12,8 +12,7 @@ from pdiff_hf.models.autoencoder import encode_in_batches
 from pdiff_hf.networks.adapters import adapter_weights
 from pdiff_hf.networks.posterior import LossFunction
 from pdiff_hf.pipelines.networks import NetworkMixin, require, whole_number
-from pdiff_hf.utils.blocks import in_blocks
-from pdiff_hf.utils.memory import InParts
+from pdiff_hf.utils.memory import InParts, in_blocks
 
 
 class LatentMixin(NetworkMixin):

@@ -24,8 +24,7 @@ from pdiff_hf.pipelines.conditions import embed_conditions, prepare_conditions
 from pdiff_hf.pipelines.guidance import check_losses, guided_latents
 from pdiff_hf.pipelines.latents import LatentMixin
 from pdiff_hf.pipelines.networks import finite_number, require, whole_number
-from pdiff_hf.utils.blocks import in_blocks
-from pdiff_hf.utils.memory import InParts
+from pdiff_hf.utils.memory import InParts, in_blocks
 
 if TYPE_CHECKING:
     from typing_extensions import Self

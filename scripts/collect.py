@@ -68,7 +68,7 @@ def main() -> None:
     from pdiff_hf.run.trainer import execute, prepare
     from pdiff_hf.snapshots.conditions import read_conditions
     from pdiff_hf.snapshots.files import beside, conditions_of_paths, find_adapter
-    from pdiff_hf.utils.paths import expand_path
+    from pdiff_hf.utils.files import expand_path
 
     with one_line_errors():
         state = start_processes()

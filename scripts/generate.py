@@ -20,7 +20,7 @@ import argparse
 import json
 from pathlib import Path
 
-from pdiff_hf.utils.paths import expand_path
+from pdiff_hf.utils.files import expand_path
 from pdiff_hf.utils.terminal import start_script
 
 

@@ -11,7 +11,7 @@ import argparse
 from importlib.metadata import requires, version
 from pathlib import Path
 
-from pdiff_hf.utils.paths import expand_path
+from pdiff_hf.utils.files import expand_path
 from pdiff_hf.utils.terminal import start_script
 
 APP = '''"""The page of a generator of networks."""

@@ -16,7 +16,7 @@ import argparse
 import sys
 
 from pdiff_hf.run.cli import ConfigParser
-from pdiff_hf.utils.paths import expand_path
+from pdiff_hf.utils.files import expand_path
 from pdiff_hf.utils.terminal import start_script
 
 SCALES = ("small", "paper")

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from PIL import Image
 
 from ..utils.errors import first_line
-from ..utils.paths import expand_path
+from ..utils.files import expand_path
 from .fields import AngleField, CategoryField, ConditionError, Field, ScalarField, VectorField, shown
 
 if TYPE_CHECKING:

@@ -11,9 +11,9 @@ from typing import Any, NoReturn
 
 import yaml
 
-from ..utils.paths import expand_path
+from ..utils.files import expand_path
 from ..utils.terminal import shorten
-from .config import PDiffConfig
+from .config import GROUPS, KEYS, PDiffConfig, flat
 from .options import (
     RecipeLoader,
     check_mapping,
@@ -25,39 +25,14 @@ from .options import (
     is_mapping,
     kind_of,
 )
-from .settings import SECTIONS, BaseArgs
+from .settings import SECTIONS
 
 # Those of `scripts/recipes`, in a clone or an installed package; a name alone is enough for them.
 _SCRIPTS = importlib.util.find_spec("pdiff_hf.scripts")
 PACKAGED = Path(*(_SCRIPTS.submodule_search_locations or ())[:1] if _SCRIPTS else "") / "recipes"
-KEYS = {key.name: key for key in dataclasses.fields(PDiffConfig)}
-GROUPS = {name: group for name, key in KEYS.items() if (group := group_of(key)) is not None}
 
 
-def _renamed() -> dict[str, str]:
-    """What settings of version 0.2 are called now."""
-    found = {"holdout_fraction": "validation_fraction", "heldout_fraction": "heldout_snapshots"}
-    for group, section in GROUPS.items():
-        for key in dataclasses.fields(section):
-            found[f"{group.removesuffix('_args')}_{key.name}"] = f"{group}.{key.name}"
-            if section is not BaseArgs:
-                found[key.name] = f"{group}.{key.name}"
-    arguments = ("label_column", "image_column", "text_column", "max_length", "skip_bad_examples", "augmentation")
-    found |= {name: f"task_args.{name}" for name in (*arguments, "fid_features")}
-    return {name: now for name, now in found.items() if name not in KEYS}
-
-
-RENAMED = _renamed()
-REMOVED = {
-    "hub_token": "set HF_TOKEN or use `hf auth login`",
-    "hub_license": "use scripts/push_to_hub.py --hub_license",
-    "require_same_frozen": "it is a flag of scripts/collect.py --import",
-    "checkpoints_total_limit": "the last two checkpoints of a stage are kept",
-    "max_grad_norm": "gradients are clipped to a norm of 1",
-    "denoiser_warmup_steps": "the denoiser's learning rate has no warm-up",
-    "score_models": "generate as many as are to be scored, with num_models",
-    "hyper_representations": "it is part of scripts/reproduce.py table7",
-}
+NESTED = [f"{group}.{key.name}" for group, section in GROUPS.items() for key in dataclasses.fields(section)]
 
 
 class ConfigParser(argparse.ArgumentParser):
@@ -98,13 +73,7 @@ class ConfigParser(argparse.ArgumentParser):
         if recipe is None and not flags.keys() & {"model", "task"}:
             recipe = self.default_recipe
         try:
-            found = {} if recipe is None else read_recipe(recipe)
-            values = self.defaults | found
-            for name, value in flags.items():
-                inner = {**_as_mapping(values.get(name, {})), **value} if name in GROUPS else value
-                values[name] = inner
-            config = PDiffConfig(**values)
-            config.soft = frozenset(flat(self.defaults | found).keys() - flat(flags).keys())
+            config = _config(self.defaults | ({} if recipe is None else read_recipe(recipe))).changed(**flags)
         except ValueError as error:
             self.error(str(error))
         return config, namespace
@@ -171,29 +140,19 @@ def load_config(path: str | os.PathLike, **changes: Any) -> PDiffConfig:
     Raises:
         ValueError: if the file cannot be read, or its values cannot be used.
     """
-    found = read_recipe(path)
+    return _config(read_recipe(path)).changed(**changes)
+
+
+def _config(found: Mapping[str, Any]) -> PDiffConfig:
+    """The config of values that a flag may make moot."""
     config = PDiffConfig(**found)
     config.soft = frozenset(flat(found))
-    return config.changed(**changes)
-
-
-def flat(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings with those of groups, and a task's arguments, under names such as `tune_args.penalty`."""
-    grouped = {*GROUPS, "task_args"}
-    groups = [(name, value) for name, value in values.items() if name in grouped]
-    inner = {f"{group}.{name}": item for group, value in groups for name, item in _as_mapping(value).items()}
-    return {name: value for name, value in values.items() if name not in grouped} | inner
-
-
-def _as_mapping(value: Any) -> dict[str, Any]:
-    return dataclasses.asdict(value) if dataclasses.is_dataclass(value) else dict(value)  # type: ignore[arg-type]
+    return config
 
 
 def _suggest(key: str) -> str:
-    if key in RENAMED:
-        return f"; it is called {RENAMED[key]} now"
-    if key in REMOVED:
-        return f", which is no setting any more: {REMOVED[key]}"
+    if found := [name for name in NESTED if key in (name.partition(".")[2], name.replace("_args.", "_"))]:
+        return did_you_mean(key, found)
     return did_you_mean(key, KEYS) if did_you_mean(key, KEYS).startswith("; did") else ""
 
 

@@ -28,11 +28,10 @@ from ..snapshots.of_data import check_starts, fit_networks, learn_start, write_n
 from ..snapshots.zoo import ZooArguments, train_specialists, write_zoo
 from ..tasks import ClassificationTask
 from ..tasks.data_task import DataTask
-from ..training import LoopArguments
 from ..utils.files import remove
 from ..utils.seeds import named_seed
 from .config import PDiffConfig
-from .context import RunContext
+from .context import RunContext, loop_arguments
 from .folder import RunError, Stage
 
 logger = logging.getLogger(__name__)
@@ -47,13 +46,8 @@ def train_base(context: RunContext, stage: Stage) -> None:
     if c.base_epochs:
         num_examples = len(context.task.load_split("train"))  # type: ignore[arg-type]  # a map-style data set
         steps = max(1, c.base_epochs * num_examples // c.base_batch_size)
-        args = LoopArguments(
-            num_steps=steps,
-            batch_size=c.base_batch_size,
-            learning_rate=c.base_learning_rate,
-            lr_warmup_steps=c.base_args.warmup_steps,
-            weight_decay=c.base_args.weight_decay,
-        )
+        more = {"lr_warmup_steps": c.base_args.warmup_steps, "weight_decay": c.base_args.weight_decay}
+        args = loop_arguments(c, "base", steps, **more)
         with context.loop(stage) as loop:
             if isinstance(context.task, DataTask) and context.task.start == "meta":
                 losses = learn_start(loop, context.task, model, context.layout, args)
@@ -121,13 +115,8 @@ def collect_of_data(context: RunContext, task: DataTask, stage: Stage) -> None:
     """One network for each datum, held-out ones too, which no generator sees."""
     c = context.config
     networks = NetworkRunner(context.base_model, context.layout)
-    args = LoopArguments(
-        c.collect_steps,
-        c.collect_batch_size,
-        c.collect_learning_rate,
-        optimizer=c.collect_args.optimizer,
-        weight_decay=c.collect_args.weight_decay,
-    )
+    more = {"optimizer": c.collect_args.optimizer, "weight_decay": c.collect_args.weight_decay}
+    args = loop_arguments(c, "collect", c.collect_steps, **more)
     signals = [task.signals(split) for split in ("train", "test")]
     with context.loop(stage) as loop:
         found = fit_networks(loop, task, networks, torch.cat(signals), args)
@@ -147,14 +136,9 @@ def collect_of_data(context: RunContext, task: DataTask, stage: Stage) -> None:
 
 
 def zoo_arguments(config: PDiffConfig) -> ZooArguments:
-    return ZooArguments(
-        num_steps=config.collect_steps,
-        num_snapshots=config.num_snapshots // config.num_tasks,
-        every_n_steps=config.collect_every,
-        batch_size=config.collect_batch_size,
-        learning_rate=config.collect_learning_rate,
-        weight_decay=config.collect_args.weight_decay,
-    )
+    more = {"num_snapshots": config.num_snapshots // config.num_tasks, "every_n_steps": config.collect_every}
+    more |= {"weight_decay": config.collect_args.weight_decay}
+    return loop_arguments(config, "collect", config.collect_steps, ZooArguments, **more)
 
 
 def collect_from_files(

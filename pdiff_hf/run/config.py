@@ -2,7 +2,7 @@
 
 import dataclasses
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -130,7 +130,7 @@ class PDiffConfig(
                 values[name] = dataclasses.asdict(group) | values[name]  # type: ignore[arg-type]
         config = dataclasses.replace(self, **values)
         config.imported, config.conditional, config._of_data = self.imported, self.conditional, self._of_data
-        config.soft = self.soft - set(changes)
+        config.soft = self.soft - flat(changes).keys()
         return config
 
     def unread(self) -> Iterator[tuple[str, Any, str]]:
@@ -187,3 +187,19 @@ class PDiffConfig(
             else:
                 for inner in dataclasses.fields(value):
                     yield f"{key.name}.{inner.name}", inner, getattr(value, inner.name)
+
+
+KEYS = {key.name: key for key in dataclasses.fields(PDiffConfig)}
+GROUPS = {name: group for name, key in KEYS.items() if (group := group_of(key)) is not None}
+
+
+def flat(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings with those of groups, and a task's arguments, under names such as `tune_args.penalty`."""
+    result: dict[str, Any] = {}
+    for name, value in values.items():
+        if name in GROUPS or name == "task_args":
+            inner = value if isinstance(value, Mapping) else vars(value)
+            result |= {f"{name}.{key}": item for key, item in inner.items()}
+        else:
+            result[name] = value
+    return result

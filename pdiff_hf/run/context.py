@@ -27,7 +27,7 @@ from ..tasks import Task, check_head
 from ..tasks.data_task import DataTask
 from ..tasks.family import Family, as_family
 from ..tasks.task import Split
-from ..training import Loop
+from ..training import Loop, LoopArguments
 from ..utils import names
 from ..utils.errors import resource_errors
 from ..utils.seeds import named_seed
@@ -354,6 +354,14 @@ def stage_settings(config: PDiffConfig, name: str, stages: Mapping[str, Stage]) 
     keys = ("seed", "mixed_precision", "gradient_accumulation_steps")
     settings = {key: getattr(config, key) for key in keys} | config.section(*sections)
     return json.loads(json.dumps(settings))
+
+
+def loop_arguments(
+    config: PDiffConfig, stage: str, num_steps: int, kind: type[LoopArguments] = LoopArguments, **more: Any
+) -> Any:
+    """Of a training, by the settings that begin with the name of its stage."""
+    batch_size, learning_rate = (getattr(config, f"{stage}_{name}") for name in ("batch_size", "learning_rate"))
+    return kind(num_steps, batch_size, learning_rate, **more)
 
 
 def _loggable(value: Any) -> int | float | str | bool:

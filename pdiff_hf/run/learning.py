@@ -33,7 +33,6 @@ from ..tasks.family import MAX_DRAWS
 from ..tasks.task import Split
 from ..training import (
     Loop,
-    LoopArguments,
     gaussian_loss,
     make_sampling_scheduler,
     make_training_scheduler,
@@ -44,7 +43,7 @@ from ..training.autoencoder import OutputLoss
 from ..utils.devices import to_device
 from ..utils.seeds import named_seed
 from .config import PDiffConfig
-from .context import RunContext
+from .context import RunContext, loop_arguments
 from .folder import RunError, Stage
 
 logger = logging.getLogger(__name__)
@@ -61,17 +60,6 @@ COMPARED, COMPARED_EXAMPLES = 32, 500
 REGRESSED_AT_ONCE = 256
 
 
-def autoencoder_arguments(config: PDiffConfig) -> LoopArguments:
-    """Of the autoencoder's training."""
-    return LoopArguments(
-        num_steps=config.autoencoder_steps,
-        batch_size=config.autoencoder_batch_size,
-        learning_rate=config.autoencoder_learning_rate,
-        lr_warmup_steps=config.autoencoder_args.warmup_steps,
-        max_grad_norm=MAX_GRAD_NORM,
-    )
-
-
 def learn_autoencoder(context: RunContext, loop: Loop, **kwargs: Any) -> tuple[ParameterAutoencoder, torch.Tensor]:
     """An autoencoder with a run's settings and its losses; see [`train_autoencoder`], which gets `kwargs`."""
     c = context.config
@@ -79,7 +67,13 @@ def learn_autoencoder(context: RunContext, loop: Loop, **kwargs: Any) -> tuple[P
         loop,
         context.parameters,
         context.layout,
-        autoencoder_arguments(c),
+        loop_arguments(
+            c,
+            "autoencoder",
+            c.autoencoder_steps,
+            lr_warmup_steps=c.autoencoder_args.warmup_steps,
+            max_grad_norm=MAX_GRAD_NORM,
+        ),
         seen=context.seen,
         latent_dim=c.latent_dim,
         architecture=architecture(context),
@@ -300,17 +294,11 @@ def _learn_denoiser(
 ) -> tuple[LatentDenoiser, DDPMScheduler, torch.Tensor]:
     """The denoiser of latents `(N, L)`, what it was trained with, and its losses."""
     scheduler = make_training_scheduler(c.denoiser_args.num_train_timesteps, c.prediction_type)
-    args = LoopArguments(
-        num_steps=c.denoiser_steps,
-        batch_size=c.denoiser_batch_size,
-        learning_rate=c.denoiser_learning_rate,
-        max_grad_norm=MAX_GRAD_NORM,
-        ema_decay=c.denoiser_args.ema_decay,
-    )
+    ema_decay = c.denoiser_args.ema_decay
     denoiser, losses = train_denoiser(
         loop,
         latents,
-        args,
+        loop_arguments(c, "denoiser", c.denoiser_steps, max_grad_norm=MAX_GRAD_NORM, ema_decay=ema_decay),
         scheduler=scheduler,
         encoder=encoder,
         table=table,

@@ -1,13 +1,12 @@
 """What a selection takes and what a generator for it costs, before anything is trained."""
 
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 
 from ..models.products import AdapterProducts
 from ..selection import select_layout
-from ..training.estimate import estimate_autoencoder, estimate_denoiser
+from ..training.estimate import estimate_training
 from .config import PDiffConfig
 from .folder import RunError
 from .task import make_task
@@ -45,15 +44,18 @@ def describe_selection(recipe: PDiffConfig, device: torch.device) -> Iterator[st
         if recipe.adapter_products
         else layout
     )
-    shared: dict[str, Any] = {"device": device, "latent_dim": recipe.latent_dim}
     yield f"Training a generator on this machine ({device.type}, one process), as an estimate:"
     for name in ("autoencoder", "denoiser"):
         preset, steps = getattr(recipe, f"{name}_preset"), getattr(recipe, f"{name}_steps")
-        given = shared | {"preset": preset, "num_steps": steps, "batch_size": getattr(recipe, f"{name}_batch_size")}
-        cost = (
-            estimate_denoiser(**given)
-            if name == "denoiser"
-            else estimate_autoencoder(vectors.num_parameters, token_size=recipe.autoencoder_args.token_size, **given)
+        cost = estimate_training(
+            name,
+            vectors.num_parameters,
+            recipe.latent_dim,
+            preset,
+            token_size=recipe.autoencoder_args.token_size,
+            num_steps=steps,
+            batch_size=getattr(recipe, f"{name}_batch_size"),
+            device=device,
         )
         yield (
             f"  {name:11}  {preset}, {steps} steps: {cost.flops / 1e12:,.1f} TFLOP, about {duration(cost.seconds)}, "

@@ -13,7 +13,7 @@ from typing import Any
 
 import yaml
 
-from ..utils.paths import expand_path
+from ..utils.files import expand_path
 
 
 @dataclass(frozen=True)

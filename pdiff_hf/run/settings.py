@@ -6,9 +6,11 @@ other modules define are therefore repeated here; a test compares them.
 """
 
 from dataclasses import dataclass
+from functools import partial
 
 from .options import When, option
 
+common = partial(option, common=True)  # `--help` shows it
 STAGES = ("base", "collect", "autoencoder", "denoiser", "tune", "evaluate")
 DEFAULT_DATASET = "digits"
 
@@ -49,63 +51,47 @@ SEEN_TASKS = When(lambda c: c.has_family and c.tune_tasks == "seen", "it is for 
 class RunSection:
     """Where the run lives, and how it is executed."""
 
-    output_dir: str | None = option(
-        None, "Folder that receives everything; `outputs/` and the model's name by default.", path=True, common=True
-    )
-    stages: list[str] = option(list(STAGES), "Which stages to execute.", choices=STAGES, common=True)
-    seed: int = option(0, "Seed of the whole run.", min=0, common=True)
-    resume_from_checkpoint: str | None = option(
-        None, "An unfinished stage goes on where it was.", choices=("latest",), common=True
-    )
-    overwrite_output_dir: bool = option(False, "Execute stages again whose settings have changed.", common=True)
+    output_dir: str | None = common(None, "Receives everything; by default `outputs/` and the model's name.", path=True)
+    stages: list[str] = common(list(STAGES), "Which stages to execute.", choices=STAGES)
+    seed: int = common(0, "Seed of the whole run.", min=0)
+    resume_from_checkpoint: str | None = common(None, "An unfinished stage goes on where it was.", choices=("latest",))
+    overwrite_output_dir: bool = common(False, "Execute stages again whose settings have changed.")
     checkpointing_steps: int = option(500, "Training stages save a checkpoint every so many steps.", min=1)
-    mixed_precision: str | None = option(
-        None, "By default what the launcher is set to.", choices=("no", "fp16", "bf16")
-    )
+    mixed_precision: str | None = option(None, "By default that of the launcher.", choices=("no", "fp16", "bf16"))
     gradient_accumulation_steps: int = option(1, "A training batch is computed in so many parts.", min=1)
     report_to: str | None = option(None, "Tracker of Accelerate: tensorboard, wandb, trackio, ...")
-    push_to_hub: bool = option(
-        False, "Push the finished generator to the Hub, with its report as the model card.", common=True
-    )
-    hub_model_id: str | None = option(
-        None, "Repository, `user/name` or `organization/name`; else output_dir's name.", when=PUSHED, common=True
-    )
-    hub_private_repo: bool = option(False, "Create the repository as a private one.", when=PUSHED)
+    push_to_hub: bool = common(False, "Push the finished generator to the Hub, with its report as the model card.")
+    hub_model_id: str | None = common(None, "Repository, `user/name`; by default the name of output_dir.", PUSHED)
+    hub_private_repo: bool = option(False, "Create the repository as a private one.", PUSHED)
 
 
 @dataclass
 class TaskSection:
     """The base model and its data. What a task's class does not take is refused."""
 
-    task: str = option(
+    task: str = common(
         "image_classification",
         "A task of this package (its modules in pdiff_hf/tasks have these names), or a class of your own, module:Class "
         "or path/to/file.py:Class.",
         path=True,
-        common=True,
     )
-    task_args: dict = option(
+    task_args: dict = common(
         {},
         "More arguments of the task's class, such as label_column, text_column, max_length, augmentation, "
         "skip_bad_examples or fid_features.",
-        common=True,
     )
-    model: str | None = option(
+    model: str | None = common(
         "resnet18",
         "timm architecture, or local folder or Hub id of a timm or transformers model; for detection and segmentation, "
         "torchvision's builder or builder:WEIGHTS; `unet2d` for a fresh UNet2DModel that generates images.",
         path=True,
-        common=True,
     )
-    model_args: dict = option(
-        {}, "More arguments of a timm architecture or torchvision builder, or the config of a UNet2DModel."
-    )
-    dataset: str | None = option(
+    model_args: dict = option({}, "More arguments of a fresh network: of timm, torchvision or UNet2DModel.")
+    dataset: str | None = common(
         None,
         "`digits`, `all_digits`, `moving_digits`, or local folder, file or Hub id of a data set. "
         f"`{DEFAULT_DATASET}` by default, but for your own model there is no default.",
         path=True,
-        common=True,
     )
     image_size: int | None = option(
         None,
@@ -113,9 +99,7 @@ class TaskSection:
         "weights, and else that of the images, if the model takes it.",
         min=0,
     )
-    validation_fraction: float = option(
-        0.2, "Share of the training data for a validation (and test) split it lacks.", above=0, below=0.5
-    )
+    validation_fraction: float = option(0.2, "Share of training data for a split that is missing.", above=0, below=0.5)
     max_train_samples: int | None = option(None, "Use no more training examples than this.", min=1)
     max_eval_samples: int | None = option(None, "Use no more validation and test examples than this.", min=1)
 
@@ -124,12 +108,11 @@ class TaskSection:
 class FamilySection:
     """A family of tasks, for a generator that answers to conditions: see `pdiff_hf.tasks.family`."""
 
-    family: str | None = option(
+    family: str | None = common(
         None,
         "`transformed` or `grouped`, over the examples of the task; or a class of your own, module:Class or "
         "path/to/file.py:Class. Without one, there is one task.",
         path=True,
-        common=True,
     )
     family_args: dict = option({}, "Arguments of the family's class, such as ranges of fields.", when=FAMILY)
     num_tasks: int = option(192, "Seen tasks, which snapshots are collected for.", min=2, when=FAMILY)
@@ -149,7 +132,7 @@ class BaseArgs:
 class BaseSection:
     """Training of the base model (paper, Table 5a); for a family, on all seen tasks together."""
 
-    base_epochs: int = option(20, "Epochs; 0 takes the model as it is.", min=0, common=True)
+    base_epochs: int = common(20, "Epochs; 0 takes the model as it is.", min=0)
     base_batch_size: int = option(64, "Examples in a step.", min=2, when=TRAINED)
     base_learning_rate: float = option(1e-3, "Peak learning rate, with cosine decay.", above=0, when=TRAINED)
     base_args: BaseArgs = option(BaseArgs, "More settings.")
@@ -162,10 +145,7 @@ class CollectArgs:
     optimizer: str = option("adamw", "Optimizer.", choices=("adamw", "adam", "sgd"), when=COLLECTED & ONE_TASK)
     weight_decay: float = option(5e-4, "Weight decay.", min=0, when=FINE_TUNED)
     num_runs: int = option(
-        1,
-        "Fine-tune so many times from the base model, each in another order of the data.",
-        min=1,
-        when=COLLECTED & ONE_TASK & NOT_DATA,
+        1, "Runs from the base model, each in another order of the data.", COLLECTED & ONE_TASK & NOT_DATA, min=1
     )
 
 
@@ -173,12 +153,8 @@ class CollectArgs:
 class CollectSection:
     """Snapshots: an existing data set of them, or fine-tuning (paper, Table 5b)."""
 
-    snapshots: str | None = option(
-        None, "Folder or Hub id of a parameter data set to use as it is.", path=True, common=True
-    )
-    select: list[str] = option(
-        ["norm[-2:]"], "Tensors to generate: kinds, globs, or `re:` expressions.", when=SELECTED, common=True
-    )
+    snapshots: str | None = common(None, "Folder or Hub id of a parameter data set to use as it is.", path=True)
+    select: list[str] = common(["norm[-2:]"], "Tensors to generate: kinds, globs, or `re:` expressions.", SELECTED)
     exclude: list[str] = option([], "Tensors to leave out of those.", when=SELECTED)
     batch_norm_statistics: str = option(
         "base",
@@ -187,17 +163,12 @@ class CollectSection:
         choices=("base", "generated", "recomputed"),
         when=STATISTICS,
     )
-    num_snapshots: int = option(
-        300, "K, over all runs or seen tasks together.", min=2, when=COLLECTED & NOT_DATA, common=True
-    )
+    num_snapshots: int = common(300, "K, over all runs or seen tasks together.", COLLECTED & NOT_DATA, min=2)
     collect_every: int = option(1, "Take a snapshot every so many steps.", min=1, when=COLLECTED & NOT_DATA)
     collect_learning_rate: float = option(0.03, "Constant learning rate.", above=0, when=FINE_TUNED)
     collect_batch_size: int = option(128, "Examples, or coordinates of data, in a step.", min=1, when=FINE_TUNED)
     collect_steps: int = option(
-        400,
-        "Families and data only: AdamW steps of each network; the learning rate falls as a cosine.",
-        min=1,
-        when=SIDE_BY_SIDE,
+        400, "Families and data: steps of each network, at a rate with cosine decay.", SIDE_BY_SIDE, min=1
     )
     collect_args: CollectArgs = option(CollectArgs, "More settings.")
 
@@ -213,9 +184,7 @@ class AutoencoderArgs:
         choices=("parameters", "outputs"),
         when=LEARNED,
     )
-    token_size: int | None = option(
-        None, "Parameters in a token; by default the next power of two from 2 √D.", min=1, when=TOKENS
-    )
+    token_size: int | None = option(None, "Parameters in a token; by default a power of two above 2 √D.", TOKENS, min=1)
     adapter_frame_size: int = option(
         128,
         "Products are kept by what they are between bases of at most this many rows and columns that all adapters "
@@ -251,21 +220,15 @@ class AutoencoderArgs:
 class AutoencoderSection:
     """Training of the autoencoder (paper, Table 5c)."""
 
-    autoencoder_preset: str = option(
-        "tokens", "See ParameterAutoencoder.", choices=("tokens", "paper", "pca", "linear"), common=True
+    autoencoder_preset: str = common(
+        "tokens", "See ParameterAutoencoder.", choices=("tokens", "paper", "pca", "linear")
     )
-    latent_dim: int = option(128, "L, the length of a latent.", min=1, common=True)
-    adapter_products: bool = option(
-        False, "Learn and compare LoRA adapters as the products BA of their factors, which are not unique."
-    )
-    heldout_snapshots: float = option(
-        0.1, "Share of the snapshots that generators never see, to measure R² on.", min=0, below=0.5, when=HELD_OUT
-    )
-    autoencoder_steps: int = option(300, "Optimizer steps.", min=1, when=LEARNED, common=True)
+    latent_dim: int = common(128, "L, the length of a latent.", min=1)
+    adapter_products: bool = option(False, "Learn and compare LoRA adapters as products BA of their factors.")
+    heldout_snapshots: float = option(0.1, "Share that no generator sees, for R².", HELD_OUT, min=0, below=0.5)
+    autoencoder_steps: int = common(300, "Optimizer steps.", min=1, when=LEARNED)
     autoencoder_batch_size: int = option(50, "Snapshots in a step.", min=1, when=LEARNED)
-    autoencoder_learning_rate: float = option(
-        4e-3, "Peak learning rate, with cosine decay (the paper's widths: 2e-5).", above=0, when=LEARNED
-    )
+    autoencoder_learning_rate: float = option(4e-3, "Peak rate; cosine decay (paper: 2e-5).", LEARNED, above=0)
     autoencoder_args: AutoencoderArgs = option(AutoencoderArgs, "More settings.")
 
 
@@ -273,17 +236,11 @@ class AutoencoderSection:
 class DenoiserArgs:
     """More settings of the denoiser."""
 
-    ema_decay: float = option(
-        0.999, "Decay of the moving average of the weights, which is what is kept.", min=0, below=1
-    )
+    ema_decay: float = option(0.999, "Decay of the average of the weights, which is what is kept.", min=0, below=1)
     # A pipeline with a longer schedule is not loaded.
     num_train_timesteps: int = option(1000, "T, the length of the diffusion.", min=1, max=10**6)
     condition_dropout: float = option(
-        0.0,
-        "Share of conditions that are left out in training, for classifier-free guidance.",
-        min=0,
-        below=1,
-        when=CONDITIONS,
+        0.0, "Share of conditions left out in training, for classifier-free guidance.", CONDITIONS, min=0, below=1
     )
     regressed_networks: int | None = option(
         None,
@@ -298,12 +255,10 @@ class DenoiserArgs:
 class DenoiserSection:
     """Training of the denoiser (paper, Table 5d)."""
 
-    denoiser_preset: str = option("mlp", "Widths.", choices=("paper", "small", "mlp"), common=True)
-    denoiser_steps: int = option(1000, "Optimizer steps.", min=1, common=True)
+    denoiser_preset: str = common("mlp", "Widths.", choices=("paper", "small", "mlp"))
+    denoiser_steps: int = common(1000, "Optimizer steps.", min=1)
     denoiser_batch_size: int = option(50, "Latents in a step.", min=1)
-    denoiser_learning_rate: float = option(
-        1e-3, "Peak learning rate, with cosine decay (the paper's widths: 1e-4).", above=0
-    )
+    denoiser_learning_rate: float = option(1e-3, "Peak rate, with cosine decay (the paper's widths: 1e-4).", above=0)
     prediction_type: str = option("v_prediction", "What is predicted.", choices=("epsilon", "v_prediction"))
     denoiser_args: DenoiserArgs = option(DenoiserArgs, "More settings.")
 
@@ -313,42 +268,23 @@ class TuneArgs:
     """More settings of tuning."""
 
     inference_steps: int = option(10, "Denoising steps, the last of which is trained through.", min=1, when=COMPARED)
-    ensemble_size: int = option(
-        1, "Networks whose mean prediction is to be right; a divisor of tune_models.", min=1, when=TUNED & ONE_TASK
-    )
-    diversity: list[float] = option(
-        [0.0], "Weights of the overlap of errors in an ensemble; validation chooses.", min=0, when=TUNED & ONE_TASK
-    )
-    penalty: float = option(
-        0.0, "Weight of the squared distance to the latents of the untuned generator.", min=0, when=TUNED & ONE_TASK
-    )
+    ensemble_size: int = option(1, "Networks that predict together; a divisor of tune_models.", TUNED & ONE_TASK, min=1)
+    diversity: list[float] = option([0.0], "Weights of common errors; validation chooses.", TUNED & ONE_TASK, min=0)
+    penalty: float = option(0.0, "Weight of the squared distance to untuned latents.", TUNED & ONE_TASK, min=0)
     map: bool = option(False, "Also train a linear map from latents to parameters, beside the decoder.", when=TUNED)
-    condition_noise: float = option(
-        0.0, "The conditions of seen tasks are moved by so many standard deviations.", min=0, when=SEEN_TASKS
-    )
-    weight_loss: float = option(
-        0.0, "Weight of the denoiser's own loss on snapshots, which is added.", min=0, when=TUNED
-    )
+    condition_noise: float = option(0.0, "Standard deviations that conditions are moved by.", SEEN_TASKS, min=0)
+    weight_loss: float = option(0.0, "Weight of the denoiser's own loss on snapshots, which is added.", TUNED, min=0)
 
 
 @dataclass
 class TuneSection:
     """Fine-tuning of the denoiser on the loss of the networks that it generates, for classifiers."""
 
-    tune_steps: int | None = option(
-        None, "Optimizer steps; 0 for none. By default 1200 for a family, and else none.", min=0, common=True
-    )
+    tune_steps: int | None = common(None, "Optimizer steps; by default 1200 for a family, else 0 for none.", min=0)
     tune_learning_rate: float = option(3e-4, "Peak learning rate, with cosine decay.", above=0, when=COMPARED)
-    tune_models: int = option(32, "Networks in a step; for a family, each for its own task.", min=1, when=COMPARED)
-    tune_batch_size: int = option(
-        32,
-        "Training examples in a step: one batch for all networks (single task) or one per network (family).",
-        min=1,
-        when=COMPARED,
-    )
-    tune_tasks: str = option(
-        "fresh", "New tasks at every step (`fresh`), or the `seen` ones alone.", choices=("fresh", "seen"), when=FAMILY
-    )
+    tune_models: int = option(32, "Networks in a step; for a family, each for its own task.", COMPARED, min=1)
+    tune_batch_size: int = option(32, "Examples in a step, for a single task shared by all networks.", COMPARED, min=1)
+    tune_tasks: str = option("fresh", "New tasks at every step, or seen ones alone.", FAMILY, choices=("fresh", "seen"))
     tune_args: TuneArgs = option(TuneArgs, "More settings.")
 
 
@@ -356,21 +292,14 @@ class TuneSection:
 class EvaluateSection:
     """Generation and scoring."""
 
-    num_models: int = option(
-        200, "How many networks to generate; for a family, for each unseen task.", min=1, common=True
-    )
-    num_inference_steps: int | None = option(
-        None,
-        "Denoising steps, saved with the generator; by default 10, or those of a generator that has some.",
-        min=1,
-        common=True,
+    num_models: int = common(200, "How many networks to generate; for a family, for each unseen task.", min=1)
+    num_inference_steps: int | None = common(
+        None, "Denoising steps, kept with the generator; by default 10, or its own.", min=1
     )
     temperature: float | None = option(
-        None, "Spread of the starting noise, saved with the generator; by default 1, or its own.", min=0
+        None, "Spread of the starting noise, kept with the generator; by default 1, or its own.", min=0
     )
-    baseline_models: int = option(
-        20, "Networks of each setting of the baselines; 0 for none.", min=0, when=ONE_TASK & NOT_DATA, common=True
-    )
+    baseline_models: int = common(20, "Networks of each baseline's setting, 0 for none.", ONE_TASK & NOT_DATA, min=0)
     baselines: str = option("all", "Settings of the baselines: `few` is one of each kind.", choices=("all", "few"))
 
 

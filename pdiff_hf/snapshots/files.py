@@ -16,7 +16,7 @@ from ..layout import LayoutError, ParameterLayout, some_names
 from ..models.condition import Condition, Fields
 from ..models.fields import ConditionError
 from ..selection import check_adapters
-from ..utils.paths import expand_path
+from ..utils.files import expand_path
 from .adapters import ADAPTER_CONFIG, DIFFUSERS_FILE, Notes, find_adapters, read_config
 from .canonical import canonical_adapter
 from .dataset import (

@@ -20,12 +20,11 @@ from transformers import (
 
 from ..networks.adapters import find_base, load_adapter, load_network
 from ..networks.runner import NetworkRunner
-from ..utils.devices import to_device
 from .dataset import DatasetTask
 from .labels import find_weights
 from .registry import register_task
 from .sources import load_raw
-from .task import Batch, MeasuredTask, Split, digest, take
+from .task import Batch, MeasuredTask, Split, batches, digest
 
 # What is not predicted: prompts and padding.
 IGNORED = -100
@@ -82,6 +81,10 @@ class LanguageTask(DatasetTask):
             tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
         return tokenizer
 
+    @property
+    def _padding(self) -> int:
+        return self.tokenizer.pad_token_id or 0
+
     def load_base_model(self) -> PreTrainedModel:
         model = self._auto_class.from_pretrained(self.model, dtype=getattr(torch, self.dtype))
         return load_adapter(model, self.adapter) if self.adapter else model.eval()
@@ -97,7 +100,7 @@ class LanguageTask(DatasetTask):
 
     def fingerprint(self, split: Split) -> str:
         """Follows all tokens, and which of them are predicted."""
-        return digest(self.load_split(split).examples)
+        return digest(self.load_split(split))
 
 
 @register_task("causal_lm")
@@ -151,10 +154,25 @@ class CausalLMTask(LanguageTask, MeasuredTask):
             return {i: (name, "it has no message") for i, value in values if not value}
         return {i: (name, "it is empty") for i, value in values if not str(value or "").strip()}
 
-    def _prepare(self, split: Split) -> "TokenSplit":
-        start = getattr(self._config, "decoder_start_token_id", None) if self.reads_first else None
-        examples = [self._encode(row) for row in self._raw[split]]
-        return TokenSplit(examples, self.tokenizer.pad_token_id or 0, start)
+    def _prepare(self, split: Split) -> list[tuple[list[int], int]]:
+        return [self._encode(row) for row in self._raw[split]]
+
+    def collate(self, examples: Sequence[tuple[list[int], int]]) -> Batch:
+        """
+        `input_ids`, `attention_mask` and `labels` of shape `(B, T)`, where T is the length of the longest text; labels
+        are the tokens themselves where they are predicted. For a network with an encoder, the ids are those of prompts,
+        and labels, and the `decoder_input_ids` before them, have the length of the longest completion.
+        """
+        read, more = [tokens for tokens, _ in examples], {}
+        labels = [[IGNORED] * n + tokens[n:] for tokens, n in examples]
+        if self.reads_first:
+            start = self._config.decoder_start_token_id
+            before = [[start, *tokens[n:-1]] for tokens, n in examples]
+            read, labels = [tokens[:n] for tokens, n in examples], [tokens[n:] for tokens, n in examples]
+            more = {"decoder_input_ids": padded(before, self._padding)}
+        mask = padded([[1] * len(tokens) for tokens in read], 0)
+        found = {"input_ids": padded(read, self._padding), "attention_mask": mask, "labels": padded(labels, IGNORED)}
+        return found | more
 
     def _encode(self, row: Mapping[str, Any]) -> tuple[list[int], int]:
         """Token ids of an example, and the number of those at the start that are only read."""
@@ -206,7 +224,7 @@ class CausalLMTask(LanguageTask, MeasuredTask):
 
     def measure(self, models: NetworkRunner, split: Split, parameters: torch.Tensor) -> torch.Tensor:
         """The mean loss of a token over the split, or the percentage of exact answers."""
-        device, examples, exact = next(models.model.parameters()).device, self.load_split(split), self.unit == "%"
+        device, exact = next(models.model.parameters()).device, self.unit == "%"
         total, count = torch.zeros(len(parameters), dtype=torch.float64), 0
 
         def forward(call: Callable) -> torch.Tensor:
@@ -216,42 +234,12 @@ class CausalLMTask(LanguageTask, MeasuredTask):
                 return (right & (tokens != IGNORED).any(-1)).float()
             return F.cross_entropy(logits.float().mT, tokens, ignore_index=IGNORED, reduction="none")
 
-        for indices in torch.arange(len(examples)).split(BATCH_SIZE):
-            batch = to_device(take(examples, indices.tolist()), device)
+        for batch in batches(self, split, BATCH_SIZE, device):
             tokens = batch["labels"] if self.reads_first else batch["labels"][:, 1:]
             count += int(((tokens != IGNORED).any(-1) if exact else tokens != IGNORED).sum())
             for rows, values in models(forward, parameters.to(device)):
                 total[rows] += values.flatten(1).double().sum(1).cpu()
         return total / max(1, count) * (100 if exact else 1)
-
-
-class TokenSplit(torch.utils.data.Dataset):
-    """
-    Tokenized examples, in memory.
-
-    `__getitems__(indices)` returns a batch: `input_ids`, `attention_mask` and `labels` of shape `(B, T)`, where T is
-    the length of its longest text; labels are the tokens themselves where they are predicted. With a token that
-    decoders `start` with, the ids are those of prompts, and labels, and the `decoder_input_ids` before them, have the
-    length of the longest completion.
-    """
-
-    def __init__(self, examples: Sequence[tuple[list[int], int]], pad_token_id: int, start: int | None = None):
-        self.examples, self.pad_token_id, self.start = list(examples), pad_token_id, start
-
-    def __len__(self) -> int:
-        return len(self.examples)
-
-    def __getitems__(self, indices: Sequence[int]) -> Batch:
-        chosen = [self.examples[i] for i in indices]
-        if self.start is None:
-            labels = padded([[IGNORED] * read + tokens[read:] for tokens, read in chosen], IGNORED)
-            read, more = [tokens for tokens, _ in chosen], {}
-        else:
-            labels = padded([tokens[read:] for tokens, read in chosen], IGNORED)
-            before = [[self.start, *tokens[read:-1]] for tokens, read in chosen]
-            read, more = [tokens[:n] for tokens, n in chosen], {"decoder_input_ids": padded(before, self.pad_token_id)}
-        mask = padded([[1] * len(tokens) for tokens in read], 0)
-        return {"input_ids": padded(read, self.pad_token_id), "attention_mask": mask, "labels": labels} | more
 
 
 def padded(rows: Sequence[Sequence[int]], value: int, left: bool = False) -> torch.Tensor:

@@ -2,7 +2,7 @@
 
 import logging
 from abc import abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -53,6 +53,19 @@ class DatasetTask(Task):
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
 
+    def _take(
+        self,
+        raw: Mapping[str, datasets.Dataset],
+        names: Mapping[str, str],
+        *find_bad: Callable[[datasets.Dataset], BadRows],
+    ) -> dict[str, datasets.Dataset]:
+        """The columns `names` of all splits, under new names, without the rows that one of `find_bad` finds."""
+        taken = {split: take_columns(rows, names) for split, rows in raw.items()}
+        return {
+            split: self._usable(rows, split, {i: what for find in find_bad for i, what in find(rows).items()})
+            for split, rows in taken.items()
+        }
+
     def _set_splits(self, raw: Mapping[str, datasets.Dataset]) -> None:
         """Makes `_raw`, the rows of the train, validation and test split, from all usable rows."""
         self._raw = make_splits(
@@ -94,6 +107,11 @@ class DatasetTask(Task):
 
 def describe_row(dataset: str, split: str, column: str, row: int) -> str:
     return f"dataset '{dataset}', split {split}, column {column}, row {row}"
+
+
+def empty_rows(rows: datasets.Dataset, column: str) -> BadRows:
+    """The rows without a text."""
+    return {i: (column, "it is empty") for i, text in enumerate(rows[column][:]) if not str(text or "").strip()}
 
 
 def take_columns(rows: datasets.Dataset, names: Mapping[str, str]) -> datasets.Dataset:

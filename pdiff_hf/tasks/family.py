@@ -2,7 +2,7 @@
 
 import copy
 import os
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -14,7 +14,7 @@ from torch.utils.data import Dataset
 from ..models.condition import Condition, Fields
 from ..utils.seeds import derive_seed
 from .labels import LabelledTask
-from .task import Batch, ClassificationTask, Split, Task, load_base, save_base, take
+from .task import Batch, ClassificationTask, OfNetworks, Split, Task, load_batch
 
 # So many draws without a new task mean that there are no more.
 MAX_DRAWS = 1000
@@ -22,7 +22,7 @@ MAX_DRAWS = 1000
 CHECKED_TASKS, CHECKED_EXAMPLES, MOST_CHECKED = 8, 32, 512
 
 
-class Family(ABC):
+class Family(OfNetworks):
     """
     Tasks that differ by a condition. Their examples come from one data set, so that example i of every task follows
     from example i of that.
@@ -47,10 +47,6 @@ class Family(ABC):
             ConditionError: for a field that cannot be drawn, such as a vector.
         """
         return {name: field.sample(generator) for name, field in self.fields.items()}
-
-    @abstractmethod
-    def load_base_model(self) -> nn.Module:
-        """The network that all tasks share the architecture of; fresh weights depend on torch's global seed."""
 
     @abstractmethod
     def num_examples(self, split: Split) -> int:
@@ -158,14 +154,6 @@ class Family(ABC):
     def predict(self, call: Callable, batch: Batch) -> torch.Tensor:
         """Logits of one network on the examples of its task, shape `(B, C)`."""
 
-    @abstractmethod
-    def fingerprint(self, split: Split) -> str:
-        """A string that changes when the examples of a split, or what conditions do to them, change."""
-
-    def source_classes(self) -> tuple[type, ...]:
-        """Classes whose source results depend on."""
-        return (type(self),)
-
     def task(self, condition: Condition) -> Task:
         """One task by itself."""
         return FamilyTask(self, self.fields.table([condition]))
@@ -173,14 +161,6 @@ class Family(ABC):
     def mixture(self, table: torch.Tensor) -> Task:
         """Many tasks as one: each example belongs to one of the conditions `table`, shape `(T, width)`, by chance."""
         return FamilyTask(self, table)
-
-    def save_base_model(self, model: nn.Module, folder: str | os.PathLike) -> None:
-        """Writes the network into the existing folder."""
-        save_base(model, folder)
-
-    def load_saved(self, folder: str | os.PathLike) -> nn.Module:
-        """What `save_base_model` wrote."""
-        return load_base(self.load_base_model(), folder)
 
     def region(self, condition: Condition) -> str | None:
         """Which of the `test_sets` a condition belongs to; None for the others."""
@@ -277,10 +257,10 @@ class TaskFamily(Family):
 
     def batch(self, split: Split, table: torch.Tensor, indices: torch.Tensor) -> Batch:
         """The examples of the data set, for all tasks the same ones unless `indices` differ."""
-        examples = self.base.collate(take(self.base.load_split(split), indices.flatten().tolist()))
+        examples = load_batch(self.base, split, indices.flatten().tolist(), table.device)
         shape = len(table), indices.shape[-1]
         return {
-            name: values.unflatten(0, indices.shape).to(table.device).expand(*shape, *values.shape[1:])
+            name: values.unflatten(0, indices.shape).expand(*shape, *values.shape[1:])
             for name, values in examples.items()
         }
 

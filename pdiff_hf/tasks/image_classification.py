@@ -22,7 +22,6 @@ from transformers import (
 from transformers.models.timm_wrapper import TimmWrapperConfig
 
 from ..utils.errors import first_line
-from .dataset import take_columns
 from .images import ImageColumn, ImageSplit, ImageTask, Preparation, load_image_data, make_preparation
 from .labels import LabelledTask, bad_labels, find_weights, without_unlabelled_test
 from .registry import register_task
@@ -59,10 +58,9 @@ class ImageClassificationTask(ImageTask, LabelledTask):
         config, has_weights = self._find_model()
         raw = load_image_data(self.dataset, self.image_column)
         features = raw["train"].features
-        names = {self._choose_image(features): "image", self._choose_label(features): "label"}
-        raw = without_unlabelled_test({name: take_columns(rows, names) for name, rows in raw.items()}, self.dataset)
-        for name, rows in raw.items():
-            raw[name] = self._usable(rows, name, {**self._bad_images(rows), **bad_labels(rows)})
+        names = {self._choose_image(features): "image", (label := self._choose_label(features)): "label"}
+        raw = without_unlabelled_test(raw, self.dataset, label)
+        raw = self._take(raw, names, self._bad_images, bad_labels)
         if may_choose and getattr(config, "architecture", "") == self.model:
             config = self._fit_to_images(config, max(ImageColumn(raw["train"], "image", self.dataset)[0].size))
         self._set_labels(raw, config, has_weights)
@@ -139,19 +137,16 @@ class ImageClassificationTask(ImageTask, LabelledTask):
         """The network with one output a class. Fresh weights depend on torch's global seed."""
         model = super().load_base_model()
         config: Any = model.config
-        self._note_size(config)
-        if not self._has_weights and isinstance(config, TimmWrapperConfig):
+        is_timm = isinstance(config, TimmWrapperConfig)
+        if is_timm and self.image_size is not None:  # which a saved network is to say
+            channels = config.pretrained_cfg["input_size"][0]
+            config.pretrained_cfg |= {"input_size": [channels, *[self.image_size] * 2], "crop_pct": 1.0}
+        if is_timm and not self._has_weights:
             # transformers has drawn every weight anew; timm's own initialization trains better.
             args = config.model_args or {}
             fresh = timm.create_model(config.architecture, num_classes=config.num_labels, **args)
             model.timm_model.load_state_dict(fresh.state_dict())
         return model
-
-    def _note_size(self, config: Any) -> None:
-        """Writes the size of its images into the configuration of a network of timm."""
-        if self.image_size is not None and isinstance(config, TimmWrapperConfig):
-            channels = config.pretrained_cfg["input_size"][0]
-            config.pretrained_cfg |= {"input_size": [channels, *[self.image_size] * 2], "crop_pct": 1.0}
 
     def _prepare(self, split: Split) -> ImageSplit:
         """Images as the network's own preprocessing makes them."""
@@ -164,7 +159,7 @@ class ImageClassificationTask(ImageTask, LabelledTask):
 
     def raw_examples(self, split: Split) -> tuple[ImageColumn, torch.Tensor]:
         """The images of a split as they are stored, and their labels."""
-        return ImageColumn(self._raw[split], "image", self.dataset), self._labels(split)
+        return self._images(split), self._labels(split)
 
     def fingerprint(self, split: Split) -> str:
         """Follows the examples of the split, the numbering of their classes, and how images are prepared."""
@@ -183,19 +178,16 @@ class ImageClassificationTask(ImageTask, LabelledTask):
         """None for a network of timm, whose preprocessing is a part of its configuration."""
         if isinstance(self._config, TimmWrapperConfig):
             return None
-        processor = self._load_processor()
-        if self.image_size is not None:
-            processor.size = {"height": self.image_size, "width": self.image_size}
-        return processor
-
-    def _load_processor(self) -> BaseImageProcessor:
         try:
-            return AutoImageProcessor.from_pretrained(self.model)
+            processor = AutoImageProcessor.from_pretrained(self.model)
         except (OSError, ValueError) as error:
             raise ValueError(
                 f"model '{self.model}' has no image processor that says how its images are prepared; save the one that "
                 f"it was trained with into its folder, as ViTImageProcessor(...).save_pretrained(folder) does: {error}"
             ) from error
+        if self.image_size is not None:
+            processor.size = {"height": self.image_size, "width": self.image_size}
+        return processor
 
     def predict(self, call: Callable, batch: Batch) -> torch.Tensor:
         return call(pixel_values=batch["pixel_values"]).logits

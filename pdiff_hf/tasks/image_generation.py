@@ -16,12 +16,11 @@ from torchvision.transforms import CenterCrop, Compose, PILToTensor, Resize
 
 from ..networks.runner import NetworkRunner
 from ..utils.memory import InParts
-from .dataset import take_columns
 from .fid import INCEPTION, frechet_distance, load_features
 from .images import ImageColumn, ImageSplit, ImageTask, Preparation, load_image_data
 from .labels import bad_labels, label_candidates, number_labels
 from .registry import register_task
-from .task import Batch, MeasuredTask, Split, take
+from .task import Batch, MeasuredTask, Split
 from .unet import FRESH_MODEL, find_unet, load_weights, without_path
 
 # Images that a network generates at once.
@@ -73,8 +72,7 @@ class ImageGenerationTask(ImageTask, MeasuredTask):
         rows = self._load_rows()
         if may_choose:
             self.image_size = max(ImageColumn(rows["train"], "image", self.dataset)[0].size)
-        self._network = find_unet(self.model, self.model_args, self.image_size)
-        self.scheduler, self._shape = self._network.scheduler, self._network.shape
+        self._load, self.scheduler, self._shape = find_unet(self.model, self.model_args, self.image_size)
         self.image_size = self._shape[-1]
         if self.num_steps > self.scheduler.config.num_train_timesteps:
             raise ValueError(
@@ -95,9 +93,7 @@ class ImageGenerationTask(ImageTask, MeasuredTask):
         names = {self._choose_image(features): "image"}
         labels = label_candidates(features)
         names |= {labels[0]: "label"} if len(labels) == 1 else {}
-        raw = {name: take_columns(rows, names) for name, rows in raw.items()}
-        for name, rows in raw.items():
-            raw[name] = self._usable(rows, name, self._bad_images(rows))
+        raw = self._take(raw, names, self._bad_images)
         if len(labels) != 1 or any(bad_labels(rows) for rows in raw.values()):  # one class is as good as none
             return {
                 name: rows.select_columns(["image", "row"]).add_column("label", np.zeros(len(rows), dtype=np.int64))
@@ -107,7 +103,7 @@ class ImageGenerationTask(ImageTask, MeasuredTask):
 
     def load_base_model(self) -> nn.Module:
         """The network. Fresh weights depend on torch's global seed."""
-        return self._network.load()
+        return self._load()
 
     def save_base_model(self, model: nn.Module, folder: str | os.PathLike) -> None:
         """A `DDPMPipeline`, which generates images as it is: the network with its scheduler."""
@@ -122,8 +118,7 @@ class ImageGenerationTask(ImageTask, MeasuredTask):
         half = [0.5] * self._shape[0]
         transform = Compose([Resize(self.image_size), CenterCrop(self.image_size), PILToTensor()])
         preparation = Preparation(transform, half, half, "L" if self._shape[0] == 1 else "RGB", "")
-        raw = self._raw[split]
-        return ImageSplit(ImageColumn(raw, "image", self.dataset), torch.as_tensor(raw["label"][:]), preparation)
+        return ImageSplit(self._images(split), torch.as_tensor(self._raw[split]["label"][:]), preparation)
 
     def fingerprint(self, split: Split) -> str:
         """Follows the images, how they are prepared, and all that the metric depends on."""
@@ -184,7 +179,7 @@ class ImageGenerationTask(ImageTask, MeasuredTask):
     def _real_images(self, split: Split, device: torch.device) -> Iterator[torch.Tensor]:
         images = self.load_split(split)
         for indices in torch.arange(len(images)).split(BATCH_SIZE):
-            yield to_uint8(take(images, indices.tolist())["pixel_values"]).to(device)
+            yield to_uint8(images[indices.tolist()]["pixel_values"]).to(device)
 
 
 def to_uint8(images: torch.Tensor) -> torch.Tensor:

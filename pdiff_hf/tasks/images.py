@@ -66,20 +66,17 @@ class ImageTask(DatasetTask):
             raise ValueError(f"dataset '{self.dataset}': column {name} holds {features[name]}, not images")
         return name
 
-    def _bad_images(self, rows: datasets.Dataset, column: str = "image") -> BadRows:
+    def _images(self, split: Split) -> "ImageColumn":
+        """The images of a split as they are stored."""
+        return ImageColumn(self._raw[split], "image", self.dataset)
+
+    def _bad_images(self, rows: datasets.Dataset) -> BadRows:
         """The rows without an image; with `skip_bad_examples`, also those whose image cannot be read."""
-        stored = rows.data.column(column)
-        empty = pc.and_(*(pc.is_null(pc.struct_field(stored, part)) for part in ("bytes", "path")))
-        bad = dict.fromkeys(np.flatnonzero(empty.to_numpy()).tolist(), (column, "it is empty"))
         if self.skip_bad_examples:
-            images = ImageColumn(rows, column, "")
-            for i in range(len(rows)):
-                try:
-                    if i not in bad:
-                        images.check(i)
-                except ValueError as error:
-                    bad[i] = (column, str(error))
-        return bad
+            return ImageColumn(rows, "image", "").bad()
+        stored = rows.data.column("image")
+        empty = pc.and_(*(pc.is_null(pc.struct_field(stored, part)) for part in ("bytes", "path")))
+        return dict.fromkeys(np.flatnonzero(empty.to_numpy()).tolist(), ("image", "it is empty"))
 
     def augment(self, batch: Batch) -> Batch:
         """Draws from torch's global generator, for each image on its own; the batch itself with `none`."""
@@ -227,9 +224,15 @@ class ImageColumn(Sequence[Any]):
             stored = self.rows[i][self.column]
             yield Path(stored["path"]).read_bytes() if stored["bytes"] is None else stored["bytes"]
 
-    def check(self, i: int) -> Any:
-        """One image; errors say only what is wrong with it."""
-        return self.convert(decode(self.rows[i][self.column]))
+    def bad(self, look: Callable[[Any], None] = lambda image: None) -> dict[int, tuple[str, str]]:
+        """The rows whose image cannot be read, or is refused by `look`."""
+        found = {}
+        for i in range(len(self)):
+            try:
+                look(self.convert(decode(self.rows[i][self.column])))
+            except ValueError as error:
+                found[i] = (self.column, str(error))
+        return found
 
 
 def decode(stored: Mapping[str, Any] | None) -> Image.Image:
@@ -239,7 +242,7 @@ def decode(stored: Mapping[str, Any] | None) -> Image.Image:
     Raises:
         ValueError: if there is none, or it cannot be read.
     """
-    if stored is None:
+    if not any((stored or {}).values()):
         raise ValueError("it is empty")
     try:
         return datasets.Image().decode_example(dict(stored))

@@ -219,13 +219,14 @@ def _names_of(rows: datasets.Dataset, dataset: str, split: str) -> list[str]:
     return [str(value) for value in values]
 
 
-def without_unlabelled_test(raw: Mapping[str, datasets.Dataset], dataset: str) -> dict[str, datasets.Dataset]:
+def without_unlabelled_test(
+    raw: Mapping[str, datasets.Dataset], dataset: str, label: str = "label"
+) -> Mapping[str, datasets.Dataset]:
     """Without a test split of which all labels are withheld, as those of ImageNet are; a warning says so."""
-    kept = dict(raw)
-    if "test" in kept and all(label == -1 or _is_empty(label) for label in kept["test"]["label"]):
-        logger.warning("the test split of dataset '%s' has no labels: another one takes its place", dataset)
-        del kept["test"]
-    return kept
+    if "test" not in raw or not all(value == -1 or _is_empty(value) for value in raw["test"][label]):
+        return raw
+    logger.warning("the test split of dataset '%s' has no labels: another one takes its place", dataset)
+    return {name: rows for name, rows in raw.items() if name != "test"}
 
 
 def bad_labels(rows: datasets.Dataset) -> BadRows:

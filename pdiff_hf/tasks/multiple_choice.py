@@ -17,7 +17,7 @@ from .causal_lm import IGNORED, LanguageTask, padded
 from .family import TaskFamily
 from .registry import register_family, register_task
 from .sources import load_raw
-from .task import Batch, ClassificationTask, Split, Task
+from .task import Batch, ClassificationTask, Split, Task, load_batch
 
 SPLITS: tuple[Split, ...] = ("train", "validation", "test")
 # Conditions that differ by more are not those of the same task.
@@ -82,21 +82,38 @@ class MultipleChoiceTask(LanguageTask, ClassificationTask):
     @torch.no_grad()
     def _checked(self, model: PreTrainedModel) -> PreTrainedModel:
         examples = self.load_split("validation")
-        lengths = [len(prompt) for prompt, *_ in examples.examples]
-        ends = [lengths.index(min(lengths)), lengths.index(max(lengths))]
-        together = self.predict(model, examples.__getitems__(ends))
-        alone = torch.cat([self.predict(model, examples.__getitems__([i])) for i in ends])
+        ends = [end(examples, key=lambda example: len(example[0])) for end in (min, max)]
+        together = self.predict(model, self.collate(ends))
+        alone = torch.cat([self.predict(model, self.collate([one])) for one in ends])
         if not torch.allclose(together, alone, rtol=1e-3, atol=1e-3):
             raise ValueError(f"the answers of {type(model).__name__} depend on how prompts are filled up to one length")
         return model
 
-    def _prepare(self, split: Split) -> "ChoiceSplit":
+    def _prepare(self, split: Split) -> list[tuple[list[int], list[list[int]], int | None]]:
+        """The tokens of prompts and of choices, and the number of the right choice."""
         examples = []
         for prompt, texts, answer in zip(*(self.rows(split, c) for c in ("prompt", "choices", "answer")), strict=True):
             choices = [self.encode(text, add_special_tokens=False) for text in _choices(texts)]
             room = max(1, self.max_length - max(map(len, choices)) + 1)
             examples.append((self.encode(prompt)[-room:], choices, _number(_choices(texts), answer)))
-        return ChoiceSplit(examples, self.tokenizer.pad_token_id or 0)
+        return examples
+
+    def collate(self, examples: Sequence[tuple[list[int], list[list[int]], int]]) -> Batch:
+        """
+        `input_ids` and `attention_mask` of shape `(B, R, T)`, filled up at the left, for each choice the prompt with
+        all but its last token, or one row if all choices are single tokens; the tokens of the `choices`, `(B, C, K)`,
+        filled up at the left too; and `labels` of shape `(B,)`.
+        """
+        longest = max(len(choice) for _, choices, _ in examples for choice in choices)
+        rows = [prompt + c[:-1] for prompt, choices, _ in examples for c in choices[: None if longest > 1 else 1]]
+        targets = [[*[IGNORED] * (longest - len(c)), *c] for _, choices, _ in examples for c in choices]
+        shape = len(examples), -1
+        return {
+            "input_ids": padded(rows, self._padding, left=True).unflatten(0, shape),
+            "attention_mask": padded([[1] * len(row) for row in rows], 0, left=True).unflatten(0, shape),
+            "choices": torch.tensor(targets).unflatten(0, shape),
+            "labels": torch.tensor([answer for *_, answer in examples]),
+        }
 
     def encode(self, text: str, **kwargs: Any) -> list[int]:
         """The tokens of a text."""
@@ -135,35 +152,6 @@ def _number(choices: Sequence[str], answer: Any) -> int | None:
         return choices.index(answer)
     text = str(answer)
     return int(text) if text.isdecimal() and int(text) < len(choices) else None
-
-
-class ChoiceSplit(torch.utils.data.Dataset):
-    """
-    Tokens of prompts and choices, in memory.
-
-    `__getitems__(indices)` returns a batch: `input_ids` and `attention_mask` of shape `(B, R, T)`, filled up at the
-    left, for each choice the prompt with all but its last token, or one row if all choices are single tokens; the
-    tokens of the `choices`, `(B, C, K)`, filled up at the left too; and `labels` of shape `(B,)`.
-    """
-
-    def __init__(self, examples: Sequence[tuple[list[int], list[list[int]], int | None]], pad_token_id: int):
-        self.examples, self.pad_token_id = list(examples), pad_token_id
-        self.longest = max(len(choice) for _, choices, _ in self.examples for choice in choices)
-
-    def __len__(self) -> int:
-        return len(self.examples)
-
-    def __getitems__(self, indices: Sequence[int]) -> Batch:
-        chosen = [self.examples[i] for i in indices]
-        rows = [prompt + c[:-1] for prompt, choices, _ in chosen for c in choices[: None if self.longest > 1 else 1]]
-        targets = [[*[IGNORED] * (self.longest - len(c)), *c] for _, choices, _ in chosen for c in choices]
-        shape = len(chosen), -1
-        return {
-            "input_ids": padded(rows, self.pad_token_id, left=True).unflatten(0, shape),
-            "attention_mask": padded([[1] * len(row) for row in rows], 0, left=True).unflatten(0, shape),
-            "choices": torch.tensor(targets).unflatten(0, shape),
-            "labels": torch.tensor([answer for *_, answer in chosen]),
-        }
 
 
 @register_family("tabled")
@@ -253,8 +241,8 @@ class TabledFamily(TaskFamily):
         places = [self._examples[split][member] for member, _ in self._members(table)]
         chosen = indices.expand(len(table), -1).tolist()
         flat = [rows[i % len(rows)] for rows, own in zip(places, chosen, strict=True) for i in own]
-        examples = self.base.load_split(split).__getitems__(flat)
-        return {name: values.unflatten(0, (len(table), -1)).to(table.device) for name, values in examples.items()}
+        examples = load_batch(self.base, split, flat, table.device)
+        return {name: values.unflatten(0, (len(table), -1)) for name, values in examples.items()}
 
     def prompted(self, model: nn.Module) -> nn.Module | None:
         texts = [name for name, kind in self.fields.items() if kind.type == "text"]

@@ -13,12 +13,12 @@ from torchvision.transforms import CenterCrop, Compose, PILToTensor, Resize
 from ..models.condition import Condition, Fields
 from ..networks.neural_field import KINDS, NeuralField
 from .data_task import STARTS, DataTask
-from .dataset import hold_out, take_columns
+from .dataset import hold_out
 from .fid import load_features
 from .images import ImageColumn, ImageTask, load_image_data
 from .labels import NUMBER, label_candidates
 from .registry import register_task
-from .task import Split
+from .task import Split, Tensors
 
 LOOKED_AT = 100  # images, of which one in colour makes all fields those of colours
 
@@ -65,8 +65,7 @@ class NeuralFieldTask(ImageTask, DataTask):
                 f"dataset '{self.dataset}' has no column {missing[0]}; its columns are {', '.join(features)}"
             )
         names = {self._choose_image(features): "image"} | {name: name for name in columns}
-        rows = {name: take_columns(split, names) for name, split in raw.items()}
-        rows = {name: self._usable(split, name, self._bad_images(split)) for name, split in rows.items()}
+        rows = self._take(raw, names, self._bad_images)
         train, test = rows["train"], next((rows[name] for name in reversed(rows) if name != "train"), None)
         if test is None:
             train, test = hold_out(train, self.dataset, self.validation_fraction)
@@ -122,17 +121,15 @@ class NeuralFieldTask(ImageTask, DataTask):
         centres = (2 * torch.arange(size) + 1) / size - 1
         return torch.stack(torch.meshgrid(centres, centres, indexing="ij"), -1).view(-1, 2)
 
-    def signals(self, split: Split) -> torch.Tensor:
+    def _prepare(self, split: Split) -> Tensors:
         """Values of pixels from -1 to 1."""
-        if split not in self._splits:
-            prepare = Compose([Resize(self.image_size), CenterCrop(self.image_size), PILToTensor()])
-            images = ImageColumn(self._raw[split], "image", self.dataset)
-            pixels = torch.stack([prepare(image.convert(self._mode)) for image in images.read(range(len(images)))])
-            self._splits[split] = pixels.flatten(2).mT / 127.5 - 1
-        return self._splits[split]
+        prepare = Compose([Resize(self.image_size), CenterCrop(self.image_size), PILToTensor()])
+        images = self._images(split)
+        pixels = torch.stack([prepare(image.convert(self._mode)) for image in images.read(range(len(images)))])
+        return Tensors(signals=pixels.flatten(2).mT / 127.5 - 1)
 
-    def load_split(self, split: Split) -> Any:
-        return DataTask.load_split(self, split)
+    def signals(self, split: Split) -> torch.Tensor:
+        return self.load_split(split).signals
 
     def fingerprint(self, split: Split) -> str:
         return f"{DataTask.fingerprint(self, split)} {self.fid_features}"
@@ -155,6 +152,3 @@ class NeuralFieldTask(ImageTask, DataTask):
             return None
         pixels = (255 * self.images(outputs)).round().to(torch.uint8)
         return torch.cat([self._network(part) for part in pixels.split(100)])
-
-    def _prepare(self, split: Split) -> Any:
-        return self.load_split(split)

@@ -17,7 +17,7 @@ from torchvision.transforms.functional import pil_to_tensor
 from ..networks.runner import NetworkRunner
 from ..networks.torchvision import Architecture
 from ..utils.imports import require
-from .dataset import BadRows, take_columns
+from .dataset import BadRows
 from .images import ImageColumn, ImageTask, load_image_data
 from .registry import register_task
 from .task import Batch, MeasuredTask, Split, batches
@@ -67,10 +67,7 @@ class ObjectDetectionTask(ImageTask, MeasuredTask):
         raw = load_image_data(self.dataset, self.image_column)
         self.class_names = self._find_classes(raw["train"].features)
         columns = {self._choose_image(raw["train"].features): "image", "objects": "objects"}
-        for name, rows in raw.items():
-            rows = take_columns(rows, columns)
-            raw[name] = self._usable(rows, name, {**self._bad_images(rows), **bad_objects(rows)})
-        self._set_splits(raw)
+        self._set_splits(self._take(raw, columns, self._bad_images, bad_objects))
         categories = [None if name is None else name.casefold() for name in self._architecture.categories]
         names = [name.casefold() for name in self.class_names]
         outputs = categories if set(names) <= set(categories) else [None, *names]  # the background is class 0
@@ -101,14 +98,13 @@ class ObjectDetectionTask(ImageTask, MeasuredTask):
 
     def _prepare(self, split: Split) -> "DetectionSplit":
         """Images with their objects."""
-        raw = self._raw[split]
         boxes, labels = [], []
-        for row in raw["objects"]:
+        for row in self._raw[split]["objects"]:
             corners = torch.tensor(row["bbox"], dtype=torch.float32).reshape(-1, 4)
             seen = (corners[:, 2:] > corners[:, :2]).all(1)  # COCO has boxes without any area
             boxes.append(corners[seen])
             labels.append(self._labels[torch.tensor(row["category"], dtype=torch.int64)[seen]])
-        return DetectionSplit(ImageColumn(raw, "image", self.dataset), boxes, labels)
+        return DetectionSplit(self._images(split), boxes, labels)
 
     def fingerprint(self, split: Split) -> str:
         """Follows the examples of the split, the size, and all boxes and classes."""

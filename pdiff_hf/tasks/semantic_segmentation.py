@@ -17,7 +17,7 @@ from torchvision.transforms.functional import pil_to_tensor
 
 from ..networks.runner import NetworkRunner
 from ..networks.torchvision import Architecture
-from .dataset import BadRows, take_columns
+from .dataset import BadRows
 from .images import ImageColumn, ImageTask, load_image_data, prepared
 from .registry import register_task
 from .task import Batch, MeasuredTask, Split, Tensors, batches
@@ -68,16 +68,19 @@ class SemanticSegmentationTask(ImageTask, MeasuredTask):
         if self._architecture.weights is not None and "aux_loss" in self._architecture.known_args:
             self._architecture = Architecture.find(self.model, segmentation, {"aux_loss": True} | self.model_args)
         raw = load_image_data(self.dataset, self.image_column)
-        columns = self._choose_columns(raw["train"].features)
-        classes = 0
-        for name, rows in raw.items():
-            rows = take_columns(rows, columns)
-            bad_masks, highest = self._read_masks(rows)
-            raw[name] = self._usable(rows, name, {**self._bad_images(rows), **bad_masks})
-            if highest < 0:
-                raise ValueError(f"no pixel of the split {name} of dataset '{self.dataset}' has a class")
-            classes = max(classes, highest + 1)
-        self._set_splits(raw)
+        highest: list[int] = []
+
+        def bad_masks(rows: datasets.Dataset) -> BadRows:
+            masks, ids = ImageColumn(rows, "mask", self.dataset, read_mask), {-1}
+            bad = masks.bad(lambda mask: ids.update(np.unique(mask[mask != IGNORED]).tolist()))
+            highest.append(max(ids))
+            return bad
+
+        self._set_splits(self._take(raw, self._choose_columns(raw["train"].features), self._bad_images, bad_masks))
+        if min(highest) < 0:
+            name = list(raw)[highest.index(-1)]
+            raise ValueError(f"no pixel of the split {name} of dataset '{self.dataset}' has a class")
+        classes = max(highest) + 1
         own = len(self._architecture.categories)
         self._num_classes = own if classes <= own else classes
 
@@ -92,18 +95,6 @@ class SemanticSegmentationTask(ImageTask, MeasuredTask):
             )
         return {image: "image", masks[0]: "mask"}
 
-    def _read_masks(self, rows: datasets.Dataset) -> tuple[BadRows, int]:
-        """The rows whose mask cannot be used, and the largest class id of the others, or -1."""
-        masks, bad, highest = ImageColumn(rows, "mask", self.dataset, read_mask), {}, -1
-        for i in range(len(rows)):
-            try:
-                ids = masks.check(i)
-            except ValueError as error:
-                bad[i] = ("mask", str(error))
-            else:
-                highest = max([highest, *np.unique(ids[ids != IGNORED]).tolist()])
-        return bad, highest
-
     def load_base_model(self) -> nn.Module:
         """The network. Fresh weights depend on torch's global seed."""
         network, self.new_head = self._architecture.load(self._num_classes)
@@ -111,9 +102,8 @@ class SemanticSegmentationTask(ImageTask, MeasuredTask):
 
     def _prepare(self, split: Split) -> "SegmentationSplit":
         """Images and masks of one size."""
-        raw = self._raw[split]
-        image, mask = (ImageColumn(raw, "image", self.dataset), ImageColumn(raw, "mask", self.dataset, read_mask))
-        return SegmentationSplit(images=self._scaled(image), masks=self._scaled(mask))
+        masks = ImageColumn(self._raw[split], "mask", self.dataset, read_mask)
+        return SegmentationSplit(images=self._scaled(self._images(split)), masks=self._scaled(masks))
 
     def _scaled(self, column: ImageColumn) -> Any:
         """Images or masks in squares, of which the rest is grey or ignored: uint8."""

@@ -37,7 +37,49 @@ class Examples(Protocol):
     def __getitem__(self, index: int, /) -> Any: ...
 
 
-class Task(ABC):
+class OfNetworks(ABC):
+    """What a task and a family of tasks have in common: a network, and data that results depend on."""
+
+    processor: Any = None
+
+    @abstractmethod
+    def load_base_model(self) -> nn.Module:
+        """
+        The network, or that which all tasks of a family share the architecture of; a `PreTrainedModel` of transformers
+        or a `ModelMixin` of diffusers if it is to be saved together with a pipeline. Fresh weights depend on torch's
+        global seed.
+        """
+
+    @abstractmethod
+    def fingerprint(self, split: Split) -> str:
+        """A string that changes when the examples of a split, or how they are prepared, change."""
+
+    def source_classes(self) -> tuple[type, ...]:
+        """Classes whose source results depend on, so that a run is not taken for one of an edited class."""
+        return (type(self),)
+
+    def save_base_model(self, model: nn.Module, folder: str | os.PathLike) -> None:
+        """
+        Writes the network into the existing folder, one of transformers as `save_pretrained` does and any other as
+        safetensors, with its processor if it has one.
+        """
+        if isinstance(model, PreTrainedModel):
+            save_network(model, folder)
+        else:
+            save_model(model, str(Path(folder) / "model.safetensors"))
+        if self.processor is not None:
+            self.processor.save_pretrained(folder)
+
+    def load_saved(self, folder: str | os.PathLike) -> nn.Module:
+        """What `save_base_model` wrote."""
+        model = without_wrapper(self.load_base_model())
+        if isinstance(model, PreTrainedModel):
+            return load_network(folder, type(model))
+        load_model(model, Path(folder) / "model.safetensors")
+        return model
+
+
+class Task(OfNetworks):
     """
     What a subclass says about the base model and its data is all that the rest needs to know. `call` below is the base
     model, or a function that takes its place and runs the same network with other parameters; it must be the only way
@@ -53,22 +95,10 @@ class Task(ABC):
     """
 
     new_head: str = ""
-    processor: Any = None
-
-    @abstractmethod
-    def load_base_model(self) -> nn.Module:
-        """
-        The network; a `PreTrainedModel` of transformers or a `ModelMixin` of diffusers if it is to be saved together
-        with a pipeline.
-        """
 
     @abstractmethod
     def load_split(self, split: Split) -> Examples:
         """A map-style data set. Validation selects, test reports; no two splits share an example."""
-
-    @abstractmethod
-    def fingerprint(self, split: Split) -> str:
-        """A string that changes when the examples of a split, or how they are prepared, change."""
 
     def collate(self, examples: Any) -> Batch:
         """What a `DataLoader` does with the examples of a batch. By default a batch is taken as it is, if the split
@@ -85,37 +115,6 @@ class Task(ABC):
     @abstractmethod
     def loss(self, call: Callable, batch: Batch) -> torch.Tensor:
         """The training loss of one batch, a scalar, whether the network is in training or in evaluation mode."""
-
-    def source_classes(self) -> tuple[type, ...]:
-        """Classes whose source results depend on, so that a run is not taken for one of an edited class."""
-        return (type(self),)
-
-    def save_base_model(self, model: nn.Module, folder: str | os.PathLike) -> None:
-        """Writes the network into the existing folder, with its processor if it has one."""
-        save_base(model, folder)
-        if self.processor is not None:
-            self.processor.save_pretrained(folder)
-
-    def load_saved(self, folder: str | os.PathLike) -> nn.Module:
-        """What `save_base_model` wrote."""
-        return load_base(self.load_base_model(), folder)
-
-
-def save_base(model: nn.Module, folder: str | os.PathLike) -> None:
-    """Writes a network of transformers as `save_pretrained` does, and any other as safetensors."""
-    if isinstance(model, PreTrainedModel):
-        save_network(model, folder)
-    else:
-        save_model(model, str(Path(folder) / "model.safetensors"))
-
-
-def load_base(model: nn.Module, folder: str | os.PathLike) -> nn.Module:
-    """What `save_base` wrote, for a network of the kind of `model`."""
-    model = without_wrapper(model)
-    if isinstance(model, PreTrainedModel):
-        return load_network(folder, type(model))
-    load_model(model, Path(folder) / "model.safetensors")
-    return model
 
 
 class ClassificationTask(Task):
@@ -195,11 +194,15 @@ def digest(*parts: Any) -> str:
     return found.hexdigest()
 
 
+def load_batch(task: Task, split: Split, indices: Sequence[int], device: torch.device) -> Batch:
+    """Some examples of a split as one batch on a device."""
+    return to_device(task.collate(take(task.load_split(split), indices)), device)
+
+
 def batches(task: Task, split: Split, size: int, device: torch.device) -> Iterator[Batch]:
     """All examples of a split in batches of `size`, on a device."""
-    examples = task.load_split(split)
-    for indices in torch.arange(len(examples)).split(size):
-        yield to_device(task.collate(take(examples, indices.tolist())), device)
+    for indices in torch.arange(len(task.load_split(split))).split(size):
+        yield load_batch(task, split, indices.tolist(), device)
 
 
 def statistics_batches(task: Task, device: torch.device) -> Iterator[Callable[[Callable], torch.Tensor]]:
@@ -207,11 +210,14 @@ def statistics_batches(task: Task, device: torch.device) -> Iterator[Callable[[C
     Forward passes over `STATISTICS_EXAMPLES` training examples, evenly spaced over the split and as they are without
     augmentation, from which the statistics of batch norm are recomputed.
     """
-    split = task.load_split("train")
-    indices = torch.linspace(0, len(split) - 1, min(STATISTICS_EXAMPLES, len(split))).round().long()
+    indices = evenly(len(task.load_split("train")), STATISTICS_EXAMPLES)
     for part in indices.tensor_split(-(-len(indices) // STATISTICS_BATCH_SIZE)):
-        batch = to_device(task.collate(take(split, part.tolist())), device)
-        yield functools.partial(task.loss, batch=batch)
+        yield functools.partial(task.loss, batch=load_batch(task, "train", part.tolist(), device))
+
+
+def evenly(count: int, limit: int | None) -> torch.Tensor:
+    """At most `limit` indices below `count`, evenly spaced."""
+    return torch.linspace(0, count - 1, min(count, limit or count)).round().long()
 
 
 def check_head(task: Task, is_trained: bool) -> None:
@@ -258,14 +264,11 @@ def predict_logits(
     """
     device = next(models.model.parameters()).device
     parameters = to_device(parameters, device)
-    split_examples, size, start = task.load_split(split), EVAL_BATCH_SIZE, 0
-    indices = list(range(len(split_examples)))
-    if max_examples is not None and max_examples < len(indices):
-        indices = torch.linspace(0, len(indices) - 1, max_examples).round().long().tolist()
+    indices, size, start = evenly(len(task.load_split(split)), max_examples).tolist(), EVAL_BATCH_SIZE, 0
     while start < len(indices):
         examples = slice(start, min(start + size, len(indices)))
         try:
-            batch = to_device(task.collate(take(split_examples, indices[examples])), device)
+            batch = load_batch(task, split, indices[examples], device)
             for rows, logits in models(functools.partial(task.predict, batch=batch), parameters):
                 yield rows, examples, logits, batch["labels"]
             start = examples.stop

@@ -3,7 +3,7 @@
 import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -20,7 +20,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from .dataset import take_columns
+from .dataset import empty_rows
 from .labels import LabelledTask, bad_labels, find_weights, without_unlabelled_test
 from .registry import register_task
 from .sources import load_raw
@@ -54,11 +54,9 @@ class TextClassificationTask(LabelledTask):
         config, has_weights = find_weights(self.model)
         raw = load_raw(self.dataset)
         features = raw["train"].features
-        names = {self._choose_text(features): "text", self._choose_label(features): "label"}
-        raw = without_unlabelled_test({name: take_columns(rows, names) for name, rows in raw.items()}, self.dataset)
-        for name, rows in raw.items():
-            empty = {i: ("text", "it is empty") for i, text in enumerate(rows["text"][:]) if not (text or "").strip()}
-            raw[name] = self._usable(rows, name, {**empty, **bad_labels(rows)})
+        names = {self._choose_text(features): "text", (label := self._choose_label(features)): "label"}
+        raw = without_unlabelled_test(raw, self.dataset, label)
+        raw = self._take(raw, names, partial(empty_rows, column="text"), bad_labels)
         self._set_labels(raw, config, has_weights)
 
     def _choose_text(self, features: Mapping[str, Any]) -> str:

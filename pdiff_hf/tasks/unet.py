@@ -2,38 +2,14 @@
 
 import inspect
 import os
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
 from diffusers import DDPMScheduler, UNet2DModel
 
 FRESH_MODEL = "unet2d"
-
-
-@dataclass(frozen=True)
-class UNet:
-    """
-    A network that can be loaded.
-
-    Args:
-        model (`str`): Local folder or Hub id, or `FRESH_MODEL`.
-        subfolder (`str`, *optional*): Where it lies in there.
-        config (`Mapping`): Its arguments.
-        scheduler (`DDPMScheduler`): Of its training.
-        shape (`tuple[int, int, int]`): Of its images: channels, height and width.
-    """
-
-    model: str
-    subfolder: str | None
-    config: Mapping[str, Any]
-    scheduler: DDPMScheduler
-    shape: tuple[int, int, int]
-
-    def load(self) -> UNet2DModel:
-        """The network. Fresh weights depend on torch's global seed."""
-        return UNet2DModel(**self.config) if self.model == FRESH_MODEL else load_weights(self.model, self.subfolder)
 
 
 def load_weights(folder: str | os.PathLike, subfolder: str | None) -> UNet2DModel:
@@ -47,8 +23,14 @@ def without_path(model: UNet2DModel) -> UNet2DModel:
     return model
 
 
-def find_unet(model: str, model_args: Mapping[str, Any], image_size: int | None) -> UNet:
+def find_unet(
+    model: str, model_args: Mapping[str, Any], image_size: int | None
+) -> tuple[Callable[[], UNet2DModel], DDPMScheduler, tuple[int, int, int]]:
     """
+    Returns:
+        `tuple`: What loads the network, whose fresh weights depend on torch's global seed; the scheduler of its
+        training; and the channels, height and width of its images.
+
     Args:
         model (`str`): Local folder or Hub id of a saved `UNet2DModel`, or `FRESH_MODEL`.
         model_args (`Mapping`): The configuration of a fresh one.
@@ -92,7 +74,8 @@ def find_unet(model: str, model_args: Mapping[str, Any], image_size: int | None)
             f"model '{model}' must predict the noise of images with 1 or 3 channels, got in_channels={channels} and "
             f"out_channels={made}"
         )
-    return UNet(model, subfolder, config, scheduler, (channels, size, size))
+    load = partial(UNet2DModel, **config) if model == FRESH_MODEL else partial(load_weights, model, subfolder)
+    return load, scheduler, (channels, size, size)
 
 
 def _find_config(model: str) -> tuple[str | None, dict[str, Any]]:

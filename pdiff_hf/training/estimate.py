@@ -34,58 +34,42 @@ class TrainingCost:
     seconds: float
 
 
-def estimate_autoencoder(
+def estimate_training(
+    network: str,
     num_parameters: int,
-    *,
     latent_dim: int,
     preset: str,
+    *,
     token_size: int | None = None,
-    num_steps: int,
-    batch_size: int,
+    num_steps: int = 1,
+    batch_size: int = 1,
     device: torch.device,
 ) -> TrainingCost:
-    """Cost of training an autoencoder for vectors of `num_parameters`, after its bases are fitted."""
+    """
+    Cost of training the `network` called `autoencoder`, for vectors of `num_parameters` and after its bases are fitted,
+    or `denoiser`, for latents of `latent_dim`.
+    """
     if preset == "pca":  # nothing is trained
         return TrainingCost(0, 4 * num_parameters * latent_dim, 0.0)
+    is_denoiser = network == "denoiser"
+    length = latent_dim if is_denoiser else num_parameters
 
     def build(length: int) -> nn.Module:
+        if is_denoiser:
+            return LatentDenoiser(length, **DENOISER_PRESETS[preset])
         layout = ParameterLayout(("parameters",), ((length,),), ("float32",))
         architecture = autoencoder_architecture(preset, length, token_size)
         return ParameterAutoencoder(layout.to_dict(), min(latent_dim, length), **architecture)
 
     def loss(model: Any, batch_size: int) -> torch.Tensor:
+        if is_denoiser:
+            sample = torch.zeros(batch_size, model.config.latent_dim, device=model.device)
+            return model(sample, torch.zeros(batch_size, device=model.device)).sample.square().mean()
         return model.reconstruction_loss(model(torch.zeros(batch_size, *model.token_shape, device=model.device)))
 
-    return _estimate(build, loss, num_parameters, num_steps, batch_size, device, copies=4)
-
-
-def estimate_denoiser(
-    latent_dim: int, *, preset: str, num_steps: int, batch_size: int, device: torch.device
-) -> TrainingCost:
-    """Cost of training a denoiser for latents of `latent_dim`."""
-
-    def build(length: int) -> nn.Module:
-        return LatentDenoiser(length, **DENOISER_PRESETS[preset])
-
-    def loss(model: Any, batch_size: int) -> torch.Tensor:
-        sample = torch.zeros(batch_size, model.config.latent_dim, device=model.device)
-        return model(sample, torch.zeros(batch_size, device=model.device)).sample.square().mean()
-
-    return _estimate(build, loss, latent_dim, num_steps, batch_size, device, copies=5)  # one more is the average
-
-
-def _estimate(
-    build: Callable[[int], nn.Module],
-    loss: Callable[[nn.Module, int], torch.Tensor],
-    length: int,
-    num_steps: int,
-    batch_size: int,
-    device: torch.device,
-    copies: int,
-) -> TrainingCost:
-    """`copies` is how many tensors there are for each weight: itself, its gradient, and the optimizer's two."""
     flops, activations, weights = _count(build, loss, length, batch_size)
-    memory = activations + copies * weights
+    # Of each weight itself, its gradient, the optimizer's two, and the average of a denoiser's.
+    memory = activations + (5 if is_denoiser else 4) * weights
     if device.type == "meta":
         return TrainingCost(flops * num_steps, memory, math.nan)
     budget = MEASURED_FLOPS[device.type if device.type in MEASURED_FLOPS else "cpu"]

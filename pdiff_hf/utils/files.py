@@ -1,10 +1,11 @@
-"""Files and folders that are whole or not there, however the program ends."""
+"""Files and folders that are whole or not there, however the program ends, and paths as people write them."""
 
 import contextlib
 import errno
 import json
 import math
 import os
+import re
 import shutil
 import stat
 import tempfile
@@ -140,3 +141,19 @@ def without_nan(values):
     if isinstance(values, list | tuple):
         return [without_nan(value) for value in values]
     return None if isinstance(values, float) and not math.isfinite(values) else values
+
+
+def expand_path(path: str) -> str:
+    """
+    `path` with `~` and environment variables replaced, as a shell does; what is no path passes through.
+
+    Raises:
+        ValueError: if it names a variable that is not set, or a user that there is not.
+    """
+    expanded = os.path.expanduser(os.path.expandvars(path))
+    unset = re.search(r"\$(\w+|\{\w+\})", expanded)
+    if unset:
+        raise ValueError(f"'{path}' cannot be used: the environment variable {unset[1].strip('{}')} is not set")
+    if expanded.startswith("~"):
+        raise ValueError(f"'{path}' cannot be used: there is no home folder of {expanded.partition('/')[0]}")
+    return expanded

@@ -23,7 +23,8 @@ from pdiff_hf.evaluation.render import table
 from pdiff_hf.models import ParameterAutoencoder, autoencoder_architecture
 from pdiff_hf.models.tokens import BASIS_DTYPES
 from pdiff_hf.run.cli import load_config
-from pdiff_hf.run.learning import autoencoder_arguments
+from pdiff_hf.run.context import loop_arguments
+from pdiff_hf.run.learning import MAX_GRAD_NORM
 from pdiff_hf.run.trainer import prepare
 from pdiff_hf.training import train_autoencoder
 from pdiff_hf.training.loop import Loop
@@ -50,8 +51,12 @@ def measure(folder: str, dtype: str, token_dim: int, steps: int) -> None:
             Loop(Accelerator(), seed=0),
             snapshots,
             run.layout,
-            autoencoder_arguments(
-                r.changed(autoencoder_steps=steps, autoencoder_batch_size=min(r.autoencoder_batch_size, len(seen)))
+            loop_arguments(
+                r.changed(autoencoder_batch_size=min(r.autoencoder_batch_size, len(seen))),
+                "autoencoder",
+                steps,
+                lr_warmup_steps=r.autoencoder_args.warmup_steps,
+                max_grad_norm=MAX_GRAD_NORM,
             ),
             seen=seen,
             latent_dim=r.latent_dim,

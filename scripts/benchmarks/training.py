@@ -30,7 +30,7 @@ from pdiff_hf.layout import ParameterLayout
 from pdiff_hf.models import DENOISER_PRESETS, autoencoder_architecture
 from pdiff_hf.run.config import PDiffConfig
 from pdiff_hf.training import make_training_scheduler, train_autoencoder, train_denoiser
-from pdiff_hf.training.estimate import estimate_autoencoder, estimate_denoiser
+from pdiff_hf.training.estimate import estimate_training
 from pdiff_hf.training.loop import Loop, LoopArguments
 
 TABLES = Path(__file__).parents[1] / "reproduce" / "tables.yaml"
@@ -57,16 +57,11 @@ def main() -> None:
     rows, step_seconds = [], {}
     for size in args.sizes:
         latent_dim = PAPER[size][1] if size in PAPER else 128
-        for network, estimate in (("autoencoder", estimate_autoencoder), ("denoiser", estimate_denoiser)):
+        for network in ("autoencoder", "denoiser"):
             for form, presets in FORMS.items():
                 preset = presets[network == "denoiser"]
-                cost = estimate(
-                    size if network == "autoencoder" else latent_dim,
-                    preset=preset,
-                    num_steps=1,
-                    batch_size=BATCH_SIZE,
-                    device=torch.device("meta"),
-                    **({"latent_dim": latent_dim} if network == "autoencoder" else {}),
+                cost = estimate_training(
+                    network, size, latent_dim, preset, batch_size=BATCH_SIZE, device=torch.device("meta")
                 )
                 row = [f"{size:,}", network, form, f"{cost.flops / 1e9:,.1f}"]
                 if cost.memory > psutil.virtual_memory().available / 2 or cost.flops > MOST_FLOPS:

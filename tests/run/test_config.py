@@ -167,7 +167,6 @@ def test_what_a_flag_makes_moot_in_a_recipe_is_left_out_and_a_flag_never_is(tmp_
     ("argv", "message"),
     [
         (["--latent_dmi", "3"], "unknown argument '--latent_dmi'; did you mean latent_dim"),
-        (["--holdout_fraction=0.1"], "unknown argument '--holdout_fraction=0.1'; it is called validation_fraction now"),
         (["--latent_dim", "many"], "latent_dim must be a whole number, got 'many'"),
         (["--latent_dim", "1.5"], "latent_dim must be a whole number"),
         (["--num_models", "0"], "num_models must be at least 1, got 0"),
@@ -179,9 +178,8 @@ def test_what_a_flag_makes_moot_in_a_recipe_is_left_out_and_a_flag_never_is(tmp_
         (["--denoiser_args", "ema=1"], "denoiser_args has no setting 'ema'"),
         (["--denoiser_args", "ema_decay=["], "denoiser_args cannot be read: while parsing"),
         (["--denoiser_args", "0.5"], "--denoiser_args takes KEY=VALUE or a mapping as JSON, got '0.5'"),
-        (["--tune_penalty", "1"], "unknown argument '--tune_penalty'; it is called tune_args.penalty now"),
-        (["--label_column=x"], "it is called task_args.label_column now"),
-        (["--hub_token=x"], "which is no setting any more: set HF_TOKEN"),
+        (["--tune_penalty", "1"], "unknown argument '--tune_penalty'; did you mean tune_args.penalty?"),
+        (["--weight_decay", "1"], "'--weight_decay'; did you mean base_args.weight_decay or collect_args.weight_decay"),
         (["--validation_fraction", "0"], "validation_fraction must be above 0 and below 0.5, got 0.0"),
         (
             ["--heldout_snapshots", "0.9"],
@@ -208,11 +206,7 @@ def test_errors_are_one_line_that_names_the_key(argv, message, capsys):
     ("content", "message"),
     [
         ("laten_dim: 3", "unknown key 'laten_dim'; did you mean latent_dim"),
-        ("tune_map: true", "unknown key 'tune_map'; it is called tune_args.map now"),
-        (
-            "heldout_fraction: 0.1",
-            "unknown key 'heldout_fraction'; it is called heldout_snapshots now",
-        ),
+        ("tune_map: true", "unknown key 'tune_map'; did you mean tune_args.map?"),
         ("- 1", "must be a mapping of keys to values, got a list"),
         ("false", "must be a mapping of keys to values, got a bool"),
         ("a: [", "is not YAML"),

@@ -57,7 +57,7 @@ KINDS = {
 def test_what_is_read_and_what_is_predicted(kind, model, tmp_path):
     row, text, read = KINDS[kind]
     task = CausalLMTask(str(model / "model"), write(tmp_path, [row]))
-    batch = take(task.load_split("train"), [0, 1])
+    batch = task.collate(take(task.load_split("train"), [0, 1]))
     assert batch["input_ids"][0].tolist() == ids(text)
     assert batch["labels"][0].tolist() == [IGNORED] * read + ids(text)[read:]
     assert CausalLMTask(str(model / "model"), write(tmp_path, [row]), max_length=3).fingerprint("train") != (
@@ -72,14 +72,15 @@ def test_what_is_read_and_what_is_predicted(kind, model, tmp_path):
 def test_of_long_prompts_the_end_is_kept(kind, read, predicted, model, tmp_path):
     length = len(f"{read} {predicted}".split())
     task = CausalLMTask(str(model / "model"), write(tmp_path, [KINDS[kind][0]]), max_length=length)
-    batch = take(task.load_split("train"), [0, 1])
+    batch = task.collate(take(task.load_split("train"), [0, 1]))
     assert batch["input_ids"][0].tolist() == ids(f"{read} {predicted}")
     assert batch["labels"][0].tolist() == [IGNORED] * len(ids(read)) + ids(predicted)
 
 
 def test_a_message_without_a_prompt_is_predicted(model, tmp_path):
     row = {"messages": [{"role": "assistant", "content": "c d"}]}
-    (labels,) = take(CausalLMTask(str(model / "model"), write(tmp_path, [row])).load_split("train"), [0])["labels"]
+    task = CausalLMTask(str(model / "model"), write(tmp_path, [row]))
+    (labels,) = task.collate(take(task.load_split("train"), [0]))["labels"]
     assert labels.tolist() == ids("<bot> c d")
 
 
@@ -99,7 +100,7 @@ def test_the_answer_begins_where_a_template_puts_it(template, predicted, model, 
         with pytest.raises(ValueError, match="does not write the messages before the last one as it writes them alone"):
             task.load_split("train")
     else:
-        (labels,) = take(task.load_split("train"), [0])["labels"]
+        (labels,) = task.collate(take(task.load_split("train"), [0]))["labels"]
         assert labels.tolist() == [IGNORED] * 4 + ids(predicted)
 
 
@@ -115,7 +116,7 @@ def test_the_loss_of_a_token(model, tmp_path):
     for one, expected in ((network, measured[0]), (plain, measured[1])):
         losses = []
         for i in range(len(task.load_split("test"))):
-            batch = take(task.load_split("test"), [i])
+            batch = task.collate(take(task.load_split("test"), [i]))
             logits = one(batch["input_ids"]).logits.log_softmax(-1)[0, :-1]
             labels = batch["labels"][0, 1:]
             losses += [-logits[t, label].item() for t, label in enumerate(labels) if label != IGNORED]
@@ -137,7 +138,7 @@ def test_exact_answers_are_those_that_greedy_decoding_gives(model, tmp_path):
     layout = select_layout(network, "norm")
     measured = task.measure(NetworkRunner(network, layout), "test", layout.flatten(network.state_dict())[None])
     right = [task._raw["test"][i]["completion"] in (rows[1]["completion"], rows[3]["completion"]) for i in range(8)]
-    task._splits["test"].examples.append((ids("a"), 0))  # has nothing to predict, and is no exact answer
+    task._splits["test"].append((ids("a"), 0))  # has nothing to predict, and is no exact answer
     again = task.measure(NetworkRunner(network, layout), "test", layout.flatten(network.state_dict())[None])
     assert measured.item() == again.item() == pytest.approx(100 * sum(right) / 8) and (task.metric, task.unit) == (
         "exact match",
@@ -154,7 +155,7 @@ def test_encoders_read_prompts(tmp_path):
     save_tokenizer(tmp_path / "t5")
     rows = [{"prompt": "a b", "completion": "c d e"}, {"prompt": "f", "completion": "g"}]
     task = CausalLMTask(str(tmp_path / "t5"), write(tmp_path, rows))
-    batch = take(task.load_split("train"), range(8))
+    batch = task.collate(take(task.load_split("train"), range(8)))
     long = batch["labels"].ne(IGNORED).sum(1).argmax()
     assert batch["input_ids"][long].tolist() == ids("a b") and batch["labels"][long].tolist() == ids("c d e <eos>")
     assert batch["decoder_input_ids"][long].tolist() == ids("<pad> c d e")

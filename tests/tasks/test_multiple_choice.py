@@ -34,7 +34,7 @@ def test_the_likeliest_answer_is_chosen(tmp_path):
         rows[1]["answer"] = choices[1]
         task = make_task("multiple_choice", {"model": model, "dataset": write(tmp_path, rows)})
         plain = LlamaForCausalLM.from_pretrained(model).eval()
-        batch = take(task.load_split("train"), [0, 1, 2])
+        batch = task.collate(take(task.load_split("train"), [0, 1, 2]))
         network, other = task.load_base_model(), make_task("multiple_choice", {"model": model, "dataset": task.dataset})
         torch.testing.assert_close(other.predict(plain, batch), task.predict(network, batch))  # of elsewhere, too
         assert batch["labels"].tolist() == [0, 1, 2] and batch["input_ids"].shape[1] == (1 if choices[0] == "a" else 3)
