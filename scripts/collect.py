@@ -63,7 +63,6 @@ def main() -> None:
     from pdiff_hf.run.collecting import collect_from_files
     from pdiff_hf.run.listing import describe_selection
     from pdiff_hf.run.processes import start_processes
-    from pdiff_hf.run.task import make_task
     from pdiff_hf.run.terminal import one_line_errors, quiet_libraries
     from pdiff_hf.run.trainer import execute, prepare
     from pdiff_hf.snapshots.conditions import read_conditions
@@ -89,7 +88,7 @@ def main() -> None:
         config = config.changed(stages=["base"] if paths else ["base", "collect"])
         with tempfile.TemporaryDirectory(prefix="all-adapters-") as folder:
             adapter = find_adapter(paths, folder, config.model)
-            run = prepare(config, task=None if adapter is None else make_task(config.with_dataset(), adapter))
+            run = prepare(config, task=None if adapter is None else config.with_dataset().make_task(adapter))
             execute(run)
             with run.lock():
                 if paths and state.is_main_process:

@@ -30,7 +30,6 @@ from pdiff_hf.networks.adapters import has_adapters
 from pdiff_hf.run.cli import load_config
 from pdiff_hf.run.collecting import zoo_arguments
 from pdiff_hf.run.export import write_parameters
-from pdiff_hf.run.task import make_family, make_task
 from pdiff_hf.scripts.on_demand import TRAINED, AtWork, Choice, as_code, in_words
 from pdiff_hf.scripts.watch import LETTERS
 from pdiff_hf.snapshots import load_snapshots, parameter_matrix
@@ -119,10 +118,10 @@ def _load_task(source: Source, recipe_file: Path, folder: Path | None) -> None:
     recipe, encoder, layout = load_config(recipe_file), source.pipe.condition_encoder, source.pipe.autoencoder.layout
     if folder is None and ":" in f"{recipe.task}{recipe.family or ''}":
         raise ValueError("they are for a task of their author's own, whose code is not run from a repository")
-    task = make_task(recipe)
+    task = recipe.make_task()
     if not isinstance(task, ClassificationTask):
         raise ValueError(f"networks for {recipe.task} are not classifiers; scripts/evaluate.py measures them")
-    family = make_family(recipe, task)
+    family = recipe.make_family(task)
     if family.fields and (encoder is None or family.fields.to_dict() != encoder.fields.to_dict()):
         raise ValueError(f"the recipe's family has the fields {family.fields}, and the generator others")
     family.num_examples("test")  # so that data which are not there are known now

@@ -15,7 +15,6 @@ from PIL import Image
 from pdiff_hf import DataTask, PDiffPipeline
 from pdiff_hf.networks.runner import NetworkRunner
 from pdiff_hf.run.cli import load_config
-from pdiff_hf.run.task import make_task
 from pdiff_hf.utils import names
 
 DRAWN, CANDIDATES, SHOWN = 12, 4096, 4
@@ -131,7 +130,7 @@ def _load_data(name: str, *changed: int) -> DataAtWork | None:
     config = load_config(Path(name, names.RECIPE))
     if config.is_of_data is False or config.family is not None:
         return None
-    task = make_task(config)
+    task = config.make_task()
     if not isinstance(task, DataTask):
         return None
     pipe = PDiffPipeline.from_pretrained(name)

@@ -58,7 +58,6 @@ def main() -> None:
     # These take seconds to import, which a mistyped flag should not wait for.
     from pdiff_hf.run.cli import load_config
     from pdiff_hf.run.export import write_networks
-    from pdiff_hf.run.task import make_task
     from pdiff_hf.run.terminal import one_line_errors, quiet_libraries
 
     quiet_libraries()
@@ -66,7 +65,7 @@ def main() -> None:
         options = vars(args)
         source, recipe = expand_path(options.pop("pipeline")), options.pop("batch_norm_data")
         folder = Path(expand_path(options.pop("output_dir")))
-        task = None if recipe is None else make_task(load_config(expand_path(recipe)).with_dataset())
+        task = None if recipe is None else load_config(expand_path(recipe)).with_dataset().make_task()
         write_networks(source, folder, task=task, **options)
         print(f"{args.num_models} networks are in {folder}.")
 

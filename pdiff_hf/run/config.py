@@ -1,17 +1,22 @@
 """`PDiffConfig`: the settings of a run, which Python, recipe files and flags share."""
 
 import dataclasses
+import inspect
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import yaml
 
 from . import settings
 from .options import check_value, default_of, group_of, nested
 from .settings import SECTIONS
+
+if TYPE_CHECKING:
+    from ..tasks import Task
+    from ..tasks.family import Family
 
 
 @dataclass
@@ -178,6 +183,35 @@ class PDiffConfig(
                 "set that it was trained for"
             )
         return self.changed(dataset=settings.DEFAULT_DATASET)
+
+    def make_task(self, adapter: str | None = None) -> "Task":
+        """
+        The task that this config describes. A class from elsewhere gets only the settings that differ from their
+        defaults, which are those of this package's tasks. The task's model gets `adapter`, the folder or Hub id of one
+        of PEFT, if given.
+
+        Raises:
+            ValueError: for a setting that the task's class does not take, and for what the class itself refuses.
+        """
+        from .. import tasks  # takes seconds
+
+        keys = [key for key in dataclasses.fields(settings.TaskSection) if key.name not in ("task", "task_args")]
+        changed = {key.name for key in keys if getattr(self, key.name) != default_of(key)}
+        taken = inspect.signature(tasks.task_class(self.task)).parameters
+        for name in sorted(changed - self.soft - {"dataset"} - set(taken)):
+            raise ValueError(
+                f"{name}={getattr(self, name)} has no effect: task '{self.task}' does not take it; leave it out"
+            )
+        given = {name: getattr(self, name) for name in (changed if ":" in self.task else {key.name for key in keys})}
+        args = {name: value for name, value in given.items() if name in taken and value is not None} | self.task_args
+        return tasks.make_task(self.task, args | ({} if adapter is None else {"adapter": adapter}))
+
+    def make_family(self, base: "Task") -> "Family":
+        """The family that this config describes, over its task `base`; without one, that whose only member it is."""
+        from ..tasks.family import as_family
+        from ..tasks.registry import make_family
+
+        return as_family(base) if self.family is None else make_family(self.family, base, self.family_args)
 
     def _settings(self) -> Iterator[tuple[str, dataclasses.Field, Any]]:
         for key in dataclasses.fields(self):

@@ -42,7 +42,6 @@ from .config import PDiffConfig
 from .context import RunContext
 from .folder import Stage
 from .learning import generator_of_data, regressed_latents
-from .task import make_family, make_task
 from .tuning import generated_networks, load_tuning, make_regime, tune_arguments
 
 
@@ -254,8 +253,8 @@ def evaluate_saved(source: str, config: PDiffConfig) -> Report:
     name = config.model or str(folder / names.BASE_MODEL)
     config = config.changed(model=name)
     config.soft |= {"model"}  # it says where the network is, whether or not the task's class takes it
-    task = make_task(config)
-    family, output = make_family(config, task), Path(config.output_dir or "outputs/evaluation")
+    task = config.make_task()
+    family, output = config.make_family(task), Path(config.output_dir or "outputs/evaluation")
     model = (_load_model(family, name, layout) if carried is None else carried).to(device)
     layout.check_fits(model.state_dict())
     generator: PDiffPipeline | torch.Tensor

@@ -69,7 +69,7 @@ class RunFolder:
 
     def record(self, stage: Stage) -> dict | None:
         """`settings` and `results` of the stage's last end; None if it has not been finished."""
-        return _read(self._record(stage))
+        return _read(self.record_file(stage))
 
     def is_finished(self, stage: Stage, settings: Mapping[str, Any]) -> bool:
         """Whether the stage was finished with these settings, and its result is there."""
@@ -83,7 +83,7 @@ class RunFolder:
 
     def finish(self, stage: Stage, settings: Mapping[str, Any], results: Mapping[str, Any]) -> None:
         """Records the end of a stage; its checkpoints are no longer needed."""
-        write_json(self._record(stage), {"settings": settings, "results": results})
+        write_json(self.record_file(stage), {"settings": settings, "results": results})
         remove(self.checkpoints(stage))
 
     @contextlib.contextmanager
@@ -96,7 +96,7 @@ class RunFolder:
         with replacing(self._place(stage)) as folder:
             folder.mkdir()
             yield folder
-            remove(self._record(stage))
+            remove(self.record_file(stage))
 
     def check_link(self, stage: Stage) -> None:
         """Raises a `RunError` where the result of a stage would replace what somebody else's link leads to."""
@@ -141,36 +141,9 @@ class RunFolder:
         except Timeout as error:
             raise RunError(f"another run is at work in '{self.path}'; choose another --output_dir, or wait") from error
 
-    def take_over(self, stage: Stage, settings: Mapping[str, Any]) -> Path | None:
-        """
-        Gives this run, as a link, the result of a run beside it that has finished the stage with the same settings.
-
-        Returns:
-            `Path`: The other run's folder; None if there is none, or the stage is finished here.
-        """
-        if self.is_finished(stage, settings):
-            return None
-        own = self / stage.folder
-        if own.is_symlink():
-            own.unlink()  # a link to what is gone
-        for path in sorted(self.path.parent.iterdir()):
-            other = RunFolder(path) if path.is_dir() and path != self.path else None
-            if other is not None and other.is_finished(stage, settings):
-                remove(own)  # the rest of a stage that was killed
-                # The record comes first: a link without one is somebody else's.
-                write_json(self._record(stage), other.record(stage))
-                link(own, other / stage.folder)
-                return path
-        return None
-
-    def _record(self, stage: Stage) -> Path:
+    def record_file(self, stage: Stage) -> Path:
+        """Where the record of a stage is."""
         return self / names.STAGES / f"{stage.name}.json"
-
-
-def link(path: Path, target: Path) -> None:
-    """A relative link from `path` to the folder `target`, so that both can be moved together."""
-    if not path.is_symlink():
-        path.symlink_to(os.path.relpath(target.resolve(), path.parent.resolve()), target_is_directory=True)
 
 
 def difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:

@@ -9,7 +9,6 @@ from ..selection import select_layout
 from ..training.estimate import estimate_training
 from .config import PDiffConfig
 from .folder import RunError
-from .task import make_task
 from .terminal import duration
 
 
@@ -21,7 +20,7 @@ def describe_selection(recipe: PDiffConfig, device: torch.device) -> Iterator[st
     Raises:
         ValueError: for a task, a model or a selection that cannot be used.
     """
-    model = make_task(recipe).load_base_model()
+    model = recipe.make_task().load_base_model()
     layout = select_layout(model, recipe.select, recipe.exclude)
     selected = set(layout.names)
     parameters = dict(model.named_parameters())

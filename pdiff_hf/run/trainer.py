@@ -34,7 +34,6 @@ from .options import default_of
 from .processes import check_shared, lost_processes, start_processes
 from .settings import TaskSection
 from .stages import STAGES
-from .task import make_family, make_task
 from .terminal import duration
 
 logger = logging.getLogger(__name__)
@@ -214,9 +213,9 @@ def described(config: PDiffConfig, task: Task | Family | None) -> tuple[PDiffCon
     """The family of tasks that a config describes, over `task` if it is given, and the config with it."""
     if task is None:
         config = config.with_dataset()
-        task = make_task(config)
+        task = config.make_task()
     if not isinstance(task, Family):
-        return config, make_family(config, task)
+        return config, config.make_family(task)
     if task.fields and config.family is None:
         config = config.changed(family=f"{type(task).__module__}:{type(task).__qualname__}")
     return config, task

@@ -22,7 +22,6 @@ from pdiff_hf.evaluation.report import Report
 from pdiff_hf.pipelines import PDiffPipeline
 from pdiff_hf.run.cli import load_config
 from pdiff_hf.run.context import RunContext
-from pdiff_hf.run.task import make_task
 from pdiff_hf.run.trainer import execute, prepare
 from pdiff_hf.training.denoiser import LatentGenerator, denoising_loss, make_training_scheduler
 from pdiff_hf.utils import names
@@ -68,7 +67,7 @@ def main() -> None:
     rows = [("imports", *used())]
     with tempfile.TemporaryDirectory() as folder:
         recipe = load_config(args.recipe, output_dir=folder, seed=args.seed)
-        task = make_task(recipe)
+        task = recipe.make_task()
         rows.append(("data", *used()))
         for stage in recipe.stages:
             run = prepare(recipe.changed(stages=[stage]), task=task)

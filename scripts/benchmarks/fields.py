@@ -26,7 +26,6 @@ from pdiff_hf import PDiffConfig, PDiffPipeline, load_snapshots
 from pdiff_hf.evaluation.compare import paired_difference
 from pdiff_hf.networks.runner import NetworkRunner
 from pdiff_hf.run.cli import load_config
-from pdiff_hf.run.task import make_task
 from pdiff_hf.run.trainer import execute, prepare
 from pdiff_hf.snapshots import parameter_matrix
 from pdiff_hf.utils.files import write_json
@@ -38,7 +37,7 @@ RIDGES = (1e-3, 1e-2, 1e-1)
 
 def complete(folder: Path, num_candidates: int, seed: int) -> dict:
     """Errors of the methods, paired over held-out images."""
-    task = make_task(load_config(folder / "recipe.yaml"))
+    task = load_config(folder / "recipe.yaml").make_task()
     pipe = PDiffPipeline.from_pretrained(folder)
     pipe.set_progress_bar_config(disable=True)
     dataset, layout = load_snapshots(folder / "snapshots")

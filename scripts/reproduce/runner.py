@@ -24,14 +24,13 @@ from pdiff_hf.evaluation.score import make_scorer
 from pdiff_hf.evaluation.summary import metric_title
 from pdiff_hf.run.config import PDiffConfig
 from pdiff_hf.run.context import RunContext
-from pdiff_hf.run.folder import link
+from pdiff_hf.run.folder import RunFolder, Stage
 from pdiff_hf.run.settings import TaskSection
 from pdiff_hf.run.stages import STAGES
-from pdiff_hf.run.task import make_task
 from pdiff_hf.run.trainer import execute, prepare
 from pdiff_hf.tasks import Task
 from pdiff_hf.utils import names
-from pdiff_hf.utils.files import write_json
+from pdiff_hf.utils.files import remove, write_json
 from pdiff_hf.utils.reports import load_report
 
 from .canvases import write_canvases
@@ -123,9 +122,38 @@ def share_stages(run: RunContext) -> None:
     scores.mkdir(exist_ok=True)
     link(run.folder / names.SCORES, scores)
     for name, stage in STAGES.items():
-        other = run.files.take_over(stage, run.settings(name))
+        other = take_over(run.files, stage, run.settings(name))
         if other is not None:
             logger.info("%s: taken over from %s", name, other.name)
+
+
+def take_over(run: RunFolder, stage: Stage, settings: Mapping[str, Any]) -> Path | None:
+    """
+    Gives a run, as a link, the result of a run beside it that has finished the stage with the same settings.
+
+    Returns:
+        `Path`: The other run's folder; None if there is none, or the stage is finished here.
+    """
+    if run.is_finished(stage, settings):
+        return None
+    own = run / stage.folder
+    if own.is_symlink():
+        own.unlink()  # a link to what is gone
+    for path in sorted(run.path.parent.iterdir()):
+        other = RunFolder(path) if path.is_dir() and path != run.path else None
+        if other is not None and other.is_finished(stage, settings):
+            remove(own)  # the rest of a stage that was killed
+            # The record comes first: a link without one is somebody else's.
+            write_json(run.record_file(stage), other.record(stage))
+            link(own, other / stage.folder)
+            return path
+    return None
+
+
+def link(path: Path, target: Path) -> None:
+    """A relative link from `path` to the folder `target`, so that both can be moved together."""
+    if not path.is_symlink():
+        path.symlink_to(os.path.relpath(target.resolve(), path.parent.resolve()), target_is_directory=True)
 
 
 def _load_task(recipe: PDiffConfig) -> Task:
@@ -135,7 +163,7 @@ def _load_task(recipe: PDiffConfig) -> Task:
 
 @lru_cache(maxsize=2)
 def _make_task(settings: str) -> Task:
-    return make_task(PDiffConfig(**json.loads(settings)))
+    return PDiffConfig(**json.loads(settings)).make_task()
 
 
 def score_selected(run: RunContext) -> dict[str, float]:

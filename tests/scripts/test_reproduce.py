@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -23,19 +24,22 @@ from benchmarks.training import _measure, measure_training
 from reproduce.cells import compare, summarise
 from reproduce.listing import list_experiments, list_runs
 from reproduce.plan import RECIPES, SCALES, SMALL_DATASET, expand
-from reproduce.runner import make_data, reproduce
+from reproduce.runner import make_data, reproduce, take_over
 from reproduce.tables import ARCHITECTURES, DATASETS, EXPERIMENTS, ExperimentError
 from support.recipes import TINY_ROW as TINY
+from support.run_server import RECIPE
 
 from pdiff_hf.layout import ParameterLayout
 from pdiff_hf.networks.runner import NetworkRunner
 from pdiff_hf.run.cli import ConfigParser
+from pdiff_hf.run.config import PDiffConfig
 from pdiff_hf.run.context import stage_settings
+from pdiff_hf.run.folder import RunFolder
 from pdiff_hf.run.stages import STAGES
-from pdiff_hf.run.task import make_task
 from pdiff_hf.run.trainer import prepare
 from pdiff_hf.selection import select_parameters
 from pdiff_hf.tasks.task import accuracy
+from pdiff_hf.utils.files import replacing
 
 ROOT = Path(__file__).parents[2]
 NAMES = list(EXPERIMENTS)
@@ -234,7 +238,7 @@ def test_a_table_that_was_killed_goes_on_and_its_rows_share_their_stages(tmp_pat
     (row,) = csv.DictReader((reproduce("table1", tmp_path, **arguments | {"patterns": name}) / "table.csv").open())
     assert len(list((tmp_path / "runs").iterdir())) == 2
     ((_, (recipe,)),) = expand("table1", tmp_path, **arguments | {"patterns": name})
-    run, everything = prepare(recipe), make_task(dataclasses.replace(recipe, max_eval_samples=None))
+    run, everything = prepare(recipe), dataclasses.replace(recipe, max_eval_samples=None).make_task()
     models = NetworkRunner(run.base_model, run.layout)
     best = run.parameters[accuracy(run.task, models, "validation", run.parameters).argmax()]
     expected = accuracy(everything, models, "test", best[None]).item()
@@ -314,3 +318,34 @@ def test_memory_of_training_grows_with_what_is_trained(tmp_path):
         ExperimentError, match="table13 takes autoencoder_preset and denoiser_preset, not autoencoder_args.latent_noise"
     ):
         reproduce("table13", tmp_path, changes={"autoencoder_args.latent_noise": 1.0})
+
+
+def test_stages_are_linked_and_links_to_what_is_gone_are_not_kept(tmp_path):
+    runs = tmp_path / "here" / "runs"
+    settings = {name: stage_settings(PDiffConfig(**RECIPE), name, STAGES) for name in ("base", "autoencoder")}
+    first, second = RunFolder(runs / "a"), RunFolder(runs / "b")
+    for name, values in settings.items():
+        with first.replacing(STAGES[name]) as folder:
+            (folder / "weights").write_text(name)
+        first.finish(STAGES[name], values, {})
+    (second / "base_model").mkdir(parents=True)  # what a kill has left
+    assert take_over(second, STAGES["base"], settings["base"]) == first.path
+    assert (second / "base_model").is_symlink() and (second / "base_model" / "weights").read_text() == "base"
+    assert second.is_finished(STAGES["base"], settings["base"])
+    assert take_over(second, STAGES["base"], settings["base"]) is None  # it has it now
+    other = settings["autoencoder"] | {"autoencoder_args.latent_noise": 1.0}
+    assert take_over(second, STAGES["autoencoder"], other) is None and not (second / "autoencoder").exists()
+
+    (tmp_path / "here").rename(tmp_path / "there")  # links are relative
+    first, second = (RunFolder(tmp_path / "there" / "runs" / name) for name in ("a", "b"))
+    assert (second / "base_model" / "weights").is_file()
+    with replacing(second / "base_model") as new:
+        new.mkdir()
+        (new / "weights").write_text("new")
+    assert not (second / "base_model").is_symlink()
+    assert (first / "base_model" / "weights").read_text() == "base"  # what another run has stays as it is
+
+    (second / "stages" / "base.json").unlink()
+    assert take_over(second, STAGES["base"], settings["base"]) == first.path
+    shutil.rmtree(first.path)
+    assert take_over(second, STAGES["base"], settings["base"]) is None and not (second / "base_model").is_symlink()

@@ -11,7 +11,6 @@ import support.file_task
 
 from pdiff_hf import tasks
 from pdiff_hf.run.config import PDiffConfig
-from pdiff_hf.run.task import make_task as task_of
 from pdiff_hf.run.trainer import execute, prepare
 from pdiff_hf.tasks import make_task, registry, task_class, task_names
 from pdiff_hf.tasks.image_classification import ImageClassificationTask
@@ -42,11 +41,11 @@ def test_a_class_of_yours_takes_the_place_of_one_of_the_package_whichever_comes_
 
 def test_settings_go_to_the_arguments_of_the_same_names():
     config = PDiffConfig(model="test_resnet", image_size=0, max_eval_samples=7, model_args={"in_chans": 1})
-    task = task_of(config.changed(num_snapshots=3))
+    task = config.changed(num_snapshots=3).make_task()
     assert isinstance(task, ImageClassificationTask) and task.dataset == "digits" and task.model_args == {"in_chans": 1}
     assert task.image_size is None and len(task.load_split("test")) == 7
     for name in (f"{FILE}:Clouds", "support.file_task:Clouds"):
-        task = task_of(PDiffConfig(task=name, max_eval_samples=5, task_args={"distance": 2.0}))
+        task = PDiffConfig(task=name, max_eval_samples=5, task_args={"distance": 2.0}).make_task()
         assert (task.max_eval_samples, task.distance) == (5, 2.0) and len(task.load_split("test")) == 5
     assert task_class(f"{FILE}:Clouds") is task_class(f"{FILE}:Clouds")
 
@@ -74,7 +73,7 @@ def test_wrong_arguments_are_named(tmp_path):
     with pytest.raises(ValueError, match="does not take the task_args size; it takes max_eval_samples, distance"):
         make_task(f"{FILE}:Clouds", {"size": 3})
     with pytest.raises(ValueError, match="model=resnet34 has no effect: task .* does not take it"):
-        task_of(PDiffConfig(task=f"{FILE}:Clouds", model="resnet34"))
+        PDiffConfig(task=f"{FILE}:Clouds", model="resnet34").make_task()
     with pytest.raises(ValueError, match="'text_classification' needs model, dataset"):
         make_task("text_classification", {})
     (tmp_path / "broken.py").write_text("import no_such_module\n")
