@@ -170,7 +170,8 @@ class RunContext:
         )
         if c.report_to is not None:
             settings = c.section(*SECTIONS.values())
-            accelerator.init_trackers("pdiff_hf", config={k: _loggable(v) for k, v in settings.items()})
+            loggable = {k: v if isinstance(v, int | float | str) else str(v) for k, v in settings.items()}
+            accelerator.init_trackers("pdiff_hf", config=loggable)
         try:
             yield accelerator
         finally:
@@ -362,7 +363,3 @@ def loop_arguments(
     """Of a training, by the settings that begin with the name of its stage."""
     batch_size, learning_rate = (getattr(config, f"{stage}_{name}") for name in ("batch_size", "learning_rate"))
     return kind(num_steps, batch_size, learning_rate, **more)
-
-
-def _loggable(value: Any) -> int | float | str | bool:
-    return value if isinstance(value, int | float | str | bool) else str(value)

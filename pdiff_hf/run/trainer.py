@@ -106,7 +106,7 @@ class PDiffTrainer:
             self.args = given_snapshots(self.task, snapshots, self.args, layout, conditions)
         if snapshots is None and (layout is not None or conditions is not None):
             raise ValueError("layout and conditions are those of snapshots in memory: pass them as snapshots=")
-        self.context = self._prepare()
+        self.context = prepare(self.args, self.task, self.extra_groups, self.callbacks)
 
     def train(self, resume_from_checkpoint: bool = False) -> PDiffPipeline:
         """
@@ -117,7 +117,7 @@ class PDiffTrainer:
         """
         if resume_from_checkpoint:
             self.args = self.args.changed(resume_from_checkpoint="latest")
-            self.context = self._prepare()
+            self.context = prepare(self.args, self.task, self.extra_groups, self.callbacks)
         execute(self.context, [name for name in self.context.config.stages if name != "evaluate"])
         return self.pipeline
 
@@ -141,9 +141,6 @@ class PDiffTrainer:
             folder = names.generator_folder(self.context.folder)
             pipeline = PDiffPipeline.from_pretrained(folder, base_model=self.context.base_model)
         return pipeline
-
-    def _prepare(self) -> RunContext:
-        return prepare(self.args, self.task, self.extra_groups, self.callbacks)
 
 
 def given_snapshots(

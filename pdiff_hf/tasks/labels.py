@@ -183,10 +183,10 @@ def number_labels(raw: Mapping[str, datasets.Dataset], dataset: str) -> tuple[li
     The names of the classes, and the splits with a `ClassLabel` of them as their column `label`.
 
     Raises:
-        ValueError: for a label that is no class of the training split; and for numbers that are not whole.
+        ValueError: for a label that is no class of the training split.
     """
     feature = raw["train"].features["label"]
-    named = {split: _names_of(rows, dataset, split) for split, rows in raw.items()}
+    named = {split: _names_of(rows) for split, rows in raw.items()}
     names = list(feature.names) if isinstance(feature, datasets.ClassLabel) else sorted(set(named["train"]))
     if all(map(NUMBER.fullmatch, names)):
         names.sort(key=float)
@@ -204,19 +204,12 @@ def number_labels(raw: Mapping[str, datasets.Dataset], dataset: str) -> tuple[li
     return names, result
 
 
-def _names_of(rows: datasets.Dataset, dataset: str, split: str) -> list[str]:
+def _names_of(rows: datasets.Dataset) -> list[str]:
     feature, values = rows.features["label"], rows["label"][:]
     if isinstance(feature, datasets.ClassLabel):
         return feature.int2str(values)
-    if feature.dtype.startswith("float"):  # whole numbers beside an empty cell are read as floats
-        for value, row in zip(values, rows["row"], strict=True):
-            if value != int(value):
-                raise ValueError(
-                    f"{describe_row(dataset, split, 'label', row)}: {value} is no class; classes are names or whole "
-                    "numbers"
-                )
-        values = map(int, values)
-    return [str(value) for value in values]
+    # Whole numbers beside an empty cell are read as floats.
+    return [str(int(value) if isinstance(value, float) else value) for value in values]
 
 
 def without_unlabelled_test(
@@ -230,7 +223,7 @@ def without_unlabelled_test(
 
 
 def bad_labels(rows: datasets.Dataset) -> BadRows:
-    """The rows without a label: what is empty, -1 beside classes from 0, and `NA` and the like beside numbers."""
+    """The rows without a class: empty, -1 beside classes from 0, `NA` and the like beside numbers, or not whole."""
     labels = rows["label"][:]
     counted = isinstance(rows.features["label"], datasets.ClassLabel) or 0 in labels
     texts = {label for label in labels if isinstance(label, str)}
@@ -239,6 +232,8 @@ def bad_labels(rows: datasets.Dataset) -> BadRows:
     def wrong(label: Any) -> str | None:
         if _is_empty(label):
             return "it is empty"
+        if isinstance(label, float) and not label.is_integer():
+            return f"{label} is no class; classes are names or whole numbers"
         if counted and label == -1 and not isinstance(label, bool):
             return "it is -1, which stands for no class"
         return f"it is '{label}' among numbers" if are_numbers and label.lower() in NO_CLASS else None

@@ -1,14 +1,14 @@
 """Object detection with torchvision's detectors on any data set of images and boxes (paper, Table 10)."""
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import datasets
 import torch
 from torch import nn
-from torch.utils.data import Dataset
 from torchvision import tv_tensors
 from torchvision.models import detection
 from torchvision.transforms import v2
@@ -18,9 +18,9 @@ from ..networks.runner import NetworkRunner
 from ..networks.torchvision import Architecture
 from ..utils.imports import require
 from .dataset import BadRows
-from .images import ImageColumn, ImageTask, load_image_data
+from .images import ImageTask, load_image_data
 from .registry import register_task
-from .task import Batch, MeasuredTask, Split, batches
+from .task import Batch, MeasuredTask, Split, Tensors, batches
 
 # COCO's metric looks at no more detections than this in an image.
 MAX_DETECTIONS = 100
@@ -104,7 +104,7 @@ class ObjectDetectionTask(ImageTask, MeasuredTask):
             seen = (corners[:, 2:] > corners[:, :2]).all(1)  # COCO has boxes without any area
             boxes.append(corners[seen])
             labels.append(self._labels[torch.tensor(row["category"], dtype=torch.int64)[seen]])
-        return DetectionSplit(self._images(split), boxes, labels)
+        return DetectionSplit(images=self._images(split), boxes=boxes, labels=labels)
 
     def fingerprint(self, split: Split) -> str:
         """Follows the examples of the split, the size, and all boxes and classes."""
@@ -188,7 +188,7 @@ def _unpack(rows: torch.Tensor) -> dict[str, torch.Tensor]:
     return {"boxes": rows[:, :4], "scores": rows[:, 4], "labels": rows[:, 5].long()}
 
 
-class DetectionSplit(Dataset):
+class DetectionSplit(Tensors):
     """
     Images with the boxes and classes of their objects.
 
@@ -201,13 +201,7 @@ class DetectionSplit(Dataset):
     `targets`, a list of `boxes` and `labels`.
     """
 
-    def __init__(self, images: ImageColumn, boxes: list[torch.Tensor], labels: list[torch.Tensor]):
-        self.images, self.boxes, self.labels = images, boxes, labels
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def __getitems__(self, indices: Sequence[int]) -> Batch:
+    def __getitem__(self, indices: Any) -> Batch:
         return {
             "images": [pil_to_tensor(image.convert("RGB")) / 255 for image in self.images.read(indices)],
             "targets": [{"boxes": self.boxes[i], "labels": self.labels[i]} for i in indices],
