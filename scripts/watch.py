@@ -66,7 +66,7 @@ class Watcher:
 
     @torch.no_grad()
     def add(self, step: int, latents: torch.Tensor) -> None:
-        """Latents of shape `(n, L)` after so many steps."""
+        """Latents of shape `(n, L)` after `step` steps."""
         autoencoder, at_work = self.source.pipe.autoencoder, self.source.at_work
         parameters = autoencoder.decode(latents).sample
         self.steps.append(step)

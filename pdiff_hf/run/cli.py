@@ -144,7 +144,7 @@ def load_config(path: str | os.PathLike, **changes: Any) -> PDiffConfig:
 
 
 def _config(found: Mapping[str, Any]) -> PDiffConfig:
-    """The config of values that a flag may make moot."""
+    """The config of values that have no effect where a flag says otherwise."""
     config = PDiffConfig(**found)
     config.soft = frozenset(flat(found))
     return config

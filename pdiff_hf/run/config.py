@@ -39,7 +39,7 @@ class PDiffConfig(
         ValueError: for a value that is not possible; the message begins with the key.
     """
 
-    # No settings: what a run knows besides them, and which of them come from a file, where a flag may make them moot.
+    # No settings: what a run knows besides them, and which come from a file, where a flag may make them idle.
     imported, conditional, soft = False, True, frozenset[str]()
     _of_data = cast("bool | None", None)
 

@@ -50,13 +50,13 @@ logger = logging.getLogger(__name__)
 
 # Gradients of the autoencoder and of the denoiser are clipped to this norm.
 MAX_GRAD_NORM = 1.0
-# The losses of so many last steps are compared with that of a Gaussian.
+# The losses of this many last steps are compared with that of a Gaussian.
 LAST_LOSSES = 100
 # Training examples that the outputs of networks are compared on in a step.
 OUTPUT_EXAMPLES = 64
 # Snapshots, and validation examples, that reconstructions are compared on.
 COMPARED, COMPARED_EXAMPLES = 32, 500
-# So many networks of a regression are made at once.
+# Networks of a regression that are made at once.
 REGRESSED_AT_ONCE = 256
 
 

@@ -14,8 +14,8 @@ common = partial(option, common=True)  # `--help` shows it
 STAGES = ("base", "collect", "autoencoder", "denoiser", "tune", "evaluate")
 DEFAULT_DATASET = "digits"
 
-FAMILY = When(lambda c: c.has_family, "there is one task; it is for a family of tasks")
-ONE_TASK = When(lambda c: not c.has_family, "it is for a single task, and there is a family of tasks")
+FAMILY = When(lambda c: c.has_family, "it is for a family of tasks, and this run has a single task")
+ONE_TASK = When(lambda c: not c.has_family, "it is for a single task, and this run has a family of tasks")
 NOT_DATA = When(
     lambda c: c.is_of_data is not True, "there is one network for each datum, and the data set says which are held out"
 )
@@ -26,7 +26,7 @@ STATISTICS = When(lambda c: SELECTED.holds(c) or c.batch_norm_statistics == "rec
 COLLECTED = When(lambda c: c.collects, "the snapshots come from elsewhere")
 SIDE_BY_SIDE = When(
     lambda c: c.has_family or c.is_of_data is not False,
-    "there is one task, whose networks are as many as num_snapshots says",
+    "this run has a single task, whose networks num_snapshots counts",
 )
 # The networks that are trained on an unseen task, for comparison, are trained as snapshots are.
 FINE_TUNED = When(lambda c: c.collects or c.has_family, COLLECTED.why_not)
@@ -56,9 +56,9 @@ class RunSection:
     seed: int = common(0, "Seed of the whole run.", min=0)
     resume_from_checkpoint: str | None = common(None, "An unfinished stage goes on where it was.", choices=("latest",))
     overwrite_output_dir: bool = common(False, "Execute stages again whose settings have changed.")
-    checkpointing_steps: int = option(500, "Training stages save a checkpoint every so many steps.", min=1)
+    checkpointing_steps: int = option(500, "Steps between two checkpoints of a training stage.", min=1)
     mixed_precision: str | None = option(None, "By default that of the launcher.", choices=("no", "fp16", "bf16"))
-    gradient_accumulation_steps: int = option(1, "A training batch is computed in so many parts.", min=1)
+    gradient_accumulation_steps: int = option(1, "Parts that a training batch is computed in.", min=1)
     report_to: str | None = option(None, "Tracker of Accelerate: tensorboard, wandb, trackio, ...")
     push_to_hub: bool = common(False, "Push the finished generator to the Hub, with its report as the model card.")
     hub_model_id: str | None = common(None, "Repository, `user/name`; by default the name of output_dir.", PUSHED)
@@ -164,7 +164,7 @@ class CollectSection:
         when=STATISTICS,
     )
     num_snapshots: int = common(300, "K, over all runs or seen tasks together.", COLLECTED & NOT_DATA, min=2)
-    collect_every: int = option(1, "Take a snapshot every so many steps.", min=1, when=COLLECTED & NOT_DATA)
+    collect_every: int = option(1, "Steps between two snapshots.", min=1, when=COLLECTED & NOT_DATA)
     collect_learning_rate: float = option(0.03, "Constant learning rate.", above=0, when=FINE_TUNED)
     collect_batch_size: int = option(128, "Examples, or coordinates of data, in a step.", min=1, when=FINE_TUNED)
     collect_steps: int = option(

@@ -20,7 +20,7 @@ from transformers import (
 
 from ..networks.adapters import find_base, load_adapter, load_network
 from ..networks.runner import NetworkRunner
-from .dataset import DatasetTask
+from .dataset import BadRows, DatasetTask, empty_rows
 from .labels import find_weights
 from .registry import register_task
 from .sources import load_raw
@@ -39,7 +39,7 @@ class LanguageTask(DatasetTask):
     What tasks of language models have in common.
 
     Args beyond those of [`DatasetTask`]:
-        max_length (`int`, *optional*, defaults to 128): Texts are cut to so many tokens, prompts at their start.
+        max_length (`int`, *optional*, defaults to 128): Texts are cut to this many tokens, prompts at their start.
         adapter (`str`, *optional*): Folder or Hub id of an adapter of PEFT that the model gets. Where `model` is one,
             it becomes the adapter, and `model` the network that it belongs to.
         dtype (`str`, *optional*, defaults to `"float32"`): Of the network's own weights; adapters stay in float32.
@@ -143,16 +143,13 @@ class CausalLMTask(LanguageTask, MeasuredTask):
                 f"dataset '{self.dataset}' has no column {kinds[-1][0]}, nor messages, nor prompt and completion; its "
                 f"columns are {', '.join(columns)}: choose one with text_column"
             )
-        raw = {name: self._usable(rows, name, self._bad(rows)) for name, rows in raw.items()}
-        self._set_splits({name: rows.select_columns(list(self._columns)) for name, rows in raw.items()})
+        self._set_splits(self._take(raw, {name: name for name in self._columns}, self._bad))
 
-    def _bad(self, rows: datasets.Dataset) -> dict[int, tuple[str, str]]:
+    def _bad(self, rows: datasets.Dataset) -> BadRows:
         """Rows with nothing to predict."""
-        name = self._columns[-1]
-        values = enumerate(rows[name][:])
-        if name == "messages":
-            return {i: (name, "it has no message") for i, value in values if not value}
-        return {i: (name, "it is empty") for i, value in values if not str(value or "").strip()}
+        if (name := self._columns[-1]) == "messages":
+            return {i: (name, "it has no message") for i, value in enumerate(rows[name][:]) if not value}
+        return empty_rows(rows, name)
 
     def _prepare(self, split: Split) -> list[tuple[list[int], int]]:
         return [self._encode(row) for row in self._raw[split]]

@@ -31,7 +31,7 @@ class DatasetTask(Task):
         dataset (`str`): A local folder, a `.csv`, `.json`, `.jsonl` or `.parquet` file, or the Hub id of a data set,
             `id:config` for one of several configs.
         validation_fraction (`float`, *optional*, defaults to 0.2): Share of the training data that becomes the
-            validation split, and the test split, where the data set has none; see [`make_splits`].
+            validation split, and the test split, where the data set has none.
         max_train_samples, max_eval_samples (`int`, *optional*): Use no more than this many examples of a split.
         skip_bad_examples (`bool`, *optional*, defaults to `False`): Leave out examples that are empty or cannot be
             read, and say how many, instead of refusing the data set. Reads every image once.
@@ -59,19 +59,45 @@ class DatasetTask(Task):
         names: Mapping[str, str],
         *find_bad: Callable[[datasets.Dataset], BadRows],
     ) -> dict[str, datasets.Dataset]:
-        """The columns `names` of all splits, under new names, without the rows that one of `find_bad` finds."""
-        taken = {split: take_columns(rows, names) for split, rows in raw.items()}
-        return {
-            split: self._usable(rows, split, {i: what for find in find_bad for i, what in find(rows).items()})
-            for split, rows in taken.items()
-        }
+        """
+        The columns `names` of all splits, under new names, and the column `row`, by which messages call an example;
+        without the rows that one of `find_bad` finds.
+        """
+        taken = {}
+        for split, rows in raw.items():
+            rows = rows.select_columns(list(names)).rename_columns(dict(names)).add_column("row", np.arange(len(rows)))
+            bad = {i: what for find in find_bad for i, what in find(rows).items()}
+            taken[split] = self._usable(rows, split, bad)
+        return taken
 
     def _set_splits(self, raw: Mapping[str, datasets.Dataset]) -> None:
-        """Makes `_raw`, the rows of the train, validation and test split, from all usable rows."""
-        self._raw = make_splits(
-            raw, self.dataset, self.validation_fraction, self.max_train_samples, self.max_eval_samples
-        )
+        """
+        Makes `_raw`, the rows of the train, validation and test split, from all usable rows.
+
+        Validation examples are drawn with a fixed seed, stratified by the column `label` if there is one, so that they
+        are the same in every run. Where there is a validation split but no test split, it is the one reported, as test,
+        and validation comes out of the training data.
+
+        Raises:
+            ValueError: with a training split that is too small, and for an empty split.
+        """
+        train, test = raw["train"], raw.get("test")
+        validation = next((raw[name] for name in VALIDATION_NAMES if name in raw), None)
+        if test is None:  # what is reported must not be what was selected on
+            test, validation = validation, None
+        if test is None:
+            train, test = hold_out(train, self.dataset, self.validation_fraction)
+        if validation is None:
+            train, validation = hold_out(train, self.dataset, self.validation_fraction)
+        self._raw = {"train": train, "validation": validation, "test": test}
         self._splits: dict[str, Any] = {}
+        for name, split in self._raw.items():
+            limit = self.max_train_samples if name == "train" else self.max_eval_samples
+            if limit is not None and limit < len(split):
+                chosen = np.random.default_rng(SPLIT_SEED).permutation(len(split))[:limit]
+                self._raw[name] = split.select(np.sort(chosen))
+            if len(split) == 0:
+                raise ValueError(f"the {name} split of dataset '{self.dataset}' is empty")
 
     def load_split(self, split: Split) -> Any:
         """The examples of a split, ready for the network; made once."""
@@ -114,11 +140,6 @@ def empty_rows(rows: datasets.Dataset, column: str) -> BadRows:
     return {i: (column, "it is empty") for i, text in enumerate(rows[column][:]) if not str(text or "").strip()}
 
 
-def take_columns(rows: datasets.Dataset, names: Mapping[str, str]) -> datasets.Dataset:
-    """The columns `names`, under new names, and the column `row`, by which messages call an example."""
-    return rows.select_columns(list(names)).rename_columns(dict(names)).add_column("row", np.arange(len(rows)))
-
-
 def choose_column(
     dataset: str, columns: Iterable[str], candidates: Sequence[str], chosen: str | None, setting: str
 ) -> str:
@@ -145,48 +166,6 @@ def choose_column(
         names = " and ".join(candidates)
         raise ValueError(f"dataset '{dataset}': {names} could each be the {kind} column; choose one with {setting}")
     return candidates[0]
-
-
-def make_splits(
-    raw: Mapping[str, datasets.Dataset],
-    dataset: str,
-    validation_fraction: float,
-    max_train_samples: int | None = None,
-    max_eval_samples: int | None = None,
-) -> dict[str, datasets.Dataset]:
-    """
-    The train, validation and test splits of a data set.
-
-    Validation examples are drawn with a fixed seed, stratified by the column `label` if there is one, so that they are
-    the same in every run. Where there is a validation split but no test split, it is the one reported, as test, and
-    validation comes out of the training data.
-
-    Args:
-        raw (`Mapping[str, datasets.Dataset]`): What [`load_raw`] returned.
-        dataset (`str`): What the data set is called in messages.
-        validation_fraction (`float`): Share of the training data that becomes a split that is not there.
-        max_train_samples, max_eval_samples (`int`, *optional*): Use no more than this many examples of a split.
-
-    Raises:
-        ValueError: with a training split that is too small, and for an empty split.
-    """
-    train, test = raw["train"], raw.get("test")
-    validation = next((raw[name] for name in VALIDATION_NAMES if name in raw), None)
-    if test is None:  # what is reported must not be what was selected on
-        test, validation = validation, None
-    if test is None:
-        train, test = hold_out(train, dataset, validation_fraction)
-    if validation is None:
-        train, validation = hold_out(train, dataset, validation_fraction)
-    splits = {"train": train, "validation": validation, "test": test}
-    for name, split in splits.items():
-        limit = max_train_samples if name == "train" else max_eval_samples
-        if limit is not None and limit < len(split):
-            chosen = np.random.default_rng(SPLIT_SEED).permutation(len(split))[:limit]
-            splits[name] = split.select(np.sort(chosen))
-        if len(split) == 0:
-            raise ValueError(f"the {name} split of dataset '{dataset}' is empty")
-    return splits
 
 
 def hold_out(split: datasets.Dataset, dataset: str, fraction: float) -> tuple[datasets.Dataset, datasets.Dataset]:

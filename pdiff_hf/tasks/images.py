@@ -169,7 +169,7 @@ def _reader(dataset: str, column: str, first: Any) -> Callable[[Any], dict[str, 
 
 
 def _from_base64(text: str) -> bytes:
-    """The file; of what is no base64 nothing, which is no image."""
+    """The file; empty, and so not an image, if the text is not base64."""
     try:
         return base64.b64decode(text.partition("base64,")[2] or text, validate=True)
     except ValueError:
@@ -242,7 +242,7 @@ def decode(stored: Mapping[str, Any] | None) -> Image.Image:
     Raises:
         ValueError: if there is none, or it cannot be read.
     """
-    if not any((stored or {}).values()):
+    if stored is None or all(value is None for value in stored.values()):
         raise ValueError("it is empty")
     try:
         return datasets.Image().decode_example(dict(stored))

@@ -183,7 +183,7 @@ def number_labels(raw: Mapping[str, datasets.Dataset], dataset: str) -> tuple[li
     The names of the classes, and the splits with a `ClassLabel` of them as their column `label`.
 
     Raises:
-        ValueError: for a label that is no class of the training split.
+        ValueError: for a label that is not a class of the training split.
     """
     feature = raw["train"].features["label"]
     named = {split: _names_of(rows) for split, rows in raw.items()}

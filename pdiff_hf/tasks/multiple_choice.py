@@ -54,7 +54,7 @@ class MultipleChoiceTask(LanguageTask, ClassificationTask):
             for i, (row, answer) in enumerate(zip(rows["choices"][:], rows["answer"][:], strict=True)):
                 choices = _choices(row)
                 if not choices:
-                    bad[i] = ("choices", f"{row!r:.200} is no list of texts that say something")
+                    bad[i] = ("choices", f"{row!r:.200} is not a list of non-empty texts")
                 elif len(choices) != count:
                     bad[i] = ("choices", f"there are {len(choices)}, and {count} in the first row")
                 elif _number(choices, answer) is None:

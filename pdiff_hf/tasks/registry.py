@@ -76,7 +76,7 @@ def task_class(name: str) -> type[Task]:
         name (`str`): A registered name, `module:Class`, or `path/to/file.py:Class`.
 
     Raises:
-        ValueError: if there is none, or it is no task, or lacks methods of one.
+        ValueError: if there is none, or it is not a task, or lacks methods of one.
     """
     return _find("task", name, Task)[-1]
 
@@ -160,7 +160,7 @@ def make_family(name: str, base: Task, args: Mapping[str, Any] | None = None) ->
 
     Raises:
         ValueError: for an unknown family or argument, for what the family itself refuses, and for what
-            [`Family.check`] finds in a class of one's own.
+            [`Family.check`] finds in your own class.
     """
     from .family import Family  # takes seconds
 

@@ -37,7 +37,7 @@ class TextClassificationTask(LabelledTask):
         model (`str`): Local folder or Hub id of a transformers model. A local folder with a `config.json` and no
             weights gives that network with fresh weights. Where there is no tokenizer in it, the words of the training
             texts become the vocabulary, as many as the network has embeddings for.
-        max_length (`int`, *optional*, defaults to 128): Texts are cut to so many tokens.
+        max_length (`int`, *optional*, defaults to 128): Texts are cut to this many tokens.
         text_column (`str`, *optional*): By default `text`.
 
     Raises:

@@ -145,7 +145,7 @@ def without_nan(values):
 
 def expand_path(path: str) -> str:
     """
-    `path` with `~` and environment variables replaced, as a shell does; what is no path passes through.
+    `path` with `~` and environment variables replaced, as a shell does; what is not a path passes through.
 
     Raises:
         ValueError: if it names a variable that is not set, or a user that there is not.

@@ -60,8 +60,11 @@ def test_the_likeliest_answer_is_chosen(tmp_path):
         ({"prompt": "a", "choices": ["a", "b"], "answer": "c"}, "answer, row 1: 'c' is none of the choices"),
         ({"prompt": "a", "choices": ["a", "b"], "answer": "2"}, "answer, row 1: '2' is none of the choices"),
         ({"prompt": "a", "choices": ["a"], "answer": "a"}, "choices, row 1: there are 1, and 2 in the first row"),
-        ({"prompt": "a", "choices": None, "answer": "a"}, "choices, row 1: None is no list of texts"),
-        ({"prompt": "a", "choices": ["a", ""], "answer": "a"}, r"choices, row 1: \['a', ''\] is no list of texts"),
+        ({"prompt": "a", "choices": None, "answer": "a"}, "choices, row 1: None is not a list of non-empty texts"),
+        (
+            {"prompt": "a", "choices": ["a", ""], "answer": "a"},
+            r"choices, row 1: \['a', ''\] is not a list of non-empty texts",
+        ),
     ],
 )
 def test_what_is_refused(tmp_path, row, message):
