@@ -71,8 +71,7 @@ def main() -> None:
 
     with one_line_errors():
         state = start_processes()
-    quiet_libraries(state.is_main_process)
-    with one_line_errors():
+        quiet_libraries(state.is_main_process)
         if flags.list:
             for line in describe_selection(config.with_dataset(), state.device):
                 print(line)

@@ -30,8 +30,7 @@ def main() -> None:
 
     with one_line_errors():
         start_processes()
-    quiet_libraries()
-    with one_line_errors():
+        quiet_libraries()
         report = evaluate_saved(flags.generator, config)
         print(report.to_terminal())
         print(f"The report is in {config.output_dir}.")
