@@ -163,7 +163,9 @@ def collect_from_files(
             f"'{context.folder}' has snapshots already; choose another --output_dir, or replace them with "
             "--overwrite_output_dir"
         )
-    if align:  # an error, if they cannot be, comes before the files are read
+    # Errors come before the files are read.
+    context.checked_fields(fields or Fields())
+    if align:
         find_hidden_units(context.task, context.base_model, context.layout)
     check = FrozenCheck(context.base_model, context.layout, require_same=require_same_frozen)
     with context.resource_errors("import"), context.files.replacing(stage) as folder:

@@ -218,21 +218,20 @@ class RunContext:
         Raises:
             RunError: if they are not those of the family, or of the data.
         """
-        fields = load_fields(self.config.snapshots or self.folder / names.SNAPSHOTS)
-        of, base = self.family, getattr(self.family, "base", None)
-        if fields and isinstance(base, DataTask):  # whose generators may also have no conditions
-            of = base
-        if (of.fields or of is base) and fields != of.fields:
+        return self.checked_fields(load_fields(self.config.snapshots or self.folder / names.SNAPSHOTS))
+
+    def checked_fields(self, fields: Fields) -> Fields:
+        """Those of some snapshots, in the family's order; see `fields`."""
+        family, base = self.family, getattr(self.family, "base", None)
+        have = f"the snapshots have conditions with the fields {fields}, and"
+        if family.fields and fields != family.fields:
+            raise RunError(f"{have} {type(family).__name__} has {family.fields}")
+        if isinstance(base, DataTask) and fields and fields != base.fields:  # without conditions they fit any data
             raise RunError(
-                f"the snapshots have conditions with the fields {fields}, and {type(of).__name__} has {of.fields}"
+                f"{have} the data {base.fields or 'none'}: give both the same fields and words, such as with task_args: "
+                "{condition_columns: [...]}"
             )
-        known = self.task.fields if isinstance(self.task, DataTask) else None
-        if known and fields and fields != known:
-            raise RunError(
-                f"the snapshots have conditions with the fields {fields}, and the data {known}: give both the same "
-                "fields and words, or leave those of the data out (task_args: {condition_columns: []})"
-            )
-        return self.family.fields or fields  # in the family's order
+        return family.fields or fields
 
     @cached_property
     def snapshot_conditions(self) -> torch.Tensor:

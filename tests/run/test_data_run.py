@@ -175,7 +175,7 @@ def test_networks_with_conditions_that_data_do_not_have_are_refused(context, tmp
     }
     settings |= {"task_args": {"condition_columns": []}, "collect_args": {}}
     kept = {key: value for key, value in TINY_DATA.items() if not key.startswith("collect")}
-    with pytest.raises(RunError, match="conditions with the fields 'label' .*, and NeuralFieldTask has"):
+    with pytest.raises(RunError, match="conditions with the fields 'label' .*, and the data none: give both"):
         prepare(PDiffConfig(**kept | settings))
 
 
