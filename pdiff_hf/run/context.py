@@ -228,7 +228,7 @@ class RunContext:
             raise RunError(f"{have} {type(family).__name__} has {family.fields}")
         if isinstance(base, DataTask) and fields and fields != base.fields:  # without conditions they fit any data
             raise RunError(
-                f"{have} the data {base.fields or 'none'}: give both the same fields and words, such as with task_args: "
+                f"{have} the data {base.fields or 'none'}: give both the same fields and words, as with task_args: "
                 "{condition_columns: [...]}"
             )
         return family.fields or fields
