@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import PartialState
@@ -46,7 +47,7 @@ def train_base(context: RunContext, stage: Stage) -> None:
     if c.base_epochs:
         num_examples = len(context.task.load_split("train"))  # type: ignore[arg-type]  # a map-style data set
         steps = max(1, c.base_epochs * num_examples // c.base_batch_size)
-        more = {"lr_warmup_steps": c.base_args.warmup_steps, "weight_decay": c.base_args.weight_decay}
+        more: dict[str, Any] = {"lr_warmup_steps": c.base_args.warmup_steps, "weight_decay": c.base_args.weight_decay}
         args = loop_arguments(c, "base", steps, **more)
         with context.loop(stage) as loop:
             if isinstance(context.task, DataTask) and context.task.start == "meta":
@@ -115,7 +116,7 @@ def collect_of_data(context: RunContext, task: DataTask, stage: Stage) -> None:
     """One network for each datum, held-out ones too, which no generator sees."""
     c = context.config
     networks = NetworkRunner(context.base_model, context.layout)
-    more = {"optimizer": c.collect_args.optimizer, "weight_decay": c.collect_args.weight_decay}
+    more: dict[str, Any] = {"optimizer": c.collect_args.optimizer, "weight_decay": c.collect_args.weight_decay}
     args = loop_arguments(c, "collect", c.collect_steps, **more)
     signals = [task.signals(split) for split in ("train", "test")]
     with context.loop(stage) as loop:
@@ -136,7 +137,10 @@ def collect_of_data(context: RunContext, task: DataTask, stage: Stage) -> None:
 
 
 def zoo_arguments(config: PDiffConfig) -> ZooArguments:
-    more = {"num_snapshots": config.num_snapshots // config.num_tasks, "every_n_steps": config.collect_every}
+    more: dict[str, Any] = {
+        "num_snapshots": config.num_snapshots // config.num_tasks,
+        "every_n_steps": config.collect_every,
+    }
     more |= {"weight_decay": config.collect_args.weight_decay}
     return loop_arguments(config, "collect", config.collect_steps, ZooArguments, **more)
 

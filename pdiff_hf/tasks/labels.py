@@ -213,8 +213,8 @@ def _names_of(rows: datasets.Dataset) -> list[str]:
 
 
 def without_unlabelled_test(
-    raw: Mapping[str, datasets.Dataset], dataset: str, label: str = "label"
-) -> Mapping[str, datasets.Dataset]:
+    raw: dict[str, datasets.Dataset], dataset: str, label: str = "label"
+) -> dict[str, datasets.Dataset]:
     """Without a test split of which all labels are withheld, as those of ImageNet are; a warning says so."""
     if "test" not in raw or not all(value == -1 or _is_empty(value) for value in raw["test"][label]):
         return raw
