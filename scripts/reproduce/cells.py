@@ -79,10 +79,10 @@ def make_cell(column: Column, row: Row, reports: Sequence[dict]) -> Cell | None:
     group = column.group or row.group
     if column.against is not None:
         return compare(column.statistic, reports, group, column.against)
-    return summarise(column.statistic, reports, group)
+    return statistic_of(column.statistic, reports, group)
 
 
-def summarise(statistic: str, reports: Sequence[dict], group: str) -> Cell:
+def statistic_of(statistic: str, reports: Sequence[dict], group: str) -> Cell:
     """A statistic of a group: its mean over the reports of several seeds, ± over networks and over seeds."""
     digits = DIGITS.get(statistic, 2)
     values = [STATISTICS[statistic](report, group) for report in reports]

@@ -21,7 +21,7 @@ import pytest
 import timm
 import torch
 from benchmarks.training import _measure, measure_training
-from reproduce.cells import compare, summarise
+from reproduce.cells import compare, statistic_of
 from reproduce.listing import list_experiments, list_runs
 from reproduce.plan import RECIPES, SCALES, SMALL_DATASET, expand
 from reproduce.runner import make_data, reproduce, take_over
@@ -163,14 +163,14 @@ def report(accuracies, best) -> dict:
 
 def test_cells_over_networks_and_over_seeds():
     one, other = report([90, 92], 90), report([93, 95], 94)
-    text, numbers = summarise("average", [one], "generated")
+    text, numbers = statistic_of("average", [one], "generated")
     assert text == "91.00 ± 1.00 (n=2)" and numbers == {"": 91, "std over networks": 1, "networks": 2}
-    text, numbers = summarise("average", [one, other], "generated")
+    text, numbers = statistic_of("average", [one, other], "generated")
     assert text == "92.50 ± 1.00 (n=2); ± 2.12 over 2 seeds"
-    text, numbers = summarise("best", [one, other], "generated")
+    text, numbers = statistic_of("best", [one, other], "generated")
     assert text == "92.00; ± 2.83 over 2 seeds" and numbers["selected on test"] == 93.5
-    assert summarise("range", [one, other], "generated")[0] == "0.25~0.75"
-    text, numbers = summarise("similarity", [one], "generated")
+    assert statistic_of("range", [one, other], "generated")[0] == "0.25~0.75"
+    text, numbers = statistic_of("similarity", [one], "generated")
     assert text == "0.500 ± 0.354 (n=2)"
 
 
