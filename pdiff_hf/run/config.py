@@ -231,7 +231,7 @@ def flat(values: Mapping[str, Any]) -> dict[str, Any]:
     """Settings with those of groups, and a task's arguments, under names such as `tune_args.penalty`."""
     result: dict[str, Any] = {}
     for name, value in values.items():
-        if name in GROUPS or name == "task_args":
+        if (name in GROUPS or name == "task_args") and not isinstance(value, str):  # of a mapping as JSON
             inner = value if isinstance(value, Mapping) else vars(value)
             result |= {f"{name}.{key}": item for key, item in inner.items()}
         else:
