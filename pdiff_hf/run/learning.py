@@ -174,10 +174,7 @@ def output_loss(context: RunContext, device: torch.device) -> OutputLoss:
 
         def error(parameters: torch.Tensor, rows: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
             some = torch.randperm(len(points), generator=generator, device=device)[:size]
-            batch = {"coordinates": points[some]}
-            outputs = networks.stack(
-                lambda call, b: task.render(call, b["coordinates"]), parameters, batch, shared=True
-            )
+            outputs = networks.stack(task.predict, parameters, {"coordinates": points[some]}, shared=True)
             return task.error(outputs, signals[rows.unsqueeze(1), some.cpu()].to(device)).mean()
 
         return error

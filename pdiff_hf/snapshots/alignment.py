@@ -15,7 +15,7 @@ from torch import nn
 
 from ..layout import ParameterLayout
 from ..tasks import Task
-from .tracing import Axis, HiddenUnits, find_hidden_units
+from .hidden_units import Axis, HiddenUnits, find_hidden_units
 
 # So many parameters are matched at a time.
 CHUNK_SIZE = 2**24

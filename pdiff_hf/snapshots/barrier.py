@@ -14,7 +14,7 @@ from ..utils.files import without_nan
 logger = logging.getLogger(__name__)
 
 NUM_POINTS = 5  # on the line, with its ends
-MAX_EXAMPLES = 1000
+MAX_EXAMPLES = 1000  # evenly spaced over the validation split
 MAX_PAIRS = 3
 # In percentage points of accuracy. Below 2, arXiv 1912.05671 calls two networks linearly connected.
 MAX_BARRIER = 2.0
@@ -53,7 +53,6 @@ def measure_barrier(
     second: torch.Tensor,
     *,
     num_points: int = NUM_POINTS,
-    max_examples: int = MAX_EXAMPLES,
 ) -> Barrier:
     """
     Scores the networks on the straight line between two networks on validation data, all in one pass.
@@ -63,14 +62,13 @@ def measure_barrier(
         models (`NetworkRunner`): Runs the networks.
         first, second (`torch.Tensor`): Parameters, shape `(D,)` each.
         num_points (`int`, *optional*, defaults to 5): On the line, with its ends; at least 3.
-        max_examples (`int`, *optional*, defaults to 1000): Evenly spaced over the validation split.
     """
     weights = torch.linspace(0, 1, num_points)  # (P,)
     line = torch.lerp(first, second, weights[:, None])  # (P, D)
-    num_examples = min(max_examples, len(task.load_split("validation")))
+    num_examples = min(MAX_EXAMPLES, len(task.load_split("validation")))
     correct, loss = torch.zeros(num_points, num_examples), torch.zeros(num_points, num_examples)
     predicted = torch.zeros(num_points, num_examples, dtype=torch.int64)
-    for rows, examples, logits, labels in predict_logits(task, models, "validation", line, max_examples):
+    for rows, examples, logits, labels in predict_logits(task, models, "validation", line, MAX_EXAMPLES):
         predicted[rows, examples] = logits.argmax(-1).cpu()
         correct[rows, examples] = (logits.argmax(-1) == labels).float().cpu()
         targets = labels.expand(len(logits), -1)

@@ -20,6 +20,7 @@ from ..training import Loop, LoopArguments
 from ..utils.files import replacing
 from ..utils.seeds import derive_seed
 from .dataset import SnapshotWriter
+from .zoo import SideBySide
 
 # Networks that are trained side by side, and the values that their parameters and outputs may have in all.
 MOST_AT_ONCE, MOST_VALUES = 128, 2**23
@@ -29,18 +30,6 @@ INNER_STEPS, INNER_RATE = 3, 1e-2
 NUM_MIXED, MOST_MIXING = 64, 1.0
 
 logger = logging.getLogger(__name__)
-
-
-class Block(nn.Module):
-    """The parameters of some networks while they are trained, `(n, D)`."""
-
-    def __init__(self, start: torch.Tensor, count: int):
-        super().__init__()
-        self.values = nn.Parameter(start.repeat(count, 1))
-
-    def forward(self, task: DataTask, networks: NetworkRunner, coordinates: torch.Tensor) -> torch.Tensor:
-        batch = {"coordinates": coordinates}
-        return networks.stack(lambda call, b: task.render(call, b["coordinates"]), self.values, batch, shared=True)
 
 
 def fit_networks(
@@ -68,10 +57,10 @@ def fit_networks(
         if loop.resume and path is not None and path.is_file():
             found.append(load_file(path)["values"])
             continue
-        block, targets = Block(start, len(rows)), signals[rows].to(loop.device)
+        block, targets = SideBySide(start, len(rows)), signals[rows].to(loop.device)
 
         def loss_function(model, indices, generator, targets=targets):
-            outputs = model(task, networks, coordinates[indices])
+            outputs = model(networks, task.predict, {"coordinates": coordinates[indices]}, shared=True)
             # The sum over networks: each gets the gradient of its own loss.
             return task.error(outputs, targets[:, indices]).sum()
 

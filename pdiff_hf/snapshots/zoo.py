@@ -1,7 +1,7 @@
 """A zoo: the specialists of many tasks of a family, fine-tuned from one base model side by side."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,19 +39,26 @@ class ZooArguments(LoopArguments):
         return [self.num_steps - i * self.every_n_steps for i in reversed(range(self.num_snapshots))]
 
 
-class Specialists(nn.Module):
-    """The parameters of T networks while they are trained, `(T, D)`, and S snapshots of each, `(S, T, D)`."""
+class SideBySide(nn.Module):
+    """The parameters of N networks while they are trained, `(N, D)`, all from one start or each from its own."""
+
+    def __init__(self, start: torch.Tensor, num_networks: int):
+        super().__init__()
+        self.values = nn.Parameter(start.expand(num_networks, -1).clone())
+
+    def forward(self, networks: NetworkRunner, predict: Callable, batch: Any, shared: bool = False) -> torch.Tensor:
+        return networks.stack(predict, self.values, batch, shared)
+
+
+class Specialists(SideBySide):
+    """With S snapshots of each network, `(S, N, D)`."""
 
     snapshots: torch.Tensor
     _ddp_params_and_buffers_to_ignore = ["snapshots"]  # long, and the same on every process
 
-    def __init__(self, start: torch.Tensor, num_tasks: int, num_snapshots: int):
-        super().__init__()
-        self.values = nn.Parameter(start.expand(num_tasks, -1).clone())
+    def __init__(self, start: torch.Tensor, num_networks: int, num_snapshots: int):
+        super().__init__(start, num_networks)
         self.register_buffer("snapshots", torch.zeros(num_snapshots, *self.values.shape))
-
-    def forward(self, networks: NetworkRunner, family: Family, batch: Any) -> torch.Tensor:
-        return networks.stack(family.predict, self.values, batch)
 
 
 def train_specialists(
@@ -83,7 +90,7 @@ def train_specialists(
     def loss_function(model, indices, generator):
         torch.manual_seed(generator.initial_seed())  # of what a network draws by chance
         batch = family.training_batch(table, indices, generator)
-        logits = model(networks, family, batch)  # (T, B, C)
+        logits = model(networks, family.predict, batch)  # (T, B, C)
         # The sum over tasks of the mean over examples: each network gets the gradient of its own loss.
         return F.cross_entropy(logits.flatten(0, 1), batch["labels"].flatten()) * len(table)
 

@@ -44,6 +44,10 @@ class DataTask(Task):
         """What one network gives at coordinates of shape `(P, d)`: shape `(P, C)`."""
         return call(coordinates)
 
+    def predict(self, call: Callable, batch: Batch) -> torch.Tensor:
+        """`render` at the `coordinates` of a batch."""
+        return self.render(call, batch["coordinates"])
+
     def error(self, outputs: torch.Tensor, signals: torch.Tensor) -> torch.Tensor:
         """The loss of each network, `(N, P, C)` twice to `(N,)`; by default the mean squared error."""
         return (outputs - signals).square().mean((-2, -1))

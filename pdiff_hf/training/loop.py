@@ -126,9 +126,7 @@ class Loop:
         lr_scheduler = get_scheduler(
             args.lr_scheduler, optimizer, num_warmup_steps=args.lr_warmup_steps, num_training_steps=args.num_steps
         )
-        gc.freeze()  # hardly anything of a training is garbage, and to look for it in all that is imported takes 0.5 s
-        accelerator.free_memory()  # it saves all that it has prepared with every checkpoint
-        gc.unfreeze()
+        self._forget()  # what was prepared before would be saved with every checkpoint
         wrapped, optimizer, lr_scheduler = accelerator.prepare(model, optimizer, lr_scheduler)
         ema = Average(model.parameters(), decay=args.ema_decay) if args.ema_decay is not None else None
         state = LoopState(description, args.num_steps, list(model.parameters()), optimizer, lr_scheduler, ema)
@@ -199,7 +197,14 @@ class Loop:
                 break
         if ema is not None:
             ema.copy_to(state.parameters)
+        self._forget()  # the model's optimizer takes twice its memory
         return losses[: state.step].cpu()
+
+    def _forget(self) -> None:
+        """Frees all that the accelerator has prepared."""
+        gc.freeze()  # hardly anything of a training is garbage, and to look for it in all that is imported takes 0.5 s
+        self.accelerator.free_memory()
+        gc.unfreeze()
 
     def _check_finite(
         self,
