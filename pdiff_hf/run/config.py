@@ -122,6 +122,7 @@ class PDiffConfig(
     def sampling(self) -> dict[str, Any]:
         """What is set of how a pipeline samples, as its config has it."""
         values = {name: getattr(self, name) for name in ("num_inference_steps", "temperature")}
+        values["guidance_scale"] = self.denoiser_args.guidance_scale
         return {name: value for name, value in values.items() if value is not None}
 
     def changed(self, **changes: Any) -> "PDiffConfig":

@@ -40,6 +40,9 @@ FRAMES = When(
     "it is for adapter_products with an adapter_frame_size",
 )
 CONDITIONS = When(lambda c: c.has_conditions, "the snapshots have no conditions")
+GUIDED = When(
+    lambda c: CONDITIONS.holds(c) and c.denoiser_args.condition_dropout > 0, "denoiser_args.condition_dropout is 0"
+)
 TUNED = When(lambda c: c.tunes, "tune_steps is 0, so that nothing is tuned")
 # The networks that a generator with conditions is compared with are trained as it is tuned.
 COMPARED = When(lambda c: c.tunes or c.has_family, TUNED.why_not)
@@ -241,6 +244,9 @@ class DenoiserArgs:
     num_train_timesteps: int = option(1000, "T, the length of the diffusion.", min=1, max=10**6)
     condition_dropout: float = option(
         0.0, "Share of conditions left out in training, for classifier-free guidance.", CONDITIONS, min=0, below=1
+    )
+    guidance_scale: float | None = option(
+        None, "Strength of that guidance, saved with the generator; by default 1, which is none.", min=0, when=GUIDED
     )
     regressed_networks: int | None = option(
         None,
