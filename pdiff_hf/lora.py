@@ -1,12 +1,15 @@
 """What a configuration of PEFT says about its adapter, without PEFT and without the network it belongs to."""
 
+import json
 import math
 import re
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from .layout import LayoutError
 
+ADAPTER_CONFIG = "adapter_config.json"
 # As PEFT names the factors of linear layers, convolutions and embeddings, in networks (`layer.lora_A.default.weight`)
 # and in its files (`layer.lora_A.weight`).
 FACTOR = re.compile(r"(?P<module>.*)\.(?P<kind>lora_(?:embedding_)?)(?P<letter>[AB])(?P<rest>\..*)?")
@@ -22,6 +25,28 @@ _NO_EFFECT = {
     *("total_step", "tinit", "tfinal", "deltaT", "beta1", "beta2", "orth_reg_weight"),
 }
 _CHANGE_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+
+
+def read_config(file: Path) -> dict[str, Any]:
+    """
+    The configuration of an adapter in a file of PEFT.
+
+    Raises:
+        ValueError: if it is not one.
+    """
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+        if not isinstance(config.get("peft_type", "LORA"), str):
+            raise TypeError("peft_type is not a name")
+    except (ValueError, AttributeError, TypeError, OSError) as error:
+        raise ValueError(f"'{file}' is not the config of an adapter of PEFT ({error})") from error
+    return config
+
+
+def find_adapters(folder: Path) -> dict[str, Path]:
+    """The folders of PEFT's adapters in the folder of a network, by their names."""
+    folders = {"default": folder} | {child.name: child for child in sorted(folder.iterdir())}
+    return {name: child for name, child in folders.items() if (child / ADAPTER_CONFIG).is_file()}
 
 
 def factor_module(name: str) -> str | None:
@@ -81,18 +106,14 @@ def check_same_effects(config: Mapping[str, Any], other: Mapping[str, Any], what
         )
 
 
-def changed_base(config: Mapping[str, Any]) -> str | None:
-    """What has taken a part out of the base model's weights when the adapter was made; None if nothing has."""
-    if config.get("kasa_config"):
-        return "kasa_config"
-    start = config.get("init_lora_weights")
-    begins = isinstance(start, str) and start.lower().startswith(_CHANGE_THE_BASE)
-    return f"init_lora_weights={start}" if begins else None
-
-
 def check_base_unchanged(config: Mapping[str, Any], what: str) -> None:
-    """Raises a `ValueError` for an adapter that is right only beside a base model that was changed for it."""
-    if how := changed_base(config):
+    """
+    Raises a `ValueError` for an adapter that is right only beside a base model whose weights lack what was taken out of
+    them when the adapter was made.
+    """
+    start = config.get("init_lora_weights")
+    how = f"init_lora_weights={start}" if str(start).lower().startswith(_CHANGE_THE_BASE) else ""
+    if how := "kasa_config" if config.get("kasa_config") else how:
         raise ValueError(
             f"adapter '{what}' belongs to a base model whose weights its {how} has changed, so that beside the plain "
             "one it is another network. Save it as plain LoRA, which PEFT does with "

@@ -21,15 +21,18 @@ from pdiff_hf.networks.adapters import load_reference, with_adapters
 from pdiff_hf.networks.batch_norm import RecomputedStatistics
 from pdiff_hf.networks.ensemble import EnsembleModel
 from pdiff_hf.networks.posterior import (
+    FEW,
     LossFunction,
     PosteriorOutput,
     Predict,
     check_examples,
+    effective_sample_size,
     example_loss,
     log_likelihoods,
+    posterior_weights,
     predict_logits,
     refine,
-    select_by_likelihood,
+    resample,
 )
 from pdiff_hf.networks.replacement import Replacement
 from pdiff_hf.networks.runner import Forward, NetworkRunner
@@ -237,9 +240,16 @@ class NetworkMixin(Base):
         models = NetworkRunner(base_model, layout)
         parts = itertools.chain(self.decode_in_blocks(latents), [] if candidates is None else [candidates])
         log_likelihood = torch.cat([log_likelihoods(models, examples, part, predict, sigma) for part in parts])
-        chosen, weights, size = select_by_likelihood(
-            log_likelihood, num_models, temperature=temperature, generator=generator
-        )
+        weights = posterior_weights(log_likelihood, temperature)
+        if (size := effective_sample_size(weights)) < FEW:
+            logger.warning(
+                "the effective sample size is %.1f of %d candidates: take more candidates, a condition that says more, "
+                "or a temperature above %g",
+                size,
+                len(weights),
+                temperature,
+            )
+        chosen, counts = resample(weights, num_models, generator).unique_consecutive(return_counts=True)
         parameters = self.decode_latents(latents[chosen[chosen < len(latents)]])
         if candidates is not None:
             given = chosen[chosen >= len(latents)] - len(latents)
@@ -255,7 +265,7 @@ class NetworkMixin(Base):
                 predict=predict,
                 sigma=sigma,
             )
-        return PosteriorOutput(parameters, weights, size, log_likelihood[chosen])
+        return PosteriorOutput(parameters, counts / num_models, size, log_likelihood[chosen])
 
     def example_loss(
         self,

@@ -24,11 +24,9 @@ from transformers import PreTrainedModel
 from transformers.utils.peft_utils import find_adapter_config_file
 
 from ..layout import ParameterLayout
-from ..lora import check_base_unchanged
+from ..lora import ADAPTER_CONFIG, check_base_unchanged, find_adapters, read_config
 from ..tensor_names import ADAPTER, PEFT_PREFIX, adapter_configs, adapter_names, file_name
-from ..utils.errors import first_line
 
-ADAPTER_CONFIG = "adapter_config.json"
 # Beside a network that is saved whole. transformers would load an adapter in the same folder, but not all kinds rightly
 # (version 5.24 draws the magnitudes of DoRA anew).
 ADAPTER_FOLDER = "adapter"
@@ -46,7 +44,7 @@ def has_adapters(model: nn.Module | None) -> bool:
 def adapter_config(path: str | os.PathLike) -> dict[str, Any]:
     """The config of an adapter of PEFT, of a folder or Hub id; empty if there is none."""
     file = find_adapter_config_file(str(path))
-    return {} if file is None else json.loads(Path(file).read_text(encoding="utf-8"))
+    return {} if file is None else read_config(Path(file))
 
 
 def find_base(path: str) -> str | None:
@@ -65,10 +63,7 @@ def find_base(path: str) -> str | None:
         return None
     if file is None:
         return None
-    try:
-        base = json.loads(Path(file).read_text(encoding="utf-8"))["base_model_name_or_path"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"'{file}' is not the config of an adapter of PEFT ({first_line(error)})") from error
+    base = read_config(Path(file)).get("base_model_name_or_path")
     if not base:
         raise ValueError(
             f"adapter '{path}' does not say which network it belongs to (base_model_name_or_path is empty in its "
@@ -303,10 +298,8 @@ def load_network(folder: str | os.PathLike, model_class: Any, **kwargs: Any) -> 
 def _load_beside(model: Any, folder: Path) -> Any:
     """Puts the adapters that were saved beside a network into it."""
     adapters = folder / ADAPTER_FOLDER
-    if (adapters / ADAPTER_CONFIG).is_file():
-        model = load_adapter(model, adapters)
-    for config in sorted(adapters.glob(f"*/{ADAPTER_CONFIG}")):
-        model = load_adapter(model, config.parent, config.parent.name)
+    for name, place in find_adapters(adapters).items() if adapters.is_dir() else ():
+        model = load_adapter(model, place, name)
     return model.eval()
 
 

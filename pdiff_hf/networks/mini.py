@@ -291,60 +291,48 @@ class PerceptronMini(MiniNet):
         self.pre_logits = hidden_layer(self.in_chans * height * width, hidden_size, nn.ReLU())
 
 
-def _cfg(in_chans: int, size: int, paper: tuple[str, str] | None, **kwargs: Any) -> dict:
-    papers = {} if paper is None else {"paper_ids": f"arXiv:{paper[0]}", "paper_name": paper[1]}
-    return {
-        "num_classes": 10,
-        "input_size": (in_chans, size, size),
-        "fixed_input_size": True,
-        "pool_size": None,
-        "crop_pct": 1.0,
-        "mean": IMAGENET_INCEPTION_MEAN[:in_chans],
-        "std": IMAGENET_INCEPTION_STD[:in_chans],
-        "classifier": "head",
-        **papers,
-        **kwargs,
-    }
-
-
-PDIFF = "2402.13144", "Neural Network Diffusion"
-HYPER = (
-    "2110.15288",
-    "Self-Supervised Representation Learning on Neural Network Weights for Model Characteristic Prediction",
-)
+CONVNEXT = {
+    "depths": (1, 2, 2, 2),
+    "dims": (16, 32, 32, 32),
+    "feature_cfg": {"out_indices": (0, 1, 2, 3), "flatten_sequential": True},
+}
+# The class of each, channels and side of its images, its first convolution, and more arguments of the class.
+MINIS: dict[str, tuple[type[nn.Module], int, int, str | None, dict[str, Any]]] = {
+    "convnet_mini": (ConvNetMini, 3, 64, "stages.0.conv", {}),
+    "mlp_mini": (MLPMini, 3, 64, None, {}),  # no layer depends on the number of channels
+    "resnet_mini": (ResNetMini, 3, 64, "stages.0.conv", {}),
+    "vit_mini": (ViTMini, 3, 64, None, {}),  # a norm and a linear layer over whole patches
+    "cnn3_mini": (CNN3Mini, 1, 28, "stages.0.conv", {}),
+    "perceptron_mini": (PerceptronMini, 1, 28, None, {}),
+    "convnext_mini": (ConvNeXt, 3, 64, "stem.0", CONVNEXT),
+}
 default_cfgs = generate_default_cfgs(
     {
-        "convnet_mini": _cfg(3, 64, PDIFF, first_conv="stages.0.conv"),
-        "mlp_mini": _cfg(3, 64, PDIFF, first_conv=None),  # no layer depends on the number of channels
-        "resnet_mini": _cfg(3, 64, PDIFF, first_conv="stages.0.conv"),
-        "vit_mini": _cfg(3, 64, PDIFF, first_conv=None),  # a norm and a linear layer over whole patches
-        "convnext_mini": _cfg(
-            3, 64, PDIFF, fixed_input_size=False, pool_size=(2, 2), first_conv="stem.0", classifier="head.fc"
-        ),
-        "cnn3_mini": _cfg(1, 28, HYPER, first_conv="stages.0.conv"),
-        "perceptron_mini": _cfg(1, 28, None, first_conv=None, interpolation="bilinear"),
+        name: {
+            "num_classes": 10,
+            "input_size": (in_chans, size, size),
+            "fixed_input_size": model_class is not ConvNeXt,
+            "pool_size": (2, 2) if model_class is ConvNeXt else None,
+            "crop_pct": 1.0,
+            "interpolation": "bilinear" if model_class is PerceptronMini else "bicubic",
+            "mean": IMAGENET_INCEPTION_MEAN[:in_chans],
+            "std": IMAGENET_INCEPTION_STD[:in_chans],
+            "classifier": "head.fc" if model_class is ConvNeXt else "head",
+            "first_conv": first_conv,
+        }
+        for name, (model_class, in_chans, size, first_conv, _) in MINIS.items()
     }
 )
 
 
-def _register(name: str, model_class: type[nn.Module], **arguments: Any) -> None:
+def _register(name: str) -> None:
     def create(pretrained: bool = False, **kwargs: Any) -> nn.Module:
         return build_model_with_cfg(model_class, name, pretrained, **arguments | kwargs)
 
+    model_class, *_, arguments = MINIS[name]
     create.__name__, create.__doc__ = name, model_class.__doc__
     register_model(create)
 
 
-_register("convnet_mini", ConvNetMini)
-_register("mlp_mini", MLPMini)
-_register("resnet_mini", ResNetMini)
-_register("vit_mini", ViTMini)
-_register("cnn3_mini", CNN3Mini)
-_register("perceptron_mini", PerceptronMini)
-_register(
-    "convnext_mini",
-    ConvNeXt,
-    depths=(1, 2, 2, 2),
-    dims=(16, 32, 32, 32),
-    feature_cfg={"out_indices": (0, 1, 2, 3), "flatten_sequential": True},
-)
+for _name in MINIS:
+    _register(_name)

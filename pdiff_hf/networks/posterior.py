@@ -1,6 +1,5 @@
 """Which of many networks fit a few labelled examples: likelihoods, weights, resampling, and refinement."""
 
-import logging
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -12,8 +11,6 @@ from torch import nn
 
 from ..layout import ParameterLayout
 from .runner import NetworkRunner
-
-logger = logging.getLogger(__name__)
 
 # With an effective sample size below this, a few candidates decide everything.
 FEW = 5.0
@@ -206,35 +203,3 @@ def refine(
         (losses(rows).sum() / len(examples["labels"])).backward()  # each gets its own gradient
         optimizer.step()
     return rows.detach().cpu()
-
-
-def select_by_likelihood(
-    log_likelihood: torch.Tensor,
-    num_models: int,
-    *,
-    temperature: float = 1.0,
-    generator: torch.Generator | None = None,
-) -> tuple[torch.Tensor, torch.Tensor, float]:
-    """
-    Draws `num_models` of N candidates in proportion to likelihood^(1 / temperature): a sample of the posterior, of
-    which the candidates are the prior. A warning says if few of them decide.
-
-    Args:
-        log_likelihood (`torch.Tensor`): Of the examples, shape `(N,)`.
-
-    Returns:
-        `tuple`: Indices of the different candidates that were drawn, in order, shape `(n,)`; how often each was, as a
-        share, `(n,)`; and the effective sample size of all candidates.
-    """
-    weights = posterior_weights(log_likelihood, temperature)
-    size = effective_sample_size(weights)
-    if size < FEW:
-        logger.warning(
-            "the effective sample size is %.1f of %d candidates: take more candidates, a condition that says more, or "
-            "a temperature above %g",
-            size,
-            len(weights),
-            temperature,
-        )
-    chosen, counts = resample(weights, num_models, generator).unique_consecutive(return_counts=True)
-    return chosen, counts / num_models, size

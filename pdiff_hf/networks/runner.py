@@ -96,6 +96,9 @@ class NetworkRunner:
         self._in_parts = InParts("networks")
         self._modules: dict[int, tuple[list, nn.Module]] = {}  # by threads, with the tensors that they have
 
+    def __getstate__(self) -> dict[str, Any]:
+        return vars(self) | {"_modules": {}}  # a copy makes its own
+
     def modules(self) -> nn.Module:
         """
         The model with modules of this thread's own, and with the memory of the model's tensors, which have no gradients

@@ -20,12 +20,11 @@ import torch.nn.functional as F
 from safetensors import safe_open
 
 from ..layout import LayoutError
-from ..lora import FACTOR, a_module, check_same_effects, factor_module, is_lora, scaling
+from ..lora import ADAPTER_CONFIG, FACTOR, a_module, check_same_effects, factor_module, is_lora, read_config, scaling
 from ..tensor_names import ADAPTER, match_names, plain_name
 
 logger = logging.getLogger(__name__)
 
-ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
 # As `save_lora_weights` of diffusers' pipelines calls its file.
 DIFFUSERS_FILE = "pytorch_lora_weights.safetensors"
@@ -104,26 +103,6 @@ class Notes:
         base_models = dict(self.base_models) if several else {}
         found = done | {"left_out": left_out, "copies": self.copies, "base_models": base_models}
         return {name: value for name, value in found.items() if value}
-
-
-def read_config(file: Path) -> dict[str, Any]:
-    """
-    Raises:
-        ValueError: if the file is not the configuration of an adapter.
-    """
-    try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-        if not isinstance(config.get("peft_type", "LORA"), str):
-            raise TypeError("peft_type is not a name")
-    except (ValueError, AttributeError, TypeError, OSError) as error:
-        raise ValueError(f"'{file}' is not the config of an adapter of PEFT ({error})") from error
-    return config
-
-
-def find_adapters(folder: Path) -> dict[str, Path]:
-    """The folders of PEFT's adapters in the folder of a network, by their names."""
-    folders = {"default": folder} | {child.name: child for child in sorted(folder.iterdir())}
-    return {name: child for name, child in folders.items() if (child / ADAPTER_CONFIG).is_file()}
 
 
 def is_adapter(names: Iterable[str]) -> bool:

@@ -6,10 +6,19 @@ from pathlib import Path
 from typing import Any
 
 from ..layout import ParameterLayout
-from ..lora import FACTOR, a_module, check_base_unchanged, check_same_effects, factor_module, is_lora
+from ..lora import (
+    ADAPTER_CONFIG,
+    FACTOR,
+    a_module,
+    check_base_unchanged,
+    check_same_effects,
+    factor_module,
+    is_lora,
+    read_config,
+)
 from ..networks.adapters import AdapterWeights
 from ..tensor_names import ADAPTER, PEFT_PREFIX
-from .adapters import ADAPTER_CONFIG, Notes, read_config
+from .adapters import Notes
 from .readers import adapter_reader, open_network
 
 

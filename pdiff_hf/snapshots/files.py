@@ -13,11 +13,12 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
 from ..layout import LayoutError, ParameterLayout, some_names
+from ..lora import ADAPTER_CONFIG, find_adapters, read_config
 from ..models.condition import Condition, Fields
 from ..models.fields import ConditionError
 from ..selection import check_adapters
 from ..utils.files import expand_path
-from .adapters import ADAPTER_CONFIG, DIFFUSERS_FILE, Notes, find_adapters, read_config
+from .adapters import DIFFUSERS_FILE, Notes
 from .canonical import canonical_adapter
 from .dataset import (
     DATA_FILE,

@@ -14,7 +14,7 @@ from ..layout import ParameterLayout
 from ..tasks import ClassificationTask, Task, take
 from ..utils.devices import to_device
 
-# So large a part of the largest output, reordered units may change outputs by: the order of a sum changes its rounding.
+# So large a part of the largest output, reordered units may change outputs by, as the order of a sum changes rounding.
 TOLERANCE = 1e-3
 
 
@@ -115,6 +115,8 @@ def find_hidden_units(task: Task, model: nn.Module, layout: ParameterLayout) -> 
     finally:
         for hook in hooks:
             hook.remove()
+    eps = max(torch.finfo(tensor.dtype).eps for tensor in tensors.values())
+    most = max(TOLERANCE, 8 * eps) * expected.abs().amax()
     if repeated := next((name for name in called if called.count(name) > 1), None):
         raise AlignmentError(f"module '{repeated}' is used more than once, so that its units cannot be reordered")
     layers = [i for i, name in enumerate(called) if isinstance(model.get_submodule(name), nn.Linear | _ConvNd)]
@@ -124,9 +126,10 @@ def find_hidden_units(task: Task, model: nn.Module, layout: ParameterLayout) -> 
     for group, i, j in zip(units, layers, layers[1:], strict=False):
         cycle = torch.randperm(group.size, generator=generator)
         order = torch.empty_like(cycle).scatter(0, cycle, cycle.roll(1))  # no unit stays where it is
-        is_known = all(axis.block and axis.name in tensors for axis in group.axes)
-        change = (outputs(group.reordered(tensors, order)) - expected).abs().amax() if is_known else torch.inf
-        if not change <= TOLERANCE * expected.abs().amax():
+        # Without the layer that takes them in, their order must matter: else the outputs could not tell.
+        tries = [group.axes, group.axes[:-1]] if all(axis.block and axis.name in tensors for axis in group.axes) else []
+        changes = [(outputs(HiddenUnits(0, axes).reordered(tensors, order)) - expected).abs().amax() for axes in tries]
+        if not changes or not changes[0] <= most < changes[1] and group.size > 1:
             raise AlignmentError(
                 f"the hidden units between the modules '{called[i]}' and '{called[j]}' cannot be reordered: something "
                 "else depends on their order, as after a residual connection, in attention, in groups of channels, or "

@@ -17,18 +17,16 @@ from torch.utils._pytree import tree_leaves
 from transformers import AutoConfig
 
 from ..layout import EXACT_DTYPES, LayoutError, ParameterLayout, closest_names, some_names
-from ..lora import check_base_unchanged
+from ..lora import ADAPTER_CONFIG, check_base_unchanged, find_adapters
 from ..tensor_names import ADAPTER, PEFT_PREFIX
 from ..utils.errors import first_line, limited_modules
 from .adapters import (
-    ADAPTER_CONFIG,
     ADAPTER_FILES,
     DIFFUSERS_FILE,
     AdapterFile,
     AdapterReader,
     Notes,
     describe_file,
-    find_adapters,
     has_config,
     is_adapter,
     match_tensors,
