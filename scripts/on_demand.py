@@ -23,11 +23,11 @@ from pdiff_hf.evaluation.score import ClassifierScores, make_scorer
 from pdiff_hf.models import ConditionEncoder
 from pdiff_hf.models.condition import Condition
 from pdiff_hf.networks.runner import NetworkRunner
-from pdiff_hf.scripts.watch import evenly
 from pdiff_hf.snapshots.zoo import ZooArguments, train_specialists
-from pdiff_hf.tasks import ClassificationTask, predict_logits, take
+from pdiff_hf.tasks import ClassificationTask, predict_logits
 from pdiff_hf.tasks.family import Family
 from pdiff_hf.tasks.label_groups import LabelGroups
+from pdiff_hf.tasks.task import evenly, load_batch
 from pdiff_hf.training import Loop
 from pdiff_hf.utils.seeds import named_seed
 
@@ -232,7 +232,7 @@ class AtWork:
     def _figures(self, choice: Choice, rows: torch.Tensor, scores: ClassifierScores, shown: torch.Tensor) -> str:
         """HTML of the test examples `rows`, which are the columns `shown` of the scores of one network."""
         task, base = self.task(choice), getattr(self.family, "base", None)
-        batch = task.collate(take(task.load_split("test"), rows.tolist()))
+        batch = load_batch(task, "test", rows.tolist(), torch.device("cpu"))
         preparation = getattr(base.load_split("test"), "preparation", None) if base else None
         kind, bodies = "texts", [""] * len(rows)
         if "pixel_values" in batch and preparation is not None:

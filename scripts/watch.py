@@ -10,6 +10,7 @@ from matplotlib.ticker import MaxNLocator
 
 from pdiff_hf.evaluation.plots import GENERATED, plot_reverse_process
 from pdiff_hf.models.products import expanded
+from pdiff_hf.tasks.task import evenly
 
 if TYPE_CHECKING:
     from pdiff_hf.scripts.explore import Source
@@ -43,11 +44,6 @@ def draw_heat_map(source: "Source", parameters: torch.Tensor, path: Path) -> Non
     axes.set_xlabel("index of the parameter")
     figure.colorbar(image, ax=panels, label="deviation (std)", extend="both", aspect=30)
     figure.savefig(path, dpi=200)
-
-
-def evenly(count: int, limit: int) -> torch.Tensor:
-    """At most `limit` indices below `count`, evenly spaced."""
-    return torch.linspace(0, count - 1, min(count, limit)).round().long()
 
 
 class Watcher:

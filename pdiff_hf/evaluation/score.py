@@ -23,9 +23,8 @@ from tqdm.auto import tqdm
 from ..layout import ParameterLayout
 from ..networks.batch_norm import RecomputedStatistics
 from ..networks.runner import GPU_MEMORY_BUDGET, NetworkRunner
-from ..tasks import ClassificationTask, MeasuredTask, Task, predict_logits, take
-from ..tasks.task import EVAL_BATCH_SIZE, Split, statistics_batches
-from ..utils.devices import to_device
+from ..tasks import ClassificationTask, MeasuredTask, Task, predict_logits
+from ..tasks.task import EVAL_BATCH_SIZE, Split, load_batch, statistics_batches
 from ..utils.files import replacing
 from .geometry import Matrix
 from .metrics import accuracy
@@ -286,7 +285,7 @@ class ClassifierScorer(Scorer[ClassifierScores]):
     def _batch(self, split: Split, size: int) -> dict:
         indices = list(range(min(size, self.num_examples(split))))
         device = next(self.models.model.parameters()).device
-        return to_device(self.task.collate(take(self.task.load_split(split), indices)), device)
+        return load_batch(self.task, split, indices, device)
 
     def _num_classes(self, split: Split) -> int:
         """Found out with one example, so that memory can be checked before any real work."""

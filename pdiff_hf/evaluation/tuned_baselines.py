@@ -15,9 +15,8 @@ from torch import Tensor
 from ..models import ParameterAutoencoder
 from ..networks.runner import NetworkRunner
 from ..tasks import ClassificationTask
-from ..tasks.task import Batch, take
+from ..tasks.task import Batch, load_batch
 from ..training.ensembles import Tuning, validation_batch, validation_loss
-from ..utils.devices import to_device
 from ..utils.seeds import derive_seed
 from .baselines import BaselineContext, diagonal_gaussian, low_rank_gaussian
 from .geometry import mean_of
@@ -70,7 +69,6 @@ class TunedBaselines:
         self.task, self.latents, self.mean = scorer.task, context.latents, mean_of(context.snapshots).float()
         self.networks = NetworkRunner(scorer.models.model, scorer.layout)
         self.device = next(scorer.models.model.parameters()).device
-        self.split = self.task.load_split("train")
         self.unseen = validation_batch(self.task, self.device)
 
     def groups(self) -> Iterator[Group]:
@@ -214,9 +212,9 @@ class TunedBaselines:
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, num_steps)
         for step in range(1, num_steps + 1):
             generator = torch.Generator(self.device).manual_seed(derive_seed(self.seed, step))
-            shape = (self.tuning.num_examples,)
-            chosen = torch.randint(len(self.split), shape, generator=generator, device=self.device)
-            batch = to_device(self.task.collate(take(self.split, chosen.tolist())), self.device)
+            shape, count = (self.tuning.num_examples,), len(self.task.load_split("train"))
+            chosen = torch.randint(count, shape, generator=generator, device=self.device)
+            batch = load_batch(self.task, "train", chosen.tolist(), self.device)
             values = [part + scale * move for part, scale, move in zip(start, scales, moved, strict=True)]
             optimizer.zero_grad()
             loss(values, batch, generator).backward()

@@ -8,8 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..tasks.task import Batch, ClassificationTask, take
-from ..utils.devices import to_device
+from ..tasks.task import Batch, ClassificationTask, evenly, load_batch
 from .tune import GeneratedNetworks
 
 VALIDATION_EXAMPLES = 1000
@@ -121,9 +120,8 @@ def _of_labels(values: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
 
 def validation_batch(task: ClassificationTask, device: torch.device) -> Batch:
     """Up to `VALIDATION_EXAMPLES` examples of the validation split, evenly spaced over it."""
-    split = task.load_split("validation")
-    indices = torch.linspace(0, len(split) - 1, min(VALIDATION_EXAMPLES, len(split))).round().long().tolist()
-    return to_device(task.collate(take(split, indices)), device)
+    indices = evenly(len(task.load_split("validation")), VALIDATION_EXAMPLES).tolist()
+    return load_batch(task, "validation", indices, device)
 
 
 class TunedEnsembles(nn.Module):

@@ -14,8 +14,7 @@ from torch import nn
 from ..models import ParameterAutoencoder
 from ..networks.runner import NetworkRunner
 from ..tasks.family import Family
-from ..tasks.task import Batch, ClassificationTask, take
-from ..utils.devices import to_device
+from ..tasks.task import Batch, ClassificationTask, load_batch
 from ..utils.seeds import derive_seed
 from .denoiser import LatentGenerator
 from .loop import Loop, LoopArguments
@@ -174,12 +173,11 @@ def _examples(family: Family, table: torch.Tensor, args: TuneArguments, generato
 
 def single_task(task: ClassificationTask, args: TuneArguments, device: torch.device) -> TaskBatches:
     """One task, and one batch for all networks of a step: for a generator without conditions."""
-    split = task.load_split("train")
 
     def draw(indices: torch.Tensor, generator: torch.Generator) -> tuple[None, Batch]:
-        size = (args.num_examples,)
-        chosen = torch.randint(len(split), size, generator=generator, device=generator.device).tolist()
-        return None, to_device(task.collate(take(split, chosen)), device)
+        size, count = (args.num_examples,), len(task.load_split("train"))
+        chosen = torch.randint(count, size, generator=generator, device=generator.device).tolist()
+        return None, load_batch(task, "train", chosen, device)
 
     return draw
 
