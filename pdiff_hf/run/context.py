@@ -223,7 +223,7 @@ class RunContext:
     def checked_fields(self, fields: Fields) -> Fields:
         """Those of some snapshots, in the family's order; see `fields`."""
         family, base = self.family, getattr(self.family, "base", None)
-        have = f"the snapshots have conditions with the fields {fields}, and"
+        have = f"the snapshots have conditions with the fields {fields or 'none'}, and"
         if family.fields and fields != family.fields:
             raise RunError(f"{have} {type(family).__name__} has {family.fields}")
         if isinstance(base, DataTask) and fields and fields != base.fields:  # without conditions they fit any data

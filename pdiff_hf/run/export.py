@@ -73,12 +73,11 @@ def write_networks(
     of_adapters = has_adapters(pipe.base_model) or bool(pipe.autoencoder.layout.adapters)
     if adapters and not of_adapters:
         raise ValueError("--adapters is for a generator of adapters of PEFT, and this one generates other tensors")
-    if pipe.base_model is None and not only_generated and not of_adapters:
-        raise ValueError("this generator has no base model to complete its networks with; use --only_generated")
-    size = 4 * pipe.autoencoder.layout.num_parameters
-    if pipe.base_model is not None and not only_generated and not of_adapters:
+    size, free = 4 * pipe.autoencoder.layout.num_parameters, free_space(folder)
+    if not only_generated and not of_adapters:
+        if pipe.base_model is None:
+            raise ValueError("this generator has no base model to complete its networks with; use --only_generated")
         size = sum(t.numel() * t.element_size() for t in pipe.base_model.state_dict().values())
-    free = free_space(folder)
     if size * num_models > free:
         raise ValueError(
             f"{num_models} networks of {size / 1e6:.1f} MB need {size * num_models / 1e9:.1f} GB, and '{folder}' has "

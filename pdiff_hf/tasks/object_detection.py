@@ -151,7 +151,8 @@ class ObjectDetectionTask(ImageTask, MeasuredTask):
         for batch in batches(self, split, MEASURE_BATCH_SIZE, device):
             for rows, packed in models(partial(self.predict, batch=batch), parameters.to(device)):
                 for network, images in zip(range(rows.start, rows.stop), packed.cpu(), strict=True):
-                    found[network] += [_unpack(image) for image in images]
+                    seen = (image[image[:, 4] > 0] for image in images)
+                    found[network] += [{"boxes": r[:, :4], "scores": r[:, 4], "labels": r[:, 5].long()} for r in seen]
         targets = [
             {"boxes": boxes, "labels": labels} for boxes, labels in zip(examples.boxes, examples.labels, strict=True)
         ]
@@ -181,11 +182,6 @@ def bad_objects(rows: datasets.Dataset) -> BadRows:
         elif any(label is None or label < 0 for label in categories):
             bad[i] = ("objects", "the category of an object is empty")
     return bad
-
-
-def _unpack(rows: torch.Tensor) -> dict[str, torch.Tensor]:
-    rows = rows[rows[:, 4] > 0]
-    return {"boxes": rows[:, :4], "scores": rows[:, 4], "labels": rows[:, 5].long()}
 
 
 class DetectionSplit(Tensors):
@@ -234,7 +230,12 @@ class Detector(nn.Module):
         self, images: list[torch.Tensor], targets: list[dict[str, torch.Tensor]] | None = None
     ) -> dict[str, torch.Tensor] | list[dict[str, torch.Tensor]]:
         """The losses if there are `targets`, or else the detections: `boxes`, `scores` and `labels` of each image."""
-        with self._computing_losses(targets is not None), self._same_draws(targets is not None, images[0].device):
+        losses, device = targets is not None, images[0].device
+        same_draws, devices = losses and not self.training, [device] if device.type != "cpu" else []
+        fork = torch.random.fork_rng(devices, enabled=same_draws, device_type=device.type)
+        with self._computing_losses(losses), fork:
+            if same_draws:
+                torch.manual_seed(0)
             return self.network(images, targets)
 
     @contextlib.contextmanager
@@ -249,13 +250,3 @@ class Detector(nn.Module):
         finally:
             for part, mode in zip(parts, modes, strict=True):
                 part.training = mode
-
-    @contextlib.contextmanager
-    def _same_draws(self, losses: bool, device: torch.device) -> Iterator[None]:
-        if not losses or self.training:
-            yield
-            return
-        devices = [] if device.type == "cpu" else [device]
-        with torch.random.fork_rng(devices, device_type=device.type):
-            torch.manual_seed(0)
-            yield
