@@ -1,6 +1,5 @@
 """Where the examples of a data set come from: local files and folders as people have them, and the Hub."""
 
-import csv
 import os
 import warnings
 from pathlib import Path
@@ -33,11 +32,11 @@ def load_raw(dataset: str, others: str = "") -> dict[str, datasets.Dataset]:
     try:
         raw = _load(dataset)
     except datasets.exceptions.DatasetGenerationError as error:  # its files are there, but do not belong together
-        words = str(error.__cause__ or error).split()
+        words = str(cause := error.__cause__ or error).split()
         reason = " ".join(words if len(words) <= 60 else [*words[:30], "...", *words[-20:]])
+        if isinstance(cause, pd.errors.ParserError | pd.errors.ParserWarning):
+            reason += "; put values with a comma in them into double quotes, and name all columns in the header"
         raise ValueError(f"the files of dataset '{dataset}' cannot be read: {reason}") from error
-    except _RowError:
-        raise
     except (OSError, ValueError) as error:
         raise ValueError(
             f"dataset '{dataset}' is neither {others}a local data set folder nor a Hub id that can be "
@@ -47,10 +46,6 @@ def load_raw(dataset: str, others: str = "") -> dict[str, datasets.Dataset]:
         raise ValueError(f"dataset '{dataset}' needs a split named train, got {sorted(raw)}")
     validation = [name for name in VALIDATION_NAMES if name in raw][:1]
     return {name: raw[name] for name in ("train", *validation, "test") if name in raw}
-
-
-class _RowError(ValueError):
-    """A row of a file cannot be read as it was meant."""
 
 
 def _load(dataset: str) -> datasets.DatasetDict:
@@ -69,26 +64,10 @@ def _load(dataset: str) -> datasets.DatasetDict:
     with warnings.catch_warnings():
         if isinstance(builder.config, CsvConfig):
             builder = datasets.load_dataset_builder(path, config or None, data_files=files, **CSV_SETTINGS)
-            for file in (file for split in builder.config.data_files.values() for file in split):
-                if os.path.isfile(file):
-                    _check_rows(file, builder.config.sep)
-            warnings.simplefilter("error", pd.errors.ParserWarning)  # the end of a row would be lost
+            # The end of a row would be lost that has more values than the header: most often a text with a comma in it.
+            warnings.simplefilter("error", pd.errors.ParserWarning)
         builder.download_and_prepare()
     return builder.as_dataset()
-
-
-def _check_rows(file: str, separator: str) -> None:
-    """Raises a `ValueError` for a row with more values than the header: most often a text with a comma in it."""
-    csv.field_size_limit(2**31 - 1)
-    with open(file, newline="", encoding="utf-8-sig", errors="replace") as lines:
-        rows = csv.reader(lines, delimiter=separator)
-        header = next(rows, [])
-        for row in rows:
-            if len(row) > len(header):
-                raise _RowError(
-                    f"'{file}', line {rows.line_num}, has {len(row)} values and the header {len(header)} "
-                    f"({', '.join(header)}): put values with a comma in them into double quotes, and name all columns"
-                )
 
 
 def _folders_of_splits(folder: Path) -> dict[str, list[str]] | None:
