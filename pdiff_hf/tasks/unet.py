@@ -1,6 +1,5 @@
 """U-Nets of diffusers that generate images: fresh ones, and saved ones with the schedule they were trained with."""
 
-import inspect
 import os
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -49,15 +48,10 @@ def find_unet(
     name = config.get("_class_name", UNet2DModel.__name__)
     if name != UNet2DModel.__name__:
         raise ValueError(f"model '{model}' is a {name}, not a UNet2DModel")
-    known = inspect.signature(UNet2DModel.__init__).parameters
-    if unknown := [key for key in config if key not in known and not key.startswith("_")]:
-        raise ValueError(f"a UNet2DModel does not take the model_args {unknown}; it takes {sorted(known)[:-1]}")
-    config = {key: value for key, value in config.items() if key in known}
+    config = {key: value for key, value in config.items() if not key.startswith("_")}
     size = image_size or config.get("sample_size")
     if not isinstance(size, int):
         raise ValueError(f"model '{model}' has no size of its own; set image_size, got {size!r}")
-    if config.get("class_embed_type") is not None or config.get("num_class_embeds") is not None:
-        raise ValueError(f"model '{model}' is conditional (it has a class embedding)")
     config = {"sample_size": size} | config
     try:
         with torch.device("meta"):  # the network is tried without memory
