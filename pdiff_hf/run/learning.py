@@ -27,10 +27,10 @@ from ..models.embedded import EmbeddedField
 from ..models.products import AdapterProducts, contracted, smallest_frame
 from ..networks.runner import NetworkRunner
 from ..pipelines import PDiffPipeline
-from ..tasks import ClassificationTask, take
+from ..tasks import ClassificationTask
 from ..tasks.data_task import DataTask
 from ..tasks.family import MAX_DRAWS
-from ..tasks.task import Split
+from ..tasks.task import Split, evenly, load_batch
 from ..training import (
     Loop,
     gaussian_loss,
@@ -40,7 +40,6 @@ from ..training import (
     train_denoiser,
 )
 from ..training.autoencoder import OutputLoss
-from ..utils.devices import to_device
 from ..utils.seeds import named_seed
 from .config import PDiffConfig
 from .context import RunContext, loop_arguments
@@ -117,8 +116,7 @@ def compare_outputs(context: RunContext, autoencoder: ParameterAutoencoder, devi
     heldout = context.heldout if context.heldout.any() else ~context.heldout
     rows = heldout.nonzero().flatten()[:COMPARED]
     networks, run = NetworkRunner(context.base_model.to(device), context.layout), _runs(context, "validation", device)
-    total = len(context.task.load_split("validation"))  # type: ignore[arg-type]  # a map-style data set
-    examples = torch.linspace(0, total - 1, min(total, COMPARED_EXAMPLES)).round().long()
+    examples = evenly(len(context.task.load_split("validation")), COMPARED_EXAMPLES)
     found = []
     for row in rows.split(1):  # of large networks as few as of small ones
         own = context.parameters[row]
@@ -147,12 +145,11 @@ def _runs(context: RunContext, split: Split, device: torch.device) -> Callable[.
     table = context.snapshot_conditions if family.fields else torch.zeros(len(context.parameters), 0)
     if table.isnan().any():
         raise RunError("autoencoder_args.loss=outputs needs snapshots whose conditions are all known")
-    data = task.load_split(split)
 
     def run(networks: NetworkRunner, parameters: torch.Tensor, rows: torch.Tensor, examples: torch.Tensor):
         if isinstance(task, ClassificationTask):
             return networks.stack(family.predict, parameters, family.batch(split, table[rows].to(device), examples))
-        batch = to_device(task.collate(take(data, examples.tolist())), device)
+        batch = load_batch(task, split, examples.tolist(), device)
         return networks.stack(task.loss, parameters, batch, shared=True)
 
     return run

@@ -11,8 +11,8 @@ from torch.nn.modules.conv import _ConvNd
 from torch.utils._pytree import tree_leaves
 
 from ..layout import ParameterLayout
-from ..tasks import ClassificationTask, Task, take
-from ..utils.devices import to_device
+from ..tasks import ClassificationTask, Task
+from ..tasks.task import load_batch
 
 # So large a part of the largest output, reordered units may change outputs by, as the order of a sum changes rounding.
 TOLERANCE = 1e-3
@@ -78,7 +78,7 @@ def find_hidden_units(task: Task, model: nn.Module, layout: ParameterLayout) -> 
         LayoutError: if the layout does not fit the model.
     """
     layout.check_fits(model.state_dict())
-    batch = to_device(task.collate(take(task.load_split("validation"), [0, 1])), next(model.eval().parameters()).device)
+    batch = load_batch(task, "validation", [0, 1], next(model.eval().parameters()).device)
     run = task.predict if isinstance(task, ClassificationTask) else task.loss
     generator = torch.Generator().manual_seed(0)
 
