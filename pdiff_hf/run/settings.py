@@ -54,11 +54,11 @@ SEEN_TASKS = When(lambda c: c.has_family and c.tune_tasks == "seen", "it is for 
 class RunSection:
     """Where the run lives, and how it is executed."""
 
-    output_dir: str | None = common(None, "Receives everything; by default `outputs/` and the model's name.", path=True)
+    output_dir: str | None = common(None, "Folder of the run; by default `outputs/` and the model's name.", path=True)
     stages: list[str] = common(list(STAGES), "Which stages to execute.", choices=STAGES)
     seed: int = common(0, "Seed of the whole run.", min=0)
-    resume_from_checkpoint: str | None = common(None, "An unfinished stage goes on where it was.", choices=("latest",))
-    overwrite_output_dir: bool = common(False, "Execute stages again whose settings have changed.")
+    resume_from_checkpoint: str | None = common(None, "Resume an unfinished stage.", choices=("latest",))
+    overwrite_output_dir: bool = common(False, "Rerun stages whose settings have changed.")
     checkpointing_steps: int = option(500, "Steps between two checkpoints of a training stage.", min=1)
     mixed_precision: str | None = option(None, "By default that of the launcher.", choices=("no", "fp16", "bf16"))
     gradient_accumulation_steps: int = option(1, "Parts that a training batch is computed in.", min=1)
