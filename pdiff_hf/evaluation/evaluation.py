@@ -1,6 +1,8 @@
 """Evaluates generated networks: groups of networks, scored, compared, and put into one report."""
 
+import importlib.util
 import itertools
+import logging
 import os
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
@@ -17,13 +19,14 @@ from ..pipelines import PDiffPipeline
 from ..tasks import Task
 from ..tasks.data_task import DataTask
 from ..tasks.family import Family, as_family
-from .groups import Group, Pending
+from .groups import Group, Pending, pending
 from .members import Members
 from .report import Report
-from .saving import sampling_of, save_report
 from .score import Scorer, make_scorer
-from .sets import evaluate_sets
+from .sets import Sets
 from .single_task import SingleTask
+
+logger = logging.getLogger(__name__)
 
 
 def evaluate(
@@ -72,7 +75,7 @@ def evaluate(
         folder (`str` or `os.PathLike`, *optional*): Receives the report and its figures.
         seed (`int`, *optional*, defaults to 0): Of everything that is drawn.
         options: `untuned`, the generator before it was tuned, and the others of [`SingleTask`], [`Members`] or
-            [`evaluate_sets`].
+            [`Sets`].
 
     Returns:
         `Report`: What came out. Numbers in it may be missing; nothing in it is nan.
@@ -91,41 +94,41 @@ def evaluate(
             f"{'base_model' if base_model is None else 'layout'} is needed: the networks differ from it in some tensors"
         )
     one = None if family.fields else family.task({})
-    if isinstance(one, DataTask):
-        given = {"scorer": scorer, "extra_groups": list(extra_groups)}
-        if unused := [name for name, value in given.items() if value]:
-            raise ValueError(f"{' and '.join(unused)} cannot be used with networks that are data, compared as sets")
-        table = one.fields.table(conditions) if isinstance(conditions, Sequence) else conditions
-        options |= {"table": table, "num_models": num_models or 1000, "losses": losses, "settings": settings}
-        networks = NetworkRunner(base_model, layout)
-        return evaluate_sets(one, networks, snapshots, generator, folder, seed=seed, warnings=warnings, **options)
-    options |= {"baselines": baselines, "seed": seed} | ({} if num_models is None else {"num_models": num_models})
+    fields = one.fields if isinstance(one, DataTask) else family.fields
+    table = fields.table(conditions) if isinstance(conditions, Sequence) else conditions
+    options |= {"seed": seed} | ({} if num_models is None else {"num_models": num_models})
     with tempfile.TemporaryDirectory() as temporary:
-        compared: SingleTask | Members
-        if family.fields:
-            if conditions is None:
+        compared: SingleTask | Members | Sets
+        if isinstance(one, DataTask):
+            compared = Sets(one, NetworkRunner(base_model, layout), generator, snapshots, table, **options)
+        elif one is None:
+            if table is None:
                 raise ValueError("conditions is needed: a family has members, and snapshots are of some of them")
-            table = conditions if isinstance(conditions, Tensor) else family.fields.table(conditions)
-            networks = NetworkRunner(base_model, layout)
-            where = None if folder is None else Path(folder)
-            compared = Members(family, networks, generator, snapshots, table, where, **options)
+            networks, where = NetworkRunner(base_model, layout), None if folder is None else Path(folder)
+            compared = Members(family, networks, generator, snapshots, table, where, baselines=baselines, **options)
         else:
-            scorer = scorer or make_scorer(family.task({}), base_model, layout)
-            compared = SingleTask(scorer, generator, snapshots, Path(folder or temporary), **options)
+            scorer = scorer or make_scorer(one, base_model, layout)
+            where = Path(folder or temporary)
+            compared = SingleTask(scorer, generator, snapshots, where, baselines=baselines, **options)
         report = Report(compared.metric, layout.num_parameters, **compared.facts())
-        wrong: dict[str, Tensor] = {}
-        for row, errors in compared.rows(itertools.chain(compared.groups(), extra_groups)):
-            report.groups.append(row)
-            if errors is not None:
-                wrong[row.name] = errors
-        report.compare(wrong, compared.bootstrap_seed)
         report.settings = dict(settings or {}) | {"seed": seed}
-        report.sampling = {} if pipeline is None else sampling_of(pipeline)
+        if pipeline is not None:
+            names = ("num_inference_steps", "temperature", "guidance_scale")
+            report.sampling = {name: pipeline.config[name] for name in names}
+            report.sampling["scheduler"] = type(pipeline.scheduler).__name__
+        report.groups += compared.rows(map(pending, itertools.chain(compared.groups(), extra_groups)))
         compared.complete(report)
         if outputs:
             report.reconstruction = (report.reconstruction or {}) | dict(outputs)
         report.describe()
         report.warnings = [*warnings, *report.warnings]
         if folder is not None and PartialState().is_main_process:
-            save_report(report, folder, losses, **compared.figures)
+            Path(folder).mkdir(parents=True, exist_ok=True)
+            if importlib.util.find_spec("matplotlib"):
+                from .plots import draw_figures
+
+                draw_figures(report, folder, losses=losses, **compared.figures)
+            else:
+                logger.warning("the report has no figures, which need matplotlib: pip install 'pdiff_hf[report]'")
+            report.save(folder)
     return report

@@ -23,9 +23,10 @@ class Group:
 
     Args:
         name (`str`): Unique.
-        networks: For a single task, parameters of shape `(N, D)`. For members of a family, a function
-            `networks(name of the set, table)` to parameters of shape `(M, D)` or `(M, n, D)`, or an `nn.Module` that
-            answers itself: `module(table, batch, generator)` gives logits of shape `(M, B, C)`.
+        networks: For a single task, parameters of shape `(N, D)`; of networks that are data, these or what they make,
+            `(N, P, C)`. For members of a family, a function `networks(name of the set, table)` to parameters of shape
+            `(M, D)` or `(M, n, D)`, or an `nn.Module` that answers itself: `module(table, batch, generator)` gives
+            logits of shape `(M, B, C)`.
         kind (`Kind`, *optional*): A baseline by default.
         sweep (`str`, *optional*): What settings of one sweep have in common, such as `noise`; by default the name.
         value (`float | str`, *optional*): The setting in its sweep.
@@ -35,6 +36,7 @@ class Group:
         tried (`Mapping`, *optional*): Validation losses of what was tried, by setting.
         vote (`bool`, *optional*, defaults to `False`): Whether the networks of a member answer together, by the mean
             of their probabilities.
+        classes (`torch.Tensor`, *optional*): Of networks that are data, the classes that were asked for, `(N,)`.
     """
 
     name: str
@@ -47,6 +49,7 @@ class Group:
     note: str = ""
     tried: Mapping[str, float] | None = None
     vote: bool = False
+    classes: torch.Tensor | None = None
 
     def row(self, n: int, **scores: Any) -> GroupRow:
         """What a report says of it, with `n` networks (for each member) and their scores."""
@@ -56,6 +59,10 @@ class Group:
 
 # A group of that name, of which the work begins when it is asked for.
 Pending = tuple[str, Callable[[], Group]]
+
+
+def pending(group: Group | Pending) -> Pending:
+    return (group.name, lambda: group) if isinstance(group, Group) else group
 
 
 def named_generator(seed: int, name: str) -> torch.Generator:

@@ -74,7 +74,7 @@ class Members:
         num_examples (`int`, *optional*, defaults to 2000): Of the test split, for each member.
     """
 
-    metric, bootstrap_seed = MemberScorer.metric, 0
+    metric = MemberScorer.metric
 
     def __init__(
         self,
@@ -175,7 +175,7 @@ class Members:
 
         return sample
 
-    def rows(self, groups: Iterable[Group | Pending]) -> Iterator[tuple[GroupRow, None]]:
+    def rows(self, groups: Iterable[Pending]) -> Iterator[GroupRow]:
         """Each group with its scores; of those in the cache, nothing is done."""
         kept: dict[str, Any] = {}
         if self.cache is not None and self.cache.is_file():
@@ -187,12 +187,11 @@ class Members:
             name: MemberScorer(self.family, self.networks, table.to(device), self.num_examples)
             for name, table in self.sets.items()
         }
-        for one in groups:
-            name = one.name if isinstance(one, Group) else one[0]
+        for name, make in groups:
             if name in kept:
-                yield GroupRow(**kept[name]), None
+                yield GroupRow(**kept[name])
                 continue
-            group, sets = one if isinstance(one, Group) else one[1](), dict[str, dict[str, list]]()
+            group, sets = make(), dict[str, dict[str, list]]()
             for set_name, scorer in scorers.items():
                 answer = group.networks
                 if not isinstance(answer, nn.Module):
@@ -206,10 +205,11 @@ class Members:
             kept[name] = row.to_dict()
             if self.cache is not None and PartialState().is_main_process:
                 write_json(self.cache, kept)
-            yield row, None
+            yield row
 
     def complete(self, report: Report) -> None:
-        """The reverse process for some members, and what the figures of parameters and latents show."""
+        """Adds comparisons, the reverse process for some members, and what figures of parameters and latents show."""
+        report.compare()
         pipeline, layout, folder = self.generator, self.networks.layout, self.folder
         if isinstance(pipeline, Tensor) or folder is None or not PartialState().is_main_process:
             return

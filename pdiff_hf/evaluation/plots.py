@@ -16,10 +16,11 @@ import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
+from PIL import Image, ImageDraw
 from sklearn.decomposition import PCA
 from torch import Tensor
 
-from ..utils.reports import FIELD_FIGURE, TEST
+from ..utils.reports import CONTACT_SHEET, FIELD_FIGURE, TEST
 from .report_data import Kind, ReportData, as_tensor
 from .scatter import (
     DPI,
@@ -37,6 +38,7 @@ from .scatter import (
 )
 from .summary import best_of_sweeps, metric_title
 
+SHEET_HEIGHT, SHEET_GAP, SHEET_LABEL = 40, 4, 190  # pixels
 COLOURS = {Kind.SNAPSHOTS: SNAPSHOTS, Kind.GENERATED: GENERATED}
 # Rows of the figure of accuracy along a field, where they are there.
 ALONG = ("generated", "trained on the task", "kernel ridge", "nearest snapshot", "base model", "nearest seen task")
@@ -51,6 +53,7 @@ def draw_figures(
     tensor_sizes: Sequence[int] = (),
     latents: Mapping[str, Tensor] | None = None,
     losses: Mapping[str, Mapping[str, Sequence[float]]] | None = None,
+    sheet: Mapping[str, Tensor] | None = None,
 ) -> None:
     """
     Draws the figures of `utils.reports.FIGURES` that there are numbers for.
@@ -63,6 +66,7 @@ def draw_figures(
         tensor_sizes (`Sequence[int]`): How many of the D parameters each tensor has.
         latents (`Mapping[str, torch.Tensor]`, *optional*): `snapshots` `(K, L)` and `generated` `(N, L)`.
         losses (`Mapping[str, Mapping[str, Sequence[float]]]`, *optional*): The loss at every step, by panel and curve.
+        sheet (`Mapping[str, torch.Tensor]`, *optional*): Images `(N, C, H, W)` from 0 to 1 of some sets of data.
     """
     folder, title = Path(folder), metric_title(report.metric)
     compared = report.of_kind(Kind.BASELINE, Kind.OPPONENT)
@@ -82,7 +86,7 @@ def draw_figures(
         plot_distribution(
             folder / "max_similarity.png", similarities, quantity, colours, min_range=MIN_IOU_RANGE, ends=(0, 1)
         )
-    elif "nearness" in report.generated.measures:
+    elif report.is_of_sets:
         plot_frontier(report, folder / "frontier.png")
     else:
         values = {row.name: as_tensor(row.scores()) for row in shown}
@@ -96,6 +100,8 @@ def draw_figures(
         plot_latent_pca(folder / "latents.png", latents["snapshots"], latents["generated"])
     if losses:
         plot_loss_curves(folder / "losses.png", losses)
+    if sheet:
+        plot_sheet(folder / CONTACT_SHEET, sheet)
 
 
 @contextlib.contextmanager
@@ -354,6 +360,21 @@ def plot_field(report: ReportData, path: str | os.PathLike) -> None:
         axes.set_ylabel("accuracy on the task (%)")
         axes.set_ylim(top=min(axes.get_ylim()[1], 100.5))
         label_beside(axes, labels)
+
+
+def plot_sheet(path: str | os.PathLike, sheet: Mapping[str, Tensor]) -> None:
+    """A row of images, `(N, C, H, W)` from 0 to 1, for each of some sets."""
+    height, width = next(iter(sheet.values())).shape[-2:]
+    scale, most = max(1, SHEET_HEIGHT // height), max(map(len, sheet.values()))
+    size = (scale * width + SHEET_GAP, scale * height + SHEET_GAP)
+    picture = Image.new("RGB", (SHEET_LABEL + most * size[0], len(sheet) * size[1]), "white")
+    for i, (name, images) in enumerate(sheet.items()):
+        ImageDraw.Draw(picture).text((4, i * size[1] + size[1] // 2 - 6), name, fill="black")
+        for j, image in enumerate(images):
+            pixels = (255 * image.nan_to_num()).round().byte().permute(1, 2, 0).squeeze(-1).numpy()
+            one = Image.fromarray(pixels).resize((scale * width, scale * height), Image.Resampling.NEAREST)
+            picture.paste(one.convert("RGB"), (SHEET_LABEL + j * size[0], i * size[1]))
+    picture.save(path)
 
 
 def _evenly(count: int, limit: int) -> np.ndarray:

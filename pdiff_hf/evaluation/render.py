@@ -3,31 +3,30 @@
 import base64
 import html
 import textwrap
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from ..utils.reports import FIGURES, TEST
-from . import set_words
-from .metrics import COVERAGE
 from .report_data import GroupRow, Kind, ReportData
-from .summary import Columns, Table, count_of, metric_title, spread_of, table_of
+from .summary import (
+    ABOUT_SETS,
+    COVERAGE,
+    MEASURES,
+    SET_MEASURES,
+    Columns,
+    Table,
+    columns_of,
+    count_of,
+    metric_title,
+    spread_of,
+    table_of,
+    verdict_of,
+)
 from .verdict import number
 
 COLUMNS = 80
-# Of measures beside the mean, their titles and how they are written.
-MEASURES = {
-    "score_best": ("best", ".2f"),
-    "score_best_on_test": ("best on test", ".2f"),
-    "validation_score_mean": ("validation", ".2f"),
-    "iou_within": ("IoU within", ".3f"),
-    "max_iou": ("similarity", ".3f"),
-    "nll": ("NLL", ".3f"),
-    "ece": ("ECE", ".3f"),
-    "distance_nearest": ("to nearest", ".2f"),
-    "distance_to_mean": ("to mean", ".2f"),
-}
 SIMILARITY = "similarity to the nearest snapshot, lower is newer"
 KIND_WORDS = {
     Kind.GENERATED: "generated networks",
@@ -137,11 +136,27 @@ def _html_table(header: Sequence[str], rows: Sequence[Sequence[str]], generated:
 
 def sections(report: ReportData) -> Iterable[tuple[str, str, Table]]:
     """Title, explanation and table of everything that the summary leaves out."""
-    if set_words.is_of_sets(report):
-        yield from set_words.sections(report)
-        return
     groups, title = report.groups, metric_title(report.metric)
     name: Columns = {"group": lambda row: row.name}
+    if report.is_of_sets:
+        accuracy = report.settings.get("classifier_accuracy")
+        of = f" The classifier is right about {accuracy:.1f}% of held-out data." if accuracy is not None else ""
+        columns: Columns = {
+            "data of": name["group"],
+            "n": count_of,
+            "Fréchet (%)": lambda row: number(row.mean(), ".2f"),
+        }
+        columns["95%"] = lambda row: _interval(row.measures.get("score_interval"), ".2f")
+        columns |= columns_of(SET_MEASURES, groups) | {"generated vs. this": verdict_of}
+        yield (
+            "All sets",
+            f"{ABOUT_SETS} 1-NN is how often the nearest neighbour is of the same set (0.5 is ideal); precision, "
+            "recall, density and coverage are by 5 nearest neighbours among the features of held-out data; class is "
+            "how often the classifier sees the class that was asked for; dB is the signal-to-noise ratio against the "
+            f"data.{of} The Fréchet distance falls with the size of a set.",
+            table_of(groups, columns),
+        )
+        return
     r = report.reconstruction or {}
     words = {"agreement": "equal predictions (%)", "loss": "loss", "snapshots": "loss of snapshots"}
     if computed := {word: number(r[key]) for key, word in words.items() if key in r}:
@@ -172,10 +187,10 @@ def sections(report: ReportData) -> Iterable[tuple[str, str, Table]]:
         "those of wrong predictions; NLL is in nats; NLL and ECE are means over networks, with a dash where they are "
         "not finite. Distances are L2, in units of the snapshots' own: to the nearest snapshot (median) and to their "
         "mean (root mean square).",
-        table_of(groups, name | scores | _measures(MEASURES, groups)),
+        table_of(groups, name | scores | columns_of(MEASURES, groups)),
     )
     if "r2_train" in r:
-        columns: Columns = {"": lambda kind: "principal components" if kind else "autoencoder"}
+        columns = {"": lambda kind: "principal components" if kind else "autoencoder"}
         columns["seen snapshots"] = lambda kind: number(r[f"{kind}r2_train"], ".1%")
         columns["held-out snapshots"] = lambda kind: number(r[f"{kind}r2_heldout"], ".1%")
         yield (
@@ -191,7 +206,7 @@ def sections(report: ReportData) -> Iterable[tuple[str, str, Table]]:
         columns["95%"] = lambda row: _interval(row.measures.get("score_interval"), ".2f")
         columns |= similarity | {"95% of it": lambda row: _interval(row.measures.get("max_iou_interval"), ".3f")}
         columns |= {word: partial(_share, word) for word in ("better", "worse")}
-        columns["verdict"] = lambda row: row.verdict or "–"
+        columns["verdict"] = verdict_of
         yield (
             "Against every baseline and opponent",
             "In brackets are 95% intervals. `better` is the share of resamples of networks and test examples in which "
@@ -202,7 +217,7 @@ def sections(report: ReportData) -> Iterable[tuple[str, str, Table]]:
     if report.tuning is not None:
         paid = {entry["name"]: f"{entry['num_models']:,}" for entry in report.tuning["break_even"]}
         columns = name | {title: spread_of, SIMILARITY: similarity["similarity"]}
-        columns["generated vs. this row"] = lambda row: row.verdict or "–"
+        columns["generated vs. this row"] = verdict_of
         columns |= {"passes once": lambda row: f"{row.cost.once:,}", "passes each": lambda row: f"{row.cost.each:,}"}
         columns["break-even"] = lambda row: paid.get(row.name, "–")
         rows = [row for row in groups if row.cost is not None]
@@ -235,7 +250,7 @@ def sections(report: ReportData) -> Iterable[tuple[str, str, Table]]:
         "the snapshots, recall the share of the snapshots that lies among the group, density and coverage the same "
         "with multiplicity and with the snapshots' balls only. Coverage grows with n; recall flatters a group of "
         "few or far-apart networks, whose balls are large.",
-        table_of(others, name | {"n": count_of} | _measures({name: (name, ".2f") for name in COVERAGE}, others)),
+        table_of(others, name | {"n": count_of} | columns_of(COVERAGE, others)),
     )
     if groups[0].ensembles:
         sizes = sorted({entry["size"] for row in groups for entry in row.ensembles[:-1]} | {1})
@@ -256,15 +271,6 @@ MEMORISATION: Columns = {
     "alike": lambda row: number(row.memorisation["fraction_alike"], ".0%"),
     "copies": lambda row: "–" if row.kind == Kind.SNAPSHOTS else "yes" if row.memorisation["copies"] else "no",
 }
-
-
-def _measures(shown: Mapping[str, tuple[str, str]], rows: Sequence[GroupRow]) -> Columns:
-    """The columns of the measures that the rows have."""
-    return {
-        title: partial(lambda key, style, row: number(row.measures.get(key), style), key, style)
-        for key, (title, style) in shown.items()
-        if key in rows[0].measures
-    }
 
 
 def _about_tuning(tuning: dict[str, Any]) -> str:

@@ -39,8 +39,7 @@ class Report(ReportData):
 
     def describe(self) -> None:
         """Puts the numbers into words: warnings, verdict and summary."""
-        self.warnings, self.verdict = find_warnings(self), write_verdict(self)
-        self.summary = summarise(self)
+        self.warnings, self.verdict, self.summary = find_warnings(self), write_verdict(self), summarise(self)
 
     def save(self, folder: str | os.PathLike) -> None:
         """Writes `report.json`, `report.md` and `report.html`; the latter two show the figures that are there."""

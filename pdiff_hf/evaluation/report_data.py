@@ -191,6 +191,11 @@ class ReportData:
     def generated(self) -> GroupRow:
         return self.of_kind(Kind.GENERATED)[0]
 
+    @property
+    def is_of_sets(self) -> bool:
+        """Whether networks are data, compared as sets."""
+        return "nearness" in self.generated.measures
+
     def rank(self, group: GroupRow) -> float:
         """The larger the better: by validation data where there are scores of those, else by the mean on test."""
         value = group.measures.get("validation_score_mean", group.mean())

@@ -1,10 +1,8 @@
-"""The report on sets of data: how like held-out data those of generated networks are, and how new."""
+"""Networks that are data, compared as sets: how like held-out data those of generated networks are, and how new."""
 
 import math
-import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,15 +15,13 @@ from ..pipelines import PDiffPipeline
 from ..tasks.data_task import DataTask
 from ..tasks.task import Split
 from ..training import Loop, LoopArguments
-from ..utils.reports import CONTACT_SHEET, TEST
+from ..utils.reports import TEST
 from .baselines import BaselineContext, diagonal_gaussian, low_rank_gaussian
 from .compare import BETTER, CLOSE, CONFIDENCE, WORSE, Comparison, interval
 from .geometry import Yardstick, exact_distances, pairwise_distances
-from .groups import named_generator
+from .groups import Group, Pending, named_generator
 from .report import GroupRow, Report
 from .report_data import Kind, Metric
-from .saving import sampling_of, save_report
-from .set_words import SHEET_COLUMNS, describe, draw_sheet
 
 METRIC = Metric("Fréchet distance", "% of the variance", higher_is_better=False)
 # Features that sets are compared by; of more, so many principal components.
@@ -42,8 +38,9 @@ GUIDANCE = 1.5
 # The classifier of the data set, whose features sets are compared by.
 CLASSIFIER = LoopArguments(500, 64, 2e-3, weight_decay=0.01)
 WIDTH = 48
-
-Named = tuple[str, Kind, str | None, Tensor, Tensor | None]  # name, kind, sweep, outputs `(N, P, C)`, classes `(N,)`
+# Of the contact sheet: how many data in a row, and which rows below the generated data and those nearest to them.
+SHEET_COLUMNS = 12
+SHEET_ROWS = ("Gaussian, weights", "KDE 0.3, weights", "KDE 0.4, latents", "denoiser on the data")
 
 
 class Features(nn.Module):
@@ -200,7 +197,7 @@ class Resampled:
         features, data = judge.features(outputs), judge.flat(outputs)
         if not (features.isfinite().all() and data.isfinite().all()):
             nothing = torch.full((RESAMPLES,), math.nan, dtype=torch.float64)
-            return Placed({"score_mean": math.nan}, nothing, nothing)
+            return Placed({"score_mean": math.nan, "nearness": math.nan}, nothing, nothing)
         nearest = exact_distances(data, judge.train, pairwise_distances(data, judge.train).argmin(1))
         counts = self._counts(len(data))
         value = frechet(*self._moments(features, torch.ones(1, len(data)).double()), *self.exact).item()
@@ -314,127 +311,173 @@ def trivial(
     yield "interpolation of neighbours", "interpolation", torch.lerp(rows[first], rows[second], share), None
 
 
-# --------------------------------------------------------------------------------------------------------- the report
+# ----------------------------------------------------------------------------------------------------- what is compared
 
 
-def evaluate_sets(
-    task: DataTask,
-    networks: NetworkRunner,
-    snapshots: Tensor,
-    generator: PDiffPipeline | Tensor,
-    folder: str | os.PathLike | None = None,
-    *,
-    table: Tensor | None = None,
-    heldout: Tensor | None = None,
-    data: Tensor | None = None,
-    latents: Tensor | None = None,
-    num_models: int = 1000,
-    on_data: Callable[[Tensor], PDiffPipeline] | None = None,
-    losses: Mapping[str, Mapping[str, Sequence[float]]] | None = None,
-    settings: Mapping[str, Any] | None = None,
-    warnings: Sequence[str] = (),
-    seed: int = 0,
-) -> Report:
+class Sets:
     """
-    The report on the data that generated networks make, against held-out data, which is written to `folder`, if given.
+    The data that generated networks make, as a set, beside held-out data, those of other networks, and what anybody can
+    draw in the spaces of weights, latents and data.
 
     Args:
         task (`DataTask`): Says what networks render, and which data there are.
         networks (`NetworkRunner`): Runs them.
-        snapshots (`torch.Tensor`): Shape `(K, D)`, the networks of training data, and perhaps of held-out ones.
-        generator (`PDiffPipeline` or `torch.Tensor`): A pipeline, sampled as its config says and for the conditions of
-            the training data, or the parameters of generated networks, shape `(N, D)`.
+        generator, snapshots, seed: Those of [`evaluate`]. A pipeline is sampled for the conditions of training data.
         table (`torch.Tensor`, *optional*): Conditions of the snapshots, shape `(K, width)`.
+        num_models (`int`, *optional*, defaults to 1000): Networks to sample, and of each trivial generator; as many as
+            there are if they are given, because the Fréchet distance falls with the size of a set.
         heldout (`torch.Tensor`, *optional*): bool of shape `(K,)`: networks that no generator has seen.
         data (`torch.Tensor`, *optional*): Which of those of the splits train and test each snapshot is, `(K,)`.
         latents (`torch.Tensor`, *optional*): Of the snapshots, `(K, L)`, if they are known already.
-        num_models (`int`, *optional*, defaults to 1000): Networks to sample, and of each trivial generator; as many as
-            there are if they are given, because the Fréchet distance falls with the size of a set.
         on_data (`Callable`, *optional*): `on_data(data)` trains the same generator on training data, `(N, P C)`.
 
     Raises:
         ValueError: if there are too few data, conditions are missing, or networks are not finite.
     """
-    heldout = torch.zeros(len(snapshots), dtype=torch.bool) if heldout is None else heldout
-    signals = {split: task.signals(split) for split in SPLITS}
-    if few := too_few(*map(len, signals.values()), int((~heldout).sum())):
-        raise ValueError(few)
-    if isinstance(generator, Tensor):
-        num_models = len(generator)
-        if num_models < 2 or not generator.isfinite().all():
-            raise ValueError("a set of generated networks is needed: at least 2, with finite parameters")
-    elif generator.condition_encoder is not None and (table is None or not table.shape[1]):
-        raise ValueError("conditions of the snapshots are needed: the generator is sampled for those of training data")
-    judge = Judge(task, seed)
-    resampled = Resampled(judge, seed)
-    rows, placed, sheet = [], {}, {}
-    of_train = None if table is None or not table.shape[1] else table[~heldout]
-    seen = snapshots[~heldout]
-    classes = None if of_train is None or judge.classes is None else of_train[:, judge.column]
 
-    def add(one: Named) -> None:
-        name, kind, sweep, outputs, told = one
-        placed[name] = resampled.place(outputs, told)
-        measures = placed[name].measures
-        row = GroupRow(name, kind, sweep, n=len(outputs), measures=measures)
-        row.sets = {TEST: {"scores": [[measures["score_mean"]]]}}
-        rows.append(row)
-        sheet[name] = outputs[:SHEET_COLUMNS]
+    metric = METRIC
 
-    for one in _generated(task, networks, generator, of_train, judge, num_models, seed):
-        add(one)
-    add(_ceiling("training networks", Kind.SNAPSHOTS, task.render_all(networks, _some(seen, num_models, seed))))
-    add(_ceiling("training data", Kind.CONTROL, _some(signals["train"], num_models, seed)))
-    if heldout.any():
-        own, wanted = snapshots[heldout], None
-        if data is not None:
-            wanted = torch.cat([signals["train"], signals["test"]])[data[heldout]]
-        add(_ceiling("held-out networks", Kind.CONTROL, outputs := task.render_all(networks, own)))
-        _add_decibels(task, rows[-1], outputs, wanted)
-        if isinstance(generator, PDiffPipeline):
-            known = generator.encode(own) if latents is None else latents[heldout]
-            outputs = task.render_all(networks, generator.decode_latents(known))
-            add(_ceiling("held-out networks, reconstructed", Kind.CONTROL, outputs))
-            _add_decibels(task, rows[-1], outputs, wanted)
-    spaces: dict[str, tuple[Tensor, Callable[[Tensor], Tensor]]] = {
-        "weights": (seen.float(), lambda found: task.render_all(networks, found))
-    }
-    if isinstance(generator, PDiffPipeline):
-        known = generator.encode(seen) if latents is None else latents[~heldout]
-        spaces["latents"] = known, lambda found: task.render_all(networks, generator.decode_latents(found))
-    shape = signals["train"].shape[1:]
-    spaces["data"] = signals["train"].flatten(1), lambda found: found.unflatten(1, shape)
-    labels = {"weights": classes, "latents": classes, "data": judge.classes}
-    for space, (points, render) in spaces.items():
-        for name, sweep, found, told in trivial(points, labels[space], num_models, seed, space):
-            sweep = f"{sweep}, {space}"
-            add((f"{name}, {space}", Kind.BASELINE, sweep, render(found), told))
-    if on_data is not None:
-        pipe = on_data(spaces["data"][0])
-        pipe.set_progress_bar_config(disable=True)
-        told, found = sample(pipe, num_models, of_train, seed)
-        outputs, classes = spaces["data"][1](found), None
-        if judge.classes is not None and told is not None:
-            classes = told[:, judge.column]
-        add(("denoiser on the data", Kind.OPPONENT, None, outputs, classes))
+    def __init__(
+        self,
+        task: DataTask,
+        networks: NetworkRunner,
+        generator: PDiffPipeline | Tensor,
+        snapshots: Tensor,
+        table: Tensor | None,
+        *,
+        num_models: int = 1000,
+        seed: int,
+        heldout: Tensor | None = None,
+        data: Tensor | None = None,
+        latents: Tensor | None = None,
+        on_data: Callable[[Tensor], PDiffPipeline] | None = None,
+    ):
+        heldout = torch.zeros(len(snapshots), dtype=torch.bool) if heldout is None else heldout
+        self.signals = {split: task.signals(split) for split in SPLITS}
+        if few := too_few(*map(len, self.signals.values()), int((~heldout).sum())):
+            raise ValueError(few)
+        if isinstance(generator, Tensor):
+            num_models = len(generator)
+            if num_models < 2 or not generator.isfinite().all():
+                raise ValueError("a set of generated networks is needed: at least 2, with finite parameters")
+        elif generator.condition_encoder is not None and (table is None or not table.shape[1]):
+            raise ValueError(
+                "conditions of the snapshots are needed: the generator is sampled for those of training data"
+            )
+        self.task, self.networks, self.generator, self.on_data = task, networks, generator, on_data
+        self.snapshots, self.heldout, self.data, self.latents = snapshots, heldout, data, latents
+        self.num_models, self.seed = num_models, seed
+        self.judge = Judge(task, seed)
+        self.resampled = Resampled(self.judge, seed)
+        self.table = None if table is None or not table.shape[1] else table[~heldout]
+        self.figures = dict[str, Any]()
 
-    for row in rows:
-        if row.kind in (Kind.BASELINE, Kind.OPPONENT, Kind.SNAPSHOTS):
-            row.comparisons = {TEST: resampled.compare(placed["generated"], placed[row.name])}
-    report = Report(METRIC, networks.layout.num_parameters, rows, splits={"test": len(judge.heldout)})
-    report.splits |= {"train": len(judge.train), "validation": 0}
-    report.num_generated, report.settings = rows[0].n, dict(settings or {}) | {"classifier_accuracy": judge.accuracy}
-    if isinstance(generator, PDiffPipeline):
-        report.sampling = sampling_of(generator)
-    describe(report)
-    report.warnings = [*warnings, *report.warnings]
-    if folder is None:
-        return report
-    Path(folder).mkdir(parents=True, exist_ok=True)
-    nearest = pairwise_distances(judge.flat(sheet["generated"]), judge.train).argmin(1)
-    draw_sheet(task, sheet, signals["train"][nearest], Path(folder, CONTACT_SHEET))
-    save_report(report, folder, losses)
-    return report
+    def facts(self) -> dict[str, Any]:
+        """What a report says of the data, whatever comes out."""
+        sizes = {"test": len(self.judge.heldout), "train": len(self.judge.train), "validation": 0}
+        return {"splits": sizes, "num_generated": self.num_models}
+
+    def groups(self) -> Iterator[Group]:
+        """All groups, the generated networks first."""
+        pipeline = self.generator if isinstance(self.generator, PDiffPipeline) else None
+        seen, train = self.snapshots[~self.heldout], self.signals["train"]
+        yield from self._generated()
+        yield Group("training networks", self._some(seen), Kind.SNAPSHOTS)
+        yield Group("training data", self._some(train), Kind.CONTROL)
+        if self.heldout.any():
+            own = self.snapshots[self.heldout]
+            yield Group("held-out networks", own, Kind.CONTROL)
+            if pipeline is not None:
+                known = pipeline.encode(own) if self.latents is None else self.latents[self.heldout]
+                yield Group("held-out networks, reconstructed", pipeline.decode_latents(known), Kind.CONTROL)
+        yield from self._trivial("weights", seen.float(), self._classes(self.table), lambda found: found)
+        if pipeline is not None:
+            known = pipeline.encode(seen) if self.latents is None else self.latents[~self.heldout]
+            yield from self._trivial("latents", known, self._classes(self.table), pipeline.decode_latents)
+        data = train.flatten(1)
+        yield from self._trivial("data", data, self.judge.classes, lambda found: found.unflatten(1, train.shape[1:]))
+        if self.on_data is not None:
+            pipe = self.on_data(data)
+            pipe.set_progress_bar_config(disable=True)
+            told, found = self._sample(pipe)
+            outputs = found.unflatten(1, train.shape[1:])
+            yield Group("denoiser on the data", outputs, Kind.OPPONENT, classes=self._classes(told))
+
+    def _generated(self) -> Iterator[Group]:
+        """The generator as it is, with guidance, and without a condition."""
+        pipe = self.generator
+        if isinstance(pipe, Tensor):
+            yield Group("generated", pipe, Kind.GENERATED)
+            return
+        told, found = self._sample(pipe)
+        yield Group("generated", found, Kind.GENERATED, classes=self._classes(told))
+        if pipe.condition_encoder is None or not pipe.denoiser.knows_no_condition:
+            return
+        other = 1.0 if pipe.config.guidance_scale != 1 else GUIDANCE
+        told, found = self._sample(pipe, guidance_scale=other)
+        yield Group(f"guidance {other:g}", found, Kind.VARIANT, "guidance", classes=self._classes(told))
+        nothing = pipe.denoiser.null_condition.detach().expand(self.num_models, -1)
+        own = named_generator(self.seed, "generated")
+        (found,) = pipe(1, condition=nothing, guidance_scale=1.0, generator=own, output_type="pt", return_dict=False)
+        yield Group("without a condition", found, Kind.VARIANT)
+
+    def _sample(self, pipe: PDiffPipeline, **how: Any) -> tuple[Tensor | None, Tensor]:
+        """Conditions, drawn from those of training data, and what is generated for them, `(num_models, D)`."""
+        how |= {"generator": named_generator(self.seed, "generated"), "output_type": "pt", "return_dict": False}
+        if pipe.condition_encoder is None:
+            return None, pipe(self.num_models, **how)[0]
+        assert self.table is not None
+        draws = named_generator(self.seed, "conditions")
+        told = self.table[torch.randint(len(self.table), (self.num_models,), generator=draws)]
+        return told, pipe(1, condition=pipe.condition_encoder.fields.conditions(told), **how)[0]
+
+    def _trivial(
+        self, space: str, points: Tensor, classes: Tensor | None, networks: Callable[[Tensor], Tensor]
+    ) -> Iterator[Group]:
+        for name, sweep, found, told in trivial(points, classes, self.num_models, self.seed, space):
+            yield Group(f"{name}, {space}", networks(found), Kind.BASELINE, f"{sweep}, {space}", classes=told)
+
+    def _classes(self, table: Tensor | None) -> Tensor | None:
+        return None if table is None or self.judge.classes is None else table[:, self.judge.column]
+
+    def _some(self, rows: Tensor) -> Tensor:
+        order = torch.randperm(len(rows), generator=named_generator(self.seed, "some"))
+        return rows[order[: self.num_models]]
+
+    def rows(self, groups: Iterable[Pending]) -> Iterator[GroupRow]:
+        """Each group with its place among the data, and how the generated networks compare with it."""
+        own: Placed | None = None
+        sheet, wanted = self.figures.setdefault("sheet", {}), None
+        if self.data is not None:
+            wanted = self.task.data(torch.cat([*self.signals.values()])[self.data[self.heldout]])
+        for name, make in groups:
+            group = make()
+            outputs = group.networks
+            if outputs.ndim == 2:
+                outputs = self.task.render_all(self.networks, outputs)
+            placed = self.resampled.place(outputs, group.classes)
+            if name.startswith("held-out networks") and wanted is not None:
+                # The peak signal-to-noise ratio of data with values from 0 to 1, mean over data.
+                errors = (self.task.data(outputs) - wanted).double().square().mean((1, 2))
+                placed.measures["decibels"] = (-10 * errors.log10()).mean().item()
+            row = group.row(len(outputs), measures=placed.measures)
+            row.sets = {TEST: {"scores": [[placed.measures["score_mean"]]]}}
+            own = own or placed
+            if row.kind in (Kind.BASELINE, Kind.OPPONENT, Kind.SNAPSHOTS):
+                row.comparisons = {TEST: self.resampled.compare(own, placed)}
+            sheet[name] = outputs[:SHEET_COLUMNS]
+            yield row
+
+    def complete(self, report: Report) -> None:
+        """Adds what features are worth, and pictures of the data."""
+        report.settings["classifier_accuracy"] = self.judge.accuracy
+        sheet, train = self.figures["sheet"], self.signals["train"]
+        nearest = pairwise_distances(self.judge.flat(sheet["generated"]), self.judge.train).argmin(1)
+        rows = {"generated": sheet["generated"], "nearest training datum": train[nearest]}
+        rows |= {name: sheet[name] for name in SHEET_ROWS if name in sheet}
+        self.figures = {"sheet": {name: self.task.images(outputs) for name, outputs in rows.items()}}
+        if self.task.images(train[:1]) is None:
+            self.figures = {}
 
 
 def too_few(*sizes: int) -> str | None:
@@ -445,68 +488,3 @@ def too_few(*sizes: int) -> str | None:
         f"a report on sets of data needs more than {NEIGHBOURS} training data, as many held-out ones and networks, and "
         f"there are {min(sizes)}; use more data, or leave the stage evaluate out"
     )
-
-
-def _some(rows: Tensor, count: int, seed: int) -> Tensor:
-    order = torch.randperm(len(rows), generator=named_generator(seed, "some"))
-    return rows[order[:count]]
-
-
-def _ceiling(name: str, kind: Kind, outputs: Tensor) -> Named:
-    return name, kind, None, outputs, None
-
-
-def _add_decibels(task: DataTask, row: GroupRow, outputs: Tensor, signals: Tensor | None) -> None:
-    """The peak signal-to-noise ratio of data with values from 0 to 1, mean over data."""
-    if signals is None:
-        return
-    errors = (task.data(outputs) - task.data(signals)).double().square().mean((1, 2))
-    row.measures["decibels"] = (-10 * errors.log10()).mean().item()
-
-
-def sample(
-    pipe: PDiffPipeline, count: int, table: Tensor | None, seed: int, name: str = "generated", **kwargs: Any
-) -> tuple[Tensor | None, Tensor]:
-    """Conditions, drawn from a table of shape `(N, width)`, and networks `(count, D)` for them."""
-    generator = named_generator(seed, name)
-    if pipe.condition_encoder is None:
-        (found,) = pipe(count, generator=generator, output_type="pt", return_dict=False, **kwargs)
-        return None, found
-    assert table is not None
-    chosen = table[torch.randint(len(table), (count,), generator=named_generator(seed, "conditions"))]
-    conditions = pipe.condition_encoder.fields.conditions(chosen)
-    (found,) = pipe(1, condition=conditions, generator=generator, output_type="pt", return_dict=False, **kwargs)
-    return chosen, found
-
-
-def _generated(
-    task: DataTask,
-    networks: NetworkRunner,
-    generator: PDiffPipeline | Tensor,
-    table: Tensor | None,
-    judge: Judge,
-    count: int,
-    seed: int,
-) -> Iterator[Named]:
-    """The generator as it is, with guidance, and without a condition."""
-    if isinstance(generator, Tensor):
-        yield "generated", Kind.GENERATED, None, task.render_all(networks, generator), None
-        return
-    variants: list[tuple[str, dict[str, Any]]] = [("generated", {})]
-    guided = generator.condition_encoder is not None and generator.denoiser.knows_no_condition
-    if guided:
-        now = generator.config.guidance_scale
-        other = 1.0 if now != 1 else GUIDANCE
-        variants.append((f"guidance {other:g}", {"guidance_scale": other}))
-    for name, kwargs in variants:
-        told, found = sample(generator, count, table, seed, **kwargs)
-        classes = None if told is None or judge.classes is None else told[:, judge.column]
-        kind = Kind.GENERATED if name == "generated" else Kind.VARIANT
-        yield name, kind, None if not kwargs else "guidance", task.render_all(networks, found), classes
-    if guided:
-        nothing = generator.denoiser.null_condition.detach().expand(count, -1)
-        own = named_generator(seed, "generated")
-        (found,) = generator(
-            1, condition=nothing, guidance_scale=1.0, generator=own, output_type="pt", return_dict=False
-        )
-        yield "without a condition", Kind.VARIANT, None, task.render_all(networks, found), None

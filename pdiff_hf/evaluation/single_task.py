@@ -77,7 +77,7 @@ class SingleTask:
         self.scorer, self.snapshots, self.folder, self.num_models = scorer, snapshots, folder, num_models
         self.baselines, self.baseline_models, self.seed = baselines, baseline_models, seed
         self.untuned, self.tuning, self.metric = untuned, tuning, scorer.metric
-        self.bootstrap_seed = named_seed(seed, "bootstrap")
+        self.wrong = dict[str, Tensor]()
         self.pipeline = generator if isinstance(generator, PDiffPipeline) else None
         self.products = None if self.pipeline is None else self.pipeline.autoencoder.products
         self.heldout = torch.zeros(len(snapshots), dtype=torch.bool) if heldout is None else heldout
@@ -212,24 +212,25 @@ class SingleTask:
 
     # ---- scores
 
-    def rows(self, groups: Iterable[Group | Pending]) -> Iterator[tuple[GroupRow, Tensor | None]]:
-        """Each group with its scores, and where its networks err, bool of shape `(N, U)`, if they are classifiers."""
+    def rows(self, groups: Iterable[Pending]) -> Iterator[GroupRow]:
+        """Each group with its scores; keeps where networks err, bool of shape `(N, U)`, if they are classifiers."""
         yardstick = wrong_snapshots = snapshots_iou = None
         for group, validation, test in self._scored(groups):
             own = yardstick is None
             vectors = expanded(group.networks, self.products)
             yardstick = yardstick or Yardstick(vectors)
             place = yardstick.place(None if own else vectors)
-            wrong = similarity = None
+            similarity = None
             ensembles: list[dict[str, Any]] = []
             if isinstance(test, ClassifierScores):
                 wrong, ensembles = test.wrong, ensemble_metrics(test.log_probs, test.labels)
+                self.wrong[group.name] = wrong
                 if own:
                     wrong_snapshots, snapshots_iou = wrong, max_iou(wrong, wrong, exclude_self=True)
                 assert wrong_snapshots is not None
                 similarity = nearest_in_predictions(wrong, wrong_snapshots, own)
             of_classifiers = () if similarity is None else (test, similarity[0])
-            row = group.row(
+            yield group.row(
                 len(test.values),
                 num_undefined=int(test.undefined.sum()),
                 sets={"test": {"scores": [without_nan(test.values.tolist())]}},
@@ -237,9 +238,8 @@ class SingleTask:
                 ensembles=ensembles,
                 memorisation=find_copies(place, yardstick.nearest, similarity, snapshots_iou),
             )
-            yield row, wrong
 
-    def _scored(self, groups: Iterable[Group | Pending]) -> Iterator[tuple[Group, Tensor, Scores]]:
+    def _scored(self, groups: Iterable[Pending]) -> Iterator[tuple[Group, Tensor, Scores]]:
         """Each group with its metric on validation data and its scores on test data; as many groups as fit go together,
         because every pass over the data computes the frozen part of the network anew."""
 
@@ -255,8 +255,8 @@ class SingleTask:
 
         most = min(self.scorer.chunk_size, CHUNK_BYTES // (4 * self.scorer.layout.num_parameters))
         batch: list[Group] = []
-        for one in groups:
-            group = one if isinstance(one, Group) else one[1]()
+        for _, make in groups:
+            group = make()
             if batch and sum(len(g.networks) for g in [*batch, group]) > most:
                 yield from flush(batch)
                 batch = []
@@ -266,7 +266,8 @@ class SingleTask:
     # ---- what else is measured
 
     def complete(self, report: Report) -> None:
-        """Adds what is measured of a pipeline alone."""
+        """Adds comparisons, and what is measured of a pipeline alone."""
+        report.compare(self.wrong, named_seed(self.seed, "bootstrap"))
         if self.pipeline is None:
             return
         lost = report.group("reconstructed").mean()

@@ -1,14 +1,41 @@
 """The few rows of a report that a reader wants first."""
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
 from ..utils.reports import TEST
+from . import metrics
+from .compare import BETTER
 from .report_data import GroupRow, Kind, Metric, ReportData
-from .verdict import number
+from .verdict import SPACES, number, space_of
 
 MAX_ROWS = 9
+# Of measures beside the mean, their titles and how they are written.
+MEASURES = {
+    "score_best": ("best", ".2f"),
+    "score_best_on_test": ("best on test", ".2f"),
+    "validation_score_mean": ("validation", ".2f"),
+    "iou_within": ("IoU within", ".3f"),
+    "max_iou": ("similarity", ".3f"),
+    "nll": ("NLL", ".3f"),
+    "ece": ("ECE", ".3f"),
+    "distance_nearest": ("to nearest", ".2f"),
+    "distance_to_mean": ("to mean", ".2f"),
+}
+COVERAGE = {name: (name, ".2f") for name in metrics.COVERAGE}
+# Those of sets of data.
+SET_MEASURES = {"nearness": ("nearness", ".2f"), "copies": ("copies (%)", ".1f"), "two_sample": ("1-NN", ".2f")}
+SET_MEASURES |= COVERAGE | {"class_accuracy": ("class (%)", ".1f"), "decibels": ("dB", ".1f")}
+ABOUT_SETS = (
+    "Sets of data are compared with held-out data. The Fréchet distance is that of features (of a classifier of the "
+    "data set, unless others were given), in percent of their variance; lower is better. Nearness is the median "
+    "distance to the nearest training datum over that of held-out data: 1 is natural, less is closer to copies. Copies "
+    "are data nearer than the nearest 1% of held-out data. The last column says how generated networks compare with "
+    "the row: better is a lower Fréchet distance of data that are as new (nearness up to 0.9, within 0.05), in 95% of "
+    "the resamples."
+)
 # What each column says of a row, by title; and a header with lines of texts.
 Columns = dict[str, Callable[[Any], str]]
 Table = tuple[Sequence[str], Sequence[Sequence[str]]]
@@ -39,7 +66,8 @@ def summarise(report: ReportData) -> dict[str, Any]:
     Returns:
         `dict`: `header` and `rows`, texts, and `about`, which explains the columns.
     """
-    rows, columns, about = _of_members(report) if report.fields else _of_task(report)
+    of_kind = _of_sets if report.is_of_sets else _of_members if report.fields else _of_task
+    rows, columns, about = of_kind(report)
     header, cells = table_of(rows, columns)
     return {"header": header, "rows": cells, "about": " ".join(filter(None, [*about, sampling_sentence(report)]))}
 
@@ -54,7 +82,7 @@ def _of_task(report: ReportData) -> tuple[list[GroupRow], Columns, list[str]]:
     else:
         columns["distance to mean"] = lambda row: number(row.measures.get("distance_to_mean"), ".2f")
         about = "distance to mean is that to the snapshots' mean, in units of their own"
-    columns["generated vs. this row"] = lambda row: row.verdict or "–"
+    columns["generated vs. this row"] = verdict_of
     first = [*report.of_kind(Kind.GENERATED), *report.of_kind(Kind.SNAPSHOTS)]
     first += [row for row in report.of_kind(Kind.VARIANT) if row.sweep is None]
     plain, tuned = best_of_sweeps(report, Kind.BASELINE), best_of_sweeps(report, Kind.OPPONENT, Kind.ORACLE)
@@ -92,6 +120,32 @@ def _of_members(report: ReportData) -> tuple[list[GroupRow], Columns, list[str]]
         "prediction goes through."
     )
     return sorted(report.groups, key=lambda row: -report.metric.sign * (row.mean() or 0.0)), columns, [about]
+
+
+def _of_sets(report: ReportData) -> tuple[list[GroupRow], Columns, list[str]]:
+    rows = report.of_kind(Kind.GENERATED, Kind.SNAPSHOTS)
+    for space in SPACES:  # the best that are as new as data are, by the Fréchet distance
+        known = [row for row in report.of_kind(Kind.BASELINE) if space_of(row) == space]
+        known = [row for row in known if row.verdict != BETTER] or known
+        rows += sorted(known, key=lambda row: row.mean() or math.inf)[:2]
+    columns: Columns = {"data of": lambda row: row.name, "Fréchet (%)": lambda row: number(row.mean(), ".2f")}
+    columns |= columns_of({key: SET_MEASURES[key] for key in ("nearness", "copies")}, rows)
+    columns["generated vs. this row"] = verdict_of
+    rows += report.of_kind(Kind.OPPONENT)
+    return rows, columns, [f"{report.num_parameters:,} generated parameters a network. {ABOUT_SETS}"]
+
+
+def columns_of(shown: Mapping[str, tuple[str, str]], rows: Sequence[GroupRow]) -> Columns:
+    """The columns of those measures that some of the rows have."""
+    return {
+        title: partial(lambda key, style, row: number(row.measures.get(key), style), key, style)
+        for key, (title, style) in shown.items()
+        if any(key in row.measures for row in rows)
+    }
+
+
+def verdict_of(row: GroupRow) -> str:
+    return row.verdict or "–"
 
 
 def _difference(row: GroupRow) -> str:

@@ -11,12 +11,26 @@ FEW_ERRORS = 20  # with fewer, one error more or less moves an IoU by 5 points
 EXPLAINS_LITTLE = 0.5  # of the variance: reconstructions are little but the mean
 LATENT_TOO_SHORT = 0.9  # of the variance: what principal components of the latent's length should explain
 ALMOST_LINEAR = 0.05  # an autoencoder within this of the principal components cannot do much better
+MOST_COPIES = 2.0  # percent of a set of data, beyond which there is a warning
+SPACES = ("weights", "latents", "data")  # in which trivial generators of sets of data draw
 AS_GOOD = 0.5  # points: networks for other conditions that come as near say that conditions do not count
 
 
 def write_verdict(report: ReportData) -> list[str]:
     """Against the snapshots, free alternatives, and opponents with feedback: three lines of 40 words in all at most."""
     free = report.of_kind(Kind.BASELINE)
+    if report.is_of_sets:
+        own, counts = report.generated, []
+        for space in SPACES:
+            rows = [row for row in free if space_of(row) == space]
+            better, worse = (sum(row.verdict == word for row in rows) for word in (BETTER, WORSE))
+            counts += [f"{space} {better}, {worse} of {len(rows)}"] if rows else []
+        return [
+            f"Fréchet distance {number(own.mean(), '.1f')}% at nearness {number(own.measures['nearness'], '.2f')} "
+            f"(held-out data: 1), {number(own.measures.get('copies'), '.1f')}% copies.",
+            f"Better, worse than trivial generators: {'; '.join(counts)}.",
+            *(f"Generated vs. {row.name}: {row.verdict} ({_place(row)})." for row in report.of_kind(Kind.OPPONENT)),
+        ]
     lines = [
         _line(report, "Against the snapshots", report.of_kind(Kind.SNAPSHOTS)),
         _line(report, "Against free alternatives", free),
@@ -27,6 +41,15 @@ def write_verdict(report: ReportData) -> list[str]:
         if best is not None and best.verdict == WORSE:
             lines[1] += f" Use {best.name}."
     return lines
+
+
+def space_of(row: GroupRow) -> str:
+    """In which of `SPACES` a trivial generator of sets draws."""
+    return row.name.rpartition(", ")[2]
+
+
+def _place(row: GroupRow) -> str:
+    return f"{number(row.mean(), '.1f')}% at nearness {number(row.measures.get('nearness'), '.2f')}"
 
 
 def _line(report: ReportData, title: str, groups: list[GroupRow]) -> str:
@@ -129,7 +152,17 @@ def find_warnings(report: ReportData) -> list[str]:
             )
     if change := what_to_change(report):
         warnings.append(change)
-    if report.fields:
+    if report.is_of_sets:
+        copied = generated.measures.get("copies") or 0.0
+        if copied > MOST_COPIES:
+            warnings.append(
+                f"{copied:.1f}% of the generated data are closer to a training datum than 1% of held-out data are: the "
+                "generator copies. A shorter training of the denoiser or longer latents copy less."
+            )
+        for row in report.of_kind(Kind.BASELINE, Kind.OPPONENT):
+            if row.verdict == WORSE:
+                warnings.append(f"Generated networks are worse than {row.name} ({_place(row)}).")
+    if report.fields or report.is_of_sets:
         return warnings
     snapshots = report.of_kind(Kind.SNAPSHOTS)[0]
     if snapshots.n > 1 and snapshots.measures["score_std"] == 0:

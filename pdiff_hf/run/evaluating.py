@@ -6,6 +6,7 @@ import hashlib
 import itertools
 import json
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,6 @@ from ..evaluation.groups import Pending, training_cost
 from ..evaluation.members import Spent
 from ..evaluation.opponents import Regime, hypernetworks, shared_networks
 from ..evaluation.score import make_scorer
-from ..evaluation.sets import evaluate_sets
 from ..layout import LayoutError, ParameterLayout
 from ..models import encode_in_batches
 from ..models.products import AdapterProducts, find_factors
@@ -47,29 +47,33 @@ from .tuning import generated_networks, load_tuning, make_regime, tune_arguments
 
 def evaluate(context: RunContext, stage: Stage) -> None:
     """
-    The report on the generated networks. For a family all processes take part, because some of the generator's
-    opponents have to be trained, and a stopped evaluation goes on with the groups that it has not scored. For a single
-    task the main process does, and the others help it to score.
+    The report on the generated networks. For a family, and for networks that are data, all processes take part, because
+    networks are trained for it, and of a family a stopped evaluation goes on with the groups that it has not scored.
+    For a single task the main process does, and the others help it to score.
     """
     c, family, is_main = context.config, context.family, PartialState().is_main_process
-    if isinstance(context.task, DataTask):
-        return _evaluate_data(context, context.task, stage)
-    device = PartialState().device
+    device, task = PartialState().device, context.task
     model, is_tuned = context.base_model.to(device), context.is_wanted("tune")
     options: dict[str, Any] = {"settings": c.section(*stage.sections)}
     record = context.files.record(context.stages["autoencoder"]) or {"results": {}}
     options["outputs"] = record["results"].get("outputs")
     with contextlib.ExitStack() as stack:
-        if family.fields:
+        scorer: Any = None
+        if isinstance(task, DataTask):
+            snapshots, heldout = context.parameters, context.heldout
+            options |= {"conditions": context.snapshot_conditions, "heldout": heldout, "latents": context.latents}
+            options["data"] = context.data if c.collects else None
+            options["on_data"] = None if c.baselines == "few" else partial(generator_of_data, context, task)
+        elif family.fields:
             snapshots, options["conditions"] = context.known_snapshots()
             regime = make_regime(
                 context, stack.enter_context(context.accelerator()), NetworkRunner(model, context.layout)
             )
-            scorer: Any = regime.scorer
+            scorer = regime.scorer
             options["settings"] |= {"tune_tasks": c.tune_tasks}
             options |= _family_options(context, stage, regime)
         else:
-            scorer = make_scorer(context.task, model, context.layout, context.scores, c.recomputes_statistics)
+            scorer = make_scorer(task, model, context.layout, context.scores, c.recomputes_statistics)
             if not is_main:
                 return scorer.help()
             stack.enter_context(scorer.with_help())
@@ -79,6 +83,8 @@ def evaluate(context: RunContext, stage: Stage) -> None:
         if context.extra_groups is not None:
             extra = context.extra_groups(context, scorer)
             options["extra_groups"] = itertools.chain(options.get("extra_groups", ()), extra)
+        if is_tuned:
+            options["untuned"] = _untuned(context)
         folder = stack.enter_context(context.files.replacing(stage)) if is_main else None
         make_report(
             context.pipeline.to(device),
@@ -88,38 +94,10 @@ def evaluate(context: RunContext, stage: Stage) -> None:
             layout=context.layout,
             num_models=c.num_models,
             baselines=c.baselines,
-            untuned=_untuned(context) if is_tuned else None,
             losses=_losses(context),
             folder=folder,
             seed=c.seed,
             **options,
-        )
-    context.base_model.to("cpu")
-    if is_main:
-        _save_sampling(context)
-        context.finish(stage, {})
-
-
-def _evaluate_data(context: RunContext, task: DataTask, stage: Stage) -> None:
-    """The report on the data that generated networks make."""
-    c, device, is_main = context.config, PartialState().device, PartialState().is_main_process
-    # All processes take part, because networks are trained for it.
-    with context.files.replacing(stage) if is_main else contextlib.nullcontext() as folder:
-        evaluate_sets(
-            task,
-            NetworkRunner(context.base_model.to(device), context.layout),
-            context.parameters,
-            context.pipeline.to(device),
-            folder,
-            table=context.snapshot_conditions,
-            heldout=context.heldout,
-            data=context.data if c.collects else None,
-            latents=context.latents,
-            num_models=c.num_models,
-            on_data=None if c.baselines == "few" else lambda data: generator_of_data(context, task, data),
-            losses=_losses(context),
-            settings=c.section(*stage.sections),
-            seed=c.seed,
         )
     context.base_model.to("cpu")
     if is_main:

@@ -5,7 +5,8 @@ import torch
 from support.waves import Waves
 
 from pdiff_hf import evaluate
-from pdiff_hf.evaluation.sets import Judge, Placed, Resampled, evaluate_sets, frechet, trivial, two_sample, with_root
+from pdiff_hf.evaluation import Group
+from pdiff_hf.evaluation.sets import Judge, Placed, Resampled, frechet, trivial, two_sample, with_root
 from pdiff_hf.networks.runner import NetworkRunner
 from pdiff_hf.selection import select_layout
 
@@ -53,22 +54,27 @@ def test_a_gaussian_of_each_class_leaves_rows_without_a_class_out():
     assert drawn.keys() - nothing == {"Gaussian of each class"}
 
 
-def test_trivial_sets_are_as_large_as_a_given_one(networks):
+def report_on(networks, snapshots, generated, **options):
+    where = {"base_model": networks.model, "layout": networks.layout}
+    return evaluate(generated, Waves(), snapshots=snapshots, **where, **options)
+
+
+def test_all_sets_are_as_large_as_a_given_one(networks):
     snapshots = networks.base_parameters() + 0.1 * torch.randn(30, 97, generator=torch.Generator().manual_seed(0))
-    report = evaluate_sets(Waves(), networks, snapshots, snapshots[:12], num_models=25)
+    extra = [Group("the same", snapshots[:12]), ("data", lambda: Group("data", Waves().signals("train")[:12]))]
+    report = report_on(networks, snapshots, snapshots[:12], num_models=25, extra_groups=extra)
     assert {row.n for row in report.groups} == {12}
+    for key in ("score_mean", "nearness", "copies"):
+        assert report.group("the same").measures[key] == report.generated.measures[key]
+    assert report.group("data").measures["nearness"] == 0
 
 
 def test_what_is_refused_before_any_work(networks):
     snapshots = networks.base_parameters().repeat(30, 1)
     with pytest.raises(ValueError, match="needs more than 5 training data.*there are 5;"):
-        evaluate_sets(Waves(), networks, snapshots[:5], snapshots)
+        report_on(networks, snapshots[:5], snapshots)
     with pytest.raises(ValueError, match="at least 2, with finite parameters"):
-        evaluate_sets(Waves(), networks, snapshots, snapshots * torch.nan)
-    with pytest.raises(ValueError, match="extra_groups cannot be used with networks that are data"):
-        evaluate(
-            snapshots, Waves(), snapshots=snapshots, base_model=networks.model, layout=networks.layout, extra_groups=[0]
-        )
+        report_on(networks, snapshots, snapshots * torch.nan)
 
 
 def test_a_lower_distance_of_data_that_are_as_new_is_better():
