@@ -11,7 +11,7 @@ from .geometry import chunks
 from .metrics import nearest_in_predictions
 
 CONFIDENCE = 0.95
-BETTER, WORSE, CLOSE = VERDICTS = ("better", "worse", "too close to call")
+BETTER, WORSE, CLOSE = ("better", "worse", "too close to call")
 MOST_RESAMPLES, LEAST_RESAMPLES, NUM_DRAWS = 10_000, 200, 2_000_000
 
 

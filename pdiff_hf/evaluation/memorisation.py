@@ -45,8 +45,6 @@ def find_copies(
         and numbers:
             - `distance_relative`: Median of `distance` over the median distance of a snapshot to its nearest other.
             - `to_mean_relative`: Distance to the snapshots' mean over that of the snapshots, both root mean squares.
-            - `fraction_below_minimum`, `fraction_below_percentile`, `fraction_below_median`: Share of the models whose
-              `distance` is below the minimum, 5th percentile and median of the snapshots' own.
             - `fraction_nearer_than_mean`: Share of the models that are nearer to a snapshot than to the mean.
             - `fraction_alike`: Share of the models whose `iou` is above the 95th percentile of the snapshots' own; nan
               without predictions.
@@ -72,9 +70,6 @@ def find_copies(
         "iou": iou.tolist(),
         "distance_relative": place["nearest_relative"].quantile(0.5).item(),
         "to_mean_relative": place["to_mean_relative"].square().mean().sqrt().item(),
-        "fraction_below_minimum": _share(nearest < own.min()),
-        "fraction_below_percentile": _share(nearest < percentile),
-        "fraction_below_median": _share(nearest < own.quantile(0.5)),
         "fraction_nearer_than_mean": _share(nearer_than_mean),
         "fraction_alike": alike,
         "num_too_near": num_too_near,

@@ -2,6 +2,7 @@
 
 import base64
 import html
+import math
 import textwrap
 from collections.abc import Iterable, Sequence
 from functools import partial
@@ -9,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ..utils.reports import FIGURES, TEST
-from .report_data import GroupRow, Kind, ReportData
+from .report_data import Cost, GroupRow, Kind, ReportData
 from .summary import (
     ABOUT_SETS,
     COVERAGE,
@@ -215,26 +216,12 @@ def sections(report: ReportData) -> Iterable[tuple[str, str, Table]]:
             table_of([report.generated, *report.of_kind(Kind.BASELINE, Kind.OPPONENT, Kind.ORACLE)], columns),
         )
     if report.tuning is not None:
-        paid = {entry["name"]: f"{entry['num_models']:,}" for entry in report.tuning["break_even"]}
         columns = name | {title: spread_of, SIMILARITY: similarity["similarity"]}
         columns["generated vs. this row"] = verdict_of
         columns |= {"passes once": lambda row: f"{row.cost.once:,}", "passes each": lambda row: f"{row.cost.each:,}"}
-        columns["break-even"] = lambda row: paid.get(row.name, "–")
+        columns["break-even"] = partial(_break_even, report.generated.cost)
         rows = [row for row in groups if row.cost is not None]
         yield "The same feedback for trivial generators", _about_tuning(report.tuning), table_of(rows, columns)
-    if report.temperatures:
-        columns = {"temperature": lambda row: number(row["value"], "g"), "n": lambda row: str(row["num_models"])}
-        columns |= {title: lambda row: number(row["score"], ".2f"), "similarity": lambda row: number(row["max_iou"])}
-        for kind in ("plain", "tuned"):
-            if any(sum(row[kind].values()) for row in report.temperatures):
-                counts = partial(lambda kind, row: " / ".join(map(str, row[kind].values())), kind)
-                columns[f"{kind}: better / worse / too close to call"] = counts
-        yield (
-            "Temperatures",
-            "The generator with its starting noise multiplied by other numbers, and how many settings of trivial "
-            "generators it is better than, worse than, and too close to call against.",
-            table_of(report.temperatures, columns),
-        )
     audited = [row for row in groups if row.memorisation is not None]
     yield (
         "Memorisation",
@@ -285,6 +272,13 @@ def _about_tuning(tuning: dict[str, Any]) -> str:
         "for some steps, or the best of some on validation data. Validation chooses learning rates, whose trial is "
         "counted. Break-even: after so many networks the generator has taken fewer passes."
     )
+
+
+def _break_even(own: Cost, row: GroupRow) -> str:
+    """After how many networks the generator has taken fewer passes."""
+    if row.cost is None or not row.cost.each:
+        return "–"
+    return f"{max(0, math.ceil((own.once - row.cost.once) / row.cost.each)):,}"
 
 
 def _settings_of(row: GroupRow) -> str:

@@ -12,12 +12,10 @@ from torch import Tensor
 
 from ..utils.files import without_nan
 from ..utils.reports import REPORT_VERSION, TEST
-from .compare import VERDICTS, Bootstrap, Comparison
+from .compare import Bootstrap, Comparison
 
 if TYPE_CHECKING:
     from typing_extensions import Self
-
-CURVE = "generated at other temperatures"  # the sweep of the generator's own curve
 
 
 class Kind(str, Enum):  # noqa: UP042  # StrEnum needs Python 3.11
@@ -151,7 +149,7 @@ class ReportData:
         sampling (`dict`): How the generator was sampled: steps, temperature, guidance, scheduler.
         settings (`dict`): What else the report was made with.
         num_generated (`int`, *optional*): Networks that were generated for a single task.
-        reconstruction, tuning, temperatures, more_steps: Of a single task; see the schema.
+        reconstruction, tuning, more_steps: Of a single task; see the schema.
         reverse_process (`dict`, *optional*): Scores after so many denoising steps, a row a sample or a test member.
         warnings (`list[str]`): What a reader has to know before believing the numbers.
         verdict (`list[str]`): Against snapshots, free alternatives, and equal feedback.
@@ -169,7 +167,6 @@ class ReportData:
     num_generated: int | None = None
     reconstruction: dict[str, Any] | None = None
     tuning: dict[str, Any] | None = None
-    temperatures: list[dict[str, Any]] = field(default_factory=list)
     reverse_process: dict[str, Any] | None = None
     more_steps: dict[str, Any] | None = None
     warnings: list[str] = field(default_factory=list)
@@ -231,17 +228,6 @@ class ReportData:
                 for row in self.groups:
                     ends = {key: places[row.name][key] for key in ("score_interval", "max_iou_interval")}
                     row.measures |= {key: interval for key, interval in ends.items() if interval is not None}
-                curve = [row for row in self.groups if row.sweep == CURVE]
-                self.temperatures = [self._place_on_curve(row, places, bootstrap) for row in curve]
-
-    def _place_on_curve(self, row: GroupRow, places: Mapping[str, Any], bootstrap: Bootstrap) -> dict[str, Any]:
-        """The generator at one temperature, and how many plain and tuned settings of others it is better than."""
-        counts = {}
-        for name, kind in (("plain", Kind.BASELINE), ("tuned", Kind.OPPONENT)):
-            found = [bootstrap.compare(places[row.name], places[one.name], True).verdict for one in self.of_kind(kind)]
-            counts[name] = {word: found.count(word) for word in VERDICTS}
-        measures = {"score": row.measures["score_mean"], "max_iou": row.measures.get("max_iou")}
-        return {"value": row.value, "num_models": row.n} | measures | counts
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON has it: what is not finite is None."""
@@ -251,8 +237,8 @@ class ReportData:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "Self":
-        """The inverse of `to_dict`."""
-        rest = {key: value for key, value in values.items() if key not in ("version", "metric", "groups")}
+        """The inverse of `to_dict`; what else there is, as in reports of earlier versions, is left out."""
+        rest = {one.name: values[one.name] for one in fields(cls) if one.name not in ("groups", "metric")}
         return cls(Metric(**values["metric"]), groups=[GroupRow(**row) for row in values["groups"]], **rest)
 
 

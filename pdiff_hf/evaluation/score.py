@@ -2,9 +2,7 @@
 
 import contextlib
 import hashlib
-import math
 import os
-import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -24,7 +22,7 @@ from ..layout import ParameterLayout
 from ..networks.batch_norm import RecomputedStatistics
 from ..networks.runner import GPU_MEMORY_BUDGET, NetworkRunner
 from ..tasks import ClassificationTask, MeasuredTask, Task, predict_logits
-from ..tasks.task import EVAL_BATCH_SIZE, Split, load_batch, statistics_batches
+from ..tasks.task import Split, load_batch, statistics_batches
 from ..utils.files import replacing
 from .geometry import Matrix
 from .metrics import accuracy
@@ -163,10 +161,6 @@ class Scorer(ABC, Generic[S]):
     def check_memory(self, split: Split, num_networks: int) -> None:
         """Raises a `ValueError` if the scores of so many networks would take more than half of the free memory."""
 
-    @abstractmethod
-    def estimate(self, num_networks: int) -> float:
-        """Seconds that so many networks will about take on the validation and the test split, from a short trial."""
-
     def num_examples(self, split: Split) -> int:
         """How many examples a split has."""
         return len(self.task.load_split(split))  # type: ignore[arg-type]  # map-style, so that it has a length
@@ -282,15 +276,10 @@ class ClassifierScorer(Scorer[ClassifierScores]):
                 f"networks, or examples (--max_eval_samples {free // 2 // (2 * num_networks * num_classes)} at most)"
             )
 
-    def _batch(self, split: Split, size: int) -> dict:
-        indices = list(range(min(size, self.num_examples(split))))
-        device = next(self.models.model.parameters()).device
-        return load_batch(self.task, split, indices, device)
-
     def _num_classes(self, split: Split) -> int:
         """Found out with one example, so that memory can be checked before any real work."""
         if self._classes is None:
-            batch = self._batch(split, 1)
+            batch = load_batch(self.task, split, [0], next(self.models.model.parameters()).device)
             with torch.no_grad():
                 self._classes = self.task.predict(self.models.model, batch).shape[-1]
         return self._classes
@@ -308,29 +297,17 @@ class ClassifierScorer(Scorer[ClassifierScores]):
         device = next(self.models.model.parameters()).device
         size = 2 * len(parameters) * self.num_examples(split) * (1 + self._num_classes(split))
         scores = self._empty(split, len(parameters), device if size <= GPU_MEMORY_BUDGET else None)
-        for rows, examples, logits, labels in predict_logits(self.task, self.models, split, self.complete(parameters)):
-            log_probs = logits.float().log_softmax(-1)
-            predictions = logits.argmax(-1).masked_fill(log_probs.isnan().any(-1), -1)
-            scores.predictions[rows, examples] = predictions.to(scores.predictions)
-            scores.log_probs[rows, examples] = log_probs.to(scores.log_probs)
-            scores.labels[examples] = labels.to(scores.labels)
+        parts = predict_logits(self.task, self.models, split, self.complete(parameters))
+        total, is_main = scores.predictions.numel(), PartialState().is_main_process
+        with tqdm(total=total, unit="pass", unit_scale=True, disable=not is_main, leave=False) as progress:
+            for rows, examples, logits, labels in parts:
+                log_probs = logits.float().log_softmax(-1)
+                predictions = logits.argmax(-1).masked_fill(log_probs.isnan().any(-1), -1)
+                scores.predictions[rows, examples] = predictions.to(scores.predictions)
+                scores.log_probs[rows, examples] = log_probs.to(scores.log_probs)
+                scores.labels[examples] = labels.to(scores.labels)
+                progress.update(predictions.numel())
         return ClassifierScores(**{name: values.cpu() for name, values in vars(scores).items()})
-
-    def estimate(self, num_networks: int) -> float:
-        batch, base = self._batch("test", EVAL_BATCH_SIZE), self.models.base_parameters()
-
-        def seconds(count: int) -> float:
-            start = time.perf_counter()
-            for _ in self.models(lambda call: self.task.predict(call, batch), base.expand(count, -1)):
-                pass
-            return time.perf_counter() - start
-
-        seconds(1)  # the first call of a kind prepares what later ones use
-        few, more = seconds(2), seconds(6)
-        each, passes = max(0.0, more - few) / 4, math.ceil(num_networks / self.chunk_size)
-        num_test = self.num_examples("test")
-        batches = (self.num_examples("validation") + num_test) / min(EVAL_BATCH_SIZE, num_test)
-        return batches * (num_networks * each + passes * max(0.0, few - 2 * each))
 
 
 class MeasuredScorer(Scorer[MeasuredScores]):
@@ -348,13 +325,6 @@ class MeasuredScorer(Scorer[MeasuredScores]):
 
     def _run(self, split: Split, parameters: Tensor) -> MeasuredScores:
         return MeasuredScores(self.task.measure(self.models, split, self.complete(parameters)).double().cpu())
-
-    def estimate(self, num_networks: int) -> float:
-        base = self.layout.flatten(self.models.model.state_dict())[None]
-        start = time.perf_counter()
-        for split in ("validation", "test"):
-            self._run(split, base)
-        return num_networks * (time.perf_counter() - start)
 
 
 def make_scorer(

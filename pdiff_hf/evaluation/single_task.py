@@ -1,6 +1,5 @@
 """Networks for a single task: what they are compared with, and how groups of them are scored."""
 
-import logging
 import math
 from collections.abc import Iterable, Iterator
 from functools import partial
@@ -24,12 +23,9 @@ from .groups import Group, Pending, named_generator
 from .memorisation import find_copies
 from .metrics import ensemble_metrics, max_iou, measures, nearest_in_predictions
 from .report import GroupRow, Report
-from .report_data import CURVE, Cost, Kind
+from .report_data import Cost, Kind
 from .score import CHUNK_BYTES, ClassifierScores, Scorer, Scores
-from .tuned_baselines import TunedBaselines, num_tuned
-from .verdict import break_even
-
-logger = logging.getLogger(__name__)
+from .tuned_baselines import TunedBaselines
 
 MORE_STEPS = 5  # times as many denoising steps are tried where generated networks are worse than snapshots
 MORE_STEPS_MODELS = 20
@@ -90,7 +86,6 @@ class SingleTask:
             self.latents = {"snapshots": known, "generated": self._sample_latents(self.pipeline)}
         folder.mkdir(parents=True, exist_ok=True)  # nothing before this has left anything behind
         self.num_generated = len(generator) if isinstance(generator, Tensor) else num_models
-        self._announce()
         if isinstance(generator, Tensor):
             self.generated = generator
         else:
@@ -104,20 +99,6 @@ class SingleTask:
                 f"bytes that are free for '{self.folder}'; use --baseline_models "
                 f"{self.baseline_models * free // 2 // needed} at most"
             )
-
-    def _announce(self) -> None:
-        num_networks = 2 * len(self.snapshots) + 1 + self.num_generated
-        num_tried = 0 if self.tuning is None else num_tuned(self.baselines)
-        num_networks += self.baseline_models * (len(standard_baselines(self.baselines)) + num_tried)
-        seconds = self.scorer.estimate(num_networks)
-        units = ((7200, 3600, "h"), (120, 60, "min"), (0, 1, "s"))
-        time = next(f"{seconds / size:.0f} {unit}" for least, size, unit in units if seconds >= least)
-        logger.info(
-            "scoring: about %s for up to %s networks, less those that were scored before%s",
-            time,
-            f"{num_networks:,}",
-            "; --num_models and --baseline_models take fewer" if seconds > 600 else "",
-        )
 
     def facts(self) -> dict[str, Any]:
         """What a report says of the networks and the data, whatever the scores."""
@@ -171,7 +152,7 @@ class SingleTask:
             if value != pipeline.config.temperature:
                 latents = self._sample_latents(pipeline, self.baseline_models, temperature=value)
                 networks = decode(pipeline, latents, self.folder)
-                yield Group(f"generated {value}", networks, Kind.VARIANT, CURVE, value)
+                yield Group(f"generated {value}", networks, Kind.VARIANT, "generated at other temperatures", value)
 
     def _sample_latents(self, pipeline: PDiffPipeline, num_models: int | None = None, **changes: Any) -> Tensor:
         """Latents of the networks that a report is about, shape `(num_models, L)`."""
@@ -276,7 +257,7 @@ class SingleTask:
         difference = lost - math.fsum(same) / len(same) if lost is not None and same else math.nan
         report.reconstruction = without_nan(self.explained | {"score_difference": difference})
         if self.tuning is not None:
-            report.tuning = self.tuning.to_dict() | {"break_even": break_even(report)}
+            report.tuning = self.tuning.to_dict()
         if self.scorer.classifies:
             report.reverse_process = reverse_process(
                 lambda networks: self.scorer.score("test", networks).values, self.pipeline, self.folder, self.seed

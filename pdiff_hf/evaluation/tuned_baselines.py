@@ -32,11 +32,6 @@ BEST_OF = (4, 16)
 TEMPERATURES = {"few": (0.5, 1.0), "all": (0.25, 0.5, 0.75, 1.0, 1.5)}
 
 
-def num_tuned(which: str) -> int:
-    """How many times `num_models` networks [`TunedBaselines`] has scored, those that it chooses from included."""
-    return 3 * len(TEMPERATURES[which]) + 3 + len(BEST_OF) + max(BEST_OF)
-
-
 class TunedBaselines:
     """
     Makes trivial generators with the feedback that a generator got: batches of the training split, the same for all

@@ -1,7 +1,6 @@
 """What a report says in words: three short lines, and warnings."""
 
 import math
-from typing import Any
 
 from ..utils.reports import TEST
 from .compare import BETTER, WORSE
@@ -109,26 +108,6 @@ def what_to_change(report: ReportData) -> str | None:
             return where + f"raise --num_inference_steps ({reached})."
         where += f"{reached}, so "
     return where + "raise --denoiser_steps."
-
-
-def break_even(report: ReportData) -> list[dict[str, Any]]:
-    """
-    After how many networks a tuned generator has taken fewer passes than the groups that take some for every network.
-
-    Returns:
-        `list[dict]`: `name`, `num_models`, and the `verdict` on the group, seen from the generator.
-    """
-    own = report.generated.cost
-    assert own is not None
-    return [
-        {
-            "name": row.name,
-            "num_models": max(0, math.ceil((own.once - row.cost.once) / row.cost.each)),
-            "verdict": row.verdict,
-        }
-        for row in report.groups
-        if row.cost is not None and row.cost.each
-    ]
 
 
 def find_warnings(report: ReportData) -> list[str]:

@@ -49,9 +49,11 @@ def load_report(path: str | os.PathLike) -> dict[str, Any]:
         )
     old = json.loads(text.replace('"undecided"', f'"{CLOSE}"'))
     changed = _from_members(old) if old.get("kind") == "conditional" else _from_task(old)
-    kept = {key: old[key] for key in ("metric", "num_parameters", "warnings", *EMPTY_REPORT) if key in old}
-    kept |= {"verdict": [old["verdict"]], "summary": {}}
-    return {"version": REPORT_VERSION, **EMPTY_REPORT, **kept, **changed}
+    empty: dict[str, Any] = {"reconstruction": None, "tuning": None, "reverse_process": None, "more_steps": None}
+    empty |= {"sampling": {}, "num_generated": None}
+    kept = {key: old[key] for key in ("metric", "num_parameters", "warnings", *empty) if key in old}
+    said = {"version": REPORT_VERSION, "verdict": [old["verdict"]], "summary": {}}
+    return empty | kept | said | changed
 
 
 def find_group(report: Mapping[str, Any], name: str) -> dict[str, Any]:
@@ -64,11 +66,11 @@ def generated_group(report: Mapping[str, Any]) -> dict[str, Any]:
     return next(group for group in report["groups"] if group["kind"] == "generated")
 
 
-# What reports of 0.2, and their groups, do not have.
-EMPTY_REPORT: dict[str, Any] = {"reconstruction": None, "tuning": None, "temperatures": [], "reverse_process": None}
-EMPTY_REPORT |= {"more_steps": None, "sampling": {}, "summary": {}, "num_generated": None}
-EMPTY_GROUP: dict[str, Any] = {"sweep": None, "value": None, "n": 1, "num_undefined": 0, "cost": None, "size": None}
-EMPTY_GROUP |= {"note": "", "tried": {}, "measures": {}, "ensembles": [], "memorisation": None}
+def _group(known: Mapping[str, Any]) -> dict[str, Any]:
+    """With what groups of 0.2 do not have."""
+    group: dict[str, Any] = {"sweep": None, "value": None, "n": 1, "num_undefined": 0, "cost": None, "size": None}
+    return group | {"note": "", "tried": {}, "measures": {}, "ensembles": [], "memorisation": None} | known
+
 
 _SINGLE = {"generated": "generated", "snapshots": "snapshots", "reconstructed": "control", "mean": "baseline"}
 
@@ -95,10 +97,8 @@ def _from_task(old: Mapping[str, Any]) -> dict[str, Any]:
         group["sets"] = {TEST: {"scores": [row["scores"]]}}
         group["measures"] = {key: value for key, value in row.items() if key not in keys}
         group["memorisation"] = {key: value for key, value in audits[name].items() if key != "name"}
-        groups.append(EMPTY_GROUP | group)
-    shown = ("value", "num_models", "score", "max_iou", "plain", "tuned")
-    curve = [{key: row[key] for key in shown if key in row} for row in old.get("temperatures", [])]
-    changed = {"groups": groups, "temperatures": curve, "fields": {}, "conditions": {TEST: [{}]}, "settings": {}}
+        groups.append(_group(group))
+    changed = {"groups": groups, "fields": {}, "conditions": {TEST: [{}]}, "settings": {}}
     return changed | {key: old.get(key) for key in ("splits", "num_generated", "tuning")}
 
 
@@ -123,8 +123,8 @@ def _from_members(old: Mapping[str, Any]) -> dict[str, Any]:
             if name in rows
         }
         scores = row["sets"][TEST]["accuracy"]
-        groups.append(EMPTY_GROUP | group | {"measures": {"score_mean": sum(scores) / len(scores)}})
+        groups.append(_group(group | {"measures": {"score_mean": sum(scores) / len(scores)}}))
     settings = old["settings"] if isinstance(old["settings"], dict) else {}
     sampling = {key: settings[key] for key in ("num_inference_steps", "temperature") if key in settings}
-    changed = {"groups": groups, "splits": {}, "settings": settings, "sampling": sampling, "temperatures": []}
+    changed = {"groups": groups, "splits": {}, "settings": settings, "sampling": sampling}
     return changed | {key: old[key] for key in ("fields", "conditions")}

@@ -76,7 +76,7 @@ def _draw_memory(path: Path, rows: Sequence[Row], reports: Sequence[dict]) -> No
 
 def scatter_group(report: dict, name: str, family: str) -> scatter.ScatterGroup:
     """A group of a report on the plane of similarity and accuracy."""
-    return scatter.scatter_group(Report.from_dict({k: v for k, v in report.items() if k != "selected"}), name, family)
+    return scatter.scatter_group(Report.from_dict(report), name, family)
 
 
 FIGURES: Mapping[str, Callable[[Path, Sequence[Row], Sequence[dict]], Any]] = {

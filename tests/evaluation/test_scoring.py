@@ -1,7 +1,6 @@
 """Scores: equal to a plain loop over whole networks; kept by content; one pass in chunks; bounded memory."""
 
 import copy
-import math
 
 import pytest
 import torch
@@ -130,15 +129,6 @@ def test_what_does_not_fit_into_memory_is_refused_before_any_work(made):
     with pytest.raises(ValueError, match=r"need 1,200,000,000,000,000 bytes, more than half of .*--max_eval_samples"):
         make_scorer(task, model, layout).check_memory("test", 10**12)
     assert task.calls == 1
-
-
-def test_an_estimate_scores_next_to_nothing(made, tmp_path):
-    model, layout, _ = made
-    assert 0 < make_scorer(make_task(), model, layout, tmp_path).estimate(1000) < math.inf
-    assert not list(tmp_path.iterdir())
-    scorer = regression()
-    assert 0 < scorer.estimate(1000) < math.inf
-    assert scorer.task.measured == [("validation", 1), ("test", 1)]
 
 
 def test_every_network_is_measured_once_and_kept_by_content(tmp_path):
