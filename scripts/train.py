@@ -30,6 +30,7 @@ def main() -> None:
     from pdiff_hf.run.processes import start_processes
     from pdiff_hf.run.terminal import command, one_line_errors, quiet_libraries
     from pdiff_hf.run.trainer import execute, prepare
+    from pdiff_hf.scripts.opponents import wanted_opponents
     from pdiff_hf.utils import names
 
     with one_line_errors():
@@ -37,7 +38,7 @@ def main() -> None:
     quiet_libraries(state.is_main_process)
     try:
         with one_line_errors():
-            run = prepare(config)
+            run = prepare(config, extra_groups=wanted_opponents(config))
             repo_id = config.hub_model_id or run.folder.name
             if config.push_to_hub and state.is_main_process:
                 repo_id = resolve_repo_id(repo_id)  # a wrong token must not be found out after hours

@@ -1,11 +1,8 @@
 """Reports: the stage of a run, and those on generators from elsewhere."""
 
 import contextlib
-import dataclasses
 import hashlib
-import itertools
 import json
-from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,12 +13,11 @@ from torch import nn
 
 from ..evaluation import Report
 from ..evaluation.evaluation import evaluate as make_report
-from ..evaluation.groups import Pending, training_cost
+from ..evaluation.groups import training_cost
 from ..evaluation.members import Spent
-from ..evaluation.opponents import Regime, hypernetworks, shared_networks
+from ..evaluation.opponents import Regime
 from ..evaluation.score import make_scorer
 from ..layout import LayoutError, ParameterLayout
-from ..models import encode_in_batches
 from ..models.products import AdapterProducts, find_factors
 from ..networks.adapters import with_adapters, without_wrapper
 from ..networks.runner import NetworkRunner
@@ -33,7 +29,6 @@ from ..snapshots.files import beside
 from ..tasks.data_task import DataTask
 from ..tasks.family import Family
 from ..tasks.labels import LabelledTask
-from ..training.tune import TuneArguments
 from ..utils import names
 from ..utils.errors import resource_errors
 from ..utils.files import check_writable, remove, write_json
@@ -41,8 +36,8 @@ from .collecting import zoo_arguments
 from .config import PDiffConfig
 from .context import RunContext
 from .folder import Stage
-from .learning import generator_of_data, regressed_latents
-from .tuning import generated_networks, load_tuning, make_regime, tune_arguments
+from .learning import generator_of_data
+from .tuning import load_tuning, make_regime, tune_arguments
 
 
 def evaluate(context: RunContext, stage: Stage) -> None:
@@ -69,7 +64,7 @@ def evaluate(context: RunContext, stage: Stage) -> None:
             regime = make_regime(
                 context, stack.enter_context(context.accelerator()), NetworkRunner(model, context.layout)
             )
-            scorer = regime.scorer
+            scorer = regime
             options["settings"] |= {"tune_tasks": c.tune_tasks}
             options |= _family_options(context, stage, regime)
         else:
@@ -81,10 +76,9 @@ def evaluate(context: RunContext, stage: Stage) -> None:
             options |= {"scorer": scorer, "heldout": context.heldout, "latents": context.latents, "tuning": tuning}
             options |= {"baseline_models": c.baseline_models, "warnings": _about_conditions(context)}
         if context.extra_groups is not None:
-            extra = context.extra_groups(context, scorer)
-            options["extra_groups"] = itertools.chain(options.get("extra_groups", ()), extra)
+            options["extra_groups"] = context.extra_groups(context, scorer)
         if is_tuned:
-            options["untuned"] = _untuned(context)
+            options["untuned"] = untuned_pipeline(context)
         folder = stack.enter_context(context.files.replacing(stage)) if is_main else None
         make_report(
             context.pipeline.to(device),
@@ -125,7 +119,7 @@ def _save_sampling(context: RunContext) -> None:
         write_json(path, index | sampling)
 
 
-def _untuned(context: RunContext) -> PDiffPipeline:
+def untuned_pipeline(context: RunContext) -> PDiffPipeline:
     """The generator before it was tuned."""
     pipeline = PDiffPipeline.from_pretrained(context.folder / names.PIPELINE).to(PartialState().device)
     pipeline.register_to_config(**context.config.sampling)
@@ -149,8 +143,8 @@ def _losses(context: RunContext) -> dict[str, dict[str, list[float]]]:
     return losses
 
 
-def _family_options(context: RunContext, stage: Stage, regime: Regime) -> dict[str, Any]:
-    """What the report on a family needs besides: its members, what the generator took, and what takes long."""
+def passes_spent(context: RunContext) -> Spent:
+    """What the generator of a family took; of snapshots from elsewhere nothing is counted."""
     c, args, zoo = context.config, tune_arguments(context), zoo_arguments(context.config)
     steps = max(1, c.base_epochs * context.family.num_examples("train") // c.base_batch_size) if c.base_epochs else 0
     base = training_cost(steps, c.base_batch_size)
@@ -160,34 +154,19 @@ def _family_options(context: RunContext, stage: Stage, regime: Regime) -> dict[s
     if c.num_tune_steps:
         record = json.loads((context.folder / names.STAGES / "tune.json").read_text(encoding="utf-8"))
         generator += training_cost(len(record["results"]["losses"]), args.num_tasks, args.num_examples)
-    spent = Spent(base, snapshots, generator)
+    return Spent(base, snapshots, generator)
+
+
+def _family_options(context: RunContext, stage: Stage, regime: Regime) -> dict[str, Any]:
+    """What the report on a family needs besides: its members, and what the generator took."""
     key = hashlib.blake2b(json.dumps(context.settings(stage.name), sort_keys=True).encode(), digest_size=8).hexdigest()
     return {
         "sets": {name: table for name, table in context.conditions.items() if name != "train"},
-        "spent": spent,
-        "zoo": zoo,
+        "spent": passes_spent(context),
+        "zoo": zoo_arguments(context.config),
         "regime": regime,
         "cache": context.scores / f"members-{key}.json",
-        "extra_groups": _opponents(context, regime, args, spent) if c.baselines == "all" else (),
     }
-
-
-def _opponents(context: RunContext, regime: Regime, args: TuneArguments, spent: Spent) -> Iterator[Pending]:
-    """What takes long: shared networks at the generator's number of passes, and hypernetworks."""
-    c, a_step = context.config, training_cost(args.num_tasks, args.num_examples)
-    longer = dataclasses.replace(args, num_steps=max(1, (spent.generator - spent.base) // a_step))
-    yield from shared_networks(regime, longer, spent.base)
-    untuned = _untuned(context)
-    if c.tune_args.map:
-        untuned.autoencoder.add_tuned_map()
-    parameters, table = context.known_snapshots()
-    latents = encode_in_batches(untuned.autoencoder, parameters)
-    if c.num_regressed:  # the hypernetwork learns what the denoiser has learned
-        regressed, conditions = regressed_latents(context)
-        latents, table = torch.cat([latents, regressed]), torch.cat([table, conditions])
-    generated = generated_networks(context, untuned, regime.networks)
-    args = dataclasses.replace(args, num_steps=max(1, args.num_steps))
-    yield from hypernetworks(regime, generated, latents, table, args, c.denoiser_steps, spent.snapshots)
 
 
 # ------------------------------------------------------------------------------------------- generators from elsewhere

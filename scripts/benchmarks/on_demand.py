@@ -20,6 +20,7 @@ from pdiff_hf.run.cli import ConfigParser
 from pdiff_hf.run.config import PDiffConfig
 from pdiff_hf.run.terminal import quiet_libraries
 from pdiff_hf.run.trainer import execute, prepare
+from pdiff_hf.scripts.opponents import wanted_opponents
 from pdiff_hf.utils import names
 
 
@@ -41,7 +42,7 @@ def finish(recipe: PDiffConfig) -> Report:
     seconds = {}
     for stage in recipe.stages:
         before = _cpu_seconds()
-        run = prepare(recipe.changed(stages=[stage]))
+        run = prepare(recipe.changed(stages=[stage]), extra_groups=wanted_opponents(recipe))
         execute(run)
         seconds[stage] = round(_cpu_seconds() - before, 1)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20

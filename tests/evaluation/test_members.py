@@ -10,25 +10,20 @@ import torch
 from accelerate import Accelerator
 from benchmarks.on_demand import pool_reports
 from support.families import make_family, make_networks
-from torch import nn
 
 from pdiff_hf.evaluation import Cost, Kind, Report, evaluate
 from pdiff_hf.evaluation.closed_forms import closed_forms, nearest
 from pdiff_hf.evaluation.member_score import MemberScorer
 from pdiff_hf.evaluation.members import Spent
 from pdiff_hf.evaluation.opponents import (
-    BasisNetworks,
-    ConditionedNetwork,
     Regime,
     oracles,
-    shared_networks,
-    wider_network,
 )
 from pdiff_hf.evaluation.verdict import find_warnings, write_verdict
 from pdiff_hf.networks.runner import NetworkRunner
 from pdiff_hf.snapshots.zoo import ZooArguments
 from pdiff_hf.tasks import accuracy
-from pdiff_hf.training.tune import TuneArguments, fresh_tasks
+from pdiff_hf.training.tune import fresh_tasks
 from pdiff_hf.utils.reports import TEST
 
 SCHEMA = json.loads(files("pdiff_hf.evaluation").joinpath("report_schema.json").read_text())
@@ -94,29 +89,9 @@ def test_closed_forms_choose_on_validation(world):
     assert ensemble.vote and ensemble.size == int(best) * regime.size and ensemble.note == f"{best} tasks"
 
 
-@pytest.mark.parametrize("mode", ["plain", "input", "FiLM"])
-def test_a_conditioned_network_starts_as_the_base_model_and_learns_what_it_is_told(world, mode):
-    family, networks, tables, _ = world
-    batch = family.batch("train", tables["train"][:3], torch.arange(5))
-    fields = None if mode == "plain" else family.fields
-    options = {"image_shape": (1, 8, 8)} if mode == "input" else {"film": mode == "FiLM"}
-    torch.manual_seed(0)
-    module = ConditionedNetwork(networks.model, family.predict, networks.layout.names, fields, **options)
-    start = networks.stack(family.predict, networks.base_parameters().expand(3, -1), batch)
-    logits = module(tables["train"][:3], batch, torch.Generator())
-    torch.testing.assert_close(logits, start)
-    nn.functional.cross_entropy(logits.flatten(0, 1), batch["labels"].flatten()).backward()
-    trained = {name for name, value in module.named_parameters() if value.grad is not None and value.grad.any()}
-    assert any(name.startswith("network.") for name in trained)
-    assert any(name.startswith(("image", "film")) for name in trained) is (mode != "plain")
-    wide = wider_network(family, 4)
-    assert sum(p.numel() for p in wide.parameters()) > 3 * sum(p.numel() for p in networks.model.parameters())
-
-
 def evaluated(world, regime, cached, **kwargs) -> Report:
     """Of the base model as the generated networks, with scores kept in the folder `cached`."""
     family, networks, tables, snapshots = world
-    args = TuneArguments(num_steps=4, num_tasks=4, num_examples=8)
     return evaluate(
         networks.base_parameters().expand(6, 3, -1),
         family,
@@ -126,7 +101,6 @@ def evaluated(world, regime, cached, **kwargs) -> Report:
         layout=networks.layout,
         sets={name: tables[name] for name in ("validation", TEST)},
         regime=regime,
-        extra_groups=list(shared_networks(regime, args, 300))[:2],
         num_examples=40,
         cache=cached / "cache.json",
         **kwargs,
@@ -165,10 +139,6 @@ def test_a_whole_report(report, world, tmp_path):
     oracle = found.group("trained on the task")
     assert oracle.kind == Kind.ORACLE and len(oracle.tried) >= 4
     assert oracle.cost == Cost(300 + len(oracle.tried) * 4 * 3 * 10 * 8, 3 * 10 * 8)  # the search is on 4 members
-    shared = found.group("one network for all tasks")
-    in_full = {float(name.split()[0]): loss for name, loss in shared.tried.items() if name.endswith("in full")}
-    assert len(in_full) >= 2 and shared.cost.once > 300
-    assert min(in_full, key=in_full.__getitem__) < max(float(name.split()[0]) for name in shared.tried)
     text = (folder / "report.md").read_text()
     assert "0.04: " in text and "free: needs no feedback" in text and "2e+06" not in text
     cells = {row[0]: row for row in found.summary["rows"]}
@@ -218,19 +188,6 @@ def test_tuning_mends_an_under_tuned_opponent(world, monkeypatch):
     assert group.note == f"learning rate {best} of {len(group.tried)}"
     rates = sorted(group.tried, key=float)
     assert best not in (rates[0], rates[-1])  # until it falls again at both edges
-
-    monkeypatch.setattr("pdiff_hf.evaluation.opponents.NETWORK_RATES", (1e-5, 2e-5, 4e-5, 8e-5))  # planted
-    some = TuneArguments(num_steps=40, num_tasks=8, num_examples=16)
-    name, make = next(shared_networks(regime, some, 0))
-    assert name == "one network for all tasks" and max(map(float, (k.split()[0] for k in make().tried))) > 1e-3
-
-
-def test_basis_networks(world):
-    family, networks, tables, _ = world
-    torch.manual_seed(0)
-    module = BasisNetworks(networks, family.predict, networks.base_parameters(), family.fields, num_basis=3)
-    assert module.sample_parameters(tables["test"]).shape == (6, networks.layout.num_parameters)
-    assert MemberScorer(family, networks, tables["test"], 20).score("test", module).values.shape == (6, 1)
 
 
 def with_scores(report: Report, **scores: float) -> Report:

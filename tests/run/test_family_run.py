@@ -18,6 +18,7 @@ from pdiff_hf.run.context import RunContext
 from pdiff_hf.run.folder import RunError
 from pdiff_hf.run.learning import compare_outputs, regressed_latents
 from pdiff_hf.run.trainer import execute, prepare
+from pdiff_hf.scripts.opponents import wanted_opponents
 from pdiff_hf.snapshots import load_snapshots, parameter_matrix
 from pdiff_hf.utils.seeds import named_seed
 
@@ -37,7 +38,8 @@ TINY.soft = frozenset({*TINY_FAMILY, *CHANGES, "tune_args.map", "tune_args.weigh
 
 
 def run_in(folder, **changes) -> RunContext:
-    return prepare(TINY.changed(output_dir=str(folder), **changes))
+    config = TINY.changed(output_dir=str(folder), **changes)
+    return prepare(config, extra_groups=wanted_opponents(config))
 
 
 def finish(folder, **changes) -> RunContext:
