@@ -27,11 +27,12 @@ def main() -> None:
     from pdiff_hf.run.evaluating import evaluate_saved
     from pdiff_hf.run.processes import start_processes
     from pdiff_hf.run.terminal import one_line_errors, quiet_libraries
+    from pdiff_hf.scripts.tuned_baselines import tuned_baselines
 
     with one_line_errors():
         start_processes()
         quiet_libraries()
-        report = evaluate_saved(flags.generator, config)
+        report = evaluate_saved(flags.generator, config, tuned_baselines)
         print(report.to_terminal())
         print(f"The report is in {config.output_dir}.")
 

@@ -21,15 +21,18 @@ from torch import nn
 
 from pdiff_hf.evaluation import Cost, Group, Kind
 from pdiff_hf.evaluation.groups import Pending, search, training_cost
+from pdiff_hf.evaluation.members import Members
 from pdiff_hf.evaluation.opponents import Regime
+from pdiff_hf.evaluation.single_task import SingleTask
 from pdiff_hf.models import ConditionEncoder, LatentDenoiser, encode_in_batches
 from pdiff_hf.models.condition import Fields
 from pdiff_hf.networks.runner import NetworkRunner
 from pdiff_hf.run.config import PDiffConfig
 from pdiff_hf.run.context import RunContext
-from pdiff_hf.run.evaluating import passes_spent, untuned_pipeline
+from pdiff_hf.run.evaluating import untuned_pipeline
 from pdiff_hf.run.learning import regressed_latents
 from pdiff_hf.run.tuning import generated_networks, tune_arguments
+from pdiff_hf.scripts.tuned_baselines import tuned_baselines
 from pdiff_hf.tasks.family import Family
 from pdiff_hf.tasks.task import Batch
 from pdiff_hf.training.denoiser import LatentGenerator
@@ -45,13 +48,20 @@ NUM_BASIS = 16
 
 
 def wanted_opponents(config: PDiffConfig) -> Callable | None:
-    """[`opponents`], if a config is on a family and asks for all baselines."""
-    return opponents if config.family is not None and config.baselines == "all" else None
+    """The opponents at equal feedback that the report of a run has."""
+    if config.family is not None:
+        return opponents if config.baselines == "all" else None
+    return tuned_opponents if config.tunes else None
 
 
-def opponents(context: RunContext, regime: Regime) -> Iterator[Pending]:
-    """Shared networks at the generator's number of passes, and hypernetworks, for a run's report."""
-    c, args, spent = context.config, tune_arguments(context), passes_spent(context)
+def tuned_opponents(context: RunContext, compared: SingleTask) -> Iterator[Group]:
+    """Those of a single task."""
+    return tuned_baselines(compared)
+
+
+def opponents(context: RunContext, compared: Members) -> Iterator[Pending]:
+    """Shared networks at the generator's number of passes, and hypernetworks, for the report on a family."""
+    c, args, spent, regime = context.config, tune_arguments(context), compared.spent, compared.regime
     a_step = training_cost(args.num_tasks, args.num_examples)
     longer = replace(args, num_steps=max(1, (spent.generator - spent.base) // a_step))
     yield from shared_networks(regime, longer, spent.base)

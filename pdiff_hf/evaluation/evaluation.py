@@ -5,7 +5,7 @@ import itertools
 import logging
 import os
 import tempfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from ..pipelines import PDiffPipeline
 from ..tasks import Task
 from ..tasks.data_task import DataTask
 from ..tasks.family import Family, as_family
-from .groups import Group, Pending, pending
+from .groups import ExtraGroups, pending
 from .members import Members
 from .report import Report
 from .score import Scorer, make_scorer
@@ -40,7 +40,7 @@ def evaluate(
     num_models: int | None = None,
     baselines: str = "few",
     scorer: Scorer | None = None,
-    extra_groups: Iterable[Group | Pending] = (),
+    extra_groups: ExtraGroups = (),
     losses: Mapping[str, Mapping[str, Sequence[float]]] | None = None,
     settings: Mapping[str, Any] | None = None,
     warnings: Sequence[str] = (),
@@ -67,7 +67,8 @@ def evaluate(
         baselines (`str`, *optional*, defaults to `"few"`): Or `all`, which takes much longer. Networks that are data
             have the same ones in either case.
         scorer (`Scorer`, *optional*): For a single task, one that keeps scores; with it come base model and layout.
-        extra_groups (`Iterable[Group | Pending]`, *optional*): Further groups, each made when it is asked for.
+        extra_groups (`Iterable[Group | Pending]` or `Callable`, *optional*): Further groups, each made when it is asked
+            for; or a function that gives them for the [`SingleTask`], [`Members`] or [`Sets`] that is compared.
         losses (`Mapping`, *optional*): The loss at every step, by panel and curve, for a figure.
         settings (`Mapping`, *optional*): To be kept in the report.
         warnings (`Sequence[str]`, *optional*): What else a reader has to know.
@@ -116,7 +117,8 @@ def evaluate(
             names = ("num_inference_steps", "temperature", "guidance_scale")
             report.sampling = {name: pipeline.config[name] for name in names}
             report.sampling["scheduler"] = type(pipeline.scheduler).__name__
-        report.groups += compared.rows(map(pending, itertools.chain(compared.groups(), extra_groups)))
+        extra = extra_groups(compared) if callable(extra_groups) else extra_groups
+        report.groups += compared.rows(map(pending, itertools.chain(compared.groups(), extra)))
         compared.complete(report)
         if outputs:
             report.reconstruction = (report.reconstruction or {}) | dict(outputs)

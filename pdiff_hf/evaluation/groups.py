@@ -1,7 +1,7 @@
 """Groups of networks that a report compares."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -59,6 +59,7 @@ class Group:
 
 # A group of that name, of which the work begins when it is asked for.
 Pending = tuple[str, Callable[[], Group]]
+ExtraGroups = Iterable[Group | Pending] | Callable[[Any], Iterable[Group | Pending]]
 
 
 def pending(group: Group | Pending) -> Pending:

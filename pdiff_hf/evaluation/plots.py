@@ -10,6 +10,7 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import cycle
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -353,7 +354,8 @@ def plot_field(report: ReportData, path: str | os.PathLike) -> None:
         for row in report.groups:
             if row.name in ALONG:
                 (colour, marker), width = looks[row.name], 2 if row.kind == Kind.GENERATED else 1.2
-                y, look = np.asarray(row.scores(along))[order], {"marker": marker, "markersize": 4, "label": row.name}
+                y = np.asarray(row.scores(along))[order]
+                look: dict[str, Any] = {"marker": marker, "markersize": 4, "label": row.name}
                 axes.plot(np.asarray(values)[order], y, color=colour, linewidth=width, **look)
         axes.set_xlabel(along)
         axes.set_ylabel("accuracy on the task (%)")

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ..utils.reports import FIGURES, TEST
-from .report_data import Cost, GroupRow, Kind, ReportData
+from .report_data import GroupRow, Kind, ReportData
 from .summary import (
     ABOUT_SETS,
     COVERAGE,
@@ -219,7 +219,7 @@ def sections(report: ReportData) -> Iterable[tuple[str, str, Table]]:
         columns = name | {title: spread_of, SIMILARITY: similarity["similarity"]}
         columns["generated vs. this row"] = verdict_of
         columns |= {"passes once": lambda row: f"{row.cost.once:,}", "passes each": lambda row: f"{row.cost.each:,}"}
-        columns["break-even"] = partial(_break_even, report.generated.cost)
+        columns["break-even"] = partial(_break_even, report.generated)
         rows = [row for row in groups if row.cost is not None]
         yield "The same feedback for trivial generators", _about_tuning(report.tuning), table_of(rows, columns)
     audited = [row for row in groups if row.memorisation is not None]
@@ -274,11 +274,11 @@ def _about_tuning(tuning: dict[str, Any]) -> str:
     )
 
 
-def _break_even(own: Cost, row: GroupRow) -> str:
+def _break_even(own: GroupRow, row: GroupRow) -> str:
     """After how many networks the generator has taken fewer passes."""
-    if row.cost is None or not row.cost.each:
+    if own.cost is None or row.cost is None or not row.cost.each:
         return "–"
-    return f"{max(0, math.ceil((own.once - row.cost.once) / row.cost.each)):,}"
+    return f"{max(0, math.ceil((own.cost.once - row.cost.once) / row.cost.each)):,}"
 
 
 def _settings_of(row: GroupRow) -> str:

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterable, Iterator
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,6 @@ from .metrics import ensemble_metrics, max_iou, measures, nearest_in_predictions
 from .report import GroupRow, Report
 from .report_data import Cost, Kind
 from .score import CHUNK_BYTES, ClassifierScores, Scorer, Scores
-from .tuned_baselines import TunedBaselines
 
 MORE_STEPS = 5  # times as many denoising steps are tried where generated networks are worse than snapshots
 MORE_STEPS_MODELS = 20
@@ -36,8 +35,8 @@ MEAN = "mean of the snapshots"
 
 class SingleTask:
     """
-    Networks for a single task, beside free alternatives and, where the generator was tuned, others with the same
-    feedback. They are scored on validation and test data, many of them in each pass.
+    Networks for a single task, beside free alternatives. They are scored on validation and test data, many of them in
+    each pass.
 
     Args:
         scorer (`Scorer`): For the base model and its task, from [`~pdiff_hf.evaluation.score.make_scorer`].
@@ -48,7 +47,7 @@ class SingleTask:
             not made from them either.
         baseline_models (`int`, *optional*, defaults to 20): Networks of each baseline setting; 0 for no baselines.
         latents (`torch.Tensor`, *optional*): Shape `(K, L)`, the snapshots' latents if they are known already.
-        tuning (`Tuning`, *optional*): How the pipeline was tuned; opponents with the same feedback are added.
+        tuning (`Tuning`, *optional*): How the pipeline was tuned.
 
     Raises:
         ValueError: if the networks of a baseline would not fit on the disk, or the scores into memory.
@@ -127,24 +126,25 @@ class SingleTask:
             yield Group("generator by weights", before, Kind.VARIANT, cost=Cost())
         if not self.baseline_models:
             return
+        for one in standard_baselines(self.baselines):
+            if one.supports(self.context):
+                # The seed follows from the name, so that a new baseline leaves the networks of the others alone.
+                vectors = one.sample(self.context, self.baseline_models, named_generator(self.seed, one.name))
+                yield Group(one.name, contracted(vectors, self.products), sweep=one.sweep, value=one.value)
+        if self.pipeline is not None and self.baselines == "all":
+            yield from self._sample_temperatures(self.pipeline)
+
+    @cached_property
+    def context(self) -> BaselineContext:
+        """What baselines are made from."""
         decoded = None if self.pipeline is None else partial(decode, self.pipeline, folder=self.folder)
-        context = BaselineContext(
+        return BaselineContext(
             self.seen,
             self.scorer.layout.sizes if self.products is None else self.products.layout.sizes,
             latents=self.latents["snapshots"][~self.heldout] if self.latents else None,
             decode=decoded and (lambda latents: expanded(decoded(latents), self.products)),
             room=partial(room_for, folder=self.folder),
         )
-        for one in standard_baselines(self.baselines):
-            if one.supports(context):
-                # The seed follows from the name, so that a new baseline leaves the networks of the others alone.
-                vectors = one.sample(context, self.baseline_models, named_generator(self.seed, one.name))
-                yield Group(one.name, contracted(vectors, self.products), sweep=one.sweep, value=one.value)
-        if self.pipeline is not None and self.tuning is not None:
-            networks, autoencoder = (self.baseline_models, self.baselines), self.pipeline.autoencoder
-            yield from TunedBaselines(self.scorer, autoencoder, context, self.tuning, *networks, self.seed).groups()
-        if self.pipeline is not None and self.baselines == "all":
-            yield from self._sample_temperatures(self.pipeline)
 
     def _sample_temperatures(self, pipeline: PDiffPipeline) -> Iterator[Group]:
         """The generator at other temperatures, from the noise that its own group has."""

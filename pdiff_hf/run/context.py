@@ -49,9 +49,9 @@ class RunContext:
         config (`PDiffConfig`): What the stages are to do.
         task (`Task` or `Family`): What the networks are for; a task is the only member of its own family.
         stages (`Mapping[str, Stage]`): The table of stages, in the order of execution.
-        extra_groups (`Callable`, *optional*): `extra_groups(context, scorer)` gives further groups of networks for the
-            report, `Group`s of the evaluation; a family has a `Regime` in the place of the scorer. Its name is a
-            setting of the stage `evaluate`.
+        extra_groups (`Callable`, *optional*): `extra_groups(context, compared)` gives further groups of networks for
+            the report, `Group`s of the evaluation, beside what is `compared`: a `SingleTask`, `Members` or `Sets`. Its
+            name is a setting of the stage `evaluate`.
         callbacks (`Sequence[TrainerCallback]`, *optional*): Are told how trainings go.
     """
 

@@ -13,7 +13,7 @@ from torch import nn
 
 from ..evaluation import Report
 from ..evaluation.evaluation import evaluate as make_report
-from ..evaluation.groups import training_cost
+from ..evaluation.groups import ExtraGroups, training_cost
 from ..evaluation.members import Spent
 from ..evaluation.opponents import Regime
 from ..evaluation.score import make_scorer
@@ -53,7 +53,6 @@ def evaluate(context: RunContext, stage: Stage) -> None:
     record = context.files.record(context.stages["autoencoder"]) or {"results": {}}
     options["outputs"] = record["results"].get("outputs")
     with contextlib.ExitStack() as stack:
-        scorer: Any = None
         if isinstance(task, DataTask):
             snapshots, heldout = context.parameters, context.heldout
             options |= {"conditions": context.snapshot_conditions, "heldout": heldout, "latents": context.latents}
@@ -64,7 +63,6 @@ def evaluate(context: RunContext, stage: Stage) -> None:
             regime = make_regime(
                 context, stack.enter_context(context.accelerator()), NetworkRunner(model, context.layout)
             )
-            scorer = regime
             options["settings"] |= {"tune_tasks": c.tune_tasks}
             options |= _family_options(context, stage, regime)
         else:
@@ -76,7 +74,7 @@ def evaluate(context: RunContext, stage: Stage) -> None:
             options |= {"scorer": scorer, "heldout": context.heldout, "latents": context.latents, "tuning": tuning}
             options |= {"baseline_models": c.baseline_models, "warnings": _about_conditions(context)}
         if context.extra_groups is not None:
-            options["extra_groups"] = context.extra_groups(context, scorer)
+            options["extra_groups"] = partial(context.extra_groups, context)
         if is_tuned:
             options["untuned"] = untuned_pipeline(context)
         folder = stack.enter_context(context.files.replacing(stage)) if is_main else None
@@ -143,7 +141,7 @@ def _losses(context: RunContext) -> dict[str, dict[str, list[float]]]:
     return losses
 
 
-def passes_spent(context: RunContext) -> Spent:
+def _passes_spent(context: RunContext) -> Spent:
     """What the generator of a family took; of snapshots from elsewhere nothing is counted."""
     c, args, zoo = context.config, tune_arguments(context), zoo_arguments(context.config)
     steps = max(1, c.base_epochs * context.family.num_examples("train") // c.base_batch_size) if c.base_epochs else 0
@@ -162,7 +160,7 @@ def _family_options(context: RunContext, stage: Stage, regime: Regime) -> dict[s
     key = hashlib.blake2b(json.dumps(context.settings(stage.name), sort_keys=True).encode(), digest_size=8).hexdigest()
     return {
         "sets": {name: table for name, table in context.conditions.items() if name != "train"},
-        "spent": passes_spent(context),
+        "spent": _passes_spent(context),
         "zoo": zoo_arguments(context.config),
         "regime": regime,
         "cache": context.scores / f"members-{key}.json",
@@ -172,7 +170,7 @@ def _family_options(context: RunContext, stage: Stage, regime: Regime) -> dict[s
 # ------------------------------------------------------------------------------------------- generators from elsewhere
 
 
-def evaluate_saved(source: str, config: PDiffConfig) -> Report:
+def evaluate_saved(source: str, config: PDiffConfig, extra_groups: ExtraGroups = ()) -> Report:
     """
     Writes the report on the generator `source` and its figures to `config.output_dir`. For a single task, a second call
     scores only what is new. For a family it is about unseen tasks; with the seed and the numbers of tasks of a run they
@@ -185,6 +183,7 @@ def evaluate_saved(source: str, config: PDiffConfig) -> Report:
             tasks are the unseen ones, and each of them needs as many networks.
         config (`PDiffConfig`): Its `snapshots`, its task (`dataset`, `model`, ...), its `family`, and its section for
             the evaluation. `model` may be `None` for a pipeline that carries its base model.
+        extra_groups: As for [`~pdiff_hf.evaluate`].
 
     Returns:
         `Report`: What came out.
@@ -264,6 +263,7 @@ def evaluate_saved(source: str, config: PDiffConfig) -> Report:
             layout=layout,
             num_models=config.num_models,
             baselines=config.baselines,
+            extra_groups=extra_groups,
             folder=part,
             seed=config.seed,
             **options,

@@ -66,7 +66,7 @@ def generated_group(report: Mapping[str, Any]) -> dict[str, Any]:
     return next(group for group in report["groups"] if group["kind"] == "generated")
 
 
-def _group(known: Mapping[str, Any]) -> dict[str, Any]:
+def _group(known: dict[str, Any]) -> dict[str, Any]:
     """With what groups of 0.2 do not have."""
     group: dict[str, Any] = {"sweep": None, "value": None, "n": 1, "num_undefined": 0, "cost": None, "size": None}
     return group | {"note": "", "tried": {}, "measures": {}, "ensembles": [], "memorisation": None} | known

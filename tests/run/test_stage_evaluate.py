@@ -9,12 +9,14 @@ from reproduce.extra_groups import vae
 from safetensors.torch import load_file
 
 from pdiff_hf import PDiffPipeline
-from pdiff_hf.evaluation import Report
+from pdiff_hf.evaluation import Kind, Report
 from pdiff_hf.evaluation.groups import named_generator
 from pdiff_hf.run.config import PDiffConfig
 from pdiff_hf.run.evaluating import evaluate_saved
 from pdiff_hf.run.folder import RunError
 from pdiff_hf.run.trainer import execute, prepare
+from pdiff_hf.scripts.opponents import wanted_opponents
+from pdiff_hf.scripts.tuned_baselines import tuned_baselines
 from pdiff_hf.utils.names import generator_folder
 
 FOLDERS = ("pipeline", "tuned")
@@ -84,7 +86,8 @@ def test_validation_chooses_the_diversity_and_the_report_gives_others_the_same(t
         "baseline_models": 2,
         "baselines": "few",
     }
-    run = prepare(PDiffConfig(**TINY | changes, temperature=0.5, output_dir=str(tmp_path / "run")))
+    config = PDiffConfig(**TINY | changes, temperature=0.5, output_dir=str(tmp_path / "run"))
+    run = prepare(config, extra_groups=wanted_opponents(config))
     execute(run)
     results = json.loads((run.folder / "stages/tune.json").read_text())["results"]
     tried = results["validation_loss_of_diversity"]
@@ -112,5 +115,6 @@ def test_validation_chooses_the_diversity_and_the_report_gives_others_the_same(t
         snapshots=str(run.folder / "snapshots"),
         dataset="digits",
     )
-    again = evaluate_saved(str(run.folder / "tuned"), dataclasses.replace(recipe, output_dir=str(tmp_path / "again")))
-    assert again.tuning["passes"] == saved["passes"]
+    recipe = dataclasses.replace(recipe, output_dir=str(tmp_path / "again"))
+    again = evaluate_saved(str(run.folder / "tuned"), recipe, tuned_baselines)
+    assert again.of_kind(Kind.OPPONENT) and again.tuning["passes"] == saved["passes"]

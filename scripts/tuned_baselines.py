@@ -1,28 +1,33 @@
 """Trivial generators that get the same feedback from the task as a tuned generator, trained side by side.
 
+`scripts/train.py` and `scripts/evaluate.py` add them to the report on a generator that was tuned on a single task. In
+Python: `evaluate(pipe, task, ..., tuning=tuning, extra_groups=tuned_baselines)`.
+
 Each is as cheap as it can be made for its networks: what they share is computed once, and the learning rates that
 validation chooses among are tried in one go.
 """
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
-from ..models import ParameterAutoencoder
-from ..networks.runner import NetworkRunner
-from ..tasks import ClassificationTask
-from ..tasks.task import Batch, load_batch
-from ..training.ensembles import Tuning, validation_batch, validation_loss
-from ..utils.seeds import derive_seed
-from .baselines import BaselineContext, diagonal_gaussian, low_rank_gaussian
-from .geometry import mean_of
-from .groups import Group, named_generator, search, training_cost
-from .report_data import Cost, Kind
-from .score import Scorer
+from pdiff_hf.evaluation import Cost, Group, Kind
+from pdiff_hf.evaluation.baselines import BaselineContext, diagonal_gaussian, low_rank_gaussian
+from pdiff_hf.evaluation.geometry import mean_of
+from pdiff_hf.evaluation.groups import named_generator, search, training_cost
+from pdiff_hf.evaluation.score import Scorer
+from pdiff_hf.evaluation.single_task import SingleTask
+from pdiff_hf.models import ParameterAutoencoder
+from pdiff_hf.networks.runner import NetworkRunner
+from pdiff_hf.tasks import ClassificationTask
+from pdiff_hf.tasks.task import Batch, load_batch
+from pdiff_hf.training.ensembles import Tuning, validation_batch, validation_loss
+from pdiff_hf.utils.seeds import derive_seed
 
 GAUSSIAN_LEARNING_RATES = (0.003, 0.01, 0.03, 0.1)
 NETWORK_LEARNING_RATES = (1e-3, 3e-3, 1e-2, 3e-2)
@@ -30,6 +35,16 @@ MEAN_LEARNING_RATES = (1e-4, 3e-2)  # the lowest and the highest of as many as t
 VALIDATIONS = 5  # of what is trained, as of the generator
 BEST_OF = (4, 16)
 TEMPERATURES = {"few": (0.5, 1.0), "all": (0.25, 0.5, 0.75, 1.0, 1.5)}
+
+
+def tuned_baselines(compared: Any) -> Iterator[Group]:
+    """Those that a report on a tuned generator has; none for others."""
+    if not isinstance(compared, SingleTask) or compared.tuning is None or not compared.baseline_models:
+        return
+    assert compared.pipeline is not None
+    sizes, autoencoder = (compared.baseline_models, compared.baselines), compared.pipeline.autoencoder
+    made = TunedBaselines(compared.scorer, autoencoder, compared.context, compared.tuning, *sizes, compared.seed)
+    yield from made.groups()
 
 
 class TunedBaselines:

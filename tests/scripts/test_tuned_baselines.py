@@ -14,12 +14,18 @@ from pdiff_hf.evaluation import Cost, Kind
 from pdiff_hf.evaluation.baselines import BaselineContext, low_rank_gaussian
 from pdiff_hf.evaluation.groups import named_generator, search
 from pdiff_hf.evaluation.score import make_scorer
-from pdiff_hf.evaluation.tuned_baselines import BEST_OF, TEMPERATURES, TunedBaselines
+from pdiff_hf.scripts.tuned_baselines import BEST_OF, TEMPERATURES, TunedBaselines, tuned_baselines
 from pdiff_hf.training.ensembles import EnsembleObjective, Tuning
 
 SCHEMA = json.loads(files("pdiff_hf.evaluation").joinpath("report_schema.json").read_text())
 TUNING = Tuning(EnsembleObjective(2, 0.1, 0.01), num_steps=30, num_networks=4, num_examples=50, passes=20_000)
 COUNT = 6
+
+
+@pytest.fixture
+def without_figures(monkeypatch):
+    """Figures take longer than everything else."""
+    monkeypatch.setattr("pdiff_hf.evaluation.plots.draw_figures", lambda *args, **kwargs: None)
 
 
 @pytest.fixture(scope="module")
@@ -112,9 +118,8 @@ def test_they_stand_in_the_report_of_a_tuned_generator(tmp_path, without_figures
     scorer, snapshots = digits(), digits_snapshots()
     pipeline = digits_pipeline(scorer, snapshots)
     pipeline.register_to_config(temperature=0.5)
-    report = report_on(
-        scorer, snapshots, pipeline, tmp_path, tuning=TUNING, untuned=pipeline, num_models=4, baseline_models=2
-    )
+    options = {"num_models": 4, "baseline_models": 2, "extra_groups": tuned_baselines}
+    report = report_on(scorer, snapshots, pipeline, tmp_path, tuning=TUNING, untuned=pipeline, **options)
     jsonschema.validate(report.to_dict(), SCHEMA)
     assert report.generated.cost == Cost(20_000)
     untuned = report.group("generator by weights")
