@@ -34,6 +34,20 @@ def room_for(count: int, num_parameters: int, folder: Path) -> Tensor:
     return torch.frombuffer(memory, dtype=torch.float32).view(count, num_parameters)
 
 
+def sample(
+    pipeline: PDiffPipeline,
+    count: int,
+    seed: int,
+    conditions: Sequence[Condition] | Tensor | None = None,
+    output_type: str = "latent",
+    name: str = "generated",
+    **how: Any,
+) -> Tensor:
+    """What a report is about: latents, or parameters with `"pt"`, of `count` networks, or of each condition as many."""
+    how |= {"generator": named_generator(seed, name), "condition": conditions}
+    return pipeline(count, output_type=output_type, return_dict=False, **how)[0]
+
+
 def decode(pipeline: PDiffPipeline, latents: Tensor, folder: Path) -> Tensor:
     """Latents of shape `(N, L)` to parameters of shape `(N, D)`; a large result lies in a file in `folder`."""
     parameters, start = room_for(len(latents), pipeline.autoencoder.layout.num_parameters, folder), 0

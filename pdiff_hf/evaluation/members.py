@@ -24,8 +24,8 @@ from ..utils.files import write_json
 from ..utils.reports import TEST
 from ..utils.seeds import named_seed
 from .closed_forms import closed_forms
-from .decoded import decode, reverse_process
-from .groups import Group, Pending, named_generator
+from .decoded import decode, reverse_process, sample
+from .groups import Group, Pending
 from .member_score import MemberScorer
 from .opponents import Regime, oracles
 from .report import GroupRow, Report
@@ -165,15 +165,12 @@ class Members:
             return lambda _, table: source
         source.set_progress_bar_config(disable=True)
 
-        def sample(_: str, table: Tensor) -> Tensor:
+        def networks(_: str, table: Tensor) -> Tensor:
             told = self.family.fields.conditions(table.roll(1, 0) if shuffled else table)
-            noise = torch.Generator().manual_seed(named_seed(self.seed, "evaluate"))
-            (parameters,) = source(
-                self.num_models, generator=noise, condition=told, output_type="pt", return_dict=False
-            )
-            return parameters.unflatten(0, (len(table), self.num_models))
+            found = sample(source, self.num_models, self.seed, told, "pt", "evaluate")
+            return found.unflatten(0, (len(table), self.num_models))
 
-        return sample
+        return networks
 
     def rows(self, groups: Iterable[Pending]) -> Iterator[GroupRow]:
         """Each group with its scores; of those in the cache, nothing is done."""
@@ -222,8 +219,7 @@ class Members:
         report.reverse_process = reverse_process(
             lambda networks: scorer.score("test", networks).values[:, 0], pipeline, folder, self.seed, watched
         )
-        noise = named_generator(self.seed, "generated")
-        (latents,) = pipeline(generator=noise, condition=told, output_type="latent", return_dict=False)
+        latents = sample(pipeline, 1, self.seed, told)
         count = min(len(self.snapshots), SHOWN_SNAPSHOTS)
         shown = self.snapshots[torch.linspace(0, len(self.snapshots) - 1, count).round().long()]
         self.figures = {

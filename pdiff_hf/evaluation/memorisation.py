@@ -43,8 +43,6 @@ def find_copies(
             - `nearest_in_predictions`, `iou`: Which shares most wrong predictions, and the IoU with it.
 
         and numbers:
-            - `distance_relative`: Median of `distance` over the median distance of a snapshot to its nearest other.
-            - `to_mean_relative`: Distance to the snapshots' mean over that of the snapshots, both root mean squares.
             - `fraction_nearer_than_mean`: Share of the models that are nearer to a snapshot than to the mean.
             - `fraction_alike`: Share of the models whose `iou` is above the 95th percentile of the snapshots' own; nan
               without predictions.
@@ -68,8 +66,6 @@ def find_copies(
         "distance": nearest.tolist(),
         "nearest_in_predictions": most_alike.tolist(),
         "iou": iou.tolist(),
-        "distance_relative": place["nearest_relative"].quantile(0.5).item(),
-        "to_mean_relative": place["to_mean_relative"].square().mean().sqrt().item(),
         "fraction_nearer_than_mean": _share(nearer_than_mean),
         "fraction_alike": alike,
         "num_too_near": num_too_near,

@@ -224,20 +224,14 @@ def sections(report: ReportData) -> Iterable[tuple[str, str, Table]]:
         yield "The same feedback for trivial generators", _about_tuning(report.tuning), table_of(rows, columns)
     audited = [row for row in groups if row.memorisation is not None]
     yield (
-        "Memorisation",
+        "Memorisation, and coverage of the snapshots",
         "A group copies if more of its networks than chance allows are too near to a snapshot, or one is nearly "
         "identical. Alike is the share whose wrong predictions are more like a snapshot's than 95% of the snapshots' "
-        "are like another's.",
-        table_of(audited, name | MEMORISATION),
-    )
-    others = [row for row in groups if row.kind != Kind.SNAPSHOTS]
-    yield (
-        "Coverage of the snapshots",
-        "By nearest neighbours in the space of parameters (k = 5): precision is the share of the group that lies among "
-        "the snapshots, recall the share of the snapshots that lies among the group, density and coverage the same "
-        "with multiplicity and with the snapshots' balls only. Coverage grows with n; recall flatters a group of "
-        "few or far-apart networks, whose balls are large.",
-        table_of(others, name | {"n": count_of} | columns_of(COVERAGE, others)),
+        "are like another's. By nearest neighbours in the space of parameters (k = 5), precision is the share of the "
+        "group that lies among the snapshots, recall the share of the snapshots that lies among the group, density and "
+        "coverage the same with multiplicity and with the snapshots' balls only. Coverage grows with n; recall "
+        "flatters a group of few or far-apart networks, whose balls are large.",
+        table_of(audited, name | {"n": count_of} | MEMORISATION | columns_of(COVERAGE, audited)),
     )
     if groups[0].ensembles:
         sizes = sorted({entry["size"] for row in groups for entry in row.ensembles[:-1]} | {1})
@@ -250,9 +244,6 @@ def sections(report: ReportData) -> Iterable[tuple[str, str, Table]]:
 
 
 MEMORISATION: Columns = {
-    "n": lambda row: str(len(row.memorisation["distance"])),
-    "to nearest": lambda row: number(row.memorisation["distance_relative"], ".2f"),
-    "to mean": lambda row: number(row.memorisation["to_mean_relative"], ".2f"),
     "too near (allowed)": lambda row: f"{row.memorisation['num_too_near']} ({row.memorisation['num_allowed']})",
     "near identical": lambda row: str(row.memorisation["num_near_identical"]),
     "alike": lambda row: number(row.memorisation["fraction_alike"], ".0%"),

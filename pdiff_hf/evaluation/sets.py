@@ -18,6 +18,7 @@ from ..training import Loop, LoopArguments
 from ..utils.reports import TEST
 from .baselines import BaselineContext, diagonal_gaussian, low_rank_gaussian
 from .compare import BETTER, CLOSE, CONFIDENCE, WORSE, Comparison, interval
+from .decoded import sample
 from .geometry import Yardstick, exact_distances, pairwise_distances
 from .groups import Group, Pending, named_generator
 from .report import GroupRow, Report
@@ -417,19 +418,17 @@ class Sets:
         told, found = self._sample(pipe, guidance_scale=other)
         yield Group(f"guidance {other:g}", found, Kind.VARIANT, "guidance", classes=self._classes(told))
         nothing = pipe.denoiser.null_condition.detach().expand(self.num_models, -1)
-        own = named_generator(self.seed, "generated")
-        (found,) = pipe(1, condition=nothing, guidance_scale=1.0, generator=own, output_type="pt", return_dict=False)
+        found = sample(pipe, 1, self.seed, nothing, "pt", guidance_scale=1.0)
         yield Group("without a condition", found, Kind.VARIANT)
 
     def _sample(self, pipe: PDiffPipeline, **how: Any) -> tuple[Tensor | None, Tensor]:
         """Conditions, drawn from those of training data, and what is generated for them, `(num_models, D)`."""
-        how |= {"generator": named_generator(self.seed, "generated"), "output_type": "pt", "return_dict": False}
         if pipe.condition_encoder is None:
-            return None, pipe(self.num_models, **how)[0]
+            return None, sample(pipe, self.num_models, self.seed, None, "pt", **how)
         assert self.table is not None
         draws = named_generator(self.seed, "conditions")
         told = self.table[torch.randint(len(self.table), (self.num_models,), generator=draws)]
-        return told, pipe(1, condition=pipe.condition_encoder.fields.conditions(told), **how)[0]
+        return told, sample(pipe, 1, self.seed, pipe.condition_encoder.fields.conditions(told), "pt", **how)
 
     def _trivial(
         self, space: str, points: Tensor, classes: Tensor | None, networks: Callable[[Tensor], Tensor]

@@ -17,7 +17,7 @@ from ..utils.files import free_space, without_nan
 from ..utils.seeds import named_seed
 from .baselines import BaselineContext, standard_baselines
 from .compare import WORSE
-from .decoded import decode, reverse_process, room_for
+from .decoded import decode, reverse_process, room_for, sample
 from .geometry import Rows, Yardstick, mean_of, pca_r2_score
 from .groups import Group, Pending, named_generator
 from .memorisation import find_copies
@@ -82,7 +82,7 @@ class SingleTask:
         self.latents: dict[str, Tensor] = {}
         if self.pipeline is not None:
             known = encode_in_batches(self.pipeline.autoencoder, snapshots) if latents is None else latents
-            self.latents = {"snapshots": known, "generated": self._sample_latents(self.pipeline)}
+            self.latents = {"snapshots": known, "generated": sample(self.pipeline, num_models, seed)}
         folder.mkdir(parents=True, exist_ok=True)  # nothing before this has left anything behind
         self.num_generated = len(generator) if isinstance(generator, Tensor) else num_models
         if isinstance(generator, Tensor):
@@ -122,7 +122,7 @@ class SingleTask:
         cost = None if self.tuning is None else Cost(self.tuning.passes)
         yield Group("generated", self.generated, Kind.GENERATED, cost=cost)
         if self.untuned is not None:
-            before = decode(self.untuned, self._sample_latents(self.untuned), self.folder)
+            before = decode(self.untuned, sample(self.untuned, self.num_models, self.seed), self.folder)
             yield Group("generator by weights", before, Kind.VARIANT, cost=Cost())
         if not self.baseline_models:
             return
@@ -150,16 +150,9 @@ class SingleTask:
         """The generator at other temperatures, from the noise that its own group has."""
         for value in TEMPERATURES:
             if value != pipeline.config.temperature:
-                latents = self._sample_latents(pipeline, self.baseline_models, temperature=value)
+                latents = sample(pipeline, self.baseline_models, self.seed, temperature=value)
                 networks = decode(pipeline, latents, self.folder)
                 yield Group(f"generated {value}", networks, Kind.VARIANT, "generated at other temperatures", value)
-
-    def _sample_latents(self, pipeline: PDiffPipeline, num_models: int | None = None, **changes: Any) -> Tensor:
-        """Latents of the networks that a report is about, shape `(num_models, L)`."""
-        noise = named_generator(self.seed, "generated")
-        count = num_models or self.num_models
-        (latents,) = pipeline(count, generator=noise, output_type="latent", return_dict=False, **changes)
-        return latents
 
     def _reconstruct(self, pipeline: PDiffPipeline) -> None:
         """
@@ -268,6 +261,6 @@ class SingleTask:
     def _try_more_steps(self, pipeline: PDiffPipeline) -> dict[str, Any]:
         """The score of some networks that were sampled in more denoising steps."""
         steps = min(MORE_STEPS * pipeline.config.num_inference_steps, pipeline.scheduler.config.num_train_timesteps)
-        latents = self._sample_latents(pipeline, MORE_STEPS_MODELS, num_inference_steps=steps)
+        latents = sample(pipeline, MORE_STEPS_MODELS, self.seed, num_inference_steps=steps)
         values = self.scorer.score("test", decode(pipeline, latents, self.folder)).values
         return {"num_inference_steps": steps, "n": len(values), "score_mean": values.nanmean().item()}

@@ -127,17 +127,11 @@ def untuned_pipeline(context: RunContext) -> PDiffPipeline:
 
 def _losses(context: RunContext) -> dict[str, dict[str, list[float]]]:
     """The losses of the networks that were trained, for a figure."""
-    panels = {
-        "base model": ("base", "base model"),
-        "autoencoder": ("autoencoder", "autoencoder"),
-        "denoiser": ("denoiser", "denoiser"),
-        "tuning": ("tune", "task loss"),
-    }
     losses = {}
-    for title, (name, label) in panels.items():
+    for name, title in (("base", "base model"), ("autoencoder",) * 2, ("denoiser",) * 2, ("tune", "tuning")):
         record = context.files.record(context.stages[name]) if context.is_finished(name) else None
         if record is not None and record["results"].get("losses"):
-            losses[title] = {label: record["results"]["losses"]}
+            losses[title] = {"loss": record["results"]["losses"]}
     return losses
 
 

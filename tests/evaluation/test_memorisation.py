@@ -26,7 +26,10 @@ def audit(parameters, snapshots):
     similarity = metrics.nearest_in_predictions(parameters > 0.5, snapshots > 0.5, own)
     snapshots_iou = metrics.max_iou(snapshots > 0.5, snapshots > 0.5, exclude_self=True)
     place = yardstick.place(None if own else parameters)
-    return SimpleNamespace(**find_copies(place, yardstick.nearest, similarity, snapshots_iou))
+    found = SimpleNamespace(**find_copies(place, yardstick.nearest, similarity, snapshots_iou))
+    found.distance_relative = place["nearest_relative"].quantile(0.5).item()
+    found.to_mean_relative = place["to_mean_relative"].square().mean().sqrt().item()
+    return found
 
 
 def test_exact_copies_are_found(snapshots):
