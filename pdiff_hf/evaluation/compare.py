@@ -93,10 +93,9 @@ class Bootstrap:
             verdict = BETTER if gains[0] > 0 else WORSE if gains[1] < 0 else CLOSE
             return Comparison(difference, (low, high), verdict)
         gain, closer = self.sign * resampled, generated["similarities"] - other["similarities"]
-        better = _share((gain >= 0) & (closer <= 0) & ((gain > 0) | (closer < 0)))
-        worse = _share((gain <= 0) & (closer >= 0) & ((gain < 0) | (closer > 0)))
-        verdict = BETTER if better >= CONFIDENCE else WORSE if worse >= CONFIDENCE else CLOSE
-        return Comparison(difference, (low, high), verdict, better, worse)
+        better = (gain >= 0) & (closer <= 0) & ((gain > 0) | (closer < 0))
+        worse = (gain <= 0) & (closer >= 0) & ((gain < 0) | (closer > 0))
+        return judged(difference, (low, high), better, worse)
 
     def _scores(self, own: Tensor, units: Tensor | None) -> tuple[Tensor, Tensor]:
         """The group's mean score in each resample `(R,)`, and how often each network is in it `(R, N)`."""
@@ -141,5 +140,8 @@ def interval(resamples: Tensor) -> tuple[float, float]:
     return resamples.nanquantile(tail).item(), resamples.nanquantile(1 - tail).item()
 
 
-def _share(condition: Tensor) -> float:
-    return condition.double().mean().item()
+def judged(difference: float, ends: tuple[float, float], better: Tensor, worse: Tensor) -> Comparison:
+    """By the resamples in which the generated networks are better and worse, bool of shape `(R,)`."""
+    shares = [resamples.double().mean().item() for resamples in (better, worse)]
+    verdict = BETTER if shares[0] >= CONFIDENCE else WORSE if shares[1] >= CONFIDENCE else CLOSE
+    return Comparison(difference, ends, verdict, *shares)

@@ -241,12 +241,10 @@ def plot_parameter_heatmap(
     path: str | os.PathLike, snapshots: Tensor, generated: Tensor, tensor_sizes: Sequence[int]
 ) -> None:
     """
-    Parameters of the snapshots above those of the generated models; dashed lines are the borders of tensors, but for
-    those too close to the one before to be told apart.
-
-    Left are the parameters as they are. Right is how far each lies from the snapshots' mean, in standard deviations of
-    the snapshots: paler below than above is a contraction, equal rows are copies. Up to 50 rows of each group and
-    1024 of the parameters are drawn, evenly spaced.
+    How far parameters lie from the snapshots' mean, in standard deviations of the snapshots: those of the snapshots
+    above, those of the generated models below. Paler below than above is a contraction, equal rows are copies. Dashed
+    lines are the borders of tensors, but for those too close to the one before to be told apart. Up to 50 rows of each
+    group and 1024 of the parameters are drawn, evenly spaced.
 
     Args:
         path (`str` or `os.PathLike`): Of the PNG.
@@ -259,34 +257,24 @@ def plot_parameter_heatmap(
     shown = [group[_evenly(len(group), 50)[:, None], columns].double() for group in (snapshots, generated)]
     std, mean = torch.std_mean(snapshots[:, columns].double(), dim=0, correction=0)
     deviations = [(group - mean) / std.clamp(min=1e-12) for group in shown]
-    # Of the snapshots alone: a generated network that has diverged must not set the scale.
-    low, high = shown[0].flatten().quantile(torch.tensor([0.01, 0.99]).double()).tolist()
     borders = [-0.5]
     for border in np.searchsorted(columns, np.cumsum(tensor_sizes)[:-1]) - 0.5:
         if border - borders[-1] >= 0.02 * len(columns):
             borders.append(border)
 
     figure = Figure(figsize=(WIDTH, 4.6), layout="constrained")
-    grid = figure.subplots(2, 2, sharex=True)
-    scales = (
-        (shown, "viridis", low, high, "parameter"),
-        (deviations, "PuOr", -3, 3, "deviation from the mean (std)"),
-    )
-    for column, (groups, colours, low, high, label) in enumerate(scales):
-        for axes, group, name in zip(grid[:, column], groups, ("snapshots", "generated"), strict=True):
-            image = axes.imshow(
-                group.numpy(), cmap=colours, vmin=low, vmax=high, aspect="auto", interpolation="nearest"
-            )
-            for border in borders[1:]:
-                axes.axvline(border, color="white" if column == 0 else "black", linewidth=0.7, linestyle="--")
-            if column == 0:
-                count = len(snapshots) if name == "snapshots" else len(generated)
-                axes.set_ylabel(f"{name}\n({len(group)} of {count})")
-            axes.set_yticks([])
-        ticks = np.linspace(0, len(columns) - 1, min(3, len(columns)), dtype=int)
-        axes.set_xticks(ticks, [str(columns[tick]) for tick in ticks])
-        axes.set_xlabel("index of the parameter")
-        figure.colorbar(image, ax=grid[:, column], label=label, extend="both", location="top", aspect=25, shrink=0.9)
+    grid = figure.subplots(2, 1, sharex=True)
+    counts = {"snapshots": len(snapshots), "generated": len(generated)}
+    for axes, group, (name, count) in zip(grid, deviations, counts.items(), strict=True):
+        image = axes.imshow(group.numpy(), cmap="PuOr", vmin=-3, vmax=3, aspect="auto", interpolation="nearest")
+        for border in borders[1:]:
+            axes.axvline(border, color="black", linewidth=0.7, linestyle="--")
+        axes.set_ylabel(f"{name}\n({len(group)} of {count})")
+        axes.set_yticks([])
+    ticks = np.linspace(0, len(columns) - 1, min(5, len(columns)), dtype=int)
+    axes.set_xticks(ticks, [str(columns[tick]) for tick in ticks])
+    axes.set_xlabel("index of the parameter")
+    figure.colorbar(image, ax=grid, label="deviation from the mean (std)", extend="both", aspect=40)
     figure.savefig(path, dpi=DPI, format="png")
 
 

@@ -17,7 +17,7 @@ from ..tasks.task import Split
 from ..training import Loop, LoopArguments
 from ..utils.reports import TEST
 from .baselines import BaselineContext, diagonal_gaussian, low_rank_gaussian
-from .compare import BETTER, CLOSE, CONFIDENCE, WORSE, Comparison, interval
+from .compare import Comparison, interval, judged
 from .decoded import sample
 from .geometry import Yardstick, exact_distances, pairwise_distances
 from .groups import Group, Pending, named_generator
@@ -228,11 +228,8 @@ class Resampled:
         """
         gain = other.distances - own.distances
         newer = own.novelties.clamp(max=NATURAL) - other.novelties.clamp(max=NATURAL)
-        better = ((gain > 0) & (newer >= -LIKE)).double().mean().item()
-        worse = ((gain < 0) & (newer <= LIKE)).double().mean().item()
-        verdict = BETTER if better >= CONFIDENCE else WORSE if worse >= CONFIDENCE else CLOSE
         difference = own.measures["score_mean"] - other.measures["score_mean"]
-        return Comparison(difference, interval(-gain), verdict, better, worse)
+        return judged(difference, interval(-gain), (gain > 0) & (newer >= -LIKE), (gain < 0) & (newer <= LIKE))
 
 
 def with_root(mean: Tensor, covariance: Tensor) -> tuple[Tensor, Tensor, Tensor]:

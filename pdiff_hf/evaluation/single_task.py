@@ -18,7 +18,7 @@ from ..utils.seeds import named_seed
 from .baselines import BaselineContext, standard_baselines
 from .compare import WORSE
 from .decoded import decode, reverse_process, room_for, sample
-from .geometry import Rows, Yardstick, mean_of, pca_r2_score
+from .geometry import Rows, Yardstick, exact_distances, mean_of, pca_r2_score
 from .groups import Group, Pending, named_generator
 from .memorisation import find_copies
 from .metrics import ensemble_metrics, max_iou, measures, nearest_in_predictions
@@ -164,16 +164,15 @@ class SingleTask:
         mean, any_heldout = mean_of(self.seen), bool(self.heldout.any())
         self._rows = (self.heldout if any_heldout else ~self.heldout).nonzero().flatten()
         self._reconstructed = room_for(len(self._rows), self.snapshots.shape[1], self.folder)
-        error, total = torch.zeros(2, len(self.snapshots), dtype=torch.float64)
-        row = kept = 0
+        total = exact_distances(self.vectors, mean[None], torch.zeros(len(self.vectors), dtype=torch.long)).square()
+        errors, kept, chosen = [], 0, torch.arange(len(self.vectors))
         for block in pipeline.decode_in_blocks(self.latents["snapshots"]):
-            for decoded in block:
-                if kept < len(self._rows) and self._rows[kept] == row:
-                    self._reconstructed[kept] = decoded
-                    kept += 1
-                error[row] = (self.vectors[row] - expanded(decoded, self.products)).double().square().sum()
-                total[row] = (self.vectors[row] - mean).square().sum()
-                row += 1
+            rows, chosen = chosen[: len(block)], chosen[len(block) :]
+            errors.append(exact_distances(expanded(block, self.products), self.vectors, rows).square())
+            wanted = block[torch.isin(rows, self._rows)]
+            self._reconstructed[kept : kept + len(wanted)] = wanted
+            kept += len(wanted)
+        error = torch.cat(errors)
         length = pipeline.autoencoder.config.latent_dim
         self.explained: dict[str, float | None] = {}
         for name, which in (("train", ~self.heldout), ("heldout", self.heldout)):

@@ -18,7 +18,7 @@ FIGURES = {
     "scores.png": "Distribution of the metric in each group",
     "max_similarity.png": "Similarity to the nearest snapshot, lower is newer (paper, figure 5c)",
     "reverse_process.png": "Accuracy along the reverse process (paper, figure 5b)",
-    "parameters.png": "Parameters of snapshots and generated networks",
+    "parameters.png": "Parameters of snapshots and generated networks, as deviations from the snapshots' mean",
     "latents.png": "Latents on the snapshots' first two principal components",
     "losses.png": "Losses in training",
 }
