@@ -167,9 +167,9 @@ class SingleTask:
         total = exact_distances(self.vectors, mean[None], torch.zeros(len(self.vectors), dtype=torch.long)).square()
         errors, kept, chosen = [], 0, torch.arange(len(self.vectors))
         for block in pipeline.decode_in_blocks(self.latents["snapshots"]):
-            rows, chosen = chosen[: len(block)], chosen[len(block) :]
-            errors.append(exact_distances(expanded(block, self.products), self.vectors, rows).square())
-            wanted = block[torch.isin(rows, self._rows)]
+            these, chosen = chosen[: len(block)], chosen[len(block) :]
+            errors.append(exact_distances(expanded(block, self.products), self.vectors, these).square())
+            wanted = block[torch.isin(these, self._rows)]
             self._reconstructed[kept : kept + len(wanted)] = wanted
             kept += len(wanted)
         error = torch.cat(errors)
