@@ -20,6 +20,7 @@ from .summary import (
     Table,
     columns_of,
     count_of,
+    difference_of,
     metric_title,
     spread_of,
     table_of,
@@ -42,24 +43,17 @@ KIND_WORDS = {
 
 def to_terminal(report: ReportData) -> str:
     """Verdict, small table and warnings, in lines of 80 columns at most."""
-    summary = report.summary
-    header, rows = list(summary["header"]), [list(row) for row in summary["rows"]]
+    header, rows = report.summary["header"], report.summary["rows"]
     if report.fields:
         test = next(i for i, title in enumerate(header) if title.startswith(f"{TEST} ("))
-        kept = [0, test, header.index("generated vs. this row")]
-        header, rows = [header[i] for i in kept], [[row[i] for i in kept] for row in rows]
-        for row in rows:
-            row[2] = row[2].partition(" (")[0] + (" " + row[2].rpartition("), ")[2] if "), " in row[2] else "")
-    header[-1] = "generated vs. this"
-    lines = [header, *rows]
-    widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
-    widths[0] = min(widths[0], COLUMNS - sum(widths[1:]) - 2 * len(widths[1:]))
-    shown = []
-    for line in lines:
-        name = line[0] if len(line[0]) <= widths[0] else line[0][: widths[0] - 1] + "…"
-        cells = [name.ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(line[1:], widths[1:], strict=True))]
-        shown.append("  ".join(cells).rstrip())
-    shown.insert(1, "-" * min(COLUMNS, sum(widths) + 2 * len(widths) - 2))
+        groups = {row.name: row for row in report.groups}
+        header = ["networks", header[test], ""]
+        rows = [[row[0], row[test], difference_of(groups[row[0]], with_interval=False)] for row in rows]
+    lines = [[*header[:-1], "generated vs. this"], *rows]
+    room = COLUMNS - sum(2 + max(map(len, column)) for column in list(zip(*lines, strict=True))[1:])
+    cut = [[name if len(name) <= room else f"{name[: room - 1]}…", *cells] for name, *cells in lines]
+    shown = ["  ".join(cells).rstrip() for cells in _padded(cut)]
+    shown.insert(1, "-" * max(map(len, shown)))
     parts = ["\n".join(textwrap.fill(line, COLUMNS) for line in report.verdict), "\n".join(shown)]
     parts += [textwrap.fill(f"Warning: {warning}", COLUMNS, break_on_hyphens=False) for warning in report.warnings]
     return "\n\n".join(parts) + "\n"
@@ -292,10 +286,17 @@ def _interval(bounds: Sequence[float | None] | None, format: str) -> str:
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A Markdown table; the first column is aligned left, the others right."""
     lines = [[cell.replace("|", "\\|") for cell in line] for line in (header, *rows)]
-    widths = [max(3, *(len(line[i]) for line in lines)) for i in range(len(header))]  # a rule needs three characters
-    padded = [
+    rule = ["---", *["--:"] * (len(header) - 1)]
+    head, dashes, *rest = _padded([lines[0], rule, *lines[1:]])
+    dashes = ["-" * len(dashes[0]), *("-" * (len(cell) - 1) + ":" for cell in dashes[1:])]
+    padded = [head, dashes, *rest]
+    return "\n".join(f"| {' | '.join(line)} |" for line in padded)
+
+
+def _padded(lines: Sequence[Sequence[str]]) -> list[list[str]]:
+    """Columns of one width each, the first aligned left, the others right."""
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return [
         [cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(line, widths, strict=True))]
         for line in lines
     ]
-    padded.insert(1, ["-" * w if i == 0 else "-" * (w - 1) + ":" for i, w in enumerate(widths)])
-    return "\n".join(f"| {' | '.join(line)} |" for line in padded)

@@ -107,7 +107,7 @@ def _of_members(report: ReportData) -> tuple[list[GroupRow], Columns, list[str]]
     for name, members in report.conditions.items():
         columns[f"{name} ({len(members)} tasks)"] = partial(lambda name, row: number(row.mean(name), ".1f"), name)
     columns |= {
-        "generated vs. this row": _difference,
+        "generated vs. this row": difference_of,
         "passes before": lambda row: "–" if row.cost is None else short(row.cost.once),
         "passes a task": lambda row: "–" if row.cost is None else short(row.cost.each),
         "size": lambda row: "–" if row.size is None else short(row.size),
@@ -148,11 +148,12 @@ def verdict_of(row: GroupRow) -> str:
     return row.verdict or "–"
 
 
-def _difference(row: GroupRow) -> str:
+def difference_of(row: GroupRow, with_interval: bool = True) -> str:
+    """What the generated networks have more than a row, over members."""
     if TEST not in row.comparisons:
         return "–"
     comparison = row.comparisons[TEST]
-    ends = comparison.interval and " to ".join(number(end, "+.1f") for end in comparison.interval)
+    ends = with_interval and comparison.interval and " to ".join(number(end, "+.1f") for end in comparison.interval)
     return f"{number(comparison.difference, '+.1f')} {f'({ends}), ' if ends else ''}{row.verdict}"
 
 

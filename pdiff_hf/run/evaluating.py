@@ -207,7 +207,7 @@ def evaluate_saved(source: str, config: PDiffConfig, extra_groups: ExtraGroups =
     family, output = config.make_family(task), Path(config.output_dir or "outputs/evaluation")
     model = (_load_model(family, name, layout) if carried is None else carried).to(device)
     layout.check_fits(model.state_dict())
-    generator: PDiffPipeline | torch.Tensor
+    generator: PDiffPipeline | torch.Tensor | None = None if pipeline is None else pipeline.to(device)
     options: dict[str, Any] = {}
     if family.fields:
         found = load_fields(str(config.snapshots))
@@ -232,18 +232,14 @@ def evaluate_saved(source: str, config: PDiffConfig, extra_groups: ExtraGroups =
         options["conditions"] = condition_table(dataset, load_fields(str(config.snapshots)))
         if "heldout" in dataset.column_names:
             options["heldout"] = torch.tensor(dataset["heldout"][:]) > 0
-        if pipeline is None:
-            generator = read_networks(folder, layout)
     else:
         if isinstance(task, LabelledTask):
             task.align(model.config)
-        if pipeline is None:
-            generator = read_networks(folder, layout)
         options["scorer"] = make_scorer(task, model, layout, output / names.SCORES, config.recomputes_statistics)
         options["tuning"] = None if pipeline is None else load_tuning(folder)
         options["baseline_models"] = config.baseline_models
-    if pipeline is not None:
-        generator = pipeline.to(device)
+    if generator is None:
+        generator = read_networks(folder, layout)
     check_writable(output)
     part = output / ".report.part"
     remove(part)
