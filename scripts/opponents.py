@@ -1,7 +1,8 @@
-"""What a generator of networks on demand is compared with at equal feedback: one network for all tasks, told of the
-condition or not, a combination of basis networks, and hypernetworks.
+"""What a generator is compared with at equal feedback. Of a family: one network for all tasks, told of the condition or
+not, a combination of basis networks, and hypernetworks. Of data: the same generator of data in the place of networks.
+Of a single task: `tuned_baselines`.
 
-`scripts/train.py` adds them to the report on a family unless `--baselines few` is given. In Python:
+`scripts/train.py` adds them to a report; but for a single task, `--baselines few` leaves them out. In Python:
 
     PDiffTrainer(task=family, args=args, extra_groups=opponents).train()
 
@@ -19,22 +20,27 @@ from typing import Any
 import torch
 from torch import nn
 
+from pdiff_hf import LatentDenoiser, ParameterAutoencoder, PDiffPipeline
 from pdiff_hf.evaluation import Cost, Group, Kind
 from pdiff_hf.evaluation.groups import Pending, search, training_cost
 from pdiff_hf.evaluation.members import Members
 from pdiff_hf.evaluation.opponents import Regime
+from pdiff_hf.evaluation.sets import Sets
 from pdiff_hf.evaluation.single_task import SingleTask
-from pdiff_hf.models import ConditionEncoder, LatentDenoiser, encode_in_batches
+from pdiff_hf.layout import ParameterLayout
+from pdiff_hf.models import ConditionEncoder, encode_in_batches
 from pdiff_hf.models.condition import Fields
 from pdiff_hf.networks.runner import NetworkRunner
 from pdiff_hf.run.config import PDiffConfig
 from pdiff_hf.run.context import RunContext
 from pdiff_hf.run.evaluating import untuned_pipeline
-from pdiff_hf.run.learning import regressed_latents
+from pdiff_hf.run.learning import learn_denoiser, regressed_latents, seen_encoder
 from pdiff_hf.run.tuning import generated_networks, tune_arguments
 from pdiff_hf.scripts.tuned_baselines import tuned_baselines
+from pdiff_hf.tasks.data_task import DataTask
 from pdiff_hf.tasks.family import Family
 from pdiff_hf.tasks.task import Batch
+from pdiff_hf.training import Loop, make_sampling_scheduler
 from pdiff_hf.training.denoiser import LatentGenerator
 from pdiff_hf.training.tune import GeneratedNetworks, TuneArguments
 from pdiff_hf.utils.seeds import named_seed
@@ -48,18 +54,50 @@ NUM_BASIS = 16
 
 
 def wanted_opponents(config: PDiffConfig) -> Callable | None:
-    """The opponents at equal feedback that the report of a run has."""
-    if config.family is not None:
-        return opponents if config.baselines == "all" else None
-    return tuned_opponents if config.tunes else None
+    """[`opponents`], if the report of a run has some."""
+    wanted = config.baselines == "all"
+    if not config.has_family and not config.is_of_data:
+        wanted = config.tunes or (wanted and config.is_of_data is None)  # of a class of your own, a run finds out
+    return opponents if wanted else None
 
 
-def tuned_opponents(context: RunContext, compared: SingleTask) -> Iterator[Group]:
-    """Those of a single task."""
-    return tuned_baselines(compared)
+def opponents(context: RunContext, compared: SingleTask | Members | Sets) -> Iterator[Group | Pending]:
+    """What gets the feedback that the generator got: for a run's report."""
+    if isinstance(compared, SingleTask):
+        yield from tuned_baselines(compared)
+    elif isinstance(compared, Members):
+        yield from opponents_of_members(context, compared)
+    else:
+        train = compared.signals["train"]
+        pipe = generator_of_data(context, compared.task, train.flatten(1))
+        pipe.set_progress_bar_config(disable=True)
+        told, found = compared.sample(pipe)
+        outputs = found.unflatten(1, train.shape[1:])
+        yield Group("denoiser on the data", outputs, Kind.OPPONENT, classes=compared.classes(told))
 
 
-def opponents(context: RunContext, compared: Members) -> Iterator[Pending]:
+def generator_of_data(context: RunContext, task: DataTask, data: torch.Tensor) -> PDiffPipeline:
+    """
+    The same denoiser, for the same conditions, on as many principal components of the training data themselves, shape
+    `(N, d)`, as a latent is long.
+    """
+    c, length = context.config, data.shape[1]
+    layout = ParameterLayout(("data",), ((length,),), ("float32",))
+    size = min(c.latent_dim, length)
+    autoencoder = ParameterAutoencoder(layout.to_dict(), latent_dim=size, block_out_channels=())
+    autoencoder.fit_parameter_statistics(data)
+    autoencoder.fit_latent_statistics(autoencoder.tokenize(data), scaling="together")
+    with context.accelerator() as accelerator:
+        loop = Loop(accelerator, named_seed(c.seed, "denoiser of data"))
+        encoder, _ = seen_encoder(context)
+        # Of the data themselves: equal ones have one network together.
+        table = None if encoder is None else context.fields.alternatives(task.conditions("train"))
+        denoiser, scheduler, _ = learn_denoiser(loop, encode_in_batches(autoencoder, data), c, encoder, table)
+    sampler = make_sampling_scheduler(scheduler)
+    return PDiffPipeline(autoencoder, denoiser, sampler, condition_encoder=encoder, **c.sampling)
+
+
+def opponents_of_members(context: RunContext, compared: Members) -> Iterator[Pending]:
     """Shared networks at the generator's number of passes, and hypernetworks, for the report on a family."""
     c, args, spent, regime = context.config, tune_arguments(context), compared.spent, compared.regime
     a_step = training_cost(args.num_tasks, args.num_examples)

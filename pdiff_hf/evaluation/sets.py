@@ -327,7 +327,6 @@ class Sets:
         heldout (`torch.Tensor`, *optional*): bool of shape `(K,)`: networks that no generator has seen.
         data (`torch.Tensor`, *optional*): Which of those of the splits train and test each snapshot is, `(K,)`.
         latents (`torch.Tensor`, *optional*): Of the snapshots, `(K, L)`, if they are known already.
-        on_data (`Callable`, *optional*): `on_data(data)` trains the same generator on training data, `(N, P C)`.
 
     Raises:
         ValueError: if there are too few data, conditions are missing, or networks are not finite.
@@ -348,7 +347,6 @@ class Sets:
         heldout: Tensor | None = None,
         data: Tensor | None = None,
         latents: Tensor | None = None,
-        on_data: Callable[[Tensor], PDiffPipeline] | None = None,
     ):
         heldout = torch.zeros(len(snapshots), dtype=torch.bool) if heldout is None else heldout
         self.signals = {split: task.signals(split) for split in SPLITS}
@@ -362,7 +360,7 @@ class Sets:
             raise ValueError(
                 "conditions of the snapshots are needed: the generator is sampled for those of training data"
             )
-        self.task, self.networks, self.generator, self.on_data = task, networks, generator, on_data
+        self.task, self.networks, self.generator = task, networks, generator
         self.snapshots, self.heldout, self.data, self.latents = snapshots, heldout, data, latents
         self.num_models, self.seed = num_models, seed
         self.judge = Judge(task, seed)
@@ -388,18 +386,12 @@ class Sets:
             if pipeline is not None:
                 known = pipeline.encode(own) if self.latents is None else self.latents[self.heldout]
                 yield Group("held-out networks, reconstructed", pipeline.decode_latents(known), Kind.CONTROL)
-        yield from self._trivial("weights", seen.float(), self._classes(self.table), lambda found: found)
+        yield from self._trivial("weights", seen.float(), self.classes(self.table), lambda found: found)
         if pipeline is not None:
             known = pipeline.encode(seen) if self.latents is None else self.latents[~self.heldout]
-            yield from self._trivial("latents", known, self._classes(self.table), pipeline.decode_latents)
-        data = train.flatten(1)
-        yield from self._trivial("data", data, self.judge.classes, lambda found: found.unflatten(1, train.shape[1:]))
-        if self.on_data is not None:
-            pipe = self.on_data(data)
-            pipe.set_progress_bar_config(disable=True)
-            told, found = self._sample(pipe)
-            outputs = found.unflatten(1, train.shape[1:])
-            yield Group("denoiser on the data", outputs, Kind.OPPONENT, classes=self._classes(told))
+            yield from self._trivial("latents", known, self.classes(self.table), pipeline.decode_latents)
+        points = train.flatten(1)
+        yield from self._trivial("data", points, self.judge.classes, lambda found: found.unflatten(1, train.shape[1:]))
 
     def _generated(self) -> Iterator[Group]:
         """The generator as it is, with guidance, and without a condition."""
@@ -407,18 +399,18 @@ class Sets:
         if isinstance(pipe, Tensor):
             yield Group("generated", pipe, Kind.GENERATED)
             return
-        told, found = self._sample(pipe)
-        yield Group("generated", found, Kind.GENERATED, classes=self._classes(told))
+        told, found = self.sample(pipe)
+        yield Group("generated", found, Kind.GENERATED, classes=self.classes(told))
         if pipe.condition_encoder is None or not pipe.denoiser.knows_no_condition:
             return
         other = 1.0 if pipe.config.guidance_scale != 1 else GUIDANCE
-        told, found = self._sample(pipe, guidance_scale=other)
-        yield Group(f"guidance {other:g}", found, Kind.VARIANT, "guidance", classes=self._classes(told))
+        told, found = self.sample(pipe, guidance_scale=other)
+        yield Group(f"guidance {other:g}", found, Kind.VARIANT, "guidance", classes=self.classes(told))
         nothing = pipe.denoiser.null_condition.detach().expand(self.num_models, -1)
         found = sample(pipe, 1, self.seed, nothing, "pt", guidance_scale=1.0)
         yield Group("without a condition", found, Kind.VARIANT)
 
-    def _sample(self, pipe: PDiffPipeline, **how: Any) -> tuple[Tensor | None, Tensor]:
+    def sample(self, pipe: PDiffPipeline, **how: Any) -> tuple[Tensor | None, Tensor]:
         """Conditions, drawn from those of training data, and what is generated for them, `(num_models, D)`."""
         if pipe.condition_encoder is None:
             return None, sample(pipe, self.num_models, self.seed, None, "pt", **how)
@@ -433,7 +425,8 @@ class Sets:
         for name, sweep, found, told in trivial(points, classes, self.num_models, self.seed, space):
             yield Group(f"{name}, {space}", networks(found), Kind.BASELINE, f"{sweep}, {space}", classes=told)
 
-    def _classes(self, table: Tensor | None) -> Tensor | None:
+    def classes(self, table: Tensor | None) -> Tensor | None:
+        """Those that conditions ask for, `(N,)`, where data have classes."""
         return None if table is None or self.judge.classes is None else table[:, self.judge.column]
 
     def _some(self, rows: Tensor) -> Tensor:

@@ -36,7 +36,6 @@ from .collecting import zoo_arguments
 from .config import PDiffConfig
 from .context import RunContext
 from .folder import Stage
-from .learning import generator_of_data
 from .tuning import load_tuning, make_regime, tune_arguments
 
 
@@ -57,7 +56,6 @@ def evaluate(context: RunContext, stage: Stage) -> None:
             snapshots, heldout = context.parameters, context.heldout
             options |= {"conditions": context.snapshot_conditions, "heldout": heldout, "latents": context.latents}
             options["data"] = context.data if c.collects else None
-            options["on_data"] = None if c.baselines == "few" else partial(generator_of_data, context, task)
         elif family.fields:
             snapshots, options["conditions"] = context.known_snapshots()
             regime = make_regime(

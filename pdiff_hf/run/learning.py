@@ -14,7 +14,6 @@ from transformers import PreTrainedModel
 from ..evaluation.closed_forms import mean_networks, tuned_ridge
 from ..evaluation.member_score import MemberScorer
 from ..evaluation.opponents import VALIDATION_EXAMPLES
-from ..layout import ParameterLayout
 from ..models import (
     DENOISER_PRESETS,
     ConditionEncoder,
@@ -216,7 +215,7 @@ def fit_denoiser(context: RunContext, stage: Stage) -> None:
         latents = torch.cat([latents, regressed])
         table = torch.cat([table, conditions.unsqueeze(1).expand(-1, table.shape[1], -1)])
     with context.loop(stage) as loop:
-        denoiser, scheduler, losses = _learn_denoiser(loop, latents, c, encoder, table)
+        denoiser, scheduler, losses = learn_denoiser(loop, latents, c, encoder, table)
     if not PartialState().is_main_process:
         return
     own, gaussian = losses[-LAST_LOSSES:].mean().item(), gaussian_loss(latents, scheduler)
@@ -247,27 +246,6 @@ def fit_denoiser(context: RunContext, stage: Stage) -> None:
     context.finish(stage, {"losses": losses.tolist(), "gaussian_loss": gaussian})
 
 
-def generator_of_data(context: RunContext, task: DataTask, data: torch.Tensor) -> PDiffPipeline:
-    """
-    The same denoiser, for the same conditions, on as many principal components of the training data themselves, shape
-    `(N, d)`, as a latent is long.
-    """
-    c, length = context.config, data.shape[1]
-    layout = ParameterLayout(("data",), ((length,),), ("float32",))
-    size = min(c.latent_dim, length)
-    autoencoder = ParameterAutoencoder(layout.to_dict(), latent_dim=size, block_out_channels=())
-    autoencoder.fit_parameter_statistics(data)
-    autoencoder.fit_latent_statistics(autoencoder.tokenize(data), scaling="together")
-    with context.accelerator() as accelerator:
-        loop = Loop(accelerator, named_seed(c.seed, "denoiser of data"))
-        encoder, _ = seen_encoder(context)
-        # Of the data themselves: equal ones have one network together.
-        table = None if encoder is None else context.fields.alternatives(task.conditions("train"))
-        denoiser, scheduler, _ = _learn_denoiser(loop, encode_in_batches(autoencoder, data), c, encoder, table)
-    sampler = make_sampling_scheduler(scheduler)
-    return PDiffPipeline(autoencoder, denoiser, sampler, condition_encoder=encoder, **c.sampling)
-
-
 def seen_encoder(context: RunContext) -> tuple[ConditionEncoder | None, torch.Tensor | None]:
     """
     An untrained encoder of the snapshots' conditions that knows the seen ones, and their table, of shape
@@ -283,7 +261,7 @@ def seen_encoder(context: RunContext) -> tuple[ConditionEncoder | None, torch.Te
     return encoder, table
 
 
-def _learn_denoiser(
+def learn_denoiser(
     loop: Loop, latents: torch.Tensor, c: PDiffConfig, encoder: ConditionEncoder | None, table: torch.Tensor | None
 ) -> tuple[LatentDenoiser, DDPMScheduler, torch.Tensor]:
     """The denoiser of latents `(N, L)`, what it was trained with, and its losses."""

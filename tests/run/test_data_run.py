@@ -27,6 +27,7 @@ from pdiff_hf import (
 from pdiff_hf.networks.runner import NetworkRunner
 from pdiff_hf.run.folder import RunError
 from pdiff_hf.run.trainer import execute, prepare
+from pdiff_hf.scripts.opponents import opponents, wanted_opponents
 from pdiff_hf.snapshots import align_snapshots, of_data, parameter_matrix
 from pdiff_hf.snapshots.files import _natural_order
 from pdiff_hf.snapshots.of_data import check_starts, fit_networks
@@ -37,7 +38,8 @@ SNIPPETS = Path(__file__).parents[2] / "docs" / "snippets"
 
 @pytest.fixture(scope="module")
 def context(tmp_path_factory):
-    context = prepare(PDiffConfig(**TINY_DATA, output_dir=str(tmp_path_factory.mktemp("fields") / "run")))
+    config = PDiffConfig(**TINY_DATA, output_dir=str(tmp_path_factory.mktemp("fields") / "run"))
+    context = prepare(config, extra_groups=wanted_opponents(config))
     execute(context)
     return context
 
@@ -148,7 +150,7 @@ class Repeated(Waves):
 def test_equal_data_have_one_network_and_keep_their_conditions():
     settings = {name: TINY_DATA[name] for name in TINY_DATA if name.startswith(("auto", "denoiser", "collect", "num_"))}
     settings |= {"base_epochs": 2, "base_batch_size": 10, "select": ["all"], "denoiser_args": {}, "latent_dim": 4}
-    trainer = PDiffTrainer(Repeated(), args=PDiffConfig(**settings))
+    trainer = PDiffTrainer(Repeated(), args=PDiffConfig(**settings), extra_groups=opponents)
     trainer.train()
     report = trainer.evaluate()
     assert len(trainer.context.seen) == 30 and report.splits["train"] == 33
