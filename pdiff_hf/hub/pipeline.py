@@ -20,7 +20,7 @@ from ..networks.adapters import ADAPTER_FOLDER, find_reference, has_adapters, pl
 from ..utils.errors import first_line, limited_modules
 from ..utils.files import is_disk_full
 from ..utils.names import TUNING, generator_folder
-from .push import PIPELINE_FILE, push_pipeline_to_hub
+from .push import PIPELINE_FILE, PushOptions, push_pipeline_to_hub
 
 # The longest schedule that is loaded: schedulers allocate memory for all steps. The longest ones in use have 1000.
 MAX_SCHEDULER_NUMBER = 1_000_000
@@ -45,7 +45,7 @@ def _check_repo_id(name: str | os.PathLike) -> None:
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline as Base
-    from typing_extensions import Self
+    from typing_extensions import Self, Unpack
 else:  # diffusers takes a `pipeline.py` only if there is one class of pipelines in it
     Base = object
 
@@ -179,30 +179,19 @@ class SavedPipeline(Base):
     def push_to_hub(
         self,
         repo_id: str,
-        commit_message: str = "Upload PDiffPipeline",
-        private: bool | None = None,
-        token: str | None = None,
-        create_pr: bool = False,
+        *,
         safe_serialization: bool = True,
         variant: str | None = None,
-        revision: str | None = None,
+        **options: "Unpack[PushOptions]",
     ) -> str:
         """
         Like diffusers' own, but in one commit with the file of the pipeline's class, as `pipeline.py`, and with a model
         card that says what the pipeline generates. A card that the repository has already is kept. Returns the commit's
-        address.
+        address. `options` are those of [`~pdiff_hf.hub.push.PushOptions`].
 
         Raises:
             HubError: if it cannot be pushed; no partial upload is published, and the push can be repeated.
         """
         with tempfile.TemporaryDirectory() as folder:
             self.save_pretrained(folder, safe_serialization, variant)
-            return push_pipeline_to_hub(
-                folder,
-                repo_id,
-                private=private,
-                revision=revision,
-                token=token,
-                create_pr=create_pr,
-                commit_message=commit_message,
-            )
+            return push_pipeline_to_hub(folder, repo_id, **options)
