@@ -186,9 +186,9 @@ class Scorer(ABC, Generic[S]):
             for i, key in enumerate(known):
                 if key in missing:
                     _fill(scores, missing.pop(key), chunk, i)
-        keys, what = list(missing), f"{self.metric.name} on {split}"
+        keys, what, is_shown = list(missing), f"{self.metric.name} on {split}", bool(missing) and not self.classifies
         size = max(1, min(self.chunk_size, CHUNK_BYTES // (4 * self.layout.num_parameters)))
-        with tqdm(total=len(keys), desc=what, unit="network", disable=not keys, leave=False) as progress:
+        with tqdm(total=len(keys), desc=what, unit="network", disable=not is_shown, leave=False) as progress:
             for start in range(0, len(keys), size):
                 part = keys[start : start + size]
                 computed = vars(self._compute(split, torch.stack([parameters[missing[key][0]] for key in part]), part))
@@ -299,7 +299,8 @@ class ClassifierScorer(Scorer[ClassifierScores]):
         scores = self._empty(split, len(parameters), device if size <= GPU_MEMORY_BUDGET else None)
         parts = predict_logits(self.task, self.models, split, self.complete(parameters))
         total, is_main = scores.predictions.numel(), PartialState().is_main_process
-        with tqdm(total=total, unit="pass", unit_scale=True, disable=not is_main, leave=False) as progress:
+        what = f"{self.metric.name} on {split}"
+        with tqdm(total=total, desc=what, unit="pass", unit_scale=True, disable=not is_main, leave=False) as progress:
             for rows, examples, logits, labels in parts:
                 log_probs = logits.float().log_softmax(-1)
                 predictions = logits.argmax(-1).masked_fill(log_probs.isnan().any(-1), -1)

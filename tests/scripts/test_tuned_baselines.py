@@ -128,8 +128,9 @@ def test_they_stand_in_the_report_of_a_tuned_generator(tmp_path, without_figures
     assert {"tuned Gaussian 0.25", "SWAG, 30 steps", "SWAG, best of 4"} <= tuned
     assert f"of {len(tuned)} (accuracy and novelty)" in report.verdict[2]
     # 20,000 passes less those of the search are those of networks that take 30 steps of 50 images.
-    lines = report.to_markdown().partition("The same feedback")[2].splitlines()
-    paid = {line.split("|")[1].strip(): line.split("|")[-2].strip() for line in lines if "| SWAG" in line}
+    section = report.to_markdown().partition("The same feedback")[2].partition("</details>")[0]
+    lines = [line.split("|") for line in section.splitlines() if "| SWAG" in line]
+    paid = {cells[1].strip(): cells[-2].strip() for cells in lines}
     assert paid["SWAG, best of 4"] == "100" and {"SWAG, 30 steps", "SWAG, best of 16"} < paid.keys()
     # The generator's own curve: neither a baseline, nor in the small table.
     curve = {row.value for row in report.of_kind(Kind.VARIANT) if row.sweep == "generated at other temperatures"}
