@@ -86,6 +86,9 @@ class RunContext:
             settings |= {"select": self.config.select, "exclude": self.config.exclude}
         if name == "evaluate" and self.extra_groups is not None:
             settings["extra_groups"] = self.extra_groups.__name__
+        elif name == "evaluate" and (record := self.files.record(self.stages[name])) is not None:
+            known = record["settings"]  # a report with further groups serves whoever asks for none
+            settings = known if settings | {"extra_groups": known.get("extra_groups")} == known else settings
         return settings
 
     @cached_property

@@ -5,7 +5,7 @@ import json
 
 import pytest
 import torch
-from reproduce.extra_groups import vae
+from reproduce.extra_groups import hyper_representations, vae
 from safetensors.torch import load_file
 
 from pdiff_hf import PDiffPipeline
@@ -45,8 +45,9 @@ def test_extra_groups_stand_in_the_report_and_belong_to_it(tmp_path):
     report = Report.load(run.folder / "evaluation")
     assert report.group("vae").n == 1 and report.group("vae").verdict is not None
     assert len(list((run.folder / "evaluation").glob("*.png"))) == 6
-    assert not prepare(dataclasses.replace(settings, overwrite_output_dir=True)).is_finished("evaluate")
-
+    assert prepare(settings).is_finished("evaluate")  # it has all that others have
+    with pytest.raises(RunError, match="extra_groups"):
+        prepare(settings, extra_groups=hyper_representations)
     again = prepare(dataclasses.replace(settings, num_models=4, overwrite_output_dir=True))
     execute(again)
     assert Report.load(run.folder / "evaluation").generated.n == 4
