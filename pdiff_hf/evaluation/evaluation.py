@@ -41,7 +41,7 @@ def evaluate(
     baselines: str = "few",
     scorer: Scorer | None = None,
     extra_groups: ExtraGroups = (),
-    losses: Mapping[str, Mapping[str, Sequence[float]]] | None = None,
+    losses: Mapping[str, Sequence[float]] | None = None,
     settings: Mapping[str, Any] | None = None,
     warnings: Sequence[str] = (),
     outputs: Mapping[str, float] | None = None,
@@ -69,7 +69,7 @@ def evaluate(
         scorer (`Scorer`, *optional*): For a single task, one that keeps scores; with it come base model and layout.
         extra_groups (`Iterable[Group | Pending]` or `Callable`, *optional*): Further groups, each made when it is asked
             for; or a function that gives them for the [`SingleTask`], [`Members`] or [`Sets`] that is compared.
-        losses (`Mapping`, *optional*): The loss at every step, by panel and curve, for a figure.
+        losses (`Mapping`, *optional*): The loss at every step, by network, for a figure.
         settings (`Mapping`, *optional*): To be kept in the report.
         warnings (`Sequence[str]`, *optional*): What else a reader has to know.
         outputs (`Mapping`, *optional*): How reconstructions compute, to stand beside what they explain.

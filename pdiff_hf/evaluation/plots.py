@@ -8,7 +8,6 @@ import contextlib
 import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +53,7 @@ def draw_figures(
     generated: Tensor | None = None,
     tensor_sizes: Sequence[int] = (),
     latents: Mapping[str, Tensor] | None = None,
-    losses: Mapping[str, Mapping[str, Sequence[float]]] | None = None,
+    losses: Mapping[str, Sequence[float]] | None = None,
     sheet: Mapping[str, Tensor] | None = None,
 ) -> None:
     """
@@ -67,7 +66,7 @@ def draw_figures(
             `(N, D)`.
         tensor_sizes (`Sequence[int]`): How many of the D parameters each tensor has.
         latents (`Mapping[str, torch.Tensor]`, *optional*): `snapshots` `(K, L)` and `generated` `(N, L)`.
-        losses (`Mapping[str, Mapping[str, Sequence[float]]]`, *optional*): The loss at every step, by panel and curve.
+        losses (`Mapping[str, Sequence[float]]`, *optional*): The loss at every step, by network.
         sheet (`Mapping[str, torch.Tensor]`, *optional*): Images `(N, C, H, W)` from 0 to 1 of some sets of data.
     """
     folder, title = Path(folder), metric_title(report.metric)
@@ -299,34 +298,30 @@ def plot_latent_pca(path: str | os.PathLike, snapshots: Tensor, generated: Tenso
         axes.figure.legend(**LEGEND)
 
 
-def plot_loss_curves(path: str | os.PathLike, panels: Mapping[str, Mapping[str, Sequence[float]]]) -> None:
+def plot_loss_curves(path: str | os.PathLike, panels: Mapping[str, Sequence[float]]) -> None:
     """
     The loss at every training step, one panel a network, on a logarithmic scale where all losses are positive. Curves
     of more than 100 points are drawn pale, with the mean over a fiftieth of their length around each step on top.
 
     Args:
         path (`str` or `os.PathLike`): Of the PNG.
-        panels (`Mapping`): Title of the panel to name of the curve to its losses.
+        panels (`Mapping`): Title of the panel to the losses.
     """
     figure = Figure(figsize=(WIDTH, 0.4 + 2.6 * len(panels)), layout="constrained")
-    for axes, (title, curves) in zip(figure.subplots(len(panels), squeeze=False)[:, 0], panels.items(), strict=True):
-        looks = zip(cycle((OTHERS[0], GENERATED, *OTHERS[1:])), cycle(("-", "--", "-.", ":")), strict=False)
-        for (name, curve), (colour, style) in zip(curves.items(), looks, strict=False):
-            losses = np.asarray(curve, dtype=float)
-            steps, window = np.arange(1, len(losses) + 1), len(losses) // 50
-            if len(losses) > 100:
-                axes.plot(steps, losses, color=colour, alpha=0.25, linewidth=0.8)
-                steps = steps[window // 2 :][: len(losses) - window + 1]
-                losses = np.convolve(losses, np.full(window, 1 / window), mode="valid")
-            axes.plot(steps, losses, color=colour, linestyle=style, linewidth=1.8, label=name)
-        if all((np.asarray(line.get_ydata()) > 0).all() for line in axes.lines):
+    for axes, (title, curve) in zip(figure.subplots(len(panels), squeeze=False)[:, 0], panels.items(), strict=True):
+        losses = np.asarray(curve, dtype=float)
+        if (losses > 0).all():
             axes.set_yscale("log")
+        steps, window = np.arange(1, len(losses) + 1), len(losses) // 50
+        if len(losses) > 100:
+            axes.plot(steps, losses, color=OTHERS[0], alpha=0.25, linewidth=0.8)
+            steps = steps[window // 2 :][: len(losses) - window + 1]
+            losses = np.convolve(losses, np.full(window, 1 / window), mode="valid")
+        axes.plot(steps, losses, color=OTHERS[0], linewidth=1.8)
         axes.set_title(title, fontsize="medium")
         axes.set_xlabel("training step")
         axes.set_ylabel("loss")
         axes.grid(alpha=0.3, which="both")
-        if len(curves) > 1:  # of one curve, the title says it
-            axes.legend(fontsize="small")
     figure.savefig(path, dpi=DPI, format="png")
 
 

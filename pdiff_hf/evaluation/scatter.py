@@ -19,7 +19,7 @@ from .report_data import ReportData, as_tensor
 
 SNAPSHOTS, GENERATED = "#000000", "#D55E00"
 OTHERS = ("#0072B2", "#009E73", "#E69F00", "#56B4E9", "#CC79A7")  # their yellow is too pale for thin marks on white
-MARKERS = ("s", "^", "D", "v", "P", "X", "<", ">", "p", "h")
+MARKERS = ("s", "^", "D", "v", "P", "X", "<", ">", "p")  # no multiple of the colours
 DPI, WIDTH = 150, 6.4
 LEGEND: dict[str, Any] = {"loc": "outside lower center", "ncols": 3, "fontsize": "small", "frameon": False}
 JITTER = 0.01  # of the axis, so that points which coincide can be seen
@@ -98,9 +98,7 @@ def draw_scatter(
         axis_limits(2 * error, snapshots.accuracy, generated.accuracy, own[1], band, ends=(0, 100)),
     )
     axes.axhspan(*band.tolist(), color=SNAPSHOTS, alpha=0.07, linewidth=0, label="sampling error (95%)")
-    # Each colour returns with another marker and another line, four times.
-    lines = [line for line in ("-", "--", "-.", ":") for _ in OTHERS]
-    styles = cycle(zip(OTHERS * 4, (*MARKERS, *MARKERS[1:], MARKERS[0]), lines, strict=True))
+    styles = zip(cycle(OTHERS), cycle(MARKERS), strict=False)  # a colour returns with another marker
     # The networks of these are drawn one by one too: colour, marker, its size, and how far in front.
     fixed = {snapshots.family: (SNAPSHOTS, "o", 9, 4), generated.family: (GENERATED, "*", 16, 5)}
     jitter, outside = np.random.default_rng(0), 0
@@ -116,7 +114,7 @@ def draw_scatter(
             )
             axes.scatter(x, y, s=8, color=colour, alpha=0.35, linewidths=0)
         else:
-            (colour, marker, line), size, on_top = next(styles), 6, 3
+            (colour, marker), line, size, on_top = next(styles), "-", 6, 3
         outside += sum(not all(lo <= m <= hi for m, (lo, hi) in zip(point, limits, strict=True)) for point in drawn)
         look: dict[str, Any] = {"color": colour, "marker": marker, "markersize": size, "markeredgecolor": "white"}
         axes.plot(*zip(*places, strict=True), **look, ls=line, linewidth=1.2, zorder=on_top, label=family)

@@ -123,13 +123,13 @@ def untuned_pipeline(context: RunContext) -> PDiffPipeline:
     return pipeline
 
 
-def _losses(context: RunContext) -> dict[str, dict[str, list[float]]]:
+def _losses(context: RunContext) -> dict[str, list[float]]:
     """The losses of the networks that were trained, for a figure."""
     losses = {}
     for name, title in (("base", "base model"), ("autoencoder",) * 2, ("denoiser",) * 2, ("tune", "tuning")):
         record = context.files.record(context.stages[name]) if context.is_finished(name) else None
         if record is not None and record["results"].get("losses"):
-            losses[title] = {"loss": record["results"]["losses"]}
+            losses[title] = record["results"]["losses"]
     return losses
 
 
