@@ -7,7 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import psutil
 import torch
@@ -96,10 +96,7 @@ class ClassifierScores(Scores):
         return self.predictions != self.labels
 
 
-S = TypeVar("S", bound=Scores)
-
-
-class Scorer(ABC, Generic[S]):
+class Scorer(ABC):
     """
     Scores networks that differ in the tensors of a layout, each of them once. [`make_scorer`] makes the one for a task.
 
@@ -151,21 +148,21 @@ class Scorer(ABC, Generic[S]):
         return parameters if self._statistics is None else self._statistics(parameters)
 
     @abstractmethod
-    def _empty(self, split: Split, num_networks: int) -> S:
+    def _empty(self, split: Split, num_networks: int) -> Scores:
         """Room for the scores of so many networks."""
 
     @abstractmethod
-    def _run(self, split: Split, parameters: Tensor) -> S:
+    def _run(self, split: Split, parameters: Tensor) -> Scores:
         """Scores networks, at least one, in one pass."""
 
-    def check_memory(self, split: Split, num_networks: int) -> None:
+    def check_memory(self, split: Split, num_networks: int) -> None:  # noqa: B027  # one number needs no check
         """Raises a `ValueError` if the scores of so many networks would take more than half of the free memory."""
 
     def num_examples(self, split: Split) -> int:
         """How many examples a split has."""
         return len(self.task.load_split(split))  # type: ignore[arg-type]  # map-style, so that it has a length
 
-    def score(self, split: Split, parameters: Matrix | Sequence[Tensor]) -> S:
+    def score(self, split: Split, parameters: Matrix | Sequence[Tensor]) -> Scores:
         """
         Scores of networks on a split of the task.
 
@@ -197,7 +194,7 @@ class Scorer(ABC, Generic[S]):
                 progress.update(len(part))
         return scores
 
-    def _compute(self, split: Split, parameters: Tensor, keys: list[str]) -> S:
+    def _compute(self, split: Split, parameters: Tensor, keys: list[str]) -> Scores:
         """Runs the networks, on all processes that help, and writes their scores to the cache."""
         if self._has_help:
             broadcast_object_list([(split, parameters)])
@@ -211,7 +208,7 @@ class Scorer(ABC, Generic[S]):
                 save_file(vars(scores), part, metadata={"keys": " ".join(keys)})
         return scores
 
-    def _run_share(self, split: Split, parameters: Tensor) -> S | None:
+    def _run_share(self, split: Split, parameters: Tensor) -> Scores | None:
         """Every process runs its share of the networks; the main one gets the scores of all."""
         state = PartialState()
         share = parameters.tensor_split(state.num_processes)[state.process_index]  # the first ones are not empty
@@ -256,7 +253,7 @@ class Scorer(ABC, Generic[S]):
                 yield file.metadata()["keys"].split(), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
 
 
-class ClassifierScorer(Scorer[ClassifierScores]):
+class ClassifierScorer(Scorer):
     """Scores classifiers, and keeps what they say about every example."""
 
     task: ClassificationTask
@@ -311,7 +308,7 @@ class ClassifierScorer(Scorer[ClassifierScores]):
         return ClassifierScores(**{name: values.cpu() for name, values in vars(scores).items()})
 
 
-class MeasuredScorer(Scorer[MeasuredScores]):
+class MeasuredScorer(Scorer):
     """Scores networks that are judged by one number over a split, such as detectors."""
 
     task: MeasuredTask
