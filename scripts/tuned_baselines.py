@@ -17,16 +17,14 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from pdiff_hf.evaluation import Cost, Group, Kind
-from pdiff_hf.evaluation.baselines import BaselineContext, diagonal_gaussian, low_rank_gaussian
+from pdiff_hf.evaluation.baselines import diagonal_gaussian, low_rank_gaussian
 from pdiff_hf.evaluation.geometry import mean_of
 from pdiff_hf.evaluation.groups import named_generator, search, training_cost
-from pdiff_hf.evaluation.score import Scorer
 from pdiff_hf.evaluation.single_task import SingleTask
-from pdiff_hf.models import ParameterAutoencoder
 from pdiff_hf.networks.runner import NetworkRunner
 from pdiff_hf.tasks import ClassificationTask
 from pdiff_hf.tasks.task import Batch, load_batch
-from pdiff_hf.training.ensembles import Tuning, validation_batch, validation_loss
+from pdiff_hf.training.ensembles import validation_batch, validation_loss
 from pdiff_hf.utils.seeds import derive_seed
 
 GAUSSIAN_LEARNING_RATES = (0.003, 0.01, 0.03, 0.1)
@@ -39,44 +37,27 @@ TEMPERATURES = {"few": (0.5, 1.0), "all": (0.25, 0.5, 0.75, 1.0, 1.5)}
 
 def tuned_baselines(compared: Any) -> Iterator[Group]:
     """Those that a report on a tuned generator has; none for others."""
-    if not isinstance(compared, SingleTask) or compared.tuning is None or not compared.baseline_models:
-        return
-    assert compared.pipeline is not None
-    sizes, autoencoder = (compared.baseline_models, compared.baselines), compared.pipeline.autoencoder
-    made = TunedBaselines(compared.scorer, autoencoder, compared.context, compared.tuning, *sizes, compared.seed)
-    yield from made.groups()
+    if isinstance(compared, SingleTask) and compared.tuning is not None and compared.baseline_models:
+        yield from TunedBaselines(compared).groups()
 
 
 class TunedBaselines:
     """
     Makes trivial generators with the feedback that a generator got: batches of the training split, the same for all
-    networks.
+    networks; the validation split selects.
 
     Args:
-        scorer (`Scorer`): Of the task; its validation split selects.
-        autoencoder (`ParameterAutoencoder`): Of the generator.
-        context (`BaselineContext`): The snapshots that generators see, with their latents.
-        tuning (`Tuning`): How the generator was tuned.
-        num_models (`int`): Networks of each.
-        which (`str`): `all` or `few` temperatures.
-        seed (`int`).
+        compared (`SingleTask`): With a pipeline and how it was tuned.
     """
 
-    def __init__(
-        self,
-        scorer: Scorer,
-        autoencoder: ParameterAutoencoder,
-        context: BaselineContext,
-        tuning: Tuning,
-        num_models: int,
-        which: str,
-        seed: int,
-    ):
+    def __init__(self, compared: SingleTask):
+        scorer, self.context, self.seed = compared.scorer, compared.context, compared.seed
         assert isinstance(scorer.task, ClassificationTask)  # nothing else is tuned
-        assert context.latents is not None
-        self.scorer, self.autoencoder, self.context, self.tuning = scorer, autoencoder, context, tuning
-        self.num_models, self.temperatures, self.seed = num_models, TEMPERATURES[which], seed
-        self.task, self.latents, self.mean = scorer.task, context.latents, mean_of(context.snapshots).float()
+        assert compared.pipeline is not None and compared.tuning is not None and self.context.latents is not None
+        self.scorer, self.autoencoder, self.tuning = scorer, compared.pipeline.autoencoder, compared.tuning
+        self.num_models, self.temperatures = compared.baseline_models, TEMPERATURES[compared.baselines]
+        self.task, self.latents = scorer.task, self.context.latents
+        self.mean = mean_of(self.context.snapshots).float()
         self.networks = NetworkRunner(scorer.models.model, scorer.layout)
         self.device = next(scorer.models.model.parameters()).device
         self.unseen = validation_batch(self.task, self.device)

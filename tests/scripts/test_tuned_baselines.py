@@ -14,6 +14,7 @@ from pdiff_hf.evaluation import Cost, Kind
 from pdiff_hf.evaluation.baselines import BaselineContext, low_rank_gaussian
 from pdiff_hf.evaluation.groups import named_generator, search
 from pdiff_hf.evaluation.score import make_scorer
+from pdiff_hf.evaluation.single_task import SingleTask
 from pdiff_hf.scripts.tuned_baselines import BEST_OF, TEMPERATURES, TunedBaselines, tuned_baselines
 from pdiff_hf.training.ensembles import EnsembleObjective, Tuning
 
@@ -28,31 +29,23 @@ def without_figures(monkeypatch):
     monkeypatch.setattr("pdiff_hf.evaluation.plots.draw_figures", lambda *args, **kwargs: None)
 
 
+def baselines(scorer, folder) -> TunedBaselines:
+    snapshots = digits_snapshots()
+    pipeline = digits_pipeline(scorer, snapshots).to(next(scorer.models.model.parameters()).device)
+    options = {"tuning": TUNING, "baseline_models": COUNT, "baselines": "few", "seed": 0, "num_models": 1}
+    return TunedBaselines(SingleTask(scorer, pipeline, snapshots, folder, **options))
+
+
 @pytest.fixture(scope="module")
-def groups():
-    scorer, snapshots = digits(), digits_snapshots()
-    autoencoder = digits_pipeline(scorer, snapshots).autoencoder
-    with torch.no_grad():
-        latents = autoencoder.encode(snapshots).latents
-    baselines = TunedBaselines(
-        scorer, autoencoder, BaselineContext(snapshots, latents=latents), TUNING, COUNT, "few", 0
-    )
-    return {group.name: group for group in baselines.groups()}
+def groups(tmp_path_factory):
+    return {group.name: group for group in baselines(digits(), tmp_path_factory.mktemp("tuned")).groups()}
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_a_gpu_gives_the_same_groups(groups):
+def test_a_gpu_gives_the_same_groups(groups, tmp_path):
     """Its own random numbers tune them, but they have the same names and are as many."""
     scorer = make_scorer(digits().task, deepcopy(digits().models.model).to("cuda"), digits().layout)
-    snapshots = digits_snapshots()
-    autoencoder = digits_pipeline(scorer, snapshots).autoencoder
-    with torch.no_grad():
-        latents = autoencoder.encode(snapshots).latents
-    autoencoder.to("cuda")
-    baselines = TunedBaselines(
-        scorer, autoencoder, BaselineContext(snapshots, latents=latents), TUNING, COUNT, "few", 0
-    )
-    found = {group.name: group.networks for group in baselines.groups()}
+    found = {group.name: group.networks for group in baselines(scorer, tmp_path).groups()}
     assert found.keys() == groups.keys()
     assert all(parameters.shape == groups[name].networks.shape for name, parameters in found.items())
 
