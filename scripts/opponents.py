@@ -234,26 +234,6 @@ def hypernetworks(
     yield name, partial(best, regime, name, lambda: copy.deepcopy(fitted()), args, rates, once, regime.size)
 
 
-def fit_latents(
-    module: GeneratedNetworks,
-    latents: torch.Tensor,
-    conditions: Callable[[torch.Tensor], torch.Tensor],
-    num_steps: int,
-    noise: torch.Generator,
-) -> None:
-    """Trains a deterministic network from `conditions(rows)` to those rows of the latents, `(K, L)`, by weights."""
-    optimizer = torch.optim.AdamW(module.generator.parameters(), lr=1e-3, weight_decay=0)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, num_steps)
-    for _ in range(num_steps):
-        rows = torch.randint(len(latents), (64,), generator=noise)
-        answers = module.sample_latents(conditions(rows), torch.Generator(latents.device))
-        loss = (answers - latents[rows]).square().mean()
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        schedule.step()
-
-
 def _fit_hypernetwork(
     regime: Regime, generated: GeneratedNetworks, latents: torch.Tensor, table: torch.Tensor, num_steps: int
 ) -> nn.Module:
@@ -271,8 +251,17 @@ def _fit_hypernetwork(
         regime.networks,
         regime.family.predict,
     ).to(latents.device)
+    optimizer = torch.optim.AdamW(module.generator.parameters(), lr=1e-3, weight_decay=0)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, num_steps)
     noise = torch.Generator().manual_seed(named_seed(regime.seed, "hypernetwork"))
-    fit_latents(module, latents, lambda rows: table[rows], num_steps, noise)
+    for _ in range(num_steps):
+        rows = torch.randint(len(latents), (64,), generator=noise)
+        answers = module.sample_latents(table[rows], torch.Generator(latents.device))
+        loss = (answers - latents[rows]).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
     return module
 
 
