@@ -217,7 +217,9 @@ def conditions_of_paths(paths: Sequence[str | os.PathLike], pattern: str) -> tup
         name: read_column(Column(f"paths with {pattern}", name, "category", [one[name] for one in found], rows))
         for name in expression.groupindex
     }
-    conditions = [{name: values[i] for name, (values, _) in columns.items()} for i in range(len(found))]
+    conditions: list[Condition] = [
+        {name: values[i] for name, (values, _) in columns.items()} for i in range(len(found))
+    ]
     return networks, conditions, Fields({name: field for name, (_, field) in columns.items()})
 
 

@@ -87,7 +87,7 @@ def find_hidden_units(task: Task, model: nn.Module, layout: ParameterLayout) -> 
         found: list[torch.Tensor] = []
 
         def call(*args: Any, **kwargs: Any) -> Any:
-            output = functional_call(model, tensors, args, kwargs)
+            output = functional_call(model, dict(tensors), args, kwargs)
             found.extend(leaf.flatten().float() for leaf in tree_leaves(output) if isinstance(leaf, torch.Tensor))
             return output
 
@@ -161,5 +161,5 @@ def _units(model: nn.Module, names: list[str]) -> HiddenUnits:
         for name, tensor in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)):
             if tensor.ndim and len(tensor) % size == 0:
                 axes.append(Axis(f"{prefix}.{name}", 0, len(tensor) // size))
-    block, rest = divmod(last.weight.shape[1], size)  # type: ignore[union-attr,operator]
+    block, rest = divmod(last.weight.shape[1], size)  # type: ignore[union-attr,operator,index]
     return HiddenUnits(size, [*axes, Axis(f"{names[-1]}.weight", 1, 0 if rest else block)])
