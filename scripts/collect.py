@@ -8,7 +8,7 @@ Collects snapshots of a network, without training a generator for them.
     python scripts/collect.py ... --import FOLDER --path_fields '_(?P<label>[0-9])_'   # the class is in the path
     python scripts/collect.py ... --conditions TABLE.csv   # networks or adapters, with what each of them is for
 
-Keys and flags are those of scripts/train.py, which goes on from here with the same ones.
+Keys and flags are those of scripts/train.py, which continues from here with the same ones.
 """
 
 import tempfile

@@ -1,7 +1,7 @@
 """
 Compares a generator of networks with trivial ones, and looks for copies of the networks that it was made from.
 
-    python scripts/evaluate.py outputs/digits --snapshots outputs/digits/snapshots --dataset digits
+    python scripts/evaluate.py outputs/digits --snapshots outputs/digits/snapshots --dataset moving_digits
     python scripts/evaluate.py FOLDER_OF_STATE_DICTS --snapshots DIR --model BASE_MODEL --dataset DATASET
     python scripts/evaluate.py TABLE.csv --family transformed --snapshots ZOO --model BASE_MODEL --dataset DATASET
 

@@ -16,7 +16,6 @@ import yaml
 from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError
-from matplotlib import rc_context
 
 from pdiff_hf import LayoutError, PDiffPipeline
 from pdiff_hf.evaluation import Kind
@@ -31,7 +30,7 @@ from pdiff_hf.run.cli import load_config
 from pdiff_hf.run.collecting import zoo_arguments
 from pdiff_hf.run.export import write_parameters
 from pdiff_hf.scripts.on_demand import TRAINED, AtWork, Choice, as_code, in_words
-from pdiff_hf.scripts.watch import LETTERS
+from pdiff_hf.scripts.watch import LETTERS, drawing
 from pdiff_hf.snapshots import load_snapshots, parameter_matrix
 from pdiff_hf.snapshots.dataset import condition_table
 from pdiff_hf.tasks import ClassificationTask
@@ -154,7 +153,7 @@ def _load_task(source: Source, recipe_file: Path, folder: Path | None) -> None:
 
 def compare(source: Source, choice: Choice, path: Path, scores: ClassifierScores | None = None) -> str:
     """
-    Draws similarities and accuracies, or for a family accuracies along a field, to `path` where there are any, and
+    Draws similarities and accuracies, or for a family accuracies along a field, to `path`, if there are any, and
     returns what the reader needs to know about them.
 
     Args:
@@ -162,7 +161,7 @@ def compare(source: Source, choice: Choice, path: Path, scores: ClassifierScores
     """
     report, at_work = source.report, source.at_work
     texts = [] if scores is None or at_work is None else [at_work.describe(choice, scores)]
-    with rc_context(LETTERS):
+    with drawing(**LETTERS):
         if report is not None and report.fields:
             plot_field(report, path)
             if along := next((name for name in report.conditions if name in report.fields), None):
@@ -227,7 +226,7 @@ def how_to_load(source: Source, whole: bool, condition: Condition | None = None)
 
 
 def with_scheduler(source: Source, name: str) -> PDiffPipeline:
-    """A pipeline of one's own, because another reader may have chosen another scheduler; for the same diffusion."""
+    """A copy of the pipeline with a scheduler for the same diffusion; another reader may have chosen another."""
     pipe, own = copy.copy(source.pipe), source.pipe.scheduler
     scheduler_class, settings = SCHEDULERS[name]
     pipe.scheduler = (scheduler_class or type(own)).from_config(own.config, **settings)

@@ -9,7 +9,7 @@ Reproduces a table or figure of the paper: its rows as runs, and the paper's num
     python scripts/reproduce.py table1 --scale paper                        # the paper's data sets and its Table 5
 
 The table is in OUTPUT_DIR/NAME, the runs that it is made from in OUTPUT_DIR/runs. What is finished is reused, by other
-tables too; an experiment that was stopped goes on with the same command.
+tables too; an experiment that was stopped continues with the same command.
 """
 
 import argparse
@@ -66,7 +66,7 @@ def main() -> None:
             print((folder / "table.md").read_text(encoding="utf-8"))
             print(f"The table is in {folder}.")
     except KeyboardInterrupt:
-        sys.exit("\nstopped; the same command goes on where it was")
+        sys.exit("\nstopped; the same command continues where it stopped")
 
 
 if __name__ == "__main__":

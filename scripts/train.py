@@ -6,7 +6,7 @@ Turns a network's training run into a generator of new, working networks, and sa
     accelerate launch scripts/train.py scripts/recipes/fashion_mnist.yaml # a recipe
     accelerate launch scripts/train.py RECIPE.yaml --num_snapshots 100    # with something changed
     accelerate launch scripts/train.py --stages denoiser evaluate         # some stages only
-    accelerate launch scripts/train.py --resume_from_checkpoint latest    # go on where a run was stopped
+    accelerate launch scripts/train.py --resume_from_checkpoint latest    # continue a run that was stopped
     accelerate launch scripts/train.py --push_to_hub --hub_model_id user/name  # publish the generator with its report
     accelerate launch --quiet scripts/train.py ...                 # without the launcher's traceback after an error
 

@@ -1,5 +1,8 @@
 """What the page draws of networks that are sampled: the reverse process, and the parameters."""
 
+import contextlib
+import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,8 +24,17 @@ WATCHED_EXAMPLES = 500  # test examples for the accuracy along the way
 HEAT_MAP_ROWS, HEAT_MAP_COLUMNS = 50, 512
 # For the figures of a report, so that a phone shows legible letters, and legends still fit.
 LETTERS = {"font.size": 14, "legend.handlelength": 1.2, "legend.handletextpad": 0.5, "legend.columnspacing": 1.0}
+_DRAWING = threading.Lock()
 
 
+@contextlib.contextmanager
+def drawing(**settings: object) -> Iterator[None]:
+    """The settings of matplotlib are those of the whole process, and readers may come together: one draws at a time."""
+    with _DRAWING, rc_context(settings):
+        yield
+
+
+@drawing()
 def draw_heat_map(source: "Source", parameters: torch.Tensor, path: Path) -> None:
     """
     Draws how far the parameters of networks, shape `(N, D)`, lie from the mean of the snapshots, in units of each
@@ -74,7 +86,7 @@ class Watcher:
             self.accuracies.append(scores.values)
             self.num_examples = len(scores.labels)
 
-    @rc_context(LETTERS)
+    @drawing(**LETTERS)
     def draw_distances(self, path: Path) -> None:
         figure = Figure(figsize=(6.4, 4.2), layout="constrained")  # as the figure of the accuracies beside it
         axes = figure.subplots()
@@ -86,7 +98,7 @@ class Watcher:
         axes.grid(alpha=0.3)
         figure.savefig(path, dpi=150)
 
-    @rc_context(LETTERS)
+    @drawing(**LETTERS)
     def draw_accuracies(self, path: Path) -> None:
         name, accuracy = self.reference
         plot_reverse_process(path, self.steps, torch.stack(self.accuracies, 1), accuracy, self.num_examples, name)

@@ -54,7 +54,7 @@ class Spent:
 class Members:
     """
     Networks for unseen members of a family, beside what answers to a condition without a generator. All processes take
-    part, because opponents are trained; an evaluation that was stopped goes on with its cache.
+    part, because opponents are trained; an evaluation that was stopped continues with its cache.
 
     Args:
         family (`Family`), networks (`NetworkRunner`): The tasks, and what runs networks on them.

@@ -255,7 +255,7 @@ def _about_tuning(tuning: dict[str, Any]) -> str:
         "2. Tuned mean: the snapshots' mean, trained with as many passes, and the snapshots' Gaussian around it. Tuned "
         "Gaussian: one over the generator's own latents, tuned on the same objective. SWAG: its samples, each trained "
         "for some steps, or the best of some on validation data. Validation chooses learning rates, whose trial is "
-        "counted. Break-even: after so many networks the generator has taken fewer passes."
+        "counted. Break-even: the number of networks from which the generator has taken fewer passes."
     )
 
 

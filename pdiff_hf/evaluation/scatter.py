@@ -50,7 +50,7 @@ def scatter_group(report: ReportData, name: str, family: str) -> ScatterGroup:
 
 
 def sampling_error(accuracy: float, num_examples: int) -> float:
-    """Half the width of the 95% interval of an accuracy in percent that was measured on so many examples."""
+    """Half the width of the 95% interval of an accuracy in percent that was measured on `num_examples` examples."""
     share = min(max(accuracy / 100, 1 / num_examples), 1 - 1 / num_examples) if num_examples > 1 else 0.5
     return 196 * math.sqrt(share * (1 - share) / num_examples)
 

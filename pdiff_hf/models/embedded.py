@@ -5,6 +5,7 @@ import importlib.util
 import json
 import logging
 import os
+import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +32,9 @@ KNOWN_MODULES = ("Transformer", "Pooling", "Normalize")
 MEMORIES = 20_000  # embeddings that are kept
 
 logger = logging.getLogger(__name__)
+
+# Tokenizers keep from call to call how long a text may be, and threads may share one.
+_TOKENIZING = threading.Lock()
 
 
 @dataclass(frozen=True)
@@ -192,10 +196,11 @@ def embed_text(field: TextField, text: str) -> tuple[float, ...]:
         ConditionError: for an encoder that cannot be loaded.
     """
     tokenizer, model = load_encoder(field.encoder, field.revision)
-    whole = len(tokenizer(text)["input_ids"])
+    with _TOKENIZING:
+        whole = len(tokenizer(text)["input_ids"])
+        tokens = tokenizer(text, truncation=True, max_length=field.max_length, return_tensors="pt")
     if whole > field.max_length:
         logger.warning("of %s, the first %d of %d tokens are read", shown(text), field.max_length, whole)
-    tokens = tokenizer(text, truncation=True, max_length=field.max_length, return_tensors="pt")
     with torch.no_grad():
         states = model(**tokens).last_hidden_state[0].float()  # (tokens, E)
     pooled = states.mean(0) if field.pooling == "mean" else states[0]

@@ -73,7 +73,11 @@ class ConfigParser(argparse.ArgumentParser):
         if recipe is None and not flags.keys() & {"model", "task"}:
             recipe = self.default_recipe
         try:
-            config = _config(self.defaults | ({} if recipe is None else read_recipe(recipe))).changed(**flags)
+            found = self.defaults | ({} if recipe is None else read_recipe(recipe))
+            few = flags.get("num_snapshots", 0)
+            if 0 < few < found.get("num_tasks", 0):  # fewer than the recipe has tasks: each is for one of its own
+                flags = {"num_tasks": few} | flags
+            config = _config(found).changed(**flags)
         except ValueError as error:
             self.error(str(error))
         return config, namespace

@@ -113,7 +113,8 @@ class PDiffTrainer:
         Trains what is not finished yet, without the report.
 
         Args:
-            resume_from_checkpoint (`bool`, *optional*, defaults to `False`): An unfinished stage goes on where it was.
+            resume_from_checkpoint (`bool`, *optional*, defaults to `False`): Continue an unfinished stage from its last
+                checkpoint.
         """
         if resume_from_checkpoint:
             self.args = self.args.changed(resume_from_checkpoint="latest")

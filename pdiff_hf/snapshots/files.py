@@ -315,7 +315,7 @@ def _expand_hub(path: str, hub_kwargs: Mapping) -> list[tuple[str, Path]]:
     try:
         root = snapshot_download(repo, revision=revision, allow_patterns=patterns, **hub_kwargs)
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
-        raise SnapshotError(f"'{path}' does not exist, and cannot be had from the Hub: {error}") from error
+        raise SnapshotError(f"'{path}' does not exist, and is not available from the Hub: {error}") from error
     local = Path(root) / subfolder
     if not local.is_dir():
         raise SnapshotError(f"'{path}': the repository has no safetensors files in such a folder")

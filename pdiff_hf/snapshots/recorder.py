@@ -78,6 +78,7 @@ class SnapshotRecorder:
         self.is_active = not (torch.distributed.is_initialized() and torch.distributed.get_rank() > 0)
         self._recording = self.folder.with_name(f".{self.folder.name}.recording")
         self._previous: torch.Tensor | None = None
+        self._others: dict[str, float] = {}
         if self.folder.exists():
             raise SnapshotError(f"'{self.folder}' exists already; snapshots are never added to a finished data set")
         parameters = dict(model.named_parameters())
@@ -129,6 +130,7 @@ class SnapshotRecorder:
             logger.warning("step %d changed none of the recorded tensors, so it gives no snapshot", step)
             return
         self._previous = vector
+        self._others = self._others or self._sums_of_others()
         with replacing(self._recording / f"step-{step}.safetensors") as part:
             save_file({"parameters": vector}, part)
         self.add_metrics(step, metrics)
@@ -141,10 +143,25 @@ class SnapshotRecorder:
             path = self._recording / f"step-{step}.json"
             write_json(path, _read_json(path) | without_nan({name: float(value) for name, value in metrics.items()}))
 
+    @torch.no_grad()
+    def _sums_of_others(self) -> dict[str, float]:
+        """Of the parameters that are not recorded."""
+        selected = set(self.layout.names)
+        return {name: p.double().sum().item() for name, p in self.model.named_parameters() if name not in selected}
+
     def finish(self) -> None:
         """Writes the data set, with a column for every metric that any snapshot has."""
         if not self.is_active:
             return
+        others = self._sums_of_others()
+        if changed := [name for name, total in self._others.items() if others[name] != total]:
+            logger.warning(
+                "%d tensors that are not selected changed between the first snapshot and the last ('%s', ...), so that "
+                "snapshots do not belong to one network: set requires_grad to False for these tensors before snapshots "
+                "are taken, or select them too",
+                len(changed),
+                changed[0],
+            )
         files = self._files()
         if len(files) < 2:
             raise SnapshotError(
@@ -166,8 +183,8 @@ class SnapshotCallback(TrainerCallback):
 
         Trainer(..., callbacks=[SnapshotCallback("snapshots", select="norm[-2:]")])
 
-    Evaluations at the step of a snapshot become its metrics. A run that goes on from a checkpoint goes on recording
-    there. Parameters that are spread over processes (FSDP, DeepSpeed ZeRO-3) are not supported.
+    Evaluations at the step of a snapshot become its metrics. A run that continues from a checkpoint continues
+    recording there. Parameters that are spread over processes (FSDP, DeepSpeed ZeRO-3) are not supported.
 
     Args:
         folder, select, exclude, batch_norm_statistics, condition, fields: See [`SnapshotRecorder`].
@@ -175,7 +192,7 @@ class SnapshotCallback(TrainerCallback):
         first_step (`int`, *optional*, defaults to 1): No snapshot before this step, such as the end of the warm-up.
 
     Raises:
-        SnapshotError, LayoutError: when training begins or goes on, as [`SnapshotRecorder`] does.
+        SnapshotError, LayoutError: when training begins or continues, as [`SnapshotRecorder`] does.
     """
 
     def __init__(

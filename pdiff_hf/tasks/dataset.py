@@ -161,7 +161,8 @@ def choose_column(
     kind = setting.removesuffix("_column")
     if chosen is not None or not candidates:
         name = f"column {chosen}" if chosen else f"{kind} column"
-        raise ValueError(f"dataset '{dataset}' has no {name}; its columns are {', '.join(columns)}")
+        names = ", ".join(column if column == column.strip() else repr(column) for column in columns)
+        raise ValueError(f"dataset '{dataset}' has no {name}; its columns are {names}")
     if len(candidates) > 1:
         names = " and ".join(candidates)
         raise ValueError(f"dataset '{dataset}': {names} could each be the {kind} column; choose one with {setting}")

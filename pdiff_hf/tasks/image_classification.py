@@ -138,7 +138,7 @@ class ImageClassificationTask(ImageTask, LabelledTask):
         model = super().load_base_model()
         config: Any = model.config
         is_timm = isinstance(config, TimmWrapperConfig)
-        if is_timm and self.image_size is not None:  # which a saved network is to say
+        if is_timm and config.pretrained_cfg and self.image_size is not None:  # which a saved network is to say
             channels = config.pretrained_cfg["input_size"][0]
             config.pretrained_cfg |= {"input_size": [channels, *[self.image_size] * 2], "crop_pct": 1.0}
         if is_timm and not self._has_weights:
@@ -170,13 +170,13 @@ class ImageClassificationTask(ImageTask, LabelledTask):
     @cached_property
     def _preparation(self) -> Preparation:
         preparation = make_preparation(self._config, self.processor, self.image_size)
-        assert preparation is not None  # there is one for networks of timm, and for all others a processor
+        assert preparation is not None  # the configuration or the processor says it
         return preparation
 
     @cached_property
     def processor(self) -> BaseImageProcessor | None:
-        """None for a network of timm, whose preprocessing is a part of its configuration."""
-        if isinstance(self._config, TimmWrapperConfig):
+        """None for a network of timm whose configuration says how its images are prepared."""
+        if getattr(self._config, "pretrained_cfg", None):
             return None
         try:
             processor = AutoImageProcessor.from_pretrained(self.model)

@@ -5,6 +5,7 @@ import logging
 import math
 import os
 import re
+import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -87,6 +88,11 @@ class LabelledTask(DatasetTask, ClassificationTask):
         self._set_splits(numbered)
         outputs = align_labels(self._data_names, config, self.model, self.dataset) if has_weights else None
         if outputs is None:
+            if len(self._data_names) == 1:
+                raise ValueError(
+                    f"all examples of dataset '{self.dataset}' are of the class {self._data_names[0]!r}; a classifier "
+                    "needs two classes"
+                )
             self.class_names, self._outputs = self._data_names, torch.arange(len(self._data_names))
         else:
             self.class_names, self._outputs = output_names(config) or self._data_names, torch.tensor(outputs)
@@ -190,6 +196,14 @@ def number_labels(raw: Mapping[str, datasets.Dataset], dataset: str) -> tuple[li
     names = list(feature.names) if isinstance(feature, datasets.ClassLabel) else sorted(set(named["train"]))
     if all(map(NUMBER.fullmatch, names)):
         names.sort(key=float)
+    if alike := _alike(names):
+        logger.warning(
+            "the classes %a and %a of dataset '%s' (%d such pairs) differ in case, spaces or invisible characters "
+            "alone, and are two",
+            *alike[0],
+            dataset,
+            len(alike),
+        )
     numbers, result = {name: i for i, name in enumerate(names)}, {}
     for split, rows in raw.items():
         for name, row in zip(named[split], rows["row"], strict=True):
@@ -202,6 +216,17 @@ def number_labels(raw: Mapping[str, datasets.Dataset], dataset: str) -> tuple[li
         classes = datasets.ClassLabel(names=names)
         result[split] = rows.remove_columns("label").add_column("label", ids, feature=classes)
     return names, result
+
+
+def _alike(names: Sequence[str]) -> list[tuple[str, str]]:
+    seen: dict[str, str] = {}
+    for name in names:
+        seen.setdefault(_plain(name), name)
+    return [(seen[_plain(name)], name) for name in names if seen[_plain(name)] != name]
+
+
+def _plain(name: str) -> str:
+    return "".join(filter(str.isprintable, unicodedata.normalize("NFKC", name))).strip().casefold()
 
 
 def _names_of(rows: datasets.Dataset) -> list[str]:

@@ -1,4 +1,4 @@
-"""Tunes a map of noise to latents for one task: ensembles of its networks are to be right, and to err apart."""
+"""Tunes a map of noise to latents for one task: rewards accurate, diverse ensembles of its networks."""
 
 import copy
 import math

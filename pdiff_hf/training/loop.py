@@ -57,13 +57,13 @@ class LoopArguments:
 @dataclass(frozen=True)
 class Loop:
     """
-    Where a training runs, what its random numbers follow from, and how it goes on after a stop.
+    Where a training runs, what its random numbers follow from, and how it continues after a stop.
 
     Args:
         accelerator (`Accelerator`): With its `gradient_accumulation_steps`; what it has prepared before, it forgets.
         seed (`int`): Of the order of the examples and of the noise.
         checkpoint_dir (`str` or `os.PathLike`, *optional*): Where the last two `checkpoint-N` folders are kept.
-        checkpointing_steps (`int`, *optional*): Save a checkpoint every so many steps.
+        checkpointing_steps (`int`, *optional*): Steps between two checkpoints.
         resume (`bool`, *optional*, defaults to `False`): Go on from the latest checkpoint in `checkpoint_dir`, if any.
         callbacks (`Sequence[LoopCallback]`, *optional*): Are told what happens.
     """

@@ -43,7 +43,7 @@ class TuneArguments:
         num_examples (`int`, *optional*, defaults to 128): Of each task in a step.
         ema_decay (`float`, *optional*, defaults to 0.99): Of the averaged weights, which are validated and kept.
         validate_every (`int`, *optional*, defaults to 100): Steps between two looks at the validation tasks.
-        patience (`int`, *optional*, defaults to 5): End after so many looks without a lower loss.
+        patience (`int`, *optional*, defaults to 5): Looks without a lower loss after which tuning ends.
     """
 
     num_steps: int = 1200

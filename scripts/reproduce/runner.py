@@ -3,7 +3,7 @@ Runs the experiments and writes the paper's tables with our numbers beside the p
 
 Runs live side by side in one folder, named after a digest of their settings, and take over every stage that another one
 has finished with the same settings: a base model is trained and its snapshots are collected once, whichever table asks
-for them, and what was killed goes on where it was.
+for them, and what was killed continues where it stopped.
 """
 
 import json

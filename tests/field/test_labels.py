@@ -100,6 +100,34 @@ def test_labels_follow_the_outputs_of_a_fine_tuned_network(outputs, labels, expe
     assert list(network.config.id2label.values()) == task.class_names == (list(labels) if unnamed else outputs)
 
 
+def test_classes_that_nobody_can_tell_apart_are_said(tmp_path, caplog):
+    """In a table they would be an error; in a data set `a` and `A` may be two letters."""
+    data = write_texts(tmp_path / "data", ["cat", "Cat", "cat\u200b", "caf\u00e9", "cafe\u0301", "dog"])
+    assert len(TextClassificationTask(save_bert(tmp_path / "model"), data).class_names) == 6
+    assert r"the classes 'cafe\u0301' and 'caf\xe9' of dataset" in caplog.text and "(3 such pairs)" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("labels", "message"), [(["cat"], "are of the class 'cat'"), (["inf", 1.5], "inf is no class")]
+)
+def test_what_is_not_several_classes(labels, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        TextClassificationTask(save_bert(tmp_path / "model", num_labels=5), write_texts(tmp_path / "data", labels))
+
+
+def test_a_network_of_timm_whose_config_does_not_say_how_images_are_prepared(tmp_path):
+    """As `from_config` makes it of an architecture's name alone."""
+    config, data = AutoConfig.for_model("timm_wrapper", architecture="test_resnet", num_labels=2), tmp_path / "data"
+    AutoModelForImageClassification.from_config(config).save_pretrained(tmp_path / "model")
+    columns = {"image": [grey()] * 40, "label": [0, 1] * 20}
+    write_parquet(data / "train.parquet", columns, {"label": datasets.ClassLabel(names=["a", "b"])})
+    with pytest.raises(ValueError, match="has no image processor that says how its images are prepared"):
+        ImageClassificationTask(str(tmp_path / "model"), str(data)).load_split("train")
+    ViTImageProcessor(size={"height": 8, "width": 8}).save_pretrained(tmp_path / "model")
+    task = ImageClassificationTask(str(tmp_path / "model"), str(data))
+    assert task.load_split("train").__getitems__([0])["pixel_values"].shape == (1, 3, 8, 8)
+
+
 def test_names_that_a_replaced_head_has_left_are_no_outputs():
     config = BertConfig(**BERT, id2label={0: "negative", 1: "positive"}, label2id={"a": 0, "b": 1, "c": 2})
     assert align_labels(["a", "b", "c"], config, "m", "d") is None

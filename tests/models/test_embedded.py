@@ -1,6 +1,7 @@
 """Descriptions in words: their embeddings, several for one network, and those that are unlike all seen ones."""
 
 import json
+import threading
 from pathlib import Path
 
 import datasets
@@ -14,7 +15,7 @@ from support.texts import make_text_encoder
 from transformers import AutoImageProcessor, AutoModel, AutoTokenizer, ViTConfig, ViTImageProcessor, ViTModel
 
 from pdiff_hf.models import ConditionEncoder, ConditionError, Fields
-from pdiff_hf.models.embedded import ImageField, TextField, load_encoder
+from pdiff_hf.models.embedded import ImageField, TextField, embed_text, load_encoder
 from pdiff_hf.pipelines.conditions import prepare_conditions
 from pdiff_hf.snapshots.conditions import read_conditions
 from pdiff_hf.training import make_training_scheduler
@@ -51,6 +52,24 @@ def test_a_long_text_is_cut_with_a_warning(encoder, caplog):
     field = TextField(encoder=encoder, max_length=3)
     assert field.parse(LAW) == field.parse("answers questions on chess")
     assert "of 'answers questions on law', the first 3 of 4 tokens are read" in caplog.text
+
+
+def test_threads_share_a_tokenizer_that_keeps_how_long_a_text_may_be(encoder, monkeypatch):
+    short, long = (TextField(encoder=encoder, max_length=length) for length in (3, 256))
+    expected = [embed_text.__wrapped__(field, LAW) for field in (short, long)]
+    tokenizer, found = load_encoder(short.encoder, short.revision)[0], {}
+
+    def come(*args, set_length=tokenizer.set_truncation_and_padding, **kwargs):
+        set_length(*args, **kwargs)
+        if not found:
+            found["thread"] = threading.Thread(target=lambda: found.update(short=embed_text.__wrapped__(short, LAW)))
+            found["thread"].start()
+            found["thread"].join(0.5)  # long enough to get in between, if nothing makes it wait
+
+    monkeypatch.setattr(tokenizer, "set_truncation_and_padding", come)
+    whole = embed_text.__wrapped__(long, LAW)
+    found["thread"].join()
+    assert [found["short"], whole] == expected
 
 
 def test_several_texts_of_one_network(encoder):

@@ -41,6 +41,8 @@ def test_flags_take_precedence_over_the_file_and_the_file_over_defaults(tmp_path
     assert config.num_snapshots == PDiffConfig().num_snapshots
     changes = {"seed": 3, "latent_dim": 16, "denoiser_args.num_train_timesteps": 60}
     assert load_config(path, **changes) == config
+    few = parse("on_demand.yaml", "--num_snapshots", 12)  # of a recipe with more tasks than that
+    assert few.num_tasks == 12 and parse("on_demand.yaml", "--num_snapshots", 576).num_tasks == 192
 
 
 def test_a_saved_config_gives_the_same_config(tmp_path):

@@ -107,6 +107,10 @@ def test_a_plain_loop_goes_on(tmp_path):
 
 def test_what_a_recorder_refuses(tmp_path, caplog):
     model = Net()
+    recorder = SnapshotRecorder(model, tmp_path / "part", "head")
+    train_net(model, range(1, 4), recorder)
+    recorder.finish()  # the rest of the network belongs to no snapshot but the last
+    assert "tensors that are not selected changed between the first snapshot and the last ('body" in caplog.text
     recorder = SnapshotRecorder(model, tmp_path / "still", "head")
     train_net(model, range(1, 4), recorder, learning_rate=0.0)
     with pytest.raises(SnapshotError, match="only 1 snapshots.*a step that changed"):
