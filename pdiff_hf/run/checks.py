@@ -61,9 +61,10 @@ def _complaints(context: RunContext) -> Iterator[str]:
         yield f"num_inference_steps is {steps}, more than denoiser_args.num_train_timesteps={most}"
     parts = c.gradient_accumulation_steps * int(os.environ.get("WORLD_SIZE", 1))
     cut = f"cannot be cut into {parts} equal parts (processes × gradient_accumulation_steps)"
-    keys = ["autoencoder_batch_size", "denoiser_batch_size", *["base_batch_size"] * (c.base_epochs > 0)]
+    keys = ["autoencoder_batch_size", "denoiser_batch_size"]
+    keys += ["base_batch_size"] if c.base_epochs and not context.is_finished("base") else []
     batches = {key: getattr(c, key) for key in keys}
-    if c.collects and isinstance(context.task, DataTask):
+    if c.collects and isinstance(context.task, DataTask) and not context.is_finished("collect"):
         size = min(c.collect_batch_size, num_points := len(context.task.coordinates()))
         batches[f"with {num_points} coordinates collect_batch_size"] = size
     for key, size in batches.items():
