@@ -82,7 +82,7 @@ def find_hidden_units(task: Task, model: nn.Module, layout: ParameterLayout) -> 
     run = task.predict if isinstance(task, ClassificationTask) else task.loss
     generator = torch.Generator().manual_seed(0)
 
-    def outputs(tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    def outputs(tensors: dict[str, torch.Tensor]) -> torch.Tensor:
         """All that the network gives, `(n,)`."""
         found: list[torch.Tensor] = []
 
