@@ -76,6 +76,15 @@ def scaling(config: Mapping[str, Any], module: str, rank: int) -> float:
     return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
 
 
+def config_of_rank(config: dict[str, Any], rank: int) -> dict[str, Any]:
+    """The configuration of an adapter of another rank and the same scaling."""
+    if config.get("rank_pattern") or config.get("alpha_pattern"):
+        raise LayoutError("adapters with a rank_pattern or alpha_pattern have no other rank; import them from files")
+    alpha, own = config.get("lora_alpha", 8), config.get("r", 8)
+    alpha *= math.sqrt(rank / own) if config.get("use_rslora") else rank / own
+    return config | {"r": rank, "lora_alpha": int(alpha) if alpha == int(alpha) else alpha}
+
+
 def plain_config(config: Mapping[str, Any]) -> dict[str, Any]:
     """A configuration as JSON has it, without what only one release of PEFT knows."""
     plain = {}

@@ -64,6 +64,8 @@ class LatentMixin(NetworkMixin):
             rank (`int`, *optional*): Of adapters that are learned as products; by default that of the snapshots. Twice
                 that keeps almost all of a combination of adapters.
         """
+        if rank is None and output_type == "adapter":
+            rank = self.autoencoder.config.adapter_rank
         rank = None if rank is None else whole_number("rank", rank)
         layout = self.autoencoder.layout_of_rank(rank)
         require(

@@ -153,8 +153,8 @@ def paragraphs(package: str, generator: torch.Generator, most: int = 20) -> list
     return [texts[i] for i in torch.randperm(len(texts), generator=generator)[:NUM_TEXTS].tolist()]
 
 
-def make(folder: Path, seed: int = 0) -> None:
-    """Writes `data`, `network` and `adapter` into a folder."""
+def make(folder: Path, seed: int = 0, kind: str = "llama") -> None:
+    """Writes `data`, `network`, of a type of transformers, and `adapter` into a folder."""
     generator = torch.Generator().manual_seed(seed)
     texts = {package: paragraphs(package, generator, 3) for package in PACKAGES}
     parts: dict[str, dict[str, list[str]]] = {split: {} for split in SHARES}
@@ -164,7 +164,7 @@ def make(folder: Path, seed: int = 0) -> None:
             stop = start + round(share * len(found))
             parts[split][package], start = found[start:stop], stop
     with replacing(folder / "network") as target:
-        train_network(parts["train"], target, seed)
+        train_network(parts["train"], target, seed, kind)
     shutil.rmtree(folder / "adapter", ignore_errors=True)
     add_adapter(folder / "network", folder / "adapter", seed)
     with replacing(folder / "data") as target:
@@ -214,10 +214,10 @@ def questions(texts: dict[str, list[str]], count: int, generator: torch.Generato
             }
 
 
-def train_network(texts: dict[str, list[str]], folder: Path, seed: int) -> None:
+def train_network(texts: dict[str, list[str]], folder: Path, seed: int, kind: str) -> None:
     """A decoder of 340,000 parameters that continues the texts, and says which package they are from."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+    from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
     words = Tokenizer(models.BPE())
     words.pre_tokenizer, words.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
@@ -239,8 +239,10 @@ def train_network(texts: dict[str, list[str]], folder: Path, seed: int) -> None:
     ]
     ids = torch.tensor([[0] * (MAX_TOKENS - len(row)) + row for row in rows])  # (N, T), filled up at the left
     torch.manual_seed(seed)
-    config = LlamaConfig(vocab_size=VOCABULARY, max_position_embeddings=64, tie_word_embeddings=True, **NETWORK)
-    network = LlamaForCausalLM(config)
+    config = AutoConfig.for_model(
+        kind, vocab_size=VOCABULARY, max_position_embeddings=128, tie_word_embeddings=True, **NETWORK
+    )
+    network = AutoModelForCausalLM.from_config(config)
 
     def loss(model: nn.Module, indices: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
         batch = ids[indices].to(generator.device)
@@ -258,11 +260,11 @@ def train_network(texts: dict[str, list[str]], folder: Path, seed: int) -> None:
 def add_adapter(network: Path, folder: Path, seed: int, rank: int = 4) -> None:
     """Writes an adapter that changes nothing yet."""
     from peft import LoraConfig, get_peft_model
-    from transformers import LlamaForCausalLM
+    from transformers import AutoModelForCausalLM
 
     torch.manual_seed(seed)
     config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM")
-    get_peft_model(LlamaForCausalLM.from_pretrained(network), config).save_pretrained(folder)
+    get_peft_model(AutoModelForCausalLM.from_pretrained(network), config).save_pretrained(folder)
 
 
 if __name__ == "__main__":

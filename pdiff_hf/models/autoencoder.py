@@ -154,6 +154,7 @@ class ParameterAutoencoder(TokenModel, ConfigMixin):
             said of the vector, of statistics and of bases.
         adapter_frame_size (`int`, *optional*): With `adapter_products`, most vectors in a basis of the rows or columns
             of products; None for whole products.
+        adapter_rank (`int`, *optional*): Cut products to this rank; by default to that of the factors.
         linear (`bool`, *optional*, defaults to `False`): See above; without convolutions alone.
         format_version (`int`, *optional*): Of the saved files, which carry it so that an older release can refuse them.
 
@@ -176,6 +177,7 @@ class ParameterAutoencoder(TokenModel, ConfigMixin):
         adapter_products: bool = False,
         adapter_frame_size: int | None = None,
         basis_dtype: str = "float32",
+        adapter_rank: int | None = None,
         linear: bool = False,
         format_version: int = FORMAT_VERSION,
     ):
@@ -184,6 +186,8 @@ class ParameterAutoencoder(TokenModel, ConfigMixin):
         self.adapter_geometry: dict | None = None  # what training has found out about adapters
         self.layout = ParameterLayout.from_dict(layout)
         self.products = AdapterProducts(self.layout, adapter_frame_size) if adapter_products else None
+        if self.products is not None:
+            self.products.most = adapter_rank
         vectors = self.layout if self.products is None else self.products.layout
         if not 1 <= latent_dim <= vectors.num_parameters:
             raise LayoutError(

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from ..layout import LayoutError, ParameterLayout, some_names
-from ..lora import FACTOR
+from ..lora import FACTOR, config_of_rank
 
 logger = logging.getLogger(__name__)
 
@@ -105,6 +105,7 @@ class AdapterProducts(nn.Module):
 
     Attributes:
         layout (`ParameterLayout`): Of vectors with products, D' values: each product in the place of its A.
+        most (`int`, *optional*): Factors of a higher rank get zeros beyond this one.
 
     Raises:
         LayoutError: if there are no factors, or others between them (AdaLoRA, KaSA), or products of several experts.
@@ -113,6 +114,7 @@ class AdapterProducts(nn.Module):
     def __init__(self, layout: ParameterLayout, frame_size: int | None = None):
         super().__init__()
         self.factors, self.frame_size = layout, frame_size
+        self.most: int | None = None
         self.pairs = find_factors(layout)
         if not self.pairs:
             raise LayoutError(
@@ -168,7 +170,7 @@ class AdapterProducts(nn.Module):
             shape if name not in axes else (*shape[: axes[name]], rank, *shape[axes[name] + 1 :])
             for name, shape in zip(layout.names, layout.shapes, strict=True)
         )
-        adapters = {name: _with_rank(config, rank) for name, config in layout.adapters.items()}
+        adapters = {name: config_of_rank(config, rank) for name, config in layout.adapters.items()}
         return ParameterLayout(layout.names, shapes, layout.dtypes, layout.aliases, adapters)
 
     def frame(self, a: str, side: int) -> torch.Tensor | None:
@@ -216,7 +218,10 @@ class AdapterProducts(nn.Module):
         pieces = dict(zip(self.names, products.split(self.layout.sizes, -1), strict=True))
         for a, b in self.pairs.items():
             rows = self.kept[a][0] or self.sides[a][0]
-            left, right = _factors(pieces[a].unflatten(-1, (rows, -1)), rank or self.ranks[a])
+            size = rank or self.ranks[a]
+            kept = min(size, self.most or size)
+            left, right = _factors(pieces[a].unflatten(-1, (rows, -1)), kept)
+            left, right = F.pad(left, (0, size - kept)), F.pad(right, (0, 0, 0, size - kept))
             q_b, q_a = self.frame(a, 0), self.frame(a, 1)
             left = left if q_b is None else q_b.to(left) @ left
             right = right if q_a is None else right @ q_a.to(right).mT
@@ -336,15 +341,6 @@ class ProductRows:
 
     def _read(self, name: str, rows: torch.Tensor) -> torch.Tensor:
         return self.parameters[:, self.products.places[name]][rows]
-
-
-def _with_rank(config: dict, rank: int) -> dict:
-    """The configuration of an adapter of another rank and the same scaling."""
-    if config.get("rank_pattern") or config.get("alpha_pattern"):
-        raise LayoutError("adapters with a rank_pattern or alpha_pattern have no other rank; import them from files")
-    alpha, own = config.get("lora_alpha", 8), config.get("r", 8)
-    alpha *= math.sqrt(rank / own) if config.get("use_rslora") else rank / own
-    return config | {"r": rank, "lora_alpha": int(alpha) if alpha == int(alpha) else alpha}
 
 
 def _factors(product: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor]:

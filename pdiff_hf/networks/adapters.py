@@ -12,6 +12,7 @@ from typing import Any
 
 import diffusers
 import torch
+import torch.nn.functional as F
 import transformers
 from diffusers import ModelMixin
 from huggingface_hub import snapshot_download
@@ -24,7 +25,14 @@ from transformers import PreTrainedModel
 from transformers.utils.peft_utils import find_adapter_config_file
 
 from ..layout import ParameterLayout
-from ..lora import ADAPTER_CONFIG, check_base_unchanged, find_adapters, read_config
+from ..lora import (
+    ADAPTER_CONFIG,
+    check_base_unchanged,
+    config_of_rank,
+    find_adapters,
+    plain_config,
+    read_config,
+)
 from ..tensor_names import ADAPTER, PEFT_PREFIX, adapter_configs, adapter_names, file_name
 
 # Beside a network that is saved whole. transformers would load an adapter in the same folder, but not all kinds rightly
@@ -70,6 +78,29 @@ def find_base(path: str) -> str | None:
             f"{ADAPTER_CONFIG}); give that network as --model, and the adapter to --import"
         )
     return str(base)
+
+
+def widen_adapters(model: nn.Module, rank: int) -> None:
+    """
+    Fills up the adapters in a network with zeros to a rank, in place, which changes nothing of what it computes.
+
+    Raises:
+        ValueError: if they have a higher one, or several, or are those of embeddings.
+    """
+    if any(".lora_embedding_" in name for name, _ in model.named_parameters()):
+        raise ValueError("adapters of embeddings have no other rank")
+    (wrapper,) = getattr(model, "peft_wrapper", (model,))
+    for config in wrapper.peft_config.values():
+        of_rank = config_of_rank(plain_config(config.to_dict()), rank)
+        config.r, config.lora_alpha = of_rank["r"], of_rank["lora_alpha"]
+    for module in model.modules():
+        for letter, axis in (("A", 0), ("B", 1)):
+            for factor in getattr(module, f"lora_{letter}", {}).values():
+                own = factor.weight.shape[axis]
+                if own > rank:
+                    raise ValueError(f"an adapter of rank {own} cannot get the rank {rank}")
+                padding = (0, 0) * (factor.weight.ndim - 1 - axis) + (0, rank - own)
+                factor.weight = nn.Parameter(F.pad(factor.weight.detach(), padding))
 
 
 def load_adapter(model: Any, path: str | os.PathLike, name: str = "default") -> Any:

@@ -11,6 +11,7 @@ import torch
 from accelerate import Accelerator, PartialState
 
 from ..evaluation.opponents import Regime
+from ..networks.adapters import adapter_config
 from ..networks.runner import NetworkRunner
 from ..pipelines import PDiffPipeline
 from ..tasks import ClassificationTask
@@ -52,7 +53,7 @@ def tune_denoiser(context: RunContext, stage: Stage) -> None:
         with context.loop(stage) as loop:
             extra = _weight_loss(context, model.generator) if c.tune_args.weight_loss else None
             regime = make_regime(context, loop.accelerator, networks)
-            history = regime.fit(model, args, "tuning", loop, extra_loss=extra)
+            history = regime.fit(model, args, "tuning", loop, extra_loss=extra) | _choose_rank(context, regime, model)
     else:
         pipeline, tuning, history = _tune_for_task(context, stage, pipeline, networks)
     context.base_model.to("cpu")
@@ -69,6 +70,20 @@ def tune_denoiser(context: RunContext, stage: Stage) -> None:
         if tuning is not None:
             write_json(folder / names.TUNING, tuning.to_dict())
     context.finish(stage, history)
+
+
+def _choose_rank(context: RunContext, regime: Regime, model: GeneratedNetworks) -> dict:
+    """Cuts adapters of a rank that was made higher to their own if their loss on validation tasks is no higher then."""
+    task, autoencoder = getattr(context.family, "base", None), model.autoencoder
+    rank = getattr(task, "adapter_rank", None)
+    if rank is None or autoencoder.products is None:
+        return {}
+    losses = {}
+    for autoencoder.products.most in (adapter_config(task.adapter)["r"], rank):
+        losses[autoencoder.products.most] = regime.scorer.loss(model)
+    autoencoder.products.most = min(losses, key=lambda one: losses[one])
+    autoencoder.register_to_config(adapter_rank=autoencoder.products.most)
+    return {"adapter_rank": autoencoder.products.most, "validation_loss_of_rank": losses}
 
 
 def load_tuning(folder: Path) -> Tuning | None:

@@ -18,7 +18,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from ..networks.adapters import find_base, load_adapter, load_network
+from ..networks.adapters import find_base, load_adapter, load_network, widen_adapters
 from ..networks.runner import NetworkRunner
 from .dataset import BadRows, DatasetTask, empty_rows
 from .labels import find_weights
@@ -42,6 +42,8 @@ class LanguageTask(DatasetTask):
         max_length (`int`, *optional*, defaults to 128): Texts are cut to this many tokens, prompts at their start.
         adapter (`str`, *optional*): Folder or Hub id of an adapter of PEFT that the model gets. Where `model` is one,
             it becomes the adapter, and `model` the network that it belongs to.
+        adapter_rank (`int`, *optional*): The adapter is filled up with zeros to this rank, which tuned ones then use: a
+            run keeps this rank for them, or the adapter's own, whichever has the lower loss on validation tasks.
         dtype (`str`, *optional*, defaults to `"float32"`): Of the network's own weights; adapters stay in float32.
 
     Attributes:
@@ -53,6 +55,7 @@ class LanguageTask(DatasetTask):
 
     max_length: int = 128
     adapter: str | None = None
+    adapter_rank: int | None = None
     dtype: str = "float32"
 
     def __post_init__(self) -> None:
@@ -63,6 +66,8 @@ class LanguageTask(DatasetTask):
             raise ValueError(f"dtype must be float32, bfloat16 or float16, got {self.dtype!r}")
         if base := find_base(self.model):
             self.model, self.adapter = base, self.adapter or self.model
+        if self.adapter_rank is not None and not self.adapter:
+            raise ValueError(f"adapter_rank={self.adapter_rank} is for a model with an adapter, and this one has none")
         self._config, has_weights = find_weights(self.model)
         if not has_weights:
             raise ValueError(f"model '{self.model}' has no weights; a language model is not trained from nothing here")
@@ -87,7 +92,12 @@ class LanguageTask(DatasetTask):
 
     def load_base_model(self) -> PreTrainedModel:
         model = self._auto_class.from_pretrained(self.model, dtype=getattr(torch, self.dtype))
-        return load_adapter(model, self.adapter) if self.adapter else model.eval()
+        if self.adapter is None:
+            return model.eval()
+        model = load_adapter(model, self.adapter)
+        if self.adapter_rank is not None:
+            widen_adapters(model, self.adapter_rank)
+        return model
 
     def save_base_model(self, model: nn.Module, folder: str | os.PathLike) -> None:
         """The network and its tokenizer."""

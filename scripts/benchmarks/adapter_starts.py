@@ -1,13 +1,15 @@
-"""What adapters have in common: products or factors, one start or several, ranks, and conditions in bits or in words.
+"""What adapters have in common: products or factors, different starts and ranks, and conditions in bits or in words.
 
-    python scripts/benchmarks/adapter_starts.py --num_tasks 64 --num_steps 150
+    python scripts/benchmarks/adapter_starts.py --networks llama gpt_neox --seeds 0 1 2
 
-Adapters of the small language model of `scripts/docstrings.py` are trained from one start, from different ones, and
-from different ones with ranks of 2, 4 and 8. Kernel ridge regression then predicts adapters for unseen tasks: their
-products BA, or their factors; from the packages that a task is about, or from a description in words of its own.
+Adapters of the small language model of `scripts/docstrings.py` are trained from different starts, and from different
+ones with ranks of 2, 4 and 8. Kernel ridge regression then predicts adapters for unseen tasks: their products BA, or
+their factors; from the packages that a task is about, or from a description in words of its own.
 """
 
 import argparse
+import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -15,10 +17,11 @@ from accelerate import Accelerator
 
 from pdiff_hf.evaluation.closed_forms import mean_networks, tuned_ridge
 from pdiff_hf.evaluation.member_score import MemberScorer
-from pdiff_hf.models.products import AdapterProducts, contracted, expanded
+from pdiff_hf.models.kernel_ridge import KernelRidge
+from pdiff_hf.models.products import AdapterProducts
 from pdiff_hf.networks.adapters import without_wrapper
 from pdiff_hf.networks.runner import NetworkRunner
-from pdiff_hf.scripts.docstrings import PACKAGES, DocstringQuestions, add_adapter
+from pdiff_hf.scripts.docstrings import PACKAGES, DocstringQuestions, make
 from pdiff_hf.selection import select_layout
 from pdiff_hf.snapshots.zoo import ZooArguments, train_specialists
 from pdiff_hf.tasks import make_family
@@ -41,63 +44,72 @@ def own_starts(networks: NetworkRunner, count: int, ranks: tuple[int, ...], seed
     return layout.flatten(tensors)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--folder", default="outputs/docstrings")
-    parser.add_argument("--num_tasks", type=int, default=64)
-    parser.add_argument("--num_steps", type=int, default=150)
-    parser.add_argument("--num_test_tasks", type=int, default=24)
-    parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args()
-    folder = Path(args.folder)
-    task = DocstringQuestions(str(folder / "adapter"), str(folder / "data"))
-    add_adapter(folder / "network", folder / "adapter-8", args.seed, max(RANKS))
-    task.adapter = str(folder / "adapter-8")
+def measure(folder: Path, args: argparse.Namespace) -> Iterator[dict[str, float]]:
+    """The accuracy of each way to adapters for unseen tasks in percent, for one seed after the other."""
+    task = DocstringQuestions(str(folder / "adapter"), str(folder / "data"), adapter_rank=max(RANKS))
     bits = make_family("tabled", task, {"fields": {"packages": {"type": "vector", "length": len(PACKAGES)}}})
     words = make_family("tabled", task, {"fields": {"description": {"type": "text"}}})
     model = without_wrapper(task.load_base_model())
     networks = NetworkRunner(model, select_layout(model, "*lora_*"))
+    products = AdapterProducts(networks.layout)
     sizes = {"train": args.num_tasks, "validation": 8, "test": args.num_test_tasks}
-    sets = words.split(sizes, args.seed)
-    members = {name: [words.key(condition) for condition in conditions] for name, conditions in sets.items()}
-    tables = {name: bits.fields.table(bits.told[int(i)] for i in ids) for name, ids in members.items()}
-    said = {name: words.fields.table(sets[name]) for name in ("validation", "test")}
-    ways = words.fields.alternatives(sets["train"])  # (T, K, width)
-    own = MemberScorer(bits, networks, tables["test"])
-    search = MemberScorer(bits, networks, tables["validation"], SEARCH_EXAMPLES)
-    search_words = MemberScorer(words, networks, said["validation"], SEARCH_EXAMPLES)
+    for seed in args.seeds:
+        sets = words.split(sizes, seed)
+        said = {name: words.fields.table(conditions) for name, conditions in sets.items()}
+        members = {name: [words.key(condition) for condition in conditions] for name, conditions in sets.items()}
+        tables = {name: bits.fields.table(bits.told[int(i)] for i in ids) for name, ids in members.items()}
+        own = MemberScorer(bits, networks, tables["test"])
+        search = MemberScorer(bits, networks, tables["validation"], SEARCH_EXAMPLES)
+        search_words = MemberScorer(words, networks, said["validation"], SEARCH_EXAMPLES)
 
-    def score(parameters: torch.Tensor) -> str:
-        values = own.score("test", parameters).values
-        return f"{values.mean().item():.1f}"
+        def score(parameters: torch.Tensor, own: MemberScorer = own) -> float:
+            return own.score("test", parameters).values.mean().item()
 
-    def train(name: str, start: torch.Tensor) -> torch.Tensor:
-        zoo = ZooArguments(args.num_steps, 8, 5e-3, num_snapshots=1)
-        return train_specialists(Loop(Accelerator(), args.seed), bits, networks, tables[name], zoo, start)[0]
+        def train(table: torch.Tensor, start: torch.Tensor, seed: int = seed) -> torch.Tensor:
+            zoo = ZooArguments(args.num_steps, 8, 5e-3, num_snapshots=1)
+            return train_specialists(Loop(Accelerator(), seed), bits, networks, table, zoo, start)[0]
 
-    count = args.num_tasks
-    starts = {
-        "one start": networks.base_parameters(),
-        "different starts": own_starts(networks, count, (max(RANKS),), args.seed),
-        "different starts, ranks 2, 4, 8": own_starts(networks, count, RANKS, args.seed),
-    }
-    print(f"base model {score(networks.base_parameters().expand(args.num_test_tasks, -1))}", flush=True)
-    print(f"trained on the task {score(train('test', networks.base_parameters()))}", flush=True)
-    for name, start in starts.items():
-        trained = train("train", start)
-        found = {}
-        for kind, products in {"factors": None, "products": AdapterProducts(networks.layout)}.items():
+        base = networks.base_parameters()
+        found = {"base model": score(base.expand(args.num_test_tasks, -1))}
+        found["trained on the task"] = score(train(tables["test"], base))
+        for ranks, name in (((max(RANKS),), ""), (RANKS, ", mixed ranks")):
+            trained = train(tables["train"], own_starts(networks, args.num_tasks, ranks, seed))
             seen, _, means = mean_networks(trained, tables["train"], products)
             ridge = tuned_ridge(search, seen, means, products)
-            found[kind] = score(contracted(ridge(tables["test"]), products))
-        nearest = torch.cdist(tables["test"], tables["train"]).argmin(1)
-        found["nearest seen task"] = score(trained[nearest])
-        products = AdapterProducts(networks.layout)
-        means = expanded(trained, products).repeat_interleave(ways.shape[1], 0)
-        ridge = tuned_ridge(search_words, ways.flatten(0, 1), means, products)
-        found["products from words"] = score(contracted(ridge(said["test"]), products))
-        found["from another task's words"] = score(contracted(ridge(said["test"].roll(1, 0)), products))
-        print(name, found, flush=True)
+            found[f"products{name}"] = score(products.contract(ridge(tables["test"])))
+            if name:
+                break
+            plain = mean_networks(trained, tables["train"])[2]
+            found["factors"] = score(tuned_ridge(search, seen, plain)(tables["test"]))
+            same = KernelRidge(bits.fields, seen, plain, ridge.ridge, ridge.scales)
+            found["factors, settings of products"] = score(same(tables["test"]))
+            found["nearest seen task"] = score(trained[torch.cdist(tables["test"], tables["train"]).argmin(1)])
+            ridge = tuned_ridge(search_words, said["train"], products.expand(trained), products)
+            found["products from new words"] = score(products.contract(ridge(said["test"])))
+            found["from another task's words"] = score(products.contract(ridge(said["test"].roll(1, 0))))
+        yield found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--folder", default="outputs/docstrings")
+    parser.add_argument("--networks", nargs="+", default=["llama"], help="Types of transformers.")
+    parser.add_argument("--num_tasks", type=int, default=64)
+    parser.add_argument("--num_steps", type=int, default=100)
+    parser.add_argument("--num_test_tasks", type=int, default=24)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    args = parser.parse_args()
+    for kind in args.networks:
+        folder = Path(args.folder, kind)
+        if not (folder / "data").is_dir():
+            make(folder, kind=kind)
+        rows = []
+        for row in measure(folder, args):
+            rows.append(row)
+            print(kind, json.dumps(row), flush=True)
+        values = torch.tensor([list(row.values()) for row in rows], dtype=torch.float64)
+        for name, column in zip(rows[0], values.T, strict=True):
+            print(f"{kind}: {name:32} {column.mean():.1f} ± {column.std():.1f}, n = {len(rows)}", flush=True)
 
 
 if __name__ == "__main__":

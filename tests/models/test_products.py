@@ -59,6 +59,12 @@ def test_of_a_full_matrix_the_nearest_one_of_the_rank_is_taken():
             u, s, v = torch.linalg.svd(rows.flatten(2), full_matrices=False)
             expected = u[..., :2] * s[:, None, :2] @ v[:, :2]
             torch.testing.assert_close(near[name].flatten(2), expected, rtol=1e-4, atol=1e-4)
+    lowest = products.layout_of_rank(1).unflatten(products.contract(full, 1))
+    products.most = 1
+    for name, rows in LAYOUT.unflatten(products.contract(full)).items():
+        filled = [max(0, size - own) for size, own in zip(rows.shape, lowest[name].shape, strict=True)]
+        padding = [side for more in reversed(filled) for side in (0, more)]
+        torch.testing.assert_close(rows, torch.nn.functional.pad(lowest[name], padding))
 
 
 def test_gradients_move_a_product_towards_what_is_asked():

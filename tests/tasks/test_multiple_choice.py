@@ -9,6 +9,7 @@ from support.scripts import run_script
 from support.texts import make_text_encoder
 from transformers import LlamaForCausalLM
 
+from pdiff_hf import PDiffPipeline
 from pdiff_hf.networks.runner import NetworkRunner
 from pdiff_hf.selection import select_layout
 from pdiff_hf.tasks import make_family, make_task
@@ -160,7 +161,21 @@ def test_adapters_from_descriptions(tmp_path, monkeypatch):
             "--denoiser_preset=mlp",
         ),
         *("--denoiser_steps=3", "--tune_steps=2", "--tune_models=2", "--tune_batch_size=4", "--num_models=2"),
-        *("--baselines=few", "--output_dir", tmp_path / "out"),
+        *("--baselines=few", "--task_args=adapter_rank=4", "--output_dir", tmp_path / "out"),
     )
     report = (tmp_path / "out" / "evaluation" / "report.md").read_text()
     assert all(name in report for name in ("trained on the task", "kernel ridge", "told in its prompt", "shuffled"))
+    tuned = json.loads((tmp_path / "out" / "stages" / "tune.json").read_text())["results"]
+    losses, pipe = tuned["validation_loss_of_rank"], PDiffPipeline.from_pretrained(tmp_path / "out")
+    assert {*losses} == {"2", "4"} and str(pipe.autoencoder.config.adapter_rank) == min(losses, key=losses.get)
+    latents, tokens = torch.randn(1, 2), torch.tensor([ids("a b c")])
+    (network,) = pipe.decode(latents, "model")
+    for rank in (None, 4):
+        (adapter,) = pipe.decode(latents, "adapter", rank=rank)
+        adapter.save_pretrained(tmp_path / "generated")
+        plain = LlamaForCausalLM.from_pretrained(tmp_path / "llama")
+        loaded = peft.PeftModel.from_pretrained(plain, tmp_path / "generated")
+        assert loaded.peft_config["default"].r == (rank or tuned["adapter_rank"])
+        torch.testing.assert_close(loaded(tokens).logits, network(tokens).logits)
+    with pytest.raises(ValueError, match="adapter_rank=4 is for a model with an adapter"):
+        MultipleChoiceTask(str(tmp_path / "llama"), str(tmp_path / "data"), adapter_rank=4)
