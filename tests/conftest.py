@@ -70,6 +70,33 @@ def run_server(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def digits_run(tmp_path_factory):
+    """A run on digits, finished with all figures; who changes its folder copies it."""
+    from support.recipes import TINY
+    from support.runs import finish_in
+
+    return finish_in(tmp_path_factory.mktemp("digits") / "out", TINY)
+
+
+@pytest.fixture(scope="session")
+def family_run(tmp_path_factory):
+    """As `digits_run`, for a family of tasks."""
+    from support.recipes import TINY_FAMILY
+    from support.runs import finish_in
+
+    return finish_in(tmp_path_factory.mktemp("family") / "out", TINY_FAMILY)
+
+
+@pytest.fixture(scope="session")
+def data_run(tmp_path_factory):
+    """As `digits_run`, of networks that are data."""
+    from support.recipes import TINY_DATA
+    from support.runs import finish_in
+
+    return finish_in(tmp_path_factory.mktemp("data") / "out", TINY_DATA)
+
+
+@pytest.fixture(scope="session")
 def whole_run(run_server, tmp_path_factory):
     """The folder of a run that nothing happened to, and how many operations on files each of its stages made."""
     folder = tmp_path_factory.mktemp("whole") / "out"
@@ -77,6 +104,12 @@ def whole_run(run_server, tmp_path_factory):
     assert result.status == 0, result.errors
     assert set(result.operations) >= set(STAGES)
     return folder, result.operations
+
+
+@pytest.fixture
+def without_figures(monkeypatch):
+    """Figures take longer than everything else."""
+    monkeypatch.setattr("pdiff_hf.evaluation.plots.draw_figures", lambda *args, **kwargs: None)
 
 
 @pytest.fixture

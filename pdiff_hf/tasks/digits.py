@@ -1,6 +1,8 @@
 """Data sets that need no download: scikit-learn's 1,797 scans of digits, and the same rotated, shifted and noisy."""
 
 import math
+from collections.abc import Mapping
+from functools import cache
 
 import datasets
 import numpy as np
@@ -20,19 +22,22 @@ ZOOM = 2 / 3  # pixels of a scan to a pixel
 BITS = 8
 
 
-def load_scans() -> dict[str, datasets.Dataset]:
+@cache
+def load_scans() -> Mapping[str, datasets.Dataset]:
     """`digits`: the 8 × 8 scans as they are, 898 to train on and 899 to test on."""
     images, labels = _read()
     half = SCANS["test"].start
     return {"train": _dataset(images[:half], labels[:half]), "test": _dataset(images[half:], labels[half:])}
 
 
-def load_all_scans() -> dict[str, datasets.Dataset]:
+@cache
+def load_all_scans() -> Mapping[str, datasets.Dataset]:
     """`all_digits`: the 8 × 8 scans in one split, for tasks that hold some out by chance."""
     return {"train": _dataset(*_read())}
 
 
-def load_moving_digits() -> dict[str, datasets.Dataset]:
+@cache
+def load_moving_digits() -> Mapping[str, datasets.Dataset]:
     """
     `moving_digits`: 16 × 16 images, several of each scan, each with a rotation, a shift and noise of its own. No two
     splits share a scan. The images of one scan are not independent of each other.

@@ -118,7 +118,7 @@ def load_image_data(dataset: str, column: str | None = None) -> dict[str, datase
             paths nor base64.
     """
     if dataset in EMBEDDED:
-        return EMBEDDED[dataset]()
+        return dict(EMBEDDED[dataset]())
     names, column = ", ".join(f"'{name}'" for name in EMBEDDED), column or "image"
     splits = load_raw(dataset, f"{names}, ")
     feature = splits["train"].features.get(column)

@@ -84,7 +84,7 @@ def measure(name: str, folder: Path, flags: list[str]) -> list[str]:
         peaks.append(peak_memory([*command, "--resume_from_checkpoint", "latest"]))
         print(f"{name} {stage}: {peaks[-1] / 1e9:.2f} GB, {children_seconds(before):.0f} s of CPU", flush=True)
     report = json.loads((folder / "evaluation" / "report.json").read_text(encoding="utf-8"))
-    groups, explained = {group["name"]: group for group in report["groups"]}, report["reconstruction"]
+    groups, explained = {group["name"]: group["measures"] for group in report["groups"]}, report["reconstruction"]
     files = [*(folder / "pipeline" / "autoencoder").iterdir(), *(folder / "pipeline" / "denoiser").iterdir()]
     return [
         f"{report['num_parameters']:,}",

@@ -16,9 +16,3 @@ def whole(tmp_path_factory):
     settings |= {"losses": {"denoiser": [1.0, 0.5]}}
     settings |= {"extra_groups": [Group("vae", snapshots[:2] + 0.1, sweep="VAE")]}
     return report_on(scorer, snapshots, digits_pipeline(scorer, snapshots), folder, **settings), folder
-
-
-@pytest.fixture
-def without_figures(monkeypatch):
-    """Figures take longer than everything else."""
-    monkeypatch.setattr("pdiff_hf.evaluation.plots.draw_figures", lambda *args, **kwargs: None)

@@ -22,7 +22,8 @@ from support.evaluation import regression, report_on, snapshots_around
 from support.hub_server import Fault
 from support.markdown import check_markdown, tables
 from support.pipelines import make_network, make_pipeline
-from support.recipes import TINY, TINY_FAMILY
+from support.recipes import TINY
+from support.runs import finish
 from transformers import AutoModelForImageClassification
 
 from pdiff_hf import LatentDenoiser, ParameterLayout, PDiffPipeline
@@ -30,10 +31,8 @@ from pdiff_hf.evaluation import Report
 from pdiff_hf.hub.card import PRIVATE_KEYS, HubError, make_model_card
 from pdiff_hf.hub.push import push_pipeline_to_hub, push_run_to_hub, push_snapshots_to_hub
 from pdiff_hf.models.condition import Fields
-from pdiff_hf.run.config import PDiffConfig
 from pdiff_hf.run.context import RunContext
 from pdiff_hf.run.settings import RunSection
-from pdiff_hf.run.trainer import execute, prepare
 from pdiff_hf.run.tuning import load_tuning
 from pdiff_hf.snapshots import SnapshotError, SnapshotWriter, load_snapshots, parameter_matrix
 from pdiff_hf.snapshots.dataset import condition_table, load_fields
@@ -74,10 +73,10 @@ def pipe() -> PDiffPipeline:
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory) -> RunContext:
-    run = prepare(PDiffConfig(**TINY, output_dir=str(tmp_path_factory.mktemp("run") / "out")))
-    execute(run)
-    return run
+def run(digits_run, tmp_path_factory) -> RunContext:
+    """In a folder of its own, which tests change."""
+    folder = shutil.copytree(digits_run.folder, tmp_path_factory.mktemp("run") / "out")
+    return finish(digits_run.config.changed(output_dir=str(folder)))
 
 
 @pytest.fixture
@@ -484,9 +483,8 @@ def test_the_card_of_a_run(hub, run):
 
 
 @pytest.mark.slow
-def test_the_card_of_a_family_of_tasks(hub, tmp_path, monkeypatch):
-    run = prepare(PDiffConfig(**TINY_FAMILY, output_dir=str(tmp_path / "out")))
-    execute(run)
+def test_the_card_of_a_family_of_tasks(hub, family_run):
+    run = family_run
     push_run_to_hub(run.folder, "lab/on-demand")
     card = ModelCard.load("lab/on-demand")
     card.validate()

@@ -125,7 +125,7 @@ class UnusedNet(nn.Module):
 
 
 def vit():
-    return timm.create_model("vit_tiny_patch16_224", num_classes=5, img_size=32)
+    return timm.create_model("vit_tiny_patch16_224", num_classes=5, img_size=32, depth=3)
 
 
 def transformers_vit():
@@ -151,7 +151,7 @@ CASES = {
     "resnet18, convolution": (lambda: timm.create_model("resnet18", num_classes=5), "conv[-1]", IMAGES),
     "vit, last two norms": (vit, "norm[-2:]", IMAGES),
     "vit, class token": (vit, ["cls_token", "norm[-1]"], IMAGES),
-    "vit, attention": (vit, "blocks.11.attn.*", IMAGES),
+    "vit, attention": (vit, "blocks.2.attn.*", IMAGES),
     "convnext, last two norms": (lambda: timm.create_model("convnext_atto", num_classes=5), "norm[-2:]", IMAGES),
     "transformers vit": (transformers_vit, "norm[-2:]", IMAGES),
     "transformers vit, all": (transformers_vit, "all", IMAGES),

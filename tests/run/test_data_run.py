@@ -27,7 +27,7 @@ from pdiff_hf import (
 from pdiff_hf.networks.runner import NetworkRunner
 from pdiff_hf.run.folder import RunError
 from pdiff_hf.run.trainer import execute, prepare
-from pdiff_hf.scripts.opponents import opponents, wanted_opponents
+from pdiff_hf.scripts.opponents import opponents
 from pdiff_hf.snapshots import align_snapshots, of_data, parameter_matrix
 from pdiff_hf.snapshots.files import _natural_order
 from pdiff_hf.snapshots.of_data import check_starts, fit_networks
@@ -36,12 +36,9 @@ from pdiff_hf.training import Loop, LoopArguments
 SNIPPETS = Path(__file__).parents[2] / "docs" / "snippets"
 
 
-@pytest.fixture(scope="module")
-def context(tmp_path_factory):
-    config = PDiffConfig(**TINY_DATA, output_dir=str(tmp_path_factory.mktemp("fields") / "run"))
-    context = prepare(config, extra_groups=wanted_opponents(config))
-    execute(context)
-    return context
+@pytest.fixture
+def context(data_run):
+    return data_run
 
 
 def test_each_datum_has_a_network_and_held_out_ones_are_never_seen(context):
@@ -129,7 +126,7 @@ def test_other_starts(start, tmp_path):
     assert context.layout.num_parameters == 9 and all(error < 1 for error in results["errors"])
 
 
-def test_a_task_of_your_own_without_words_or_images():
+def test_a_task_of_your_own_without_words_or_images(without_figures):
     settings = {name: TINY_DATA[name] for name in TINY_DATA if name.startswith(("auto", "denoiser", "collect", "num_"))}
     settings |= {"base_epochs": 20, "base_batch_size": 10, "select": ["all"], "denoiser_args": {}, "baselines": "few"}
     trainer = PDiffTrainer(Waves(), args=PDiffConfig(**settings | {"latent_dim": 4}))
@@ -147,7 +144,7 @@ class Repeated(Waves):
         return found + found[3:6] if split == "train" else found
 
 
-def test_equal_data_have_one_network_and_keep_their_conditions():
+def test_equal_data_have_one_network_and_keep_their_conditions(without_figures):
     settings = {name: TINY_DATA[name] for name in TINY_DATA if name.startswith(("auto", "denoiser", "collect", "num_"))}
     settings |= {"base_epochs": 2, "base_batch_size": 10, "select": ["all"], "denoiser_args": {}, "latent_dim": 4}
     trainer = PDiffTrainer(Repeated(), args=PDiffConfig(**settings), extra_groups=opponents)
@@ -217,7 +214,7 @@ def test_evaluate_takes_pipelines_and_networks_that_are_data(context, tmp_path, 
     assert report.generated.n == 30 and (tmp_path / "report" / "contact_sheet.png").is_file()
 
 
-def test_scripts_take_generators_of_data(context, tmp_path, monkeypatch):
+def test_scripts_take_generators_of_data(without_figures, context, tmp_path, monkeypatch):
     folder, out = str(context.folder), str(tmp_path / "networks")
     run_script(monkeypatch, "generate.py", folder, "--num_models=2", f"--output_dir={out}", '--condition={"label": 3}')
     assert NeuralField.from_pretrained(tmp_path / "networks" / "network-00001")(torch.zeros(5, 2)).shape == (5, 1)

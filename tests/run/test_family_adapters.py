@@ -6,6 +6,7 @@ import shutil
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from support.runs import finish
 from support.scripts import generate
 from transformers import AutoModelForSequenceClassification, BertConfig, BertForSequenceClassification
 
@@ -87,9 +88,7 @@ def recipe(folder, **changes) -> PDiffConfig:
 
 @pytest.fixture(scope="module")
 def finished(folder) -> RunContext:
-    run = prepare(recipe(folder))
-    execute(run)
-    return run
+    return finish(recipe(folder))
 
 
 def test_adapters_are_learned_as_products(finished):

@@ -6,6 +6,7 @@ import shutil
 import pytest
 import torch
 from safetensors.torch import load_file, save_model
+from support import runs
 from support.recipes import TINY_FAMILY
 from support.scripts import run_script
 
@@ -17,7 +18,7 @@ from pdiff_hf.run.config import PDiffConfig
 from pdiff_hf.run.context import RunContext
 from pdiff_hf.run.folder import RunError
 from pdiff_hf.run.learning import compare_outputs, regressed_latents
-from pdiff_hf.run.trainer import execute, prepare
+from pdiff_hf.run.trainer import prepare
 from pdiff_hf.scripts.opponents import wanted_opponents
 from pdiff_hf.snapshots import load_snapshots, parameter_matrix
 from pdiff_hf.utils.seeds import named_seed
@@ -42,15 +43,13 @@ def run_in(folder, **changes) -> RunContext:
     return prepare(config, extra_groups=wanted_opponents(config))
 
 
-def finish(folder, **changes) -> RunContext:
-    run = run_in(folder, **changes)
-    execute(run)
-    return run
+def finish(folder, figures: bool = False, **changes) -> RunContext:
+    return runs.finish(TINY.changed(output_dir=str(folder), **changes), figures)
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory) -> RunContext:
-    return finish(tmp_path_factory.mktemp("family") / "out")
+    return finish(tmp_path_factory.mktemp("family") / "out", figures=True)
 
 
 def test_a_denoiser_can_learn_what_a_regression_gives_for_other_conditions(finished, monkeypatch):
@@ -211,7 +210,7 @@ def evaluate(monkeypatch, finished, source, folder, *flags) -> Report:
     return Report.load(folder)
 
 
-def test_networks_of_any_generator_are_audited_from_a_table(finished, tmp_path, monkeypatch):
+def test_networks_of_any_generator_are_audited_from_a_table(without_figures, finished, tmp_path, monkeypatch):
     pipe = PDiffPipeline.from_pretrained(finished.folder / "tuned")
     conditions = [
         {"angle": 40.0, "invert": "no", "occlude": "none"},
@@ -238,7 +237,7 @@ def test_networks_of_any_generator_are_audited_from_a_table(finished, tmp_path, 
         evaluate(monkeypatch, finished, tmp_path / "table.csv", tmp_path / "out")
 
 
-def test_a_saved_pipeline_is_audited(finished, tmp_path, monkeypatch):
+def test_a_saved_pipeline_is_audited(without_figures, finished, tmp_path, monkeypatch):
     report = evaluate(monkeypatch, finished, finished.folder / "tuned", tmp_path / "out", "--num_inference_steps=4")
     kinds = {Kind.GENERATED, Kind.CONTROL, Kind.SNAPSHOTS, Kind.BASELINE, Kind.ORACLE}
     assert {row.kind for row in report.groups} == kinds

@@ -7,6 +7,7 @@ import logging
 import pytest
 import torch
 from safetensors.torch import load_file
+from support.runs import finish
 from support.scripts import generate
 from transformers import AutoModelForImageClassification
 
@@ -15,7 +16,7 @@ from pdiff_hf.evaluation.score import make_scorer
 from pdiff_hf.run.config import PDiffConfig
 from pdiff_hf.run.context import RunContext
 from pdiff_hf.run.folder import RunError
-from pdiff_hf.run.trainer import execute, prepare
+from pdiff_hf.run.trainer import prepare
 from pdiff_hf.tasks import take
 
 TINY = PDiffConfig(
@@ -42,9 +43,7 @@ TINY = PDiffConfig(
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory) -> RunContext:
-    run = prepare(dataclasses.replace(TINY, output_dir=str(tmp_path_factory.mktemp("recomputed") / "out")))
-    execute(run)
-    return run
+    return finish(TINY.changed(output_dir=str(tmp_path_factory.mktemp("recomputed") / "out")))
 
 
 @pytest.fixture(scope="module")

@@ -7,6 +7,7 @@ import pytest
 import torch
 from reproduce.extra_groups import hyper_representations, vae
 from safetensors.torch import load_file
+from support.runs import finish
 
 from pdiff_hf import PDiffPipeline
 from pdiff_hf.evaluation import Kind, Report
@@ -14,8 +15,7 @@ from pdiff_hf.evaluation.groups import named_generator
 from pdiff_hf.run.config import PDiffConfig
 from pdiff_hf.run.evaluating import evaluate_saved
 from pdiff_hf.run.folder import RunError
-from pdiff_hf.run.trainer import execute, prepare
-from pdiff_hf.scripts.opponents import wanted_opponents
+from pdiff_hf.run.trainer import prepare
 from pdiff_hf.scripts.tuned_baselines import tuned_baselines
 from pdiff_hf.utils.names import generator_folder
 
@@ -40,16 +40,14 @@ TINY = {
 
 def test_extra_groups_stand_in_the_report_and_belong_to_it(tmp_path):
     settings = PDiffConfig(**TINY, output_dir=str(tmp_path / "run"))
-    run = prepare(settings, extra_groups=vae)
-    execute(run)
+    run = finish(settings, figures=True, extra_groups=vae)
     report = Report.load(run.folder / "evaluation")
     assert report.group("vae").n == 1 and report.group("vae").verdict is not None
     assert len(list((run.folder / "evaluation").glob("*.png"))) == 6
     assert prepare(settings).is_finished("evaluate")  # it has all that others have
     with pytest.raises(RunError, match="extra_groups"):
         prepare(settings, extra_groups=hyper_representations)
-    again = prepare(dataclasses.replace(settings, num_models=4, overwrite_output_dir=True))
-    execute(again)
+    finish(settings.changed(num_models=4, overwrite_output_dir=True))
     assert Report.load(run.folder / "evaluation").generated.n == 4
 
 
@@ -63,8 +61,7 @@ def test_scores_that_will_not_fit_into_memory_are_refused_before_anything_is_tra
 
 def test_a_tuned_generator_is_the_one_that_is_evaluated(tmp_path):
     changes = {"tune_steps": 4, "tune_models": 3, "tune_batch_size": 5, "baseline_models": 0}
-    run = prepare(PDiffConfig(**TINY | changes, output_dir=str(tmp_path / "run")))
-    execute(run)
+    run = finish(PDiffConfig(**TINY | changes, output_dir=str(tmp_path / "run")))
     weights = {name: load_file(run.folder / name / "denoiser/diffusion_pytorch_model.safetensors") for name in FOLDERS}
     assert any(not torch.equal(weights["pipeline"][key], weights["tuned"][key]) for key in weights["tuned"])
     assert generator_folder(run.folder) == run.folder / "tuned"
@@ -87,9 +84,7 @@ def test_validation_chooses_the_diversity_and_the_report_gives_others_the_same(t
         "baseline_models": 2,
         "baselines": "few",
     }
-    config = PDiffConfig(**TINY | changes, temperature=0.5, output_dir=str(tmp_path / "run"))
-    run = prepare(config, extra_groups=wanted_opponents(config))
-    execute(run)
+    run = finish(PDiffConfig(**TINY | changes, temperature=0.5, output_dir=str(tmp_path / "run")))
     results = json.loads((run.folder / "stages/tune.json").read_text())["results"]
     tried = results["validation_loss_of_diversity"]
     assert set(tried) == {"0", "5"} and tried[f"{results['diversity']:g}"] == min(tried.values())

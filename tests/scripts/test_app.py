@@ -17,13 +17,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from support.pipelines import make_network, make_pipeline
-from support.recipes import TINY, TINY_FAMILY
+from support.recipes import TINY_FAMILY
+from support.runs import finish
 
 from pdiff_hf import PDiffPipeline
 from pdiff_hf.hub.push import push_run_to_hub
 from pdiff_hf.run.config import PDiffConfig
-from pdiff_hf.run.context import RunContext
-from pdiff_hf.run.trainer import execute, prepare
 from pdiff_hf.scripts import explore, on_demand
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(find_spec("gradio") is None, reason="needs gradio")]
@@ -41,13 +40,6 @@ FLAGS = [
 ]
 WIDTHS = {"desktop": (1280, 900), "phone": (390, 844)}
 TIMEOUT = 300_000  # milliseconds: what is waited for comes at last on a machine of any speed
-
-
-@pytest.fixture(scope="module")
-def run(tmp_path_factory) -> RunContext:
-    run = prepare(PDiffConfig(**TINY, output_dir=str(tmp_path_factory.mktemp("app") / "out")))
-    execute(run)
-    return run
 
 
 @pytest.fixture(scope="module")
@@ -125,6 +117,13 @@ def has_picture(page) -> bool:
     return image.evaluate("image => image.decode().then(() => image.naturalWidth > 100)")
 
 
+def wait_for_networks(page, text) -> None:
+    """An error on the page ends the wait."""
+    done, error = page.get_by_text(text), page.locator(".toast-body")
+    done.or_(error).first.wait_for()
+    assert done.is_visible(), error.first.inner_text()
+
+
 def sample(page, **settings) -> None:
     for label, value in settings.items():
         page.get_by_label(label.replace("_", " ")).fill(value)
@@ -140,9 +139,9 @@ def download_networks(page, folder) -> None:
         archive.extractall(folder)
 
 
-def test_a_run_is_sampled_compared_and_downloaded(run, page, tmp_path):
+def test_a_run_is_sampled_compared_and_downloaded(digits_run, page, tmp_path):
     page.get_by_text("Open a generator first.").wait_for()
-    open_generator(page, run.folder)
+    open_generator(page, digits_run.folder)
     page.get_by_text("in 4 tensors of test_resnet trained on digits").wait_for()
     page.get_by_text("Accuracy on 100 test examples").wait_for()
     assert page.locator(".at-work figure img").count() == on_demand.PICTURES
@@ -156,7 +155,7 @@ def test_a_run_is_sampled_compared_and_downloaded(run, page, tmp_path):
     open_settings(page)
     how = {"number_input_for_Denoising_steps": "5", "number_input_for_Temperature": "0.5", "Seed": "3"}
     sample(page, number_input_for_Networks="7", **how)
-    page.get_by_text("Done: 7 networks in 5 steps, seed 3.").wait_for()
+    wait_for_networks(page, "Done: 7 networks in 5 steps, seed 3.")
     page.get_by_text("7 networks sampled here:").wait_for()
     assert has_picture(page)
     show_tab(page, "Process")
@@ -169,7 +168,7 @@ def test_a_run_is_sampled_compared_and_downloaded(run, page, tmp_path):
     table = page.locator(".report table")
     assert table.evaluate("t => [...t.rows].every(r => r.getBoundingClientRect().right <= innerWidth)")  # none cut off
 
-    pipe = run.pipeline
+    pipe = digits_run.pipeline
     expected = pipe(7, 5, torch.Generator().manual_seed(3), temperature=0.5, output_type="pt").parameters
     download_networks(page, tmp_path)
     got = [load_file(tmp_path / f"network-{i:05d}.safetensors") for i in range(7)]
@@ -195,16 +194,13 @@ def run_code(code, folder):
 
 
 @pytest.fixture(scope="module")
-def family_run(tmp_path_factory) -> Path:
-    """A finished run for a family, moved after it was finished."""
-    folder = tmp_path_factory.mktemp("family")
-    run = prepare(PDiffConfig(**TINY_FAMILY, output_dir=str(folder / "out")))
-    execute(run)
-    return (folder / "out").rename(folder / "moved")
+def moved(family_run, tmp_path_factory) -> Path:
+    """A finished run for a family, which is not where its recipe says."""
+    return shutil.copytree(family_run.folder, tmp_path_factory.mktemp("family") / "moved")
 
 
-def test_the_network_at_work_follows_the_controls(family_run, page, tmp_path):
-    open_generator(page, family_run)
+def test_the_network_at_work_follows_the_controls(moved, page, tmp_path):
+    open_generator(page, moved)
     page.get_by_text("angle 36, invert no, occlude none", exact=True).wait_for()
     assert page.get_by_text("Not available:").count() == 0
     assert page.locator(".at-work figure").count() == on_demand.PICTURES
@@ -216,7 +212,7 @@ def test_the_network_at_work_follows_the_controls(family_run, page, tmp_path):
     page.get_by_text("angle 101, invert yes, occlude none", exact=True).wait_for()
     page.locator(".at-work .row").nth(1).get_by_text("%").wait_for()  # trained while the page is read
 
-    source = explore.load_source(str(family_run))
+    source = explore.load_source(str(moved))
     task = {"angle": 101.0, "invert": "yes", "occlude": "none"}
     rows = source.pipe(1, 4, torch.Generator().manual_seed(0), condition=task, output_type="pt").parameters
     choice = on_demand.Choice(task, tuple(task))
@@ -232,7 +228,7 @@ def test_the_network_at_work_follows_the_controls(family_run, page, tmp_path):
     page.get_by_text("The generator samples occlude from the seen tasks").wait_for()
     open_settings(page)
     sample(page, number_input_for_Networks="3", Seed="2")
-    page.get_by_text("Done: 3 networks for angle 101, invert yes in 4 steps").wait_for()
+    wait_for_networks(page, "Done: 3 networks for angle 101, invert yes in 4 steps")
     download_networks(page, tmp_path)
     told = {"angle": 101.0, "invert": "yes"}
     expected = source.pipe(3, 4, torch.Generator().manual_seed(2), condition=told, output_type="pt").parameters
@@ -255,12 +251,12 @@ def test_the_network_at_work_follows_the_controls(family_run, page, tmp_path):
     table = page.locator(".report table")
     assert table.evaluate("t => [...t.rows].every(r => r.getBoundingClientRect().right <= innerWidth)")
 
-    open_generator(page, family_run)  # again: the controls are as at first
+    open_generator(page, moved)  # again: the controls are as at first
     page.get_by_text("angle 36, invert no, occlude none", exact=True).wait_for()
 
 
-def test_a_repository_shows_networks_at_work_too(family_run, hub, page):
-    push_run_to_hub(family_run, "alice/on-demand")
+def test_a_repository_shows_networks_at_work_too(moved, hub, page):
+    push_run_to_hub(moved, "alice/on-demand")
     open_generator(page, "alice/on-demand")
     page.get_by_text("snapshots: they are not in the repository").wait_for()
     page.get_by_label("number input for angle").fill("100")
@@ -268,13 +264,13 @@ def test_a_repository_shows_networks_at_work_too(family_run, hub, page):
     page.locator(".at-work .row").nth(1).get_by_text("%").wait_for()
     assert page.locator(".at-work .row").count() == 3  # generated, trained on the task, base model
     sample(page, number_input_for_Networks="3")
-    page.get_by_text("Done: 3 networks for angle 100, invert no, occlude none in 4 steps").wait_for()
+    wait_for_networks(page, "Done: 3 networks for angle 100, invert no, occlude none in 4 steps")
     show_tab(page, "Accuracy")
     page.get_by_text("From the report: accuracy on tasks along").wait_for()
 
 
-def test_a_repository_of_a_single_task(run, hub, page):
-    push_run_to_hub(run.folder, "alice/explored")
+def test_a_repository_of_a_single_task(digits_run, hub, page):
+    push_run_to_hub(digits_run.folder, "alice/explored")
     open_generator(page, "alice/explored")
     page.get_by_text("trained on digits").wait_for()
     page.get_by_text("snapshots: they are not in the repository").wait_for()
@@ -285,7 +281,7 @@ def test_a_repository_of_a_single_task(run, hub, page):
     page.get_by_label("Scheduler").click()
     page.get_by_role("option", name="DDIM").click()
     page.get_by_role("button", name="Sample").click()
-    page.get_by_text("Done: 50 networks in 4 steps of DDIM, seed 0.").wait_for()
+    wait_for_networks(page, "Done: 50 networks in 4 steps of DDIM, seed 0.")
     show_tab(page, "Parameters")
     assert has_picture(page)
 
@@ -305,7 +301,7 @@ class Darker(ImageFamily):
 def test_an_error_in_a_family_of_ones_own_is_a_message(page, tmp_path, monkeypatch):
     (tmp_path / "dark.py").write_text(FAMILY)
     changes = {"family": f"{tmp_path}/dark.py:Darker", "family_args": "{}", "output_dir": str(tmp_path / "out")}
-    execute(prepare(PDiffConfig(**TINY_FAMILY | changes)))
+    finish(PDiffConfig(**TINY_FAMILY | changes))
     trouble = (
         '        if (conditions.gamma > 3.9).any():\n            raise RuntimeError("too dark")\n        return images'
     )

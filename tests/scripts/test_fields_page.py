@@ -1,28 +1,25 @@
 """What the page shows of a generator whose networks are data."""
 
 import re
+import shutil
 from importlib.util import find_spec
 
 import pytest
-from support.recipes import TINY_DATA
-
-from pdiff_hf.run.config import PDiffConfig
-from pdiff_hf.run.trainer import execute, prepare
 
 pytestmark = pytest.mark.skipif(find_spec("gradio") is None, reason="needs gradio")
 
 
 @pytest.fixture(scope="module")
-def data(tmp_path_factory):
+def data(data_run, tmp_path_factory):
     from pdiff_hf.scripts.fields_page import load_data
 
-    run = prepare(PDiffConfig(**TINY_DATA, output_dir=str(tmp_path_factory.mktemp("page") / "run")))
-    execute(run, ["base", "collect", "autoencoder"])
-    assert load_data(str(run.folder)) is None  # not yet
-    execute(run, ["denoiser"])
-    assert load_data(str(run.folder / "pipeline")) is None  # without its data
-    assert load_data(str(run.folder)) is load_data(str(run.folder))
-    return load_data(str(run.folder))
+    folder = shutil.copytree(data_run.folder, tmp_path_factory.mktemp("page") / "run")
+    pipeline = (folder / "pipeline").rename(folder / "aside")
+    assert load_data(str(folder)) is None  # not yet
+    pipeline.rename(folder / "pipeline")
+    assert load_data(str(folder / "pipeline")) is None  # without its data
+    assert load_data(str(folder)) is load_data(str(folder))
+    return load_data(str(folder))
 
 
 def test_data_of_a_class_at_any_resolution_beside_the_nearest(data):

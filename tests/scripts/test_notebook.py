@@ -1,23 +1,19 @@
 """The notebook runs from top to bottom on a small run, from where Jupyter starts it, and shows what it has printed."""
 
 import json
+import shutil
 from pathlib import Path
 
 import matplotlib
 import matplotlib.pyplot as plt
-from support.recipes import TINY_FAMILY
-
-from pdiff_hf.run.config import PDiffConfig
-from pdiff_hf.run.trainer import execute, prepare
 
 NOTEBOOK = Path(__file__).parents[2] / "scripts" / "quickstart.ipynb"
 CELLS = [cell for cell in json.loads(NOTEBOOK.read_text(encoding="utf-8"))["cells"] if cell["cell_type"] == "code"]
 
 
-def test_every_cell_runs(tmp_path, monkeypatch, capsys):
-    run = prepare(PDiffConfig(**TINY_FAMILY, output_dir=str(tmp_path / "run")))
-    execute(run)
-    monkeypatch.setenv("PDIFF_RUN", str(run.folder))
+def test_every_cell_runs(family_run, tmp_path, monkeypatch, capsys):
+    folder = shutil.copytree(family_run.folder, tmp_path / "run")
+    monkeypatch.setenv("PDIFF_RUN", str(folder))
     monkeypatch.chdir(NOTEBOOK.parent)
     matplotlib.use("Agg")
     names: dict = {}
@@ -26,7 +22,7 @@ def test_every_cell_runs(tmp_path, monkeypatch, capsys):
     assert len(plt.get_fignums()) == 2
     plt.close("all")
     assert "equal: True" in capsys.readouterr().out
-    assert (run.folder / "my_network" / "config.json").is_file()
+    assert (folder / "my_network" / "config.json").is_file()
 
 
 def test_its_outputs_are_stored():

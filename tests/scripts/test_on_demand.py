@@ -2,6 +2,7 @@
 
 import html
 import re
+import shutil
 import subprocess
 import sys
 import threading
@@ -10,12 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 from support.families import make_family, make_networks
-from support.recipes import TINY, TINY_FAMILY
 
 from pdiff_hf.hub.card import make_model_card
 from pdiff_hf.models import ConditionEncoder
-from pdiff_hf.run.config import PDiffConfig
-from pdiff_hf.run.trainer import execute, prepare
 from pdiff_hf.scripts import explore, on_demand
 from pdiff_hf.utils.names import generator_folder
 from pdiff_hf.utils.seeds import derive_seed
@@ -24,12 +22,9 @@ SCRIPT = str(Path(__file__).parents[2] / "scripts" / "app.py")
 
 
 @pytest.fixture(scope="module")
-def moved(tmp_path_factory) -> Path:
+def moved(family_run, tmp_path_factory) -> Path:
     """The folder of a finished run, which is not where its recipe says."""
-    folder = tmp_path_factory.mktemp("family")
-    run = prepare(PDiffConfig(**TINY_FAMILY, output_dir=str(folder / "out")))
-    execute(run)
-    return (folder / "out").rename(folder / "renamed")
+    return shutil.copytree(family_run.folder, tmp_path_factory.mktemp("moved") / "renamed")
 
 
 def all_told(**task) -> "on_demand.Choice":
@@ -194,10 +189,8 @@ def test_page_report_and_card_give_the_same_numbers(moved, tmp_path):
     check_tables(moved, report)
 
 
-def test_of_a_single_task_too(tmp_path):
-    run = prepare(PDiffConfig(**TINY, output_dir=str(tmp_path / "out")))
-    execute(run)
-    source = explore.load_source(str(run.folder))
+def test_of_a_single_task_too(digits_run, tmp_path):
+    source = explore.load_source(str(digits_run.folder))
     others, report = source.at_work.others(on_demand.Choice()), source.report
     assert others["snapshots"] == pytest.approx(report.group("snapshots").mean())
     noise = torch.Generator().manual_seed(derive_seed(0, *b"generated"))
@@ -208,7 +201,7 @@ def test_of_a_single_task_too(tmp_path):
     assert f"accuracy {report.generated.mean():.2f} % on average" in text
     assert f"snapshots {report.group('snapshots').mean():.2f} %" in text
     assert f"snapshot is {report.generated.measures['max_iou']:.3f} on average" in text
-    check_tables(run.folder, report)
+    check_tables(digits_run.folder, report)
 
 
 def check_tables(run: Path, report) -> None:

@@ -5,13 +5,9 @@ import dataclasses
 import importlib.util
 import json
 import logging
-import os
 import re
 import shutil
-import signal
-import subprocess
 import sys
-import time
 from collections import defaultdict
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
@@ -190,23 +186,18 @@ def test_a_group_is_better_worse_or_equal_within_the_noise_of_the_seeds():
     assert verdict([1.0])[0] == "+1.00, one seed"
 
 
-def test_a_table_that_was_killed_goes_on_and_its_rows_share_their_stages(tmp_path, caplog):
+def test_a_table_that_was_killed_goes_on_and_its_rows_share_their_stages(run_server, tmp_path, caplog, without_figures):
     flags = [f"--{key}={value}" for key, value in TINY.items()]
-    command = [sys.executable, ROOT / "scripts" / "reproduce.py", "table3a", "--rows", "none", "both"]
-    command += ["--dataset", "digits", "--output_dir", tmp_path, *flags, "--denoiser_steps=300"]
-    process = subprocess.Popen(command, env=os.environ | {"PYTHONPATH": str(ROOT)}, stderr=subprocess.DEVNULL)
-    while not list(tmp_path.glob("runs/*/checkpoints/denoiser/checkpoint-*")):
-        assert process.poll() is None, "it ended before it could be killed"
-        time.sleep(0.05)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    command = ["table3a", "--rows", "none", "both", "--dataset=digits", *flags]
+    killed = run_server.run(tmp_path, *command, script="reproduce", at="denoiser/part-20")
+    assert killed.reached, killed.errors
     (first,) = (tmp_path / "runs").iterdir()
     assert not (tmp_path / "table3a" / "table.md").exists()
     before = {path: path.stat().st_mtime_ns for path in first.glob("stages/*.json")}
     assert {path.stem for path in before} == {"base", "collect", "autoencoder"}
 
     caplog.set_level(logging.INFO)
-    arguments = {"dataset": "digits", "patterns": ["none", "both"], "changes": TINY | {"denoiser_steps": 300}}
+    arguments = {"dataset": "digits", "patterns": ["none", "both"], "changes": TINY}
     folder = reproduce("table3a", tmp_path, **arguments)
     assert "denoiser: going on from step" in caplog.text
     assert all(path.stat().st_mtime_ns == time for path, time in before.items())

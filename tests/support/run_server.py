@@ -177,6 +177,7 @@ def _become_the_script(job: dict, pipe: int) -> None:
         os.dup2(file, descriptor)
     os.environ |= job["environment"]
     sys.argv = [job["path"], *job["arguments"]]
+    sys.path.insert(0, os.path.dirname(job["path"]))  # as for a script that Python starts
     sys.addaudithook(_watch(job, pipe))
     status = 0
     try:

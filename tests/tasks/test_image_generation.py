@@ -13,6 +13,7 @@ from diffusers import AutoencoderKL, DDPMPipeline, DDPMScheduler, UNet2DModel
 from huggingface_hub import HfApi
 from sklearn.datasets import load_digits
 from support.inception import put_inception
+from support.runs import finish
 from transformers import AutoModelForImageClassification, ViTConfig, ViTForImageClassification, ViTImageProcessor
 
 from pdiff_hf import PDiffPipeline
@@ -95,9 +96,9 @@ def make_recipe(folder, output_dir, **changes) -> PDiffConfig:
         "collect_batch_size": 32,
         "collect_learning_rate": 1e-3,
         "latent_dim": 8,
-        "autoencoder_steps": 100,
+        "autoencoder_steps": 40,
         "autoencoder_batch_size": 10,
-        "denoiser_steps": 100,
+        "denoiser_steps": 60,
         "denoiser_batch_size": 10,
     }
     return PDiffConfig(**settings | changes)
@@ -105,9 +106,7 @@ def make_recipe(folder, output_dir, **changes) -> PDiffConfig:
 
 @pytest.fixture(scope="module")
 def finished(folder) -> RunContext:
-    run = prepare(make_recipe(folder, folder / "run"))
-    execute(run)
-    return run
+    return finish(make_recipe(folder, folder / "run"))
 
 
 # Long enough to be stopped in the middle.
@@ -116,9 +115,7 @@ SHORT = {"base_epochs": 2, "checkpointing_steps": 10, "autoencoder_steps": 10, "
 
 @pytest.fixture(scope="module")
 def short(folder) -> RunContext:
-    run = prepare(make_recipe(folder, folder / "short", **SHORT))
-    execute(run)
-    return run
+    return finish(make_recipe(folder, folder / "short", **SHORT))
 
 
 def distances(task, split, *groups) -> list[float]:

@@ -5,11 +5,11 @@ import json
 
 import pytest
 import torch
+from support.runs import finish
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, BertConfig
 
 from pdiff_hf.networks.runner import NetworkRunner
 from pdiff_hf.run.config import PDiffConfig
-from pdiff_hf.run.trainer import execute, prepare
 from pdiff_hf.tasks import TextClassificationTask, predict_logits
 
 WORDS = {"good": ["fine", "lovely", "great", "warm", "kind"], "bad": ["poor", "awful", "cold", "dull", "sad"]}
@@ -108,8 +108,7 @@ def test_the_whole_job(folder, tmp_path):
         baseline_models=0,
         num_inference_steps=3,
     )
-    run = prepare(recipe)
-    execute(run)
+    run = finish(recipe)
     report = json.loads((tmp_path / "evaluation" / "report.json").read_text())
     groups = {group["name"]: group for group in report["groups"]}
     assert groups["snapshots"]["n"] == 10 and groups["generated"]["n"] == 4

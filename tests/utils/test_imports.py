@@ -40,9 +40,11 @@ for script in ("train", "collect", "evaluate", "generate", "push_to_hub", "repro
 
 
 def test_sampling_imports_only_what_it_computes_with():
-    """Not what only figures and metrics need, so that a generator can be used without them."""
+    """Not what only figures and metrics need: a generator can be used without them. Nor tasks, for their names."""
     program = f"""
-import sys, torch
+import sys, torch, pdiff_hf.tasks
+names = pdiff_hf.tasks.task_names()
+assert len(names) >= 5 and not {{f"pdiff_hf.tasks.{{name}}" for name in names}} & set(sys.modules)
 from pdiff_hf import PDiffPipeline
 pipe = PDiffPipeline.from_pretrained({str(GOLDEN)!r})
 pipe(condition={{"angle": 30.0, "invert": "no", "occlude": "none"}}, output_type="model")
