@@ -127,10 +127,11 @@ def load_data(name: str) -> DataAtWork | None:
 @lru_cache(maxsize=2)
 def _load_data(name: str, *changed: int) -> DataAtWork | None:
     """What a folder holds whose files were `changed` then."""
-    config = load_config(Path(name, names.RECIPE))
-    if config.is_of_data is False or config.family is not None:
+    try:
+        config = load_config(Path(name, names.RECIPE))
+        task = None if config.is_of_data is False or config.family is not None else config.make_task()
+    except Exception:  # such as data that have gone: the page says why networks are not at work
         return None
-    task = config.make_task()
     if not isinstance(task, DataTask):
         return None
     pipe = PDiffPipeline.from_pretrained(name)

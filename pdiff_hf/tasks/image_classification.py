@@ -138,7 +138,7 @@ class ImageClassificationTask(ImageTask, LabelledTask):
         model = super().load_base_model()
         config: Any = model.config
         is_timm = isinstance(config, TimmWrapperConfig)
-        if is_timm and config.pretrained_cfg and self.image_size is not None:  # which a saved network is to say
+        if is_timm and self.processor is None and self.image_size is not None:  # which a saved network is to say
             channels = config.pretrained_cfg["input_size"][0]
             config.pretrained_cfg |= {"input_size": [channels, *[self.image_size] * 2], "crop_pct": 1.0}
         if is_timm and not self._has_weights:

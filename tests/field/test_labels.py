@@ -126,6 +126,8 @@ def test_a_network_of_timm_whose_config_does_not_say_how_images_are_prepared(tmp
     ViTImageProcessor(size={"height": 8, "width": 8}).save_pretrained(tmp_path / "model")
     task = ImageClassificationTask(str(tmp_path / "model"), str(data))
     assert task.load_split("train").__getitems__([0])["pixel_values"].shape == (1, 3, 8, 8)
+    task.save_base_model(task.load_base_model(), tmp_path / "saved")
+    assert task.load_saved(tmp_path / "saved").num_labels == 2
 
 
 def test_names_that_a_replaced_head_has_left_are_no_outputs():
