@@ -23,6 +23,7 @@ from pdiff_hf.pipelines import PDiffPipeline
 from pdiff_hf.run.cli import load_config
 from pdiff_hf.run.context import RunContext
 from pdiff_hf.run.trainer import execute, prepare
+from pdiff_hf.scripts.opponents import wanted_opponents
 from pdiff_hf.training.denoiser import LatentGenerator, denoising_loss, make_training_scheduler
 from pdiff_hf.utils import names
 
@@ -70,7 +71,7 @@ def main() -> None:
         task = recipe.make_task()
         rows.append(("data", *used()))
         for stage in recipe.stages:
-            run = prepare(recipe.changed(stages=[stage]), task=task)
+            run = prepare(recipe.changed(stages=[stage]), task=task, extra_groups=wanted_opponents(recipe))
             execute(run)
             rows.append((stage, *used()))
         print(Report.load(Path(folder, names.EVALUATION)).to_terminal())
