@@ -89,7 +89,8 @@ def widen_adapters(model: nn.Module, rank: int) -> None:
     """
     if any(".lora_embedding_" in name for name, _ in model.named_parameters()):
         raise ValueError("adapters of embeddings have no other rank")
-    (wrapper,) = getattr(model, "peft_wrapper", (model,))
+    wrappers: Any = getattr(model, "peft_wrapper", (model,))
+    (wrapper,) = wrappers
     for config in wrapper.peft_config.values():
         of_rank = config_of_rank(plain_config(config.to_dict()), rank)
         config.r, config.lora_alpha = of_rank["r"], of_rank["lora_alpha"]

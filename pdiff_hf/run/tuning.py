@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator, PartialState
@@ -74,7 +75,8 @@ def tune_denoiser(context: RunContext, stage: Stage) -> None:
 
 def _choose_rank(context: RunContext, regime: Regime, model: GeneratedNetworks) -> dict:
     """Cuts adapters of a rank that was made higher to their own if their loss on validation tasks is no higher then."""
-    task, autoencoder = getattr(context.family, "base", None), model.autoencoder
+    task: Any = getattr(context.family, "base", None)
+    autoencoder = model.autoencoder
     rank = getattr(task, "adapter_rank", None)
     if rank is None or autoencoder.products is None:
         return {}
