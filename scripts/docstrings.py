@@ -83,7 +83,7 @@ PACKAGES = {
     "transformers": (
         "transformers|language models|tokenizers and attention|pretrained checkpoints|generation with beam search|"
         "BERT and GPT|encoders and decoders|configurations of models of text|vocabularies and token ids|"
-        "fine-tuning a pretrained model|hidden states and attention masks|question answering and summarization|"
+        "fine-tuning a pretrained model|hidden states and attention masks|summaries of long articles|"
         "sequence classification|models of vision|chat templates and prompts|large language models",
         "chatbots, translation and natural speech",
     ),

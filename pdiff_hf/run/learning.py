@@ -22,6 +22,7 @@ from ..models import (
     autoencoder_architecture,
     encode_in_batches,
 )
+from ..models.condition import Fields
 from ..models.embedded import EmbeddedField
 from ..models.products import AdapterProducts, contracted, smallest_frame
 from ..networks.runner import NetworkRunner
@@ -283,8 +284,9 @@ def learn_denoiser(
 def regressed_latents(context: RunContext) -> tuple[torch.Tensor, torch.Tensor]:
     """
     Latents, shape `(N, L)`, and conditions, `(N, width)`, of the networks that kernel ridge regression gives
-    for conditions that are in no set of unseen tasks. Where seen tasks are few, a denoiser that learns them too says
-    between the seen tasks what the regression says, and tuning on seen tasks goes on from there.
+    for conditions that are in no set of unseen tasks; for descriptions, between those of two seen tasks. Where seen
+    tasks are few, a denoiser that learns them too says between the seen tasks what the regression says, and tuning on
+    seen tasks goes on from there.
     """
     c, family, autoencoder = context.config, context.family, context.autoencoder
     networks = NetworkRunner(context.base_model, context.layout)
@@ -293,10 +295,31 @@ def regressed_latents(context: RunContext) -> tuple[torch.Tensor, torch.Tensor]:
     scorer = MemberScorer(family, networks, context.conditions["validation"], VALIDATION_EXAMPLES)
     ridge = tuned_ridge(scorer, seen, means, products)
     unseen, generator = context.unseen_tasks, torch.Generator().manual_seed(named_seed(c.seed, "regressed"))
-    draws = (family.draw(generator) for _ in range(MAX_DRAWS * c.num_regressed))
-    allowed = (c for c in draws if family.region(c) is None and family.key(c) not in unseen)
-    table = family.fields.table(list(itertools.islice(allowed, c.num_regressed)))
+    if any(isinstance(field, EmbeddedField) for field in family.fields.values()):
+        table = between_descriptions(family.fields, context.seen_alternatives, c.num_regressed, generator)
+    else:
+        draws = (family.draw(generator) for _ in range(MAX_DRAWS * c.num_regressed))
+        allowed = (c for c in draws if family.region(c) is None and family.key(c) not in unseen)
+        table = family.fields.table(list(itertools.islice(allowed, c.num_regressed)))
     latents = [
         encode_in_batches(autoencoder, contracted(ridge(rows), products)) for rows in table.split(REGRESSED_AT_ONCE)
     ]
     return torch.cat(latents), table
+
+
+def between_descriptions(fields: Fields, ways: torch.Tensor, count: int, generator: torch.Generator) -> torch.Tensor:
+    """
+    Conditions, shape `(count, width)`, each like a seen one, with embeddings between its own and those of another.
+
+    Args:
+        ways (`torch.Tensor`): All ways to say the seen ones, shape `(N, K, width)`.
+    """
+    flat = ways.flatten(0, 1)
+    flat = flat[~flat.isnan().any(1)]
+    rows, others = flat[torch.randint(len(flat), (2, count), generator=generator)]
+    share = torch.rand(count, 1, generator=generator)
+    for name, field in fields.items():
+        if isinstance(field, EmbeddedField):
+            part = fields.columns[name]
+            rows[:, part] = F.normalize(rows[:, part].lerp(others[:, part], share), dim=1)
+    return rows

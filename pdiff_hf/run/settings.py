@@ -251,7 +251,8 @@ class DenoiserArgs:
     regressed_networks: int | None = option(
         None,
         "Families only: networks for other conditions, by kernel ridge regression, to learn beside the snapshots. "
-        "By default 1500 where tuning is on seen tasks alone, and others can be drawn, and else none.",
+        "By default 1500 where tuning is on seen tasks alone, and others can be drawn, and else none. Of described "
+        "tasks they are for what is between two descriptions.",
         min=0,
         when=FAMILY,
     )

@@ -14,10 +14,11 @@ from pdiff_hf import PDiffPipeline
 from pdiff_hf.evaluation import Kind, Report
 from pdiff_hf.evaluation.member_score import MemberScorer
 from pdiff_hf.evaluation.opponents import Regime
+from pdiff_hf.models import Fields
 from pdiff_hf.run.config import PDiffConfig
 from pdiff_hf.run.context import RunContext
 from pdiff_hf.run.folder import RunError
-from pdiff_hf.run.learning import compare_outputs, regressed_latents
+from pdiff_hf.run.learning import between_descriptions, compare_outputs, regressed_latents
 from pdiff_hf.run.trainer import prepare
 from pdiff_hf.scripts.opponents import wanted_opponents
 from pdiff_hf.snapshots import load_snapshots, parameter_matrix
@@ -64,6 +65,25 @@ def test_a_denoiser_can_learn_what_a_regression_gives_for_other_conditions(finis
     assert 0 < latents.square().mean() < 1.5
     assert PDiffConfig(**TINY_FAMILY, tune_tasks="seen").num_regressed == 1500
     assert PDiffConfig(**TINY_FAMILY).num_regressed == 0
+
+
+def test_of_described_tasks_a_regression_says_what_is_between_two_descriptions():
+    fields = Fields(
+        {
+            "level": {"type": "scalar", "low": 0.0, "high": 4.0},
+            "description": {"type": "text", "length": 4, "encoder": "none"},
+        }
+    )
+    part = fields.columns["description"]
+    ways = torch.full((3, 2, fields.width), torch.nan)  # three tasks, of which the first two are described twice
+    ways[..., 0], ways[:2, :, part] = torch.arange(3.0).unsqueeze(1), torch.eye(4).unflatten(0, (2, 2))
+    ways[2, 0, part] = torch.eye(4)[0]
+    found = between_descriptions(fields, ways, 50, torch.Generator().manual_seed(0))
+    seen = ways.flatten(0, 1)[:5]
+    assert torch.isfinite(found).all() and set(found[:, 0].tolist()) == {0.0, 1.0, 2.0}
+    torch.testing.assert_close(found[:, part].norm(dim=1), torch.ones(50))
+    assert ((found[:, part] > 0).sum(1) <= 2).all() and (found[:, part] > 0).sum(1).eq(2).any()
+    assert torch.equal(seen[:4, part], torch.eye(4))  # what was seen stays as it is
 
 
 def test_the_report_has_every_answer_on_unseen_tasks(finished):

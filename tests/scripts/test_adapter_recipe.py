@@ -60,7 +60,14 @@ def test_the_recipe_in_small(monkeypatch, tmp_path):
     for name, value in {"NUM_TEXTS": 60, "NUM_TASKS": 16, "EXAMPLES": dict.fromkeys(EXAMPLES, 14)}.items():
         monkeypatch.setattr(docstrings, name, value)
     sizes = {"num_tasks": 8, "num_validation_tasks": 3, "num_test_tasks": 4, "num_snapshots": 8, "latent_dim": 4}
-    steps = {"collect_steps": 4, "collect_every": 1, "denoiser_steps": 4, "tune_steps": 2, "tune_models": 4}
+    steps = {
+        "collect_steps": 4,
+        "collect_every": 1,
+        "denoiser_steps": 4,
+        "denoiser_args": "regressed_networks=6",
+        "tune_steps": 2,
+        "tune_models": 4,
+    }
     places = {"model": tmp_path / "made/adapter", "dataset": tmp_path / "made/data", "output_dir": tmp_path / "out"}
     flags = [f"--{name}={value}" for name, value in (sizes | steps | places).items()]
     run_script(monkeypatch, "train.py", "adapters.yaml", *flags)
