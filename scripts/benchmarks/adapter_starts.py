@@ -109,7 +109,8 @@ def main() -> None:
             print(kind, json.dumps(row), flush=True)
         values = torch.tensor([list(row.values()) for row in rows], dtype=torch.float64)
         for name, column in zip(rows[0], values.T, strict=True):
-            print(f"{kind}: {name:32} {column.mean():.1f} ± {column.std():.1f}, n = {len(rows)}", flush=True)
+            spread = f" ± {column.std():.1f}" if len(rows) > 1 else ""
+            print(f"{kind}: {name:32} {column.mean():.1f}{spread}, n = {len(rows)}", flush=True)
 
 
 if __name__ == "__main__":
