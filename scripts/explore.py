@@ -183,7 +183,7 @@ def compare(source: Source, choice: Choice, path: Path, scores: ClassifierScores
             elif scores is None:
                 count = len(generated.accuracy)
                 texts.append(f"The {count} networks of the report on {report.splits['test']:,} test examples.")
-            plot_accuracy_vs_similarity(path, snapshots, generated, others, report.splits["test"])
+            plot_accuracy_vs_similarity(path, {"": (snapshots, generated, others)}, report.splits["test"])
     return "\n\n".join(texts) or "There is nothing to compare yet."
 
 

@@ -9,7 +9,6 @@ import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -25,13 +24,12 @@ from .report_data import Kind, ReportData, as_tensor
 from .scatter import (
     DPI,
     GENERATED,
-    LEGEND,
-    MARKERS,
     MIN_IOU_RANGE,
     OTHERS,
     SNAPSHOTS,
     WIDTH,
     axis_limits,
+    label_beside,
     note_outside,
     plot_accuracy_vs_similarity,
     sampling_error,
@@ -80,8 +78,8 @@ def draw_figures(
     colours = [COLOURS.get(row.kind, OTHERS[0]) for row in shown]
     if "max_iou" in report.generated.measures:
         own, *others = (scatter_group(report, row.name, row.sweep or row.name) for row in (report.generated, *compared))
-        shown_first = scatter_group(report, "snapshots", "snapshots"), own, others
-        plot_accuracy_vs_similarity(folder / "accuracy_vs_similarity.png", *shown_first, report.splits["test"])
+        panels = {"": (scatter_group(report, "snapshots", "snapshots"), own, others)}
+        plot_accuracy_vs_similarity(folder / "accuracy_vs_similarity.png", panels, report.splits["test"])
         similarities = {row.name: scatter_group(report, row.name, row.name).max_iou for row in shown}
         quantity = "similarity to the nearest snapshot, lower is newer"
         plot_distribution(
@@ -150,7 +148,7 @@ def plot_reverse_process(
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.set_xlabel("denoising steps taken")
         axes.set_ylabel("test accuracy (%)")
-        axes.figure.legend(**LEGEND | {"ncols": 2})
+        axes.figure.legend(loc="outside lower center", ncols=2, fontsize="small", frameon=False)
 
 
 def _draw_process(report: ReportData, path: Path) -> None:
@@ -295,7 +293,7 @@ def plot_latent_pca(path: str | os.PathLike, snapshots: Tensor, generated: Tenso
             axes.scatter(x, y, s=size, marker=marker, color=colour, alpha=0.6, linewidths=0, label=name)
         axes.set_xlabel(f"first component ({first:.0%} of the snapshots' variance)")
         axes.set_ylabel(f"second component ({second:.0%})")
-        axes.figure.legend(**LEGEND)
+        axes.figure.legend(loc="outside lower center", ncols=2, frameon=False)
 
 
 def plot_loss_curves(path: str | os.PathLike, panels: Mapping[str, Sequence[float]]) -> None:
@@ -332,18 +330,19 @@ def plot_field(report: ReportData, path: str | os.PathLike) -> None:
         return
     values = [condition[along] for condition in report.conditions[along]]
     order = np.argsort(values)
-    looks = dict(zip(ALONG, zip((GENERATED, SNAPSHOTS, *OTHERS), MARKERS, strict=False), strict=False))
-    with _figure(path, 4.6) as axes:
+    colours = dict(zip(ALONG, (GENERATED, SNAPSHOTS, *OTHERS), strict=False))
+    labels, x = [], np.asarray(values)[order]
+    with _figure(path, 4.2) as axes:
         for row in report.groups:
             if row.name in ALONG:
-                (colour, marker), width = looks[row.name], 2 if row.kind == Kind.GENERATED else 1.2
-                y = np.asarray(row.scores(along))[order]
-                look: dict[str, Any] = {"marker": marker, "markersize": 4, "label": row.name}
-                axes.plot(np.asarray(values)[order], y, color=colour, linewidth=width, **look)
+                y, colour = np.asarray(row.scores(along))[order], colours[row.name]
+                width = 2 if row.kind == Kind.GENERATED else 1.2
+                axes.plot(x, y, color=colour, linewidth=width, marker=".", markersize=4)
+                labels.append((float(x[-1]), float(y[-1]), row.name, colour))
         axes.set_xlabel(along)
         axes.set_ylabel("accuracy on the task (%)")
         axes.set_ylim(top=min(axes.get_ylim()[1], 100.5))
-        axes.figure.legend(**LEGEND)
+        label_beside(axes, labels)
 
 
 def plot_sheet(path: str | os.PathLike, sheet: Mapping[str, Tensor]) -> None:

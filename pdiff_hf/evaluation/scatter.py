@@ -2,7 +2,7 @@
 
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import cycle
 from typing import Any
@@ -21,7 +21,6 @@ SNAPSHOTS, GENERATED = "#000000", "#D55E00"
 OTHERS = ("#0072B2", "#009E73", "#E69F00", "#56B4E9", "#CC79A7")  # their yellow is too pale for thin marks on white
 MARKERS = ("s", "^", "D", "v", "P", "X", "<", ">", "p")  # no multiple of the colours
 DPI, WIDTH = 150, 6.4
-LEGEND: dict[str, Any] = {"loc": "outside lower center", "ncols": 3, "fontsize": "small", "frameon": False}
 JITTER = 0.01  # of the axis, so that points which coincide can be seen
 MIN_IOU_RANGE = 0.02
 
@@ -57,35 +56,80 @@ def sampling_error(accuracy: float, num_examples: int) -> float:
 
 def plot_accuracy_vs_similarity(
     path: str | os.PathLike,
+    panels: Mapping[str, tuple[ScatterGroup, ScatterGroup, Sequence[ScatterGroup]]],
+    num_examples: int,
+) -> None:
+    """
+    Accuracy against maximum IoU to the snapshots, one panel a setting (paper, figures 3, 4 and 5a), in the region of
+    most snapshots and generated networks; how much lies outside is written below. Small dots are those networks, moved
+    by up to a hundredth of the axis; the large marks of a family are the means of its settings, joined in the order
+    given. The band is the sampling error of the snapshots' accuracy. Up and left is better.
+
+    Args:
+        path (`str` or `os.PathLike`): Of the PNG.
+        panels (`Mapping`): Title of the panel to snapshots, generated networks and other groups.
+        num_examples (`int`): Of the test data.
+    """
+    columns = min(2, len(panels))
+    lines = -(-len(panels) // columns)
+    figure = Figure(figsize=(WIDTH, 0.4 + 4.4 * lines if columns == 1 else 1.5 + 2.9 * lines), layout="constrained")
+    handles: dict = {}
+    grid = figure.subplots(lines, columns, squeeze=False).flatten()
+    for i, (axes, (title, groups)) in enumerate(zip(grid, panels.items(), strict=False)):
+        labels = _draw_scatter(axes, *groups, num_examples)
+        axes.set_title(title, fontsize="medium")
+        if len(panels) == 1:
+            label_beside(axes, labels)
+        if i + columns >= len(panels):
+            axes.set_xlabel("similarity to the nearest snapshot\n(max IoU of errors; left: newer)")
+        if i % columns == 0:
+            axes.set_ylabel("test accuracy (%)")
+        handles |= {label: handle for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)}
+    for axes in grid[len(panels) :]:
+        axes.set_axis_off()
+    if len(panels) > 1:
+        where: dict[str, Any] = {"loc": "outside lower center", "ncols": 3, "fontsize": "small", "frameon": False}
+        figure.legend(list(handles.values()), list(handles), **where)
+    figure.savefig(path, dpi=DPI, format="png")
+
+
+# Where a label belongs, what it says, and its colour.
+Label = tuple[float, float, str, str]
+
+
+def label_beside(axes: Axes, labels: Sequence[Label]) -> None:
+    """Names at the right of the axes, each joined by a thin line to its point, and apart from each other."""
+    low, high = axes.get_ylim()
+    left, right = axes.get_xlim()
+    shown = sorted((label for label in labels if math.isfinite(label[1])), key=lambda label: label[1])
+    gap, heights = 0.055, [min(max((y - low) / (high - low), 0.0), 1.0) for _, y, _, _ in shown]
+    for i in range(1, len(heights)):
+        heights[i] = max(heights[i], heights[i - 1] + gap)
+    overflow = max(0.0, heights[-1] - 1) if heights else 0.0
+    heights = [height - overflow for height in heights]
+    for i in reversed(range(len(heights) - 1)):
+        heights[i] = min(heights[i], heights[i + 1] - gap)
+    for (x, y, text, colour), height in zip(shown, heights, strict=True):
+        axes.annotate(
+            text,
+            (min(max(x, left), right), min(max(y, low), high)),
+            xytext=(1.03, height),
+            textcoords="axes fraction",
+            fontsize="small",
+            color=colour,
+            va="center",
+            annotation_clip=False,
+            arrowprops={"arrowstyle": "-", "color": colour, "linewidth": 0.5, "alpha": 0.5},
+        )
+
+
+def _draw_scatter(
+    axes: Axes,
     snapshots: ScatterGroup,
     generated: ScatterGroup,
     others: Sequence[ScatterGroup],
     num_examples: int,
-) -> None:
-    """
-    Accuracy against maximum IoU to the snapshots (paper, figures 3, 4 and 5a), in the region of most snapshots and
-    generated networks; how much lies outside is written below. Up and left is better.
-
-    Args:
-        path (`str` or `os.PathLike`): Of the PNG.
-        num_examples (`int`): Of the test data.
-    """
-    figure = Figure(figsize=(WIDTH, 5.2), layout="constrained")
-    axes = figure.subplots()
-    draw_scatter(axes, snapshots, generated, others, num_examples)
-    axes.set_xlabel("similarity to the nearest snapshot (max IoU of errors; left: newer)")
-    axes.set_ylabel("test accuracy (%)")
-    figure.legend(**LEGEND)
-    figure.savefig(path, dpi=DPI, format="png")
-
-
-def draw_scatter(
-    axes: Axes, snapshots: ScatterGroup, generated: ScatterGroup, others: Sequence[ScatterGroup], num_examples: int
-) -> None:
-    """
-    Small dots are snapshots and generated networks, moved by up to a hundredth of the axis; the large marks of a family
-    are the means of its settings, joined in the order given. The band is the sampling error of the snapshots' accuracy.
-    """
+) -> list[Label]:
     families: dict[str, list[ScatterGroup]] = {}
     for group in (*others, snapshots, generated):
         families.setdefault(group.family, []).append(group)
@@ -97,6 +141,7 @@ def draw_scatter(
         axis_limits(MIN_IOU_RANGE, snapshots.max_iou, generated.max_iou, own[0], ends=(0, 1)),
         axis_limits(2 * error, snapshots.accuracy, generated.accuracy, own[1], band, ends=(0, 100)),
     )
+    labels: list[Label] = []
     axes.axhspan(*band.tolist(), color=SNAPSHOTS, alpha=0.07, linewidth=0, label="sampling error (95%)")
     styles = zip(cycle(OTHERS), cycle(MARKERS), strict=False)  # a colour returns with another marker
     # The networks of these are drawn one by one too: colour, marker, its size, and how far in front.
@@ -116,13 +161,22 @@ def draw_scatter(
         else:
             (colour, marker), line, size, on_top = next(styles), "-", 6, 3
         outside += sum(not all(lo <= m <= hi for m, (lo, hi) in zip(point, limits, strict=True)) for point in drawn)
-        look: dict[str, Any] = {"color": colour, "marker": marker, "markersize": size, "markeredgecolor": "white"}
-        axes.plot(*zip(*places, strict=True), **look, ls=line, linewidth=1.2, zorder=on_top, label=family)
+        look: dict[str, Any] = {
+            "color": colour,
+            "marker": marker,
+            "markersize": size,
+            "markeredgecolor": "white",
+            "linestyle": line,
+        }
+        axes.plot(*zip(*places, strict=True), **look, linewidth=1.2, zorder=on_top, label=family)
+        inside = [place for place in places if limits[1][0] <= place[1] <= limits[1][1]] or places
+        labels.append((*inside[-1], family, colour))
     axes.set_xlim(*limits[0])
     axes.set_ylim(*limits[1])
     note_outside(axes, outside)
     axes.xaxis.set_major_locator(MaxNLocator(5))
     axes.grid(alpha=0.3)
+    return labels
 
 
 def axis_limits(

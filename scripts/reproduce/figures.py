@@ -24,28 +24,15 @@ def _draw_against_noise(path: Path, rows: Sequence[Row], reports: Sequence[dict]
             noise = [scatter_group(report, r.group, "noise") for r in rows if r.run == row.run and "noise" in r.group]
             shown = [scatter_group(report, name, name) for name in ("snapshots", "generated")]
             panels[row.label.partition(":")[0]] = (*shown, noise)
-    lines = -(-len(panels) // 2)
-    figure = Figure(figsize=(plots.WIDTH, 1.5 + 2.9 * lines), layout="constrained")
-    grid = figure.subplots(lines, 2, squeeze=False).flatten()
-    handles: dict = {}
-    for axes, (title, groups) in zip(grid, panels.items(), strict=False):
-        scatter.draw_scatter(axes, *groups, reports[0]["splits"]["test"])
-        axes.set_title(title, fontsize="medium")
-        handles |= {label: handle for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)}
-    for axes in grid[len(panels) :]:
-        axes.set_axis_off()
-    figure.supxlabel("similarity to the nearest snapshot (max IoU of errors; left: newer)", fontsize="medium")
-    figure.supylabel("test accuracy (%)", fontsize="medium")
-    figure.legend(list(handles.values()), list(handles), **scatter.LEGEND)
-    figure.savefig(path, dpi=plots.DPI)
+    plots.plot_accuracy_vs_similarity(path, panels, reports[0]["splits"]["test"])
 
 
 def _draw_augmentation(path: Path, rows: Sequence[Row], reports: Sequence[dict]) -> None:
     """Figure 5a: the generated networks of all runs in one panel. Their snapshots are the same."""
     generated = [scatter_group(report, "generated", row.label) for row, report in zip(rows, reports, strict=True)]
     snapshots = scatter_group(reports[-1], "snapshots", "snapshots")
-    shown = snapshots, generated[-1], generated[:-1]
-    plots.plot_accuracy_vs_similarity(path, *shown, reports[0]["splits"]["test"])
+    panels = {"noise augmentation": (snapshots, generated[-1], generated[:-1])}
+    plots.plot_accuracy_vs_similarity(path, panels, reports[0]["splits"]["test"])
 
 
 def _draw_trajectories(path: Path, rows: Sequence[Row], reports: Sequence[dict]) -> None:

@@ -36,8 +36,10 @@ def path(tmp_path):
     return tmp_path / "figure.png"
 
 
-def draw(path, snapshots, generated, others=(), num_examples=1000):
-    plots.plot_accuracy_vs_similarity(path, snapshots, generated, others, num_examples)
+def draw(path, snapshots, generated, others=(), panels=1, num_examples=1000):
+    plots.plot_accuracy_vs_similarity(
+        path, {f"panel {i}": (snapshots, generated, others) for i in range(panels)}, num_examples
+    )
 
 
 @pytest.mark.parametrize("count", [1, 30])
@@ -53,7 +55,7 @@ def test_accuracy_vs_similarity(path, count):
     full = picture(path)
     for colour in (plots.GENERATED, *plots.OTHERS):
         assert has(full, colour)
-    draw(path, snapshots, generated)
+    draw(path, snapshots, generated, panels=3)
     alone = picture(path)
     assert has(alone, plots.GENERATED) and not any(has(alone, colour) for colour in plots.OTHERS)
     assert full.shape[1] == alone.shape[1]  # both are as wide as a page
