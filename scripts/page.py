@@ -307,7 +307,8 @@ def build_app(pipeline_id: str = "") -> gr.Blocks:
         last = {"trigger_mode": "always_last", "show_progress": "hidden"}
         state = [opened, choice, train, *settings]
         starts = [open_button.click, name.submit] + ([app.load] if pipeline_id else [])
-        opening = gr.on(starts, open_generator, name, [*changed, *settings])
+        # Browsers change one after the other: settings first, so that none overwrites what a quick reader has entered.
+        opening = gr.on(starts, open_generator, name, [*settings, *changed])
         moved = gr.on([box.input for box in (*settings, train)], show_again, state, [above, below], **last)
         for event in (opening, moved):
             event.success(train_one, state, below, **last)
