@@ -3,8 +3,9 @@
 import os
 from collections.abc import Iterator
 
+from ..evaluation.placing import SPLITS
 from ..evaluation.score import make_scorer
-from ..evaluation.sets import SPLITS, too_few
+from ..evaluation.sets import too_few
 from ..models.autoencoder import num_components
 from ..models.products import AdapterProducts
 from ..networks.adapters import without_wrapper

@@ -6,7 +6,8 @@ from support.waves import Waves
 
 from pdiff_hf import evaluate
 from pdiff_hf.evaluation import Group
-from pdiff_hf.evaluation.sets import Judge, Placed, Resampled, frechet, trivial, two_sample, with_root
+from pdiff_hf.evaluation.placing import Judge, Placed, Resampled, frechet, two_sample, with_root
+from pdiff_hf.evaluation.sets import trivial
 from pdiff_hf.networks.runner import NetworkRunner
 from pdiff_hf.selection import select_layout
 
