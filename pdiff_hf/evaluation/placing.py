@@ -11,14 +11,14 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from ..tasks.data_task import DataTask
-from ..tasks.task import Split
+from ..tasks.task import Split, evenly
 from ..training import Loop, LoopArguments
 from .compare import Comparison, interval, judged
 from .geometry import Yardstick, exact_distances, pairwise_distances
 from .groups import named_generator
 
-# Features that sets are compared by; of more, so many principal components.
-MOST_FEATURES = 64
+# Features that sets are compared by; of more, so many principal components of so many training data.
+MOST_FEATURES, MOST_ROWS = 64, 1000
 # The nearness of held-out data is 1. From here on a set counts as natural: to be farther from the training data than
 # data are is no virtue.
 NATURAL = 0.9
@@ -29,6 +29,7 @@ NEIGHBOURS, RESAMPLES = 5, 200
 # The classifier of the data set, whose features sets are compared by.
 CLASSIFIER = LoopArguments(500, 64, 2e-3, weight_decay=0.01)
 WIDTH = 48
+AT_ONCE = 100  # data that it sees at once
 
 
 class Features(nn.Module):
@@ -87,7 +88,9 @@ class Judge:
         self.basis: Tensor | None = None
         features = self._raw_features(signals["train"])
         if features.shape[1] > MOST_FEATURES:
-            self.basis = torch.linalg.eigh(torch.cov(features.T)).eigenvectors[:, -MOST_FEATURES:]
+            some = features[evenly(len(features), MOST_ROWS)]
+            # The covariance of 12,288 values would be 1.2 GB; rows are few.
+            self.basis = torch.linalg.svd(some - some.mean(0), full_matrices=False).Vh[:MOST_FEATURES].T
         self.real = self.features(signals["test"])
         distances = pairwise_distances(self.heldout, self.train)
         self.heldout_nearest = exact_distances(self.heldout, self.train, distances.argmin(1))
@@ -121,13 +124,16 @@ class Judge:
     def classify(self, outputs: Tensor) -> Tensor:
         """Numbers of classes, `(N,)`."""
         assert self.classifier is not None
-        return self.classifier(self._inputs(outputs)).argmax(1)
+        return self._in_parts(self.classifier, outputs).argmax(1)
+
+    def _in_parts(self, network: nn.Module, outputs: Tensor) -> Tensor:
+        return torch.cat([network(self._inputs(part)) for part in outputs.split(AT_ONCE)])
 
     @torch.no_grad()
     def _raw_features(self, outputs: Tensor) -> Tensor:
         found = self.task.features(outputs)
         if found is None:
-            found = self.flat(outputs) if self.classifier is None else self.classifier.body(self._inputs(outputs))
+            found = self.flat(outputs) if self.classifier is None else self._in_parts(self.classifier.body, outputs)
         return found.double()
 
     def features(self, outputs: Tensor) -> Tensor:

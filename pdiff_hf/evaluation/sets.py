@@ -212,7 +212,8 @@ class Sets:
             own = own or placed
             if row.kind in (Kind.BASELINE, Kind.OPPONENT, Kind.SNAPSHOTS):
                 row.comparisons = {TEST: self.resampled.compare(own, placed)}
-            sheet[name] = outputs[:SHEET_COLUMNS]
+            if name in ("generated", *SHEET_ROWS):
+                sheet[name] = outputs[:SHEET_COLUMNS].clone()  # a view would keep all of them
             yield row
 
     def complete(self, report: Report) -> None:
@@ -220,8 +221,7 @@ class Sets:
         report.settings["classifier_accuracy"] = self.judge.accuracy
         sheet, train = self.figures["sheet"], self.signals["train"]
         nearest = pairwise_distances(self.judge.flat(sheet["generated"]), self.judge.train).argmin(1)
-        rows = {"generated": sheet["generated"], "nearest training datum": train[nearest]}
-        rows |= {name: sheet[name] for name in SHEET_ROWS if name in sheet}
+        rows = {"generated": sheet.pop("generated"), "nearest training datum": train[nearest], **sheet}
         self.figures = {"sheet": {name: self.task.images(outputs) for name, outputs in rows.items()}}
         if self.task.images(train[:1]) is None:
             self.figures = {}
