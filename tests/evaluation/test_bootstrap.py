@@ -7,15 +7,12 @@ import pytest
 import scipy.stats
 import torch
 from sklearn.metrics import jaccard_score
+from support.evaluation import seeded
 
 from pdiff_hf.evaluation import metrics
 from pdiff_hf.evaluation.compare import BETTER, CLOSE, WORSE, Bootstrap, Comparison, paired_difference
 
 IMAGES = 2000
-
-
-def seeded(seed=0):
-    return torch.Generator().manual_seed(seed)
 
 
 def sample(wrong):

@@ -1,45 +1,34 @@
 """`scripts/evaluate.py`: real networks on few digits."""
 
-import runpy
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import save_file
+from support.evaluation import digits, digits_pipeline, digits_snapshots
+from support.scripts import run_script
 from transformers import AutoModelForImageClassification
 
-from pdiff_hf import LatentDenoiser, ParameterAutoencoder, PDiffPipeline
+from pdiff_hf import PDiffPipeline
 from pdiff_hf.layout import ParameterLayout
 from pdiff_hf.run.config import PDiffConfig
 from pdiff_hf.run.evaluating import evaluate_saved
 from pdiff_hf.selection import select_parameters
 from pdiff_hf.snapshots import SnapshotWriter, read_networks
 from pdiff_hf.tasks import ImageClassificationTask
-from pdiff_hf.training import make_sampling_scheduler, make_training_scheduler
-
-SCRIPT = Path(__file__).parents[2] / "scripts" / "evaluate.py"
 
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory) -> Path:
     """A folder with a base model, snapshots around it, a pipeline, and networks as files."""
     folder = tmp_path_factory.mktemp("saved")
-    torch.manual_seed(0)
-    model = ImageClassificationTask("mlp_mini", max_train_samples=100).load_base_model()
+    scorer, snapshots = digits(), digits_snapshots()
+    model, layout = scorer.models.model, scorer.layout
     model.save_pretrained(folder / "base")
-    layout = ParameterLayout.from_state_dict(model.state_dict(), select_parameters(model, "norm[-2:]"))
-    snapshots = layout.flatten(model.state_dict()) + 0.3 * torch.randn(12, layout.num_parameters)
     with SnapshotWriter(folder / "snapshots", layout) as writer:
         for step, row in enumerate(snapshots):
             writer.write(row, step=step, seed=0)
-    autoencoder = ParameterAutoencoder(layout.to_dict(), latent_dim=8, block_out_channels=(4, 4))
-    autoencoder.fit_parameter_statistics(snapshots)
-    autoencoder.fit_latent_statistics(autoencoder.tokenize(snapshots))
-    denoiser = LatentDenoiser(8, block_out_channels=(4, 4), bottleneck_dim=16)
-    scheduler = make_sampling_scheduler(make_training_scheduler())
-    PDiffPipeline(autoencoder, denoiser, scheduler, base_model=model).save_pretrained(folder / "pipeline")
+    digits_pipeline(scorer, snapshots, model).save_pretrained(folder / "pipeline")
     (folder / "networks").mkdir()
     (folder / "empty").mkdir()
     for i, row in enumerate(snapshots[[0, 0, 1]] + 0.1):  # two are equal, which a generator may do
@@ -139,21 +128,18 @@ def test_snapshots_of_other_tensors_and_data_of_other_classes_are_refused(saved,
 
 
 def test_the_script_ends_with_one_line_for_an_error(saved, monkeypatch, capsys):
-    arguments = [str(saved / "networks"), "--snapshots", str(saved / "snapshots"), "--dataset=digits"]
-    monkeypatch.setattr(sys, "argv", [str(SCRIPT), *arguments])
+    arguments = [saved / "networks", "--snapshots", saved / "snapshots", "--dataset=digits"]
     with pytest.raises(SystemExit, match="^error: --model is needed: .* does not carry the network"):
-        runpy.run_path(str(SCRIPT), run_name="__main__")
-    monkeypatch.setattr(sys, "argv", [str(SCRIPT), *arguments, "--baseline_model=3"])
+        run_script(monkeypatch, "evaluate.py", *arguments)
     with pytest.raises(SystemExit):
-        runpy.run_path(str(SCRIPT), run_name="__main__")
+        run_script(monkeypatch, "evaluate.py", *arguments, "--baseline_model=3")
     assert "did you mean baseline_models" in capsys.readouterr().err
 
 
-@pytest.mark.slow
-def test_the_script(saved, tmp_path):
-    command = [sys.executable, str(SCRIPT), str(saved / "pipeline"), "--snapshots", str(saved / "snapshots")]
+def test_the_script(saved, tmp_path, monkeypatch, capsys, without_figures):
+    monkeypatch.chdir(tmp_path)
     flags = ["--dataset=digits", "--num_models=3", "--baseline_models=1", "--max_eval_samples=50"]
-    done = subprocess.run([*command, *flags], cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith("Against the snapshots: ") and "\ngenerated " in done.stdout
+    run_script(monkeypatch, "evaluate.py", saved / "pipeline", "--snapshots", saved / "snapshots", *flags)
+    output = capsys.readouterr().out
+    assert output.startswith("Against the snapshots: ") and "\ngenerated " in output
     assert (tmp_path / "outputs/evaluation/report.md").is_file()

@@ -63,13 +63,6 @@ def test_distances_of_large_and_nearly_equal_parameters():
     assert Yardstick(snapshots).nearest.tolist() == [4 * step.item()] * 40
 
 
-def test_distance_of_an_exact_copy_is_zero():
-    snapshots = torch.randn(40, 64, generator=torch.Generator().manual_seed(0))
-    result = Yardstick(snapshots).place(snapshots.flip(0))
-    assert result["nearest"].tolist() == [0] * 40
-    assert result["nearest_index"].tolist() == list(range(39, -1, -1))
-
-
 def test_some_rows_are_as_good_as_a_copy_of_them(chunked):
     matrix = torch.randn(9, 30, generator=torch.Generator().manual_seed(0))
     chosen = torch.tensor([0, 1, 1, 0, 1, 1, 1, 1, 1], dtype=torch.bool)

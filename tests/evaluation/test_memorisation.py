@@ -6,13 +6,10 @@ import numpy as np
 import pytest
 import torch
 from sklearn.metrics import jaccard_score
+from support.evaluation import seeded
 
 from pdiff_hf.evaluation import baselines, geometry, metrics
 from pdiff_hf.evaluation.memorisation import find_copies
-
-
-def seeded(seed=0):
-    return torch.Generator().manual_seed(seed)
 
 
 @pytest.fixture

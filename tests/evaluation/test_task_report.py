@@ -13,7 +13,7 @@ import torch
 from support.evaluation import digits, digits_pipeline, digits_snapshots, regression, report_on, snapshots_around
 
 from pdiff_hf.evaluation import Kind, Report, evaluate, single_task
-from pdiff_hf.evaluation.baselines import Baseline, standard_baselines
+from pdiff_hf.evaluation.baselines import standard_baselines
 from pdiff_hf.evaluation.compare import CLOSE, WORSE, Comparison
 from pdiff_hf.evaluation.geometry import Yardstick
 from pdiff_hf.evaluation.groups import named_generator
@@ -148,16 +148,6 @@ def test_groups_are_scored_alike_whatever_they_are_scored_with(monkeypatch):
     same = digits_snapshots()[:1].repeat(3, 1)
     alike = report_on(digits(), same, same.clone(), baseline_models=0)
     assert alike.generated.measures["iou_within"] == 1 and alike.group("snapshots").verdict == CLOSE
-
-
-def test_a_new_baseline_is_one_entry(tmp_path, monkeypatch, without_figures):
-    def flip(context, num_models, value, generator):
-        return context.snapshots[torch.arange(num_models)].flip(1)
-
-    monkeypatch.setattr(single_task, "standard_baselines", lambda which: [Baseline("flip", "all", flip)])
-    report = report_on(digits(), digits_snapshots(), digits_snapshots()[:3] + 1, tmp_path, baseline_models=4)
-    jsonschema.validate(report.to_dict(), SCHEMA)
-    assert "| flip all " in (tmp_path / "report.md").read_text() and report.groups[-1].n == 4
 
 
 def test_results_that_are_too_large_for_memory_lie_in_a_file(tmp_path, monkeypatch, without_figures):

@@ -9,7 +9,6 @@ from transformers import TimmWrapperForImageClassification
 
 from pdiff_hf import PDiffPipeline
 from pdiff_hf.scripts import explore
-from pdiff_hf.utils.reports import load_report
 
 
 @pytest.fixture
@@ -55,12 +54,6 @@ def test_a_generator_of_a_newer_release(saved, tmp_path, monkeypatch):
     with pytest.raises(SystemExit, match="error: .*saved in format 99.*upgrade pdiff_hf") as end:
         run_script(monkeypatch, "generate.py", saved, "--output_dir", tmp_path / "out")
     assert "\n" not in end.value.code
-
-
-def test_a_report_of_an_older_release(tmp_path):
-    (tmp_path / "report.json").write_text('{"groups": []}', encoding="utf-8")
-    with pytest.raises(ValueError, match="is a report of format 1, .*Evaluate again"):
-        load_report(tmp_path / "report.json")
 
 
 def test_a_base_model_whose_package_is_not_installed(saved, tmp_path, monkeypatch):

@@ -7,6 +7,7 @@ import datasets
 import pytest
 import torch
 from support.data import grey, write_csv, write_parquet
+from support.networks import SIZES as BERT, bert
 from transformers import (
     AutoConfig,
     AutoModelForImageClassification,
@@ -25,22 +26,8 @@ from pdiff_hf.tasks.image_classification import ImageClassificationTask
 from pdiff_hf.tasks.labels import align_labels, number_labels
 from pdiff_hf.tasks.text_classification import TextClassificationTask
 
-BERT = {
-    "vocab_size": 20,
-    "hidden_size": 8,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 2,
-    "intermediate_size": 8,
-    "max_position_embeddings": 8,
-}
-VIT = {
-    "hidden_size": 8,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 2,
-    "intermediate_size": 8,
-    "image_size": 8,
-    "patch_size": 4,
-}
+VIT = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8}
+VIT |= {"image_size": 8, "patch_size": 4}
 ABC, ANIMALS = datasets.ClassLabel(names=["a", "b", "c"]), ["ant", "bee", "cat"]
 
 
@@ -54,8 +41,7 @@ def names_of(outputs) -> dict:
 
 
 def save_bert(folder: Path, **labels) -> str:
-    torch.manual_seed(0)
-    BertForSequenceClassification(BertConfig(**BERT, **labels)).save_pretrained(folder)
+    bert(**labels).save_pretrained(folder)
     return str(folder)
 
 
@@ -242,16 +228,8 @@ def test_the_column_of_texts(tmp_path):
 
 def test_a_head_of_another_size_is_refused_or_said(tmp_path, caplog):
     def run(model, epochs):
-        recipe = PDiffConfig(
-            output_dir=str(tmp_path / "out"),
-            stages=["base"],
-            latent_dim=4,
-            model=model,
-            dataset="digits",
-            image_size=8,
-            base_epochs=epochs,
-        )
-        return prepare(recipe)
+        settings = {"stages": ["base"], "latent_dim": 4, "dataset": "digits", "image_size": 8}
+        return prepare(PDiffConfig(**settings, output_dir=str(tmp_path / "out"), model=model, base_epochs=epochs))
 
     twelve = save_vit(tmp_path / "twelve", num_labels=12)
     message = r"classifier.bias, classifier.weight of model .*the data have 10 classes.*the network has 12 outputs"

@@ -38,12 +38,25 @@ def state_dicts(draw, batch: int | None = None):
         else:
             size = torch.empty((), dtype=dtype).element_size()
             tensors[name] = bits[..., :size].contiguous().view(dtype).reshape(shape)
+        # Not every tensor is a plain row of numbers in memory.
+        kind = draw(st.sampled_from(["plain", "transposed", "strided", "expanded", "negative zero"]))
+        if kind == "transposed":
+            tensors[name] = tensors[name].mT.contiguous().mT if len(shape) > 1 else tensors[name]
+        elif kind == "strided":
+            tensors[name] = torch.stack([tensors[name]] * 2, -1)[..., 0]
+        elif kind == "expanded" and batch is None:
+            tensors[name] = tensors[name].expand(2, *shape)
+        elif kind == "negative zero" and dtype.is_floating_point:
+            tensors[name] = torch.full_like(tensors[name], -0.0)
     return tensors
 
 
 def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
     if a.dtype.is_floating_point:  # a NaN may change its payload on the way through float32, but stays a NaN
-        return torch.equal(a.isnan(), b.isnan()) and torch.equal(a[~a.isnan()], b[~b.isnan()])
+        numbers = ~a.isnan()
+        if not torch.equal(numbers, ~b.isnan()) or not torch.equal(a[numbers].signbit(), b[numbers].signbit()):
+            return False
+        a, b = a[numbers], b[numbers]
     return torch.equal(a, b)
 
 

@@ -69,22 +69,6 @@ def test_a_wrong_condition_is_refused(condition, message):
         FIELDS.table([condition])
 
 
-@pytest.mark.parametrize(
-    ("condition", "same"),
-    [
-        ({"blur": np.float32(0.5)}, {"blur": 0.5}),
-        ({"blur": np.array(0.5)}, {"blur": 0.5}),
-        ({"blur": torch.tensor([0.5])}, {"blur": 0.5}),
-        ({"blur": 1}, {"blur": 1.0}),
-        ({"blur": "0.5"}, {"blur": 0.5}),
-        ({"invert": np.str_("yes")}, {"invert": "yes"}),
-        ({"bits": torch.tensor([0, 1, 1])}, {"bits": [0.0, 1.0, 1.0]}),
-    ],
-)
-def test_values_of_other_libraries_are_taken(condition, same):
-    assert torch.equal(FIELDS.table([condition]).nan_to_num(7.0), FIELDS.table([same]).nan_to_num(7.0))
-
-
 @pytest.mark.parametrize(("value", "word"), [(1, "1"), (2.0, "2"), (np.int64(1), "1"), (True, "true")])
 def test_words_that_look_like_numbers(value, word):
     fields = Fields({"label": {"type": "category", "values": ["1", "2", "true"]}})

@@ -52,24 +52,14 @@ def build_in_transformers(name: str, num_labels: int = 10, **kwargs) -> nn.Modul
 
 def test_timm_lists_them():
     assert sorted(timm.list_models(module="mini")) == sorted([*NAMES, "perceptron_mini"])
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_parameter_count(name):
-    assert count(timm.create_model(name)) == COUNTS[name]
-
-
-def test_parameter_count_of_cnn3_on_three_channels():
     assert count(timm.create_model("cnn3_mini", in_chans=3)) == 2_864
-
-
-def test_convnext_mini_is_the_class_of_timm():
     assert type(timm.create_model("convnext_mini")) is ConvNeXt
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_default_cfg(name):
+def test_parameters_and_default_cfg(name):
     model = timm.create_model(name)
+    assert count(model) == COUNTS[name]
     cfg = model.default_cfg
     channels, size = (1, 28) if name == "cnn3_mini" else (3, 64)
     assert cfg["input_size"] == (channels, size, size)
@@ -99,11 +89,10 @@ def test_forward_is_features_then_head(name):
 
 
 @pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("in_chans", [1, 3, 4])
-def test_in_chans(name, in_chans):
-    model = create(name, in_chans=in_chans)
-    size = model.default_cfg["input_size"][1:]
-    assert model(torch.randn(2, in_chans, *size)).shape == (2, 10)
+def test_in_chans(name):
+    for in_chans in (1, 3, 4):
+        model = create(name, in_chans=in_chans)
+        assert model(torch.randn(2, in_chans, *model.default_cfg["input_size"][1:])).shape == (2, 10)
 
 
 # ConvNeXt is timm's own, and older releases lose the type.
@@ -119,39 +108,26 @@ def test_reset_classifier(name):
     model.reset_classifier(0)
     assert isinstance(model.get_classifier(), nn.Identity)
     torch.testing.assert_close(model(x), hidden)
-
-
-@pytest.mark.parametrize("name", [name for name in NAMES if name != "convnext_mini"])
-def test_reset_classifier_refuses_a_pooling(name):
     with pytest.raises(ValueError, match="no other pooling .*'max'"):
         create(name).reset_classifier(3, global_pool="max")
 
 
-@pytest.mark.parametrize("name", ["convnet_mini", "mlp_mini", "resnet_mini", "vit_mini"])
-def test_wrong_image_size_names_the_expected_one(name):
-    with pytest.raises(ValueError, match=r"built for images of shape \(3, 64, 64\).*got \(3, 32, 32\)"):
-        create(name)(torch.randn(2, 3, 32, 32))
-    with pytest.raises(ValueError, match=r"built for images of shape \(3, 64, 64\).*got \(1, 64, 64\)"):
-        create(name)(torch.randn(2, 1, 64, 64))
-
-
-def test_wrong_image_size_of_cnn3():
-    with pytest.raises(ValueError, match=r"built for images of shape \(1, 28, 28\).*got \(1, 32, 32\)"):
-        create("cnn3_mini")(torch.randn(2, 1, 32, 32))
-
-
 @pytest.mark.parametrize("name", [name for name in NAMES if name != "convnext_mini"])
 def test_img_size(name):
+    model = create(name)
+    expected = (1, 28, 28) if name == "cnn3_mini" else (3, 64, 64)
+    for wrong in ((expected[0], 32, 32), (2, *expected[1:])):
+        with pytest.raises(ValueError) as error:
+            model(torch.randn(2, *wrong))
+        assert f"built for images of shape {expected}" in str(error.value) and f"got {wrong}" in str(error.value)
     model = create(name, img_size=(32, 48))
     assert model(torch.randn(2, model.in_chans, 32, 48)).shape == (2, 10)
     with pytest.raises(ValueError, match="multiples of"):
         timm.create_model(name, img_size=33)
-
-
-def test_img_size_too_small_for_cnn3():
-    assert create("cnn3_mini", img_size=20)(torch.randn(2, 1, 20, 20)).shape == (2, 10)
-    with pytest.raises(ValueError, match="at least 20"):
-        timm.create_model("cnn3_mini", img_size=16)
+    if name == "cnn3_mini":
+        assert create("cnn3_mini", img_size=20)(torch.randn(2, 1, 20, 20)).shape == (2, 10)
+        with pytest.raises(ValueError, match="at least 20"):
+            timm.create_model("cnn3_mini", img_size=16)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -168,26 +144,19 @@ def test_vmap_over_all_parameters_equals_a_loop(name):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_sgd_lowers_the_loss(name):
+def test_every_parameter_learns(name):
     model = create(name).train()
-    x, labels = images(model, num_images=16), torch.arange(16) % 10
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
-    losses = []
-    for _ in range(20):
-        loss = F.cross_entropy(model(x), labels)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
-    assert all(parameter.grad is not None for parameter in model.parameters())
-    assert losses[-1] < losses[0] - 0.01
+    F.cross_entropy(model(images(model, num_images=16)), torch.arange(16) % 10).backward()
+    assert all(parameter.grad.any() for parameter in model.parameters())
 
 
-@pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("num_labels", [10, 7])
-def test_round_trip_through_transformers(name, num_labels, tmp_path):
-    model = build_in_transformers(name, num_labels)
-    pixel_values = images(model.timm_model)
+CHANGED = [(name, 10, {"img_size": 32, "in_chans": 2}) for name in NAMES if name != "convnext_mini"]
+
+
+@pytest.mark.parametrize(("name", "num_labels", "model_args"), [(name, 7, {}) for name in NAMES] + CHANGED)
+def test_round_trip_through_transformers(name, num_labels, model_args, tmp_path):
+    model = build_in_transformers(name, num_labels, model_args=model_args)
+    pixel_values = torch.randn(4, 2, 32, 32) if model_args else images(model.timm_model)
     logits = model(pixel_values=pixel_values).logits
     assert logits.shape == (4, num_labels)
     torch.testing.assert_close(logits, model.timm_model(pixel_values))
@@ -202,17 +171,6 @@ def test_round_trip_through_transformers(name, num_labels, tmp_path):
         torch.testing.assert_close(buffers[key], buffer, atol=0, rtol=0)
 
 
-@pytest.mark.parametrize("name", [name for name in NAMES if name != "convnext_mini"])
-def test_round_trip_keeps_model_args(name, tmp_path):
-    model = build_in_transformers(name, model_args={"img_size": 32, "in_chans": 2})
-    model.save_pretrained(tmp_path)
-    loaded = AutoModelForImageClassification.from_pretrained(tmp_path).eval()
-    pixel_values = torch.randn(2, 2, 32, 32)
-    torch.testing.assert_close(
-        loaded(pixel_values=pixel_values).logits, model(pixel_values=pixel_values).logits, atol=0, rtol=0
-    )
-
-
 @pytest.mark.parametrize("name", NAMES)
 def test_pooled_features_in_transformers(name):
     config = AutoConfig.for_model("timm_wrapper", architecture=name)
@@ -223,14 +181,11 @@ def test_pooled_features_in_transformers(name):
     assert output.pooler_output.shape == (4, head_hidden_size)
 
 
-def test_state_dict_of_vit_mini_holds_parameters_only():
-    model = timm.create_model("vit_mini")
-    assert model.state_dict().keys() == dict(model.named_parameters()).keys()
-
-
 def test_positions_of_vit_mini_survive_the_meta_device(tmp_path):
     positions = build_sincos2d_pos_embed((8, 8), dim=64)
-    torch.testing.assert_close(timm.create_model("vit_mini").pos_embed, positions, atol=0, rtol=0)
+    model = timm.create_model("vit_mini")
+    assert model.state_dict().keys() == dict(model.named_parameters()).keys()
+    torch.testing.assert_close(model.pos_embed, positions, atol=0, rtol=0)
     with torch.device("meta"):
         model = timm.create_model("vit_mini")
     model = model.to_empty(device="cpu")

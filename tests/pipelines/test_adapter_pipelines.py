@@ -9,7 +9,8 @@ import torch
 from diffusers import DiffusionPipeline, DPMSolverMultistepScheduler, UNet2DConditionModel
 from huggingface_hub import HfApi
 from safetensors.torch import load_file
-from transformers import BertConfig, BertForSequenceClassification
+from support.networks import IDS, add_lora, bert, randomize, unet as make_unet
+from transformers import BertForSequenceClassification
 
 from pdiff_hf import LatentDenoiser, ParameterAutoencoder, PDiffPipeline
 from pdiff_hf.hub.card import make_model_card
@@ -18,7 +19,6 @@ from pdiff_hf.networks.adapters import load_adapter, without_wrapper
 from pdiff_hf.selection import select_layout
 
 peft = pytest.importorskip("peft")
-IDS = torch.tensor([[1, 2, 3, 4]])
 
 
 def make_pipeline(network):
@@ -37,17 +37,11 @@ def make_pipeline(network):
 @pytest.fixture(scope="module")
 def pipe(tmp_path_factory):
     """A network in a folder here; its adapter has trained a head, which is not generated, and names another base."""
-    torch.manual_seed(0)
-    sizes = {"vocab_size": 50, "hidden_size": 16, "num_hidden_layers": 1, "max_position_embeddings": 16}
     folder = tmp_path_factory.mktemp("model")
-    network = BertForSequenceClassification(BertConfig(**sizes, num_attention_heads=2, intermediate_size=16))
-    network.save_pretrained(folder)
+    bert().save_pretrained(folder)
     network = BertForSequenceClassification.from_pretrained(folder)
-    wrapped = peft.get_peft_model(network, peft.LoraConfig(r=2, target_modules=["query"], task_type="SEQ_CLS"))
-    for parameter in wrapped.parameters():
-        if parameter.requires_grad:
-            parameter.data.normal_()
-    return make_pipeline(without_wrapper(wrapped.eval()))
+    config = peft.LoraConfig(r=2, target_modules=["query"], task_type="SEQ_CLS")
+    return make_pipeline(without_wrapper(randomize(peft.get_peft_model(network, config))))
 
 
 def check(loaded, pipe):
@@ -98,18 +92,7 @@ def _head(network):
 
 def test_networks_of_diffusers(tmp_path):
     diffusers.utils.logging.set_verbosity_error()
-    torch.manual_seed(0)
-    unet = UNet2DConditionModel(
-        sample_size=8,
-        block_out_channels=(8, 16),
-        layers_per_block=1,
-        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-        cross_attention_dim=8,
-        attention_head_dim=2,
-        norm_num_groups=4,
-    )
-    unet.add_adapter(peft.LoraConfig(r=2, lora_alpha=4, target_modules=["to_q", "to_v"]))
+    unet = make_unet()
     pipe = make_pipeline(unet)
     pipe.save_pretrained(tmp_path / "pipeline")
     again = PDiffPipeline.from_pretrained(tmp_path / "pipeline")
@@ -125,15 +108,10 @@ def test_networks_of_diffusers(tmp_path):
 
 
 def test_a_network_of_diffusers_that_the_hub_has_is_named_and_not_copied(hub, tmp_path):
-    torch.manual_seed(0)
-    blocks = {"down_block_types": ("CrossAttnDownBlock2D",), "up_block_types": ("CrossAttnUpBlock2D",)}
-    sizes = {"sample_size": 8, "block_out_channels": (8,), "layers_per_block": 1, "cross_attention_dim": 8}
-    made = UNet2DConditionModel(**sizes, **blocks, attention_head_dim=2, norm_num_groups=4)
-    made.save_pretrained(tmp_path / "repo" / "unet")
+    make_unet(adapter=False).save_pretrained(tmp_path / "repo" / "unet")
     HfApi().create_repo("alice/pictures")
     HfApi().upload_folder(repo_id="alice/pictures", folder_path=tmp_path / "repo")
-    unet = UNet2DConditionModel.from_pretrained("alice/pictures", subfolder="unet")
-    unet.add_adapter(peft.LoraConfig(r=2, lora_alpha=4, target_modules=["to_q", "to_v"]))
+    unet = add_lora(UNet2DConditionModel.from_pretrained("alice/pictures", subfolder="unet"))
     pipe = make_pipeline(unet)
     pipe.save_pretrained(tmp_path / "pipeline")
     assert not (tmp_path / "pipeline" / "base_model").exists()

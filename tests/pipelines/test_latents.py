@@ -9,7 +9,8 @@ import torch
 from diffusers import DPMSolverMultistepScheduler
 from safetensors.torch import load_file
 from support.docs import run_page
-from transformers import BertConfig, BertForSequenceClassification
+from support.networks import IDS, bert
+from transformers import BertForSequenceClassification
 
 from pdiff_hf import ConditionEncoder, LatentDenoiser, ParameterAutoencoder, PDiffPipeline
 from pdiff_hf.models import DENOISER_PRESETS
@@ -19,13 +20,6 @@ from pdiff_hf.selection import select_layout
 from pdiff_hf.snapshots import adapter_layout, read_networks
 
 peft = pytest.importorskip("peft")
-IDS = torch.tensor([[1, 2, 3, 4]])
-
-
-def bert():
-    torch.manual_seed(0)
-    sizes = {"vocab_size": 50, "hidden_size": 16, "num_hidden_layers": 1, "max_position_embeddings": 16}
-    return BertForSequenceClassification(BertConfig(**sizes, num_attention_heads=2, intermediate_size=16)).eval()
 
 
 @pytest.fixture(scope="module")

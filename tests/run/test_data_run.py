@@ -120,7 +120,8 @@ def test_latents_longer_than_the_components_are_refused_before_any_work(tmp_path
 @pytest.mark.parametrize("start", ["first", "meta"])
 def test_other_starts(start, tmp_path):
     settings = TINY_DATA | {"task_args": {"start": start}, "stages": ["base", "collect"], "select": ["*bias"]}
-    context = prepare(PDiffConfig(**settings | {"base_batch_size": 4}, output_dir=str(tmp_path / "run")))
+    settings |= {"base_batch_size": 4, "base_epochs": 6, "max_train_samples": 60}
+    context = prepare(PDiffConfig(**settings, output_dir=str(tmp_path / "run")))
     execute(context)
     results = json.loads((context.folder / "stages" / "collect.json").read_text())["results"]
     assert context.layout.num_parameters == 9 and all(error < 1 for error in results["errors"])

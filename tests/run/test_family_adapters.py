@@ -6,9 +6,10 @@ import shutil
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from support.networks import bert
 from support.runs import finish
 from support.scripts import generate
-from transformers import AutoModelForSequenceClassification, BertConfig, BertForSequenceClassification
+from transformers import AutoModelForSequenceClassification
 
 from pdiff_hf import PDiffPipeline
 from pdiff_hf.evaluation import Report
@@ -61,20 +62,8 @@ def folder(tmp_path_factory):
             words = [TOPICS[topic][int(j)] for j in torch.randint(2, (3,), generator=generator)]
             lines.append(f"the {' and '.join(words)},{topic}")
         (path / "texts" / f"{name}.csv").write_text("\n".join(lines) + "\n")
-    torch.manual_seed(0)
-    network = BertForSequenceClassification(
-        BertConfig(
-            vocab_size=32,
-            hidden_size=8,
-            num_hidden_layers=1,
-            num_attention_heads=2,
-            intermediate_size=8,
-            max_position_embeddings=12,
-            id2label={0: "negative", 1: "positive"},
-            label2id={"negative": 0, "positive": 1},
-        )
-    )
-    network.save_pretrained(path / "network")
+    names = {"id2label": {0: "negative", 1: "positive"}, "label2id": {"negative": 0, "positive": 1}}
+    bert(**names, hidden_size=8, intermediate_size=8).save_pretrained(path / "network")
     network = AutoModelForSequenceClassification.from_pretrained(path / "network")
     config = LoraConfig(r=2, target_modules=["query", "value"], task_type="SEQ_CLS")
     get_peft_model(network, config).save_pretrained(path / "adapter")

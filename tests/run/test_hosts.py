@@ -66,7 +66,7 @@ def start(hosts: list[str], tmp_path: Path, output_dir: str, *flags: str) -> lis
 
 def outputs(tmp_path: Path, processes: list[subprocess.Popen]) -> list[str]:
     for process in processes:
-        process.wait(timeout=200)
+        process.wait(timeout=2000)
     return [(tmp_path / f"host{i}" / "log").read_text() for i in range(len(processes))]
 
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 from reproduce.extra_groups import hyper_representations, vae
 from safetensors.torch import load_file
+from support import recipes
 from support.runs import finish
 
 from pdiff_hf import PDiffPipeline
@@ -20,22 +21,7 @@ from pdiff_hf.scripts.tuned_baselines import tuned_baselines
 from pdiff_hf.utils.names import generator_folder
 
 FOLDERS = ("pipeline", "tuned")
-TINY = {
-    "model": "mlp_mini",
-    "max_train_samples": 100,
-    "max_eval_samples": 50,
-    "base_epochs": 1,
-    "num_snapshots": 12,
-    "latent_dim": 8,
-    "autoencoder_steps": 4,
-    "autoencoder_batch_size": 4,
-    "denoiser_steps": 4,
-    "denoiser_batch_size": 4,
-    "num_models": 3,
-    "num_inference_steps": 2,
-    "baseline_models": 1,
-    "image_size": 64,
-}
+TINY = recipes.TINY | {"max_eval_samples": 50, "num_models": 3, "num_inference_steps": 2, "baseline_models": 1}
 
 
 def test_extra_groups_stand_in_the_report_and_belong_to_it(tmp_path):

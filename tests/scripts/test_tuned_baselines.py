@@ -23,12 +23,6 @@ TUNING = Tuning(EnsembleObjective(2, 0.1, 0.01), num_steps=30, num_networks=4, n
 COUNT = 6
 
 
-@pytest.fixture
-def without_figures(monkeypatch):
-    """Figures take longer than everything else."""
-    monkeypatch.setattr("pdiff_hf.evaluation.plots.draw_figures", lambda *args, **kwargs: None)
-
-
 def baselines(scorer, folder) -> TunedBaselines:
     snapshots = digits_snapshots()
     pipeline = digits_pipeline(scorer, snapshots).to(next(scorer.models.model.parameters()).device)

@@ -4,14 +4,10 @@ import datasets
 import pytest
 import torch
 from safetensors.torch import load_file
+from support.networks import IDS, SIZES, bert, randomize
 from support.scripts import run_script
 from support.trainer import make_trainer, vit
-from transformers import (
-    BertConfig,
-    BertForSequenceClassification,
-    RobertaConfig,
-    RobertaForSequenceClassification,
-)
+from transformers import BertForSequenceClassification, RobertaConfig, RobertaForSequenceClassification
 
 from pdiff_hf.networks.adapters import (
     find_base,
@@ -35,32 +31,11 @@ from pdiff_hf.tensor_names import adapter_file_names
 
 peft = pytest.importorskip("peft")
 TARGETS = ["query", "value"]
-IDS = torch.tensor([[1, 2, 3, 4]])
-
-
-SIZES = {
-    "vocab_size": 50,
-    "hidden_size": 16,
-    "num_hidden_layers": 1,
-    "max_position_embeddings": 16,
-    "num_attention_heads": 2,
-    "intermediate_size": 16,
-}
-
-
-def bert(num_hidden_layers: int = 1) -> BertForSequenceClassification:
-    torch.manual_seed(0)
-    return BertForSequenceClassification(BertConfig(**SIZES | {"num_hidden_layers": num_hidden_layers})).eval()
 
 
 def adapted(config, adapter: str = "default", seed: int = 0):
     """A network with an adapter of random values."""
-    model = peft.get_peft_model(bert(), config, adapter_name=adapter)
-    torch.manual_seed(seed)
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            parameter.data.normal_()
-    return model.eval()
+    return randomize(peft.get_peft_model(bert(), config, adapter_name=adapter), seed)
 
 
 METHODS = {
@@ -186,7 +161,7 @@ def test_what_is_said_of_adapters_that_cannot_be_loaded(tmp_path):
     with pytest.raises(ValueError, match="does not say which network it belongs to.*give that network as --model"):
         find_base(str(tmp_path / "adapter"))
     assert find_base("resnet18") is None and find_base(str(tmp_path)) is None
-    others = [vit(), bert(2), RobertaForSequenceClassification(RobertaConfig(**SIZES))]
+    others = [vit(), bert(num_hidden_layers=2), RobertaForSequenceClassification(RobertaConfig(**SIZES))]
     for network in others:
         with pytest.raises(ValueError, match=f"adapter.*does not fit {type(network).__name__}"):
             load_adapter(network, tmp_path / "adapter")
@@ -209,17 +184,9 @@ def shell(tmp_path):
         model = adapted(METHODS["DoRA"](), seed=step)
         model.peft_config["default"].base_model_name_or_path = str(tmp_path / "model")
         model.save_pretrained(tmp_path / "adapters" / f"checkpoint-{step}")
-    return (
-        *("--task=text_classification", "--dataset", tmp_path / "data", "--base_epochs=0", "--select", "*.lora_*"),
-        *(
-            "--latent_dim=2",
-            "--heldout_snapshots=0",
-            "--autoencoder_steps=2",
-            "--denoiser_steps=2",
-            "--num_models=2",
-        ),
-        *("--baseline_models=0", "--output_dir", tmp_path / "out"),
-    )
+    flags = ["--task=text_classification", "--dataset", tmp_path / "data", "--base_epochs=0", "--select", "*.lora_*"]
+    flags += ["--latent_dim=2", "--heldout_snapshots=0", "--autoencoder_steps=2", "--denoiser_steps=2"]
+    return [*flags, "--num_models=2", "--baseline_models=0", "--output_dir", tmp_path / "out"]
 
 
 def test_from_adapters_to_generated_adapters(shell, tmp_path, monkeypatch, capsys):

@@ -48,23 +48,27 @@ def test_columns_of_every_type(tmp_path):
     assert fields.table(conditions.values()).shape == (3, 6)
 
 
+def column(tmp_path, cells, title="x"):
+    rows = "".join('n{}.pt,"{}"\n'.format(i, cell.replace('"', '""')) for i, cell in enumerate(cells))
+    return write(tmp_path, f"network,{title}\n{rows}")
+
+
 NUMBERS = {
-    ".5": [".25", ".5", "1"],
-    "1.": ["1.", "2.", "3.5"],
-    "+1": ["+1", "-1", "−2"],
-    "1e-3": ["1e-3", "1E5", "0"],
-    "1,5": ['"1,5"', '"-0,25"', '"3,125"'],
-    "0,125": ['"0,125"', '"0,250"', "1"],
+    ".5": ([".25", ".5", "1"], [0.25, 0.5, 1]),
+    "1.": (["1.", "2.", "3.5"], [1, 2, 3.5]),
+    "+1": (["+1", "-1", "−2"], [1, -1, -2]),
+    "1e-3": (["1e-3", "1E5", "0"], [0.001, 1e5, 0]),
+    "1,5": (["1,5", "-0,25", "3,125"], [1.5, -0.25, 3.125]),
+    "0,125": (["0,125", "0,250", "1"], [0.125, 0.25, 1]),
+    "NumPy": (["np.float64(0.5)", "np.float64(0.25)"], [0.5, 0.25]),
 }
-READ = {".5": [0.25, 0.5, 1], "1.": [1, 2, 3.5], "+1": [1, -1, -2], "1e-3": [0.001, 1e5, 0], "1,5": [1.5, -0.25, 3.125]}
 
 
-@pytest.mark.parametrize("name", NUMBERS)
-def test_numbers_as_other_programs_write_them(tmp_path, name):
-    rows = "".join(f"n{i},{cell}\n" for i, cell in enumerate(NUMBERS[name]))
-    conditions, fields = read_conditions(write(tmp_path, f"file,x\n{rows}"))
+@pytest.mark.parametrize(("cells", "expected"), NUMBERS.values(), ids=NUMBERS)
+def test_numbers_as_other_programs_write_them(tmp_path, cells, expected):
+    conditions, fields = read_conditions(column(tmp_path, cells))
     values = [row["x"] for row in conditions.values()]
-    assert values == READ.get(name, [0.125, 0.25, 1.0])
+    assert values == expected
     assert fields.to_dict() == {"x": {"type": "scalar", "low": min(values), "high": max(values)}}
 
 
@@ -83,6 +87,8 @@ VECTORS = [
     "array([0.5, 0.25])",
     "np.array([0.5, 0.25])",
     "array([0.5 , 0.25], dtype=float32)",
+    "Array([0.5, 0.25], dtype=float32)",
+    "list([0.5, 0.25])",
     "[np.float64(0.5), np.float64(0.25)]",
     "tensor([0.5000, 0.2500])",
     "tensor([0.5000, 0.2500], device='cuda:0', dtype=torch.float64)",
@@ -94,6 +100,35 @@ VECTORS = [
 def test_vectors_as_other_programs_print_them(tmp_path, cell):
     conditions, fields = read_conditions(write(tmp_path, f'file,v\na,"{cell}"\nb,"[1, 2]"\n'))
     assert conditions["a"]["v"] == [0.5, 0.25] and fields["v"].width == 2
+
+
+ODD = """5 ms|10 ms; 7B|13B; 1h|30min; 5 €|6 €; ~3|~4; <3|>4; 1/2|3/4; 1±0.1|2±0.1; 0x1F|0x2A; 1d-3|2d-3; 10⁻³|10⁻²;
+1·10^-3|2·10^-3; '0.5'|'0.6'; '0.5|'0.6; =1+1|=2; 1+2j|2+2j; (5)|(6); 01/02/2024|03/02/2024; (0, 1]|(1, 2]"""
+
+
+@pytest.mark.parametrize("cells", ODD.replace("\n", " ").split("; "))
+def test_numbers_that_would_become_words(cells, tmp_path):
+    cells = cells.split("|")
+    with pytest.raises(ConditionError, match="column 'x', row 2: .* is not a number;.*'x:category' if it holds"):
+        read_conditions(column(tmp_path, cells))
+    _, fields = read_conditions(column(tmp_path, cells, "x:category"))
+    assert set(fields["x"].choices) == set(cells)
+
+
+@pytest.mark.parametrize("cells", [["{1, 2}", "{1, 3}"], ["{'a': 1}", "{'a': 2}"], ["tensor(0.5)", "tensor(0.6)"]])
+def test_vectors_that_would_become_words(cells, tmp_path):
+    with pytest.raises(ConditionError, match="row 2: .* is not a list of numbers"):
+        read_conditions(column(tmp_path, cells))
+
+
+# With a space of no width, a letter of full width, and one that is put together.
+ALIKE = {"cat": ["cat\u200b", "CAT", "c\uff41t"], "café": ["cafe\u0301"]}
+
+
+@pytest.mark.parametrize(("word", "other"), [(word, other) for word, others in ALIKE.items() for other in others])
+def test_words_that_look_alike(word, other, tmp_path):
+    with pytest.raises(ConditionError, match=f"row 3: .* differs from '{word}' .row 2. only in case or spaces"):
+        read_conditions(column(tmp_path, [word, other, "dog"]))
 
 
 @pytest.mark.parametrize(
@@ -186,6 +221,9 @@ def test_columns_of_known_fields(tmp_path):
     [
         ("network\na\n", "needs a header, a first column that names networks, and a column for each field"),
         ("n,x\na,1\na,2\n", "row 3: 'a' is named more than once"),
+        ("n,x\na.pt,1\n./a.pt,2\n", "row 3: 'a.pt' is named more than once"),
+        (",network,x\n1,a.pt,1\n2,b.pt,2\n", "column 'network' names networks, and must be the first"),
+        (",network,x\nx,a.pt,1\ny,b.pt,2\n", "column 'network' names networks, and must be the first"),
         ("n,x\na,1\nb\n", "row 3 has 1 cells, and the header has 2"),
         ("", "is empty"),
         ("n;x,y;z\na;1,2;3\n", "can be read with commas and semicolons between its cells"),

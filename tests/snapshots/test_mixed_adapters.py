@@ -6,7 +6,8 @@ import shutil
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import BertConfig, BertForSequenceClassification
+from support import networks
+from support.networks import IDS, randomize, unet
 
 from pdiff_hf.layout import LayoutError, ParameterLayout
 from pdiff_hf.networks.adapters import load_adapter
@@ -18,27 +19,19 @@ from pdiff_hf.snapshots.files import find_adapter
 from pdiff_hf.snapshots.frozen import FrozenCheck
 
 peft = pytest.importorskip("peft")
-IDS = torch.tensor([[1, 2, 3, 4]])
-QUERY = "bert.encoder.layer.0.attention.self.query"
 
 
-def bert() -> BertForSequenceClassification:
-    torch.manual_seed(0)
-    sizes = {"vocab_size": 50, "hidden_size": 16, "num_hidden_layers": 2, "max_position_embeddings": 16}
-    return BertForSequenceClassification(BertConfig(**sizes, num_attention_heads=2, intermediate_size=16)).eval()
+def bert():
+    return networks.bert(num_hidden_layers=2)
 
 
 def save(folder, seed, config=None, change=None, **settings):
     """An adapter of random values; returns its logits."""
     config = config or peft.LoraConfig(**({"r": 2, "target_modules": ["query", "value"]} | settings))
-    model = peft.get_peft_model(bert(), config)
-    torch.manual_seed(seed)
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            parameter.data.normal_(std=0.3)
+    model = randomize(peft.get_peft_model(bert(), config), seed, 0.3)
     if change:
         change(model)
-    model.eval().save_pretrained(folder, save_embedding_layers=change is not None)
+    model.save_pretrained(folder, save_embedding_layers=change is not None)
     with torch.no_grad():
         return model(IDS).logits
 
@@ -187,11 +180,7 @@ def test_folders_as_training_and_the_cache_leave_them(tmp_path):
         save(tmp_path / "models--someone--lora" / "snapshots" / (commit * 40), ord(commit))
     (tmp_path / "models--someone--lora" / "refs").mkdir()
     (tmp_path / "models--someone--lora" / "refs" / "main").write_text("a" * 40)
-    assert len(read_networks(tmp_path / "models--someone--lora", stored_layout(tmp_path))) == 2
-
-
-def stored_layout(tmp_path):
-    return load_snapshots(tmp_path / "snapshots")[1]
+    assert len(read_networks(tmp_path / "models--someone--lora", load_snapshots(tmp_path / "snapshots")[1])) == 2
 
 
 def test_files_without_the_base_model(tmp_path):
@@ -210,23 +199,6 @@ def test_files_without_the_base_model(tmp_path):
         find_adapter([tmp_path / "files"], tmp_path / "c")
     assert find_adapter([tmp_path / "files"], tmp_path / "c", str(tmp_path / "a/task0")) is None
     assert torch.equal(read_networks(tmp_path / "files", layout)[0], rows[0])
-
-
-def unet():
-    diffusers = pytest.importorskip("diffusers")
-    torch.manual_seed(0)
-    net = diffusers.UNet2DConditionModel(
-        sample_size=8,
-        block_out_channels=(8, 16),
-        layers_per_block=1,
-        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-        cross_attention_dim=8,
-        attention_head_dim=2,
-        norm_num_groups=4,
-    )
-    net.add_adapter(peft.LoraConfig(r=2, lora_alpha=4, target_modules=["to_q", "to_v"]))
-    return net
 
 
 def test_files_of_diffusers_and_kohya(tmp_path, caplog):

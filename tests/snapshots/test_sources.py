@@ -1,13 +1,11 @@
 """From a user's own task, run of the Trainer or files to generated networks."""
 
-import dataclasses
 import json
 from pathlib import Path
 
 import pytest
 import timm
 import torch
-from safetensors.torch import load_file
 from support.blobs import Blobs, Net
 from support.scripts import run_script
 from support.trainer import resnet
@@ -16,10 +14,9 @@ from transformers import (
     ViTImageProcessor,
 )
 
-from pdiff_hf import PDiffPipeline
 from pdiff_hf.layout import LayoutError
 from pdiff_hf.run.config import PDiffConfig
-from pdiff_hf.run.trainer import execute, prepare
+from pdiff_hf.run.trainer import prepare
 from pdiff_hf.selection import select_layout
 from pdiff_hf.snapshots import (
     SnapshotError,
@@ -38,21 +35,6 @@ TINY = {
     "baseline_models": 0,
     "num_inference_steps": 4,
 }
-
-
-def test_a_task_of_ones_own(tmp_path):
-    recipe = PDiffConfig(**TINY, output_dir=str(tmp_path / "out"), base_epochs=3, base_batch_size=16, num_snapshots=20)
-    recipe = dataclasses.replace(recipe, select=["all"], collect_batch_size=16, collect_learning_rate=0.01)
-    run = prepare(recipe, task=Blobs())
-    execute(run)
-    assert run.layout.num_parameters == sum(p.numel() for p in Net().parameters())
-    report = json.loads((tmp_path / "out" / "evaluation" / "report.json").read_text())
-    assert report["num_parameters"] == run.layout.num_parameters
-    pipe = PDiffPipeline.from_pretrained(tmp_path / "out" / "pipeline")  # a plain network stays out of it
-    assert pipe.base_model is None
-    Net().load_state_dict(pipe(1, num_inference_steps=2).parameters[0], strict=False)
-    saved = load_file(tmp_path / "out" / "base_model" / "model.safetensors")
-    assert torch.equal(saved["norm.running_mean"], run.base_model.norm.running_mean)
 
 
 def test_a_task_says_how_networks_are_judged(tmp_path):

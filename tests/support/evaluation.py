@@ -14,6 +14,10 @@ from pdiff_hf.tasks import ImageClassificationTask, MeasuredTask
 from pdiff_hf.training import make_sampling_scheduler, make_training_scheduler
 
 
+def seeded(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
 @cache
 def digits() -> Scorer:
     """For the last two norms of an untrained MLP on 50 digits."""
@@ -39,7 +43,7 @@ def digits_snapshots(count: int = 12) -> torch.Tensor:
     return snapshots_around(digits(), count)
 
 
-def digits_pipeline(scorer: Scorer, snapshots: torch.Tensor) -> PDiffPipeline:
+def digits_pipeline(scorer: Scorer, snapshots: torch.Tensor, base_model: nn.Module | None = None) -> PDiffPipeline:
     """An untrained generator that knows the snapshots' statistics."""
     torch.manual_seed(0)
     autoencoder = ParameterAutoencoder(scorer.layout.to_dict(), latent_dim=8, block_out_channels=(4, 4)).eval()
@@ -47,7 +51,7 @@ def digits_pipeline(scorer: Scorer, snapshots: torch.Tensor) -> PDiffPipeline:
     autoencoder.fit_latent_statistics(autoencoder.tokenize(snapshots))
     denoiser = LatentDenoiser(8, block_out_channels=(4, 4), bottleneck_dim=16).eval()
     scheduler = make_sampling_scheduler(make_training_scheduler())
-    pipeline = PDiffPipeline(autoencoder, denoiser, scheduler, num_inference_steps=2)
+    pipeline = PDiffPipeline(autoencoder, denoiser, scheduler, base_model, num_inference_steps=2)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 

@@ -82,20 +82,5 @@ TINY_DATA = {
     "num_inference_steps": 4,
 }
 # Of one row of a table.
-TINY_ROW = {
-    "model": "test_resnet",
-    "image_size": 16,
-    "max_train_samples": 600,
-    "max_eval_samples": 100,
-    "base_epochs": 4,
-    "num_snapshots": 20,
-    "collect_batch_size": 32,
-    "latent_dim": 8,
-    "autoencoder_steps": 20,
-    "autoencoder_batch_size": 10,
-    "denoiser_steps": 60,
-    "denoiser_batch_size": 10,
-    "num_models": 10,
-    "num_inference_steps": 5,
-    "checkpointing_steps": 10,
-}
+TINY_ROW = {key: value for key, value in TINY.items() if key != "baseline_models"}
+TINY_ROW |= {"num_snapshots": 20, "denoiser_steps": 30, "num_models": 10, "checkpointing_steps": 10}

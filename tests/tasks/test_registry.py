@@ -1,12 +1,10 @@
 """Tasks by name: registered ones, and those in modules and files of others."""
 
 import importlib
-import json
 from pathlib import Path
 
 import pytest
 import support.file_task
-from support.runs import finish
 
 from pdiff_hf import tasks
 from pdiff_hf.run.config import PDiffConfig
@@ -71,29 +69,6 @@ def test_wrong_arguments_are_named(tmp_path):
     (tmp_path / "broken.py").write_text("import no_such_module\n")
     with pytest.raises(ValueError, match="broken.py' cannot be imported: ModuleNotFoundError"):
         task_class(f"{tmp_path / 'broken.py'}:Clouds")
-
-
-def test_a_run_of_a_task_in_a_file_outside_the_package(tmp_path):
-    recipe = PDiffConfig(
-        output_dir=str(tmp_path),
-        task=f"{FILE}:Clouds",
-        max_eval_samples=200,
-        base_epochs=1,
-        base_batch_size=50,
-        num_snapshots=12,
-        collect_learning_rate=0.01,
-        latent_dim=4,
-        autoencoder_steps=5,
-        autoencoder_batch_size=5,
-        denoiser_steps=5,
-        denoiser_batch_size=5,
-        num_models=3,
-        num_inference_steps=3,
-        baseline_models=0,
-    )
-    finish(recipe)
-    report = json.loads((tmp_path / "evaluation" / "report.json").read_text())
-    assert any(group["name"] == "generated" and group["n"] == 3 for group in report["groups"])
 
 
 def test_the_names_that_are_listed_are_those_that_are_registered():

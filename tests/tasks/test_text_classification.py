@@ -5,6 +5,7 @@ import json
 
 import pytest
 import torch
+from support.networks import SIZES
 from support.runs import finish
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, BertConfig
 
@@ -36,14 +37,8 @@ def folder(tmp_path_factory):
     write_csv(path / "reviews.csv", 200)
     write_csv(path / "reviews" / "train.csv", 160)
     write_csv(path / "reviews" / "test.csv", 40, seed=1)
-    BertConfig(
-        vocab_size=40,
-        hidden_size=16,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        intermediate_size=16,
-        max_position_embeddings=12,
-    ).save_pretrained(path / "model")
+    sizes = SIZES | {"vocab_size": 40, "num_hidden_layers": 2, "max_position_embeddings": 12}
+    BertConfig(**sizes).save_pretrained(path / "model")
     return path
 
 
