@@ -30,7 +30,7 @@ from pdiff_hf.networks.posterior import (
     example_loss,
     log_likelihoods,
     posterior_weights,
-    predict_logits,
+    logits_of,
     refine,
     resample,
 )
@@ -179,7 +179,7 @@ class NetworkMixin(Base):
         refine_learning_rate: float = 1e-3,
         num_inference_steps: int | None = None,
         generator: torch.Generator | None = None,
-        predict: Predict = predict_logits,
+        predict: Predict = logits_of,
         loss: str = "nll",
         sigma: float | None = None,
     ) -> PosteriorOutput:
@@ -272,7 +272,7 @@ class NetworkMixin(Base):
         self,
         examples: Mapping[str, Any],
         *,
-        predict: Predict = predict_logits,
+        predict: Predict = logits_of,
         loss: str = "nll",
         sigma: float | None = None,
     ) -> LossFunction:

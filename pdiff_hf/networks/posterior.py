@@ -40,7 +40,7 @@ class PosteriorOutput(BaseOutput):
     log_likelihoods: torch.Tensor
 
 
-def predict_logits(call: Callable, examples: Mapping[str, Any]) -> torch.Tensor:
+def logits_of(call: Callable, examples: Mapping[str, Any]) -> torch.Tensor:
     """What a classifier of transformers says about a batch: logits of shape `(B, C)`."""
     output = call(**{name: value for name, value in examples.items() if name != "labels"})
     return output if isinstance(output, torch.Tensor) else output.logits
@@ -89,7 +89,7 @@ def log_likelihoods(
     models: NetworkRunner,
     examples: Mapping[str, Any],
     parameters: torch.Tensor,
-    predict: Predict = predict_logits,
+    predict: Predict = logits_of,
     sigma: float | None = None,
 ) -> torch.Tensor:
     """
@@ -152,7 +152,7 @@ def example_loss(
     layout: ParameterLayout,
     examples: Mapping[str, Any],
     *,
-    predict: Predict = predict_logits,
+    predict: Predict = logits_of,
     sigma: float | None = None,
 ) -> LossFunction:
     """
@@ -183,7 +183,7 @@ def refine(
     *,
     num_steps: int,
     learning_rate: float = 1e-3,
-    predict: Predict = predict_logits,
+    predict: Predict = logits_of,
     sigma: float | None = None,
 ) -> torch.Tensor:
     """

@@ -7,6 +7,7 @@ import copy
 import logging
 import re
 import threading
+import weakref
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Any
@@ -53,6 +54,31 @@ class _SharedTensors(TorchFunctionMode):
         return args[0] if func is torch.Tensor.__deepcopy__ else func(*args, **(kwargs or {}))
 
 
+def _copied(model: nn.Module, memo: dict[int, Any]) -> nn.Module:
+    """A deep copy with the same tensors; what of a module cannot be copied, such as a lock, is shared too."""
+    with _SharedTensors():
+        try:
+            return copy.deepcopy(model, dict(memo))
+        except Exception:  # a class that cannot be copied raises what it likes
+            inside_first = reversed([*model.modules()])
+            for value in (v for module in inside_first for name, v in vars(module).items() if name != "_modules"):
+                try:
+                    copy.deepcopy(value, dict(memo))
+                except Exception:
+                    memo[id(value)] = value
+            return copy.deepcopy(model, memo)
+
+
+class _Own(threading.local):
+    """What a thread has for itself, as long as it lives: the modules of each runner, with the tensors in them."""
+
+    def __init__(self) -> None:
+        self.modules: weakref.WeakKeyDictionary[NetworkRunner, tuple[list, nn.Module]] = weakref.WeakKeyDictionary()
+
+
+_OWN = _Own()
+
+
 class NetworkRunner:
     """
     Runs N networks that differ in the tensors of `layout` and share everything else, in one of two ways:
@@ -94,10 +120,6 @@ class NetworkRunner:
         self._written: list[int] = []
         self._side_by_side = 0  # not known yet
         self._in_parts = InParts("networks")
-        self._modules: dict[int, tuple[list, nn.Module]] = {}  # by threads, with the tensors that they have
-
-    def __getstate__(self) -> dict[str, Any]:
-        return vars(self) | {"_modules": {}}  # a copy makes its own
 
     def modules(self) -> nn.Module:
         """
@@ -106,12 +128,11 @@ class NetworkRunner:
         """
         tensors = [*self.model.parameters(), *self.model.buffers()]
         current = [(id(tensor), tensor.untyped_storage()._cdata) for tensor in tensors]
-        known, modules = self._modules.get(threading.get_ident(), (None, self.model))
+        known, modules = _OWN.modules.get(self, (None, self.model))
         if known != current:  # none yet, or the model has moved to another device
-            with _SharedTensors():
-                frozen = {id(t): nn.Parameter(t.detach(), False) if t.requires_grad else t for t in tensors}
-                modules = copy.deepcopy(self.model, frozen)
-            self._modules[threading.get_ident()] = current, modules
+            frozen = {id(t): nn.Parameter(t.detach(), False) if t.requires_grad else t for t in tensors}
+            modules = _copied(self.model, frozen)
+            _OWN.modules[self] = current, modules
         return modules
 
     def base_parameters(self) -> torch.Tensor:
@@ -124,7 +145,7 @@ class NetworkRunner:
 
     def call(self, forward: Forward, tensors: dict[str, torch.Tensor]) -> torch.Tensor:
         """`forward` of one network, with `tensors` in the place of the model's; after [`modules`] in this thread."""
-        _, modules = self._modules[threading.get_ident()]
+        _, modules = _OWN.modules[self]
         return forward(lambda *args, **kwargs: functional_call(modules, tensors, args, kwargs, tie_weights=False))
 
     def stack(

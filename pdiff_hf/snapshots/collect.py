@@ -16,7 +16,7 @@ from ..networks.prefix_cache import PrefixCache
 from ..networks.runner import Forward, NetworkRunner
 from ..tasks import ClassificationTask, Task, accuracy, take
 from ..training.loop import Loop, LoopArguments, TrainingError, epoch_indices, largest, make_optimizer
-from ..utils.devices import to_device
+from ..utils.devices import seed_global, to_device
 from ..utils.seeds import derive_seed
 from .dataset import SnapshotWriter
 
@@ -53,7 +53,7 @@ def train_base_model(loop: Loop, task: Task, model: nn.Module, args: LoopArgumen
 
     def loss_function(model, indices, generator):
         # What a task or a network draws by chance, such as dropout, follows from the step, as the examples do.
-        torch.manual_seed(generator.initial_seed())
+        seed_global(generator.initial_seed(), generator.device)
         batch = to_device(task.augment(task.collate(take(split, indices.tolist()))), loop.device)
         with CroppedConvolutions():
             return task.loss(model, batch)
@@ -118,7 +118,7 @@ def collect_snapshots(
                 if step == 1:
                     model.load_state_dict(original, strict=False)
                     optimizer = make_optimizer(args.optimizer, trained.values(), args.learning_rate, args.weight_decay)
-                torch.manual_seed(derive_seed(run_seed, step))
+                seed_global(derive_seed(run_seed, step), accelerator.device)
                 loss_function = loss_of(indices)
                 for module in normalizing:
                     module.train()

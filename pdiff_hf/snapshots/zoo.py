@@ -14,6 +14,7 @@ from ..models.condition import Condition
 from ..networks.runner import NetworkRunner
 from ..tasks.family import Family
 from ..training import Loop, LoopArguments, LoopState
+from ..utils.devices import seed_global
 from .dataset import SnapshotWriter
 
 
@@ -88,7 +89,7 @@ def train_specialists(
     table = table.to(loop.device)
 
     def loss_function(model, indices, generator):
-        torch.manual_seed(generator.initial_seed())  # of what a network draws by chance
+        seed_global(generator.initial_seed(), generator.device)  # of what a network draws by chance
         batch = family.training_batch(table, indices, generator)
         logits = model(networks, family.predict, batch)  # (T, B, C)
         # The sum over tasks of the mean over examples: each network gets the gradient of its own loss.

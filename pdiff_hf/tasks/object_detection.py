@@ -16,6 +16,7 @@ from torchvision.transforms.functional import pil_to_tensor
 
 from ..networks.runner import NetworkRunner
 from ..networks.torchvision import Architecture
+from ..utils.devices import seed_global
 from ..utils.imports import require
 from .dataset import BadRows
 from .images import ImageTask, load_image_data
@@ -235,7 +236,7 @@ class Detector(nn.Module):
         fork = torch.random.fork_rng(devices, enabled=same_draws, device_type=device.type)
         with self._computing_losses(losses), fork:
             if same_draws:
-                torch.manual_seed(0)
+                seed_global(0, device)
             return self.network(images, targets)
 
     @contextlib.contextmanager

@@ -15,6 +15,7 @@ from ..models import ParameterAutoencoder
 from ..networks.runner import NetworkRunner
 from ..tasks.family import Family
 from ..tasks.task import Batch, ClassificationTask, load_batch
+from ..utils.devices import seed_global
 from ..utils.seeds import derive_seed
 from .denoiser import LatentGenerator
 from .loop import Loop, LoopArguments
@@ -272,7 +273,7 @@ def tune(
     tuned = _Tuned(model, args, extra_loss)
 
     def loss_function(wrapped, indices, generator):
-        torch.manual_seed(derive_seed(generator.initial_seed(), 1))  # of what a network draws by chance
+        seed_global(derive_seed(generator.initial_seed(), 1), generator.device)  # of what a network draws by chance
         table, batch = batches(indices, generator)
         return wrapped(table, batch, generator)
 

@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import threading
+import weakref
 
 import pytest
 import timm
@@ -400,7 +401,11 @@ def test_threads_that_share_a_model_do_not_see_each_others_networks():
         with first.modules().register_forward_hook(stopped):
             return call(x)
 
-    thread = threading.Thread(target=lambda: found.extend(output for _, output in first(forward, parameters)))
+    def work():
+        found.extend(output for _, output in first(forward, parameters))
+        found.append(first.modules())
+
+    thread = threading.Thread(target=work)
     thread.start()
     assert inside.wait(600)
     for runner_of_others in (first, second):
@@ -408,7 +413,17 @@ def test_threads_that_share_a_model_do_not_see_each_others_networks():
     assert torch.equal(predict(model, x), own)
     goes_on.set()
     thread.join()
+    left = weakref.ref(found.pop())
     torch.testing.assert_close(torch.cat(found), expected)
+    assert left() is None  # modules go with their thread
+
+
+def test_modules_that_hold_a_lock_are_run():
+    model, layout, parameters, x = make("mlp, head")
+    expected = plain_loop(model, layout, parameters, x)
+    model.lock = next(model.children()).lock = threading.Lock()
+    torch.testing.assert_close(run(NetworkRunner(model, layout), parameters, x), expected)
+    assert NetworkRunner(model, layout).modules().lock is model.lock
 
 
 def test_a_runner_follows_its_model():
