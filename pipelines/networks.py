@@ -29,8 +29,8 @@ from pdiff_hf.networks.posterior import (
     effective_sample_size,
     example_loss,
     log_likelihoods,
-    posterior_weights,
     logits_of,
+    posterior_weights,
     refine,
     resample,
 )

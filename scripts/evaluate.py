@@ -24,9 +24,9 @@ def main() -> None:
     )
     config, flags = parser.parse_config()
     # These take seconds to import, which a mistyped flag should not wait for.
-    from pdiff_hf.run.evaluating import evaluate_saved
     from pdiff_hf.run.processes import start_processes
     from pdiff_hf.run.terminal import one_line_errors, quiet_libraries
+    from pdiff_hf.scripts.saved import evaluate_saved
     from pdiff_hf.scripts.tuned_baselines import tuned_baselines
 
     with one_line_errors():

@@ -12,7 +12,7 @@ from transformers import AutoModelForImageClassification
 from pdiff_hf import PDiffPipeline
 from pdiff_hf.layout import ParameterLayout
 from pdiff_hf.run.config import PDiffConfig
-from pdiff_hf.run.evaluating import evaluate_saved
+from pdiff_hf.scripts.saved import evaluate_saved
 from pdiff_hf.selection import select_parameters
 from pdiff_hf.snapshots import SnapshotWriter, read_networks
 from pdiff_hf.tasks import ImageClassificationTask

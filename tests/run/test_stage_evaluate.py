@@ -14,9 +14,9 @@ from pdiff_hf import PDiffPipeline
 from pdiff_hf.evaluation import Kind, Report
 from pdiff_hf.evaluation.groups import named_generator
 from pdiff_hf.run.config import PDiffConfig
-from pdiff_hf.run.evaluating import evaluate_saved
 from pdiff_hf.run.folder import RunError
 from pdiff_hf.run.trainer import prepare
+from pdiff_hf.scripts.saved import evaluate_saved
 from pdiff_hf.scripts.tuned_baselines import tuned_baselines
 from pdiff_hf.utils.names import generator_folder
 
