@@ -61,10 +61,10 @@ def main() -> None:
         parser.error("--text_encoder needs --conditions: it reads the descriptions of a table")
     # These take seconds to import, which a mistyped flag should not wait for.
     from pdiff_hf.run.collecting import collect_from_files
-    from pdiff_hf.run.listing import describe_selection
     from pdiff_hf.run.processes import start_processes
     from pdiff_hf.run.terminal import one_line_errors, quiet_libraries
     from pdiff_hf.run.trainer import execute, prepare
+    from pdiff_hf.scripts.costs import describe_selection
     from pdiff_hf.snapshots.conditions import read_conditions
     from pdiff_hf.snapshots.files import beside, conditions_of_paths, find_adapter
     from pdiff_hf.utils.files import expand_path

@@ -29,8 +29,8 @@ from pdiff_hf.evaluation.render import table
 from pdiff_hf.layout import ParameterLayout
 from pdiff_hf.models import DENOISER_PRESETS, autoencoder_architecture
 from pdiff_hf.run.config import PDiffConfig
+from pdiff_hf.scripts.costs import estimate_training
 from pdiff_hf.training import make_training_scheduler, train_autoencoder, train_denoiser
-from pdiff_hf.training.estimate import estimate_training
 from pdiff_hf.training.loop import Loop, LoopArguments
 
 TABLES = Path(__file__).parents[1] / "reproduce" / "tables.yaml"

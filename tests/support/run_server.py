@@ -146,10 +146,10 @@ class RunServer:
 
 
 def serve() -> None:
-    import pdiff_hf.run.evaluating  # noqa: F401
     import pdiff_hf.run.export  # noqa: F401
-    import pdiff_hf.run.listing  # noqa: F401
     import pdiff_hf.run.trainer  # noqa: F401
+    import pdiff_hf.scripts.costs  # noqa: F401
+    import pdiff_hf.scripts.saved  # noqa: F401
 
     for line in sys.stdin:
         job = json.loads(line)

@@ -1,8 +1,8 @@
-"""What training a generator will cost, before it begins: counted operations, and the speed of a short measurement."""
+"""What a selection takes and what a generator for it costs, before anything is trained: counted, and timed briefly."""
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,13 +10,72 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from ..layout import ParameterLayout
-from ..models import DENOISER_PRESETS, LatentDenoiser, ParameterAutoencoder, autoencoder_architecture
+from pdiff_hf.layout import ParameterLayout
+from pdiff_hf.models import DENOISER_PRESETS, LatentDenoiser, ParameterAutoencoder, autoencoder_architecture
+from pdiff_hf.models.products import AdapterProducts
+from pdiff_hf.run.config import PDiffConfig
+from pdiff_hf.run.folder import RunError
+from pdiff_hf.run.terminal import duration
+from pdiff_hf.selection import select_layout
 
 # A measured step has about so many operations: enough to time, few enough to wait for.
 MEASURED_FLOPS = {"cpu": 40e9, "cuda": 4e12}
 # Shorter vectors are not measured: what a step costs beside its operations would count too much.
 SHORTEST_MEASURED = 2048
+
+
+def describe_selection(recipe: PDiffConfig, device: torch.device) -> Iterator[str]:
+    """
+    Lines: all parameters of the base model with those that are selected marked, and what training a generator for them
+    takes on this machine, which is measured on a smaller step.
+
+    Raises:
+        ValueError: for a task, a model or a selection that cannot be used.
+    """
+    model = recipe.make_task().load_base_model()
+    layout = select_layout(model, recipe.select, recipe.exclude)
+    selected = set(layout.names)
+    parameters = dict(model.named_parameters())
+    width = max(map(len, parameters))
+    for name, parameter in parameters.items():
+        shape = " × ".join(map(str, parameter.shape))
+        yield f"{'*' if name in selected else ' '} {name:{width}}  {parameter.numel():>12,}  {shape}"
+    total = sum(parameter.numel() for parameter in parameters.values())
+    yield ""
+    yield (
+        f"* selected: {layout.num_parameters:,} of {total:,} parameters, in {len(selected)} of {len(parameters)} "
+        "tensors"
+    )
+    yield f"{recipe.num_snapshots} snapshots take {_size(4 * layout.num_parameters * recipe.num_snapshots)}"
+    yield ""
+    if recipe.latent_dim > layout.num_parameters:
+        raise RunError(f"latent_dim is {recipe.latent_dim}, more than the {layout.num_parameters} selected parameters")
+    vectors = (
+        AdapterProducts(layout, recipe.autoencoder_args.adapter_frame_size).layout
+        if recipe.adapter_products
+        else layout
+    )
+    yield f"Training a generator on this machine ({device.type}, one process), as an estimate:"
+    for name in ("autoencoder", "denoiser"):
+        preset, steps = getattr(recipe, f"{name}_preset"), getattr(recipe, f"{name}_steps")
+        cost = estimate_training(
+            name,
+            vectors.num_parameters,
+            recipe.latent_dim,
+            preset,
+            token_size=recipe.autoencoder_args.token_size,
+            num_steps=steps,
+            batch_size=getattr(recipe, f"{name}_batch_size"),
+            device=device,
+        )
+        yield (
+            f"  {name:11}  {preset}, {steps} steps: {cost.flops / 1e12:,.1f} TFLOP, about {duration(cost.seconds)}, "
+            f"{_size(cost.memory)} beside the snapshots"
+        )
+
+
+def _size(num_bytes: float) -> str:
+    return f"{num_bytes / 1e9:.1f} GB" if num_bytes >= 1e9 else f"{num_bytes / 1e6:.1f} MB"
 
 
 @dataclass(frozen=True)
