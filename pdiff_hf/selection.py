@@ -10,7 +10,7 @@ from torch.nn.modules.batchnorm import _NormBase
 
 from .layout import LayoutError, ParameterLayout, closest_names
 from .lora import a_module, different_effects, scaling
-from .tensor_names import ADAPTER, adapter_configs, adapter_names, match_names, other_names, shared_tensors
+from .tensor_names import ADAPTER, adapter_configs, adapter_names, match_names, tied_names
 
 
 def _has_name(module: nn.Module, *words: str) -> bool:
@@ -53,8 +53,8 @@ def fit_layout(layout: ParameterLayout, model: nn.Module) -> ParameterLayout:
     state_dict = model.state_dict()
     matched = match_names(layout.names, state_dict)
     names = tuple(matched.get(name, name) for name in layout.names)
-    tied, of_adapters = other_names(model), adapter_names(model)
-    shared = [tied.get(name, ()) for name in names]
+    tied, of_adapters = tied_names(model, names), adapter_names(model)
+    shared = [[other for other, first in tied.items() if first == name] for name in names]
     aliases = tuple(
         (*others, *itertools.chain.from_iterable(of_adapters.get(n, ()) for n in (name, *others)))
         for name, others in zip(names, shared, strict=True)
@@ -64,12 +64,6 @@ def fit_layout(layout: ParameterLayout, model: nn.Module) -> ParameterLayout:
     check_adapters(layout, adapters)
     fitted = ParameterLayout(names, layout.shapes, layout.dtypes, aliases, adapters)
     fitted.check_fits(state_dict)
-    for name, view in shared_tensors(model).items():
-        if view.order is None and {name, view.source} & set(names):
-            raise LayoutError(
-                f"'{view.source}' and '{name}' share a part of their memory, and neither is a view of the other; leave "
-                "both out of the selection"
-            )
     return fitted
 
 
@@ -98,8 +92,7 @@ def select_parameters(
     """
     Names of the parameters of `model` that `select` asks for, in the model's own order. Buffers are never selected, but
     for the running statistics of batch norm where `batch_norm_statistics` asks for them. A tensor that several modules
-    share is selected, or excluded, by any of its names, and listed once, under the first of them; a view of another
-    tensor, under the name of that.
+    share is selected, or excluded, by any of its names, and listed once, under the first of them.
 
     Args:
         model (`nn.Module`): The network. Where it has a `base_model_prefix` (as transformers' wrapper of timm models
@@ -135,10 +128,10 @@ def select_parameters(
             )
         wanted = {*selectable, *statistics}
         selectable = [name for name in model.state_dict() if name in wanted]
-    views = {name: view for name, view in shared_tensors(model).items() if view.order is not None}
+    tied = tied_names(model)
 
     def found(patterns: str | Sequence[str]) -> set[str]:
-        return {views[n].source if n in views else n for n in _match(model, selectable, patterns)}
+        return {tied.get(name, name) for name in _match(model, selectable, patterns)}
 
     chosen = found(select) - (found(exclude) if exclude else set())
     if not chosen:

@@ -2,7 +2,6 @@
 
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -54,72 +53,39 @@ def match_names(names: Iterable[str], others: Iterable[str]) -> dict[str, str]:
     return matched
 
 
-@dataclass(frozen=True)
-class View:
-    """
-    Where a tensor lies in the memory of another one.
-
-    Args:
-        source (`str`): Name of the other tensor, which holds all values of this one.
-        shape, stride (`tuple[int, ...]`): Of this tensor.
-        offset (`int`): Of its first value in the memory of `source`.
-        order (`tuple[int, ...]`, *optional*): The dimensions of `source` as they follow each other in memory, the
-            slowest first; empty if both tensors are one and the same, None if they share a part of their memory and
-            neither holds the values of the other.
-    """
-
-    source: str
-    shape: tuple[int, ...]
-    stride: tuple[int, ...]
-    offset: int
-    order: tuple[int, ...] | None
-
-
 def named_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
     """All parameters and buffers under all their names."""
     parameters: dict[str, torch.Tensor] = dict(model.named_parameters(remove_duplicate=False))
     return parameters | dict(model.named_buffers(remove_duplicate=False))
 
 
-def shared_tensors(model: nn.Module) -> dict[str, View]:
+def tied_names(model: nn.Module, selected: Iterable[str] = ()) -> dict[str, str]:
     """
-    Where a network shares memory between tensors: for each name of a parameter or buffer that lies in the memory of
-    another, where it lies. Of several that hold the same values, the first parameter is the source of the others.
+    For each further name of a parameter or buffer that has several, the first one, by which layouts call it.
+
+    Raises:
+        LayoutError: if one of the `selected` tensors shares a part of its memory with another one, such as a row or the
+            transpose of it, which other values could not reach.
     """
-    tensors = named_tensors(model)
-    by_storage: dict[int, list[str]] = {}
+    tensors, by_storage = named_tensors(model), dict[int, list[str]]()
+    tied: dict[str, str] = {}
+    partly: list[tuple[str, str]] = []
     for name, tensor in tensors.items():
-        if tensor.layout == torch.strided and tensor.numel():
-            by_storage.setdefault(tensor.untyped_storage()._cdata, []).append(name)
-    views: dict[str, View] = {}
-    for names in by_storage.values():
-        sources: list[str] = []
-        for name in sorted(names, key=lambda name: -tensors[name].numel()):  # stable
-            tensor = tensors[name]
-            overlapping = [source for source in sources if _overlap(tensors[source], tensor)]
-            if not overlapping:
-                sources.append(name)
-                continue
-            source = overlapping[0]
-            if _geometry(tensor) == _geometry(tensors[source]):
-                order: tuple[int, ...] | None = ()
-            else:
-                (first, last), (own_first, own_last) = _extent(tensors[source]), _extent(tensor)
-                fits = first <= own_first and own_last <= last and tensor.dtype == tensors[source].dtype
-                order = _memory_order(tensors[source]) if fits else None
-            if isinstance(tensor, nn.Parameter) and not isinstance(tensors[source], nn.Parameter):
-                order = None  # what is generated cannot be put into the buffer
-            offset = int(tensor.storage_offset() - tensors[source].storage_offset())
-            views[name] = View(source, *_geometry(tensor)[:2], offset, order)
-    return views
-
-
-def other_names(model: nn.Module) -> dict[str, tuple[str, ...]]:
-    """The other names of each tensor that has several, by the name that layouts call it by."""
-    tied: dict[str, tuple[str, ...]] = {}
-    for name, view in shared_tensors(model).items():
-        if view.order == ():
-            tied[view.source] = (*tied.get(view.source, ()), name)
+        if tensor.layout != torch.strided or not tensor.numel():
+            continue
+        others = by_storage.setdefault(tensor.untyped_storage()._cdata, [])
+        place = (*_geometry(tensor), tensor.dtype)
+        if same := [other for other in others if (*_geometry(tensors[other]), tensors[other].dtype) == place]:
+            tied[name] = same[0]
+        else:
+            partly += [(other, name) for other in others if _overlap(tensors[other], tensor)]
+            others.append(name)
+    wanted = {tied.get(name, name) for name in selected}
+    if found := next((pair for pair in partly if wanted & set(pair)), None):
+        raise LayoutError(
+            f"'{found[0]}' and '{found[1]}' share a part of their memory, and are not the same tensor; leave both out "
+            "of the selection"
+        )
     return tied
 
 
@@ -127,28 +93,15 @@ def _geometry(tensor: torch.Tensor) -> tuple[tuple[int, ...], tuple[int, ...], i
     return tuple(tensor.shape), tensor.stride(), int(tensor.storage_offset())
 
 
-def _extent(tensor: torch.Tensor) -> tuple[int, int]:
-    """The first and the last place in memory that a tensor uses."""
-    length = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
-    return int(tensor.storage_offset()), int(tensor.storage_offset() + length)
-
-
-def _memory_order(tensor: torch.Tensor) -> tuple[int, ...] | None:
-    """The dimensions of a tensor, the slowest first, or None if it has gaps or uses a place twice."""
-    stride = tensor.stride()
-    order = sorted(range(tensor.ndim), key=lambda dim: (-stride[dim], -tensor.shape[dim]))
-    return tuple(order) if tensor.permute(order).is_contiguous() else None
-
-
 def _overlap(tensor: torch.Tensor, other: torch.Tensor) -> bool:
-    (first, last), (other_first, other_last) = _extent(tensor), _extent(other)
-    if last < other_first or other_last < first:
-        return False
-    if _memory_order(tensor) is not None or _memory_order(other) is not None:
-        return True
-    used = torch.zeros(max(last, other_last) + 1, dtype=torch.bool)
-    used.as_strided(*_geometry(tensor)).fill_(True)
-    return bool(used.as_strided(*_geometry(other)).any())
+    """Whether the places in memory between the first and the last one that each uses meet; in bytes."""
+    ends = []
+    for one in (tensor, other):
+        start = int(one.storage_offset())
+        last = start + sum((size - 1) * stride for size, stride in zip(one.shape, one.stride(), strict=True))
+        ends.append((start * one.element_size(), (last + 1) * one.element_size()))
+    (first, end), (other_first, other_end) = ends
+    return first < other_end and other_first < end
 
 
 def adapter_names(model: nn.Module) -> dict[str, tuple[str, ...]]:

@@ -12,7 +12,7 @@ from ..layout import ParameterLayout
 from ..networks.runner import NetworkRunner
 from ..selection import STATISTICS
 from ..tasks import ClassificationTask, Task, accuracy
-from ..tensor_names import adapter_configs, adapter_names, shared_tensors
+from ..tensor_names import adapter_configs, adapter_names, tied_names
 from ..utils.files import without_nan
 from .adapters import AdapterReader, Notes
 from .dataset import SnapshotError
@@ -38,7 +38,7 @@ class FrozenCheck:
 
     def __init__(self, model: nn.Module, layout: ParameterLayout, require_same: bool = False):
         self.model, self.layout, self.require_same = model, layout, require_same
-        shared = {name for name, view in shared_tensors(model).items() if view.source in layout.names}
+        shared = {name for name, first in tied_names(model).items() if first in layout.names}
         self._frozen = {
             name: tensor
             for name, tensor in model.state_dict().items()

@@ -11,7 +11,7 @@ from pdiff_hf.layout import ParameterLayout
 from pdiff_hf.networks.ensemble import EnsembleModel
 from pdiff_hf.networks.runner import NetworkRunner
 from pdiff_hf.selection import select_layout, select_parameters
-from pdiff_hf.tensor_names import shared_tensors
+from pdiff_hf.tensor_names import tied_names
 
 
 class TiedNet(nn.Module):
@@ -27,24 +27,14 @@ class TiedNet(nn.Module):
             self.decode.weight = self.encode.weight
         elif tie == "data":
             self.decode.weight.data = self.encode.weight.data
-        elif tie == "transposed":
-            self.decode.weight = nn.Parameter(self.encode.weight.detach().T)
-        elif tie == "rows":
-            self.decode.weight = nn.Parameter(self.encode.weight.detach()[2:7])
-        elif tie == "first part":  # the whole has the second name
-            self.decode.weight = nn.Parameter(torch.randn(9, 8))
-            self.encode.weight = nn.Parameter(self.decode.weight.detach()[:8])
-        elif tie == "buffer":
-            self.register_buffer("shift", self.encode.weight.detach()[0])
         else:
             assert tie == "no"
 
     def forward(self, x):
-        x = self.decode(self.norm(self.encode(x.exp())).tanh())
-        return x + self.shift if hasattr(self, "shift") else x
+        return self.decode(self.norm(self.encode(x.exp())).tanh())
 
 
-TIES = ["module", "parameter", "data", "transposed", "rows", "first part", "buffer", "no"]
+TIES = ["module", "parameter", "data", "no"]
 NUM_NETWORKS = 3
 
 
@@ -85,7 +75,7 @@ def test_scored_networks_models_and_ensembles_agree(tie, select):
             program = torch.export.export(ensemble, (x,), strict=False).module()
             torch.testing.assert_close(program(x).logits.exp(), mean)
     for one in generated:  # they are tied as the base model is
-        assert shared_tensors(one) == shared_tensors(network)
+        assert tied_names(one) == tied_names(network)
     for name, tensor in network.state_dict().items():
         assert torch.equal(tensor, before[name])
 
@@ -93,15 +83,9 @@ def test_scored_networks_models_and_ensembles_agree(tie, select):
 @pytest.mark.parametrize("tie", TIES)
 def test_memory_is_selected_once(tie):
     names = select_parameters(TiedNet(tie), "*.weight")
-    expected = {
-        "transposed": ("encode.weight", "norm.weight"),
-        "first part": ("norm.weight", "decode.weight"),
-        "no": ("encode.weight", "norm.weight", "decode.weight"),
-        "buffer": ("encode.weight", "norm.weight", "decode.weight"),
-    }
-    assert names == expected.get(tie, ("encode.weight", "norm.weight"))
-    if tie not in ("no", "buffer", "module"):  # asked for under its other name
-        assert select_parameters(TiedNet(tie), "decode.*") == (names[0] if tie != "first part" else "decode.weight",)
+    assert names == ("encode.weight", "norm.weight") + (("decode.weight",) if tie == "no" else ())
+    if tie in ("parameter", "data"):  # asked for under its other name
+        assert select_parameters(TiedNet(tie), "decode.*") == ("encode.weight",)
 
 
 def test_a_layout_with_several_names_of_one_tensor():
