@@ -32,7 +32,6 @@ from ..utils import names
 from ..utils.errors import resource_errors
 from ..utils.seeds import named_seed
 from ..utils.source import source_digests
-from .callbacks import forwarding
 from .config import PDiffConfig
 from .folder import SOURCE, RunError, RunFolder, Stage
 from .settings import SECTIONS
@@ -157,8 +156,8 @@ class RunContext:
         if PartialState().is_main_process:
             self.files.open_checkpoints(stage, self.settings(stage.name), resume)
         seed, checkpoints = named_seed(c.seed, f"{stage.name} training"), self.files.checkpoints(stage)
-        with self.accelerator() as accelerator, forwarding(self.callbacks, stage.name) as forwarded:
-            yield Loop(accelerator, seed, checkpoints, c.checkpointing_steps, resume=resume, callbacks=forwarded)
+        with self.accelerator() as accelerator:
+            yield Loop(accelerator, seed, checkpoints, c.checkpointing_steps, resume, self.callbacks, stage.name)
 
     @contextlib.contextmanager
     def accelerator(self) -> Iterator[Accelerator]:

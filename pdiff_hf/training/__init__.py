@@ -3,4 +3,4 @@
 from .autoencoder import train_autoencoder
 from .denoiser import gaussian_loss, make_sampling_scheduler, make_training_scheduler, train_denoiser
 from .loop import Loop, LoopArguments, TrainingError
-from .state import LoopCallback, LoopState
+from .state import LoopState

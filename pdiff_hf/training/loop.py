@@ -13,9 +13,10 @@ from accelerate import Accelerator
 from diffusers.optimization import get_scheduler
 from torch import nn
 from tqdm.auto import tqdm
+from transformers import TrainerCallback
 
 from ..utils.seeds import derive_seed
-from .state import Average, LoopCallback, LoopState, latest_checkpoint
+from .state import Average, LoopState, latest_checkpoint
 
 logger = logging.getLogger(__name__)
 
@@ -65,7 +66,10 @@ class Loop:
         checkpoint_dir (`str` or `os.PathLike`, *optional*): Where the last two `checkpoint-N` folders are kept.
         checkpointing_steps (`int`, *optional*): Steps between two checkpoints.
         resume (`bool`, *optional*, defaults to `False`): Go on from the latest checkpoint in `checkpoint_dir`, if any.
-        callbacks (`Sequence[LoopCallback]`, *optional*): Are told what happens.
+        callbacks (`Sequence[transformers.TrainerCallback]`, *optional*): Are told of `on_train_begin`, `on_step_end`,
+            `on_log` (with `loss` and `learning_rate`, every `CHECK_EVERY` steps and after the last one), `on_save`
+            (with the `checkpoint`) and `on_train_end`, on every process.
+        stage (`str`, *optional*): What is trained, which callbacks get as `stage`.
     """
 
     accelerator: Accelerator
@@ -73,7 +77,8 @@ class Loop:
     checkpoint_dir: str | os.PathLike | None = None
     checkpointing_steps: int | None = None
     resume: bool = False
-    callbacks: Sequence[LoopCallback] = ()
+    callbacks: Sequence[TrainerCallback] = ()
+    stage: str = ""
 
     @property
     def device(self) -> torch.device:
@@ -130,6 +135,7 @@ class Loop:
         wrapped, optimizer, lr_scheduler = accelerator.prepare(model, optimizer, lr_scheduler)
         ema = Average(model.parameters(), decay=args.ema_decay) if args.ema_decay is not None else None
         state = LoopState(description, args.num_steps, list(model.parameters()), optimizer, lr_scheduler, ema)
+        state.callbacks, state.stage = self.callbacks, self.stage
         losses = torch.full((args.num_steps,), math.nan, device=accelerator.device)
         gradients = [torch.tensor(0.0)] * args.num_steps  # how large each step's is: not finite if it is not
         if self.resume and (latest := latest_checkpoint(self.checkpoint_dir)) is not None:
@@ -138,6 +144,7 @@ class Loop:
             logger.info("%s: going on from step %d", description, state.step)
 
         wrapped.train()
+        state.tell("on_train_begin")
         first_step, every = state.step, self.checkpointing_steps or 0
         batches = epoch_indices(num_examples, args.batch_size, self.seed, first_step)
         progress = tqdm(
@@ -176,9 +183,9 @@ class Loop:
             last = state.step == args.num_steps
             saves = every > 0 and state.step % every == 0 and not last
             state.is_checked = state.step % CHECK_EVERY == 0 or last or saves
-            for hook in (after_step, *(callback.on_step_end for callback in self.callbacks)):
-                if hook is not None:
-                    hook(state)
+            if after_step is not None:
+                after_step(state)
+            state.tell("on_step_end")
             last, saves = last or state.should_stop, saves and not state.should_stop
             if state.is_checked or last:
                 weights = largest(state.parameters) if last or saves else None  # nothing else looks at them again
@@ -186,17 +193,15 @@ class Loop:
                 logs = {"loss": losses[step].item(), "learning_rate": state.learning_rate}
                 progress.set_postfix(loss=f"{logs['loss']:.4g}", refresh=False)
                 accelerator.log({f"{description}/loss": logs["loss"], f"{description}/lr": logs["learning_rate"]}, step)
-                for callback in self.callbacks:
-                    callback.on_log(state, logs)
+                state.tell("on_log", logs=logs)
             if saves:
                 assert self.checkpoint_dir is not None
-                checkpoint = state.save(accelerator, Path(self.checkpoint_dir))
-                for callback in self.callbacks:
-                    callback.on_save(state, checkpoint)
+                state.tell("on_save", checkpoint=state.save(accelerator, Path(self.checkpoint_dir)))
             if last:
                 break
         if ema is not None:
             ema.copy_to(state.parameters)
+        state.tell("on_train_end")
         self._forget()  # the model's optimizer takes twice its memory
         return losses[: state.step].cpu()
 

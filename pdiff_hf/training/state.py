@@ -13,6 +13,7 @@ from accelerate import Accelerator
 from diffusers.training_utils import EMAModel
 from safetensors.torch import load_file, save_file
 from torch import nn
+from transformers import TrainerCallback, TrainerControl, TrainerState
 
 from ..utils.files import remove, sync
 
@@ -20,7 +21,8 @@ from ..utils.files import remove, sync
 @dataclass
 class LoopState:
     """
-    What hooks see of a training, and how they change its course. All processes must ask for the same.
+    What hooks see of a training, and how they change its course. All processes must ask for the same. Callbacks of
+    transformers see a `TrainerState` of it, and may set `control.should_training_stop`.
 
     Attributes:
         description (`str`): What is trained.
@@ -43,10 +45,23 @@ class LoopState:
     trusted_from: int = 0
     is_checked: bool = False
     should_stop: bool = False
+    callbacks: Sequence[TrainerCallback] = field(default=(), repr=False)
+    stage: str = ""
+    told: TrainerState = field(default_factory=TrainerState, repr=False)
+    control: TrainerControl = field(default_factory=TrainerControl, repr=False)
 
     @property
     def learning_rate(self) -> float:
         return self.lr_scheduler.get_last_lr()[0]
+
+    def tell(self, event: str, **kwargs: Any) -> None:
+        """Tells all callbacks of an event, such as `on_step_end`."""
+        self.told.global_step, self.told.max_steps = self.step, self.num_steps
+        if "logs" in kwargs:
+            self.told.log_history.append({**kwargs["logs"], "step": self.step, "stage": self.stage})
+        for callback in self.callbacks:
+            getattr(callback, event)(None, self.told, self.control, stage=self.stage, **kwargs)
+        self.should_stop = self.should_stop or self.control.should_training_stop
 
     @contextlib.contextmanager
     def averaged_weights(self) -> Iterator[None]:
@@ -138,16 +153,3 @@ class Average(EMAModel):
         self.optimization_step += 1
         self.cur_decay_value = self.get_decay(self.optimization_step)
         torch._foreach_lerp_(self.shadow_params, list(parameters), 1 - self.cur_decay_value)
-
-
-class LoopCallback:
-    """What a training says while it runs, on every process; the methods of a subclass need not do anything."""
-
-    def on_step_end(self, state: LoopState) -> None:
-        """After every step."""
-
-    def on_log(self, state: LoopState, logs: dict[str, float]) -> None:
-        """With `loss` and `learning_rate`, every `CHECK_EVERY` steps and after the last one."""
-
-    def on_save(self, state: LoopState, checkpoint: Path) -> None:
-        """After a checkpoint was written."""
