@@ -27,8 +27,8 @@ from pdiff_hf.snapshots import (
     load_snapshots,
     parameter_matrix,
 )
+from pdiff_hf.snapshots.alignment import Axis
 from pdiff_hf.snapshots.barrier import choose_pairs, measure_barrier
-from pdiff_hf.snapshots.hidden_units import Axis
 from pdiff_hf.tasks import ClassificationTask, ImageClassificationTask, Task
 from pdiff_hf.training.loop import epoch_indices
 
