@@ -23,7 +23,7 @@ from pdiff_hf.evaluation.metrics import max_iou
 from pdiff_hf.evaluation.plots import plot_field, plot_frontier
 from pdiff_hf.evaluation.report import Report
 from pdiff_hf.evaluation.scatter import ScatterGroup, plot_accuracy_vs_similarity, scatter_group
-from pdiff_hf.evaluation.score import ClassifierScores
+from pdiff_hf.evaluation.score import Scores
 from pdiff_hf.models.condition import Condition
 from pdiff_hf.networks.adapters import has_adapters
 from pdiff_hf.run.cli import load_config
@@ -151,13 +151,13 @@ def _load_task(source: Source, recipe_file: Path, folder: Path | None) -> None:
         source.missing.append(f"snapshots: {shorten(str(error))}")
 
 
-def compare(source: Source, choice: Choice, path: Path, scores: ClassifierScores | None = None) -> str:
+def compare(source: Source, choice: Choice, path: Path, scores: Scores | None = None) -> str:
     """
     Draws similarities and accuracies, or for a family accuracies along a field, to `path`, if there are any, and
     returns what the reader needs to know about them.
 
     Args:
-        scores (`ClassifierScores`, *optional*): Of networks that were sampled here for `choice`, on the test split.
+        scores (`Scores`, *optional*): Of networks that were sampled here for `choice`, on the test split.
     """
     report, at_work = source.report, source.at_work
     texts = [] if scores is None or at_work is None else [at_work.describe(choice, scores)]

@@ -18,8 +18,9 @@ from PIL import Image
 from torch import nn
 
 from pdiff_hf import ParameterLayout
+from pdiff_hf.evaluation.metrics import accuracy
 from pdiff_hf.evaluation.scatter import sampling_error
-from pdiff_hf.evaluation.score import ClassifierScores, make_scorer
+from pdiff_hf.evaluation.score import Scorer, Scores
 from pdiff_hf.models import ConditionEncoder
 from pdiff_hf.models.condition import Condition
 from pdiff_hf.networks.runner import NetworkRunner
@@ -159,15 +160,15 @@ class AtWork:
         return self.family.task({name: choice.task[name] for name in self.family.fields})  # type: ignore[return-value]
 
     @cached_property
-    def snapshot_scores(self) -> ClassifierScores:
+    def snapshot_scores(self) -> Scores:
         """Of a single task; a run that was evaluated has them already."""
         return self.score(Choice(), self.snapshots)
 
     @torch.no_grad()
-    def score(self, choice: Choice, parameters: torch.Tensor, most: int | None = None) -> ClassifierScores:
+    def score(self, choice: Choice, parameters: torch.Tensor, most: int | None = None) -> Scores:
         """Scores on the test examples of a task that a report looks at, or on `most` of them, without probabilities."""
         cache = None if self.family.fields else self.cache
-        scorer = make_scorer(self.task(choice), self.model, self.layout, cache, self.recompute_statistics)
+        scorer = Scorer(self.task(choice), self.model, self.layout, cache, self.recompute_statistics)
         if not self.family.fields and most is None:
             with self._lock:
                 return scorer.score("test", parameters)
@@ -176,7 +177,7 @@ class AtWork:
         whole = scorer.complete(parameters)
         for rows, examples, logits, labels in predict_logits(scorer.task, scorer.models, "test", whole, most):
             predictions[rows, examples], true[examples] = logits.argmax(-1).cpu(), labels.cpu()
-        return ClassifierScores(predictions, torch.empty(0), true)
+        return Scores(accuracy(predictions, true), predictions, labels=true)
 
     def nearest(self, choice: Choice) -> int | None:
         """Which snapshot is the last one of the seen task that is nearest in what is known."""
@@ -229,7 +230,7 @@ class AtWork:
             notes += f" The nearest snapshot is for {in_words(condition)}."
         return figures, "".join(_bar(*bar) for bar in bars.items()) + f'<p class="note">{html.escape(notes)}</p>'
 
-    def _figures(self, choice: Choice, rows: torch.Tensor, scores: ClassifierScores, shown: torch.Tensor) -> str:
+    def _figures(self, choice: Choice, rows: torch.Tensor, scores: Scores, shown: torch.Tensor) -> str:
         """HTML of the test examples `rows`, which are the columns `shown` of the scores of one network."""
         task, base = self.task(choice), getattr(self.family, "base", None)
         batch = load_batch(task, "test", rows.tolist(), torch.device("cpu"))
@@ -252,7 +253,7 @@ class AtWork:
             figures.append(f'<figure class="{mark}">{body}<figcaption>{caption}</figcaption></figure>')
         return f'<div class="{kind}">{"".join(figures)}</div>'
 
-    def describe(self, choice: Choice, scores: ClassifierScores) -> str:
+    def describe(self, choice: Choice, scores: Scores) -> str:
         """Markdown: the accuracies of networks that were sampled here, on the task that they were sampled for."""
         beside = ", ".join(f"{name} {value:.2f} %" for name, value in self.others(choice).items())
         values, count = scores.values, len(scores.labels)

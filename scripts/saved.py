@@ -9,7 +9,7 @@ from torch import nn
 
 from pdiff_hf.evaluation import Report, evaluate
 from pdiff_hf.evaluation.groups import ExtraGroups
-from pdiff_hf.evaluation.score import make_scorer
+from pdiff_hf.evaluation.score import Scorer
 from pdiff_hf.layout import LayoutError, ParameterLayout
 from pdiff_hf.models.products import AdapterProducts, find_factors
 from pdiff_hf.networks.adapters import with_adapters, without_wrapper
@@ -100,7 +100,7 @@ def evaluate_saved(source: str, config: PDiffConfig, extra_groups: ExtraGroups =
     else:
         if isinstance(task, LabelledTask):
             task.align(model.config)
-        options["scorer"] = make_scorer(task, model, layout, output / names.SCORES, config.recomputes_statistics)
+        options["scorer"] = Scorer(task, model, layout, output / names.SCORES, config.recomputes_statistics)
         options["tuning"] = None if pipeline is None else load_tuning(folder)
         options["baseline_models"] = config.baseline_models
     if generator is None:

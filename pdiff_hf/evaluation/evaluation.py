@@ -22,7 +22,7 @@ from ..tasks.family import Family, as_family
 from .groups import ExtraGroups, pending
 from .members import Members
 from .report import Report
-from .score import Scorer, make_scorer
+from .score import Scorer
 from .sets import Sets
 from .single_task import SingleTask
 
@@ -108,7 +108,7 @@ def evaluate(
             networks, where = NetworkRunner(base_model, layout), None if folder is None else Path(folder)
             compared = Members(family, networks, generator, snapshots, table, where, baselines=baselines, **options)
         else:
-            scorer = scorer or make_scorer(one, base_model, layout)
+            scorer = scorer or Scorer(one, base_model, layout)
             where = Path(folder or temporary)
             compared = SingleTask(scorer, generator, snapshots, where, baselines=baselines, **options)
         report = Report(compared.metric, layout.num_parameters, **compared.facts())

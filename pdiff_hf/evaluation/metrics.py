@@ -181,7 +181,7 @@ def measures(
         validation (`torch.Tensor`): The same on validation data.
         sign (`int`): What values are multiplied with, so that larger is better.
         place (`Mapping`): What `geometry.Yardstick.place` returns.
-        scores (`ClassifierScores`, *optional*): Of classifiers, on test data.
+        scores (`Scores`, *optional*): Of classifiers, on test data.
         similarities (`torch.Tensor`, *optional*): Shape `(N,)`, their maximum IoU with a snapshot.
     """
     defined = values[~values.isnan()]

@@ -3,11 +3,10 @@
 import contextlib
 import hashlib
 import os
-from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any
 
 import psutil
 import torch
@@ -28,80 +27,60 @@ from .geometry import Matrix
 from .metrics import accuracy
 from .report_data import Metric
 
-if TYPE_CHECKING:
-    from typing_extensions import Self
-
 # The parameters of networks that are scored in one pass are no more than this.
 CHUNK_BYTES = 2**29
-CACHE_FORMAT = b"2"
+CACHE_FORMAT = b"3"
+# Networks in one pass. Every pass computes the frozen part of the network anew, which costs as much as some 15 to 35
+# classifiers do.
+CLASSIFIERS_AT_ONCE, MEASURED_AT_ONCE = 1024, 64
 
 
+@dataclass
 class Scores:
     """
     How N networks do on a split; what it holds has a row a network.
 
-    Attributes:
-        values (`torch.Tensor`): float64 of shape `(N,)`, the metric; nan where it is not defined.
-        undefined (`torch.Tensor`): bool of shape `(N,)`: networks whose metric, or some of whose predictions, are not
-            defined.
-    """
-
-    shared: ClassVar[tuple[str, ...]] = ()  # what all networks have in common
-    values: Tensor
-
-    @property
-    def undefined(self) -> Tensor:
-        return self.values.isnan()
-
-    def __getitem__(self, rows: slice) -> "Self":
-        return type(self)(**{name: v if name in self.shared else v[rows] for name, v in vars(self).items()})
-
-
-@dataclass
-class MeasuredScores(Scores):
-    """The metric alone."""
-
-    values: Tensor
-
-
-@dataclass
-class ClassifierScores(Scores):
-    """
-    What N classifiers say about the M examples of a split; `values` are accuracies in percent.
-
     Args:
-        predictions (`torch.Tensor`): int16 of shape `(N, M)`, the predicted classes; -1, which is never right, where
-            the logits of an example are not finite.
-        log_probs (`torch.Tensor`): float16 of shape `(N, M, C)`. Not the source of `predictions`: classes that are
-            nearly as probable as each other may round to the same number.
-        labels (`torch.Tensor`): int64 of shape `(M,)`.
+        values (`torch.Tensor`): float64 of shape `(N,)`, the metric, of classifiers the accuracy in percent; nan where
+            it is not defined.
+        predictions (`torch.Tensor`, *optional*): Of classifiers on M examples, int16 of shape `(N, M)`, the predicted
+            classes; -1, which is never right, where the logits of an example are not finite.
+        log_probs (`torch.Tensor`, *optional*): float16 of shape `(N, M, C)`. Not the source of `predictions`: classes
+            that are nearly as probable as each other may round to the same number.
+        labels (`torch.Tensor`, *optional*): int64 of shape `(M,)`.
     """
 
-    shared: ClassVar[tuple[str, ...]] = ("labels",)
-    predictions: Tensor
-    log_probs: Tensor
-    labels: Tensor
+    values: Tensor
+    predictions: Tensor = None  # type: ignore[assignment]  # this and the next two are there for classifiers
+    log_probs: Tensor = None  # type: ignore[assignment]
+    labels: Tensor = None  # type: ignore[assignment]
 
     @property
-    def values(self) -> Tensor:  # type: ignore[override]
-        return accuracy(self.predictions, self.labels)
+    def parts(self) -> dict[str, Tensor]:
+        """What there is, by name."""
+        return {name: part for name, part in vars(self).items() if part is not None}
 
     @property
     def undefined(self) -> Tensor:
-        return (self.predictions < 0).any(1)
+        """bool of shape `(N,)`: networks whose metric, or some of whose predictions, are not defined."""
+        return self.values.isnan() if self.predictions is None else (self.predictions < 0).any(1)
 
     @property
     def wrong(self) -> Tensor:
-        """bool of shape `(N, M)`, where a network errs."""
+        """bool of shape `(N, M)`, where a classifier errs."""
         return self.predictions != self.labels
 
+    def __getitem__(self, rows: slice) -> "Scores":
+        return Scores(**{name: part if name == "labels" else part[rows] for name, part in self.parts.items()})
 
-class Scorer(ABC):
+
+class Scorer:
     """
-    Scores networks that differ in the tensors of a layout, each of them once. [`make_scorer`] makes the one for a task.
+    Scores networks that differ in the tensors of a layout, each of them once. Of classifiers it keeps what they say
+    about every example.
 
     Args:
-        task (`Task`): Gives the data and the metric.
+        task (`ClassificationTask` or `MeasuredTask`): Gives the data and the metric.
         model (`nn.Module`): The base model, on the device to compute on.
         layout (`ParameterLayout`): Which of its tensors differ.
         cache_dir (`str` or `os.PathLike`, *optional*): Scores are kept here, under a hash of everything that they
@@ -110,14 +89,15 @@ class Scorer(ABC):
         recompute_statistics (`bool`, *optional*, defaults to `False`): Whether each network gets its own running
             statistics of batch norm, from training data; see [`RecomputedStatistics`].
 
-    Raises:
-        ValueError: if there are no such statistics to recompute.
-    """
+    Attributes:
+        metric (`Metric`): What `values` of scores are.
+        classifies (`bool`): Whether there are predictions to compare.
+        chunk_size (`int`): So many networks are scored in one pass over the data and then written to the cache: what a
+            kill can lose.
 
-    metric: Metric
-    classifies: ClassVar[bool] = False  # whether there are predictions to compare
-    # So many networks are scored in one pass over the data and then written to the cache: what a kill can lose.
-    chunk_size: int
+    Raises:
+        ValueError: if the task does not say how networks are judged, or there are no statistics to recompute.
+    """
 
     def __init__(
         self,
@@ -127,9 +107,18 @@ class Scorer(ABC):
         cache_dir: str | os.PathLike | None = None,
         recompute_statistics: bool = False,
     ):
-        self.task, self.layout = task, layout
+        if isinstance(task, MeasuredTask):
+            self.metric, self.chunk_size = Metric(task.metric, task.unit, task.higher_is_better), MEASURED_AT_ONCE
+        elif isinstance(task, ClassificationTask):
+            self.metric, self.chunk_size = Metric("accuracy", "%"), CLASSIFIERS_AT_ONCE
+        else:
+            raise ValueError(
+                f"{type(task).__name__} must be a ClassificationTask or a MeasuredTask: it has to say how networks are "
+                "judged"
+            )
+        self.task, self.layout, self.classifies = task, layout, isinstance(task, ClassificationTask)
         self.cache_dir = None if cache_dir is None else Path(cache_dir)
-        self._has_help = False
+        self._has_help, self._classes = False, 0
         # To be continued: of everything that networks which differ in the tensors of `layout` have in common.
         self._context = hashlib.blake2b(digest_size=16)
         for name, tensor in model.state_dict().items():
@@ -146,17 +135,6 @@ class Scorer(ABC):
     def complete(self, parameters: Tensor) -> Tensor:
         """Parameters of shape `(N, D)` with all that `models` needs of a network: its statistics, if it has its own."""
         return parameters if self._statistics is None else self._statistics(parameters)
-
-    @abstractmethod
-    def _empty(self, split: Split, num_networks: int) -> Scores:
-        """Room for the scores of so many networks."""
-
-    @abstractmethod
-    def _run(self, split: Split, parameters: Tensor) -> Scores:
-        """Scores networks, at least one, in one pass."""
-
-    def check_memory(self, split: Split, num_networks: int) -> None:  # noqa: B027  # one number needs no check
-        """Raises a `ValueError` if the scores of so many networks would take more than half of the free memory."""
 
     def num_examples(self, split: Split) -> int:
         """How many examples a split has."""
@@ -188,7 +166,7 @@ class Scorer(ABC):
         with tqdm(total=len(keys), desc=what, unit="network", disable=not is_shown, leave=False) as progress:
             for start in range(0, len(keys), size):
                 part = keys[start : start + size]
-                computed = vars(self._compute(split, torch.stack([parameters[missing[key][0]] for key in part]), part))
+                computed = self._compute(split, torch.stack([parameters[missing[key][0]] for key in part]), part).parts
                 for i, key in enumerate(part):
                     _fill(scores, missing[key], computed, i)
                 progress.update(len(part))
@@ -205,7 +183,7 @@ class Scorer(ABC):
         if self.cache_dir is not None:
             name = hashlib.blake2b("".join(keys).encode(), digest_size=16).hexdigest()
             with replacing(self._folder(split) / f"{name}.safetensors") as part:
-                save_file(vars(scores), part, metadata={"keys": " ".join(keys)})
+                save_file(scores.parts, part, metadata={"keys": " ".join(keys)})
         return scores
 
     def _run_share(self, split: Split, parameters: Tensor) -> Scores | None:
@@ -217,9 +195,8 @@ class Scorer(ABC):
         torch.distributed.gather_object(own, gathered, dst=0)
         if gathered is None:
             return None
-        names = [name for name in vars(own) if name not in own.shared]
-        columns = {name: torch.cat([getattr(scores, name) for scores in gathered]) for name in names}
-        return type(own)(**columns, **{name: getattr(own, name) for name in own.shared})
+        parts = {name: torch.cat([scores.parts[name] for scores in gathered]) for name in own.parts if name != "labels"}
+        return Scores(**parts, labels=own.labels)
 
     @contextlib.contextmanager
     def with_help(self) -> Iterator[None]:
@@ -252,18 +229,12 @@ class Scorer(ABC):
             with safe_open(path, framework="pt") as file:
                 yield file.metadata()["keys"].split(), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
 
-
-class ClassifierScorer(Scorer):
-    """Scores classifiers, and keeps what they say about every example."""
-
-    task: ClassificationTask
-    metric = Metric("accuracy", "%")
-    classifies = True
-    # Every pass computes the frozen part of the network anew, which costs as much as some 15 to 35 networks do.
-    chunk_size = 1024
-    _classes: int | None = None
+    # ---- classifiers
 
     def check_memory(self, split: Split, num_networks: int) -> None:
+        """Raises a `ValueError` if the scores of so many networks would take more than half of the free memory."""
+        if not self.classifies:  # one number a network needs no check
+            return
         num_examples, num_classes = self.num_examples(split), self._num_classes(split)
         needed, free = 2 * num_networks * num_examples * num_classes, psutil.virtual_memory().available
         if needed > free / 2:
@@ -275,25 +246,32 @@ class ClassifierScorer(Scorer):
 
     def _num_classes(self, split: Split) -> int:
         """Found out with one example, so that memory can be checked before any real work."""
-        if self._classes is None:
+        if not self._classes:
+            assert isinstance(self.task, ClassificationTask)
             batch = load_batch(self.task, split, [0], next(self.models.model.parameters()).device)
             with torch.no_grad():
                 self._classes = self.task.predict(self.models.model, batch).shape[-1]
         return self._classes
 
-    def _empty(self, split: Split, num_networks: int, device: torch.device | None = None) -> ClassifierScores:
-        num_examples = self.num_examples(split)
-        return ClassifierScores(
-            torch.empty(num_networks, num_examples, dtype=torch.int16, device=device),
-            torch.empty(num_networks, num_examples, self._num_classes(split), dtype=torch.float16, device=device),
-            torch.empty(num_examples, dtype=torch.long, device=device),
-        )
+    def _empty(self, split: Split, num_networks: int, device: torch.device | None = None) -> Scores:
+        """Room for the scores of so many networks."""
+        scores = Scores(torch.empty(num_networks, dtype=torch.float64))
+        if self.classifies:
+            shape = num_networks, self.num_examples(split)
+            scores.predictions = torch.empty(shape, dtype=torch.int16, device=device)
+            scores.log_probs = torch.empty(*shape, self._num_classes(split), dtype=torch.float16, device=device)
+            scores.labels = torch.empty(shape[1], dtype=torch.long, device=device)
+        return scores
 
-    def _run(self, split: Split, parameters: Tensor) -> ClassifierScores:
+    def _run(self, split: Split, parameters: Tensor) -> Scores:
+        """Scores networks, at least one, in one pass."""
+        if isinstance(self.task, MeasuredTask):
+            return Scores(self.task.measure(self.models, split, self.complete(parameters)).double().cpu())
         # Scores stay on the device until the last: to copy some is to wait for all that is queued there.
         device = next(self.models.model.parameters()).device
         size = 2 * len(parameters) * self.num_examples(split) * (1 + self._num_classes(split))
         scores = self._empty(split, len(parameters), device if size <= GPU_MEMORY_BUDGET else None)
+        assert isinstance(self.task, ClassificationTask)
         parts = predict_logits(self.task, self.models, split, self.complete(parameters))
         total, is_main = scores.predictions.numel(), PartialState().is_main_process
         what = f"{self.metric.name} on {split}"
@@ -305,52 +283,15 @@ class ClassifierScorer(Scorer):
                 scores.log_probs[rows, examples] = log_probs.to(scores.log_probs)
                 scores.labels[examples] = labels.to(scores.labels)
                 progress.update(predictions.numel())
-        return ClassifierScores(**{name: values.cpu() for name, values in vars(scores).items()})
-
-
-class MeasuredScorer(Scorer):
-    """Scores networks that are judged by one number over a split, such as detectors."""
-
-    task: MeasuredTask
-    chunk_size = 64
-
-    def __init__(self, task: MeasuredTask, *args, **kwargs):
-        self.metric = Metric(task.metric, task.unit, task.higher_is_better)
-        super().__init__(task, *args, **kwargs)
-
-    def _empty(self, split: Split, num_networks: int) -> MeasuredScores:
-        return MeasuredScores(torch.empty(num_networks, dtype=torch.float64))
-
-    def _run(self, split: Split, parameters: Tensor) -> MeasuredScores:
-        return MeasuredScores(self.task.measure(self.models, split, self.complete(parameters)).double().cpu())
-
-
-def make_scorer(
-    task: Task,
-    model: nn.Module,
-    layout: ParameterLayout,
-    cache_dir: str | os.PathLike | None = None,
-    recompute_statistics: bool = False,
-) -> Scorer:
-    """
-    What scores networks of a task; arguments as for [`Scorer`].
-
-    Raises:
-        ValueError: if the task does not say how networks are judged, or there are no statistics to recompute.
-    """
-    if isinstance(task, ClassificationTask):
-        return ClassifierScorer(task, model, layout, cache_dir, recompute_statistics)
-    if isinstance(task, MeasuredTask):
-        return MeasuredScorer(task, model, layout, cache_dir, recompute_statistics)
-    raise ValueError(
-        f"{type(task).__name__} must be a ClassificationTask or a MeasuredTask: it has to say how networks are judged"
-    )
+        scores = Scores(**{name: part.cpu() for name, part in scores.parts.items()})
+        scores.values = accuracy(scores.predictions, scores.labels)
+        return scores
 
 
 def _fill(scores: Scores, rows: list[int], chunk: dict[str, Tensor], i: int) -> None:
     """Copies network `i` of `chunk` to `rows` of `scores`."""
-    for name, tensor in vars(scores).items():
-        if name in scores.shared:
+    for name, tensor in scores.parts.items():
+        if name == "labels":
             tensor.copy_(chunk[name])
         else:
             tensor[rows] = chunk[name][i]

@@ -24,7 +24,7 @@ from .memorisation import find_copies
 from .metrics import ensemble_metrics, max_iou, measures, nearest_in_predictions
 from .report import GroupRow, Report
 from .report_data import Cost, Kind
-from .score import CHUNK_BYTES, ClassifierScores, Scorer, Scores
+from .score import CHUNK_BYTES, Scorer, Scores
 
 MORE_STEPS = 5  # times as many denoising steps are tried where generated networks are worse than snapshots
 MORE_STEPS_MODELS = 20
@@ -39,7 +39,7 @@ class SingleTask:
     each pass.
 
     Args:
-        scorer (`Scorer`): For the base model and its task, from [`~pdiff_hf.evaluation.score.make_scorer`].
+        scorer (`Scorer`): For the base model and its task.
         generator, snapshots, num_models, baselines, untuned, seed: Those of [`evaluate`]. What needs latents
             (reconstructions, kernel density) needs a pipeline. Snapshots may lie in a file, and are not copied.
         folder (`Path`): For what is too large for memory.
@@ -195,7 +195,7 @@ class SingleTask:
             place = yardstick.place(None if own else vectors)
             similarity = None
             ensembles: list[dict[str, Any]] = []
-            if isinstance(test, ClassifierScores):
+            if self.scorer.classifies:
                 wrong, ensembles = test.wrong, ensemble_metrics(test.log_probs, test.labels)
                 self.wrong[group.name] = wrong
                 if own:

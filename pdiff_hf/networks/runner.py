@@ -28,7 +28,7 @@ from .replay import FirstUse, Prefix, Recorder, ReplayError
 logger = logging.getLogger(__name__)
 
 # What networks that run side by side compute may take this much memory. On a CPU more is slower, because it no longer
-# stays in the cache (scripts/benchmarks/scoring.py); a GPU needs more to be busy.
+# stays in the cache; a GPU needs more to be busy.
 CPU_MEMORY_BUDGET = 32 * 2**20
 GPU_MEMORY_BUDGET = 2**30
 

@@ -4,7 +4,7 @@ import os
 from collections.abc import Iterator
 
 from ..evaluation.placing import SPLITS
-from ..evaluation.score import make_scorer
+from ..evaluation.score import Scorer
 from ..evaluation.sets import too_few
 from ..models.autoencoder import num_components
 from ..models.products import AdapterProducts
@@ -39,7 +39,7 @@ def check_run(context: RunContext) -> None:
             raise RunError(few)
     elif judged:  # the scores of all networks must fit into memory
         model = context.base_model if context.is_finished("base") else without_wrapper(context.task.load_base_model())
-        scorer = make_scorer(context.task, model, context.layout, recompute_statistics=c.recomputes_statistics)
+        scorer = Scorer(context.task, model, context.layout, recompute_statistics=c.recomputes_statistics)
         for split in ("validation", "test"):
             scorer.check_memory(split, max(context.num_snapshots, c.num_models, c.baseline_models))
 

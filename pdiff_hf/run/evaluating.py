@@ -12,7 +12,7 @@ from ..evaluation.evaluation import evaluate as make_report
 from ..evaluation.groups import training_cost
 from ..evaluation.members import Spent
 from ..evaluation.opponents import Regime
-from ..evaluation.score import make_scorer
+from ..evaluation.score import Scorer
 from ..networks.runner import NetworkRunner
 from ..pipelines import PDiffPipeline
 from ..tasks.data_task import DataTask
@@ -49,7 +49,7 @@ def evaluate(context: RunContext, stage: Stage) -> None:
             options["settings"] |= {"tune_tasks": c.tune_tasks}
             options |= _family_options(context, stage, regime)
         else:
-            scorer = make_scorer(task, model, context.layout, context.scores, c.recomputes_statistics)
+            scorer = Scorer(task, model, context.layout, context.scores, c.recomputes_statistics)
             if not is_main:
                 return scorer.help()
             stack.enter_context(scorer.with_help())

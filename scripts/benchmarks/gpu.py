@@ -29,7 +29,7 @@ from diffusers import DDPMScheduler
 from torch.utils.flop_counter import FlopCounterMode
 
 from pdiff_hf import PDiffPipeline
-from pdiff_hf.evaluation.score import make_scorer
+from pdiff_hf.evaluation.score import Scorer
 from pdiff_hf.layout import ParameterLayout
 from pdiff_hf.models import DENOISER_PRESETS, LatentDenoiser, ParameterAutoencoder, autoencoder_architecture
 from pdiff_hf.selection import select_parameters
@@ -175,7 +175,7 @@ class Bench:
         base = layout.flatten({name: tensor.cpu() for name, tensor in model.state_dict().items()})
         num_models = 8 if self.small else 200 if len(base) < 5e6 else 40  # of whole networks less than 2 GB
         parameters = base + 0.05 * base.std() * torch.randn(num_models, len(base))
-        scorer = make_scorer(task, model, layout)
+        scorer = Scorer(task, model, layout)
         seconds = self.seconds(lambda: scorer.score("test", parameters), 2)
         alone = self.seconds(lambda: [scorer.score("test", row[None]) for row in parameters[:4]], 1) / 4
         together = scorer.score("test", parameters).predictions[:4]

@@ -23,7 +23,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from pdiff_hf import PDiffPipeline
 from pdiff_hf.evaluation.metrics import accuracy, iou_within
 from pdiff_hf.evaluation.render import table
-from pdiff_hf.evaluation.score import make_scorer
+from pdiff_hf.evaluation.score import Scorer
 from pdiff_hf.models import DENOISER_PRESETS, LatentDenoiser
 from pdiff_hf.run.cli import load_config
 from pdiff_hf.run.trainer import prepare
@@ -58,7 +58,7 @@ def main() -> None:
     run = prepare(recipe)
     pipe = run.pipeline
     pipe.set_progress_bar_config(disable=True)
-    scorer = make_scorer(run.task, run.base_model, run.layout, cache_dir=run.folder / "scores")
+    scorer = Scorer(run.task, run.base_model, run.layout, cache_dir=run.folder / "scores")
     latents = torch.zeros(args.num_models, pipe.denoiser.config.latent_dim)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         pipe.denoiser(latents, 0)

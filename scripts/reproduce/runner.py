@@ -20,7 +20,7 @@ from filelock import FileLock, Timeout
 
 from pdiff_hf.evaluation.groups import named_generator
 from pdiff_hf.evaluation.report_data import Metric
-from pdiff_hf.evaluation.score import make_scorer
+from pdiff_hf.evaluation.score import Scorer
 from pdiff_hf.evaluation.summary import metric_title
 from pdiff_hf.run.config import PDiffConfig
 from pdiff_hf.run.context import RunContext
@@ -180,7 +180,7 @@ def score_selected(run: RunContext) -> dict[str, float]:
         output_type="pt",
     ).parameters
     some, whole = (
-        make_scorer(task, run.base_model, run.layout, cache_dir=run.folder / names.SCORES)
+        Scorer(task, run.base_model, run.layout, cache_dir=run.folder / names.SCORES)
         for task in (run.task, _load_task(everything))
     )
     best = {}

@@ -8,7 +8,7 @@ from support.evaluation import Regression, regression, snapshots_around
 from torch import nn
 
 from pdiff_hf.evaluation.report_data import Metric
-from pdiff_hf.evaluation.score import ClassifierScorer, make_scorer
+from pdiff_hf.evaluation.score import Scorer
 from pdiff_hf.layout import ParameterLayout
 from pdiff_hf.selection import select_layout
 from pdiff_hf.tasks import ImageClassificationTask
@@ -41,7 +41,7 @@ def make_task(**changes) -> CountingTask:
 def test_scores_are_those_of_a_plain_loop_over_whole_networks(made):
     model, layout, parameters = made
     task = make_task()
-    scorer = make_scorer(task, copy.deepcopy(model), layout)
+    scorer = Scorer(task, copy.deepcopy(model), layout)
     assert scorer.metric == Metric("accuracy", "%", higher_is_better=True) and scorer.classifies
     scores = scorer.score("test", parameters)
     split = task.load_split("test")
@@ -62,17 +62,17 @@ def test_scores_are_those_of_a_plain_loop_over_whole_networks(made):
 
 def test_predictions_that_are_not_finite_are_never_right(made):
     model, layout, parameters = made
-    scores = make_scorer(make_task(), model, layout).score("test", torch.stack([parameters[0], parameters[1] * 1e38]))
+    scores = Scorer(make_task(), model, layout).score("test", torch.stack([parameters[0], parameters[1] * 1e38]))
     assert scores.undefined.tolist() == [False, True]
     assert (scores.predictions[1] == -1).any() and scores.wrong[1][scores.predictions[1] == -1].all()
     assert scores.values[1].isfinite()
 
 
-def test_rows_of_several_tensors_repeated_networks_and_chunks(made, monkeypatch):
+def test_rows_of_several_tensors_repeated_networks_and_chunks(made):
     model, layout, parameters = made
-    scorer = make_scorer(make_task(), model, layout)
+    scorer = Scorer(make_task(), model, layout)
     expected = scorer.score("test", parameters)
-    monkeypatch.setattr(ClassifierScorer, "chunk_size", 3)
+    scorer.chunk_size = 3
     rows = [*parameters[4:], parameters[0], *parameters[:4], parameters[0]]
     scores = scorer.score("test", rows)
     order = [4, 5, 6, 0, 0, 1, 2, 3, 0]
@@ -80,10 +80,10 @@ def test_rows_of_several_tensors_repeated_networks_and_chunks(made, monkeypatch)
     torch.testing.assert_close(scores.log_probs, expected.log_probs[order], rtol=2e-3, atol=2e-3)
 
 
-def test_what_was_scored_is_not_scored_again_and_a_kill_loses_no_more_than_a_chunk(made, tmp_path, monkeypatch):
+def test_what_was_scored_is_not_scored_again_and_a_kill_loses_no_more_than_a_chunk(made, tmp_path):
     model, layout, parameters = made
-    monkeypatch.setattr(ClassifierScorer, "chunk_size", 2)
-    scorer = make_scorer(make_task(), model, layout, tmp_path)
+    scorer = Scorer(make_task(), model, layout, tmp_path)
+    scorer.chunk_size = 2
     compute, chunks = scorer._compute, []
 
     def killed_in_the_third(split, new, keys):
@@ -96,11 +96,11 @@ def test_what_was_scored_is_not_scored_again_and_a_kill_loses_no_more_than_a_chu
     with pytest.raises(KeyboardInterrupt):
         scorer.score("test", parameters)
     task = make_task()
-    scorer = make_scorer(task, model, layout, tmp_path)
+    scorer = Scorer(task, model, layout, tmp_path)
     first = scorer.score("test", parameters[[3, 1]])
     assert task.calls == 1  # one example, for the number of classes: 4 of the 7 had been written
     scores = scorer.score("test", parameters)
-    plain = make_scorer(make_task(), model, layout).score("test", parameters)
+    plain = Scorer(make_task(), model, layout).score("test", parameters)
     assert torch.equal(scores.predictions, plain.predictions) and torch.equal(scores.labels, plain.labels)
     assert torch.equal(first.predictions, plain.predictions[[3, 1]])
 
@@ -108,7 +108,7 @@ def test_what_was_scored_is_not_scored_again_and_a_kill_loses_no_more_than_a_chu
 @pytest.mark.parametrize("what", ("base model", "data", "split", "parameters"))
 def test_the_cache_does_not_mistake_one_thing_for_another(made, tmp_path, what):
     model, layout, parameters = made
-    make_scorer(make_task(), model, layout, tmp_path).score("test", parameters[:2])
+    Scorer(make_task(), model, layout, tmp_path).score("test", parameters[:2])
     model, task, split, parameters = copy.deepcopy(model), make_task(), "test", parameters[:2].clone()
     if what == "base model":
         frozen = next(name for name in model.state_dict() if name not in layout.names)
@@ -119,7 +119,7 @@ def test_the_cache_does_not_mistake_one_thing_for_another(made, tmp_path, what):
         split = "validation"
     else:
         parameters[:, 0] += 1e-3
-    make_scorer(task, model, layout, tmp_path).score(split, parameters)
+    Scorer(task, model, layout, tmp_path).score(split, parameters)
     assert task.calls > 1
 
 
@@ -127,7 +127,7 @@ def test_what_does_not_fit_into_memory_is_refused_before_any_work(made):
     model, layout, _ = made
     task = make_task()
     with pytest.raises(ValueError, match=r"need 1,200,000,000,000,000 bytes, more than half of .*--max_eval_samples"):
-        make_scorer(task, model, layout).check_memory("test", 10**12)
+        Scorer(task, model, layout).check_memory("test", 10**12)
     assert task.calls == 1
 
 
@@ -160,4 +160,4 @@ def test_a_task_that_does_not_say_how_networks_are_judged(made):
         load_base_model = load_split = fingerprint = collate = loss = None
 
     with pytest.raises(ValueError, match="Task must be a ClassificationTask or a MeasuredTask"):
-        make_scorer(Task(), model, layout)
+        Scorer(Task(), model, layout)

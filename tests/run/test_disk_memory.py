@@ -163,7 +163,7 @@ save_file({"few": few, "many": sample()}, sys.argv[1])
 def test_scoring_goes_on_with_fewer_networks_and_examples_at_once(run_server, tmp_path):
     program = """
 from safetensors.torch import save_file
-from pdiff_hf.evaluation.score import make_scorer
+from pdiff_hf.evaluation.score import Scorer
 from pdiff_hf.layout import ParameterLayout
 from pdiff_hf.selection import select_parameters
 from pdiff_hf.tasks import ImageClassificationTask
@@ -178,12 +178,12 @@ model = make_task(2).load_base_model().eval()
 layout = ParameterLayout.from_state_dict(model.state_dict(), select_parameters(model, "norm"))
 networks = layout.flatten(model.state_dict()) + 0.3 * torch.randn(500, layout.num_parameters)
 task = make_task(300)
-make_scorer(make_task(2), model, layout).score("test", networks[:3])  # what is made once, however much is scored
+Scorer(make_task(2), model, layout).score("test", networks[:3])  # what is made once, however much is scored
 task.load_split("test")
 limit(12)
-few = make_scorer(task, model, layout).score("test", networks)
+few = Scorer(task, model, layout).score("test", networks)
 no_limit()
-many = make_scorer(task, model, layout).score("test", networks)
+many = Scorer(task, model, layout).score("test", networks)
 save_file({"few": few.log_probs, "many": many.log_probs, "same": few.predictions == many.predictions}, sys.argv[1])
 """
     warnings = with_little_memory(run_server, program, tmp_path / "result.safetensors")

@@ -12,7 +12,7 @@ from support.scripts import generate
 from transformers import AutoModelForImageClassification
 
 from pdiff_hf import PDiffPipeline
-from pdiff_hf.evaluation.score import make_scorer
+from pdiff_hf.evaluation.score import Scorer
 from pdiff_hf.run.config import PDiffConfig
 from pdiff_hf.run.context import RunContext
 from pdiff_hf.run.folder import RunError
@@ -72,7 +72,7 @@ def test_scores_models_ensembles_and_files_agree(run, pipe, data, tmp_path, monk
     ensemble = pipe.ensemble(3, 4, seeded(), batch_norm_data=images(data))
     flags = [f"--batch_norm_data={run.folder / 'recipe.yaml'}", f"--output_dir={tmp_path}"]
     generate(monkeypatch, run.folder / "pipeline", *flags)
-    scorer = make_scorer(run.task, run.base_model, run.layout, recompute_statistics=True)
+    scorer = Scorer(run.task, run.base_model, run.layout, recompute_statistics=True)
     whole = scorer.complete(pipe(3, 4, seeded(), output_type="pt").parameters)
     assert torch.equal(ensemble.parameters_of_networks, whole)
     base = run.base_model.state_dict()
@@ -95,7 +95,7 @@ def test_the_report_is_about_such_networks(run, data):
     report = json.loads((run.folder / "evaluation" / "report.json").read_text())
     split = run.task.load_split("test")
     batch = run.task.collate(take(split, list(range(len(split)))))
-    scorer = make_scorer(run.task, run.base_model, run.layout, recompute_statistics=True)
+    scorer = Scorer(run.task, run.base_model, run.layout, recompute_statistics=True)
     accuracies, with_base = [], []
     for row, whole in zip(run.parameters, scorer.complete(run.parameters), strict=True):
         for layout, values, found in (
@@ -108,7 +108,7 @@ def test_the_report_is_about_such_networks(run, data):
     snapshots = next(group for group in report["groups"] if group["name"] == "snapshots")
     assert snapshots["measures"]["score_mean"] == pytest.approx(sum(accuracies) / 6, abs=1e-4)
     assert accuracies != with_base
-    plain = make_scorer(run.task, run.base_model, run.layout, run.folder / "scores")
+    plain = Scorer(run.task, run.base_model, run.layout, run.folder / "scores")
     assert plain.score("test", run.parameters).values.mean().item() == pytest.approx(sum(with_base) / 6, abs=1e-4)
 
 

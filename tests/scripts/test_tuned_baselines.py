@@ -13,7 +13,7 @@ from support.evaluation import digits, digits_pipeline, digits_snapshots, report
 from pdiff_hf.evaluation import Cost, Kind
 from pdiff_hf.evaluation.baselines import BaselineContext, low_rank_gaussian
 from pdiff_hf.evaluation.groups import named_generator, search
-from pdiff_hf.evaluation.score import make_scorer
+from pdiff_hf.evaluation.score import Scorer
 from pdiff_hf.evaluation.single_task import SingleTask
 from pdiff_hf.scripts.tuned_baselines import BEST_OF, TEMPERATURES, TunedBaselines, tuned_baselines
 from pdiff_hf.training.ensembles import EnsembleObjective, Tuning
@@ -38,7 +38,7 @@ def groups(tmp_path_factory):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_a_gpu_gives_the_same_groups(groups, tmp_path):
     """Its own random numbers tune them, but they have the same names and are as many."""
-    scorer = make_scorer(digits().task, deepcopy(digits().models.model).to("cuda"), digits().layout)
+    scorer = Scorer(digits().task, deepcopy(digits().models.model).to("cuda"), digits().layout)
     found = {group.name: group.networks for group in baselines(scorer, tmp_path).groups()}
     assert found.keys() == groups.keys()
     assert all(parameters.shape == groups[name].networks.shape for name, parameters in found.items())

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from pdiff_hf import LatentDenoiser, ParameterAutoencoder, PDiffPipeline, Report, evaluate
-from pdiff_hf.evaluation.score import Scorer, make_scorer
+from pdiff_hf.evaluation.score import Scorer
 from pdiff_hf.selection import select_layout
 from pdiff_hf.tasks import ImageClassificationTask, MeasuredTask
 from pdiff_hf.training import make_sampling_scheduler, make_training_scheduler
@@ -24,7 +24,7 @@ def digits() -> Scorer:
     task = ImageClassificationTask("mlp_mini", max_train_samples=100, max_eval_samples=50)
     torch.manual_seed(0)
     model = task.load_base_model()
-    return make_scorer(task, model, select_layout(model, ["norm[-2:]"], []))
+    return Scorer(task, model, select_layout(model, ["norm[-2:]"], []))
 
 
 def report_on(scorer: Scorer, snapshots: torch.Tensor, generator, folder=None, **options) -> Report:
@@ -95,4 +95,4 @@ def regression(cache_dir=None) -> Scorer:
     task = Regression()
     torch.manual_seed(0)
     model = task.load_base_model()
-    return make_scorer(task, model, select_layout(model, ["norm"], []), cache_dir)
+    return Scorer(task, model, select_layout(model, ["norm"], []), cache_dir)
