@@ -143,7 +143,7 @@ def test_copies_are_called_so():
 def test_groups_are_scored_alike_whatever_they_are_scored_with(monkeypatch):
     generated = digits_snapshots()[:4] + 0.2
     together = reported(generated)
-    monkeypatch.setattr(type(digits()), "chunk_size", 3)
+    monkeypatch.setattr(digits(), "chunk_size", 3)
     assert [row.sets for row in reported(generated).groups] == [row.sets for row in together.groups]
     same = digits_snapshots()[:1].repeat(3, 1)
     alike = report_on(digits(), same, same.clone(), baseline_models=0)
