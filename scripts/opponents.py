@@ -89,10 +89,11 @@ def generator_of_data(context: RunContext, task: DataTask, data: torch.Tensor) -
     autoencoder.fit_latent_statistics(autoencoder.tokenize(data), scaling="together")
     with context.accelerator() as accelerator:
         loop = Loop(accelerator, named_seed(c.seed, "denoiser of data"))
-        encoder, _ = seen_encoder(context)
-        # Of the data themselves: equal ones have one network together.
-        table = None if encoder is None else context.fields.alternatives(task.conditions("train"))
-        denoiser, scheduler, _ = learn_denoiser(loop, encode_in_batches(autoencoder, data), c, encoder, table)
+        latents = encode_in_batches(autoencoder, data)
+        encoder, table = seen_encoder(context, latents)
+        if context.fields:  # of the data themselves: equal ones have one network together
+            table = context.fields.alternatives(task.conditions("train"))
+        denoiser, scheduler, _ = learn_denoiser(loop, latents, c, encoder, table)
     sampler = make_sampling_scheduler(scheduler)
     return PDiffPipeline(autoencoder, denoiser, sampler, condition_encoder=encoder, **c.sampling)
 

@@ -114,10 +114,6 @@ class Sets:
             num_models = len(generator)
             if num_models < 2 or not generator.isfinite().all():
                 raise ValueError("a set of generated networks is needed: at least 2, with finite parameters")
-        elif generator.condition_encoder is not None and (table is None or not table.shape[1]):
-            raise ValueError(
-                "conditions of the snapshots are needed: the generator is sampled for those of training data"
-            )
         self.task, self.networks, self.generator = task, networks, generator
         self.snapshots, self.heldout, self.data, self.latents = snapshots, heldout, data, latents
         self.num_models, self.seed = num_models, seed
@@ -152,7 +148,7 @@ class Sets:
         yield from self._trivial("data", points, self.judge.classes, lambda found: found.unflatten(1, train.shape[1:]))
 
     def _generated(self) -> Iterator[Group]:
-        """The generator as it is, with guidance, and without a condition."""
+        """The generator as it is, and with guidance."""
         pipe = self.generator
         if isinstance(pipe, Tensor):
             yield Group("generated", pipe, Kind.GENERATED)
@@ -164,15 +160,11 @@ class Sets:
         other = 1.0 if pipe.config.guidance_scale != 1 else GUIDANCE
         told, found = self.sample(pipe, guidance_scale=other)
         yield Group(f"guidance {other:g}", found, Kind.VARIANT, "guidance", classes=self.classes(told))
-        nothing = pipe.denoiser.null_condition.detach().expand(self.num_models, -1)
-        found = sample(pipe, 1, self.seed, nothing, "pt", guidance_scale=1.0)
-        yield Group("without a condition", found, Kind.VARIANT)
 
     def sample(self, pipe: PDiffPipeline, **how: Any) -> tuple[Tensor | None, Tensor]:
         """Conditions, drawn from those of training data, and what is generated for them, `(num_models, D)`."""
-        if pipe.condition_encoder is None:
+        if self.table is None or pipe.condition_encoder is None:  # it draws conditions itself, if it has some
             return None, sample(pipe, self.num_models, self.seed, None, "pt", **how)
-        assert self.table is not None
         draws = named_generator(self.seed, "conditions")
         told = self.table[torch.randint(len(self.table), (self.num_models,), generator=draws)]
         return told, sample(pipe, 1, self.seed, pipe.condition_encoder.fields.conditions(told), "pt", **how)

@@ -70,13 +70,13 @@ class ConditionEncoder(SavedModel, ConfigMixin):
         Keeps the seen conditions, and standardises features by them.
 
         Args:
-            table (`torch.Tensor`): Shape `(num_seen, width)`.
+            table (`torch.Tensor`): Shape `(num_seen, width)`; what comes twice is drawn twice as often.
             texts (`Mapping`, *optional*): For each field of texts, what describes each network, as
                 [`TextField.store`] has it. All of it must be in the table.
         """
         self.seen_known = self.fields.known(table)
         self.seen = table.nan_to_num()
-        complete = self.seen[self.seen_known.all(1)]
+        complete = self.seen[self.seen_known.all(1)].unique(dim=0)
         if len(complete) > 1:
             std, mean = torch.std_mean(self.fields.features(complete), dim=0)
             self.feature_mean, self.feature_std = mean, torch.where(std > 0, std, 1.0)

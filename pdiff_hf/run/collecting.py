@@ -29,6 +29,7 @@ from ..snapshots.of_data import check_starts, fit_networks, learn_start, write_n
 from ..snapshots.zoo import ZooArguments, train_specialists, write_zoo
 from ..tasks import ClassificationTask
 from ..tasks.data_task import DataTask
+from ..training import warn_of_rise
 from ..utils.files import remove
 from ..utils.seeds import named_seed
 from .config import PDiffConfig
@@ -54,6 +55,7 @@ def train_base(context: RunContext, stage: Stage) -> None:
                 losses = learn_start(loop, context.task, model, context.layout, args)
             else:
                 losses = train_base_model(loop, context.task, model, args)
+        warn_of_rise("base model", losses, c.base_learning_rate)
         results["losses"] = losses.tolist()
     if not PartialState().is_main_process:
         return

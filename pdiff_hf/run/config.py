@@ -92,8 +92,13 @@ class PDiffConfig(
 
     @property
     def has_conditions(self) -> bool:
-        """Whether the snapshots have conditions, as far as that is known."""
-        return self.has_family or self.conditional
+        """Whether the generator has conditions, as far as that is known."""
+        return self.has_family or self.conditional or self.has_clusters
+
+    @property
+    def has_clusters(self) -> bool:
+        """Whether clusters of latents stand for the conditions that data have not."""
+        return bool(self.is_of_data) and not self.conditional and self.denoiser_args.clusters > 1
 
     @property
     def tunes(self) -> bool:

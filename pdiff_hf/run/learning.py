@@ -38,6 +38,7 @@ from ..training import (
     make_training_scheduler,
     train_autoencoder,
     train_denoiser,
+    warn_of_rise,
 )
 from ..training.autoencoder import OutputLoss
 from ..utils.seeds import named_seed
@@ -57,6 +58,8 @@ OUTPUT_EXAMPLES = 64
 COMPARED, COMPARED_EXAMPLES = 32, 500
 # Networks of a regression that are made at once.
 REGRESSED_AT_ONCE = 256
+# Groups of data have so many members on average, or there are fewer groups; steps of k-means.
+CLUSTER_SIZE, CLUSTER_STEPS = 50, 40
 
 
 def learn_autoencoder(context: RunContext, loop: Loop, **kwargs: Any) -> tuple[ParameterAutoencoder, torch.Tensor]:
@@ -96,6 +99,7 @@ def fit_autoencoder(context: RunContext, stage: Stage) -> None:
         device = loop.device
     if not PartialState().is_main_process:
         return
+    warn_of_rise("autoencoder", losses, c.autoencoder_learning_rate)
     results: dict[str, Any] = {"losses": losses.tolist()}
     if autoencoder.adapter_geometry is not None:
         results["adapters"] = autoencoder.adapter_geometry
@@ -210,7 +214,8 @@ def architecture(context: RunContext) -> dict[str, Any]:
 def fit_denoiser(context: RunContext, stage: Stage) -> None:
     """The denoiser, and with it the whole pipeline."""
     c = context.config
-    latents, (encoder, table) = context.latents[context.seen], seen_encoder(context)
+    latents = context.latents[context.seen]
+    encoder, table = seen_encoder(context, latents)
     if c.num_regressed and table is not None:  # of families, which have conditions
         regressed, conditions = regressed_latents(context)
         latents = torch.cat([latents, regressed])
@@ -247,19 +252,43 @@ def fit_denoiser(context: RunContext, stage: Stage) -> None:
     context.finish(stage, {"losses": losses.tolist(), "gaussian_loss": gaussian})
 
 
-def seen_encoder(context: RunContext) -> tuple[ConditionEncoder | None, torch.Tensor | None]:
+def seen_encoder(context: RunContext, latents: torch.Tensor) -> tuple[ConditionEncoder | None, torch.Tensor | None]:
     """
     An untrained encoder of the snapshots' conditions that knows the seen ones, and their table, of shape
-    `(N, K, width)`; nothing if there are no conditions.
+    `(N, K, width)`. Of data without conditions, clusters of their latents, `(N, L)`, stand for them: a distribution
+    is easier to learn as a mixture (Hu et al. 2023, arXiv 2210.06462). Nothing if there are neither.
     """
-    if not context.fields:
+    config, fields = context.config, context.fields
+    count = min(config.denoiser_args.clusters, len(latents) // CLUSTER_SIZE) if config.has_clusters else 0
+    if not fields and count > 1:
+        fields = Fields({"cluster": {"type": "category", "values": list(map(str, range(count)))}})
+    if not fields:
         return None, None
-    torch.manual_seed(named_seed(context.config.seed, "condition encoder"))
-    encoder, table = ConditionEncoder(context.fields.to_list()), context.seen_alternatives
-    unique = table.flatten(0, 1).nan_to_num(torch.inf).unique(dim=0).nan_to_num(posinf=torch.nan)
-    embedded = [name for name, field in context.fields.items() if isinstance(field, EmbeddedField)]
-    encoder.remember(unique, {name: [row[name] for row in context.seen_columns] for name in embedded})
+    torch.manual_seed(named_seed(config.seed, "condition encoder"))
+    encoder = ConditionEncoder(fields.to_list())
+    if not context.fields:
+        table = clustered(latents, count, config.seed)[:, None, None].float()
+        encoder.remember(table.flatten(0, 1))
+        return encoder, table
+    table = context.seen_alternatives
+    seen = table.flatten(0, 1)
+    if not isinstance(context.task, DataTask):  # data are drawn as often as they are there
+        seen = seen.nan_to_num(torch.inf).unique(dim=0).nan_to_num(posinf=torch.nan)
+    embedded = [name for name, field in fields.items() if isinstance(field, EmbeddedField)]
+    encoder.remember(seen, {name: [row[name] for row in context.seen_columns] for name in embedded})
     return encoder, table
+
+
+def clustered(latents: torch.Tensor, count: int, seed: int) -> torch.Tensor:
+    """Which of `count` clusters, by k-means, each of the latents `(N, L)` is in: shape `(N,)`."""
+    order = torch.randperm(len(latents), generator=torch.Generator().manual_seed(named_seed(seed, "clusters")))
+    centres = latents[order[:count]]
+    for _ in range(CLUSTER_STEPS):
+        nearest = torch.cdist(latents, centres).argmin(1)
+        sums = torch.zeros_like(centres).index_add_(0, nearest, latents)
+        sizes = nearest.bincount(minlength=count).unsqueeze(1)
+        centres = torch.where(sizes > 0, sums / sizes.clamp(min=1), centres)
+    return nearest
 
 
 def learn_denoiser(

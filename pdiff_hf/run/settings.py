@@ -40,6 +40,10 @@ FRAMES = When(
     "it is for adapter_products with an adapter_frame_size",
 )
 CONDITIONS = When(lambda c: c.has_conditions, "the snapshots have no conditions")
+CLUSTERED = When(
+    lambda c: c.is_of_data is not False and not (c._of_data and c.conditional),
+    "it is for networks that are data, and have no conditions",
+)
 GUIDED = When(
     lambda c: CONDITIONS.holds(c) and c.denoiser_args.condition_dropout > 0, "denoiser_args.condition_dropout is 0"
 )
@@ -247,6 +251,13 @@ class DenoiserArgs:
     )
     guidance_scale: float | None = option(
         None, "Strength of that guidance, saved with the generator; by default 1, which is none.", min=0, when=GUIDED
+    )
+    clusters: int = option(
+        50,
+        "Data without conditions: so many clusters of latents stand for one, and are drawn as often as they come; 0 "
+        "for none.",
+        min=0,
+        when=CLUSTERED,
     )
     regressed_networks: int | None = option(
         None,

@@ -2,5 +2,5 @@
 
 from .autoencoder import train_autoencoder
 from .denoiser import gaussian_loss, make_sampling_scheduler, make_training_scheduler, train_denoiser
-from .loop import Loop, LoopArguments, TrainingError
+from .loop import Loop, LoopArguments, TrainingError, warn_of_rise
 from .state import LoopState

@@ -14,6 +14,7 @@ from support.waves import Waves
 from torch import nn
 
 from pdiff_hf import (
+    Fields,
     ModuleTask,
     NeuralField,
     NeuralFieldTask,
@@ -26,6 +27,7 @@ from pdiff_hf import (
 )
 from pdiff_hf.networks.runner import NetworkRunner
 from pdiff_hf.run.folder import RunError
+from pdiff_hf.run.learning import clustered
 from pdiff_hf.run.trainer import execute, prepare
 from pdiff_hf.scripts.opponents import opponents
 from pdiff_hf.snapshots import align_snapshots, of_data, parameter_matrix
@@ -82,7 +84,7 @@ def test_a_stopped_collection_goes_on_and_ends_with_the_same_bits(context, monke
 def test_the_report_is_on_sets(context):
     report = json.loads((context.folder / "evaluation" / "report.json").read_text())
     groups = {group["name"]: group for group in report["groups"]}
-    assert {"generated", "guidance 1.5", "without a condition", "denoiser on the data"} <= groups.keys()
+    assert {"generated", "guidance 1.5", "denoiser on the data"} <= groups.keys()
     assert {"Gaussian, weights", "KDE 0.3, latents", "interpolation of neighbours, data"} <= groups.keys()
     assert groups["training data"]["measures"]["nearness"] == 0
     assert groups["training data"]["measures"]["score_mean"] < groups["mean, data"]["measures"]["score_mean"]
@@ -98,6 +100,14 @@ def test_the_generator_is_complete_and_renders_a_class(context):
     pipe = PDiffPipeline.from_pretrained(context.folder)
     networks = pipe(2, condition={"label": "3"}, guidance_scale=1.5, output_type="model").parameters
     assert networks[0](context.task.coordinates(20)).shape == (400, 1)
+
+
+def test_clusters_are_of_latents_that_are_near_each_other():
+    apart = torch.tensor([0.0, 9.0, 0.1, 9.1, 0.2]).unsqueeze(1)
+    first, second = (clustered(apart, 2, 0) for _ in range(2))
+    assert torch.equal(first, second) and len(set(first[[0, 2, 4]].tolist())) == len(set(first[[1, 3]].tolist())) == 1
+    with pytest.raises(ValueError, match="clusters=3 has no effect: it is for networks that are data, and have no"):
+        prepare(PDiffConfig(**TINY_DATA | {"denoiser_args": {"clusters": 3}}))
 
 
 def test_settings_of_snapshots_of_one_run_are_refused():
@@ -127,14 +137,31 @@ def test_other_starts(start, tmp_path):
     assert context.layout.num_parameters == 9 and all(error < 1 for error in results["errors"])
 
 
+class Unnamed(Waves):
+    """Nothing is known of data."""
+
+    fields = Fields({})
+
+    def signals(self, split):
+        pitch = torch.linspace(1, 3, 100 if split == "train" else 12)
+        return (pitch[:, None, None] * self.coordinates()).sin()
+
+    def conditions(self, split):
+        return [{}] * len(self.signals(split))
+
+
 def test_a_task_of_your_own_without_words_or_images(without_figures):
     settings = {name: TINY_DATA[name] for name in TINY_DATA if name.startswith(("auto", "denoiser", "collect", "num_"))}
-    settings |= {"base_epochs": 20, "base_batch_size": 10, "select": ["all"], "denoiser_args": {}, "baselines": "few"}
-    trainer = PDiffTrainer(Waves(), args=PDiffConfig(**settings | {"latent_dim": 4}))
+    settings |= {"base_epochs": 20, "base_batch_size": 10, "select": ["all"], "baselines": "few"}
+    trainer = PDiffTrainer(Unnamed(), args=PDiffConfig(**settings | {"latent_dim": 4}))
     trainer.train()
     report = trainer.evaluate()
     assert "class_accuracy" not in report.generated.measures and report.generated.n == 40
+    assert {"generated", "guidance 1.5"} <= {row.name for row in report.groups}  # by clusters
     assert "denoiser on the data" not in [row.name for row in report.groups]
+    encoder = PDiffPipeline.from_pretrained(trainer.context.folder).condition_encoder
+    assert encoder.fields["cluster"].choices == ("0", "1")  # 50 in each
+    assert len(encoder.seen) == 100 and set(encoder.seen.flatten().tolist()) == {0.0, 1.0}  # as often as they come
 
 
 class Repeated(Waves):

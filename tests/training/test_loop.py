@@ -9,7 +9,7 @@ from accelerate import Accelerator
 from torch import nn
 from transformers import TrainerCallback
 
-from pdiff_hf.training import Loop, LoopArguments, TrainingError
+from pdiff_hf.training import Loop, LoopArguments, TrainingError, warn_of_rise
 from pdiff_hf.training.loop import epoch_indices
 from pdiff_hf.training.state import latest_checkpoint
 from pdiff_hf.utils.seeds import derive_seed
@@ -158,3 +158,12 @@ def test_derived_seeds_differ():
     seeds = {derive_seed(a, b) for a in range(40) for b in range(40)}
     assert len(seeds) == 1600 and all(0 <= seed < 2**63 for seed in seeds)
     assert derive_seed(0) != derive_seed(0, 0)
+
+
+def test_a_training_that_ends_above_its_start_is_told(caplog):
+    for quiet in (torch.linspace(3, 1, 40), torch.linspace(1, 1.05, 40), torch.tensor([1.0, 5.0])):
+        warn_of_rise("autoencoder", quiet, 0.02)
+    assert not caplog.records
+    warn_of_rise("autoencoder", torch.linspace(1, 3, 40), 0.02)
+    assert "autoencoder: the loss has risen from 1.08 to 2.92, so that" in caplog.text
+    assert "the learning rate of 0.02 is too high; try a third" in caplog.text
