@@ -11,7 +11,7 @@ As a Space: `python scripts/push_to_hub.py outputs/on_demand --hub_model_id user
 
 import argparse
 
-from pdiff_hf.utils.imports import require
+from pdiff_hf.utils.imports import require_modules
 from pdiff_hf.utils.terminal import start_script
 
 
@@ -32,7 +32,7 @@ def main() -> None:
 
     quiet_libraries()
     with one_line_errors():
-        require("the page", "app", "gradio", "matplotlib")
+        require_modules("the page", "app", "gradio", "matplotlib")
         from pdiff_hf.scripts.explore import load_source
         from pdiff_hf.scripts.page import LAUNCH, build_app
 

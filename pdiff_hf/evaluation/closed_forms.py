@@ -40,7 +40,7 @@ def mean_networks(
     return seen, inverse, sums / torch.bincount(inverse).unsqueeze(1)
 
 
-def nearest(features: torch.Tensor, seen: torch.Tensor, k: int) -> torch.Tensor:
+def nearest_seen(features: torch.Tensor, seen: torch.Tensor, k: int) -> torch.Tensor:
     """Which k of the seen conditions are nearest, `(M, k)`; features are `(M, F)` and `(S, F)` or `(S, K, F)`."""
     distances = torch.cdist(features, seen.flatten(0, -2)).unflatten(1, (len(seen), -1))
     return distances.amin(2).topk(k, largest=False).indices
@@ -103,10 +103,10 @@ def closed_forms(
     noise = torch.Generator().manual_seed(regime.seed)
 
     def mean_of_nearest(rows: torch.Tensor, k: int) -> torch.Tensor:
-        return contracted(means[nearest(fields.features(rows), features, k)].mean(1), products)
+        return contracted(means[nearest_seen(fields.features(rows), features, k)].mean(1), products)
 
     def nearest_ones(rows: torch.Tensor, k: int) -> torch.Tensor:
-        return known[nearest(fields.features(rows), features, k)]
+        return known[nearest_seen(fields.features(rows), features, k)]
 
     def best_of(name: str, answer: Callable[[torch.Tensor, int], torch.Tensor], vote: bool) -> Group:
         tried = {k: scorer.loss(answer(validation, k), vote) for k in counts}

@@ -7,11 +7,12 @@ from typing import Any
 import torch
 from torch import Generator, Tensor
 
+from ..utils.reports import CLOSE
 from .geometry import chunks
 from .metrics import nearest_in_predictions
 
 CONFIDENCE = 0.95
-BETTER, WORSE, CLOSE = ("better", "worse", "too close to call")
+BETTER, WORSE = "better", "worse"
 MOST_RESAMPLES, LEAST_RESAMPLES, NUM_DRAWS = 10_000, 200, 2_000_000
 
 

@@ -26,7 +26,7 @@ from ..snapshots.dataset import condition_columns, condition_table, load_fields
 from ..tasks import Task, check_head
 from ..tasks.data_task import DataTask
 from ..tasks.family import Family, as_family
-from ..tasks.task import Split
+from ..tasks.task import SPLITS
 from ..training import Loop, LoopArguments
 from ..utils import names
 from ..utils.errors import resource_errors
@@ -36,7 +36,6 @@ from .config import PDiffConfig
 from .folder import SOURCE, RunError, RunFolder, Stage
 from .settings import SECTIONS
 
-SPLITS: tuple[Split, ...] = ("train", "validation", "test")
 CURVE = 24  # tasks along a field, for a figure
 
 

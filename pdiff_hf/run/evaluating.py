@@ -8,7 +8,7 @@ from typing import Any
 
 from accelerate import PartialState
 
-from ..evaluation.evaluation import evaluate as make_report
+from ..evaluation import evaluate
 from ..evaluation.groups import training_cost
 from ..evaluation.members import Spent
 from ..evaluation.opponents import Regime
@@ -24,7 +24,7 @@ from .folder import Stage
 from .tuning import load_tuning, make_regime, tune_arguments
 
 
-def evaluate(context: RunContext, stage: Stage) -> None:
+def write_report(context: RunContext, stage: Stage) -> None:
     """
     The report on the generated networks. For a family, and for networks that are data, all processes take part, because
     networks are trained for it, and of a family a stopped evaluation goes on with the groups that it has not scored.
@@ -61,7 +61,7 @@ def evaluate(context: RunContext, stage: Stage) -> None:
         if is_tuned:
             options["untuned"] = untuned_pipeline(context)
         folder = stack.enter_context(context.files.replacing(stage)) if is_main else None
-        make_report(
+        evaluate(
             context.pipeline.to(device),
             family,
             snapshots=snapshots,

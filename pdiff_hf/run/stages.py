@@ -4,7 +4,7 @@ from ..training import make_sampling_scheduler  # noqa: F401  scripts that were 
 from ..utils import names
 from . import settings
 from .collecting import collect, train_base
-from .evaluating import evaluate
+from .evaluating import write_report
 from .folder import Stage
 from .learning import fit_autoencoder, fit_denoiser
 from .tuning import tune_denoiser
@@ -61,7 +61,7 @@ STAGES = {
             ("denoiser", "tune"),
             (settings.EvaluateSection,),
             "{num_models} generated networks, and {baseline_models} of each baseline",
-            evaluate,
+            write_report,
             "{num_models} generated networks for each of {num_test_tasks} unseen tasks, and other answers",
         ),
     )

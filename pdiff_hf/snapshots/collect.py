@@ -14,7 +14,7 @@ from ..layout import ParameterLayout
 from ..networks.cropping import CroppedConvolutions
 from ..networks.prefix_cache import PrefixCache
 from ..networks.runner import Forward, NetworkRunner
-from ..tasks import ClassificationTask, Task, accuracy, take
+from ..tasks import ClassificationTask, Task, accuracies, take
 from ..training.loop import Loop, LoopArguments, TrainingError, epoch_indices, largest, make_optimizer
 from ..utils.devices import seed_global, to_device
 from ..utils.seeds import derive_seed
@@ -147,7 +147,7 @@ def collect_snapshots(
                 if len(buffer) == num_buffered or num_taken == args.num_snapshots:
                     columns: list[dict[str, Any]] = [{}] * len(buffer)
                     if isinstance(task, ClassificationTask):
-                        scores = accuracy(
+                        scores = accuracies(
                             task, models, "validation", torch.stack([row["parameters"] for row in buffer])
                         )
                         columns = [{metric: score} for metric in metrics for score in scores.tolist()]

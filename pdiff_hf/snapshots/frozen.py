@@ -11,7 +11,7 @@ from torch import nn
 from ..layout import ParameterLayout
 from ..networks.runner import NetworkRunner
 from ..selection import STATISTICS
-from ..tasks import ClassificationTask, Task, accuracy
+from ..tasks import ClassificationTask, Task, accuracies
 from ..tensor_names import adapter_configs, adapter_names, tied_names
 from ..utils.files import without_nan
 from .adapters import AdapterReader, Notes
@@ -121,7 +121,7 @@ class FrozenCheck:
         network.load_state_dict(own, strict=False)
         models = {"own": network, "hybrid": self.model}
         scores = {
-            key: accuracy(task, NetworkRunner(model, self.layout), "validation", parameters).item()
+            key: accuracies(task, NetworkRunner(model, self.layout), "validation", parameters).item()
             for key, model in models.items()
         }
         return {"file": str(path)} | scores

@@ -9,7 +9,7 @@ from .task import (
     MeasuredTask,
     Split,
     Task,
-    accuracy,
+    accuracies,
     check_head,
     predict_logits,
     take,

@@ -278,7 +278,7 @@ class TaskFamily(Family):
 
 
 @dataclass
-class SingleTask(TaskFamily):
+class FamilyOfOne(TaskFamily):
     """
     A task as a family: without fields, and with one member, which is seen and unseen at once. [`as_family`] makes it.
 
@@ -322,7 +322,7 @@ class SingleTask(TaskFamily):
 
 def as_family(task: Task | Family) -> Family:
     """The family itself, or the family whose only member is `task`."""
-    return task if isinstance(task, Family) else SingleTask(task)
+    return task if isinstance(task, Family) else FamilyOfOne(task)
 
 
 class FamilyTask(ClassificationTask):

@@ -10,7 +10,7 @@ from torch import nn
 from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassification
 from transformers.models.timm_wrapper import TimmWrapperConfig
 
-from ..utils.imports import require
+from ..utils.imports import require_modules
 from .task import digest
 
 INCEPTION = "inception"
@@ -29,7 +29,7 @@ def load_features(name: str) -> nn.Module:
         ImportError: if the packages of the extra `fid` are not installed.
         ValueError: if there is no such network, or it cannot be used.
     """
-    require("FID", "fid", "torchmetrics", *(["torch_fidelity"] if name == INCEPTION else []))
+    require_modules("FID", "fid", "torchmetrics", *(["torch_fidelity"] if name == INCEPTION else []))
     return InceptionFeatures() if name == INCEPTION else ClassifierFeatures(name)
 
 

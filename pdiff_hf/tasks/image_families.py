@@ -4,7 +4,7 @@ import math
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, get_args
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -15,7 +15,7 @@ from .draws import ExampleGenerator
 from .family import TaskFamily
 from .image_classification import ImageClassificationTask
 from .registry import register_family
-from .task import Batch, Split, Task
+from .task import SPLITS, Batch, Split, Task
 
 
 @dataclass
@@ -53,7 +53,7 @@ class ImageFamily(TaskFamily):
         # Each task, and this call, have memory of their own: `change` may write in place.
         images = images.expand(*shape, *images.shape[-3:]).contiguous()
         labels = labels[indices].to(table.device).expand(shape).contiguous()
-        stream = get_args(Split).index(split) + len(get_args(Split)) * (draw % 2**32)
+        stream = SPLITS.index(split) + len(SPLITS) * (draw % 2**32)
         generator = ExampleGenerator(seeds, indices, stream)
         named, is_first = self.fields.named(table.clone()), split not in self._checked
         images, labels = apply_change(self, named, images, labels, generator, check_values=is_first)

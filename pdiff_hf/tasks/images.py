@@ -159,7 +159,7 @@ def _reader(dataset: str, column: str, first: Any) -> Callable[[Any], dict[str, 
     if folder is not None:
         return lambda value: {"bytes": None, "path": str((folder / value).absolute())}
     try:
-        decode({"bytes": _from_base64(first), "path": None})
+        decode_image({"bytes": _from_base64(first), "path": None})
     except ValueError:
         raise ValueError(
             f"{where}, holds '{first:.100}', which is neither a file in '{base}' or the current folder nor an image in "
@@ -212,7 +212,7 @@ class ImageColumn(Sequence[Any]):
         batch = self.rows[list(indices)]
         for stored, row in zip(batch[self.column], batch["row"], strict=True):
             try:
-                yield self.convert(decode(stored))
+                yield self.convert(decode_image(stored))
             except ValueError as error:
                 where = describe_row(self.dataset, str(self.rows.split or "train"), self.column, row)
                 file = f" (file '{stored['path']}')" if stored and stored["path"] else ""
@@ -229,13 +229,13 @@ class ImageColumn(Sequence[Any]):
         found = {}
         for i in range(len(self)):
             try:
-                look(self.convert(decode(self.rows[i][self.column])))
+                look(self.convert(decode_image(self.rows[i][self.column])))
             except ValueError as error:
                 found[i] = (self.column, str(error))
         return found
 
 
-def decode(stored: Mapping[str, Any] | None) -> Image.Image:
+def decode_image(stored: Mapping[str, Any] | None) -> Image.Image:
     """
     The image of a file, turned as its Exif data say.
 

@@ -17,9 +17,8 @@ from .causal_lm import IGNORED, LanguageTask, padded
 from .family import TaskFamily
 from .registry import register_family, register_task
 from .sources import load_raw
-from .task import Batch, ClassificationTask, Split, Task, load_batch
+from .task import SPLITS, Batch, ClassificationTask, Split, Task, load_batch
 
-SPLITS: tuple[Split, ...] = ("train", "validation", "test")
 # Conditions that differ by more are not those of the same task.
 MAX_DISTANCE = 1e-3
 

@@ -17,7 +17,7 @@ from torchvision.transforms.functional import pil_to_tensor
 from ..networks.runner import NetworkRunner
 from ..networks.torchvision import Architecture
 from ..utils.devices import seed_global
-from ..utils.imports import require
+from ..utils.imports import require_modules
 from .dataset import BadRows
 from .images import ImageTask, load_image_data
 from .registry import register_task
@@ -59,7 +59,7 @@ class ObjectDetectionTask(ImageTask, MeasuredTask):
     metric, unit = "AP", "%"
 
     def __post_init__(self) -> None:
-        require("object detection", "detection", "torchmetrics", "pycocotools")
+        require_modules("object detection", "detection", "torchmetrics", "pycocotools")
         self._check_sizes()
         self._architecture = Architecture.find(self.model, detection, self.model_args)
         if self.image_size is not None and "min_size" in self._architecture.known_args:

@@ -7,7 +7,7 @@ import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, get_args
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +22,7 @@ from ..utils.devices import to_device
 from ..utils.memory import halve, is_out_of_memory
 
 Split = Literal["train", "validation", "test"]
+SPLITS: tuple[Split, ...] = get_args(Split)
 Batch = Mapping[str, Any]
 EVAL_BATCH_SIZE = 500
 STATISTICS_EXAMPLES, STATISTICS_BATCH_SIZE = 2048, 256
@@ -279,7 +280,7 @@ def predict_logits(
         size = halve(examples.stop - start, "examples")
 
 
-def accuracy(task: ClassificationTask, models: NetworkRunner, split: Split, parameters: torch.Tensor) -> torch.Tensor:
+def accuracies(task: ClassificationTask, models: NetworkRunner, split: Split, parameters: torch.Tensor) -> torch.Tensor:
     """Accuracy of N networks in percent, shape `(N,)`, in one pass over the data."""
     correct = torch.zeros(len(parameters), len(task.load_split(split)), dtype=torch.bool)
     for rows, examples, logits, labels in predict_logits(task, models, split, parameters):

@@ -43,7 +43,7 @@ def when_imported(module: str, function: Callable[[ModuleType], Any]) -> None:
         sys.meta_path.insert(0, _Finder(module, function))
 
 
-def require(what: str, extra: str, *modules: str) -> None:
+def require_modules(what: str, extra: str, *modules: str) -> None:
     """Raises an `ImportError` that names the extra of this package, if a module that `what` needs is not installed."""
     missing = [name for name in modules if sys.modules.get(name, name) is None or not importlib.util.find_spec(name)]
     if missing:

@@ -26,7 +26,7 @@ from pdiff_hf.selection import select_layout
 from pdiff_hf.snapshots import align_snapshots, find_hidden_units
 from pdiff_hf.snapshots.alignment import match_weights
 from pdiff_hf.snapshots.barrier import measure_barrier
-from pdiff_hf.tasks import ImageClassificationTask, accuracy, take
+from pdiff_hf.tasks import ImageClassificationTask, accuracies, take
 from pdiff_hf.training import train_autoencoder
 from pdiff_hf.training.loop import Loop, LoopArguments, epoch_indices
 
@@ -99,7 +99,7 @@ def measure(
     # The best that a linear map can do is to keep what lies in the span of the networks it has seen.
     basis = torch.linalg.svd((train - mean).double(), full_matrices=False).Vh[: num_train - 1].float()  # (N - 1, D)
     projected = mean + (heldout - mean) @ basis.T @ basis
-    scores = accuracy(task, models, "test", torch.cat([parameters, decoded, mean[None]]))
+    scores = accuracies(task, models, "test", torch.cat([parameters, decoded, mean[None]]))
     own, reconstructed, soup = scores.split([len(parameters), len(parameters), 1])
     return [
         name,

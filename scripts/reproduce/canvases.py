@@ -21,11 +21,10 @@ from torchvision.transforms.functional import pil_to_tensor
 
 from pdiff_hf.tasks.image_classification import ImageClassificationTask
 from pdiff_hf.tasks.images import ImageColumn
-from pdiff_hf.tasks.task import Split
+from pdiff_hf.tasks.task import SPLITS, Split
 from pdiff_hf.utils.files import replacing
 from pdiff_hf.utils.seeds import derive_seed
 
-SPLITS: tuple[Split, ...] = ("train", "validation", "test")
 Box = tuple[int, int, int, int]  # left, top, right and bottom
 # Pixels of an image that are brighter than this, of 255, belong to its object.
 THRESHOLD = 32

@@ -12,7 +12,7 @@ from benchmarks.on_demand import pool_reports
 from support.families import make_family, make_networks
 
 from pdiff_hf.evaluation import Cost, Kind, Report, evaluate
-from pdiff_hf.evaluation.closed_forms import closed_forms, nearest
+from pdiff_hf.evaluation.closed_forms import closed_forms, nearest_seen
 from pdiff_hf.evaluation.member_score import MemberScorer
 from pdiff_hf.evaluation.members import Spent
 from pdiff_hf.evaluation.opponents import (
@@ -22,7 +22,7 @@ from pdiff_hf.evaluation.opponents import (
 from pdiff_hf.evaluation.verdict import find_warnings, write_verdict
 from pdiff_hf.networks.runner import NetworkRunner
 from pdiff_hf.snapshots.zoo import ZooArguments
-from pdiff_hf.tasks import accuracy
+from pdiff_hf.tasks import accuracies
 from pdiff_hf.training.tune import fresh_tasks
 from pdiff_hf.utils.reports import TEST
 
@@ -56,7 +56,7 @@ def test_scores_are_those_of_each_task_by_itself(world):
     for t, condition in enumerate(family.fields.conditions(table)):
         task = family.task(condition)
         models = NetworkRunner(networks.model, networks.layout)
-        torch.testing.assert_close(scores.values[t], accuracy(task, models, "test", parameters[t]).double())
+        torch.testing.assert_close(scores.values[t], accuracies(task, models, "test", parameters[t]).double())
         networks.model.load_state_dict(networks.layout.unflatten(parameters[t, 0]))
         split = task.load_split("test")
         batch = split.__getitems__(list(range(len(split))))
@@ -69,9 +69,9 @@ def test_scores_are_those_of_each_task_by_itself(world):
 
 def test_nearest():
     seen = torch.tensor([[0.0], [1.0], [5.0]])
-    assert nearest(torch.tensor([[0.4], [4.0]]), seen, 1).tolist() == [[0], [2]]
-    assert nearest(torch.tensor([[0.4]]), seen, 2).tolist() == [[0, 1]]
-    assert nearest(torch.tensor([[2.6]]), seen[:, None] + torch.tensor([[0.0], [1.5]]), 2).tolist() == [[1, 0]]
+    assert nearest_seen(torch.tensor([[0.4], [4.0]]), seen, 1).tolist() == [[0], [2]]
+    assert nearest_seen(torch.tensor([[0.4]]), seen, 2).tolist() == [[0, 1]]
+    assert nearest_seen(torch.tensor([[2.6]]), seen[:, None] + torch.tensor([[0.0], [1.5]]), 2).tolist() == [[1, 0]]
 
 
 def test_closed_forms_choose_on_validation(world):

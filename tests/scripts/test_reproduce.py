@@ -34,7 +34,7 @@ from pdiff_hf.run.folder import RunFolder
 from pdiff_hf.run.stages import STAGES
 from pdiff_hf.run.trainer import prepare
 from pdiff_hf.selection import select_parameters
-from pdiff_hf.tasks.task import accuracy
+from pdiff_hf.tasks.task import accuracies
 from pdiff_hf.utils.files import replacing
 
 ROOT = Path(__file__).parents[2]
@@ -231,8 +231,8 @@ def test_a_table_that_was_killed_goes_on_and_its_rows_share_their_stages(run_ser
     ((_, (recipe,)),) = expand("table1", tmp_path, **arguments | {"patterns": name})
     run, everything = prepare(recipe), dataclasses.replace(recipe, max_eval_samples=None).make_task()
     models = NetworkRunner(run.base_model, run.layout)
-    best = run.parameters[accuracy(run.task, models, "validation", run.parameters).argmax()]
-    expected = accuracy(everything, models, "test", best[None]).item()
+    best = run.parameters[accuracies(run.task, models, "validation", run.parameters).argmax()]
+    expected = accuracies(everything, models, "test", best[None]).item()
     assert float(row["snapshots on all test images"]) == pytest.approx(expected)
     images = json.loads((second / "selected.json").read_text())["images"]
     assert images == len(everything.load_split("test")) > recipe.max_eval_samples

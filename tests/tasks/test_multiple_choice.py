@@ -14,7 +14,7 @@ from pdiff_hf.networks.runner import NetworkRunner
 from pdiff_hf.selection import select_layout
 from pdiff_hf.tasks import make_family, make_task
 from pdiff_hf.tasks.multiple_choice import MultipleChoiceTask
-from pdiff_hf.tasks.task import accuracy, take
+from pdiff_hf.tasks.task import accuracies, take
 
 peft = pytest.importorskip("peft")
 TOPICS = ["law", "chess", "cooking", "texts", "questions"]
@@ -50,7 +50,7 @@ def test_the_likeliest_answer_is_chosen(tmp_path):
         torch.testing.assert_close(found, torch.tensor(expected).view(3, 3), rtol=1e-4, atol=1e-4)
         layout = select_layout(network, "norm")
         parameters = layout.flatten(network.state_dict()).repeat(2, 1)
-        scores = accuracy(task, NetworkRunner(network, layout), "test", parameters)
+        scores = accuracies(task, NetworkRunner(network, layout), "test", parameters)
         right = (found.argmax(1) == batch["labels"]).float().mean().item()
         assert scores.tolist() == pytest.approx([100 * right] * 2)
 

@@ -12,7 +12,7 @@ from diffusers import ModelMixin
 from diffusers.pipelines.pipeline_loading_utils import LOADABLE_CLASSES
 
 import pdiff_hf
-from pdiff_hf.utils.imports import register_components, require, when_imported
+from pdiff_hf.utils.imports import register_components, require_modules, when_imported
 
 SCRIPTS = Path(__file__).parents[2] / "scripts"
 GOLDEN = Path(__file__).parents[1] / "models" / "golden" / "0.2.0" / "tuned_map"
@@ -74,10 +74,10 @@ def test_a_release_of_diffusers_without_the_table_is_a_warning():
 
 
 def test_a_package_that_is_missing_is_named_with_the_extra_that_has_it(monkeypatch):
-    require("this", "report", "torch", "json")
+    require_modules("this", "report", "torch", "json")
     monkeypatch.setitem(sys.modules, "torch_fidelity", None)
     with pytest.raises(ImportError, match=r"^FID needs torch_fidelity and no_such: pip install 'pdiff_hf\[fid\]'$"):
-        require("FID", "fid", "torch", "torch_fidelity", "no_such")
+        require_modules("FID", "fid", "torch", "torch_fidelity", "no_such")
 
 
 def test_a_function_is_called_once_after_the_import_of_a_module(tmp_path, monkeypatch):
