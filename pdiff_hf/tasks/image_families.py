@@ -1,21 +1,28 @@
 """Families over the images of a task: what a condition does to them."""
 
+import inspect
 import math
+import traceback
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 
 from ..models.condition import Condition, ConditionError, Conditions, Fields
-from .changes import apply_change
+from ..utils.errors import first_line
+from ..utils.memory import is_out_of_memory
 from .draws import ExampleGenerator
 from .family import TaskFamily
 from .image_classification import ImageClassificationTask
 from .registry import register_family
 from .task import SPLITS, Batch, Split, Task
+
+# Pictures with strong noise leave the range from 0 to 1; pictures from 0 to 255 leave this one.
+FARTHEST = (-4.0, 5.0)
 
 
 @dataclass
@@ -55,9 +62,10 @@ class ImageFamily(TaskFamily):
         labels = labels[indices].to(table.device).expand(shape).contiguous()
         stream = SPLITS.index(split) + len(SPLITS) * (draw % 2**32)
         generator = ExampleGenerator(seeds, indices, stream)
-        named, is_first = self.fields.named(table.clone()), split not in self._checked
-        images, labels = apply_change(self, named, images, labels, generator, check_values=is_first)
-        self._checked.add(split)
+        images, labels = self._changed(self.fields.named(table.clone()), images, labels, generator)
+        if split not in self._checked:  # which takes time
+            self._check_values(images, labels)
+            self._checked.add(split)
         preparation = self.base.load_split(split).preparation
         mean, std = (torch.tensor(v, device=table.device).view(-1, 1, 1) for v in (preparation.mean, preparation.std))
         return {"pixel_values": (images - mean) / std, "labels": labels}
@@ -82,6 +90,73 @@ class ImageFamily(TaskFamily):
         Returns:
             `tuple`: Images and labels of the same shapes.
         """
+
+    def _changed(
+        self, conditions: Conditions, images: torch.Tensor, labels: torch.Tensor, generator: ExampleGenerator
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """
+        What `change` makes of examples, float32 and int64. Raises a `ValueError` if it fails or returns something else:
+        it names the class, the line and what is expected.
+        """
+        random = {"generator": generator} if "generator" in inspect.signature(self.change).parameters else {}
+        try:
+            result: Any = self.change(conditions, images, labels, **random)
+        except Exception as error:
+            if is_out_of_memory(error):
+                raise
+            raise ValueError(f"{self._where(error)}: {first_line(error)}{_hint(error, conditions)}") from error
+        # Two images of two tasks without labels would also be a pair.
+        if not isinstance(result, tuple | list) or len(result) != 2 or not all(map(torch.is_tensor, result)):
+            got = f"a {type(result).__name__}" if not isinstance(result, tuple | list) else f"{len(result)} values"
+            raise self._wrong(f"two tensors, `images, labels`, and returns {got}")
+        for name, new, old in zip(("images", "labels"), result, (images, labels), strict=True):
+            if new.shape != old.shape:
+                shapes = f"of shape {tuple(old.shape)}, as it gets them, and returns {tuple(new.shape)}"
+                raise self._wrong(f"{name} {shapes}")
+            if new.device != old.device:
+                made = f"{new.device}; make new tensors with device={name}.device"
+                raise self._wrong(f"{name} on {old.device}, where it gets them, and returns them on {made}")
+        new_images, new_labels = result
+        if not new_images.is_floating_point():
+            raise self._wrong(f"images as floats from 0 to 1, and returns {new_images.dtype}")
+        if new_labels.is_floating_point() or new_labels.is_complex():
+            raise self._wrong(f"labels as whole numbers, and returns {new_labels.dtype}")
+        return new_images.float(), new_labels.long()
+
+    def _check_values(self, images: torch.Tensor, labels: torch.Tensor) -> None:
+        low, high = (value.item() for value in images.aminmax())
+        if not FARTHEST[0] <= low <= high <= FARTHEST[1]:  # also of what is not a number
+            raise self._wrong(f"images about 0 to 1, and returns values from {low:g} to {high:g}")
+        first, last = (int(value) for value in labels.aminmax())
+        # A family with a network of its own can have other outputs than the data set has classes.
+        own_network = type(self).load_base_model is not TaskFamily.load_base_model
+        num_classes = None if own_network else len(self.base.class_names)
+        if first < 0 or (num_classes is not None and last >= num_classes):
+            most = "" if num_classes is None else f" to {num_classes - 1}"
+            raise self._wrong(f"labels from 0{most}, and returns some from {first} to {last}")
+
+    def _wrong(self, what: str) -> ValueError:
+        return ValueError(f"{self._where()} must return {what}")
+
+    def _where(self, error: BaseException | None = None) -> str:
+        """The class, and the line of its `change`, or of where an error came from."""
+        change = inspect.unwrap(type(self).change)
+        code = getattr(change, "__code__", None)
+        if code is None:
+            return f"{type(self).__name__}.change"
+        frames = traceback.extract_tb(error.__traceback__) if error else []
+        lines = [frame.lineno for frame in frames if frame.filename == code.co_filename] or [code.co_firstlineno]
+        return f"{type(self).__name__}.change ({Path(code.co_filename).name}, line {lines[-1]})"
+
+
+def _hint(error: Exception, conditions: Conditions) -> str:
+    words = [name for name, field in conditions.fields.items() if field.choices]
+    if words and isinstance(error, IndexError | RuntimeError):
+        return (
+            f". A category has the index of its word, shape (T,): compare conditions[{words[0]!r}] with a word, or "
+            f"take conditions.one_hot({words[0]!r}), shape (T, number of words)"
+        )
+    return ""
 
 
 TRANSFORMED_FIELDS: dict[str, dict[str, Any]] = {
