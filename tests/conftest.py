@@ -5,6 +5,7 @@ The libraries read these variables when they are imported, so they are set befor
 tests start inherit them.
 """
 
+import dataclasses
 import os
 import sys
 import tempfile
@@ -70,6 +71,13 @@ def run_server(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def two_servers(run_server, tmp_path_factory):
+    """For what two processes do together."""
+    with RunServer(tmp_path_factory.mktemp("second")) as second:
+        yield run_server, second
+
+
+@pytest.fixture(scope="session")
 def digits_run(tmp_path_factory):
     """A run on digits, finished with all figures; who changes its folder copies it."""
     from support.recipes import TINY
@@ -88,7 +96,17 @@ def family_run(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def data_run(tmp_path_factory):
+def quick_classifier():
+    """The classifier whose features sets of data are compared in takes most of an evaluation: a tenth of its steps."""
+    from pdiff_hf.evaluation import placing
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(placing, "CLASSIFIER", dataclasses.replace(placing.CLASSIFIER, num_steps=50))
+        yield
+
+
+@pytest.fixture(scope="session")
+def data_run(tmp_path_factory, quick_classifier):
     """As `digits_run`, of networks that are data."""
     from support.recipes import TINY_DATA
     from support.runs import finish_in

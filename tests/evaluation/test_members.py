@@ -147,24 +147,6 @@ def test_a_whole_report(report, world, tmp_path):
     assert all(len(line) <= 80 for line in terminal.splitlines())
 
 
-def test_a_stopped_evaluation_goes_on_with_what_it_has_not_scored(report, world):
-    found, folder = report
-    kept = json.loads((folder / "cache.json").read_text())
-    del kept["kernel ridge"]
-    (folder / "cache.json").write_text(json.dumps(kept))
-
-    class Untrainable(Regime):
-        def fit(self, *args, **kwargs):
-            raise AssertionError("it was kept")
-
-        specialists = fit
-
-    regime = regime_of(world)
-    regime.__class__ = Untrainable
-    again = evaluated(world, regime, folder)
-    assert [row.sets for row in again.groups] == [row.sets for row in found.groups]
-
-
 def test_pooled_reports_are_as_of_one_run(report):
     found = report[0]
     pooled = pool_reports([found, found])

@@ -14,7 +14,7 @@ from pdiff_hf import ParameterLayout, PDiffPipeline, evaluate
 from pdiff_hf.run.config import PDiffConfig
 from pdiff_hf.run.folder import RunError
 from pdiff_hf.run.trainer import execute, prepare
-from pdiff_hf.snapshots import CollectArguments, SnapshotError, SnapshotWriter, collect_snapshots
+from pdiff_hf.snapshots import CollectArguments, SnapshotWriter, collect_snapshots
 from pdiff_hf.snapshots.dataset import load_snapshots, parameter_matrix
 from pdiff_hf.tasks import ClassificationTask
 from pdiff_hf.training import (
@@ -68,10 +68,8 @@ def run(folder, bad_step=None, bad=math.nan, spoil="gradient", num_steps=30, acc
     return model, loop.train(model, loss_function, 8, args, description="test")
 
 
-@pytest.mark.parametrize("bad", [math.nan, math.inf])
-@pytest.mark.parametrize("max_grad_norm", [None, 1.0])
-@pytest.mark.parametrize("ema_decay", [None, 0.9])
-@pytest.mark.parametrize("bad_step", [0, 3, 9, 10, 27, 28, 29])
+@pytest.mark.parametrize(("bad", "max_grad_norm", "ema_decay"), [(math.nan, None, 0.9), (math.inf, 1.0, None)])
+@pytest.mark.parametrize("bad_step", [0, 9, 10, 29])
 def test_a_gradient_that_is_not_finite_stops_training_and_is_not_saved(
     tmp_path, bad_step, ema_decay, max_grad_norm, bad
 ):
@@ -93,9 +91,8 @@ def test_a_gradient_that_is_not_finite_stops_training_and_is_not_saved(
                 assert numbers.isfinite().all(), (folder, file, name)
 
 
-@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
-@pytest.mark.parametrize("bad_step", [0, 9, 12, 29])
-@pytest.mark.parametrize("accumulation", [1, 2])
+@pytest.mark.parametrize(("bad", "accumulation"), [(math.nan, 1), (math.inf, 2), (-math.inf, 1)])
+@pytest.mark.parametrize("bad_step", [0, 12, 29])
 def test_a_loss_that_is_not_finite_stops_training_at_its_step(tmp_path, bad_step, bad, accumulation):
     before = r" \(it was \d[^)]* before\)" if bad_step else ""
     message = rf"test: the loss is (nan|-?inf) at step {bad_step}{before}\. Try warm-up steps, .* below 0\.001"
@@ -109,11 +106,6 @@ def test_weights_that_overflow_in_the_last_step(tmp_path):
     """Loss and gradient are finite, and the step that they ask for is not."""
     with pytest.raises(TrainingError, match=r"test: the weights are not finite after step 0\. Try .* below 1e\+38"):
         run(tmp_path, num_steps=1, scale=1e4, learning_rate=1e38, optimizer="sgd", lr_scheduler="constant")
-
-
-def test_a_finite_training_is_not_stopped(tmp_path):
-    model, losses = run(tmp_path, ema_decay=0.9, max_grad_norm=1.0, checkpointing_steps=7)
-    assert losses.isfinite().all() and all(p.isfinite().all() for p in model.parameters())
 
 
 # -------------------------------------------------------------------------------------- little data, through the whole
@@ -212,7 +204,7 @@ def whole_chain(
         base_model=Points().load_base_model(),
         num_models=5,
         baseline_models=3,
-        baselines="all",
+        baselines="few",
         folder=folder / "evaluation",
     )
     return json.loads((folder / "evaluation" / "report.json").read_text())
@@ -255,8 +247,6 @@ def test_one_snapshot_is_too_few(tmp_path):
     layout = layout_of(7)
     with SnapshotWriter(tmp_path / "snapshots", layout) as writer:
         writer.write(torch.zeros(7), step=0, seed=0)
-    with pytest.raises(SnapshotError, match="at least 2 snapshots are needed to learn a distribution, got 1"):
-        parameter_matrix(*load_snapshots(tmp_path / "snapshots"))
     recipe = PDiffConfig(output_dir=str(tmp_path / "run"), snapshots=str(tmp_path / "snapshots"), latent_dim=2)
     with pytest.raises(RunError, match="1 snapshots leave fewer than 2 to train on"):
         prepare(recipe, task=Points())
@@ -267,18 +257,6 @@ def test_one_snapshot_is_too_few(tmp_path):
             PDiffConfig(output_dir=str(tmp_path / "run"), snapshots=str(tmp_path / "snapshots"), latent_dim=8),
             task=Points(),
         )
-
-
-@pytest.mark.parametrize("copies", [2, 10])
-def test_snapshots_that_are_all_the_same_are_refused(tmp_path, copies):
-    layout = layout_of(7)
-    with (
-        pytest.raises(SnapshotError, match=r"snapshot 1 \(step 1\) equals snapshot 0 in every parameter"),
-        SnapshotWriter(tmp_path / "snapshots", layout) as writer,
-    ):
-        for step in range(copies):
-            writer.write(torch.ones(7), step=step, seed=0)
-    assert not (tmp_path / "snapshots").exists()
 
 
 # ----------------------------------------------------------------------------------- snapshots of a training that fails

@@ -248,16 +248,14 @@ def test_scripts_take_generators_of_data(without_figures, context, tmp_path, mon
     assert NeuralField.from_pretrained(tmp_path / "networks" / "network-00001")(torch.zeros(5, 2)).shape == (5, 1)
     task = ["--task=neural_field", "--model=siren", "--model_args", "width=8", "num_layers=1", "--dataset=all_digits"]
     task += [
-        "--max_train_samples=140",
-        "--max_eval_samples=20",
-        "--num_models=20",
+        *("--max_train_samples=140", "--max_eval_samples=20", "--num_models=20"),
         f"--output_dir={tmp_path / 'report'}",
     ]
     run_script(monkeypatch, "evaluate.py", folder, f"--snapshots={context.folder / 'snapshots'}", *task)
     assert "Fréchet" in (tmp_path / "report" / "report.md").read_text()
 
 
-def test_a_public_zoo_of_neural_fields(context, tmp_path, monkeypatch, caplog):
+def test_a_public_zoo_of_neural_fields(without_figures, context, tmp_path, monkeypatch, caplog):
     """Class and number in the path, other names of tensors, several formats, other values and positions."""
     dataset, layout = load_snapshots(context.folder / "snapshots")
     zoo, rows = tmp_path / "zoo", parameter_matrix(dataset, layout)[:140]

@@ -12,7 +12,6 @@ from support.scripts import run_script
 
 from pdiff_hf import PDiffPipeline
 from pdiff_hf.evaluation import Kind, Report
-from pdiff_hf.evaluation.member_score import MemberScorer
 from pdiff_hf.evaluation.opponents import Regime
 from pdiff_hf.models import Fields
 from pdiff_hf.run.config import PDiffConfig
@@ -138,30 +137,6 @@ def test_tuning_learns_a_map_that_is_saved(finished):
     assert len(tuned.condition_encoder.seen) == 6  # each task once, and not each snapshot
     latents = tuned.autoencoder.encode(parameter_matrix(*finished.snapshots)).latents
     assert latents.square().mean() == pytest.approx(1, abs=1e-4) and latents.var(0).max() > 1.5 * latents.var(0).min()
-
-
-def test_stopped_in_tuning_it_ends_with_the_same_record(finished, tmp_path, monkeypatch):
-    folder = tmp_path / "out"
-    shutil.copytree(finished.folder, folder)
-    for name in ("tune", "evaluate"):
-        (folder / "stages" / f"{name}.json").unlink()
-    shutil.rmtree(folder / "tuned")
-    validate, looks = MemberScorer.loss, []
-
-    def stopped(*args) -> float:
-        looks.append(1)
-        if len(looks) == 5:
-            raise KeyboardInterrupt
-        return validate(*args)
-
-    monkeypatch.setattr(MemberScorer, "loss", stopped)
-    changes = {"stages": ["tune"], "checkpointing_steps": 3, "resume_from_checkpoint": "latest"}
-    with pytest.raises(KeyboardInterrupt):
-        finish(folder, **changes)
-    assert list(folder.glob("checkpoints/tune/checkpoint-3"))
-    finish(folder, **changes)
-    for name in ("stages/tune.json", "tuned/denoiser/diffusion_pytorch_model.safetensors"):
-        assert (folder / name).read_bytes() == (finished.folder / name).read_bytes()
 
 
 def test_a_stopped_evaluation_goes_on_with_what_it_has_not_scored(finished, monkeypatch):

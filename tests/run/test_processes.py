@@ -1,9 +1,6 @@
 """Two processes carry out all stages as one does, and write what one writes."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -11,7 +8,7 @@ import torch
 from run.test_family_run import CHANGES
 from safetensors.torch import load_file
 from support.recipes import TINY_FAMILY
-from support.run_server import RECIPE, ROOT
+from support.run_server import RECIPE, ROOT, together
 
 from pdiff_hf.snapshots import load_snapshots, parameter_matrix
 
@@ -38,12 +35,6 @@ def flags_of(settings: dict) -> list[str]:
 FLAGS = flags_of(SETTINGS)
 
 
-def torchrun(*arguments) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", *arguments]
-    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "PYTHONPATH": str(ROOT)}
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=3000)
-
-
 def tensors(folder) -> dict[str, torch.Tensor]:
     return {
         f"{path.relative_to(folder)}: {name}": tensor
@@ -63,24 +54,26 @@ def assert_same_tensors(one: Path, two: Path) -> None:
 
 
 PROGRAM = """
-import runpy, sys, torch
+import os, runpy, sys, torch
 from pdiff_hf.run.processes import start_processes
 start_processes()
 days = torch.distributed.group.WORLD._get_backend(torch.device("cpu")).options._timeout.days
 print(f"waits for {days} days")  # in one piece, because two processes write at the same time
 sys.argv = sys.argv[1:]
+sys.path.insert(0, os.path.dirname(sys.argv[0]))
 runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
 
 @pytest.mark.slow
-def test_two_processes_do_in_all_stages_what_one_does_in_two_parts(run_server, tmp_path):
+def test_two_processes_do_in_all_stages_what_one_does_in_two_parts(two_servers, tmp_path):
     """Noise belongs to a part of a batch, so one process must compute it in as many parts."""
-    one = run_server.run(tmp_path / "one", *FLAGS, "--gradient_accumulation_steps=2")
+    one = two_servers[0].run(tmp_path / "one", *FLAGS, "--gradient_accumulation_steps=2")
     assert one.status == 0, one.errors
-    (tmp_path / "program.py").write_text(PROGRAM)
-    two = torchrun(tmp_path / "program.py", ROOT / "scripts/train.py", f"--output_dir={tmp_path / 'two'}", *FLAGS)
-    assert two.returncode == 0, two.stderr
+    arguments = (ROOT / "scripts/train.py", f"--output_dir={tmp_path / 'two'}", *FLAGS)
+    two = together(two_servers, lambda server, ranks: server.program(PROGRAM, *arguments, environment=ranks))
+    assert [process.status for process in two] == [0, 0], two
+    errors, output = ("".join(getattr(process, name) for process in two) for name in ("errors", "output"))
 
     assert_same_tensors(tmp_path / "one", tmp_path / "two")
     reports = [json.loads((tmp_path / run / "evaluation/report.json").read_text()) for run in ("one", "two")]
@@ -100,22 +93,22 @@ def test_two_processes_do_in_all_stages_what_one_does_in_two_parts(run_server, t
     assert counts[0] == counts[1] > 0
     trainings = ("base model", "snapshots", "autoencoder", "denoiser")
     for bar in (*trainings, "accuracy on validation", "accuracy on test"):  # one process alone shows them
-        assert two.stderr.count(f"{bar}:   0%") == one.errors.count(f"{bar}:   0%") > 0, bar
-    assert two.stderr.count("[5/5] evaluate: done in") == 1
-    assert two.stdout.count("The generator is in") == 1
+        assert errors.count(f"{bar}:   0%") == one.errors.count(f"{bar}:   0%") > 0, bar
+    assert errors.count("[5/5] evaluate: done in") == 1
+    assert output.count("The generator is in") == 1
     # The main process collects alone, and the others must not take that for its end: gloo's own limit is 30 minutes.
-    assert two.stdout.count("waits for 28 days") == 2
+    assert output.count("waits for 28 days") == 2
 
 
 @pytest.mark.slow
-def test_two_processes_do_for_a_family_what_one_does_in_two_parts(run_server, tmp_path):
+def test_two_processes_do_for_a_family_what_one_does_in_two_parts(two_servers, tmp_path):
     """The zoo, the generator, its tuning, and all that is scored."""
     settings = TINY_FAMILY | CHANGES | {"baselines": "few"}
     flags = flags_of(settings)
-    one = run_server.run(tmp_path / "one", *flags, "--gradient_accumulation_steps=2")
+    one = two_servers[0].run(tmp_path / "one", *flags, "--gradient_accumulation_steps=2")
     assert one.status == 0, one.errors
-    two = torchrun(ROOT / "scripts/train.py", f"--output_dir={tmp_path / 'two'}", *flags)
-    assert two.returncode == 0, two.stderr
+    two = together(two_servers, lambda server, ranks: server.run(tmp_path / "two", *flags, environment=ranks))
+    assert [process.status for process in two] == [0, 0], two
     assert_same_tensors(tmp_path / "one", tmp_path / "two")
     reports = [json.loads((tmp_path / run / "evaluation/report.json").read_text()) for run in ("one", "two")]
     one, two = ({group["name"]: group for group in report["groups"]} for report in reports)

@@ -22,6 +22,7 @@ from pdiff_hf.utils.names import generator_folder
 
 FOLDERS = ("pipeline", "tuned")
 TINY = recipes.TINY | {"max_eval_samples": 50, "num_models": 3, "num_inference_steps": 2, "baseline_models": 1}
+TINY |= {"autoencoder_batch_size": 4, "denoiser_batch_size": 4}
 
 
 def test_extra_groups_stand_in_the_report_and_belong_to_it(tmp_path):

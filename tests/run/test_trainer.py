@@ -71,9 +71,9 @@ def test_snapshots_of_every_kind(trained, kind, tmp_path):
     args = args.changed(num_snapshots=PDiffConfig().num_snapshots, collect_learning_rate=0.03)
     trainer = PDiffTrainer(make_task(), snapshots, args, **arguments)
     assert torch.equal(trainer.context.parameters, rows) and trainer.context.layout == layout
-    pipe = trainer.train()
-    assert pipe(2, output_type="pt").parameters.shape == (2, layout.num_parameters)
     if kind == "tensor":
+        pipe = trainer.train()
+        assert pipe(2, output_type="pt").parameters.shape == (2, layout.num_parameters)
         with pytest.raises(RunError, match="snapshots: '.*' there, '.*' asked for"):
             PDiffTrainer(make_task(), rows + 1, args)
 
@@ -82,18 +82,9 @@ def test_snapshots_with_conditions_of_a_family():
     family = make_family(ranges={"blur": None, "invert": None, "occlude": None})
     rows = torch.randn(12, sum(p.numel() for p in family.load_base_model().parameters())) / 10
     conditions = [{"angle": 30.0 * i} for i in range(12)]
-    args = PDiffConfig(
-        select=["all"],
-        base_epochs=1,
-        autoencoder_preset="pca",
-        latent_dim=4,
-        denoiser_steps=5,
-        tune_steps=0,
-        num_tasks=2,
-        num_validation_tasks=1,
-        num_test_tasks=2,
-    )
-    trainer = PDiffTrainer(family, rows, args, conditions=conditions)
+    tasks = {"num_tasks": 2, "num_validation_tasks": 1, "num_test_tasks": 2, "tune_steps": 0}
+    few = {name: SETTINGS[name] for name in ("select", "autoencoder_preset")} | {"base_epochs": 1, "denoiser_steps": 5}
+    trainer = PDiffTrainer(family, rows, PDiffConfig(**tasks, **few, latent_dim=4), conditions=conditions)
     assert trainer.context.fields == family.fields
     assert trainer.context.snapshot_conditions.tolist() == [[30.0 * i] for i in range(12)]
     pipe = trainer.train()

@@ -92,13 +92,12 @@ def test_five_lines_of_python(hub_id, tmp_path):
     program = f"""
 import torch; from pdiff_hf import PDiffPipeline
 pipe = PDiffPipeline.from_pretrained("{hub_id}")
-for i, network in enumerate(pipe(200, generator=torch.Generator().manual_seed(0), output_type="model").parameters):
+for i, network in enumerate(pipe(12, generator=torch.Generator().manual_seed(0), output_type="model").parameters):
     network.save_pretrained(f"{tmp_path}/{{i}}")
 """
     exec(program, {})
-    assert len(list(tmp_path.iterdir())) == 200
-    for i in (0, 199):
-        AutoModelForImageClassification.from_pretrained(tmp_path / str(i))
+    assert len(list(tmp_path.iterdir())) == 12
+    AutoModelForImageClassification.from_pretrained(tmp_path / "11")
 
 
 def test_the_temperature_is_that_of_the_call(tmp_path, monkeypatch):

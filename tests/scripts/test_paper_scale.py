@@ -15,7 +15,6 @@ import datasets
 import numpy as np
 import pytest
 import timm
-import torch
 import torchvision
 import yaml
 from diffusers import DDPMScheduler, UNet2DModel
@@ -25,7 +24,7 @@ from reproduce.runner import reproduce
 from reproduce.tables import DATASETS, EXPERIMENTS
 from safetensors.torch import load_file
 from support.hub_server import File, HubServer, Repo
-from support.inception import put_inception
+from support.torch_home import put_inception, put_weights
 from timm.data import ImageNetInfo
 from timm.models import save_for_hf
 
@@ -166,18 +165,6 @@ def put_network(hub: HubServer, name: str, folder) -> None:
     put(hub, "models", name, {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()})
 
 
-def put_torchvision_weights(model: str, folder) -> None:
-    """Fresh weights in the cache of `torch.hub`, under the name that a download would have."""
-    builder, _, weights = model.partition(":")
-    entry = torchvision.models.get_model_weights(builder)[weights]
-    (folder / "checkpoints").mkdir(parents=True)
-    settings = {"weights": None, "weights_backbone": None, "num_classes": len(entry.meta["categories"])}
-    if builder.startswith("fcn"):
-        settings["aux_loss"] = True
-    fresh = torchvision.models.get_model(builder, **settings)
-    torch.save(fresh.state_dict(), folder / "checkpoints" / entry.url.rpartition("/")[2])
-
-
 def pairs() -> dict[tuple[str, str], tuple[str, str]]:
     """By network and data set: the first experiment and row that has them."""
     found: dict[tuple[str, str], tuple[str, str]] = {}
@@ -217,7 +204,7 @@ def test_dry_run(network, dataset, hub, full, tmp_path, monkeypatch):
     if "/" in recipe.model:
         put_network(hub, recipe.model, tmp_path / "network")
     elif ":" in recipe.model:
-        put_torchvision_weights(recipe.model, tmp_path / "torch" / "hub")
+        put_weights(tmp_path / "torch", recipe.model)
     varied = set(EXPERIMENTS[name].rows[0].varies)
     changes = {key: value for key, value in SMALLER.items() if key not in varied}
     if recipe.task == "image_classification":

@@ -9,17 +9,21 @@ n-th operation on a file in its output folder. What is on the disk changes at su
 it is the end of a path that is about to be renamed or removed.
 """
 
+import ctypes
 import hashlib
 import json
 import os
 import resource
 import runpy
 import signal
+import socket
 import subprocess
 import sys
 import time
 import traceback
 from collections import Counter
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -47,6 +51,7 @@ RECIPE = {
 }
 FLAGS = [f"--{k}={json.dumps(v) if isinstance(v, dict) else v}" for k, v in RECIPE.items()]
 RESUME = [*FLAGS, "--resume_from_checkpoint=latest"]
+MOST_SECONDS = 3600  # of a script
 
 
 def files(folder: Path) -> dict[str, str]:
@@ -107,6 +112,8 @@ class RunServer:
         delay: float = 0.0,
         script: str = "train",
         environment: dict[str, str] | None = None,
+        namespace: str = "",
+        cwd: Path | str = ".",
     ) -> Result:
         """
         Runs a script with `--output_dir`.
@@ -118,6 +125,8 @@ class RunServer:
             delay (`float`): Seconds from the moment to the signal.
             script (`str`): Name of the script.
             environment (`dict[str, str]`, *optional*): More variables.
+            namespace (`str`): Name of the network that it sees, as `ip netns` gives it.
+            cwd (`Path` or `str`): Its working folder.
         """
         return self._send(
             path=str(ROOT / "scripts" / f"{script}.py"),
@@ -127,22 +136,49 @@ class RunServer:
             action=action,
             delay=delay,
             environment=environment or {},
+            namespace=namespace,
+            cwd=str(cwd),
         )
 
-    def program(self, code: str, *arguments: object) -> Result:
+    def program(self, code: str, *arguments: object, environment: dict[str, str] | None = None) -> Result:
         """Runs some code, with arguments in `sys.argv[1:]`."""
         path = self.folder / "program.py"
         path.write_text(code, encoding="utf-8")
-        return self._send(path=str(path), arguments=list(map(str, arguments)))
+        return self._send(path=str(path), arguments=list(map(str, arguments)), environment=environment or {})
+
+    def kill(self) -> None:
+        """Ends what runs now."""
+        pid = self._process.pid
+        for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split():
+            os.kill(int(child), signal.SIGKILL)
 
     def _send(self, **job: object) -> Result:
         nothing = {"output_dir": "/nowhere", "at": None, "action": "kill", "delay": 0.0, "environment": {}}
-        job = nothing | job | {"folder": str(self.folder)}
+        job = nothing | {"namespace": "", "cwd": "."} | job | {"folder": str(self.folder)}
         self._process.stdin.write(json.dumps(job) + "\n")
         self._process.stdin.flush()
         answer = json.loads(self._process.stdout.readline())
         texts = {name: (self.folder / name).read_bytes().decode(errors="replace") for name in ("output", "errors")}
         return Result(**answer, **texts)
+
+
+def together(
+    servers: Sequence[RunServer], start: Callable[[RunServer, dict[str, str]], Result], hosts: Sequence[str] = ()
+) -> list[Result]:
+    """
+    Starts one process of a run on each server, with the variables that a launcher gives to them.
+
+    Args:
+        start: Takes the server and these variables.
+        hosts: Addresses, where each process has one of its own.
+    """
+    with socket.socket() as free:
+        free.bind(("", 0))
+        port = str(free.getsockname()[1])
+    main = {"MASTER_ADDR": hosts[0] if hosts else "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(len(servers))}
+    ranks = [main | {"RANK": str(i), "LOCAL_RANK": "0" if hosts else str(i)} for i in range(len(servers))]
+    with ThreadPoolExecutor(len(servers)) as pool:
+        return list(pool.map(start, servers, ranks))
 
 
 def serve() -> None:
@@ -175,6 +211,11 @@ def _become_the_script(job: dict, pipe: int) -> None:
     for descriptor, name in ((1, "output"), (2, "errors")):
         file = os.open(folder / name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND)
         os.dup2(file, descriptor)
+    signal.alarm(MOST_SECONDS)
+    if job["namespace"]:
+        with open(f"/run/netns/{job['namespace']}") as network:
+            assert ctypes.CDLL(None).setns(network.fileno(), 0) == 0
+    os.chdir(job["cwd"])
     os.environ |= job["environment"]
     sys.argv = [job["path"], *job["arguments"]]
     sys.path.insert(0, os.path.dirname(job["path"]))  # as for a script that Python starts

@@ -47,24 +47,6 @@ def test_fields_in_the_order_of_declaration_and_drawn_by_themselves():
     assert family.curve(3) == ("width", [{"width": w, "shade": "dark"} for w in (0.0, 3.0, 6.0)])
 
 
-def test_a_change_in_place_does_not_reach_other_tasks():
-    def change(self, conditions, images, labels):
-        for task, width in enumerate(conditions.width.round().int().tolist()):
-            images[task, ..., :width] = 0
-            labels[task] = (labels[task] + width) % 10
-        return images, labels
-
-    family = own(change)
-    conditions = [{"width": 0, "shade": "dark"}, {"width": 6, "shade": "dark"}]
-    together = batch(family, *conditions)
-    for i, condition in enumerate(conditions):
-        alone = batch(family, condition)
-        assert torch.equal(together["pixel_values"][i], alone["pixel_values"][0])
-        assert torch.equal(together["labels"][i], alone["labels"][0])
-    _, labels = family.pixels("train")  # nor the data set
-    assert torch.equal(labels[INDICES], together["labels"][0])
-
-
 def noise(self, conditions, images, labels, generator):
     return images + 0.1 * conditions.over(images).width * generator.randn_like(images), labels
 

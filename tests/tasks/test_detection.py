@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from support.torch_home import put_weights
 from torch import nn
 from torch.func import functional_call
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -170,10 +171,8 @@ def test_pretrained_weights(tmp_path, monkeypatch):
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
     name = "ssdlite320_mobilenet_v3_large"
     weights = get_model_weights(name).COCO_V1
-    cached = tmp_path / "torch" / "hub" / "checkpoints" / weights.url.rpartition("/")[2]
-    cached.parent.mkdir(parents=True)
-    pretrained = get_model_builder(name)(weights_backbone=None, num_classes=91).state_dict()
-    torch.save(pretrained, cached)
+    cached = put_weights(tmp_path / "torch", f"{name}:COCO_V1")
+    pretrained = torch.load(cached)
     (tmp_path / "own").mkdir()
     task = ObjectDetectionTask(f"{name}:COCO_V1", write_boxes(tmp_path / "own"))
     labels = [int(target["labels"][0]) for target in task.load_split("test").__getitems__([0, 1])["targets"]]

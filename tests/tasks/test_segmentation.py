@@ -5,9 +5,9 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from support.torch_home import put_weights
 from torch import nn
 from torch.func import functional_call
-from torchvision.models import get_model_builder, get_model_weights
 
 from pdiff_hf.networks.runner import NetworkRunner
 from pdiff_hf.run.config import PDiffConfig
@@ -151,11 +151,7 @@ def test_pretrained_weights(tmp_path, monkeypatch):
     torch.manual_seed(0)
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
     model = f"{SMALL}:COCO_WITH_VOC_LABELS_V1"
-    weights = get_model_weights(SMALL).COCO_WITH_VOC_LABELS_V1
-    cached = tmp_path / "torch" / "hub" / "checkpoints" / weights.url.rpartition("/")[2]
-    cached.parent.mkdir(parents=True)
-    pretrained = get_model_builder(SMALL)(weights_backbone=None, num_classes=21).state_dict()
-    torch.save(pretrained, cached)
+    pretrained = torch.load(put_weights(tmp_path / "torch", model))
     network = SemanticSegmentationTask(model, write_masks(tmp_path / "masks"), image_size=16).load_base_model()
     assert all(torch.equal(tensor, pretrained[key]) for key, tensor in network.state_dict().items())
     task = SemanticSegmentationTask(
