@@ -44,7 +44,7 @@ def test_the_number_of_networks_does_not_change_a_bit(size, scheduler_class):
         pipe.scheduler = scheduler_class.from_config(pipe.scheduler.config)
     many = sample(pipe, 130)
     assert len(many.unique(dim=0)) == 130
-    for num_models in (1, 2, 3, 7, 8, 9, 39, 40, 41, 80, 81, 129):
+    for num_models in (1, 3, 8, 9, 40, 41, 129):
         assert torch.equal(sample(pipe, num_models), many[:num_models])
     latents = sample(pipe, 130, output_type="latent")
     assert torch.equal(sample(pipe, 3, output_type="latent"), latents[:3])

@@ -182,10 +182,18 @@ def together(
 
 
 def serve() -> None:
-    import pdiff_hf.run.export  # noqa: F401
-    import pdiff_hf.run.trainer  # noqa: F401
-    import pdiff_hf.scripts.costs  # noqa: F401
-    import pdiff_hf.scripts.saved  # noqa: F401
+    from PIL import Image
+
+    import pdiff_hf.run.export
+    import pdiff_hf.run.trainer
+    import pdiff_hf.scripts.costs
+    import pdiff_hf.scripts.opponents
+    import pdiff_hf.scripts.saved
+    import pdiff_hf.scripts.tuned_baselines  # noqa: F401
+    from pdiff_hf.evaluation import plots
+
+    Image.init()
+    plots.draw_figures = lambda *args, **kwargs: None  # which take longer than all else
 
     for line in sys.stdin:
         job = json.loads(line)
