@@ -1,7 +1,7 @@
 """How like held-out data a set of data is, and how new: Fréchet distance, nearness to training data, and the rest."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,17 +26,26 @@ LIKE = 0.05  # in nearness: sets that differ by less are as new as each other
 SPLITS: tuple[Split, ...] = ("train", "test")
 COPY_QUANTILE = 0.01  # of held-out data's distances: what is nearer is a copy
 NEIGHBOURS, RESAMPLES = 5, 200
-# The classifier of the data set, whose features sets are compared by.
-CLASSIFIER = LoopArguments(500, 64, 2e-3, weight_decay=0.01)
+# The classifiers of the data set, whose features sets are compared by.
+CLASSIFIER, CLASSIFIERS = LoopArguments(500, 64, 2e-3, weight_decay=0.01), 3
 WIDTH = 48
 AT_ONCE = 100  # data that it sees at once
 
 
 class Features(nn.Module):
-    """A small classifier of data, `(N, C, H, W)` or `(N, F)`; what its last layer gets are features."""
+    """
+    Small classifiers of data, `(N, C, H, W)` or `(N, F)`; what their last layers get are features. There are several,
+    because the distance between two sets depends on the classifier.
+    """
 
     def __init__(self, shape: Sequence[int], num_classes: int):
         super().__init__()
+        self.bodies = nn.ModuleList(self._body(shape) for _ in range(CLASSIFIERS))
+        heads = (nn.Sequential(nn.Dropout(0.2), nn.Linear(WIDTH, num_classes)) for _ in range(CLASSIFIERS))
+        self.heads = nn.ModuleList(heads)
+
+    @staticmethod
+    def _body(shape: Sequence[int]) -> nn.Module:
         if len(shape) == 3:
             body, channels = [], shape[0]
             for width in (WIDTH // 2, WIDTH):
@@ -46,13 +55,16 @@ class Features(nn.Module):
             body += [nn.Flatten(), nn.Linear(WIDTH * -(-shape[1] // 4) * -(-shape[2] // 4), WIDTH)]
         else:
             body = [nn.Linear(shape[0], 4 * WIDTH), nn.ReLU(), nn.Linear(4 * WIDTH, WIDTH)]
-        self.body, self.head = (
-            nn.Sequential(*body, nn.ReLU()),
-            nn.Sequential(nn.Dropout(0.2), nn.Linear(WIDTH, num_classes)),
-        )
+        return nn.Sequential(*body, nn.ReLU())
+
+    def features(self, data: Tensor) -> Tensor:
+        """Those of all classifiers, `(N, CLASSIFIERS WIDTH)`."""
+        return torch.cat([body(data) for body in self.bodies], 1)
 
     def forward(self, data: Tensor) -> Tensor:
-        return self.head(self.body(data))
+        """Logits of each classifier, `(N, CLASSIFIERS, classes)`."""
+        pairs = zip(self.bodies, self.heads, strict=True)
+        return torch.stack([head(body(data)) for body, head in pairs], 1)
 
 
 class Judge:
@@ -115,7 +127,8 @@ class Judge:
 
         def loss(model: nn.Module, indices: Tensor, generator: torch.Generator) -> Tensor:
             rows = indices.cpu()
-            return F.cross_entropy(model(inputs[rows].to(loop.device)), labels[rows].to(loop.device))
+            targets = labels[rows].repeat_interleave(CLASSIFIERS).to(loop.device)
+            return F.cross_entropy(model(inputs[rows].to(loop.device)).flatten(0, 1), targets)
 
         loop.train(self.classifier, loss, len(inputs), CLASSIFIER, description="classifier for features")
         self.classifier.cpu().eval()
@@ -124,16 +137,16 @@ class Judge:
     def classify(self, outputs: Tensor) -> Tensor:
         """Numbers of classes, `(N,)`."""
         assert self.classifier is not None
-        return self._in_parts(self.classifier, outputs).argmax(1)
+        return self._in_parts(self.classifier, outputs).softmax(-1).mean(1).argmax(1)
 
-    def _in_parts(self, network: nn.Module, outputs: Tensor) -> Tensor:
+    def _in_parts(self, network: Callable[[Tensor], Tensor], outputs: Tensor) -> Tensor:
         return torch.cat([network(self._inputs(part)) for part in outputs.split(AT_ONCE)])
 
     @torch.no_grad()
     def _raw_features(self, outputs: Tensor) -> Tensor:
         found = self.task.features(outputs)
         if found is None:
-            found = self.flat(outputs) if self.classifier is None else self._in_parts(self.classifier.body, outputs)
+            found = self.flat(outputs) if self.classifier is None else self._in_parts(self.classifier.features, outputs)
         return found.double()
 
     def features(self, outputs: Tensor) -> Tensor:

@@ -29,7 +29,7 @@ COVERAGE = {name: (name, ".2f") for name in metrics.COVERAGE}
 SET_MEASURES = {"nearness": ("nearness", ".2f"), "copies": ("copies (%)", ".1f"), "two_sample": ("1-NN", ".2f")}
 SET_MEASURES |= COVERAGE | {"class_accuracy": ("class (%)", ".1f"), "decibels": ("dB", ".1f")}
 ABOUT_SETS = (
-    "Sets of data are compared with held-out data. The Fréchet distance is that of features (of a classifier of the "
+    "Sets of data are compared with held-out data. The Fréchet distance is that of features (of classifiers of the "
     "data set, unless others were given), in percent of their variance; lower is better. Nearness is the median "
     "distance to the nearest training datum over that of held-out data: 1 is natural, less is closer to copies. Copies "
     "are data nearer than the nearest 1% of held-out data. The last column says how generated networks compare with "

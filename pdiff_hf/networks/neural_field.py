@@ -3,11 +3,23 @@
 import math
 
 import torch
+import torch.nn.functional as F
 from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from torch import nn
 
 KINDS = ("siren", "fourier")
+
+
+class ScaledLinear(nn.Linear):
+    """A linear layer times a constant, which multiplies the few weights and not the many outputs."""
+
+    def __init__(self, in_features: int, out_features: int, scale: float):
+        super().__init__(in_features, out_features)
+        self.scale = scale
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        return F.linear(hidden, self.scale * self.weight, self.scale * self.bias)
 
 
 class NeuralField(ModelMixin, ConfigMixin):
@@ -46,7 +58,9 @@ class NeuralField(ModelMixin, ConfigMixin):
             raise ValueError("in_features, out_features, width and num_layers must be at least 1")
         inputs = in_features * (1 + 2 * num_frequencies) if kind == "fourier" else in_features
         sizes = [inputs, *[width] * num_layers, out_features]
-        layers = [nn.Linear(*pair) for pair in zip(sizes[:-1], sizes[1:], strict=True)]
+        *hidden, last = zip(sizes[:-1], sizes[1:], strict=True)
+        scale = omega if kind == "siren" else 1.0
+        layers = [*(ScaledLinear(*pair, scale) for pair in hidden), nn.Linear(*last)]
         self.layers = nn.ModuleList(layers)
         if kind == "siren":
             for i, layer in enumerate(layers):
@@ -62,6 +76,5 @@ class NeuralField(ModelMixin, ConfigMixin):
             hidden = torch.cat([hidden, angles.sin(), angles.cos()], dim=-1)
         *layers, last = self.layers
         for layer in layers:
-            hidden = layer(hidden)
-            hidden = (self.config.omega * hidden).sin() if self.config.kind == "siren" else hidden.relu()
+            hidden = layer(hidden).sin() if self.config.kind == "siren" else layer(hidden).relu()
         return last(hidden)

@@ -62,8 +62,8 @@ class DataTask(Task):
 
     def features(self, outputs: torch.Tensor) -> torch.Tensor | None:
         """
-        What sets of data are compared by, `(N, F)`; None for what a classifier has learned that is trained on the first
-        field of words, or else for principal components.
+        What sets of data are compared by, `(N, F)`; None for what classifiers have learned, which are trained on the
+        first field of words, or else for principal components.
         """
         return None
 

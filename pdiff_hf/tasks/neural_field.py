@@ -39,7 +39,7 @@ class NeuralFieldTask(ImageTask, DataTask):
             numbers. By default the class, if there is one; none for `[]`.
         start (`str`, *optional*, defaults to `"mean"`): See [`DataTask`].
         fid_features (`str`, *optional*): `inception`, or an image classifier of transformers or timm, whose features
-            sets of images are compared by. By default a small classifier is trained on the data set.
+            sets of images are compared by. By default three small classifiers are trained on the data set.
     """
 
     model: str = "siren"
