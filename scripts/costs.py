@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -126,7 +126,25 @@ def estimate_training(
             return model(sample, torch.zeros(batch_size, device=model.device)).sample.square().mean()
         return model.reconstruction_loss(model(torch.zeros(batch_size, *model.token_shape, device=model.device)))
 
-    flops, activations, weights = _count(build, loss, length, batch_size)
+    def count(length: int, batch_size: int) -> tuple[int, int, int]:
+        """Operations of one training step, bytes that it keeps beside the weights, and bytes of these."""
+        with torch.device("meta"):
+            model = build(length)
+        weights = {id(parameter) for parameter in model.parameters()}
+        kept: dict[int, int] = {}
+
+        def pack(tensor: torch.Tensor) -> torch.Tensor:
+            if id(tensor) not in weights:
+                storage = tensor.untyped_storage()
+                kept[storage._cdata] = storage.nbytes()
+            return tensor
+
+        with FlopCounterMode(display=False) as counter, torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+            loss(model, batch_size).backward()
+        trained, fixed = (sum(t.nbytes for t in tensors) for tensors in (model.parameters(), model.buffers()))
+        return counter.get_total_flops(), sum(kept.values()) + fixed, trained
+
+    flops, activations, weights = count(length, batch_size)
     # Of each weight itself, its gradient, the optimizer's two, and the average of a denoiser's.
     memory = activations + (5 if is_denoiser else 4) * weights
     if device.type == "meta":
@@ -134,42 +152,16 @@ def estimate_training(
     budget = MEASURED_FLOPS[device.type if device.type in MEASURED_FLOPS else "cpu"]
     # The length first, as operations and weights grow with it alike; the cost of using weights does not with the batch.
     small_length = min(length, max(SHORTEST_MEASURED, int(length * budget / flops)))
-    small_flops, _, _ = _count(build, loss, small_length, batch_size)
-    small_batch = max(1, min(batch_size, int(batch_size * budget / small_flops)))
-    small_flops, _, _ = _count(build, loss, small_length, small_batch)
-    seconds = _time_step(build(small_length).to(device), loss, small_batch)
-    return TrainingCost(flops * num_steps, memory, seconds * flops / small_flops * num_steps)
-
-
-def _count(build: Callable, loss: Callable, length: int, batch_size: int) -> tuple[int, int, int]:
-    """Operations of one training step, bytes that it keeps beside the weights, and bytes of these."""
-    with torch.device("meta"):
-        model = build(length)
-    weights = {id(parameter) for parameter in model.parameters()}
-    kept: dict[int, int] = {}
-
-    def pack(tensor: torch.Tensor) -> torch.Tensor:
-        if id(tensor) not in weights:
-            storage = tensor.untyped_storage()
-            kept[storage._cdata] = storage.nbytes()
-        return tensor
-
-    with FlopCounterMode(display=False) as counter, torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        loss(model, batch_size).backward()
-    weights, fixed = (sum(t.nbytes for t in tensors) for tensors in (model.parameters(), model.buffers()))
-    return counter.get_total_flops(), sum(kept.values()) + fixed, weights
-
-
-def _time_step(model: Any, loss: Callable, batch_size: int) -> float:
-    """Seconds of a training step: the shorter of two, after one to warm up."""
+    small_batch = max(1, min(batch_size, int(batch_size * budget / count(small_length, batch_size)[0])))
+    model, times = build(small_length).to(device), []
     optimizer = torch.optim.AdamW(model.parameters())
-    times = []
-    for _ in range(3):
+    for _ in range(3):  # the first one warms up
         start = time.perf_counter()
-        loss(model, batch_size).backward()
+        loss(model, small_batch).backward()
         optimizer.step()
         optimizer.zero_grad()
-        if model.device.type == "cuda":
-            torch.cuda.synchronize(model.device)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
         times.append(time.perf_counter() - start)
-    return min(times[1:])
+    seconds = min(times[1:]) * flops / count(small_length, small_batch)[0]
+    return TrainingCost(flops * num_steps, memory, seconds * num_steps)
