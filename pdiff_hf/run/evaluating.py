@@ -127,7 +127,7 @@ def _passes_spent(context: RunContext) -> Spent:
     snapshots = base + training_cost(of_zoo, zoo.num_steps, zoo.batch_size)
     generator = snapshots
     if c.num_tune_steps:
-        record = json.loads((context.folder / names.STAGES / "tune.json").read_text(encoding="utf-8"))
+        record = context.files.record(context.stages["tune"]) or {}
         generator += training_cost(len(record["results"]["losses"]), args.num_tasks, args.num_examples)
     return Spent(base, snapshots, generator)
 

@@ -143,7 +143,7 @@ class RunFolder:
 
     def record_file(self, stage: Stage) -> Path:
         """Where the record of a stage is."""
-        return self / names.STAGES / f"{stage.name}.json"
+        return self / names.RECORDS / f"{stage.name}.json"
 
 
 def difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:

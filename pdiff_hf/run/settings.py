@@ -11,7 +11,7 @@ from functools import partial
 from .options import When, option
 
 common = partial(option, common=True)  # `--help` shows it
-STAGES = ("base", "collect", "autoencoder", "denoiser", "tune", "evaluate")
+STAGE_NAMES = ("base", "collect", "autoencoder", "denoiser", "tune", "evaluate")
 DEFAULT_DATASET = "digits"
 
 FAMILY = When(lambda c: c.has_family, "it is for a family of tasks, and this run has a single task")
@@ -59,7 +59,7 @@ class RunSection:
     """Where the run lives, and how it is executed."""
 
     output_dir: str | None = common(None, "Folder of the run; by default `outputs/` and the model's name.", path=True)
-    stages: list[str] = common(list(STAGES), "Which stages to execute.", choices=STAGES)
+    stages: list[str] = common(list(STAGE_NAMES), "Which stages to execute.", choices=STAGE_NAMES)
     seed: int = common(0, "Seed of the whole run.", min=0)
     resume_from_checkpoint: str | None = common(None, "Resume an unfinished stage.", choices=("latest",))
     overwrite_output_dir: bool = common(False, "Rerun stages whose settings have changed.")

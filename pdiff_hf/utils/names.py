@@ -12,7 +12,7 @@ TUNING = "tuning.json"  # in the folder of a tuned pipeline: how it was tuned
 EVALUATION = "evaluation"
 REPORT = "report.json"
 # Records of finished stages, checkpoints of the one at work, scores of networks, and what trackers write.
-STAGES = "stages"
+RECORDS = "stages"
 CHECKPOINTS = "checkpoints"
 SCORES = "scores"
 LOGS = "logs"
@@ -20,4 +20,4 @@ LOGS = "logs"
 
 def generator_folder(run: Path) -> Path:
     """Where the generator of a run is: tuned, if it was."""
-    return run / (TUNED if (run / STAGES / "tune.json").is_file() else PIPELINE)
+    return run / (TUNED if (run / RECORDS / "tune.json").is_file() else PIPELINE)

@@ -13,7 +13,7 @@ from pdiff_hf.run.cli import ConfigParser, load_config
 from pdiff_hf.run.config import PDiffConfig
 from pdiff_hf.run.context import stage_settings
 from pdiff_hf.run.options import default_of
-from pdiff_hf.run.settings import SECTIONS, STAGES as STAGE_NAMES, AutoencoderArgs, CollectArgs
+from pdiff_hf.run.settings import SECTIONS, STAGE_NAMES, AutoencoderArgs, CollectArgs
 from pdiff_hf.run.stages import STAGES
 from pdiff_hf.training.loop import OPTIMIZERS
 
