@@ -97,23 +97,19 @@ def num_components(num_parameters: int, num_snapshots: int | None = None) -> int
 
 
 @torch.no_grad()
-def encode_in_batches(
-    autoencoder: "ParameterAutoencoder", parameters: torch.Tensor, rows: torch.Tensor | None = None
-) -> torch.Tensor:
+def encode_in_batches(autoencoder: "ParameterAutoencoder", parameters: torch.Tensor) -> torch.Tensor:
     """
     Latents of many networks on the CPU, without a copy of their parameters.
 
     Args:
         parameters (`torch.Tensor`): Shape `(K, D)`; it may be mapped from a file, and be on another device.
-        rows (`torch.Tensor`, *optional*): Indices of those to encode, shape `(N,)`; all by default.
     """
     in_parts = InParts("networks")
 
     def encode(part: torch.Tensor) -> torch.Tensor:
-        return autoencoder.encode(parameters, part).latents.cpu()
+        return autoencoder.encode(part).latents.cpu()
 
-    rows = torch.arange(len(parameters)) if rows is None else rows
-    return torch.cat([in_parts(encode, batch) for batch in rows.split(BATCH_SIZE)])
+    return torch.cat([in_parts(encode, batch) for batch in parameters.split(BATCH_SIZE)])
 
 
 class ParameterAutoencoder(TokenModel, ConfigMixin):
@@ -298,9 +294,9 @@ class ParameterAutoencoder(TokenModel, ConfigMixin):
         return self.decoder(latents.to(self.dtype))[:, :, : self.token_shape[1]]
 
     @apply_forward_hook  # that moves an offloaded model to its device
-    def encode(self, parameters: torch.Tensor, rows: torch.Tensor | None = None) -> ParameterEncoderOutput:
-        """Parameters `(K, D)` in natural units to standardised latents `(N, L)`: of the rows `rows`, `(N,)`, or all."""
-        latents = self._encode(self.tokenize(parameters, rows)).float()
+    def encode(self, parameters: torch.Tensor) -> ParameterEncoderOutput:
+        """Parameters `(N, D)` in natural units to standardised latents `(N, L)`."""
+        latents = self._encode(self.tokenize(parameters)).float()
         return ParameterEncoderOutput(latents=(latents - self.latent_mean) / self.latent_std)
 
     @apply_forward_hook

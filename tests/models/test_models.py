@@ -194,7 +194,7 @@ def test_snapshots_are_chosen_by_index(architecture):
         assert torch.equal(chosen.state_dict()[name], tensor), name
     assert torch.equal(chosen.tokenize(parameters, rows), whole.tokenize(parameters[rows]))
     with torch.no_grad():
-        assert torch.equal(encode_in_batches(chosen, parameters, rows), whole.encode(parameters[rows]).latents)
+        assert torch.equal(encode_in_batches(chosen, parameters[rows]), whole.encode(parameters[rows]).latents)
         many = correlated(150, 100, 40)
         expected = torch.cat([whole.encode(batch).latents for batch in many.split(64)])
         assert torch.equal(encode_in_batches(whole, many), expected)
