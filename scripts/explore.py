@@ -34,6 +34,7 @@ from pdiff_hf.scripts.watch import LETTERS, drawing
 from pdiff_hf.snapshots import load_snapshots, parameter_matrix
 from pdiff_hf.snapshots.dataset import condition_table
 from pdiff_hf.tasks import ClassificationTask
+from pdiff_hf.tasks.data_task import DataTask
 from pdiff_hf.tasks.labels import LabelledTask
 from pdiff_hf.utils import names
 from pdiff_hf.utils.terminal import shorten
@@ -118,6 +119,8 @@ def _load_task(source: Source, recipe_file: Path, folder: Path | None) -> None:
     if folder is None and ":" in f"{recipe.task}{recipe.family or ''}":
         raise ValueError("they are for a task of their author's own, whose code is not run from a repository")
     task = recipe.make_task()
+    if isinstance(task, DataTask):
+        return  # a tab of their own shows data
     if not isinstance(task, ClassificationTask):
         raise ValueError(f"networks for {recipe.task} are not classifiers; scripts/evaluate.py measures them")
     family = recipe.make_family(task)

@@ -71,8 +71,11 @@ class DataAtWork:
         nearest = self.nearest(self.task.render_all(self.networks, found))
         large = self.task.render_all(self.networks, found, self.task.coordinates(int(resolution)))
         pairs = zip(self._pictures(large), self._pictures(nearest), strict=True)
-        cells = (f"<figure>{new}{old}<figcaption>generated, nearest</figcaption></figure>" for new, old in pairs)
-        return f'<div style="{STYLE}">{"".join(cells)}</div>'
+        cells = (f'<figure>{new}<div style="height:4px"></div>{old}</figure>' for new, old in pairs)
+        about = (
+            "<p>Above what is generated, at that resolution, and below the training datum that is nearest to it.</p>"
+        )
+        return f'{about}<div style="{STYLE}">{"".join(cells)}</div>'
 
     def complete(self, number: int, part: str) -> str:
         """HTML: a held-out datum, the half of it that is known, and what networks say of the rest."""
@@ -141,15 +144,16 @@ def _load_data(name: str, *changed: int) -> DataAtWork | None:
     return DataAtWork(pipe, task)
 
 
-def data_tab(name: gr.Textbox, opened: Any) -> None:
+def data_tab(name: gr.Textbox, opened: Any, tabs: gr.Tabs) -> None:
     """
     Adds the tab, to be called among the others.
 
     Args:
         name (`gr.Textbox`): What the reader has named.
         opened: A component that changes when a generator has been opened.
+        tabs (`gr.Tabs`): Of the page, of which this one is shown first where there are data.
     """
-    with gr.Tab("Data", visible=False) as tab:
+    with gr.Tab("Data", id="data", visible=False) as tab:
         with gr.Row():
             word = gr.Dropdown([ANY], value=ANY, label="condition", interactive=True, min_width=120)
             guidance = gr.Slider(1, 4, 1, step=0.5, label="guidance", min_width=120)
@@ -169,6 +173,7 @@ def data_tab(name: gr.Textbox, opened: Any) -> None:
         _, words = data.words()
         return {
             tab: gr.Tab(visible=True),
+            tabs: gr.Tabs(selected="data"),
             word: gr.Dropdown([ANY, *words], value=ANY),
             guidance: gr.Slider(interactive=data.pipe.denoiser.knows_no_condition),
             number: gr.Slider(maximum=len(data.task.signals("test")) - 1, value=0),
@@ -185,6 +190,6 @@ def data_tab(name: gr.Textbox, opened: Any) -> None:
         return "" if data is None or None in values else data.complete(*values)
 
     latest: dict[str, Any] = {"trigger_mode": "always_last", "show_progress": "hidden"}
-    opened.change(reopen, name, [tab, *settings[:2], number, drawn, completed], show_progress="hidden")
+    opened.change(reopen, name, [tab, tabs, *settings[:2], number, drawn, completed], show_progress="hidden")
     gr.on([box.input for box in settings], draw, [name, *settings], drawn, **latest)
     gr.on([box.input for box in half], complete, [name, *half], completed, **latest)

@@ -75,7 +75,10 @@ def describe(source: explore.Source) -> str:
     layout, base_model = source.pipe.autoencoder.layout, source.pipe.base_model
     what = "a network that is not part of it"
     if base_model is not None:
-        what = f"`{getattr(base_model.config, 'architecture', base_model.config.model_type)}`"
+        about = (
+            getattr(base_model.config, name, None) for name in ("architecture", "model_type")
+        )  # timm, transformers
+        what = f"`{next(filter(None, about), type(base_model).__name__)}`"
     data = "" if source.dataset is None else f" trained on `{source.dataset}`"
     size = f"{layout.num_parameters:,} parameters in {len(layout.names)} tensors"
     return "\n\n".join(
@@ -263,7 +266,7 @@ def build_app(pipeline_id: str = "") -> gr.Blocks:
                         label="Train a network on the task, to compare", visible=False, interactive=True
                     )
                     below = gr.HTML()
-                data_tab(name, about)
+                data_tab(name, about, tabs)
                 with gr.Tab("Accuracy"):
                     comparison_text = gr.Markdown()
                     comparison = gr.Image(**picture)

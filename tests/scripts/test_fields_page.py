@@ -24,9 +24,16 @@ def data(data_run, tmp_path_factory):
 
 def test_data_of_a_class_at_any_resolution_beside_the_nearest(data):
     shown = data.draw("3", 1.5, 20, 0)
-    assert len(re.findall("<img ", shown)) == 24 and shown.count("generated, nearest") == 12
+    assert len(re.findall("<img ", shown)) == 24 and "the training datum that is nearest" in shown
     assert data.draw("3", 1.5, 20, 0) == shown != data.draw("any", 1.5, 20, 0)
     assert data.words() == ("label", [str(digit) for digit in range(10)])
+
+
+def test_the_page_says_what_is_generated(data_run):
+    from pdiff_hf.scripts.explore import load_source
+    from pdiff_hf.scripts.page import describe
+
+    assert "parameters in 4 tensors of `NeuralField`" in describe(load_source(str(data_run.folder)))
 
 
 def test_half_of_a_held_out_datum(data, monkeypatch):
@@ -42,6 +49,6 @@ def test_the_tab_can_be_built():
 
     with gr.Blocks() as page:
         name, about = gr.Textbox(), gr.Markdown()
-        with gr.Tabs():
-            data_tab(name, about)
+        with gr.Tabs() as tabs:
+            data_tab(name, about, tabs)
     assert len(page.fns) == 3
