@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from support.evaluation import Regression, regression, snapshots_around
+from support.evaluation import regression, snapshots_around
 from torch import nn
 
 from pdiff_hf.evaluation.report_data import Metric
@@ -151,13 +151,3 @@ def test_every_network_is_measured_once_and_kept_by_content(tmp_path):
             model.load_state_dict(scorer.layout.unflatten(parameters[i]), strict=False)
             batch = task.collate(list(task.load_split("test")))
             torch.testing.assert_close(task.loss(model, batch).double(), values[i], rtol=1e-5, atol=1e-6)
-
-
-def test_a_task_that_does_not_say_how_networks_are_judged(made):
-    model, layout, _ = made
-
-    class Task(Regression.__mro__[2]):
-        load_base_model = load_split = fingerprint = collate = loss = None
-
-    with pytest.raises(ValueError, match="Task must be a ClassificationTask or a MeasuredTask"):
-        Scorer(Task(), model, layout)

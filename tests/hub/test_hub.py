@@ -245,16 +245,6 @@ def test_a_component_of_ones_own(published, pipe, tmp_path):
     assert torch.equal(single.conv_out.weight, make_pipeline(make_network()).denoiser.conv_out.weight)
 
 
-def test_cache_dir_is_used(published, tmp_path):
-    PDiffPipeline.from_pretrained(ID, cache_dir=tmp_path)
-    assert (tmp_path / "models--alice--generator" / "snapshots").is_dir()
-    published.requests.clear()
-    PDiffPipeline.from_pretrained(ID, cache_dir=tmp_path, local_files_only=True)
-    with pytest.raises(OSError):
-        PDiffPipeline.from_pretrained(ID, cache_dir=tmp_path / "empty", local_files_only=True)
-    assert not any("/resolve/" in request for request in published.requests)
-
-
 def test_private_repositories_need_the_token(hub, pipe, tmp_path):
     pipe.push_to_hub(ID, private=True)
     assert torch.equal(sample(PDiffPipeline.from_pretrained(ID, cache_dir=tmp_path / "a")), sample(pipe))

@@ -4,7 +4,6 @@ import copy
 
 import pytest
 import torch
-from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler, HeunDiscreteScheduler
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from pdiff_hf import LatentDenoiser, LayoutError, ParameterAutoencoder, ParameterLayout
@@ -73,14 +72,6 @@ def test_noise_reaches_the_input_and_the_latent_but_not_the_target():
         again = autoencoder(tokens, **noise, generator=torch.Generator().manual_seed(1))
         assert torch.equal(noisy.sample, again.sample) and torch.equal(noisy.target, clean.target)
         assert not torch.allclose(noisy.sample, clean.sample)
-
-
-def test_one_network_is_decoded_as_in_a_batch():
-    autoencoder = make_autoencoder(70)
-    latents = torch.randn(5, 4)
-    batch = autoencoder.decode(latents).sample
-    one_by_one = torch.cat([autoencoder.decode(latents[i : i + 1]).sample for i in range(5)])
-    torch.testing.assert_close(batch, one_by_one, atol=1e-5, rtol=1e-5)
 
 
 def test_the_autoencoder_learns():
@@ -255,21 +246,6 @@ def test_save_and_load_keep_every_bit_and_statistics_stay_float32(token_size, tm
     loaded = LatentDenoiser.from_pretrained(tmp_path / "denoiser").eval()
     sample = torch.randn(2, 8)
     assert torch.equal(loaded(sample, 5).sample, denoiser.eval()(sample, 5).sample)
-
-
-@pytest.mark.parametrize(
-    "scheduler_class", [DDPMScheduler, DDIMScheduler, DPMSolverMultistepScheduler, HeunDiscreteScheduler]
-)
-def test_the_denoiser_works_with_the_schedulers_of_diffusers(scheduler_class):
-    denoiser = LatentDenoiser(8, block_out_channels=(4, 4), bottleneck_dim=8, embedding_dim=16).eval()
-    scheduler = scheduler_class(num_train_timesteps=100)
-    scheduler.set_timesteps(5)
-    sample = torch.randn(2, 8) * scheduler.init_noise_sigma
-    for timestep in scheduler.timesteps:
-        with torch.no_grad():
-            prediction = denoiser(scheduler.scale_model_input(sample, timestep), timestep).sample
-        sample = scheduler.step(prediction, timestep, sample).prev_sample
-    assert sample.isfinite().all()
 
 
 def test_denoiser_timesteps_one_for_all_or_one_each():

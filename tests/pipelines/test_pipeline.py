@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_model
 from support.pipelines import LATENT_DIM, make_network, make_pipeline, sample
 from transformers import AutoConfig, AutoModelForImageClassification
 
-from pdiff_hf import LatentDenoiser, LayoutError, ParameterAutoencoder, PDiffPipeline
+from pdiff_hf import LatentDenoiser, LayoutError, PDiffPipeline
 
 
 @pytest.fixture(scope="module")
@@ -171,14 +171,6 @@ def test_every_format_is_loaded_as_it_was_saved_and_leaves_nothing_of_the_one_be
     }
     make_pipeline(base_model, base_model=None).save_pretrained(tmp_path)
     assert not (tmp_path / "base_model").exists()
-
-
-def test_an_autoencoder_alone_replaces_the_one_before(base_model, tmp_path):
-    first, second = (make_pipeline(base_model, seed=seed).autoencoder for seed in range(2))
-    first.save_pretrained(tmp_path)
-    second.save_pretrained(tmp_path, safe_serialization=False)
-    loaded = ParameterAutoencoder.from_pretrained(tmp_path)
-    assert all(torch.equal(tensor, second.state_dict()[name]) for name, tensor in loaded.state_dict().items())
 
 
 def test_a_failed_save_leaves_the_pipeline_before(base_model, tmp_path, monkeypatch):

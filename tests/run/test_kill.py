@@ -5,7 +5,6 @@ import shutil
 import signal
 
 import pytest
-from filelock import FileLock
 from support.run_server import FLAGS, RESUME, STAGES, files
 
 
@@ -69,17 +68,6 @@ def test_killed_while_an_older_result_is_replaced_it_takes_neither_for_the_other
     result = run_server.run(folder, *FLAGS, "--stages=denoiser")
     assert result.status == 0, result.errors
     assert files(folder) == files(expected)
-
-
-@pytest.mark.slow
-def test_a_second_run_in_the_folder_ends_with_one_line(run_server, tmp_path):
-    folder = tmp_path / "out"
-    folder.mkdir()
-    with FileLock(folder / ".lock"):
-        result = run_server.run(folder, *FLAGS)
-    assert result.status == 1
-    assert f"error: another run is at work in '{folder}'" in result.errors and "Traceback" not in result.errors
-    assert [path.name for path in folder.iterdir()] == [".lock"]
 
 
 @pytest.mark.slow

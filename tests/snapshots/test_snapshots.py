@@ -37,17 +37,6 @@ def test_round_trip(tmp_path):
     assert torch.equal(parameter_matrix(dataset.select([3, 1]), layout), parameters[[3, 1]])
 
 
-def test_the_folder_is_a_data_set_repository(tmp_path):
-    parameters = torch.randn(4, 10)
-    folder = str(write(tmp_path / "snapshots", parameters))
-    rows = datasets.load_dataset(folder, "default", split="train", cache_dir=tmp_path / "cache")
-    assert torch.equal(torch.tensor(rows["parameters"][:]), parameters)
-    layout = datasets.load_dataset(folder, "layout", split="train", cache_dir=tmp_path / "cache")
-    assert layout["name"][:] == list(LAYOUT.names)
-    streamed = list(datasets.load_dataset(folder, "default", split="train", streaming=True))
-    assert torch.equal(torch.tensor([row["parameters"] for row in streamed]), parameters)
-
-
 def test_nothing_is_left_of_a_block_that_fails(tmp_path):
     with pytest.raises(KeyError), SnapshotWriter(tmp_path / "snapshots", LAYOUT) as writer:
         writer.write(torch.zeros(10), step=0, seed=0)

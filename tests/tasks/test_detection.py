@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from support.runs import whole_job
 from support.torch_home import put_weights
 from torch import nn
 from torch.func import functional_call
@@ -14,8 +15,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torchvision.models import get_model_builder, get_model_weights
 
 from pdiff_hf.networks.runner import NetworkRunner
-from pdiff_hf.run.config import PDiffConfig
-from pdiff_hf.run.trainer import execute, prepare
 from pdiff_hf.selection import select_layout
 from pdiff_hf.tasks import ObjectDetectionTask
 
@@ -249,32 +248,17 @@ def test_augmentation_moves_boxes_with_their_objects(task, canvases):
 
 
 def test_the_whole_job(tmp_path, canvases):
-    recipe = PDiffConfig(
-        output_dir=str(tmp_path / "out"),
-        stages=["base", "collect", "autoencoder", "denoiser"],
+    run, parameters = whole_job(
+        tmp_path / "out",
         task="object_detection",
         model=DETECTOR,
         dataset=canvases,
-        image_size=32,
         model_args=json.dumps(PROPOSALS),
         max_train_samples=8,
-        max_eval_samples=4,
-        base_epochs=1,
         base_batch_size=4,
         select=["roi_heads.box_predictor.cls_score*"],
-        num_snapshots=6,
         collect_batch_size=4,  # examples come up several times, but their proposals follow from no fixed number
         collect_learning_rate=1e-3,
-        latent_dim=4,
-        autoencoder_steps=3,
-        denoiser_steps=3,
-        num_models=2,
     )
-    run = prepare(recipe)
-    execute(run)
-    run = prepare(recipe)  # all of it read from the folder
-    generated = run.pipeline(num_models=2, num_inference_steps=2, output_type="pt").parameters
-    parameters = torch.cat([run.parameters, generated.cpu().float()])
-    assert run.parameters.shape == (6, run.layout.num_parameters) and len(run.parameters.unique(dim=0)) == 6
     ap = run.task.measure(NetworkRunner(run.base_model, run.layout), "validation", parameters)
     assert ap.shape == (8,) and ((ap >= 0) & (ap <= 100)).all()

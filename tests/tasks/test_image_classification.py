@@ -158,30 +158,6 @@ def test_local_folders_with_and_without_a_validation_or_test_split(tmp_path):
     assert [len(task.load_split(s)) for s in ("train", "validation", "test")] == [48, 12, 9]
 
 
-@pytest.mark.parametrize(
-    ("image", "labels"),
-    [  # columns as data sets of the paper have them, and a number of classes for each
-        ("image", {"label": 5, "image_id": None, "label_cat_dog": 2}),  # Oxford-IIIT Pet
-        ("img", {"label": 3}),  # CIFAR-10
-    ],
-)
-def test_the_columns_are_found(image, labels, tmp_path):
-    numbers = np.arange(60)
-    pixels = [Image.fromarray(np.full((8, 8, 3), n, dtype=np.uint8)) for n in numbers]
-    columns, features = {image: pixels}, {image: datasets.Image()}
-    for name, count in labels.items():
-        columns[name] = (numbers % count).tolist() if count else [f"image {n}" for n in numbers]
-        features[name] = datasets.ClassLabel(num_classes=count) if count else datasets.Value("string")
-    rows = datasets.Dataset.from_dict(columns, features=datasets.Features(features))
-    (tmp_path / "data").mkdir()
-    for split in ("train", "test"):
-        rows.to_parquet(tmp_path / "data" / f"{split}-0.parquet")
-    task = ImageClassificationTask("test_resnet", str(tmp_path), image_size=8)
-    count = max(number for number in labels.values() if number)
-    assert len(task.class_names) == count
-    assert all_of(task.load_split("test"))["labels"].tolist() == (numbers % count).tolist()
-
-
 def test_labels_that_are_plain_numbers_and_limits(tmp_path):
     make_folder(tmp_path, {"train": 60, "test": 30}, label_feature=datasets.Value("int64"))
     task = ImageClassificationTask("test_resnet", str(tmp_path), image_size=8, max_train_samples=10, max_eval_samples=7)

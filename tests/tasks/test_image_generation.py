@@ -17,7 +17,6 @@ from support.torch_home import put_inception
 from transformers import AutoModelForImageClassification, ViTConfig, ViTForImageClassification, ViTImageProcessor
 
 from pdiff_hf import PDiffPipeline
-from pdiff_hf.networks.prefix_cache import PrefixCache
 from pdiff_hf.networks.runner import NetworkRunner
 from pdiff_hf.run.config import PDiffConfig
 from pdiff_hf.run.context import RunContext
@@ -331,20 +330,6 @@ def test_measuring_many_networks_is_measuring_each_alone(folder):
             images = task.generate(model.eval(), noise)
         images = (images * 127.5 + 127.5).round().clamp(0, 255).to(torch.uint8)
         assert distances(task, "test", [images]) == pytest.approx([distance], rel=1e-3)
-
-
-def test_noise_is_never_cached(folder):
-    """Collection keeps what is the same each time; noise is not, and nor is what follows from it."""
-    task = make_task(folder, max_train_samples=50)
-    model = task.load_base_model()
-    models = NetworkRunner(model, select_layout(model, ["conv_out*"], []))
-    split = task.load_split("train")
-
-    def forward(indices):
-        batch = task.collate(take(split, indices.tolist()))
-        return lambda call: task.loss(call, batch)
-
-    assert PrefixCache.build(models, forward, 50, 16) is None
 
 
 def test_the_whole_job(finished, folder):

@@ -85,9 +85,3 @@ def test_a_family_says_which_task_it_takes():
     message = "family 'grouped' is over .* ImageClassificationTask or TextClassificationTask, got Clouds"
     with pytest.raises(ValueError, match=message):
         tasks.make_family("grouped", clouds)
-
-
-def test_own_classes_can_be_registered(monkeypatch):
-    monkeypatch.setitem(registry._registered, "task", dict(registry._registered["task"]))
-    assert tasks.register_task("clouds")(support.file_task.Clouds) is support.file_task.Clouds
-    assert task_class("clouds") is support.file_task.Clouds and "clouds" in task_names()

@@ -5,13 +5,12 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from support.runs import whole_job
 from support.torch_home import put_weights
 from torch import nn
 from torch.func import functional_call
 
 from pdiff_hf.networks.runner import NetworkRunner
-from pdiff_hf.run.config import PDiffConfig
-from pdiff_hf.run.trainer import execute, prepare
 from pdiff_hf.selection import select_layout
 from pdiff_hf.tasks import SemanticSegmentationTask
 from pdiff_hf.tasks.semantic_segmentation import mean_iou, read_mask, voc_colours
@@ -208,30 +207,15 @@ def test_wrong_data_sets(tmp_path, canvases):
 
 
 def test_the_whole_job(tmp_path, canvases):
-    recipe = PDiffConfig(
-        output_dir=str(tmp_path / "out"),
-        stages=["base", "collect", "autoencoder", "denoiser"],
+    run, parameters = whole_job(
+        tmp_path / "out",
         task="semantic_segmentation",
         model=SMALL,
         dataset=canvases,
-        image_size=32,
         max_train_samples=16,
-        max_eval_samples=4,
-        base_epochs=1,
         base_batch_size=8,
-        num_snapshots=6,
         collect_batch_size=8,  # examples come up several times: what is frozen is computed once
         collect_learning_rate=1e-2,
-        latent_dim=4,
-        autoencoder_steps=3,
-        denoiser_steps=3,
-        num_models=2,
     )
-    run = prepare(recipe)
-    execute(run)
-    run = prepare(recipe)  # all of it read from the folder
-    generated = run.pipeline(num_models=2, num_inference_steps=2, output_type="pt").parameters
-    parameters = torch.cat([run.parameters, generated.cpu().float()])
-    assert run.parameters.shape == (6, run.layout.num_parameters) and len(run.parameters.unique(dim=0)) == 6
     miou = run.task.measure(NetworkRunner(run.base_model, run.layout), "validation", parameters)
     assert miou.shape == (8,) and ((miou >= 0) & (miou <= 100)).all()

@@ -1,7 +1,5 @@
 """Tuning for one task: the values of the objective, what each of its terms does, and that starts are kept."""
 
-import math
-
 import pytest
 import torch
 from accelerate import Accelerator
@@ -10,7 +8,6 @@ from support.families import make_family, make_generated, make_networks
 from pdiff_hf.training.ensembles import (
     EnsembleObjective,
     TunedEnsembles,
-    Tuning,
     ensemble_loss,
     error_overlap,
     validation_batch,
@@ -99,11 +96,6 @@ def test_each_term_does_what_it_is_for(tmp_path):
 
 def test_a_tuned_map_is_trained_along(tmp_path):
     assert tuned(EnsembleObjective(2), tmp_path, tuned_map=True)["loss"] < tuned(EnsembleObjective(2), tmp_path)["loss"]
-
-
-def test_how_it_was_tuned_survives_json():
-    tuning = Tuning(EnsembleObjective(4, 0.5, 0.1), 200, 32, 128, 2_457_600)
-    assert Tuning.from_dict(tuning.to_dict()) == tuning and math.isclose(tuning.to_dict()["objective"]["penalty"], 0.1)
 
 
 def test_the_first_loss_has_no_penalty():
