@@ -12,7 +12,7 @@ LATENT_TOO_SHORT = 0.9  # of the variance: what principal components of the late
 ALMOST_LINEAR = 0.05  # an autoencoder within this of the principal components cannot do much better
 MOST_COPIES = 2.0  # percent of a set of data, beyond which there is a warning
 SPACES = ("weights", "latents", "data")  # in which trivial generators of sets of data draw
-AS_GOOD = 0.5  # points: networks for other conditions that come as near say that conditions do not count
+AS_GOOD = 0.5  # points: networks for other conditions that are surely as near say that conditions do not count
 
 
 def write_verdict(report: ReportData) -> list[str]:
@@ -124,10 +124,17 @@ def find_warnings(report: ReportData) -> list[str]:
             "one."
         )
     for group in report.of_kind(Kind.CONTROL) if report.fields else ():
-        if group.verdict != BETTER or (group.comparisons[TEST].difference or 0.0) < AS_GOOD:
+        interval = group.comparisons[TEST].interval
+        if max(report.metric.sign * end for end in interval) < AS_GOOD:
             warnings.append(
                 f"Networks for other conditions are as good ({number(group.mean(), '.2f')}{unit(report)} against "
                 f"{number(generated.mean(), '.2f')}): the generator ignores what it is told."
+            )
+        elif group.verdict != BETTER:
+            ends = " to ".join(number(end, "+.1f") for end in interval)
+            warnings.append(
+                f"{len(report.conditions[TEST])} tasks cannot decide whether the generator ignores what it is told "
+                f"(its networks less those for other conditions: {ends}, 95%): raise --num_test_tasks."
             )
     if change := what_to_change(report):
         warnings.append(change)

@@ -200,7 +200,11 @@ def test_a_generator_that_ignores_its_conditions_is_warned_of(report):
     copy.groups.append(control)
     copy.compare()
     copy.describe()
-    assert "ignores what it is told" in find_warnings(copy)[0]
+    assert "the generator ignores what it is told" in find_warnings(copy)[0]
+    control.sets = {TEST: {"scores": [[s] for s in (20.0, 40.0, 80.0, 90.0, 100.0, 100.0)]}}  # six tasks cannot tell
+    copy.compare()
+    (warning,) = find_warnings(copy)
+    assert "6 tasks cannot decide whether" in warning and " to +" in warning and "as good" not in warning
     control.sets = {TEST: {"scores": [[30.0]] * 6}}
     copy.compare()
     copy.describe()
