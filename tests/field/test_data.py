@@ -92,12 +92,6 @@ def test_a_missing_value_among_classes_that_are_numbers(missing, bert, tmp_path)
     assert task.class_names == ["0", "1", "2"]
 
 
-def test_an_empty_cell_is_still_empty(bert, tmp_path):
-    write_csv(tmp_path / "t.csv", [(f"word {i}", "" if i == 7 else "ab"[i % 2]) for i in range(60)])
-    with pytest.raises(ValueError, match="column label, row 7: it is empty"):
-        TextClassificationTask(model=bert, dataset=str(tmp_path / "t.csv"))
-
-
 # ------------------------------------------------------------------------------------------------------------- labels
 
 

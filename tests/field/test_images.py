@@ -149,7 +149,6 @@ def test_images_that_cannot_be_used_are_named_or_left_out(name, message, tmp_pat
     ("row", "message"),
     [
         (("x y", ""), "column label, row 4: it is empty"),
-        (("x y", None), "column label, row 4: it is empty"),
         (("", "a"), "column text, row 4: it is empty"),
         (("  ", "a"), "column text, row 4: it is empty"),
     ],

@@ -279,11 +279,6 @@ def test_what_is_no_list_of_texts(texts, pipe):
         pipe.prepare({"text": texts})
 
 
-def test_texts_for_a_pipeline_without_a_tokenizer(pipe):
-    with pytest.raises(ValueError, match="texts need a tokenizer.*processor=AutoTokenizer"):
-        pipe.prepare({"text": ["good film"]})
-
-
 def test_a_network_of_this_packages_architectures_says_what_to_import(tmp_path):
     config = AutoConfig.for_model("timm_wrapper", architecture="mlp_mini", num_labels=4)
     pipe = make_pipeline(AutoModelForImageClassification.from_config(config).eval(), "norm")

@@ -94,7 +94,8 @@ def test_classes_that_nobody_can_tell_apart_are_said(tmp_path, caplog):
 
 
 @pytest.mark.parametrize(
-    ("labels", "message"), [(["cat"], "are of the class 'cat'"), (["inf", 1.5], "inf is no class")]
+    ("labels", "message"),
+    [(["cat"], "are of the class 'cat'"), (["inf", 1.5], "inf is no class"), ([0.5, 1.5], "row 0: 0.5 is no class")],
 )
 def test_what_is_not_several_classes(labels, message, tmp_path):
     with pytest.raises(ValueError, match=message):
@@ -173,12 +174,6 @@ def test_numbers_are_in_the_order_of_their_values(values, feature, names, ids):
     found, splits = number_labels({"train": rows}, "d")
     assert found == names and splits["train"]["label"][:] == ids
     assert splits["train"].features["label"].names == names
-
-
-def test_measurements_are_no_classes(tmp_path):
-    data = write_texts(tmp_path, [0.5, 1.5])
-    with pytest.raises(ValueError, match=r"split train, column label, row 0: 0.5 is no class"):
-        TextClassificationTask(save_bert(tmp_path / "model"), data)
 
 
 @pytest.mark.parametrize(

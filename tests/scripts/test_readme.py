@@ -120,7 +120,7 @@ def write_user_files(folder: Path) -> None:
 
 
 @pytest.mark.slow
-def test_everything_in_the_readme_runs(tmp_path, monkeypatch, hub, capsys):
+def test_everything_in_the_readme_runs(without_figures, quick_classifier, tmp_path, monkeypatch, hub, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "scripts").symlink_to(ROOT / "scripts")
     monkeypatch.setattr(sys, "path", [str(ROOT / "scripts"), *sys.path])
