@@ -273,7 +273,8 @@ def build_app(pipeline_id: str = "") -> gr.Blocks:
                 with gr.Tab("Process"):
                     gr.Markdown(
                         f"The first {WATCHED} networks that you sample, as they are denoised: their distance from the "
-                        f"snapshots' mean, and their accuracy on at most {WATCHED_EXAMPLES} test examples."
+                        f"snapshots' mean, and their accuracy on at most {WATCHED_EXAMPLES} test examples. It takes "
+                        "two denoising steps at least, which are among the expert settings."
                     )
                     with gr.Row():
                         accuracies = gr.Image(min_width=280, **picture)

@@ -62,6 +62,7 @@ class Watcher:
     """
     What is drawn of the reverse process: of a few networks at every step the distance to the mean of the snapshots, in
     standard deviations (1 is where snapshots lie), and the accuracy on some test examples of the task if there is one.
+    Before there are two steps nothing is drawn.
     """
 
     def __init__(self, source: "Source", choice: "Choice"):
@@ -88,6 +89,8 @@ class Watcher:
 
     @drawing(**LETTERS)
     def draw_distances(self, path: Path) -> None:
+        if len(self.steps) < 2:
+            return
         figure = Figure(figsize=(6.4, 4.2), layout="constrained")  # as the figure of the accuracies beside it
         axes = figure.subplots()
         axes.plot(self.steps, torch.stack(self.distances), color=GENERATED, alpha=0.6, marker=".")
@@ -100,5 +103,7 @@ class Watcher:
 
     @drawing(**LETTERS)
     def draw_accuracies(self, path: Path) -> None:
+        if len(self.steps) < 2:
+            return
         name, accuracy = self.reference
         plot_reverse_process(path, self.steps, torch.stack(self.accuracies, 1), accuracy, self.num_examples, name)
