@@ -82,6 +82,9 @@ def _complaints(context: RunContext) -> Iterator[str]:
                 "adapter_products is not for tuning on a single task, whose opponents work on the factors; leave one "
                 "of them out"
             )
+    rank = getattr(getattr(context.family, "base", None), "adapter_rank", None)
+    if rank and c.collects and not (tune_steps and c.adapter_products and fields):
+        yield f"adapter_rank={rank} is for adapters of a family that are tuned, as adapter_products; leave it out"
     if c.push_to_hub and "denoiser" not in c.stages and not context.is_finished("denoiser"):
         yield "push_to_hub needs a finished generator, which the chosen stages do not make"
     if c.recomputes_statistics and (fields or tune_steps):

@@ -42,6 +42,9 @@ logger = logging.getLogger(__name__)
 def train_base(context: RunContext, stage: Stage) -> None:
     """The network that everything else starts from: trained, or as the task gives it."""
     c = context.config
+    if PartialState().is_main_process:
+        context.task.prepare_run()
+    PartialState().wait_for_everyone()
     torch.manual_seed(named_seed(c.seed, "base weights"))
     model = without_wrapper(context.task.load_base_model())
     results = {}

@@ -18,9 +18,9 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from ..networks.adapters import find_base, load_adapter, load_network, widen_adapters
+from ..networks.adapters import load_network
 from ..networks.runner import NetworkRunner
-from .dataset import BadRows, DatasetTask, empty_rows
+from .dataset import AdaptedTask, BadRows, empty_rows
 from .labels import find_weights
 from .registry import register_task
 from .sources import load_raw
@@ -34,16 +34,12 @@ MEASURES = {"loss": ("loss of a token", "nats", False), "exact_match": ("exact m
 
 
 @dataclass
-class LanguageTask(DatasetTask):
+class LanguageTask(AdaptedTask):
     """
     What tasks of language models have in common.
 
-    Args beyond those of [`DatasetTask`]:
+    Args beyond those of [`AdaptedTask`]:
         max_length (`int`, *optional*, defaults to 128): Texts are cut to this many tokens, prompts at their start.
-        adapter (`str`, *optional*): Folder or Hub id of an adapter of PEFT that the model gets. Where `model` is one,
-            it becomes the adapter, and `model` the network that it belongs to.
-        adapter_rank (`int`, *optional*): The adapter is filled up with zeros to this rank, which tuned ones then use: a
-            run keeps this rank for them, or the adapter's own, whichever has the lower loss on validation tasks.
         dtype (`str`, *optional*, defaults to `"float32"`): Of the network's own weights; adapters stay in float32.
 
     Attributes:
@@ -54,8 +50,6 @@ class LanguageTask(DatasetTask):
     """
 
     max_length: int = 128
-    adapter: str | None = None
-    adapter_rank: int | None = None
     dtype: str = "float32"
 
     def __post_init__(self) -> None:
@@ -64,10 +58,7 @@ class LanguageTask(DatasetTask):
             raise ValueError("max_length must be at least 2: a token is predicted from those before it")
         if self.dtype not in ("float32", "bfloat16", "float16"):
             raise ValueError(f"dtype must be float32, bfloat16 or float16, got {self.dtype!r}")
-        if base := find_base(self.model):
-            self.model, self.adapter = base, self.adapter or self.model
-        if self.adapter_rank is not None and not self.adapter:
-            raise ValueError(f"adapter_rank={self.adapter_rank} is for a model with an adapter, and this one has none")
+        super().__post_init__()
         self._config, has_weights = find_weights(self.model)
         if not has_weights:
             raise ValueError(f"model '{self.model}' has no weights; a language model is not trained from nothing here")
@@ -92,12 +83,7 @@ class LanguageTask(DatasetTask):
 
     def load_base_model(self) -> PreTrainedModel:
         model = self._auto_class.from_pretrained(self.model, dtype=getattr(torch, self.dtype))
-        if self.adapter is None:
-            return model.eval()
-        model = load_adapter(model, self.adapter)
-        if self.adapter_rank is not None:
-            widen_adapters(model, self.adapter_rank)
-        return model
+        return self._with_adapter(model.eval())
 
     def save_base_model(self, model: nn.Module, folder: str | os.PathLike) -> None:
         """The network and its tokenizer."""

@@ -10,6 +10,8 @@ import datasets
 import numpy as np
 from sklearn.model_selection import train_test_split
 
+from ..lora import config_of_rank, is_lora
+from ..networks.adapters import adapter_config, find_base, load_adapter, widen_adapters
 from .sources import VALIDATION_NAMES
 from .task import Split, Task
 
@@ -129,6 +131,50 @@ class DatasetTask(Task):
             raise ValueError(f"{message}{more}; fix it, or leave it out with skip_bad_examples")
         logger.warning("%d of %d examples are left out, the first is %s", len(bad), len(rows), message)
         return rows.select([i for i in range(len(rows)) if i not in bad])
+
+
+@dataclass
+class AdaptedTask(DatasetTask):
+    """
+    What tasks have in common whose networks can have adapters of PEFT.
+
+    Args beyond those of [`DatasetTask`]:
+        adapter (`str`, *optional*): Folder or Hub id of an adapter of PEFT that the model gets. Where `model` is one,
+            it becomes the adapter, and `model` the network that it belongs to.
+        adapter_rank (`int`, *optional*): The adapter is filled up with zeros to this rank, which tuned ones then use: a
+            run keeps this rank for them, or the adapter's own, whichever has the lower loss on validation tasks.
+
+    Raises:
+        ValueError: when created, for an `adapter_rank` without an adapter, or one that is not above the adapter's own.
+    """
+
+    adapter: str | None = None
+    adapter_rank: int | None = None
+
+    def __post_init__(self) -> None:
+        if base := find_base(self.model):
+            self.model, self.adapter = base, self.adapter or self.model
+        if self.adapter_rank is None:
+            return
+        if not self.adapter:
+            raise ValueError(f"adapter_rank={self.adapter_rank} is for a model with an adapter, and this one has none")
+        config = adapter_config(self.adapter)
+        own = config.get("r") if is_lora(config) else None
+        if own is None or self.adapter_rank <= own:
+            rank = f"has the rank {own}" if own else f"is of the kind {config.get('peft_type')}, which has no rank"
+            raise ValueError(
+                f"adapter_rank={self.adapter_rank} is for adapters of a lower rank, and '{self.adapter}' {rank}; leave "
+                "it out, or choose twice the adapter's own"
+            )
+        config_of_rank(config, self.adapter_rank)  # an error where it can have no other
+
+    def _with_adapter(self, model: Any) -> Any:
+        """`model` with the task's adapter, if there is one, in place."""
+        if self.adapter:
+            model = load_adapter(model, self.adapter)
+        if self.adapter_rank is not None:
+            widen_adapters(model, self.adapter_rank)
+        return model
 
 
 def describe_row(dataset: str, split: str, column: str, row: int) -> str:

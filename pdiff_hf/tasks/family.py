@@ -267,6 +267,9 @@ class TaskFamily(Family):
     def predict(self, call: Callable, batch: Batch) -> torch.Tensor:
         return self.base.predict(call, batch)
 
+    def prepare_run(self) -> None:
+        self.base.prepare_run()
+
     def load_base_model(self) -> nn.Module:
         return self.base.load_base_model()
 
@@ -338,6 +341,9 @@ class FamilyTask(ClassificationTask):
     @property
     def new_head(self) -> str:  # type: ignore[override]  # follows what the family has loaded
         return getattr(getattr(self.family, "base", None), "new_head", "")
+
+    def prepare_run(self) -> None:
+        self.family.prepare_run()
 
     def load_base_model(self) -> nn.Module:
         return self.family.load_base_model()

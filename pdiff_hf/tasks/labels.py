@@ -16,8 +16,8 @@ import torch
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 from transformers.models.timm_wrapper import TimmWrapperConfig
 
-from ..networks.adapters import adapter_config, find_base, load_adapter, load_network
-from .dataset import BadRows, DatasetTask, choose_column, describe_row
+from ..networks.adapters import adapter_config, load_network
+from .dataset import AdaptedTask, BadRows, choose_column, describe_row
 from .task import ClassificationTask, Split
 
 logger = logging.getLogger(__name__)
@@ -37,7 +37,7 @@ NO_NAME = re.compile(r"LABEL_\d+")
 
 
 @dataclass
-class LabelledTask(DatasetTask, ClassificationTask):
+class LabelledTask(AdaptedTask, ClassificationTask):
     """
     What tasks with a class for every example have in common.
 
@@ -45,10 +45,8 @@ class LabelledTask(DatasetTask, ClassificationTask):
     where all names are numbers. A fine-tuned network keeps the order of its own outputs, which its config names in
     `id2label` or `label2id`.
 
-    Args:
+    Args beyond those of [`AdaptedTask`]:
         label_column (`str`, *optional*): By default `label` or `labels`, or else the only `ClassLabel`.
-        adapter (`str`, *optional*): Folder or Hub id of an adapter of PEFT that the model gets. Where `model` is
-            one, it becomes the adapter, and `model` the network that it belongs to.
 
     Attributes:
         class_names (`list[str]`): What the network's outputs stand for, in their order.
@@ -57,11 +55,9 @@ class LabelledTask(DatasetTask, ClassificationTask):
 
     auto_model: ClassVar[Any]
     label_column: str | None = None
-    adapter: str | None = None
 
     def __post_init__(self) -> None:
-        if base := find_base(self.model):
-            self.model, self.adapter = base, self.adapter or self.model
+        super().__post_init__()
         kind = adapter_config(self.adapter).get("task_type") if self.adapter else None
         if kind in LANGUAGE_TASKS:
             raise ValueError(
@@ -136,8 +132,8 @@ class LabelledTask(DatasetTask, ClassificationTask):
         )
         fresh = sorted({*found["missing_keys"], *(mismatch[0] for mismatch in found["mismatched_keys"])})
         name_classes(model.config, self.class_names)
+        model = self._with_adapter(model)
         if self.adapter:
-            model = load_adapter(model, self.adapter)
             fresh = [name for name in fresh if not _is_from_adapter(model, name)]
         self.new_head = ""
         if fresh:

@@ -55,6 +55,9 @@ class OfNetworks(ABC):
     def fingerprint(self, split: Split) -> str:
         """A string that changes when the examples of a split, or how they are prepared, change."""
 
+    def prepare_run(self) -> None:  # noqa: B027  # most tasks need none
+        """Work before the network is loaded that takes long: it comes after all settings of a run have been checked."""
+
     def source_classes(self) -> tuple[type, ...]:
         """Classes whose source results depend on, so that a run is not taken for one of an edited class."""
         return (type(self),)

@@ -21,7 +21,7 @@ from pdiff_hf.models.kernel_ridge import KernelRidge
 from pdiff_hf.models.products import AdapterProducts
 from pdiff_hf.networks.adapters import without_wrapper
 from pdiff_hf.networks.runner import NetworkRunner
-from pdiff_hf.scripts.docstrings import PACKAGES, DocstringQuestions, make
+from pdiff_hf.scripts.docstrings import PACKAGES, DocstringQuestions, learn, make
 from pdiff_hf.selection import select_layout
 from pdiff_hf.snapshots.zoo import ZooArguments, train_specialists
 from pdiff_hf.tasks import make_family
@@ -103,6 +103,7 @@ def main() -> None:
         folder = Path(args.folder, kind)
         if not (folder / "data").is_dir():
             make(folder, kind=kind)
+        learn(folder / "network")
         rows = []
         for row in measure(folder, args):
             rows.append(row)

@@ -22,6 +22,7 @@ from pdiff_hf.snapshots import load_snapshots, parameter_matrix
 TOPICS = {"sea": ["wave", "salt"], "wood": ["tree", "leaf"], "town": ["street", "bus"], "sky": ["cloud", "wind"]}
 SETTINGS = {
     "task": "text_classification",
+    "task_args": {"adapter_rank": 4},
     "family": "grouped",
     "base_epochs": 0,
     "select": ["*lora_*", "*classifier*"],
@@ -87,6 +88,7 @@ def test_adapters_are_learned_as_products(finished):
     snapshots = parameter_matrix(*load_snapshots(finished.folder / "snapshots"))
     mean = products.expand(snapshots).mean(0)
     torch.testing.assert_close(pipeline.autoencoder.parameter_mean, mean, rtol=1e-5, atol=1e-6)
+    assert pipeline.autoencoder.config.adapter_rank in (2, 4)
     report = Report.load(finished.folder / "evaluation")
     names = {row.name for row in report.groups}
     assert {"generated", "kernel ridge", "trained on the task", "mean of all snapshots"} <= names
@@ -117,6 +119,10 @@ def test_generated_adapters_load_with_plain_peft(finished, folder, tmp_path, mon
 def test_what_products_do_not_go_with_is_refused_before_any_work(folder):
     with pytest.raises(ValueError, match="lora_A and lora_B .* leave adapter_products out"):
         prepare(recipe(folder, select=["*classifier*"]))
+    with pytest.raises(ValueError, match="adapter_rank=2 is for adapters of a lower rank, and .* has the rank 2"):
+        prepare(recipe(folder, task_args={"adapter_rank": 2}))
+    with pytest.raises(ValueError, match="adapter_rank=4 is for adapters of a family that are tuned"):
+        prepare(recipe(folder, tune_steps=0))
 
 
 def test_the_autoencoder_of_adapters_is_trained_on_what_they_predict(folder, finished, tmp_path):

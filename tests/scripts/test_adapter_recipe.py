@@ -70,7 +70,11 @@ def test_the_recipe_in_small(monkeypatch, tmp_path, without_figures):
     }
     places = {"model": tmp_path / "made/adapter", "dataset": tmp_path / "made/data", "output_dir": tmp_path / "out"}
     flags = [f"--{name}={value}" for name, value in (sizes | steps | places).items()]
+    with pytest.raises(SystemExit):  # before the network is trained
+        run_script(monkeypatch, "train.py", "adapters.yaml", *flags, "--task_args=adapter_rank=3")
+    assert (tmp_path / "made" / "network" / docstrings.TO_LEARN).is_file()
     run_script(monkeypatch, "train.py", "adapters.yaml", *flags)
+    assert not (tmp_path / "made" / "network" / docstrings.TO_LEARN).exists()
     report = (tmp_path / "out" / "evaluation" / "report.md").read_text()
     assert "kernel ridge" in report and "told in its prompt" in report
     pipe = PDiffPipeline.from_pretrained(tmp_path / "out")
