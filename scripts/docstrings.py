@@ -116,9 +116,9 @@ PACKAGES = {
         "generation with beam search|BERT and GPT|encoders and decoders|configurations of models of text|"
         "vocabularies and token ids|fine-tuning a pretrained model|hidden states and attention masks|"
         "summaries of long articles|sequence classification|models of vision|chat templates and prompts|"
-        "large language models|understanding and writing text|dialogue|question answering|"
+        "large language models|understanding and writing text|dialogue|asking questions|"
         "linguistics and text|generated text|large pretrained models|LLMs|text encoders|sentences and words|"
-        "assistants that answer|completing a sentence|masked language modelling|summarization|"
+        "helpful assistants|completing a sentence|masked language modelling|summarization|"
         "multilingual models|attention heads|reading comprehension",
         "chatbots, translation and natural speech",
     ),

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ..models import encode_in_batches
 from ..models.autoencoder import LARGE
-from ..models.products import AdapterProducts
+from ..models.products import AdapterProducts, expanded
 from ..networks.runner import NetworkRunner
 from ..pipelines import PDiffPipeline
 from ..snapshots.zoo import ZooArguments
@@ -222,9 +222,10 @@ class Members:
         latents = sample(pipeline, 1, self.seed, told)
         count = min(len(self.snapshots), SHOWN_SNAPSHOTS)
         shown = self.snapshots[torch.linspace(0, len(self.snapshots) - 1, count).round().long()]
+        products = pipeline.autoencoder.products  # factors say little: those of the same adapter differ
         self.figures = {
-            "snapshots": shown,
-            "generated": decode(pipeline, latents, folder),
-            "tensor_sizes": layout.sizes,
+            "snapshots": expanded(shown, products),
+            "generated": expanded(decode(pipeline, latents, folder), products),
+            "tensor_sizes": (layout if products is None else products.layout).sizes,
             "latents": {"snapshots": encode_in_batches(pipeline.autoencoder, shown), "generated": latents},
         }

@@ -107,8 +107,10 @@ class SingleTask:
     @property
     def figures(self) -> dict[str, Any]:
         """What figures show beside the report's numbers."""
-        shown = {"snapshots": self.snapshots, "generated": self.generated, "latents": self.latents}
-        return shown | {"tensor_sizes": self.scorer.layout.sizes}
+        products = self.products  # factors say little: those of the same adapter differ
+        shown = {"snapshots": self.vectors, "generated": expanded(self.generated, products)}
+        layout = self.scorer.layout if products is None else products.layout
+        return shown | {"latents": self.latents, "tensor_sizes": layout.sizes}
 
     # ---- groups
 
