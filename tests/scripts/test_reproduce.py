@@ -296,8 +296,11 @@ def test_the_script_says_what_is_wrong(argv, message, monkeypatch, capsys, tmp_p
 
 
 @pytest.mark.slow
-def test_memory_of_training_grows_with_what_is_trained(tmp_path):
-    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool, pytest.raises(MemoryError):
+def test_memory_of_training_grows_with_what_is_trained(tmp_path, monkeypatch):
+    context = get_context("forkserver")  # one process that imports what all of them need
+    context.set_forkserver_preload(["benchmarks.training"])
+    monkeypatch.setattr("benchmarks.training.get_context", lambda kind: context)
+    with ProcessPoolExecutor(1, mp_context=context) as pool, pytest.raises(MemoryError):
         pool.submit(_measure, "autoencoder", 2_048, 128, "paper", 2, 100, 50_000_000).result()
     folder = reproduce("table13", tmp_path, patterns=["2048"])
     (row,) = csv.DictReader((folder / "table.csv").open())
