@@ -136,6 +136,12 @@ def find_warnings(report: ReportData) -> list[str]:
                 f"{len(report.conditions[TEST])} tasks cannot decide whether the generator ignores what it is told "
                 f"(its networks less those for other conditions: {ends}, 95%): raise --num_test_tasks."
             )
+    for group in report.of_kind(Kind.VARIANT) if report.fields else ():
+        if group.name == "generator by weights" and group.verdict == WORSE:
+            warnings.append(
+                f"The generator was better before tuning ({number(group.mean(), '.2f')}{unit(report)} against "
+                f"{number(generated.mean(), '.2f')}): lower --tune_learning_rate, or raise --tune_steps."
+            )
     if change := what_to_change(report):
         warnings.append(change)
     if report.is_of_sets:

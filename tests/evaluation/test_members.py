@@ -209,6 +209,11 @@ def test_a_generator_that_ignores_its_conditions_is_warned_of(report):
     copy.compare()
     copy.describe()
     assert not find_warnings(copy)
+    before = dataclasses.replace(control, name="generator by weights", kind=Kind.VARIANT)
+    copy.groups = [row for row in copy.groups if row.name != before.name] + [before]
+    before.sets = {TEST: {"scores": [[90.0]] * 6}}
+    copy.compare()
+    assert "better before tuning (90.00 %" in find_warnings(copy)[0]
 
 
 def test_evaluate_is_one_call(world, without_figures):
