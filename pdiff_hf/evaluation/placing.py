@@ -43,6 +43,7 @@ class Features(nn.Module):
         self.bodies = nn.ModuleList(self._body(shape) for _ in range(CLASSIFIERS))
         heads = (nn.Sequential(nn.Dropout(0.2), nn.Linear(WIDTH, num_classes)) for _ in range(CLASSIFIERS))
         self.heads = nn.ModuleList(heads)
+        self.scale = torch.ones(CLASSIFIERS * WIDTH)
 
     @staticmethod
     def _body(shape: Sequence[int]) -> nn.Module:
@@ -59,7 +60,7 @@ class Features(nn.Module):
 
     def features(self, data: Tensor) -> Tensor:
         """Those of all classifiers, `(N, CLASSIFIERS WIDTH)`."""
-        return torch.cat([body(data) for body in self.bodies], 1)
+        return torch.cat([body(data) for body in self.bodies], 1) / self.scale
 
     def forward(self, data: Tensor) -> Tensor:
         """Logits of each classifier, `(N, CLASSIFIERS, classes)`."""
@@ -132,6 +133,10 @@ class Judge:
 
         loop.train(self.classifier, loss, len(inputs), CLASSIFIER, description="classifier for features")
         self.classifier.cpu().eval()
+        # Each counts the same, however large its features are.
+        with torch.no_grad():
+            found = self._in_parts(self.classifier.features, signals).unflatten(1, (CLASSIFIERS, -1))
+        self.classifier.scale = found.var(0).sum(1).sqrt().repeat_interleave(WIDTH)
 
     @torch.no_grad()
     def classify(self, outputs: Tensor) -> Tensor:

@@ -23,7 +23,7 @@ logger = logging.getLogger(__name__)
 OPTIMIZERS = {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam, "sgd": torch.optim.SGD}
 # The loss is looked at this often: often enough to lose little work, seldom enough not to stall a GPU at every step.
 CHECK_EVERY = 10
-# A training has not worked if its last tenth of losses is so many times its first.
+# A training has not worked if its last losses are so many times its first.
 RISE = 1.1
 
 
@@ -274,9 +274,9 @@ def epoch_indices(num_examples: int, batch_size: int, seed: int, first_step: int
 
 def warn_of_rise(description: str, losses: torch.Tensor, learning_rate: float) -> None:
     """Says so where a training ended with losses that are higher than those at its start."""
-    span = len(losses) // 10
-    first, last = losses[:span].mean(), losses[len(losses) - span :].mean()
-    if last > RISE * first:  # of hardly any steps the mean is nan
+    span = max(5, len(losses) // 40)  # what rises soon has not risen yet
+    first, last = losses[:span].mean(), losses[-span:].mean()
+    if len(losses) > 2 * span and last > RISE * first:
         logger.warning(
             "%s: the loss has risen from %.3g to %.3g, so that it is worse than at the start: the learning rate of %g "
             "is too high; try a third of it, or more warm-up steps",

@@ -155,5 +155,5 @@ def test_a_training_that_ends_above_its_start_is_told(caplog):
         warn_of_rise("autoencoder", quiet, 0.02)
     assert not caplog.records
     warn_of_rise("autoencoder", torch.linspace(1, 3, 40), 0.02)
-    assert "autoencoder: the loss has risen from 1.08 to 2.92, so that" in caplog.text
+    assert "autoencoder: the loss has risen from 1.1 to 2.9, so that" in caplog.text
     assert "the learning rate of 0.02 is too high; try a third" in caplog.text
