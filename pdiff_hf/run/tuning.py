@@ -2,6 +2,7 @@
 
 import copy
 import json
+import logging
 import math
 from collections.abc import Callable
 from dataclasses import replace
@@ -10,6 +11,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator, PartialState
+from torch import nn
 
 from ..evaluation.opponents import Regime
 from ..networks.adapters import adapter_config
@@ -39,6 +41,8 @@ from ..utils.seeds import named_seed
 from .context import RunContext
 from .folder import Stage
 
+logger = logging.getLogger(__name__)
+
 
 def tune_denoiser(context: RunContext, stage: Stage) -> None:
     """The denoiser fine-tuned on the loss of its networks; validation data say which of its weights are kept."""
@@ -54,7 +58,11 @@ def tune_denoiser(context: RunContext, stage: Stage) -> None:
         with context.loop(stage) as loop:
             extra = _weight_loss(context, model.generator) if c.tune_args.weight_loss else None
             regime = make_regime(context, loop.accelerator, networks)
-            history = regime.fit(model, args, "tuning", loop, extra_loss=extra) | _choose_rank(context, regime, model)
+            history = keep_better(
+                model,
+                lambda: regime.scorer.score("validation", model).values.mean().item(),
+                lambda: regime.fit(model, args, "tuning", loop, extra_loss=extra),
+            ) | _choose_rank(context, regime, model)
     else:
         pipeline, tuning, history = _tune_for_task(context, stage, pipeline, networks)
     context.base_model.to("cpu")
@@ -71,6 +79,25 @@ def tune_denoiser(context: RunContext, stage: Stage) -> None:
         if tuning is not None:
             write_json(folder / names.TUNING, tuning.to_dict())
     context.finish(stage, history)
+
+
+def keep_better(model: nn.Module, accuracy: Callable[[], float], fit: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """
+    What `fit`, which trains `model` on a loss, returns, with the accuracies before and after. Where the one before is
+    higher, the weights are those from before: networks without a clue have a lower loss than good ones that are too
+    sure of themselves.
+    """
+    start, before = copy.deepcopy(model.state_dict()), accuracy()
+    results, after = fit(), accuracy()
+    if after < before:
+        model.load_state_dict(start)
+        logger.warning(
+            "tuning lowered the loss on validation tasks, but also the accuracy, from %.2f to %.2f %%. The weights "
+            "stay as they were; another tune_learning_rate or more tune_steps may help",
+            before,
+            after,
+        )
+    return results | {"validation_accuracies": [before, after]}
 
 
 def _choose_rank(context: RunContext, regime: Regime, model: GeneratedNetworks) -> dict:

@@ -19,6 +19,7 @@ from pdiff_hf.run.context import RunContext
 from pdiff_hf.run.folder import RunError
 from pdiff_hf.run.learning import between_descriptions, compare_outputs, regressed_latents
 from pdiff_hf.run.trainer import prepare
+from pdiff_hf.run.tuning import keep_better
 from pdiff_hf.scripts.opponents import wanted_opponents
 from pdiff_hf.snapshots import load_snapshots, parameter_matrix
 from pdiff_hf.utils.seeds import named_seed
@@ -128,11 +129,28 @@ def test_the_generators_row_is_what_its_networks_reach_one_by_one(finished):
     assert report.generated.scores() == pytest.approx(expected)
 
 
+@pytest.mark.parametrize(("sign", "kept"), [(-1.0, 1.0), (2.0, 2.0)])
+def test_a_generator_that_was_better_before_tuning_stays_as_it_was(sign, kept, caplog):
+    model = torch.nn.Linear(1, 1, bias=False)
+    torch.nn.init.ones_(model.weight)
+
+    def fit():
+        torch.nn.init.constant_(model.weight, sign)
+        return {"losses": [1.0]}
+
+    results = keep_better(model, lambda: 50 + 10 * model.weight.item(), fit)
+    assert results == {"losses": [1.0], "validation_accuracies": [60.0, 50 + 10 * sign]}
+    assert model.weight.item() == kept
+    assert ("from 60.00 to 40.00 %" in caplog.text) == (kept == 1.0)
+
+
 def test_tuning_learns_a_map_that_is_saved(finished):
     untuned, tuned = (PDiffPipeline.from_pretrained(finished.folder / name) for name in ("pipeline", "tuned"))
     assert not untuned.autoencoder.config.tuned_map and tuned.autoencoder.config.tuned_map
-    losses = json.loads((finished.folder / "stages" / "tune.json").read_text())["results"]["validation_losses"]
-    assert (tuned.autoencoder.map_weight.abs().max() > 0) == (min(losses) < losses[0])  # or the untuned one is kept
+    results = json.loads((finished.folder / "stages" / "tune.json").read_text())["results"]
+    losses, (before, after) = results["validation_losses"], results["validation_accuracies"]
+    is_kept = min(losses) < losses[0] and after >= before  # or the untuned one is
+    assert (tuned.autoencoder.map_weight.abs().max() > 0) == is_kept
     assert torch.equal(tuned.condition_encoder.seen, untuned.condition_encoder.seen)
     assert len(tuned.condition_encoder.seen) == 6  # each task once, and not each snapshot
     latents = tuned.autoencoder.encode(parameter_matrix(*finished.snapshots)).latents
