@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, BertConfig
 
 from pdiff_hf import LatentDenoiser, ParameterAutoencoder, PDiffPipeline
-from pdiff_hf.models import DENOISER_PRESETS, autoencoder_architecture
+from pdiff_hf.models import DENOISER_PRESETS, autoencoder_architecture, encode_in_batches
 from pdiff_hf.models.products import AdapterProducts
 from pdiff_hf.run.config import PDiffConfig
 from pdiff_hf.run.context import RunContext
@@ -183,7 +183,7 @@ def measure_large(folder: Path) -> None:
     print({name: round(value, 4) for name, value in geometry.report().items()})
     parts = torch.arange(len(rows)).split(16)
     autoencoder.fit_latent_statistics(torch.cat([autoencoder.tokenize(rows, part) for part in parts]))
-    latents = torch.cat([autoencoder.encode(rows, part).latents.detach() for part in parts])
+    latents = encode_in_batches(autoencoder, rows)
     took("latents")
     denoiser = LatentDenoiser(LARGE_LATENT, **DENOISER_PRESETS["mlp"])
     PDiffPipeline(autoencoder, denoiser, DPMSolverMultistepScheduler()).save_pretrained(folder / "pipeline")
