@@ -69,7 +69,8 @@ def pool_reports(reports: Sequence[Report]) -> Report:
             for set_name, scores in rows[0].sets.items()
         }
         notes = "; ".join(dict.fromkeys(row.note for row in rows))
-        pooled.groups.append(dataclasses.replace(rows[0], note=notes, sets=sets, comparisons={}))
+        # Measures and what was tried are those of one run.
+        pooled.groups.append(dataclasses.replace(rows[0], note=notes, sets=sets, comparisons={}, measures={}, tried={}))
     pooled.compare()
     pooled.describe()
     return pooled
