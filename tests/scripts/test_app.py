@@ -125,6 +125,15 @@ def wait_for_networks(page, text) -> None:
     assert done.is_visible(), page.locator("body").inner_text()
 
 
+def eventually(page, check) -> None:
+    """A browser changes one component after the other: some may be those of the settings before."""
+    for _ in range(TIMEOUT // 100):
+        with contextlib.suppress(AssertionError):
+            return check()
+        page.wait_for_timeout(100)
+    check()
+
+
 def sample(page, **settings) -> None:
     fields = {page.get_by_label(label.replace("_", " ")): value for label, value in settings.items()}
     while any(field.input_value() != value for field, value in fields.items()):
@@ -222,11 +231,16 @@ def test_the_network_at_work_follows_the_controls(moved, page, tmp_path):
     choice = on_demand.Choice(task, tuple(task))
     source.at_work.train(choice)
     figures, bars = source.at_work.show(choice, rows[0], True)
-    shown = page.locator(".at-work .row").all_inner_texts()
-    assert [text.split("\n")[0] for text in shown] == ["generated", on_demand.TRAINED, "nearest snapshot", "base model"]
-    assert [text.split()[-2] for text in shown] == re.findall(r"<span>([\d.]+) %</span>", bars)
-    captions = [text.strip() for text in page.locator(".at-work figcaption").all_inner_texts()]
-    assert captions == [text.replace("<br>", "\n") for text in re.findall(r"<figcaption>(.*?)</figcaption>", figures)]
+    names = ["generated", on_demand.TRAINED, "nearest snapshot", "base model"]
+    wanted = list(zip(names, re.findall(r"<span>([\d.]+) %</span>", bars), strict=True))
+    captions = [text.replace("<br>", "\n") for text in re.findall(r"<figcaption>(.*?)</figcaption>", figures)]
+
+    def is_shown():
+        shown = page.locator(".at-work .row").all_inner_texts()
+        assert [(text.split("\n")[0], text.split()[-2]) for text in shown] == wanted
+        assert [text.strip() for text in page.locator(".at-work figcaption").all_inner_texts()] == captions
+
+    eventually(page, is_shown)
 
     page.locator("#told-occlude input").uncheck()
     page.get_by_text("The generator samples occlude from the seen tasks").wait_for()
