@@ -292,6 +292,7 @@ def test_a_repository_of_a_single_task(digits_run, hub, page):
     open_generator(page, "alice/explored")
     page.get_by_text("trained on digits").wait_for()
     page.get_by_text("snapshots: they are not in the repository").wait_for()
+    page.locator(".at-work .row").nth(1).wait_for()
     assert page.locator(".at-work .row").count() == 2
     page.get_by_text("draws networks, compares them").wait_for()
     open_settings(page)
