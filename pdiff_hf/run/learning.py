@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from accelerate import PartialState
 from diffusers import DDPMScheduler, ModelMixin
+from scipy.cluster.vq import kmeans2
 from transformers import PreTrainedModel
 
 from ..evaluation.closed_forms import mean_networks, tuned_ridge
@@ -280,15 +281,10 @@ def seen_encoder(context: RunContext, latents: torch.Tensor) -> tuple[ConditionE
 
 
 def clustered(latents: torch.Tensor, count: int, seed: int) -> torch.Tensor:
-    """Which of `count` clusters, by k-means, each of the latents `(N, L)` is in: shape `(N,)`."""
+    """Which of `count` clusters, by k-means, each of the latents `(N, L)`, on the CPU, is in: shape `(N,)`."""
     order = torch.randperm(len(latents), generator=torch.Generator().manual_seed(named_seed(seed, "clusters")))
-    centres = latents[order[:count]]
-    for _ in range(CLUSTER_STEPS):
-        nearest = torch.cdist(latents, centres).argmin(1)
-        sums = torch.zeros_like(centres).index_add_(0, nearest, latents)
-        sizes = nearest.bincount(minlength=count).unsqueeze(1)
-        centres = torch.where(sizes > 0, sums / sizes.clamp(min=1), centres)
-    return nearest
+    _, nearest = kmeans2(latents.numpy(), latents[order[:count]].numpy(), CLUSTER_STEPS, minit="matrix")
+    return torch.from_numpy(nearest)
 
 
 def learn_denoiser(
